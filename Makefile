@@ -1,0 +1,36 @@
+# Every target makes .venv when needed and installs from the pinned constraints: nothing to do by hand before it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-slow lint bench clean
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[eval,train,test]'
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/tessera compare --out results/demo
+
+test: install
+	$(BIN)/python -m pytest -n 2
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow or gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/codec_error.py --json docs/results/codec_error.json
+	$(BIN)/python benchmarks/resident_memory.py --json docs/results/resident_memory.json
+
+clean:
+	rm -rf $(VENV) results

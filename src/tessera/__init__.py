@@ -1,0 +1,3 @@
+"""Tessera: a bounded, compressed, persistent memory for Transformers."""
+
+__version__ = "0.1.0"

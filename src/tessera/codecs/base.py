@@ -1,0 +1,269 @@
+"""What every codec is (`Codec`) and what it leaves in memory (`Packed`)."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tessera.codecs.bits import unpack_bits
+from tessera.files import atomic_path
+
+Role = Literal["key", "value"]
+
+#: How a kept tensor is laid out. "token": (batch, kv_heads, tokens, ...). "group": (batch, kv_heads, groups, ...), a group
+#: being `Codec.group` tokens that were encoded together. "ragged": (n, ...), a row for each set bit of the token field
+#: "flags" (a bitmap of 8 per byte), ordered by token, batch, head, bit.
+Layout = Literal["token", "group", "ragged"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Encoded keys or values: the packed tensors and what it takes to read them. Immutable; views share memory.
+
+    Attributes:
+        codec: made this and can decode it.
+        tensors: everything that is kept, by field name; `codec.fields` says how each is laid out.
+        shape: (batch, kv_heads, tokens, head_dim) of what was encoded.
+        dtype: of what was encoded; `decode` gives it back.
+        role: "key" or "value".
+        layer: index of the layer in its model; codebooks drawn per layer depend on it.
+        offset: tokens of the first group that were sliced away.
+    """
+
+    codec: Codec
+    tensors: Mapping[str, Tensor]
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    role: Role = "value"
+    layer: int = 0
+    offset: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens held."""
+        return self.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all kept tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def bits_per_element(self) -> float:
+        """True bits: everything that is kept, over the number of elements that were encoded."""
+        batch, heads, tokens, dim = self.shape
+        return 8 * self.nbytes / max(1, batch * heads * tokens * dim)
+
+    def decode(self) -> Tensor:
+        """The approximation of what was encoded: (batch, kv_heads, tokens, head_dim) in `dtype`."""
+        return self.codec.decode(self)
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same on another device."""
+        return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
+
+    def compact(self) -> Packed:
+        """A copy that owns its memory, so that what a slice left out can be freed."""
+        return replace(self, tensors={name: t.clone() for name, t in self.tensors.items()})
+
+    def slice(self, start: int, stop: int) -> Packed:
+        """Tokens [start, stop), without copying."""
+        batch, heads, tokens, dim = self.shape
+        start, stop = max(0, start), min(tokens, stop)
+        stop = max(start, stop)
+        group = self.codec.group
+        first, last = (self.offset + start) // group, -(-(self.offset + stop) // group)
+        if stop == start:
+            last = first
+        parts = {}
+        for name, tensor in self.tensors.items():
+            layout = self.codec.fields[name]
+            if layout == "token":
+                parts[name] = tensor[:, :, start:stop]
+            elif layout == "group":
+                parts[name] = tensor[:, :, first:last]
+            else:
+                ends = _set_bits(self.tensors["flags"]).sum((0, 1, 3)).cumsum(0).tolist()
+                parts[name] = tensor[ends[start - 1] if start else 0 : ends[stop - 1] if stop else 0]
+        return replace(
+            self, tensors=parts, shape=(batch, heads, stop - start, dim), offset=(self.offset + start) % group
+        )
+
+    def select(self, rows: Tensor) -> Packed:
+        """Batch rows by index, in the order given; a row may be taken more than once. rows: (n,) int64."""
+        parts = {}
+        for name, tensor in self.tensors.items():
+            if self.codec.fields[name] == "ragged":
+                # Row numbers of `tensor`, placed where their bits stand, follow the same selection as the bits.
+                bits = _set_bits(self.tensors["flags"]).permute(2, 0, 1, 3)
+                number = (bits.flatten().cumsum(0) - 1).view(bits.shape)[:, rows]
+                parts[name] = tensor[number[bits[:, rows].bool()]]
+            else:
+                parts[name] = tensor[rows]
+        return replace(self, tensors=parts, shape=(len(rows), *self.shape[1:]))
+
+    @staticmethod
+    def cat(parts: list[Packed]) -> Packed:
+        """Join along the tokens. Each part but the last must end with a whole group, each but the first begin with one."""
+        first = parts[0]
+        for left, right in zip(parts, parts[1:], strict=False):
+            same = (left.codec, left.shape[:2], left.shape[3], left.role, left.layer)
+            if same != (right.codec, right.shape[:2], right.shape[3], right.role, right.layer):
+                raise ValueError(f"cannot join {right.describe()} to {left.describe()}")
+            if (left.offset + left.tokens) % left.codec.group or right.offset:
+                raise ValueError(
+                    f"{left.codec.spec} encodes {left.codec.group} tokens together, so parts can only be joined where a "
+                    f"group ends; the left part ends {(left.offset + left.tokens) % left.codec.group} tokens into a "
+                    f"group and the right one begins {right.offset} tokens into one"
+                )
+        tensors = {
+            name: torch.cat([p.tensors[name] for p in parts], dim=0 if layout == "ragged" else 2)
+            for name, layout in first.codec.fields.items()
+            if name in first.tensors
+        }
+        shape = (*first.shape[:2], sum(p.tokens for p in parts), first.shape[3])
+        return replace(first, tensors=tensors, shape=shape)
+
+    def describe(self) -> str:
+        """One line for error messages."""
+        return f"{self.role}s of layer {self.layer}, shape {tuple(self.shape)}, in {self.codec.spec}"
+
+    def metadata(self) -> dict[str, str]:
+        """What a file must say besides the tensors, as safetensors wants it."""
+        return {
+            "codec": self.codec.spec,
+            "shape": ",".join(map(str, self.shape)),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "role": self.role,
+            "layer": str(self.layer),
+            "offset": str(self.offset),
+        }
+
+    @staticmethod
+    def from_parts(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], codec: Codec | None = None) -> Packed:
+        """Inverse of `metadata` and `tensors`. Give `codec` where its spec alone does not define it."""
+        from tessera.codecs.registry import get
+
+        try:
+            spec, role = metadata["codec"], metadata["role"]
+            shape = tuple(int(n) for n in metadata["shape"].split(","))
+            dtype, layer, offset = getattr(torch, metadata["dtype"]), int(metadata["layer"]), int(metadata["offset"])
+        except (KeyError, ValueError, AttributeError) as error:
+            raise ValueError(f"this is no packed cache: its header lacks or garbles {error}") from None
+        if codec is None:
+            codec = get(spec)
+        elif codec.spec != spec:
+            raise ValueError(f"this was encoded by {spec!r}, not by {codec.spec!r}")
+        if role not in ("key", "value") or len(shape) != 4:
+            raise ValueError(f"this is no packed cache: role {role!r}, shape {shape}")
+        packed = Packed(codec, dict(tensors), shape, dtype, role, layer, offset)  # type: ignore[arg-type]
+        packed._check()
+        return packed
+
+    def _check(self) -> None:
+        """Refuse tensors that do not fit the shape, as a damaged file would have."""
+        batch, heads, tokens, _ = self.shape
+        groups = -(-(self.offset + tokens) // self.codec.group)
+        for name, tensor in self.tensors.items():
+            layout = self.codec.fields.get(name)
+            lead = {"token": (batch, heads, tokens), "group": (batch, heads, groups)}.get(layout or "")
+            if layout is None or (lead is not None and tuple(tensor.shape[:3]) != lead):
+                raise ValueError(f"field {name!r} of shape {tuple(tensor.shape)} does not fit {self.describe()}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file."""
+        with atomic_path(path) as temporary:
+            save_file({k: v.contiguous() for k, v in self.tensors.items()}, temporary, self.metadata())
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], codec: Codec | None = None) -> Packed:
+        """Read what `save` wrote."""
+        with safe_open(path, "pt") as file:
+            return Packed.from_parts(file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}, codec)  # noqa: SIM118
+
+
+class Codec(ABC):
+    """x -> packed bytes -> x̂.
+
+    A codec keeps no state between calls. The result for a token depends on nothing but that token, or, where `group` is
+    not 1, on the tokens of its group; groups are counted from the first token of the call. Other batch rows and other
+    heads never matter.
+
+    Attributes:
+        spec: the name that `tessera.codecs.get` turns into an equal codec.
+        group: tokens that are encoded together.
+        fields: layout of every tensor that may be kept.
+    """
+
+    spec: str
+    group: int = 1
+    fields: Mapping[str, Layout]
+
+    def encode(self, x: Tensor, role: Role = "value", layer: int = 0) -> Packed:
+        """Pack keys or values.
+
+        Args:
+            x: (batch, kv_heads, tokens, head_dim), float32, bfloat16 or float16; any number of tokens.
+            role: "key" or "value"; some codecs treat them differently.
+            layer: index of the layer, for codebooks drawn per layer.
+
+        Raises:
+            ValueError: for another shape or role, or values that are not finite.
+            TypeError: for a dtype that is not floating point.
+        """
+        if x.ndim != 4 or x.shape[-1] == 0:
+            raise ValueError(f"{self.spec}: x must be (batch, kv_heads, tokens, head_dim), got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{self.spec}: x must be floating point, got {x.dtype}")
+        if role not in ("key", "value"):
+            raise ValueError(f"{self.spec}: role must be 'key' or 'value', got {role!r}")
+        wide = x.detach().float()
+        if not torch.isfinite(wide).all():
+            bad = int((~torch.isfinite(wide)).sum())
+            raise ValueError(f"{self.spec}: {bad} of {wide.numel()} {role}s of layer {layer} are NaN or infinite")
+        shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
+        return Packed(self, self._encode(wide, role, layer), shape, x.dtype, role, layer)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """(batch, kv_heads, tokens, head_dim) in the dtype that was encoded."""
+        return self._decode(packed).to(packed.dtype)
+
+    @abstractmethod
+    def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
+        """x: finite float32 (batch, kv_heads, tokens, head_dim) -> the tensors to keep."""
+
+    @abstractmethod
+    def _decode(self, packed: Packed) -> Tensor:
+        """The approximation, in float32."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.spec!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.spec == other.spec  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.spec))
+
+
+def group_index(packed: Packed) -> Tensor:
+    """For each token the number of its group among the kept ones: (tokens,) int64."""
+    return (torch.arange(packed.tokens, device=packed.device) + packed.offset) // packed.codec.group
+
+
+def _set_bits(bitmap: Tensor) -> Tensor:
+    """(..., bytes) uint8 -> (..., 8 · bytes) of 0 and 1, int64."""
+    return unpack_bits(bitmap, 1, 8 * bitmap.shape[-1])
