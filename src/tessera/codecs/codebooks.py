@@ -1,0 +1,116 @@
+"""Secondary codebooks: drawn at random as in the HQMQ paper, or optimised once and shipped (see `make_codebooks`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tessera.quaternion import UNITS, hamilton, units
+
+#: Numbers of unit secondaries that are shipped. 5, 10, 21, 42, 85, 170 fill 7 to 12 bits; the paper's are beside them.
+DIRECTION_SIZES = (5, 10, 21, 24, 42, 48, 85, 96, 170, 192)
+#: Bits per chunk for which joint codebooks are shipped: a quarter of it is the name, ``hqmq:4`` has 16.
+JOINT_BITS = (8, 10, 12, 14, 16, 18, 20)
+
+_DATA = Path(__file__).parent / "data"
+
+
+def joint_path(bits: int) -> Path:
+    """File of the joint codebook with 2^bits codewords."""
+    return _DATA / f"joint_{bits}.npz"
+
+
+def direction_path() -> Path:
+    """File of the optimised unit secondaries."""
+    return _DATA / "directions.npz"
+
+
+def joint_shape(bits: int) -> tuple[int, bool, int]:
+    """(secondaries, whether the codebook is closed under s -> u·s·ū, largest integer) of a joint codebook.
+
+    As many codewords as the bits can count. Below 2^16 codewords the conjugations cost some error (6 % at 12 bits) and the
+    table is small anyway; from there on they cost under 1 %.
+    """
+    conjugations = bits >= 16
+    size = (1 << bits) // (UNITS * (12 if conjugations else 1))
+    return size, conjugations, 127 if bits <= 16 else 1023
+
+
+def random_secondary(size: int, heads: int, layer: int, role: str, seed: int) -> Tensor:
+    """The paper's codebooks: independent uniform unit quaternions for every (layer, head, role).
+
+    Returns:
+        (heads, size, 4) float32. A head's codebook does not depend on how many heads there are.
+    """
+    books = []
+    for head in range(heads):
+        rng = np.random.Generator(np.random.PCG64([seed, layer, head, int(role == "value")]))
+        q = rng.standard_normal((size, 4))
+        books.append(q / np.linalg.norm(q, axis=1, keepdims=True))
+    return torch.from_numpy(np.stack(books)).float()
+
+
+@cache
+def _direction_tables() -> dict[int, Tensor]:
+    with np.load(direction_path()) as file:
+        return {int(name[1:]): torch.from_numpy(file[name]) for name in file.files}
+
+
+def optimised_secondary(size: int) -> Tensor:
+    """The shipped unit secondaries: (size, 4) float32. One codebook serves every head and layer."""
+    if size not in DIRECTION_SIZES:
+        raise ValueError(f"no optimised codebook of {size} secondaries; there are {', '.join(map(str, DIRECTION_SIZES))}")
+    return _direction_tables()[size].clone()
+
+
+#: Twelve units, one of each pair ±u: the rotations s -> u·s·ū of the vector part, in the order that codes use.
+ROTATIONS = (0, 2, 4, 6, 8, 9, 10, 11, 12, 13, 14, 15)
+
+
+@dataclass(frozen=True, eq=False)
+class JointCodebook:
+    """A codebook of 4-vectors q_p·q_s, all 24 units p times secondaries s of any length.
+
+    Attributes:
+        bits: of a code; code = s · 24 + p.
+        base: (n, 4) int16, what is shipped.
+        step: what one integer is worth, for chunks of unit mean square.
+        conjugations: whether every rotation u·s·ū of a base quaternion is a secondary too; then the secondaries are
+            numbered base · 12 + rotation.
+    """
+
+    bits: int
+    base: Tensor
+    step: float
+    conjugations: bool
+
+    @property
+    def secondary(self) -> Tensor:
+        """All secondaries as integers: (S, 4) int16, S = n or 12 n."""
+        if not self.conjugations:
+            return self.base
+        u = units(torch.float32)[list(ROTATIONS)]
+        bar = u * torch.tensor([1.0, -1.0, -1.0, -1.0])
+        turned = hamilton(hamilton(u[None], self.base.float()[:, None]), bar[None])
+        return turned.round().to(torch.int16).reshape(-1, 4)
+
+    @property
+    def codewords(self) -> Tensor:
+        """All codewords in the order of their codes, as integers: (24 S, 4) int16."""
+        products = hamilton(units(torch.float32)[None], self.secondary.float()[:, None])
+        return products.round().to(torch.int16).reshape(-1, 4)
+
+
+@cache
+def joint(bits: int) -> JointCodebook:
+    """The shipped joint codebook of 2^bits codewords at the most."""
+    if bits not in JOINT_BITS:
+        raise ValueError(f"no joint codebook of {bits} bits; there are {', '.join(map(str, JOINT_BITS))}")
+    with np.load(joint_path(bits)) as file:
+        base, step = torch.from_numpy(file["secondary"]), float(file["step"])
+    return JointCodebook(bits, base, step, joint_shape(bits)[1])

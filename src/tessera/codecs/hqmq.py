@@ -1,0 +1,276 @@
+"""HQMQ as the paper defines it, "Hurwitz Quaternion Multiplicative Quantization" (arXiv 2605.27646), and its variants.
+
+A vector is cut into chunks of four numbers. A chunk of radius r and direction u is coded as (p, s) = argmax <u, q_p·q_s> over the
+24 Hurwitz units q_p and S secondary unit quaternions q_s, and a radius code. Deviations from the paper in its own mode
+(`HQMQ.paper`): the search is in float32 and a zero vector is safe; bits are whole bits.
+
+Outside the paper's mode: secondaries optimised without data instead of random ones, radius levels that are optimal for
+Gaussian chunks instead of uniform ones (both: `codebook`, `radius`), and outliers that are kept out of the scale.
+The codec behind ``hqmq:4`` is in `hqmq_joint`.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tessera.codecs.base import Codec, Layout, Packed, Role
+from tessera.codecs.bits import pack_bits, unpack_bits
+from tessera.codecs.chunks import from_chunks, to_chunks
+from tessera.codecs.codebooks import optimised_secondary, random_secondary
+from tessera.codecs.hqmq_joint import JointHQMQ
+from tessera.codecs.lloyd_max import lloyd_max
+from tessera.codecs.outliers import OutlierRule, RunningMedian, find_outliers
+from tessera.codecs.registry import register
+from tessera.codecs.rotation import rotation
+from tessera.quaternion import UNITS, conjugate, hamilton, nearest_unit, right_matrix, unit_projection, units
+
+#: Sizes and radius bits of the paper's configurations; any can be followed by _med3.
+PAPER = tuple(f"s{s}_r{b}" for s in (24, 48, 96, 192) for b in (2, 3, 4, 6))
+#: Smallest norm that counts as one: below it a vector is stored as zero. The smallest normal half-precision number.
+TINY = 2.0**-14
+HALF_MAX = 65504.0
+
+
+class HQMQ(Codec):
+    """Direction and radius codes for chunks of four numbers.
+
+    Args:
+        secondary: number S of secondary quaternions per codebook.
+        radius_bits: bits b_r of a radius code, 1 to 8.
+        outliers: the paper's C: chunks of more than C times the median radius are kept as they are; None for none.
+        codebook: "random", the paper's, drawn for each (layer, head, role); "optimised", one for all, see
+            `codebooks.DIRECTION_SIZES`; or unit quaternions (S, 4), shared, or (heads, S, 4).
+        radius: "uniform": 2^b_r levels from 0 to the vector's largest radius; "chi": levels that are optimal for Gaussian chunks, times
+            the vector's root mean square.
+        seed: of random codebooks.
+        outlier_rule: see `outliers`. With "vector" outliers do not enter the scale; with the other two they do, as in the paper.
+        rotate: rotate vectors first; never in the paper.
+        bf16_search: search as the authors' code does, in bfloat16 (for comparison only).
+    """
+
+    fields: Mapping[str, Layout] = {"codes": "token", "scale": "token", "flags": "token", "kept": "ragged"}
+
+    def __init__(
+        self,
+        secondary: int = 96,
+        radius_bits: int = 4,
+        outliers: float | None = 3.0,
+        codebook: Literal["random", "optimised"] | Tensor = "random",
+        radius: Literal["uniform", "chi"] = "uniform",
+        seed: int = 0,
+        *,
+        outlier_rule: OutlierRule = "vector",
+        rotate: bool = False,
+        bf16_search: bool = False,
+    ) -> None:
+        if isinstance(codebook, Tensor):
+            _check_codebook(codebook)
+            secondary = codebook.shape[-2]
+            codebook = codebook.detach().float().cpu().clone()
+        elif codebook == "optimised":
+            optimised_secondary(secondary)  # says which sizes there are
+        elif codebook != "random":
+            raise ValueError(f"codebook must be 'random', 'optimised' or a tensor, got {codebook!r}")
+        if not 1 <= secondary <= 4096:
+            raise ValueError(f"secondary must be 1 to 4096 quaternions, got {secondary}")
+        if not 1 <= radius_bits <= 8:
+            raise ValueError(f"radius_bits must be 1 to 8, got {radius_bits}")
+        if outliers is not None and not outliers > 0:
+            raise ValueError(f"outliers must be a positive multiple of the median radius, or None, got {outliers}")
+        if radius not in ("uniform", "chi"):
+            raise ValueError(f"radius must be 'uniform' or 'chi', got {radius!r}")
+        if outlier_rule not in ("vector", "paper", "authors"):
+            raise ValueError(f"outlier_rule must be 'vector', 'paper' or 'authors', got {outlier_rule!r}")
+        self.secondary, self.radius_bits, self.outliers = secondary, radius_bits, outliers
+        self.codebook, self.radius, self.seed = codebook, radius, seed
+        self.outlier_rule, self.rotate, self.bf16_search = outlier_rule, rotate, bf16_search
+        self.direction_bits = (UNITS * secondary - 1).bit_length()
+        self.code_bits = self.direction_bits + radius_bits
+        self._running: dict[tuple[int, Role], RunningMedian] = {}
+        self.spec = self._spec()
+
+    @classmethod
+    def paper(cls, name: str, seed: int = 0) -> HQMQ:
+        """A configuration of the paper by its name, as "s96_r4" or "s24_r6_med3".
+
+        With "_authors" after it, as the authors' released code does it: a search in bfloat16 and a median over the call
+        however few chunks it has.
+        """
+        match = re.fullmatch(r"(s\d+_r\d)(_med3)?(_authors)?", name)
+        if not match or match[1] not in PAPER:
+            raise ValueError(f"no configuration {name!r} in the paper; there are {', '.join(PAPER)}, and each with _med3")
+        size, bits = (int(part[1:]) for part in match[1].split("_"))
+        authors = bool(match[3])
+        return cls(
+            size,
+            bits,
+            3.0 if match[2] else None,
+            seed=seed,
+            outlier_rule="authors" if authors else "paper",
+            bf16_search=authors,
+        )
+
+    def _spec(self) -> str:
+        name = f"s{self.secondary}_r{self.radius_bits}"
+        simple = not self.rotate and self.radius == "uniform" and self.codebook == "random" and self.seed == 0
+        rule = "authors" if self.bf16_search else "paper"
+        if simple and name in PAPER and self.outliers in (None, 3.0) and self.outlier_rule == rule:
+            return f"hqmq:{name}{'_med3' if self.outliers else ''}{'_authors' if self.bf16_search else ''}"
+        if not self.bf16_search and self.codebook == "optimised" and self.radius == "chi" and self.rotate:
+            if self.outliers is None:
+                return f"hqmq:o{self.secondary}_r{self.radius_bits}"
+        book = self.codebook if isinstance(self.codebook, str) else f"tensor{zlib.crc32(self.codebook.numpy().tobytes()):08x}"
+        return (
+            f"HQMQ({self.secondary}, {self.radius_bits}, outliers={self.outliers}, codebook={book}, radius={self.radius}, "
+            f"seed={self.seed}, outlier_rule={self.outlier_rule}, rotate={self.rotate}, bf16_search={self.bf16_search})"
+        )
+
+    def secondaries(self, heads: int, role: Role, layer: int) -> Tensor:
+        """The codebooks of one layer: (heads, S, 4), or (1, S, 4) where all heads share one."""
+        if isinstance(self.codebook, Tensor):
+            book = self.codebook if self.codebook.ndim == 3 else self.codebook[None]
+            if len(book) not in (1, heads):
+                raise ValueError(f"a codebook for {len(book)} heads was given to encode {heads} heads")
+            return book
+        if self.codebook == "optimised":
+            return optimised_secondary(self.secondary)[None]
+        return _random(self.secondary, heads, layer, role, self.seed)
+
+    def reset(self) -> None:
+        """Forget the running median of the rule "paper"."""
+        self._running.clear()
+
+    def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
+        if self.rotate:
+            x = x @ rotation(x.shape[-1], device=x.device).T
+        chunks = to_chunks(x)  # (b, h, t, n, 4)
+        radii = chunks.norm(dim=-1)
+        tensors: dict[str, Tensor] = {}
+        inside = torch.ones_like(radii, dtype=torch.bool)
+        if self.outliers is not None:
+            running = self._running.setdefault((layer, role), RunningMedian(x.shape[1]))
+            out = find_outliers(radii, self.outliers, self.outlier_rule, running)
+            tensors["flags"] = pack_bits(out.int(), 1)
+            # Ordered by token, batch, head, chunk, so that tokens can be appended and sliced off.
+            order = chunks.permute(2, 0, 1, 3, 4)
+            tensors["kept"] = order[out.permute(2, 0, 1, 3)].clamp(-HALF_MAX, HALF_MAX).half()
+            if self.outlier_rule == "vector":
+                inside = ~out
+        scale = self._scale(radii, inside)
+        books = self.secondaries(x.shape[1], role, layer).to(x.device)
+        directions, projection = _nearest_direction(chunks, books, self.bf16_search)
+        r = radii if self.radius == "uniform" else projection.clamp(min=0)
+        code = self._radius_code(r, scale.float().unsqueeze(-1))
+        codes = torch.where((scale > 0).unsqueeze(-1), directions << self.radius_bits | code, 0)
+        return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
+
+    def _scale(self, radii: Tensor, inside: Tensor) -> Tensor:
+        """One half-precision number per vector from the radii that count: (b, h, t)."""
+        radii = torch.where(inside, radii, 0.0)
+        if self.radius == "uniform":
+            scale = radii.amax(-1)
+        else:
+            scale = (radii.square().sum(-1) / (4 * inside.sum(-1)).clamp(min=1)).sqrt()
+        return torch.where(scale < TINY, 0.0, scale).clamp(max=HALF_MAX).half()
+
+    def _radius_code(self, r: Tensor, scale: Tensor) -> Tensor:
+        most = 2**self.radius_bits - 1
+        ratio = r / scale.clamp(min=TINY)
+        if self.radius == "uniform":
+            return (ratio * most).round().clamp(0, most).long()
+        levels = chi_levels(self.radius_bits).to(r.device)
+        return torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)
+
+    def _decode(self, packed: Packed) -> Tensor:
+        heads, dim = packed.shape[1], packed.shape[3]
+        codes = unpack_bits(packed.tensors["codes"], self.code_bits, -(-dim // 4))
+        direction, code = codes >> self.radius_bits, codes & (2**self.radius_bits - 1)
+        books = self.secondaries(heads, packed.role, packed.layer).to(codes.device)
+        words = hamilton(units(device=codes.device)[None, None], books[:, :, None]).flatten(1, 2)  # (heads or 1, 24 S, 4)
+        head = torch.arange(heads, device=codes.device)[:, None, None] if len(words) > 1 else 0
+        if self.radius == "uniform":
+            radius = code / (2**self.radius_bits - 1)
+        else:
+            radius = chi_levels(self.radius_bits).to(codes.device)[code]
+        radius = radius * packed.tensors["scale"].float().unsqueeze(-1)
+        chunks = words[head, direction] * radius.unsqueeze(-1)
+        if "flags" in packed.tensors:
+            flags = unpack_bits(packed.tensors["flags"], 1, chunks.shape[3]).bool()
+            order = chunks.permute(2, 0, 1, 3, 4).contiguous()
+            order[flags.permute(2, 0, 1, 3)] = packed.tensors["kept"].float()
+            chunks = order.permute(1, 2, 0, 3, 4)
+        x = from_chunks(chunks, dim)
+        return x @ rotation(dim, device=x.device) if self.rotate else x
+
+
+def _check_codebook(book: Tensor) -> None:
+    if book.ndim not in (2, 3) or book.shape[-1] != 4 or not book.is_floating_point():
+        raise ValueError(f"a codebook must be floating point, (S, 4) or (heads, S, 4); got {tuple(book.shape)}, {book.dtype}")
+    if not torch.allclose(book.float().norm(dim=-1), torch.ones(()), atol=1e-3):
+        raise ValueError("a codebook must hold unit quaternions")
+
+
+@cache
+def _random(size: int, heads: int, layer: int, role: Role, seed: int) -> Tensor:
+    return random_secondary(size, heads, layer, role, seed)
+
+
+@cache
+def chi_levels(bits: int) -> Tensor:
+    """Lloyd–Max levels for the radius of four Gaussian numbers of unit variance: (2^bits,) float32, ascending.
+
+    The radius has the chi distribution with 4 degrees of freedom, of density r³ exp(-r²/2) / 2.
+    """
+    levels = lloyd_max(lambda r: r**3 * torch.exp(-r * r / 2) / 2, 0.0, 9.0, 2**bits)
+    return levels.float()
+
+
+def _nearest_direction(chunks: Tensor, books: Tensor, bf16: bool) -> tuple[Tensor, Tensor]:
+    """The best direction code s · 24 + p, and the chunk's projection on it.
+
+    Only the S secondaries are searched: <x, q_p·q_s> = <x·conj(q_s), q_p>, and the best unit for that is in closed form.
+
+    Args:
+        chunks: (batch, heads, tokens, n, 4).
+        books: (heads, S, 4) or (1, S, 4).
+        bf16: do it in bfloat16.
+    """
+    turns = right_matrix(conjugate(books))  # (h, S, 4, 4): y = turns @ x
+    codes = torch.empty(chunks.shape[:-1], dtype=torch.long, device=chunks.device)
+    best = torch.empty(chunks.shape[:-1], device=chunks.device)
+    for head in range(chunks.shape[1]):
+        turn = turns[head if len(turns) > 1 else 0]
+        flat = chunks[:, head].reshape(-1, 4)
+        if bf16:
+            flat, turn = (flat / flat.norm(dim=-1, keepdim=True).clamp(min=1e-8)).bfloat16(), turn.bfloat16()
+        size = max(1, (1 << 22) // len(turn))
+        found = [_search(part, turn) for part in flat.split(size)] or [(flat.new_zeros(0).long(), flat.new_zeros(0))]
+        shape = codes[:, head].shape
+        codes[:, head] = torch.cat([c for c, _ in found]).view(shape)
+        best[:, head] = torch.cat([b for _, b in found]).float().view(shape)
+    return codes, best
+
+
+def _search(x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    turned = (x @ turn.flatten(0, 1).T).unflatten(-1, (-1, 4))  # (n, S, 4)
+    projection, s = unit_projection(turned).max(-1)
+    p = nearest_unit(turned.gather(1, s[:, None, None].expand(-1, 1, 4)).squeeze(1))
+    return s * UNITS + p, projection
+
+
+@register("hqmq", ("hqmq:3", "hqmq:4", "hqmq:5", "hqmq:o170_r4", "hqmq:s96_r4", "hqmq:s96_r4_med3"))
+def _parse(argument: str) -> Codec:
+    """hqmq:4 is `JointHQMQ`; hqmq:s96_r4_med3 is the paper's; hqmq:o170_r4 has optimised directions and chi radii."""
+    if re.fullmatch(r"\d+(\.\d+)?(_norot)?(_nocentre)?", argument):
+        bits, *options = argument.split("_")
+        return JointHQMQ(float(bits), rotate="norot" not in options, centre="nocentre" not in options)
+    if match := re.fullmatch(r"o(\d+)_r(\d)", argument):
+        return HQMQ(int(match[1]), int(match[2]), None, "optimised", "chi", rotate=True)
+    return HQMQ.paper(argument)

@@ -1,0 +1,193 @@
+"""Attention over one part of a sequence, and the way parts become a whole: the definition, in plain PyTorch.
+
+Softmax attention over keys 1..n can be computed from any partition of them: each part gives its own normalised output and
+the log of its sum of exponentials (lse), and `merge` weighs the outputs by exp(lse). Queries of a group share their key head,
+so the group is folded into the query axis and keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tessera.codecs import Packed
+
+#: Scores that are in memory at once, in elements (4 bytes each).
+SCORES = 1 << 23
+#: Keys that are read, and if packed decoded, at once: at least and at most. Every codec's group divides the least.
+FEW, MANY = 256, 1024
+
+
+def attend(
+    q: Tensor,
+    packed_k: Packed,
+    packed_v: Packed,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    start: int | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over packed keys and values, decoded block by block.
+
+    Args:
+        q: (batch, q_heads, q_tokens, head_dim).
+        packed_k: keys, (batch, kv_heads, tokens, head_dim); kv_heads divides q_heads.
+        packed_v: values, of the same shape.
+        scale: multiplies the scores.
+        mask: (batch or 1, q_heads or 1, q_tokens, tokens) bool, True where a query sees a key; None: no mask.
+        softcap: scores become softcap · tanh(score / softcap).
+        start: number that the first query would have among these keys; query i then sees no key after start + i. None: all.
+        window: with `start`, query i sees no key before start + i - window + 1.
+
+    Returns:
+        out: (batch, q_heads, q_tokens, head_dim) float32, 0 where a query sees nothing.
+        lse: (batch, q_heads, q_tokens) float32, -inf where a query sees nothing.
+    """
+    if packed_k.shape != packed_v.shape:
+        raise ValueError(f"keys {tuple(packed_k.shape)} and values {tuple(packed_v.shape)} differ in shape")
+
+    def block(a: int, b: int) -> tuple[Tensor, Tensor]:
+        return packed_k.slice(a, b).decode(), packed_v.slice(a, b).decode()
+
+    return _online(q, block, packed_k.shape, scale, mask, softcap, start, window)
+
+
+def attend_exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    start: int | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend` over keys and values that are not packed. k, v: (batch, kv_heads, tokens, head_dim)."""
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} differ in shape")
+
+    def block(a: int, b: int) -> tuple[Tensor, Tensor]:
+        return k[:, :, a:b], v[:, :, a:b]
+
+    return _online(q, block, tuple(k.shape), scale, mask, softcap, start, window)
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys of all parts.
+
+    Args:
+        parts: (out, lse) pairs as `attend` returns them, at least one.
+
+    Returns:
+        out and lse, of the same shapes.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    lse = torch.stack([lse for _, lse in parts])
+    total = torch.logsumexp(lse, dim=0)
+    # Where nothing is seen all weights are exp(-inf - -inf); 0 is meant.
+    weight = torch.exp(lse - total.masked_fill(total == -math.inf, 0.0))
+    out = parts[0][0] * weight[0].unsqueeze(-1)
+    for (part, _), w in zip(parts[1:], weight[1:], strict=True):
+        out = out + part * w.unsqueeze(-1)
+    return out, total
+
+
+def _online(
+    q: Tensor,
+    block: Callable[[int, int], tuple[Tensor, Tensor]],
+    keys: tuple[int, ...],
+    scale: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    start: int | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Online softmax over blocks of keys, for tiles of queries."""
+    batch, heads, tokens, dim = q.shape
+    kv_heads, count = keys[1], keys[2]
+    if keys[0] != batch or heads % kv_heads or keys[3] != dim:
+        raise ValueError(f"queries {tuple(q.shape)} do not fit keys {keys}")
+    if mask is not None and mask.shape[-2:] != (tokens, count):
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit {tokens} queries and {count} keys")
+    tile = max(1, min(tokens, SCORES // (batch * heads * FEW)))
+    step = max(FEW, min(MANY, SCORES // (batch * heads * tile) // FEW * FEW))
+    if tile == tokens:
+        return _tile(q, block, kv_heads, count, scale, mask, softcap, start, window, step)
+    outs, lses = [], []
+    for a in range(0, tokens, tile):
+        b = min(a + tile, tokens)
+        rows = None if mask is None else mask[:, :, a:b]
+        first = None if start is None else start + a
+        out, lse = _tile(q[:, :, a:b], block, kv_heads, count, scale, rows, softcap, first, window, step)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _tile(
+    q: Tensor,
+    block: Callable[[int, int], tuple[Tensor, Tensor]],
+    kv_heads: int,
+    count: int,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    start: int | None,
+    window: int | None,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, dim = q.shape
+    group = heads // kv_heads
+    folded = (q.float() * scale).reshape(batch, kv_heads, group * tokens, dim)
+    top = q.new_full((batch, heads, tokens, 1), -math.inf, dtype=torch.float32)
+    total = torch.zeros_like(top)
+    out: Tensor | None = None
+    last = count if start is None else min(count, start + tokens)
+    begin = 0 if start is None or window is None else max(0, start - window + 1)
+    for a in range(begin // step * step, last, step):
+        b = min(a + step, last)
+        k, v = block(a, b)
+        scores = (folded @ k.float().transpose(-1, -2)).view(batch, heads, tokens, b - a)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        seen = None if mask is None else mask[..., a:b]
+        rule = _positions(a, b, tokens, start, window, q.device)
+        if rule is not None:
+            seen = rule if seen is None else seen & rule
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -math.inf)
+        new = torch.maximum(top, scores.amax(-1, keepdim=True))
+        # A query that has seen nothing yet keeps a maximum of -inf; subtracting 0 instead leaves its weights 0.
+        base = new.masked_fill(new == -math.inf, 0.0)
+        weight = torch.exp(scores - base)
+        keep = torch.exp(top - base)
+        total = total * keep + weight.sum(-1, keepdim=True)
+        part = (weight.view(batch, kv_heads, group * tokens, b - a) @ v.float()).view(batch, heads, tokens, -1)
+        out = part if out is None else out * keep + part
+        top = new
+    if out is None:
+        out = q.new_zeros((batch, heads, tokens, dim), dtype=torch.float32)
+    lse = (top + torch.log(total)).squeeze(-1)
+    return out / total.masked_fill(total == 0, 1.0), lse
+
+
+def _positions(a: int, b: int, tokens: int, start: int | None, window: int | None, device: torch.device) -> Tensor | None:
+    """(tokens, b - a) bool of what the positions allow, or None if they allow all of it."""
+    if start is None:
+        return None
+    causal, near = b - 1 > start, window is not None and a < start + tokens - window
+    if not causal and not near:
+        return None
+    query = torch.arange(start, start + tokens, device=device)[:, None]
+    key = torch.arange(a, b, device=device)
+    allowed = key <= query
+    if near and window is not None:
+        allowed &= key > query - window
+    return allowed

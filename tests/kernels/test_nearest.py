@@ -1,0 +1,87 @@
+"""The indexed search against comparing every codeword."""
+
+import pytest
+import torch
+
+from tessera.codecs.codebooks import JOINT_BITS, joint
+from tessera.kernels.nearest import CellIndex, brute_force, build_index, canonical_rotation, nearest
+from tessera.quaternion import conjugate, hamilton, units
+
+
+@pytest.fixture(scope="module", params=[b for b in JOINT_BITS if b <= 16])
+def index(request: pytest.FixtureRequest) -> CellIndex:
+    book = joint(request.param)
+    return build_index(book.codewords.float() * book.step, book.conjugations)
+
+
+def samples(count: int) -> torch.Tensor:
+    """Chunks of every size: Gaussian, tiny, huge, with zeros, and on the borders where units tie."""
+    x = torch.randn(count, 4)
+    x[: count // 10] *= torch.logspace(-6, 3, count // 10)[:, None]
+    x[count // 10 : count // 5, 1:3] = 0
+    x[count // 5 : count // 4] = x[count // 5 : count // 4].sign() * 0.7
+    return x
+
+
+def test_search_finds_the_nearest_codeword(index: CellIndex) -> None:
+    x = samples(4000)
+    found = (x - index.words[nearest(x, index)]).norm(dim=-1)
+    best = (x - index.words[brute_force(x, index.words)]).norm(dim=-1)
+    assert (found - best).max() < 1e-5 * (1 + x.norm(dim=-1)).max()
+    near = x.norm(dim=-1) < 4
+    assert (found - best)[near].max() < 1e-5
+
+
+def test_search_compares_few_codewords(index: CellIndex) -> None:
+    x = torch.randn(2000, 4)
+    length = x.norm(dim=-1)
+    x = x[(length > 0.3) & (length < index.radius)]  # the rest, and the surroundings of the origin, is searched in full
+    assert index.candidates.shape[1] <= 32 < len(index.words) / 2
+    # The lists answer it: without them, every chunk would fall back to the full search and this would raise.
+    blind = CellIndex(**{**vars(index), "words": torch.full((1, 4), torch.nan)})
+    assert torch.equal(nearest(x, blind), nearest(x, index))
+
+
+def test_search_of_nothing_and_of_zero(index: CellIndex) -> None:
+    assert nearest(torch.zeros(0, 4), index).shape == (0,)
+    code = nearest(torch.zeros(1, 4), index)
+    assert torch.isclose(index.words[code].norm(), index.words.norm(dim=-1).min())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [18, 20])
+def test_search_finds_the_nearest_codeword_of_large_codebooks(bits: int) -> None:
+    book = joint(bits)
+    index = build_index(book.codewords.float() * book.step, book.conjugations)
+    x = samples(1000)
+    found = (x - index.words[nearest(x, index)]).norm(dim=-1)
+    best = (x - index.words[brute_force(x, index.words)]).norm(dim=-1)
+    assert (found - best)[x.norm(dim=-1) < 4].max() < 1e-5
+
+
+def test_canonical_rotation_is_a_rotation_into_the_region() -> None:
+    v = torch.randn(500, 3)
+    turned, code = canonical_rotation(v)
+    assert torch.allclose(turned.norm(dim=-1), v.norm(dim=-1))
+    assert (turned[:, 0] >= turned[:, 1]).all()
+    assert (turned[:, 1] >= 0).all()
+    assert (turned[:, 0] >= turned[:, 2].abs()).all()
+    assert set(code.tolist()) == set(range(12))
+
+
+@pytest.mark.parametrize("bits", JOINT_BITS)
+def test_codebooks_are_integers_closed_under_the_units(bits: int) -> None:
+    book = joint(bits)
+    assert (book.base.int().sum(-1) % 2 == 0).all()
+    secondary = book.secondary.float()
+    assert book.codewords.shape == (24 * len(secondary), 4)
+    assert len(book.codewords) <= 2**bits
+    exact = hamilton(units()[None], secondary[:100, None]).reshape(-1, 4)
+    assert torch.equal(exact, book.codewords[: len(exact)].float())
+    if book.conjugations:
+        u = units()[9]
+        turned = hamilton(hamilton(u, secondary[:60]), conjugate(u))
+        known = {tuple(row) for row in secondary.int().tolist()}
+        assert all(tuple(row) in known for row in turned.round().int().tolist())
+    if bits <= 16:
+        assert book.codewords.abs().max() <= 127
