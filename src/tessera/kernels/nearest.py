@@ -191,12 +191,16 @@ def _halve(
 
 def _prune_far(low: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     """First lists, for the cubes of edge `ROOT`: codewords not farther from the whole cube than the best one at its worst."""
+    centre = low + ROOT / 2
+    half_diagonal = ROOT + MARGIN
     box, word = [], []
-    for i, corner in enumerate(low):
-        nearest_point = words.clamp(min=corner - MARGIN, max=corner + ROOT + MARGIN)
-        least = (words - nearest_point).square().sum(-1)
-        most = torch.maximum((words - corner).abs(), (words - corner - ROOT).abs()).square().sum(-1)
-        kept = torch.nonzero(least <= most.min() + MARGIN).flatten()
+    half_square = words.square().sum(-1) / 2
+    for i in range(len(low)):
+        # Half the squared distance from the centre, without its constant part.
+        score = half_square - words @ centre[i]
+        constant = centre[i].square().sum() / 2
+        least = (2 * (score.min() + constant)).clamp(min=0).sqrt()
+        kept = torch.nonzero(score + constant <= (least + 2 * half_diagonal) ** 2 / 2 + MARGIN).flatten()
         word.append(kept)
         box.append(torch.full_like(kept, i))
     return torch.cat(box), torch.cat(word)
@@ -205,16 +209,17 @@ def _prune_far(low: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
 def _prune(low: Tensor, size: float, box: Tensor, word: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     """Drop codewords that lose everywhere in their cube to one that is best at its centre or at a corner."""
     centre = low + size / 2
+    w = words[word]
+    distance = (centre[box] - w).square().sum(-1)
     places = torch.cat((torch.full((1, 4), size / 2), torch.cartesian_prod(*[torch.tensor([0.0, size])] * 4)))
     for place in places:
-        here = ((low + place)[box] - words[word]).square().sum(-1)
-        best = word[_best_of_box(here, box, len(low))]
-        distance = (centre[box] - words[word]).square().sum(-1)
-        rival_distance = (centre - words[best]).square().sum(-1)[box]
+        # From the centre to this place, the squared distance changes by -2 <place - centre, w> and a constant.
+        here = distance - 2 * (w @ (place - size / 2)) + 2 * (centre @ (place - size / 2))[box]
+        best = _best_of_box(here, box, len(low))
         # |x - word|² - |x - rival|² is linear in x: at the centre, less the most that it can fall within the cube.
-        fall = (size + 2 * MARGIN) * (words[word] - words[best][box]).abs().sum(-1)
-        keep = distance - rival_distance <= fall + MARGIN**2
-        box, word = box[keep], word[keep]
+        fall = (size + 2 * MARGIN) * (w - w[best][box]).abs().sum(-1)
+        keep = distance - distance[best][box] <= fall + MARGIN**2
+        box, word, w, distance = box[keep], word[keep], w[keep], distance[keep]
     return box, word
 
 
