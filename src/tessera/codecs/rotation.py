@@ -1,0 +1,40 @@
+"""A fixed orthonormal rotation of head_dim coordinates that makes vectors look Gaussian: randomised Hadamard."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def rotation(dim: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """The rotation matrix R: y = x @ R.T, x = y @ R.
+
+    Random signs, then the Hadamard matrix; for dim = m · 2^k with m odd, its Kronecker product with the DCT of size m, so
+    that any head_dim is mixed as well as it can be.
+
+    Args:
+        dim: number of coordinates.
+        seed: of the signs.
+        device: where the matrix should be.
+
+    Returns:
+        (dim, dim) float32, orthonormal; cached, so do not write to it.
+    """
+    return _rotation(dim, seed, torch.device(device))
+
+
+@cache
+def _rotation(dim: int, seed: int, device: torch.device) -> Tensor:
+    odd = dim
+    hadamard = np.ones((1, 1))
+    while odd % 2 == 0:
+        odd //= 2
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]]) / np.sqrt(2)
+    row, column = np.arange(odd)[:, None], np.arange(odd)[None]
+    dct = np.cos(np.pi * (column + 0.5) * row / odd) * np.sqrt(2 / odd)
+    dct[0] /= np.sqrt(2)
+    signs = np.random.Generator(np.random.PCG64(seed)).integers(0, 2, dim) * 2 - 1
+    return torch.from_numpy(np.kron(dct, hadamard) * signs).float().to(device)
