@@ -1,0 +1,232 @@
+"""Tessera's attention: one softmax over all tiers of a cache, registered with transformers as "tessera"."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as drop_out
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from tessera import kernels
+from tessera.cache.lane import Part, Turn
+from tessera.cache.layer import ATTENTION, Handle
+from tessera.cache.masks import LaneMask, boolean
+from tessera.codecs import Packed
+from tessera.kernels.reference import attend_exact
+
+M = TypeVar("M", bound=nn.Module)
+
+#: Where `enable` notes what `disable` shall restore.
+_PREVIOUS = "_attention_before_tessera"
+
+
+def enable(model: M) -> M:
+    """Route the attention of `model` (a transformers model) through Tessera. Returns the model; calling it again is harmless.
+
+    Without a `tessera.Cache` the model computes what it did before.
+
+    Raises:
+        ValueError: for a model that does not ask transformers' `AttentionInterface` for its attention.
+    """
+    why = unsupported(model)
+    if why:
+        raise ValueError(f"tessera.enable: {type(model).__name__} cannot use Tessera's attention: {why}")
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    before = text._attn_implementation
+    if before == ATTENTION:
+        return model
+    _switch(model, ATTENTION)
+    if text._attn_implementation != ATTENTION:
+        raise ValueError(f"tessera.enable: {type(model).__name__} kept its attention {text._attn_implementation!r}")
+    setattr(model, _PREVIOUS, before)
+    return model
+
+
+def disable(model: M) -> M:
+    """Give `model` back the attention it had before `enable`. Returns the model."""
+    config: Any = model.config
+    if config.get_text_config(decoder=True)._attn_implementation == ATTENTION:
+        _switch(model, getattr(model, _PREVIOUS, None) or ("sdpa" if getattr(model, "_supports_sdpa", False) else "eager"))
+    return model
+
+
+def unsupported(model: Any) -> str | None:
+    """Why the model's attention cannot be replaced, or None if it can."""
+    if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
+        return "it is not a transformers model"
+    if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
+        return "its code computes attention itself and does not ask transformers' AttentionInterface"
+    return None
+
+
+def _switch(model: Any, implementation: str) -> None:
+    """Set the attention of the text model only; vision towers keep theirs."""
+    config = model.config
+    text = config.get_text_config(decoder=True)
+    key = next((k for k in config.sub_configs if getattr(config, k, None) is text), None)
+    model.set_attn_implementation(implementation if key is None else {key: implementation})
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What models call instead of their own attention.
+
+    Args:
+        module: the model's attention module.
+        query: (batch, q_heads, tokens, head_dim).
+        key: a handle from `tessera.Cache`, or keys (batch, kv_heads, slots, head_dim) from anywhere else.
+        value: likewise.
+        attention_mask: (batch or 1, heads or 1, tokens, slots), True where a query sees a slot, or None: causal.
+        dropout: of the attention weights; only without a handle.
+        scaling: of the scores; None: head_dim ** -0.5.
+        softcap: scores become softcap · tanh(score / softcap).
+        s_aux: (q_heads,) logits of sinks that take part in the softmax and give nothing.
+        kwargs: the rest that models pass; the window is in the mask already.
+
+    Returns:
+        (batch, tokens, q_heads, head_dim) and no weights.
+    """
+    if not isinstance(key, Handle):
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        return _dense(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
+    if dropout:
+        raise ValueError("attention dropout and tessera.Cache do not go together; call model.eval()")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = key.layer
+    turns = layer.open(attention_mask)
+    batch, heads, tokens, dim = query.shape
+    out: Tensor | None = None
+    for turn, mask in turns:
+        rows = turn.lane.rows
+        whole = len(rows) == batch
+        index = None if whole else torch.tensor(rows, device=query.device)
+        q = query if index is None else query.index_select(0, index)
+        part = _attend(q[:, :, turn.begin :], turn, mask, scale, softcap, s_aux).to(query.dtype).transpose(1, 2)
+        if whole and not turn.begin:
+            out = part.contiguous()
+            break
+        if out is None:
+            out = query.new_zeros((batch, tokens, heads, dim))
+        if index is None:
+            out[:, turn.begin :] = part
+        else:
+            out[index, turn.begin :] = part
+    layer.close(turns)
+    return query.new_zeros((batch, tokens, heads, dim)) if out is None else out, None
+
+
+def _attend(
+    q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softcap: float | None, s_aux: Tensor | None
+) -> Tensor:
+    """One softmax over all parts. q: (rows, q_heads, tokens, head_dim), as the result."""
+    if len(turn.parts) == 1 and mask is None and softcap is None and s_aux is None:
+        fused = _fused(q, turn, scale)
+        if fused is not None:
+            return fused
+    results = []
+    for part in turn.parts:
+        start, window = _rule(turn, part)
+        seen = None if mask is None else mask.columns(part.start, part.tokens)
+        if mask is not None and window is None:
+            start = None  # the mask says it all, and may say something else than causality
+        if isinstance(part.keys, Packed) and isinstance(part.values, Packed):
+            results.append(
+                kernels.attend(q, part.keys, part.values, scale, mask=seen, softcap=softcap, start=start, window=window)
+            )
+        elif isinstance(part.keys, Tensor) and isinstance(part.values, Tensor):
+            results.append(
+                attend_exact(q, part.keys, part.values, scale, mask=seen, softcap=softcap, start=start, window=window)
+            )
+    if s_aux is not None:
+        lse = s_aux.float().view(1, -1, 1).expand(q.shape[:3])
+        results.append((torch.zeros_like(results[0][0]), lse))
+    return kernels.merge(results)[0]
+
+
+def _rule(turn: Turn, part: Part) -> tuple[int | None, int | None]:
+    """The part's `start` and `window` for the kernels, None where they hide nothing."""
+    start, window = turn.first - part.start, part.window
+    if window is not None and start + turn.tokens - window <= 0:
+        window = None
+    if window is None and start >= part.tokens - 1:
+        return None, None
+    return start, window
+
+
+def _fused(q: Tensor, turn: Turn, scale: float) -> Tensor | None:
+    """PyTorch's own attention, where all that is read is one exact part with a rule that it knows."""
+    part = turn.parts[0]
+    k, v = part.keys, part.values
+    if not isinstance(k, Tensor) or not isinstance(v, Tensor) or k.dtype != q.dtype:
+        return None
+    start, window = _rule(turn, part)
+    if window is not None:
+        return None
+    rows, heads, tokens, dim = q.shape
+    if start is None and tokens == 1:
+        # The queries of a group become the query tokens of their key head, so keys are not repeated.
+        packed = q.reshape(rows, k.shape[1], heads // k.shape[1], dim)
+        return scaled_dot_product_attention(packed, k, v, scale=scale).reshape(rows, heads, 1, dim)
+    if start == 0 and tokens == part.tokens:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != k.shape[1])
+    return None
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attention with soft-capping and sinks over plain tensors, differentiable; PyTorch's own has neither."""
+    batch, heads, tokens, dim = query.shape
+    slots = key.shape[2]
+    grouped = query.reshape(batch, key.shape[1], -1, dim)
+    scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, tokens, slots).float()
+    scores = scores * (dim**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        seen = boolean(mask)
+    elif tokens > 1 and getattr(module, "is_causal", True):
+        # transformers leaves the mask out only where query i sees the slots up to i.
+        seen = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril()
+    else:
+        seen = torch.ones(1, 1, dtype=torch.bool, device=query.device)
+    scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
+    if s_aux is not None:
+        sinks = s_aux.float().view(1, -1, 1, 1).expand(batch, heads, tokens, 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    weights = drop_out(weights.to(value.dtype), dropout, module.training)
+    out = weights.view(batch, key.shape[1], -1, slots) @ value
+    return out.view(batch, heads, tokens, -1).transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

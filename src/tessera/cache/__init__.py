@@ -1,0 +1,7 @@
+"""The cache: a token's life from exact to packed to dropped."""
+
+from tessera.cache.cache import Cache, Prefill
+from tessera.cache.report import CacheReport
+from tessera.cache.spec import BLOCK, Spec, parse
+
+__all__ = ["BLOCK", "Cache", "CacheReport", "Prefill", "Spec", "parse"]

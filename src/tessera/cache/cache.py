@@ -1,0 +1,202 @@
+"""`tessera.Cache`: a transformers `Cache` whose layers are tiers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache as TransformersCache
+
+from tessera import codecs
+from tessera.cache import storage
+from tessera.cache.lane import Policy
+from tessera.cache.layer import Link, TesseraLayer
+from tessera.cache.report import CacheReport
+from tessera.cache.spec import Spec, parse
+
+Prefill = Literal["exact", "packed"]
+
+
+class Cache(TransformersCache):
+    """Keys and values in tiers, for `model.generate(..., past_key_values=tessera.Cache(spec, model))`.
+
+    Args:
+        spec: tiers joined by `+`, such as "sink:4 + hqmq:4 + recent:128"; see `tessera.cache.spec.parse`.
+        model_or_config: the transformers model that the cache serves; its attention is routed through Tessera (see
+            `tessera.enable`; `tessera.disable` undoes it). Or the model's own config object: then nothing is switched, and as
+            long as the model uses another attention, keys and values are decoded for every call, with one warning.
+        prefill: "exact": the tokens of a call are attended to as they are, and packed after it. "packed": what leaves `recent`
+            is packed first and attended to in that form, also by the call's own queries. The cache's contents are the same.
+
+    Raises:
+        ValueError: for a spec with a mistake, or a model that this cache cannot serve, saying why.
+    """
+
+    layers: list[TesseraLayer]
+
+    def __init__(self, spec: str | Spec, model_or_config: Any, *, prefill: Prefill = "exact") -> None:
+        self.spec = parse(spec)
+        if prefill not in ("exact", "packed"):
+            raise ValueError(f"prefill must be 'exact' or 'packed', got {prefill!r}")
+        self.prefill = prefill
+        config = model_or_config.config if isinstance(model_or_config, nn.Module) else model_or_config
+        text, layers = read_config(config)
+        if isinstance(model_or_config, nn.Module):
+            # Here and not above, because the attention function reads the cache's layers.
+            from tessera.attention import enable, unsupported
+
+            why = unsupported(model_or_config)
+            if why:
+                raise ValueError(
+                    f"{type(model_or_config).__name__}: {why}. tessera.Cache(spec, model.config) works where keys and values "
+                    "may be decoded for every call"
+                )
+            enable(model_or_config)
+        codec = None if self.spec.codec is None else codecs.get(self.spec.codec)
+        link = Link(text, prefill, self.spec.bounded)
+        super().__init__(
+            layers=[
+                TesseraLayer(i, Policy.of(self.spec, codec, sliding), shape, sliding, link)
+                for i, (shape, sliding) in enumerate(layers)
+            ]
+        )
+
+    def __repr__(self) -> str:
+        return f"Cache({str(self.spec)!r}, {len(self.layers)} layers, {self.get_seq_length()} tokens)"
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Stage the new tokens of a layer; see `TesseraLayer.update`.
+
+        Raises:
+            ValueError: if the model is not the one that the cache was made for.
+            RuntimeError: in gradient mode, or after a call that stopped half-way.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"this cache was made for a model of {len(self.layers)} layers and was given keys of layer {layer_idx}; make a "
+                "cache for each model"
+            )
+        if layer_idx == 0 and len({layer.seen for layer in self.layers}) > 1:
+            raise RuntimeError(
+                f"the layers of this cache have seen {sorted({layer.seen for layer in self.layers})} tokens: a call stopped "
+                "half-way, or the model has fewer layers than the one it was made for; call cache.reset()"
+            )
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """Older name of `get_max_length`."""
+        return self.layers[layer_idx].get_max_length()
+
+    def to(self, device: torch.device | str) -> Cache:
+        """Move all tiers to a device."""
+        for layer in self.layers:
+            layer.to(device)
+        return self
+
+    def report(self) -> CacheReport:
+        """Count the bytes that are held."""
+        names = {
+            "packed": self.spec.codec or "packed",
+            "recent": "dense" if self.spec.dense else "window" if self.spec.window is not None else "recent",
+        }
+        sizes: dict[str, int] = {}
+        tokens: dict[str, int] = {}
+        dense = 0
+        for layer in self.layers:
+            heads, dim = layer.shape
+            for tier, tensors in layer.buffers().items():
+                sizes[tier] = sizes.get(tier, 0) + sum(t.numel() * t.element_size() for t in tensors)
+            for tier, count in layer.held().items():
+                tokens[tier] = tokens.get(tier, 0) + 2 * count * heads * dim
+            if layer.dtype is not None:
+                kept = layer.seen if layer.sliding is None else min(layer.seen, layer.sliding - 1)
+                dense += 2 * layer.batch * kept * heads * dim * layer.dtype.itemsize
+        nbytes, elements = sum(sizes.values()), sum(tokens.values())
+        return CacheReport(
+            spec=str(self.spec),
+            nbytes=nbytes,
+            tiers={names.get(tier, tier): size for tier, size in sizes.items() if size},
+            tier_bits={names.get(tier, tier): 8 * sizes[tier] / n for tier, n in tokens.items() if n},
+            elements=elements,
+            bits_per_element=8 * nbytes / max(1, elements),
+            tokens=self.get_seq_length(),
+            dense_nbytes=dense,
+            compression=dense / max(1, nbytes),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a safetensors file; `path` is replaced only when the whole file is there."""
+        storage.save(self.layers, self._describe(), path)
+
+    def _describe(self) -> dict[str, str]:
+        return {"spec": str(self.spec), "prefill": self.prefill}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model_or_config: Any) -> Cache:
+        """Read what `save` wrote, onto the device of the model (the CPU if only a config is given).
+
+        Raises:
+            ValueError: if the file is damaged, or was made for another model.
+        """
+        with storage.reading(path) as stored:
+            cache = cls(stored.text("spec"), model_or_config, prefill=stored.text("prefill"))  # type: ignore[arg-type]
+            stored.fill(cache.layers)
+        if isinstance(model_or_config, nn.Module):
+            parameter = next(model_or_config.parameters(), None)
+            if parameter is not None:
+                cache.to(parameter.device)
+        return cache
+
+
+def read_config(config: Any) -> tuple[Any, list[tuple[tuple[int, int], int | None]]]:
+    """What the cache must know of a model.
+
+    Returns:
+        the config of its text decoder, and for each layer (kv_heads, head_dim) and the window of its own attention or None.
+
+    Raises:
+        ValueError: for a model whose layers do not keep plain keys and values, saying why.
+    """
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(f"expected a transformers model or its config, got {type(config).__name__}")
+    text = config.get_text_config(decoder=True)
+    name = getattr(text, "model_type", type(text).__name__)
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        raise ValueError(f"tessera.Cache does not support {name}: it is an encoder-decoder, whose decoder needs two caches")
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(
+            f"tessera.Cache does not support {name}: its multi-head latent attention keeps keys and values of different "
+            "shapes, made from a latent vector"
+        )
+    if getattr(text, "num_kv_shared_layers", None) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
+        raise ValueError(
+            f"tessera.Cache does not support {name}: some of its layers read the keys and values of other layers"
+        )
+    count = getattr(text, "num_hidden_layers", None)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    dim = getattr(text, "head_dim", None)
+    if dim is None and getattr(text, "hidden_size", None) and getattr(text, "num_attention_heads", None):
+        dim = text.hidden_size // text.num_attention_heads
+    if not isinstance(count, int) or not isinstance(heads, int) or not isinstance(dim, int):
+        raise ValueError(f"tessera.Cache does not support {name}: its config does not say how many keys a layer keeps")
+    sliding = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    if types is None:
+        if getattr(text, "attention_chunk_size", None):
+            types = ["chunked_attention"] * count
+        else:
+            types = ["full_attention" if sliding is None else "sliding_attention"] * count
+    other = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if other:
+        raise ValueError(
+            f"tessera.Cache does not support {name}: its layers of type {', '.join(map(repr, other))} keep something else than "
+            "keys and values of all tokens or of a sliding window"
+        )
+    for marker in ("ssm_state_size", "mamba_d_state", "linear_num_value_heads", "state_size"):
+        if getattr(text, marker, None):
+            raise ValueError(f"tessera.Cache does not support {name}: it has recurrent layers ({marker})")
+    return text, [((heads, dim), sliding if kind == "sliding_attention" else None) for kind in types]

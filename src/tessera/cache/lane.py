@@ -1,0 +1,274 @@
+"""A lane: the tiers of those batch rows that have equal left padding, and a token's way through them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessera.cache.spec import BLOCK, Spec
+from tessera.cache.tiers import PAGE, CodecTier, ExactTier
+from tessera.codecs import Codec, Packed
+
+#: While a cache records its past, this many more tokens stay exact, so that a crop of as many leaves no trace.
+RECORDED = 512
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a layer keeps, made from the spec and from what the model's layer can see.
+
+    Attributes:
+        sink: number of first tokens kept for ever.
+        recent: number of newest tokens kept exactly; None: all.
+        codec: for the tokens in between; None: they are dropped.
+        limit: number of tokens that the codec holds at most; None: no limit.
+        window: a query sees only this many newest tokens, itself included, and the sinks; None: all that are kept.
+    """
+
+    sink: int
+    recent: int | None
+    codec: Codec | None
+    limit: int | None
+    window: int | None
+
+    @staticmethod
+    def of(spec: Spec, codec: Codec | None, sliding: int | None) -> Policy:
+        """The policy of a layer whose own attention window is `sliding` tokens (None: it sees everything)."""
+        window = min((w for w in (spec.window, sliding) if w is not None), default=None)
+        # What lies outside a layer's own window it never sees, so sinks would be of no use to it.
+        sink = 0 if sliding is not None else spec.sink
+        recent: int | None = None if spec.dense else spec.recent
+        if window is not None:
+            recent = window - 1 if spec.window is not None or recent is None else min(recent, window - 1)
+        return Policy(sink, recent, codec, spec.codec_limit, window)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring tokens that attention reads in one go.
+
+    Attributes:
+        keys: (rows, kv_heads, tokens, head_dim), packed or not.
+        values: the same of the values.
+        start: place of the first of them in the lane.
+        tokens: how many.
+        window: a query sees only this many newest tokens of them, itself included; None: no such rule.
+    """
+
+    keys: Tensor | Packed
+    values: Tensor | Packed
+    start: int
+    tokens: int
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One call's share of a lane.
+
+    Attributes:
+        lane: whose rows they are.
+        first: place in the lane of the call's first token.
+        tokens: new tokens, which are also the queries.
+        parts: what the queries read, each up to its own place.
+        pending: the new keys and values if the lane has not taken them in yet.
+        begin: slots of padding in this call before the first token.
+    """
+
+    lane: Lane
+    first: int
+    tokens: int
+    parts: list[Part]
+    pending: tuple[Tensor, Tensor] | None
+    begin: int = 0
+
+
+class Lane:
+    """Tokens of some batch rows from their first real token on.
+
+    Blocks of `BLOCK` tokens are counted from the end of the sinks, so what is packed together depends neither on padding nor
+    on how the calls were cut.
+
+    Args:
+        policy: what to keep.
+        layer: index of the layer.
+        rows: batch rows, ascending.
+        pad: slots of padding before the first token.
+    """
+
+    def __init__(self, policy: Policy, layer: int, rows: list[int], pad: int) -> None:
+        self.policy = policy
+        self.layer = layer
+        self.rows = rows
+        self.pad = pad
+        self.length = 0
+        self.dropped = 0
+        self.sink = ExactTier(room=max(1, policy.sink))
+        self.recent = ExactTier()
+        self.packed = None if policy.codec is None else CodecTier(policy.codec, layer)
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Tokens by tier."""
+        return {
+            "sink": self.sink.tokens,
+            "packed": 0 if self.packed is None else self.packed.tokens,
+            "recent": self.recent.tokens,
+        }
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Take new tokens in. k, v: (rows, kv_heads, n, head_dim)."""
+        first = min(max(self.policy.sink - self.length, 0), k.shape[2])
+        if first:
+            self.sink.append(k[:, :, :first], v[:, :, :first])
+        self.recent.append(k[:, :, first:], v[:, :, first:])
+        self.length += k.shape[2]
+
+    def settle(self, drop: bool = True, spare: int = 0) -> None:
+        """Let whole blocks leave `recent`.
+
+        Args:
+            drop: also forget what no later query sees and what exceeds the limit; without, everything is only packed.
+            spare: this many tokens more stay exact.
+        """
+        if self.policy.recent is not None:
+            leave = max(0, self.recent.tokens - self.policy.recent - spare) // BLOCK * BLOCK
+            if self.packed is None:
+                if leave and drop:
+                    self.recent.pop_front(leave)
+                    self.dropped += leave
+            else:
+                self._pack(leave, drop, spare)
+        if drop and self.packed is not None:
+            old = min(self._useless(self.packed.tokens, spare), self.packed.tokens)
+            self.packed.drop_front(old)
+            self.dropped += old
+
+    def _pack(self, leave: int, drop: bool, spare: int) -> None:
+        assert self.packed is not None
+        if not leave:
+            return
+        held = self.packed.tokens
+        # What would be dropped at once is not packed first.
+        useless = max(0, self._useless(held + leave, spare) - held) if drop else 0
+        k, v = self.recent.pop_front(leave)
+        if useless:
+            self.packed.drop_front(held)
+            self.dropped += held + useless
+        self.packed.append(k[:, :, useless:], v[:, :, useless:])
+
+    def _useless(self, packed: int, spare: int) -> int:
+        """How many of `packed` tokens behind the sinks can go: those past the limit, those outside the window."""
+        count = 0
+        if self.policy.limit is not None and packed > self.policy.limit:
+            count = -(-(packed - self.policy.limit) // BLOCK) * BLOCK
+        if self.policy.window is not None:
+            # The next query, at place `length`, sees places greater than length - window.
+            unseen = self.length - spare - self.policy.window + 1 - self.sink.tokens - self.dropped
+            count = max(count, max(0, min(unseen, packed)) // BLOCK * BLOCK)
+        return count
+
+    def admit(self, k: Tensor, v: Tensor, packed: bool) -> Turn:
+        """Begin a call: what its queries read. k, v: (rows, kv_heads, n, head_dim) of the new tokens.
+
+        Args:
+            packed: pack what leaves `recent` before the queries read it, instead of after.
+        """
+        first, n = self.length, k.shape[2]
+        if packed or n <= BLOCK and first:
+            self.append(k, v)
+            if packed:
+                self.settle(drop=False)
+            return Turn(self, first, n, self.parts(), None)
+        # A long call is read where it lies and taken in afterwards, so it is never copied whole.
+        parts, window = self.parts(), self.policy.window
+        split = min(max(self.policy.sink - first, 0), n) if window is not None else 0
+        if split:
+            parts.append(Part(k[:, :, :split], v[:, :, :split], first, split))
+        if split < n:
+            parts.append(Part(k[:, :, split:], v[:, :, split:], first + split, n - split, window))
+        return Turn(self, first, n, parts, (k, v))
+
+    def dismiss(self, turn: Turn, spare: int = 0) -> None:
+        """End a call: take in what has not been yet, pack, drop."""
+        if turn.pending is not None:
+            k, v = turn.pending
+            step = turn.tokens if self.policy.recent is None else PAGE
+            for a in range(0, turn.tokens, step):
+                self.append(k[:, :, a : a + step], v[:, :, a : a + step])
+                self.settle(spare=spare)
+        else:
+            self.settle(spare=spare)
+
+    def parts(self) -> list[Part]:
+        """Everything held, in order."""
+        parts = []
+        # Sinks stay visible outside the window; a layer whose own window hides them has none.
+        if self.sink.tokens:
+            parts.append(Part(self.sink.keys, self.sink.values, 0, self.sink.tokens))
+        at, window = self.sink.tokens + self.dropped, self.policy.window
+        for keys, values in self.packed.pages if self.packed is not None else ():
+            parts.append(Part(keys, values, at, keys.tokens, window))
+            at += keys.tokens
+        if self.recent.tokens:
+            parts.append(Part(self.recent.keys, self.recent.values, at, self.recent.tokens, window))
+        return parts
+
+    def check_crop(self, n: int) -> None:
+        """Refuse to forget the `n` newest tokens where tokens would be needed again that have been dropped.
+
+        Raises:
+            ValueError: saying which.
+        """
+        if not self.dropped or not n:
+            return
+        rest, oldest = self.length - n, self.sink.tokens + self.dropped
+        # The next query would see window - 1 tokens before it.
+        if self.policy.window is not None and rest - self.policy.window + 1 < oldest:
+            raise ValueError(
+                f"layer {self.layer} keeps a window of {self.policy.window} tokens and has dropped what lay before it, so "
+                f"the last {n} tokens cannot be taken back; call cache.activate_past_recording() before the calls that "
+                f"may be cropped (then up to {RECORDED} tokens can be)"
+            )
+        if rest < oldest:
+            raise ValueError(f"layer {self.layer} has dropped its tokens up to {oldest}; it cannot be cropped to {rest}")
+
+    def crop(self, n: int) -> None:
+        """Forget the `n` newest tokens; see `check_crop`."""
+        rest = self.length - n
+        exact = min(n, self.recent.tokens)
+        self.recent.pop_back(exact)
+        left = n - exact
+        if left and self.packed is not None:
+            cut = min(left, self.packed.tokens)
+            block = self.packed.crop_back(cut)
+            if block is not None:
+                self.recent.push_front(*block)
+            left -= cut
+        if left:
+            self.sink.pop_back(left)
+        self.length = rest
+
+    def select(self, index: Tensor) -> None:
+        """Take rows of the lane by their place in it. index: (n,) int64."""
+        self.sink.select(index)
+        self.recent.select(index)
+        if self.packed is not None:
+            self.packed.select(index)
+
+    def buffers(self) -> dict[str, list[Tensor]]:
+        """Every tensor that is held, by tier."""
+        return {
+            "sink": self.sink.buffers(),
+            "packed": [] if self.packed is None else self.packed.buffers(),
+            "recent": self.recent.buffers(),
+        }
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to another device."""
+        self.sink.to(device)
+        self.recent.to(device)
+        if self.packed is not None:
+            self.packed.to(device)

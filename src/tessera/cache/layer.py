@@ -1,0 +1,393 @@
+"""One layer of the cache: it stages what the model gives it until the attention function, which sees the mask, asks."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from tessera.cache.lane import RECORDED, Lane, Policy, Turn
+from tessera.cache.masks import LaneMask, MaskMemo, lane_mask, leading_pads
+from tessera.codecs import Packed
+
+#: Name of the attention function in transformers' `AttentionInterface`.
+ATTENTION = "tessera"
+
+
+class Link:
+    """What the layers of a cache share: the config of the model they serve, and what they know about its masks.
+
+    Args:
+        config: the very config object that the model's attention modules read.
+        prefill: "exact" or "packed", see `Cache`.
+        bounded: the spec drops tokens.
+    """
+
+    def __init__(self, config: Any, prefill: str, bounded: bool) -> None:
+        self.config = config
+        self.prefill = prefill
+        self.bounded = bounded
+        self.masks = MaskMemo()
+        self.warned = False
+
+    def __deepcopy__(self, memo: object) -> Link:
+        # A copied cache serves the same model, whose attention may be switched later.
+        return self
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model's attention is ours and understands handles."""
+        return getattr(self.config, "_attn_implementation", None) == ATTENTION
+
+    def warn(self) -> None:
+        """Say once that the memory advantage is lost while attention runs."""
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"the model's attention is {getattr(self.config, '_attn_implementation', None)!r}, not {ATTENTION!r}: the cache "
+                "is decoded into dense keys and values for every call, one layer at a time. It stays small between the "
+                "calls, but the calls are slower and need more memory; tessera.enable(model) avoids this.",
+                stacklevel=6,
+            )
+
+
+class HandleError(AttributeError):
+    """Something other than Tessera's attention has touched a handle."""
+
+
+class Handle:
+    """Stands for the keys or values of a layer on their way from the cache to Tessera's attention function."""
+
+    __slots__ = ("layer", "role")
+
+    def __init__(self, layer: TesseraLayer, role: str) -> None:
+        self.layer = layer
+        self.role = role
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise HandleError(
+            f"the attention of this model uses the cached {self.role}s directly ({what}), so it cannot read Tessera's tiers. "
+            "Call tessera.disable(model) to have them decoded for it."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        self._refuse(f".{name}")
+
+    def __getitem__(self, index: object) -> Any:
+        self._refuse("indexing")
+
+
+class TesseraLayer(CacheLayerMixin):
+    """The tiers of one attention layer.
+
+    Args:
+        index: of the layer in its model.
+        policy: what to keep.
+        shape: (kv_heads, head_dim).
+        sliding: window of the layer's own attention in tokens, or None.
+        link: shared with the other layers.
+    """
+
+    is_compileable = False
+
+    def __init__(self, index: int, policy: Policy, shape: tuple[int, int], sliding: int | None, link: Link) -> None:
+        super().__init__()
+        self.index = index
+        self.policy = policy
+        self.shape = shape
+        self.sliding = sliding
+        self.link = link
+        self.is_sliding = sliding is not None
+        self.is_croppable = policy.recent is None
+        self.record_past = False
+        self.dtype: torch.dtype | None = None
+        self.device: torch.device | None = None
+        self._empty()
+
+    def _empty(self) -> None:
+        self.seen = 0
+        self.batch = 0
+        self.lanes: list[Lane] = []
+        self.waiting: list[int] = []  # rows that have seen nothing but padding
+        self._staged: tuple[Tensor, Tensor] | None = None
+        self.is_initialized = False
+
+    # What the model calls
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Learn batch size, dtype and device."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch = key_states.shape[0]
+        self.waiting = list(range(self.batch))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Stage new tokens. key_states, value_states: (batch, kv_heads, tokens, head_dim).
+
+        Returns:
+            two handles that Tessera's attention function understands; keys and values decoded if the model uses another.
+
+        Raises:
+            ValueError: if they do not fit the model that the cache was made for, or its batch.
+            RuntimeError: in gradient mode.
+        """
+        self.settle_calls()
+        self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._staged = key_states.detach(), value_states.detach()
+        self.seen += key_states.shape[2]
+        if self.link.attached:
+            return Handle(self, "key"), Handle(self, "value")
+        return self._materialise()
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise RuntimeError(
+                "tessera.Cache keeps no gradients, so a loss computed through it would be wrong; wrap the call in "
+                "torch.no_grad() or torch.inference_mode(), or train without a cache"
+            )
+        expected = f"(batch, {self.shape[0]}, tokens, {self.shape[1]})"
+        if k.shape != v.shape or (k.shape[1], k.shape[3]) != self.shape:
+            raise ValueError(
+                f"layer {self.index} was given keys {tuple(k.shape)} and values {tuple(v.shape)}, but this cache was made for a "
+                f"model with {expected}; make a cache for each model"
+            )
+        if self.is_initialized and k.shape[0] != self.batch:
+            raise ValueError(
+                f"the cache holds {self.batch} rows and was given {k.shape[0]}; use cache.batch_repeat_interleave or "
+                "cache.batch_select_indices to change the batch, or cache.reset() to begin anew"
+            )
+
+    def get_seq_length(self) -> int:
+        """Slots seen, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of the mask of the next call, and the slot of the first."""
+        offset = 0 if self.sliding is None else max(self.seen - self.sliding + 1, 0)
+        return self.seen + query_length - offset, offset
+
+    def get_max_length(self) -> int:
+        """Most slots that matter to a query; -1 if all do."""
+        return -1 if self.sliding is None else self.sliding
+
+    def get_max_cache_shape(self) -> int:
+        """The same by its older name."""
+        return self.get_max_length()
+
+    # What the attention function calls
+
+    def open(self, mask: Tensor | None) -> list[tuple[Turn, LaneMask | None]]:
+        """Sort the staged tokens into lanes.
+
+        Args:
+            mask: (batch or 1, heads or 1, queries, slots) as the model made it; None: causal, no padding.
+
+        Returns:
+            for each lane what the queries of its rows read, and the lane's mask where one is needed.
+        """
+        if self._staged is None:
+            raise RuntimeError(f"layer {self.index}: attention was called twice for one update of the cache")
+        k, v = self._staged
+        self._staged = None
+        n = k.shape[2]
+        before = self.seen - n
+        if mask is not None:
+            self._check_mask(mask, n)
+        turns = []
+        packed = self.link.prefill == "packed"
+        for lane in self.lanes:
+            turns.append(lane.admit(*self._rows(k, v, lane.rows, 0), packed))
+        for begin, rows in sorted(self._arrivals(mask, n).items()):
+            if begin == n:
+                continue
+            lane = Lane(self.policy, self.index, rows, before + begin)
+            self.lanes.append(lane)
+            turns.append(replace(lane.admit(*self._rows(k, v, rows, begin), packed), begin=begin))
+            self.waiting = [row for row in self.waiting if row not in rows]
+        return [(turn, self._lane_mask(mask, turn)) for turn in turns]
+
+    def _check_mask(self, mask: Tensor, n: int) -> None:
+        queries, slots = mask.shape[-2:]
+        fits = slots == self.seen if self.sliding is None else slots <= self.seen
+        if mask.ndim != 4 or queries != n or not fits or mask.shape[0] not in (1, self.batch):
+            raise ValueError(
+                f"layer {self.index}: an attention mask of shape {tuple(mask.shape)} does not fit {self.batch} rows, {n} queries "
+                f"and {self.seen} slots"
+            )
+
+    def _arrivals(self, mask: Tensor | None, n: int) -> dict[int, list[int]]:
+        """The waiting rows by the number of padding slots before their first token; n if there is none yet."""
+        if not self.waiting:
+            return {}
+        if mask is None:
+            return {0: list(self.waiting)}
+        pads = leading_pads(mask, self.link.masks)
+        groups: dict[int, list[int]] = {}
+        for row in self.waiting:
+            groups.setdefault(pads[row if len(pads) > 1 else 0], []).append(row)
+        return groups
+
+    def _rows(self, k: Tensor, v: Tensor, rows: list[int], begin: int) -> tuple[Tensor, Tensor]:
+        if len(rows) < self.batch:
+            index = torch.tensor(rows, device=k.device)
+            k, v = k.index_select(0, index), v.index_select(0, index)
+        return k[:, :, begin:], v[:, :, begin:]
+
+    def _lane_mask(self, mask: Tensor | None, turn: Turn) -> LaneMask | None:
+        if mask is None:
+            return None
+        shift = turn.lane.pad - (self.seen - mask.shape[-1])
+        return lane_mask(mask, self.link.masks, turn.lane.rows, turn.begin, shift, turn.first, self.sliding)
+
+    def close(self, turns: list[tuple[Turn, LaneMask | None]]) -> None:
+        """End the call: take in, pack, drop."""
+        spare = RECORDED if self.record_past else 0
+        for turn, _ in turns:
+            turn.lane.dismiss(turn, spare)
+
+    # For attention functions that are not ours
+
+    def settle_calls(self) -> None:
+        """Take in what was staged and never asked for."""
+        if self._staged is not None:
+            self.close(self.open(None))
+
+    def _materialise(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots that the mask has columns for: (batch, kv_heads, slots, head_dim)."""
+        if self.link.bounded:
+            raise RuntimeError(
+                "a spec that drops tokens ('window', '@limit') works with Tessera's attention only, because other attention "
+                "functions cannot skip the gap; call tessera.enable(model)"
+            )
+        self.link.warn()
+        turns = self.open(None)
+        first = turns[0][0]
+        offset = 0 if self.sliding is None else max(self.seen - first.tokens - self.sliding + 1, 0)
+        size = (self.batch, self.shape[0], self.seen - offset, self.shape[1])
+        keys = torch.zeros(size, dtype=self.dtype, device=self.device)
+        values = torch.zeros_like(keys)
+        for turn, _ in turns:
+            rows = torch.tensor(turn.lane.rows, device=keys.device)
+            for part in turn.parts:
+                a = turn.lane.pad + part.start - offset
+                skip = max(0, -a)
+                if skip < part.tokens:
+                    span = slice(a + skip, a + part.tokens)
+                    keys[rows, :, span] = _tensor(part.keys)[:, :, skip:].to(keys)
+                    values[rows, :, span] = _tensor(part.values)[:, :, skip:].to(keys)
+        self.close(turns)
+        return keys, values
+
+    # Changes of the batch and of the length
+
+    def select(self, rows: Tensor) -> None:
+        """Row i of the new batch is row rows[i] of the old one. rows: (n,) int64."""
+        self.settle_calls()
+        if not self.is_initialized:
+            return
+        order: list[int] = rows.tolist()
+        if order == list(range(self.batch)):
+            return
+        lanes = []
+        for lane in self.lanes:
+            place = {row: i for i, row in enumerate(lane.rows)}
+            new = [i for i, row in enumerate(order) if row in place]
+            if not new:
+                continue
+            index = [place[order[i]] for i in new]
+            if index != list(range(len(lane.rows))):
+                lane.select(torch.tensor(index, dtype=torch.long))
+            lane.rows = new
+            lanes.append(lane)
+        self.lanes = lanes
+        waiting = set(self.waiting)
+        self.waiting = [i for i, row in enumerate(order) if row in waiting]
+        self.batch = len(order)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow a beam search. beam_idx: (batch,) int64."""
+        self.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self.select(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows that `indices` names or, if it is boolean, marks."""
+        self.select(torch.arange(self.batch)[torch.as_tensor(indices).cpu()])
+
+    def activate_past_recording(self) -> None:
+        """Hold back packing and dropping until the next `crop`, for up to `RECORDED` tokens."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest -`tokens_to_remove` slots; a positive number is the length that shall remain.
+
+        Raises:
+            ValueError: if tokens would be needed again that have been dropped.
+        """
+        self.settle_calls()
+        n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        n = min(n, self.seen)
+        if n:
+            for lane in self.lanes:
+                lane.check_crop(min(n, lane.length))
+            for lane in self.lanes:
+                lane.crop(min(n, lane.length))
+            self.seen -= n
+            gone = [lane for lane in self.lanes if not lane.length]
+            self.lanes = [lane for lane in self.lanes if lane.length]
+            self.waiting = sorted([*self.waiting, *(row for lane in gone for row in lane.rows)])
+        for lane in self.lanes:
+            lane.settle()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._empty()
+
+    def offload(self) -> None:
+        """Move to the CPU."""
+        self.to("cpu")
+
+    def prefetch(self) -> None:
+        """Move back to where the model needs it."""
+        if self.device is not None:
+            self.to(self.device)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to another device."""
+        self.settle_calls()
+        for lane in self.lanes:
+            lane.to(device)
+
+    # What there is
+
+    def buffers(self) -> dict[str, list[Tensor]]:
+        """Every tensor that is held, by tier."""
+        found: dict[str, list[Tensor]] = {"sink": [], "packed": [], "recent": [], "staged": []}
+        for lane in self.lanes:
+            for tier, tensors in lane.buffers().items():
+                found[tier] += tensors
+        if self._staged is not None:
+            found["staged"] += self._staged
+        return found
+
+    def held(self) -> dict[str, int]:
+        """Tokens of all rows by tier."""
+        found = {"sink": 0, "packed": 0, "recent": 0, "staged": 0}
+        for lane in self.lanes:
+            for tier, tokens in lane.held.items():
+                found[tier] += tokens * len(lane.rows)
+        if self._staged is not None:
+            found["staged"] = self._staged[0].shape[0] * self._staged[0].shape[2]
+        return found
+
+
+def _tensor(x: Tensor | Packed) -> Tensor:
+    return x.decode() if isinstance(x, Packed) else x

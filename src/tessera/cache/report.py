@@ -1,0 +1,52 @@
+"""What a cache holds, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Bytes of a cache, counted from its tensors.
+
+    Attributes:
+        spec: of the cache.
+        nbytes: bytes of all tensors that are held, the free room of buffers included.
+        tiers: the same by tier: "sink", the codec's spec, "recent" ("window" or "dense" where that is the spec), "staged".
+        tier_bits: true bits per element of each tier that holds tokens.
+        elements: elements of keys and values that are held in any form.
+        bits_per_element: 8 · nbytes / elements.
+        tokens: slots that the cache has seen, padding included.
+        dense_nbytes: what transformers' `DynamicCache` would hold for the same tokens.
+        compression: dense_nbytes / nbytes.
+    """
+
+    spec: str
+    nbytes: int
+    tiers: dict[str, int]
+    tier_bits: dict[str, float]
+    elements: int
+    bits_per_element: float
+    tokens: int
+    dense_nbytes: int
+    compression: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.spec}: {self.tokens} tokens in {_size(self.nbytes)}, {self.bits_per_element:.3f} bits per element, "
+            f"{self.compression:.2f}x smaller than the dense {_size(self.dense_nbytes)}"
+        ]
+        width = max((len(name) for name in self.tiers), default=0)
+        for name, size in self.tiers.items():
+            bits = f"  {self.tier_bits[name]:.3f} bits" if name in self.tier_bits else ""
+            lines.append(f"  {name:<{width}}  {_size(size):>10}{bits}")
+        return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

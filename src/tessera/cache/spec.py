@@ -1,0 +1,173 @@
+"""The spec grammar: `sink:4 + hqmq:4@32768 + recent:128`."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from tessera import codecs
+
+#: Tokens that are compressed, and dropped, together. The group of every codec divides it.
+BLOCK = 64
+
+#: What each tier that is no codec is for, with the example that errors show.
+TIERS = {
+    "sink": ("sink:4", "the first tokens, exact for ever"),
+    "recent": ("recent:128", "the newest tokens, exact"),
+    "window": ("window:512", "the newest tokens, exact, and nothing behind them"),
+    "dense": ("dense", "every token, exact"),
+    "tc": ("tc", "an associative memory of what was dropped"),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Which tiers a cache has.
+
+    Attributes:
+        sink: number of first tokens that stay exact for ever.
+        recent: number of newest tokens that stay exact at least; up to `BLOCK` - 1 more wait there until a block is whole.
+        codec: spec of the codec that holds the tokens between the two, or None.
+        codec_limit: number of tokens that the codec tier holds at most; the oldest whole blocks are dropped. None: no limit.
+        window: a query sees this many newest tokens, itself included, and the sinks, and nothing else. None: no window.
+        dense: keep every token exactly.
+    """
+
+    sink: int = 0
+    recent: int = 0
+    codec: str | None = None
+    codec_limit: int | None = None
+    window: int | None = None
+    dense: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("sink", "recent"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.dense:
+            self._alone("dense", "it keeps every token exactly already", sink=self.sink, recent=self.recent)
+        if self.window is not None:
+            if self.window < 1:
+                raise ValueError(f"window needs at least 1 token, got {self.window}")
+            self._alone("window", "it is exact and nothing lies behind it; only 'sink' may join it", recent=self.recent)
+        if self.codec is not None:
+            group = codecs.get(self.codec).group
+            if BLOCK % group:
+                raise ValueError(
+                    f"{self.codec!r} encodes {group} tokens together, which does not divide the {BLOCK} tokens that are "
+                    "compressed at a time"
+                )
+            if self.codec_limit is not None and self.codec_limit < BLOCK:
+                raise ValueError(
+                    f"'{self.codec}@{self.codec_limit}' is less than one block; the least is '{self.codec}@{BLOCK}'"
+                )
+        elif self.codec_limit is not None:
+            raise ValueError("codec_limit without a codec")
+        elif not self.dense and self.window is None:
+            raise ValueError(
+                "a spec must say what becomes of the tokens that leave 'recent': add a codec, as in "
+                f"'{codec_examples()[0]}', or write 'window:{self.recent or 512}' to drop them, or 'dense' to keep them"
+            )
+
+    def _alone(self, name: str, why: str, **others: int) -> None:
+        clash = [key for key, value in others.items() if value]
+        if self.codec is not None:
+            clash.append(self.codec)
+        if name == "dense" and self.window is not None:
+            clash.append("window")
+        if clash:
+            raise ValueError(f"{name!r} and {clash[0]!r} contradict each other: {name} - {why}")
+
+    @property
+    def exact(self) -> bool:
+        """Whether no token is ever changed or dropped."""
+        return self.dense
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the cache stops growing."""
+        return self.window is not None or self.codec_limit is not None
+
+    def __str__(self) -> str:
+        words = []
+        if self.sink:
+            words.append(f"sink:{self.sink}")
+        if self.codec is not None:
+            words.append(self.codec if self.codec_limit is None else f"{self.codec}@{self.codec_limit}")
+        if self.recent:
+            words.append(f"recent:{self.recent}")
+        if self.window is not None:
+            words.append(f"window:{self.window}")
+        if self.dense:
+            words.append("dense")
+        return " + ".join(words)
+
+
+def codec_examples() -> tuple[str, ...]:
+    """Specs of the codecs there are, to be shown in errors."""
+    return codecs.examples() or ("hqmq:4",)
+
+
+def parse(text: str | Spec) -> Spec:
+    """Read a spec.
+
+    Args:
+        text: tiers joined by `+`, in any order, each `name` or `name:argument`; spaces do not matter. A `Spec` is returned
+            as it is.
+
+    Raises:
+        ValueError: naming the word that is wrong and the words that would be right.
+    """
+    if isinstance(text, Spec):
+        return text
+    if not isinstance(text, str):
+        raise TypeError(f"a spec is a string such as 'sink:4 + {codec_examples()[0]} + recent:128', not {text!r}")
+    found: dict[str, int | str | bool] = {}
+    for word in text.split("+"):
+        word = "".join(word.split())
+        if not word:
+            raise ValueError(f"there is an empty tier in {text!r}; write tiers like {_choices()} with '+' between them")
+        for key, value in _tier(word, text).items():
+            if key in found:
+                what = "codec" if key == "codec" else key
+                raise ValueError(f"{word!r} in {text!r} is a second {what}; a spec has one of each tier at most")
+            found[key] = value
+    try:
+        return Spec(**found)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{error} (in {text!r})") from None
+
+
+def _tier(word: str, text: str) -> dict[str, int | str | bool]:
+    """One tier as fields of `Spec`."""
+    name, colon, argument = word.partition(":")
+    if name == "tc":
+        raise ValueError(
+            f"'tc' in {text!r} needs a Tensor Cache attached to the model, which this version cannot do yet; leave it out"
+        )
+    if name == "dense":
+        if colon:
+            raise ValueError(f"'dense' takes no argument, got {word!r} in {text!r}")
+        return {"dense": True}
+    if name in TIERS:
+        return {name: _number(argument, word, TIERS[name][0], text)}
+    if name.partition("@")[0] in codecs.names():
+        codec, at, limit = word.partition("@")
+        codecs.get(codec)
+        fields: dict[str, int | str | bool] = {"codec": codec}
+        if at:
+            fields["codec_limit"] = _number(limit, word, f"{codec}@32768", text)
+        return fields
+    near = difflib.get_close_matches(name, [*TIERS, *codecs.names()], n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"unknown tier {name!r} in {text!r}{hint} There are: {_choices()}")
+
+
+def _number(argument: str, word: str, example: str, text: str) -> int:
+    if not argument.isascii() or not argument.isdigit():
+        raise ValueError(f"{word!r} in {text!r} needs a whole number of tokens, as in {example!r}; got {argument!r}")
+    return int(argument)
+
+
+def _choices() -> str:
+    return ", ".join(repr(example) for example in (*(e for e, _ in TIERS.values()), *codec_examples()))

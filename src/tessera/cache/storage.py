@@ -1,0 +1,219 @@
+"""A cache in a safetensors file: the tensors of every tier, and a header of plain JSON that says what they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tessera.cache.lane import Lane
+from tessera.cache.spec import BLOCK
+from tessera.cache.tiers import PAGE, ExactTier
+from tessera.codecs import Packed
+from tessera.files import atomic_path
+
+if TYPE_CHECKING:
+    from tessera.cache.layer import TesseraLayer
+
+#: Changes when a reader of the older form would misread the newer.
+FORMAT = 1
+
+
+def save(layers: Sequence[TesseraLayer], about: dict[str, str], path: str | os.PathLike[str]) -> None:
+    """Write the layers. about: text that `Stored.text` gives back."""
+    tensors: dict[str, Tensor] = {}
+    described = []
+    for layer in layers:
+        layer.settle_calls()
+        lanes = [_put_lane(lane, f"{layer.index}.{i}", tensors) for i, lane in enumerate(layer.lanes)]
+        described.append(
+            {
+                "shape": list(layer.shape),
+                "sliding": layer.sliding,
+                "seen": layer.seen,
+                "batch": layer.batch,
+                "waiting": layer.waiting,
+                "dtype": None if layer.dtype is None else str(layer.dtype).removeprefix("torch."),
+                "lanes": lanes,
+            }
+        )
+    header = {"tessera_cache": json.dumps({"format": FORMAT, **about, "layers": described})}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, header)
+
+
+def _put_lane(lane: Lane, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    for name, tier in (("sink", lane.sink), ("recent", lane.recent)):
+        if tier.tokens:
+            tensors[f"{prefix}.{name}.keys"] = tier.keys.contiguous()
+            tensors[f"{prefix}.{name}.values"] = tier.values.contiguous()
+    pages = []
+    for number, page in enumerate(lane.packed.pages if lane.packed is not None else ()):
+        for role, packed in zip(("keys", "values"), page, strict=True):
+            for field, tensor in packed.tensors.items():
+                tensors[f"{prefix}.page{number}.{role}.{field}"] = tensor.contiguous()
+        pages.append([packed.metadata() for packed in page])
+    return {"rows": lane.rows, "pad": lane.pad, "length": lane.length, "dropped": lane.dropped, "pages": pages}
+
+
+class Stored:
+    """An open file, its header read and found to be of the right form."""
+
+    def __init__(self, file: Any, header: dict[str, Any]) -> None:
+        self._file = file
+        self._header = header
+        self._left = set(file.keys())
+
+    def text(self, key: str) -> str:
+        """What was saved about the cache."""
+        return _typed(self._header, key, str)
+
+    def fill(self, layers: Sequence[TesseraLayer]) -> None:
+        """Put what was saved into empty layers.
+
+        Raises:
+            ValueError: if the file was made for another model, or is damaged.
+        """
+        described = _typed(self._header, "layers", list)
+        if len(described) != len(layers):
+            raise ValueError(f"this cache was saved from a model of {len(described)} layers; yours has {len(layers)}")
+        for layer, about in zip(layers, described, strict=True):
+            if not isinstance(about, dict):
+                raise ValueError("the header is damaged: a layer is no table")
+            if (about.get("shape"), about.get("sliding")) != (list(layer.shape), layer.sliding):
+                raise ValueError(
+                    f"this cache was saved from a model whose layer {layer.index} has (kv_heads, head_dim) = {about.get('shape')} "
+                    f"and sliding window {about.get('sliding')}; yours has {list(layer.shape)} and {layer.sliding}"
+                )
+            self._fill(layer, about)
+        if self._left:
+            raise ValueError(f"the file is damaged: its header does not mention {sorted(self._left)[:3]}")
+
+    def _fill(self, layer: TesseraLayer, about: dict[str, Any]) -> None:
+        layer.seen = _count(about, "seen")
+        layer.batch = _count(about, "batch")
+        layer.waiting = _rows(about, "waiting", layer.batch)
+        if about.get("dtype") is None:
+            if layer.seen:
+                raise ValueError("the header is damaged: tokens without a dtype")
+            return
+        dtype = getattr(torch, _typed(about, "dtype", str), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"the header is damaged: dtype {about.get('dtype')!r}")
+        layer.dtype, layer.device, layer.is_initialized = dtype, torch.device("cpu"), True
+        for number, entry in enumerate(_typed(about, "lanes", list)):
+            if not isinstance(entry, dict):
+                raise ValueError("the header is damaged: a lane is no table")
+            layer.lanes.append(self._lane(layer, entry, f"{layer.index}.{number}"))
+        rows = sorted([*layer.waiting, *(row for lane in layer.lanes for row in lane.rows)])
+        if rows != list(range(layer.batch)):
+            raise ValueError(f"the header is damaged: layer {layer.index} holds rows {rows} of {layer.batch}")
+
+    def _lane(self, layer: TesseraLayer, about: dict[str, Any], prefix: str) -> Lane:
+        lane = Lane(layer.policy, layer.index, _rows(about, "rows", layer.batch), _count(about, "pad"))
+        lane.length, lane.dropped = _count(about, "length"), _count(about, "dropped")
+        size = (len(lane.rows), *layer.shape)
+        self._exact(lane.sink, f"{prefix}.sink", size, layer.dtype)
+        self._exact(lane.recent, f"{prefix}.recent", size, layer.dtype)
+        pages = _typed(about, "pages", list)
+        if pages and lane.packed is None:
+            raise ValueError("the header is damaged: packed tokens without a codec")
+        for number, page in enumerate(pages):
+            assert lane.packed is not None
+            if not isinstance(page, list) or len(page) != 2 or not all(isinstance(one, dict) for one in page):
+                raise ValueError("the header is damaged: a page is no pair of tables")
+            keys, values = (
+                self._packed(metadata, f"{prefix}.page{number}.{role}.", lane, role)
+                for metadata, role in zip(page, ("keys", "values"), strict=True)
+            )
+            good = (size[0], size[1], keys.tokens, size[2])
+            if keys.shape != good or values.shape != good or keys.tokens % BLOCK or not 0 < keys.tokens <= PAGE:
+                raise ValueError(f"the header is damaged: page {number} has shapes {keys.shape} and {values.shape}")
+            lane.packed.pages.append((keys, values))
+        held = lane.sink.tokens + lane.dropped + lane.held["packed"] + lane.recent.tokens
+        if held != lane.length or lane.pad + lane.length != layer.seen or lane.sink.tokens > lane.policy.sink:
+            raise ValueError(f"the file is damaged: layer {layer.index} should hold {lane.length} tokens and holds {held}")
+        return lane
+
+    def _exact(self, tier: ExactTier, prefix: str, size: tuple[int, int, int], dtype: torch.dtype | None) -> None:
+        if f"{prefix}.keys" not in self._left:
+            return
+        keys, values = self._take(f"{prefix}.keys"), self._take(f"{prefix}.values")
+        good = (size[0], size[1], keys.shape[2] if keys.ndim == 4 else -1, size[2])
+        if tuple(keys.shape) != good or keys.shape != values.shape or {keys.dtype, values.dtype} != {dtype}:
+            raise ValueError(f"the file is damaged: {prefix} has shapes {tuple(keys.shape)} and {tuple(values.shape)}")
+        tier.append(keys, values)
+
+    def _packed(self, metadata: dict[str, str], prefix: str, lane: Lane, role: str) -> Packed:
+        assert lane.packed is not None
+        tensors = {name[len(prefix) :]: self._take(name) for name in sorted(self._left) if name.startswith(prefix)}
+        packed = Packed.from_parts(metadata, tensors, lane.packed.codec)
+        if (packed.role, packed.layer, packed.offset) != (role[:-1], lane.layer, 0):
+            raise ValueError(f"the header is damaged: {packed.describe()} in place of {role} of layer {lane.layer}")
+        return packed
+
+    def _take(self, name: str) -> Tensor:
+        if name not in self._left:
+            raise ValueError(f"the file is damaged: it lacks {name!r}")
+        self._left.remove(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[Stored]:
+    """Open what `save` wrote.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is something else.
+    """
+    try:
+        file = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} is no saved cache: {error}") from None
+    with file:
+        text = (file.metadata() or {}).get("tessera_cache")
+        if text is None:
+            raise ValueError(f"{os.fspath(path)} is no saved cache: it has no 'tessera_cache' header")
+        try:
+            header = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{os.fspath(path)}: the header is damaged: {error}") from None
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            found = header.get("format") if isinstance(header, dict) else None
+            raise ValueError(f"{os.fspath(path)} has format {found!r}; this version reads format {FORMAT}")
+        try:
+            yield Stored(file, header)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from None
+
+
+def _typed(table: dict[str, Any], key: str, kind: type) -> Any:
+    value = table.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"the header is damaged: {key!r} is {value!r}")
+    return value
+
+
+def _count(table: dict[str, Any], key: str) -> int:
+    value: int = _typed(table, key, int)
+    if value < 0:
+        raise ValueError(f"the header is damaged: {key!r} is {value}")
+    return value
+
+
+def _rows(table: dict[str, Any], key: str, batch: int) -> list[int]:
+    rows: list[int] = _typed(table, key, list)
+    if any(not isinstance(row, int) or isinstance(row, bool) or not 0 <= row < batch for row in rows):
+        raise ValueError(f"the header is damaged: {key!r} is {rows!r} in a batch of {batch}")
+    if rows != sorted(set(rows)):
+        raise ValueError(f"the header is damaged: {key!r} is {rows!r}")
+    return rows

@@ -1,0 +1,197 @@
+"""Where tokens are kept: exact (`ExactTier`) or packed (`CodecTier`). Both hold tokens in order, the oldest first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessera.cache.spec import BLOCK
+from tessera.codecs import Codec, Packed
+
+#: Tokens of a page. Appending copies one page at most.
+PAGE = 1024
+
+
+class ExactTier:
+    """Keys and values as they came.
+
+    They lie at the front of a buffer with a little room behind them, so that a step of one token writes one token.
+
+    Args:
+        room: the buffer grows by multiples of this many tokens.
+    """
+
+    def __init__(self, room: int = BLOCK) -> None:
+        self.room = room
+        self.tokens = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """(batch, kv_heads, tokens, head_dim), a view."""
+        assert self._keys is not None
+        return self._keys[:, :, : self.tokens]
+
+    @property
+    def values(self) -> Tensor:
+        """(batch, kv_heads, tokens, head_dim), a view."""
+        assert self._values is not None
+        return self._values[:, :, : self.tokens]
+
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that is held."""
+        return [] if self._keys is None or self._values is None else [self._keys, self._values]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add tokens behind the newest. k, v: (batch, kv_heads, n, head_dim)."""
+        n = k.shape[2]
+        if n == 0 and self._keys is not None:
+            return
+        need = self.tokens + n
+        self._keys = self._write(self._keys, k, need)
+        self._values = self._write(self._values, v, need)
+        self.tokens = need
+
+    def _write(self, buffer: Tensor | None, new: Tensor, need: int) -> Tensor:
+        # A buffer made in inference mode may not be written to outside of it.
+        locked = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if buffer is None or buffer.shape[2] < need or locked:
+            grown = new.new_empty((*new.shape[:2], self._round(need), new.shape[3]))
+            if buffer is not None:
+                grown = grown.to(buffer.dtype)
+                grown[:, :, : self.tokens] = buffer[:, :, : self.tokens]
+            buffer = grown
+        buffer[:, :, self.tokens : need] = new
+        return buffer
+
+    def _round(self, tokens: int) -> int:
+        return -(-tokens // self.room) * self.room
+
+    def pop_front(self, n: int) -> tuple[Tensor, Tensor]:
+        """Remove the `n` oldest tokens and return them; they share no memory with what stays."""
+        keys, values = self.keys, self.values
+        front = keys[:, :, :n], values[:, :, :n]
+        self.tokens -= n
+        size = self._round(self.tokens + self.room)
+        self._keys, self._values = self._moved(keys[:, :, n:], size), self._moved(values[:, :, n:], size)
+        return front
+
+    @staticmethod
+    def _moved(kept: Tensor, size: int) -> Tensor:
+        buffer = kept.new_empty((*kept.shape[:2], size, kept.shape[3]))
+        buffer[:, :, : kept.shape[2]] = kept
+        return buffer
+
+    def pop_back(self, n: int) -> None:
+        """Forget the `n` newest tokens."""
+        self.tokens -= n
+        if self._keys is not None and self._values is not None:
+            size = self._round(self.tokens + self.room)
+            if self._keys.shape[2] > size:
+                self._keys, self._values = self._moved(self.keys, size), self._moved(self.values, size)
+
+    def push_front(self, k: Tensor, v: Tensor) -> None:
+        """Put tokens before the oldest."""
+        if self.tokens:
+            k, v = torch.cat([k, self.keys], dim=2), torch.cat([v, self.values], dim=2)
+        size = self._round(k.shape[2])
+        self.tokens = k.shape[2]
+        self._keys, self._values = self._moved(k, size), self._moved(v, size)
+
+    def select(self, rows: Tensor) -> None:
+        """Take batch rows by index. rows: (n,) int64."""
+        if self._keys is not None and self._values is not None:
+            rows = rows.to(self._keys.device)
+            self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to another device."""
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = self._keys.to(device), self._values.to(device)
+
+
+class CodecTier:
+    """Keys and values in the bytes of a codec, whole blocks of `BLOCK` tokens only, in pages of `PAGE` tokens at most.
+
+    Args:
+        codec: packs and unpacks; its group must divide `BLOCK`.
+        layer: index of the layer, for codebooks drawn per layer.
+    """
+
+    def __init__(self, codec: Codec, layer: int) -> None:
+        if BLOCK % codec.group:
+            raise ValueError(f"{codec.spec} encodes {codec.group} tokens together, which does not divide {BLOCK}")
+        self.codec = codec
+        self.layer = layer
+        self.pages: list[tuple[Packed, Packed]] = []
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens held."""
+        return sum(keys.tokens for keys, _ in self.pages)
+
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that is held."""
+        return [tensor for page in self.pages for packed in page for tensor in packed.tensors.values()]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Encode tokens behind the newest. k, v: (batch, kv_heads, n, head_dim), n a multiple of `BLOCK`."""
+        n = k.shape[2]
+        assert n % BLOCK == 0
+        done = 0
+        while done < n:
+            free = PAGE - self.pages[-1][0].tokens if self.pages else 0
+            size = min(free or PAGE, n - done)
+            part = slice(done, done + size)
+            keys = self.codec.encode(k[:, :, part], "key", self.layer)
+            values = self.codec.encode(v[:, :, part], "value", self.layer)
+            if free:
+                old_keys, old_values = self.pages[-1]
+                self.pages[-1] = Packed.cat([old_keys, keys]), Packed.cat([old_values, values])
+            else:
+                self.pages.append((keys, values))
+            done += size
+
+    def drop_front(self, n: int) -> None:
+        """Forget the `n` oldest tokens, a multiple of `BLOCK`."""
+        assert n % BLOCK == 0
+        while n:
+            keys, values = self.pages[0]
+            if keys.tokens <= n:
+                n -= keys.tokens
+                del self.pages[0]
+            else:
+                self.pages[0] = keys.slice(n, keys.tokens).compact(), values.slice(n, values.tokens).compact()
+                n = 0
+
+    def crop_back(self, n: int) -> tuple[Tensor, Tensor] | None:
+        """Forget the `n` newest tokens.
+
+        Returns:
+            the tokens of the block that was cut, decoded, for they no longer make a whole one; None if it was cut cleanly.
+        """
+        rest = None
+        while n:
+            keys, values = self.pages.pop()
+            if keys.tokens <= n:
+                n -= keys.tokens
+                continue
+            stay = keys.tokens - n
+            whole = stay // BLOCK * BLOCK
+            if whole:
+                self.pages.append((keys.slice(0, whole).compact(), values.slice(0, whole).compact()))
+            if stay > whole:
+                rest = keys.slice(whole, stay).decode(), values.slice(whole, stay).decode()
+            n = 0
+        return rest
+
+    def select(self, rows: Tensor) -> None:
+        """Take batch rows by index. rows: (n,) int64."""
+        if self.pages:
+            rows = rows.to(self.pages[0][0].device)
+            self.pages = [(keys.select(rows), values.select(rows)) for keys, values in self.pages]
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to another device."""
+        self.pages = [(keys.to(device), values.to(device)) for keys, values in self.pages]

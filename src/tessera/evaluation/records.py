@@ -1,0 +1,105 @@
+"""The one result record of all evaluations, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+import tessera
+from tessera.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache specification under one protocol.
+
+    Attributes:
+        protocol: "streaming" or "paper", see `tessera.evaluation.compare`.
+        spec: of the cache.
+        perplexity: exp of the mean negative log-likelihood of the text.
+        delta: perplexity relative to the exact cache, minus one.
+        kl: mean over tokens of KL(exact || spec), in nats.
+        top1: share of tokens at which both models' likeliest next token is the same.
+        codec_bits: true bits per element of the compressed tier; of the whole cache where there is none.
+        bits: true bits per element of everything the cache keeps, exact tiers included.
+        nbytes: bytes of the cache of one sequence at the end of a window.
+        compression: bytes of a dense cache over `nbytes`.
+        tokens_per_second: text tokens evaluated per second, all sequences together, medians over windows.
+    """
+
+    protocol: str
+    spec: str
+    perplexity: float
+    delta: float
+    kl: float
+    top1: float
+    codec_bits: float
+    bits: float
+    nbytes: int
+    compression: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured, and on what.
+
+    Attributes:
+        model: path or name of the model.
+        text: what was read.
+        tokens: tokens that were predicted, per protocol.
+        context: tokens of a window.
+        chunk: tokens of a call in the streaming protocol.
+        rows: the results.
+        environment: versions and processor.
+    """
+
+    model: str
+    text: str
+    tokens: int
+    context: int
+    chunk: int
+    rows: tuple[Row, ...]
+    environment: dict[str, str] = field(default_factory=lambda: environment())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Comparison:
+        """Read what `save` wrote."""
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data["rows"] = tuple(Row(**row) for row in data["rows"])
+        return cls(**data)
+
+
+def environment() -> dict[str, str]:
+    """What a figure depends on besides the code."""
+    import transformers
+
+    return {
+        "tessera": tessera.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "processor": processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import cache_fixtures  # noqa: F401  (registers the codec "grouped")
+import pytest
+
+from tessera import codecs
+from tessera.cache import Spec, parse
+from tessera.codecs import registry
+
+
+@pytest.mark.parametrize(
+    ("text", "spec", "canonical"),
+    [
+        ("dense", Spec(dense=True), "dense"),
+        ("window:512", Spec(window=512), "window:512"),
+        ("window:512+sink:4", Spec(sink=4, window=512), "sink:4 + window:512"),
+        ("grouped:8", Spec(codec="grouped:8"), "grouped:8"),
+        (
+            " recent : 128+sink:4 +\tgrouped:8@32768 ",
+            Spec(sink=4, recent=128, codec="grouped:8", codec_limit=32768),
+            "sink:4 + grouped:8@32768 + recent:128",
+        ),
+        ("sink:0 + grouped:8 + recent:0", Spec(codec="grouped:8"), "grouped:8"),
+    ],
+)
+def test_parse(text: str, spec: Spec, canonical: str) -> None:
+    assert parse(text) == spec
+    assert str(spec) == canonical
+    assert parse(canonical) == spec
+    assert parse(spec) is spec
+
+
+def test_codec_without_argument() -> None:
+    assert parse("grouped + recent:1").codec == "grouped"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("snk:4 + grouped:8", ["unknown tier 'snk'", "did you mean 'sink'", "'window:512'", "'grouped:8'"]),
+        ("groupd:8", ["unknown tier 'groupd'", "did you mean 'grouped'"]),
+        ("zzz", ["unknown tier 'zzz'", "'sink:4'"]),
+        ("sink:four + dense", ["'sink:four'", "whole number", "'sink:4'", "'four'"]),
+        ("sink + grouped:8", ["'sink'", "whole number"]),
+        ("sink:-1 + grouped:8", ["'sink:-1'", "'-1'"]),
+        ("recent:1.5 + grouped:8", ["'recent:1.5'"]),
+        ("recent:² + grouped:8", ["whole number"]),
+        ("grouped:8 + recent:1 + recent:2", ["'recent:2'", "second recent"]),
+        ("grouped:8 + grouped:8", ["second codec"]),
+        ("dense + grouped:8", ["'dense'", "'grouped:8'", "contradict"]),
+        ("dense + sink:4", ["'dense'", "'sink'"]),
+        ("dense + window:4", ["'dense'", "'window'"]),
+        ("dense:3", ["'dense'", "no argument"]),
+        ("window:512 + recent:4", ["'window'", "'recent'"]),
+        ("window:512 + grouped:8", ["'window'", "'grouped:8'"]),
+        ("window:0", ["at least 1"]),
+        ("sink:4 + recent:128", ["window:128", "dense", "codec"]),
+        ("sink:4", ["window:512"]),
+        ("", ["empty tier"]),
+        ("sink:4 +", ["empty tier"]),
+        ("grouped:8@", ["'grouped:8@'", "whole number", "grouped:8@32768"]),
+        ("grouped:8@63", ["grouped:8@64"]),
+        ("window:512 + tc", ["'tc'", "Tensor Cache"]),
+    ],
+)
+def test_mistakes_are_named(text: str, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=".") as error:
+        parse(text)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_wrong_type() -> None:
+    with pytest.raises(TypeError, match="a spec is a string"):
+        parse(4)  # type: ignore[arg-type]
+
+
+def test_group_must_divide_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(cache_fixtures.Grouped):
+        group = 48
+
+    monkeypatch.setitem(registry._FACTORIES, "odd", (lambda _: Odd(), ("odd",)))
+    with pytest.raises(ValueError, match="encodes 48 tokens together"):
+        parse("odd + recent:4")
+
+
+def test_every_codec_is_a_tier() -> None:
+    for example in codecs.examples():
+        assert parse(f"{example} + recent:8").codec == example

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from cache_fixtures import CODECS
+from torch import Tensor
+
+from tessera import codecs
+from tessera.cache.lane import RECORDED, Lane, Policy
+from tessera.cache.spec import BLOCK, parse
+from tessera.cache.tiers import PAGE, CodecTier, ExactTier
+
+
+def pair(tokens: int, rows: int = 2, start: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys that say where they come from, and their opposites as values."""
+    place = torch.arange(start, start + tokens, dtype=torch.float32)
+    k = place[None, None, :, None] + torch.zeros(rows, 2, tokens, 8)
+    return k, -k
+
+
+def places(tier: ExactTier) -> list[int]:
+    return tier.keys[0, 0, :, 0].long().tolist() if tier.tokens else []
+
+
+def test_exact_tier() -> None:
+    tier = ExactTier()
+    tier.append(*pair(10))
+    tier.append(*pair(100, start=10))
+    assert places(tier) == list(range(110))
+    k, v = tier.pop_front(64)
+    assert k.shape == (2, 2, 64, 8)
+    assert torch.equal(v, -k)
+    assert places(tier) == list(range(64, 110))
+    tier.pop_back(6)
+    tier.append(*pair(2, start=104))
+    assert places(tier) == list(range(64, 106))
+    tier.push_front(*pair(3, start=61))
+    assert places(tier) == list(range(61, 106))
+    assert torch.equal(tier.values, -tier.keys)
+    tier.select(torch.tensor([1, 1, 0]))
+    assert tier.keys.shape == (3, 2, 45, 8)
+
+
+def test_exact_tier_writes_a_step_in_place() -> None:
+    tier = ExactTier()
+    tier.append(*pair(64))
+    tier.append(*pair(1, start=64))
+    buffer = tier.buffers()[0].data_ptr()
+    for place in range(65, 128):
+        tier.append(*pair(1, start=place))
+    assert tier.buffers()[0].data_ptr() == buffer
+    assert places(tier) == list(range(128))
+
+
+def test_exact_tier_leaves_inference_mode() -> None:
+    tier = ExactTier()
+    with torch.inference_mode():
+        tier.append(*pair(3))
+    tier.append(*pair(1, start=3))
+    with torch.inference_mode():
+        tier.append(*pair(1, start=4))
+    tier.append(*pair(1, start=5))
+    assert places(tier) == list(range(6))
+
+
+def test_nothing_that_was_popped_stays_in_memory() -> None:
+    tier = ExactTier()
+    tier.append(*pair(5000))
+    tier.pop_front(4900)
+    assert sum(t.untyped_storage().nbytes() for t in tier.buffers()) <= 2 * 2 * 2 * (100 + 2 * BLOCK) * 8 * 4
+    tier.append(*pair(5000))
+    tier.pop_back(5000)
+    assert sum(t.untyped_storage().nbytes() for t in tier.buffers()) <= 2 * 2 * 2 * (100 + 2 * BLOCK) * 8 * 4
+
+
+@pytest.mark.parametrize("spec", CODECS)
+def test_codec_tier(spec: str) -> None:
+    codec = codecs.get(spec)
+    k, v = torch.randn(2, 2, 40 * BLOCK, 16), torch.randn(2, 2, 40 * BLOCK, 16)
+    whole = codec.encode(k, "key", 3).decode(), codec.encode(v, "value", 3).decode()
+    tier = CodecTier(codec, 3)
+    cuts = torch.tensor([1, 1, 3, 20, 1, 14]) * BLOCK
+    for part_k, part_v in zip(k.split(cuts.tolist(), 2), v.split(cuts.tolist(), 2), strict=True):
+        tier.append(part_k, part_v)
+
+    def decoded() -> tuple[Tensor, Tensor]:
+        return torch.cat([p.decode() for p, _ in tier.pages], 2), torch.cat([p.decode() for _, p in tier.pages], 2)
+
+    assert [page.tokens for page, _ in tier.pages] == [PAGE, PAGE, 8 * BLOCK]
+    torch.testing.assert_close(decoded(), whole, atol=0, rtol=0)
+    tier.drop_front(18 * BLOCK)
+    torch.testing.assert_close(decoded(), tuple(x[:, :, 18 * BLOCK :] for x in whole), atol=0, rtol=0)
+    rest = tier.crop_back(BLOCK + 10)
+    assert rest is not None
+    torch.testing.assert_close(rest, tuple(x[:, :, 38 * BLOCK : 39 * BLOCK - 10] for x in whole), atol=0, rtol=0)
+    torch.testing.assert_close(decoded(), tuple(x[:, :, 18 * BLOCK : 38 * BLOCK] for x in whole), atol=0, rtol=0)
+    assert tier.crop_back(4 * BLOCK) is None
+    assert tier.tokens == 16 * BLOCK
+    for tensor in tier.buffers():
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    tier.select(torch.tensor([1, 0, 1]))
+    torch.testing.assert_close(decoded()[0], whole[0][[1, 0, 1], :, 18 * BLOCK : 34 * BLOCK], atol=0, rtol=0)
+    tier.crop_back(16 * BLOCK)
+    assert tier.tokens == 0
+    assert tier.pages == []
+
+
+def lane_of(text: str, sliding: int | None = None) -> Lane:
+    spec = parse(text)
+    return Lane(Policy.of(spec, codecs.get(spec.codec) if spec.codec else None, sliding), 0, [0, 1], 0)
+
+
+def feed(lane: Lane, count: int, spare: int = 0) -> None:
+    lane.dismiss(lane.admit(*pair(count, start=lane.length), False), spare)
+
+
+@pytest.mark.parametrize("recent", [0, 1, 63, 64, 100])
+def test_recent_holds_between_r_and_r_plus_63(recent: int) -> None:
+    lane = lane_of(f"sink:4 + grouped:8 + recent:{recent}")
+    for count in (1, 2, 3, 200, 1, 1, 64, 63, 1500, 1):
+        feed(lane, count)
+        held = lane.held
+        assert held["sink"] == min(4, lane.length)
+        assert held["packed"] % BLOCK == 0
+        assert sum(held.values()) == lane.length
+        if held["packed"]:
+            assert recent <= held["recent"] <= recent + 63
+        assert places(lane.recent) == list(range(lane.length - held["recent"], lane.length))
+
+
+def test_limit_drops_the_oldest_whole_blocks() -> None:
+    one, many = lane_of("sink:2 + grouped:8@200 + recent:10"), lane_of("sink:2 + grouped:8@200 + recent:10")
+    feed(one, 1000)
+    for _ in range(1000):
+        feed(many, 1)
+    for lane in (one, many):
+        assert lane.held["packed"] == 192
+        assert lane.dropped == 1000 - 2 - 192 - lane.held["recent"]
+    assert [p.start for p in one.parts()] == [0, 2 + one.dropped, 1000 - one.held["recent"]]
+
+
+@pytest.mark.parametrize("spec", ["dense", "grouped:8 + recent:16", "window:300", "grouped:8 + recent:500", "grouped:8"])
+def test_a_sliding_layer_keeps_what_can_still_be_seen(spec: str) -> None:
+    lane = lane_of(spec, sliding=100)
+    for count in (1, 250, 1, 1, 1, 700, 1):
+        feed(lane, count)
+        total = sum(lane.held.values())
+        assert min(lane.length, 99) <= total <= 99 + 2 * BLOCK
+        assert lane.dropped == lane.length - total
+
+
+def test_crop() -> None:
+    lane = lane_of("sink:4 + grouped:8 + recent:16")
+    feed(lane, 300)
+    assert lane.held == {"sink": 4, "packed": 256, "recent": 40}
+    lane.crop(10)
+    assert lane.held == {"sink": 4, "packed": 256, "recent": 30}
+    lane.crop(40)  # 30 from recent, 10 from the last block, whose rest comes back
+    assert lane.held == {"sink": 4, "packed": 192, "recent": 54}
+    assert (lane.recent.keys[0, 0, :, 0] - torch.arange(196, 250)).abs().max() < 2
+    lane.crop(248)
+    assert lane.held == {"sink": 2, "packed": 0, "recent": 0}
+    feed(lane, 100)
+    assert lane.held == {"sink": 4, "packed": 64, "recent": 34}
+
+
+def test_crop_after_recording_leaves_no_trace() -> None:
+    recorded, plain = lane_of("grouped:8 + recent:16"), lane_of("grouped:8 + recent:16")
+    feed(recorded, 300, spare=RECORDED)
+    feed(recorded, 100, spare=RECORDED)
+    recorded.crop(100)
+    recorded.settle()
+    feed(plain, 300)
+    assert recorded.held == plain.held
+    for found, wanted in zip(recorded.parts(), plain.parts(), strict=True):
+        for a, b in ((found.keys, wanted.keys), (found.values, wanted.values)):
+            a, b = (x if isinstance(x, Tensor) else x.decode() for x in (a, b))
+            assert torch.equal(a, b)
+
+
+def test_crop_refuses_what_was_dropped() -> None:
+    lane = lane_of("window:50")
+    feed(lane, 40)
+    lane.check_crop(40)  # nothing has been dropped yet
+    feed(lane, 200)
+    with pytest.raises(ValueError, match="keeps a window of 50 tokens"):
+        lane.check_crop(100)
+    limited = lane_of("grouped:8@64")
+    feed(limited, 640)
+    limited.check_crop(64)
+    with pytest.raises(ValueError, match="cannot be cropped to 500"):
+        limited.check_crop(140)
