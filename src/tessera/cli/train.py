@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tessera.cli.errors import one_line_errors
+
 app = typer.Typer(help="Train the models that Tessera ships.", no_args_is_help=True)
 
 
@@ -51,11 +53,6 @@ def demo(
     if minutes is not None or steps is not None:
         config = replace(config, loop=replace(config.loop, minutes=minutes, steps=steps))
     target = Path(tessera.models.__file__).parent / "demo" if install else None
-    try:
+    with one_line_errors():
         state = train_demo(config, out, resume=resume, target=target, evaluate_bytes=4_000 if tiny else 300_000)
-    except (FileNotFoundError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    typer.echo(
-        f"{state.step:,} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes; model in {out / 'model'}"
-    )
+    typer.echo(f"{state.step:,} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes; model in {out / 'model'}")

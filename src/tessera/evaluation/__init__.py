@@ -2,5 +2,6 @@
 
 from tessera.evaluation.compare import compare
 from tessera.evaluation.records import Comparison, Row
+from tessera.evaluation.sources import Source, load, read_text
 
-__all__ = ["Comparison", "Row", "compare"]
+__all__ = ["Comparison", "Row", "Source", "compare", "load", "read_text"]

@@ -2,16 +2,17 @@
 
 Two protocols:
 
-- "streaming", what generation does: the text goes in by chunks; the tokens of a chunk see each other exactly and everything
-  older through the cache, whose sink and recent tiers are exact;
+- "streaming", what generation does: the text goes in by chunks; the tokens of a chunk see each other exactly and
+  everything older through the cache, whose sink and recent tiers are exact;
 - "paper", as the HQMQ paper measures: no exact tiers, and every key and value is quantised before it is attended to,
   also by its own window's queries.
 
-All specifications advance together with the exact model, chunk by chunk, so that no more than a chunk of logits is kept.
+All specifications advance together with the exact model, chunk by chunk, so no more than a chunk of logits is kept.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,35 +23,33 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tessera.cache import Cache
+from tessera.cache import Cache, CacheReport, Prefill
+from tessera.cache.cache import read_config
 from tessera.cache.spec import parse
 from tessera.evaluation.records import Comparison, Row
+from tessera.evaluation.sources import Source, encode, windows
 
 PROTOCOLS = ("streaming", "paper")
-
-#: What `tessera compare` shows when not told otherwise: the exact cache, this project's codecs, the paper's, and what is in use.
-DEFAULT_SPECS = (
-    "dense",
-    *(
-        f"sink:4 + {codec} + recent:128"
-        for codec in (
-            "hqmq:3",
-            "hqmq:3.5",
-            "hqmq:4",
-            "hqmq:4.5",
-            "hqmq:s24_r2",
-            "hqmq:s96_r4",
-            "hqmq:s192_r6_med3",
-            "scalar:3",
-            "scalar:4",
-            "q4_0",
-            "int:4",
-            "kivi:4",
-            "fp8",
-        )
-    ),
-    "sink:4 + window:512",
+#: Longest window where nothing else is asked for: what the HQMQ paper measures with.
+CONTEXT = 2048
+#: Codecs that `tessera compare` puts side by side: this project's, the paper's, and what is in use.
+CODECS = (
+    "hqmq:3",
+    "hqmq:3.5",
+    "hqmq:4",
+    "hqmq:5",
+    "hqmq:s24_r2",
+    "hqmq:s96_r4",
+    "hqmq:s192_r6_med3",
+    "scalar:3",
+    "scalar:4",
+    "q4_0",
+    "int:3",
+    "int:4",
+    "kivi:4",
+    "fp8",
 )
+DEFAULT_SPECS = ("dense", *(f"sink:4 + {codec} + recent:128" for codec in CODECS), "sink:4 + window:512")
 
 
 @dataclass
@@ -59,91 +58,99 @@ class _Tally:
 
     spec: str
     nll: float = 0.0
+    gap: float = 0.0
+    gap_square: float = 0.0
     kl: float = 0.0
     same: int = 0
     tokens: int = 0
     seconds: list[float] = field(default_factory=list)
-    cache: Any = None
-    report: Any = None
+    cache: Cache | None = None
+    report: CacheReport | None = None
 
 
 def paper_spec(spec: str) -> str | None:
     """The specification without its exact tiers, or None where nothing is left to measure."""
     parsed = parse(spec)
-    if parsed.dense:
-        return "dense"
-    return parsed.codec
+    return "dense" if parsed.dense else parsed.codec
 
 
 def compare(
-    model: Any,
-    ids: Tensor,
+    source: Source,
+    text: str,
     specs: Sequence[str] = DEFAULT_SPECS,
     *,
     protocols: Sequence[str] = PROTOCOLS,
-    context: int = 2048,
+    context: int | None = None,
     chunk: int = 64,
-    windows: int = 4,
+    count: int = 4,
     batch: int = 4,
-    names: tuple[str, str] = ("model", "text"),
+    text_name: str = "text",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Measure specifications against the exact cache.
 
     Args:
-        model: a transformers causal language model.
-        ids: (tokens,) int64, the text.
-        specs: cache specifications; "dense" first or not at all, it is measured in any case.
+        source: the model and its tokenizer.
+        text: to be predicted.
+        specs: cache specifications; "dense" is measured in any case.
         protocols: of `PROTOCOLS`.
-        context: tokens of a window; every window starts with an empty cache.
+        context: tokens of a window, each of which starts with an empty cache; None: `CONTEXT`, or the model's if shorter.
         chunk: tokens of a call in the streaming protocol.
-        windows: how many windows to read, fewer if the text is shorter.
+        count: windows to read, fewer if the text is shorter.
         batch: windows read at once.
-        names: of the model and of the text, for the record.
-        progress: called with (what is being done, steps done, steps in all).
+        text_name: for the record.
+        progress: called with (protocol, steps done, steps in all).
 
     Raises:
-        ValueError: if the text has fewer than two tokens, or the context is longer than the model's.
+        ValueError: for a wrong specification, a text too short, or a context longer than the model's.
     """
     for name in protocols:
         if name not in PROTOCOLS:
             raise ValueError(f"no protocol {name!r}; there are {' and '.join(PROTOCOLS)}")
-    if ids.ndim != 1 or len(ids) < 2:
-        raise ValueError(f"the text must have at least two tokens, it has {ids.numel()}")
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest is not None and context > longest:
-        raise ValueError(f"context {context} is longer than the model's {longest} tokens")
-    if context < 2 or chunk < 1 or windows < 1 or batch < 1:
-        raise ValueError(f"context must be 2 or more and the rest positive: {context=}, {chunk=}, {windows=}, {batch=}")
-    context = min(context, len(ids))
-    text = ids[: len(ids) // context * context].view(-1, context)[:windows].to(model.device)
-    groups = text.split(batch)
-
+    for name, value, least in (
+        ("context", context, 2),
+        ("chunk", chunk, 1),
+        ("windows", count, 1),
+        ("batch", batch, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    model = source.model
+    if context is None:
+        context = min(CONTEXT, source.context or CONTEXT)
+    elif source.context is not None and context > source.context:
+        raise ValueError(f"a context of {context} tokens is longer than the {source.context} that the model was made for")
     plans = {name: _plan(name, specs) for name in protocols}
-    steps = sum(len(groups) * -(-context // (chunk if p == "streaming" else context)) for p in plans)
+    ids = encode(source.tokenizer, text)
+    bos = getattr(source.tokenizer, "bos_token_id", None)
+    ids = windows(ids, context, count, bos if len(ids) and ids[0] == bos else None).to(model.device)
+    context = ids.shape[1]
+    groups = ids.split(batch)
+
+    steps = sum(len(plans[p]) * len(groups) * math.ceil(context / (chunk if p == "streaming" else context)) for p in plans)
     done = 0
     rows: list[Row] = []
     for protocol, plan in plans.items():
+        prefill: Prefill = "exact" if protocol == "streaming" else "packed"
+        size = chunk if protocol == "streaming" else context
         tallies = [_Tally(spec) for spec in plan]
         for group in groups:
             for tally in tallies:
-                prefill = "exact" if protocol == "streaming" else "packed"
-                tally.cache = None if tally.spec == "dense" else Cache(tally.spec, model, prefill=prefill)  # type: ignore[arg-type]
+                tally.cache = None if tally.spec == "dense" else Cache(tally.spec, model, prefill=prefill)
                 tally.seconds.append(0.0)
-            size = chunk if protocol == "streaming" else context
             exact_cache = DynamicCache(config=model.config)
             for start in range(0, context, size):
-                if progress is not None:
-                    progress(protocol, done, steps)
-                _advance(model, group, start, min(context, start + size), exact_cache, tallies)
-                done += 1
+                for _ in _advance(model, group, start, min(context, start + size), exact_cache, tallies):
+                    done += 1
+                    if progress is not None:
+                        progress(protocol, done, steps)
             for tally in tallies:
                 if tally.cache is not None:
                     tally.report = tally.cache.report()
-        rows += _rows(protocol, tallies, text.shape, groups, model)
-    if progress is not None:
-        progress("done", steps, steps)
-    return Comparison(names[0], names[1], text.shape[0] * (context - 1), context, chunk, tuple(rows))
+                    tally.cache = None
+        rows += _rows(protocol, tallies, context, groups, model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Comparison(source.name, text_name, ids.shape[0] * (context - 1), context, chunk, dtype, tuple(rows))
 
 
 def _plan(protocol: str, specs: Sequence[str]) -> list[str]:
@@ -152,62 +159,68 @@ def _plan(protocol: str, specs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(["dense", *(spec for spec in wanted if spec is not None)]))
 
 
-@torch.inference_mode()
-def _advance(
-    model: Any, text: Tensor, start: int, stop: int, exact_cache: DynamicCache, tallies: Sequence[_Tally]
-) -> None:
-    """Feed tokens [start, stop) to the exact model and to every specification, and add up how they differ."""
-    target = text[:, start + 1 : stop + 1]
+def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: DynamicCache, tallies: Sequence[_Tally]) -> Any:
+    """Feed tokens [start, stop) to the exact model and to every specification; yields after each of them."""
+    target = ids[:, start + 1 : stop + 1]
     exact: Tensor | None = None
+    exact_nll: Tensor | None = None
     for tally in tallies:
-        cache = exact_cache if tally.cache is None else tally.cache
-        began = time.perf_counter()
-        logits = model(input_ids=text[:, start:stop], past_key_values=cache, use_cache=True).logits
-        tally.seconds[-1] += time.perf_counter() - began
-        logp = logits[:, : target.shape[1]].float().log_softmax(-1)
-        if exact is None:
-            exact = logp
-        nll = -logp.gather(-1, target.unsqueeze(-1))
-        # KL summed in float64: most terms are tiny beside the few large ones.
-        kl = (exact.exp() * (exact - logp)).sum(-1, dtype=torch.float64)
-        tally.nll += float(nll.sum(dtype=torch.float64))
-        tally.kl += float(kl.sum())
-        tally.same += int((logp.argmax(-1) == exact.argmax(-1)).sum())
-        tally.tokens += target.numel()
+        with torch.inference_mode():
+            began = time.perf_counter()
+            cache = exact_cache if tally.cache is None else tally.cache
+            logits = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits
+            if logits.is_cuda:
+                torch.cuda.synchronize()
+            tally.seconds[-1] += time.perf_counter() - began
+            logp = logits[:, : target.shape[1]].float().log_softmax(-1)
+            nll = -logp.gather(-1, target.unsqueeze(-1)).double()
+            if exact is None or exact_nll is None:
+                exact, exact_nll = logp, nll
+            # Summed in float64: most terms are tiny beside the few large ones.
+            tally.nll += float(nll.sum())
+            tally.gap += float((nll - exact_nll).sum())
+            tally.gap_square += float((nll - exact_nll).square().sum())
+            tally.kl += float((exact.exp() * (exact - logp)).sum(-1, dtype=torch.float64).sum())
+            tally.same += int((logp.argmax(-1) == exact.argmax(-1)).sum())
+            tally.tokens += target.numel()
+        yield
 
 
-def _rows(
-    protocol: str, tallies: Sequence[_Tally], shape: torch.Size, groups: Sequence[Tensor], model: Any
-) -> list[Row]:
-    exact = tallies[0]
-    base = exact.nll / exact.tokens
-    some = next((t.report for t in tallies if t.report is not None), None)
-    last = len(groups[-1])
+def _rows(protocol: str, tallies: Sequence[_Tally], context: int, groups: Sequence[Tensor], model: Any) -> list[Row]:
+    last = len(groups[-1])  # reports are of the caches of the last group of windows
     rows = []
     for tally in tallies:
-        nll = tally.nll / tally.tokens
-        speed = median(len(g) * shape[1] / s for g, s in zip(groups, tally.seconds, strict=True))
-        if tally.report is None:
-            dense = some.dense_nbytes if some is not None else Cache("dense", model).report().dense_nbytes
-            bits = codec_bits = 8.0 * model.dtype.itemsize
-            nbytes, compression = dense // last, 1.0
-        else:
-            report = tally.report
-            bits, nbytes, compression = report.bits_per_element, report.nbytes // last, report.compression
-            codec_bits = report.tier_bits.get(parse(tally.spec).codec or "", bits)
+        n = tally.tokens
+        gap = tally.gap / n
+        spread = math.sqrt(max(0.0, tally.gap_square / n - gap * gap) / n)
+        bits = codec_bits = 8.0 * model.dtype.itemsize
+        nbytes, compression = _dense_nbytes(model, context), 1.0
+        if tally.report is not None:
+            bits, compression = tally.report.bits_per_element, tally.report.compression
+            nbytes = tally.report.nbytes // last
+            codec_bits = tally.report.tier_bits.get(parse(tally.spec).codec or "", bits)
         rows.append(
             Row(
                 protocol=protocol,
                 spec=tally.spec,
-                perplexity=float(torch.tensor(nll, dtype=torch.float64).exp()),
-                delta=float(torch.tensor(nll - base, dtype=torch.float64).expm1()),
-                kl=tally.kl / tally.tokens,
-                top1=tally.same / tally.tokens,
+                perplexity=math.exp(tally.nll / n),
+                delta=math.expm1(gap),
+                delta_error=math.exp(gap) * spread,
+                kl=tally.kl / n,
+                top1=tally.same / n,
                 codec_bits=codec_bits,
                 bits=bits,
                 nbytes=nbytes,
                 compression=compression,
-                tokens_per_second=speed,
+                tokens_per_second=median(len(g) * context / s for g, s in zip(groups, tally.seconds, strict=True)),
             )
         )
     return rows
+
+
+def _dense_nbytes(model: Any, tokens: int) -> int:
+    """Bytes of the keys and values of one sequence as transformers' `DynamicCache` holds them."""
+    return sum(
+        2 * heads * dim * (tokens if sliding is None else min(tokens, sliding - 1)) * model.dtype.itemsize
+        for (heads, dim), sliding in read_config(model.config)[1]
+    )

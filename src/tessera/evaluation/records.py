@@ -23,19 +23,21 @@ class Row:
         spec: of the cache.
         perplexity: exp of the mean negative log-likelihood of the text.
         delta: perplexity relative to the exact cache, minus one.
+        delta_error: standard error of `delta` over the tokens of this text.
         kl: mean over tokens of KL(exact || spec), in nats.
         top1: share of tokens at which both models' likeliest next token is the same.
         codec_bits: true bits per element of the compressed tier; of the whole cache where there is none.
         bits: true bits per element of everything the cache keeps, exact tiers included.
         nbytes: bytes of the cache of one sequence at the end of a window.
         compression: bytes of a dense cache over `nbytes`.
-        tokens_per_second: text tokens evaluated per second, all sequences together, medians over windows.
+        tokens_per_second: text tokens evaluated per second, all sequences together, median over groups of windows.
     """
 
     protocol: str
     spec: str
     perplexity: float
     delta: float
+    delta_error: float
     kl: float
     top1: float
     codec_bits: float
@@ -55,6 +57,7 @@ class Comparison:
         tokens: tokens that were predicted, per protocol.
         context: tokens of a window.
         chunk: tokens of a call in the streaming protocol.
+        dtype: of the model, and so of the exact cache.
         rows: the results.
         environment: versions and processor.
     """
@@ -64,6 +67,7 @@ class Comparison:
     tokens: int
     context: int
     chunk: int
+    dtype: str
     rows: tuple[Row, ...]
     environment: dict[str, str] = field(default_factory=lambda: environment())
 
@@ -74,10 +78,17 @@ class Comparison:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Comparison:
-        """Read what `save` wrote."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        data["rows"] = tuple(Row(**row) for row in data["rows"])
-        return cls(**data)
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data["rows"] = tuple(Row(**row) for row in data["rows"])
+            return cls(**data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no comparison: {error}") from error
 
 
 def environment() -> dict[str, str]:

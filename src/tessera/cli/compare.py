@@ -1,0 +1,103 @@
+"""`tessera compare`: cache specifications side by side on one model and one text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tessera.cli.errors import one_line_errors
+
+
+def compare(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a causal language model.  [default: the demo model]")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="UTF-8 text file; may be repeated.  [default: held-out standard-library modules]"),
+    ] = None,
+    specs: Annotated[
+        list[str] | None,
+        typer.Option("--specs", "--spec", help="Cache specification; may be repeated.  [default: a dozen]"),
+    ] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="streaming or paper.  [default: both]")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 2048, or the model's if shorter]")] = None,
+    windows: Annotated[int, typer.Option(help="Windows to read.")] = 4,
+    batch: Annotated[int, typer.Option(help="Windows read at once.")] = 4,
+    chunk: Annotated[int, typer.Option(help="Tokens of a call in the streaming protocol.")] = 64,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: float32 on a CPU, else auto]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for compare.json and compare.png.")] = Path("results/compare"),
+) -> None:
+    """Compare caches: perplexity, divergence, true bits, bytes and speed.
+
+    Two protocols: "streaming", what generation does (older tokens are read from the cache), and "paper" (every key and
+    value is quantised before it is attended to). A table is printed and saved as JSON and as a picture.
+
+    Example:
+
+        tessera compare
+
+        tessera compare --model ./my-model --text book.txt --specs "sink:4 + hqmq:4 + recent:128" --specs "q4_0"
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from tessera.cli.quiet import quiet
+
+    quiet()
+    from tessera import evaluation
+    from tessera.cache.spec import parse
+    from tessera.evaluation.compare import DEFAULT_SPECS, PROTOCOLS
+    from tessera.evaluation.plot import pareto
+    from tessera.evaluation.table import advice, caption, tables
+
+    console, status = Console(), Console(stderr=True)
+    with one_line_errors():
+        for spec in specs or ():
+            parse(spec)
+        content, name = evaluation.read_text(text or ())
+        source = evaluation.load(model, dtype, device)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        bar = Progress(*columns, console=status, transient=True)
+        task = bar.add_task("measuring", total=None)
+
+        def progress(what: str, done: int, steps: int) -> None:
+            bar.start()  # not before the first step: what is wrong with the input is known by then
+            bar.update(task, description=f"protocol {what}", completed=done, total=steps)
+
+        try:
+            result = evaluation.compare(
+                source,
+                content,
+                specs or DEFAULT_SPECS,
+                protocols=protocol or PROTOCOLS,
+                context=context,
+                chunk=chunk,
+                count=windows,
+                batch=batch,
+                text_name=name,
+                progress=progress,
+            )
+        finally:
+            bar.stop()
+        result.save(out / "compare.json")
+    wide = console if console.width >= 130 or console.is_terminal else Console(width=150)
+    for table in tables(result):
+        wide.print(table)
+    console.print(caption(result), highlight=False)
+    try:
+        pareto(result, out / "compare.png")
+        console.print(f"Saved {out / 'compare.json'} and {out / 'compare.png'}", highlight=False)
+    except ImportError:
+        console.print(
+            f"Saved {out / 'compare.json'}; for a picture beside it: pip install 'tessera[eval]'",
+            highlight=False,
+            markup=False,
+        )
+    console.print()
+    console.print(advice(result), highlight=False, markup=False)

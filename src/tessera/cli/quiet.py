@@ -1,0 +1,11 @@
+"""Keeping the libraries' own bars and warnings out of a command's output."""
+
+from __future__ import annotations
+
+
+def quiet() -> None:
+    """Silence transformers' progress bars and everything below an error."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

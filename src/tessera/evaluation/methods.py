@@ -1,0 +1,40 @@
+"""Which method a specification belongs to, and what to call it in tables and pictures."""
+
+from __future__ import annotations
+
+import re
+
+from tessera.cache.spec import parse
+
+#: (pattern of a codec's spec, name of its method), the first that fits.
+_METHODS = (
+    (r"hqmq:\d.*", "HQMQ, Tessera's"),
+    (r"hqmq:o.*", "HQMQ, optimised directions"),
+    (r"hqmq:.*", "HQMQ, the paper's"),
+    (r"scalar.*", "Hadamard + Lloyd–Max"),
+    (r"q\d_\d.*", "llama.cpp blocks"),
+    (r"int.*", "int, round to nearest"),
+    (r"kivi.*", "KIVI"),
+    (r"fp8.*", "fp8"),
+)
+
+
+def method(spec: str) -> str:
+    """The method behind a cache specification, as pictures call it."""
+    parsed = parse(spec)
+    if parsed.dense:
+        return "exact"
+    if parsed.codec is None:
+        return "window"
+    for pattern, name in _METHODS:
+        if re.fullmatch(pattern, parsed.codec):
+            return name
+    return parsed.codec.partition(":")[0]
+
+
+def short(spec: str) -> str:
+    """The word of a specification that tells it from others of its method."""
+    parsed = parse(spec)
+    if parsed.codec is not None:
+        return parsed.codec
+    return "dense" if parsed.dense else f"window:{parsed.window}"

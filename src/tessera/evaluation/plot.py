@@ -1,0 +1,83 @@
+"""A comparison as a picture: what is lost against the bits that are kept, one line for each method."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from tessera.evaluation.methods import method, short
+from tessera.evaluation.records import Comparison, Row
+from tessera.files import atomic_path
+
+#: Colour and marker by method: one that is in two pictures looks the same in both. Colours after Okabe and Ito.
+STYLES = {
+    "HQMQ, Tessera's": ("#0072B2", "o"),
+    "HQMQ, optimised directions": ("#56B4E9", "o"),
+    "HQMQ, the paper's": ("#CC79A7", "s"),
+    "Hadamard + Lloyd–Max": ("#D55E00", "^"),
+    "llama.cpp blocks": ("#009E73", "D"),
+    "int, round to nearest": ("#E69F00", "v"),
+    "KIVI": ("#7F7F7F", "P"),
+    "fp8": ("#000000", "X"),
+    "window": ("#999999", "*"),
+}
+#: KL under this is drawn at it: a logarithmic axis has no zero.
+LEAST_KL = 1e-6
+
+
+def pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+    """Draw perplexity and KL against true bits, a row of two pictures for each protocol, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    protocols = list(dict.fromkeys(row.protocol for row in comparison.rows))
+    figure, axes = plt.subplots(len(protocols), 2, figsize=(12, 4.6 * len(protocols)), squeeze=False, layout="constrained")
+    shown: dict[str, Any] = {}
+    for pair, protocol in zip(axes, protocols, strict=True):
+        rows = [row for row in comparison.rows if row.protocol == protocol and method(row.spec) not in ("exact", "window")]
+        for axis, what in zip(pair, ("perplexity", "KL"), strict=True):
+            shown |= _draw(axis, rows, what)
+            axis.set_title(f"{protocol}: {what}", loc="left", fontsize=11)
+    names = [name for name in STYLES if name in shown] + [name for name in shown if name not in STYLES]
+    figure.legend([shown[n] for n in names], names, loc="outside lower center", ncols=min(4, max(1, len(names))), frameon=False)
+    figure.suptitle(
+        f"{comparison.model}, {comparison.tokens:,} tokens of {_shorten(comparison.text)}, context {comparison.context:,}",
+        fontsize=11,
+    )
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+
+
+def _draw(axis: Any, rows: list[Row], what: str) -> dict[str, Any]:
+    """One picture. Returns the line of each method."""
+    lines: dict[str, Any] = {}
+    for name in dict.fromkeys(method(row.spec) for row in rows):
+        points = sorted((row.codec_bits, _value(row, what), short(row.spec)) for row in rows if method(row.spec) == name)
+        colour, marker = STYLES.get(name, ("#444444", "."))
+        (lines[name],) = axis.plot(
+            [p[0] for p in points], [p[1] for p in points], color=colour, marker=marker, ms=6, lw=1.2, label=name
+        )
+    axis.set_xlabel("true bits per element of the compressed tier")
+    if what == "KL":
+        axis.set_ylabel("KL to the exact cache (nats)")
+        axis.set_yscale("log")
+    else:
+        axis.set_ylabel("perplexity against the exact cache (%)")
+        axis.set_yscale("symlog", linthresh=1.0)
+        axis.axhline(0, color="black", lw=0.8)
+        from matplotlib.ticker import FuncFormatter
+
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g} %"))
+    axis.grid(alpha=0.25, which="both")
+    return lines
+
+
+def _value(row: Row, what: str) -> float:
+    return max(row.kl, LEAST_KL) if what == "KL" else 100 * row.delta
+
+
+def _shorten(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

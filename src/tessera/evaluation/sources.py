@@ -1,0 +1,153 @@
+"""Where a model and a text come from: the package, a folder, or the hub; with errors that people can act on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model with its tokenizer.
+
+    Attributes:
+        name: as it was asked for.
+        model: a causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence that the model was made for, if its configuration says so."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def load(name: str | None = None, dtype: str | None = None, device: str = "cpu") -> Source:
+    """Load a causal language model.
+
+    Args:
+        name: a folder, or the name of a model on the hub; None: the demo model, which ships with the package.
+        dtype: of `DTYPES`; None: float32 on a CPU, else as it was saved.
+        device: where to put it.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if what is there cannot be used, saying why.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    wanted = dtype or ("float32" if device == "cpu" else "auto")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
+    torch_dtype = "auto" if wanted == "auto" else getattr(torch, wanted)
+    if name is None:
+        from tessera.models import load_demo
+
+        model, tokenizer = load_demo(dtype=torch_dtype)
+        return Source("the demo model", model.to(device), tokenizer)
+    return Source(name, *_from_pretrained(name, torch_dtype, device))
+
+
+def _from_pretrained(name: str, dtype: Any, device: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name} is no model: the folder has no config.json")
+        name = str(path)
+    elif looks_local or path.is_file():
+        raise FileNotFoundError(f"there is no model folder {name}")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load {name}: {_first_line(error)}") from error
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    saved = getattr(config, "architectures", None) or []
+    if kind is None or (saved and kind.__name__ not in saved):
+        what = saved[0] if saved else config.model_type
+        raise ValueError(f"{name} is a {what}, not a causal language model")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"cannot load {name}: {_first_line(error)}") from error
+    return model.eval().to(device), tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_text(files: Sequence[str | os.PathLike[str]] = ()) -> tuple[str, str]:
+    """Read text files as one text, or the held-out modules of the standard library where none is given.
+
+    Returns:
+        the text, and a name for it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a file is empty or no UTF-8 text.
+    """
+    if not files:
+        from tessera.models import heldout_text
+
+        return heldout_text(), "standard-library modules held out of the demo model's training"
+    parts = []
+    for file in map(Path, files):
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no text file {file}")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no UTF-8 text (byte {error.start})") from error
+        if not text.strip():
+            raise ValueError(f"{file} is empty")
+        parts.append(text)
+    return "\n\n".join(parts), ", ".join(Path(f).name for f in files)
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """Tokens of a text as (tokens,) int64, with whatever the tokenizer puts in front of one."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def windows(ids: Tensor, length: int, count: int, bos: int | None) -> Tensor:
+    """Cut a text into windows that each begin as a text does.
+
+    Args:
+        ids: (tokens,) int64.
+        length: tokens of a window, the first of them included.
+        count: windows at the most.
+        bos: token that begins a text, put before every window; None if the model has none.
+
+    Returns:
+        (windows, length) int64; one shorter window if the text has less than `length` tokens.
+
+    Raises:
+        ValueError: if fewer than two tokens are left to predict from.
+    """
+    first = 0 if bos is None else 1
+    if bos is not None and len(ids) and ids[0] == bos:
+        ids = ids[1:]
+    length = min(length, len(ids) + first)
+    if length < 2:
+        raise ValueError(f"the text has {len(ids)} tokens, too few to predict one from another")
+    body = length - first
+    rows = ids[: len(ids) // body * body].view(-1, body)[:count]
+    return rows if bos is None else torch.cat((rows.new_full((len(rows), 1), bos), rows), dim=1)

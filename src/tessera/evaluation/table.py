@@ -1,0 +1,100 @@
+"""A comparison as a table for the terminal, as Markdown for the docs, and as one sentence of advice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from tessera.evaluation.records import Comparison, Row
+
+COLUMNS = ("cache", "perplexity", "Δ", "KL", "top-1", "bits", "bits in all", "cache size", "smaller", "tokens/s")
+#: How much worse a cache may make the perplexity and still be recommended.
+TOLERATED = 0.005
+_MEANING = {
+    "streaming": "streaming: chunks of {chunk} tokens, everything older read from the cache",
+    "paper": "paper: every key and value quantised before it is attended to, nothing exact",
+}
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit that leaves a number over one."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row in the order of `COLUMNS`."""
+    exact = row.spec == "dense"
+    return (
+        row.spec,
+        f"{row.perplexity:.3f}",
+        "" if exact else f"{row.delta:+.2%} ± {row.delta_error:.2%}",
+        "" if exact else f"{row.kl:.4f}",
+        "" if exact else f"{row.top1:.1%}",
+        f"{row.codec_bits:.3f}",
+        f"{row.bits:.2f}",
+        size(row.nbytes),
+        f"{row.compression:.2f}x",
+        f"{row.tokens_per_second:,.0f}",
+    )
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """A rich table for each protocol."""
+    made = []
+    for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
+        title = _MEANING[protocol].format(chunk=comparison.chunk)
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
+        for row in comparison.rows:
+            if row.protocol == protocol:
+                table.add_row(*cells(row), style="dim" if row.spec == "dense" else None)
+        made.append(table)
+    return made
+
+
+def caption(comparison: Comparison) -> str:
+    """What was measured, on what, and what the columns mean."""
+    return (
+        f"{comparison.model} ({comparison.dtype}) on {comparison.text}: {comparison.tokens:,} tokens in windows of "
+        f"{comparison.context:,}. Δ: perplexity against the exact cache ± its standard error. KL, top-1: against the exact "
+        "model's predictions. bits: kept per element by the codec, everything counted; in all: with the exact tiers."
+    )
+
+
+def markdown(comparison: Comparison) -> str:
+    """The tables as Markdown."""
+    parts = [caption(comparison)]
+    for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
+        lines = [f"**{_MEANING[protocol].format(chunk=comparison.chunk)}**", "", _line(COLUMNS)]
+        lines.append("| --- |" + " ---: |" * (len(COLUMNS) - 1))
+        lines += [_line((f"`{name}`", *rest)) for name, *rest in (cells(r) for r in comparison.rows if r.protocol == protocol)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(cells_of_row: Sequence[str]) -> str:
+    return "| " + " | ".join(cells_of_row) + " |"
+
+
+def best(comparison: Comparison) -> Row | None:
+    """The smallest cache that costs at most `TOLERATED` perplexity as generation uses it, or None."""
+    good = [row for row in comparison.rows if row.protocol == "streaming" and row.delta <= TOLERATED]
+    return min((row for row in good if row.compression > 1), key=lambda row: (row.nbytes, row.kl), default=None)
+
+
+def advice(comparison: Comparison) -> str:
+    """What to run next, in one sentence."""
+    row = best(comparison)
+    if row is None:
+        return f"No cache here stayed within {TOLERATED:.1%} of the exact one's perplexity; try 'hqmq:5', or a longer 'recent'."
+    return (
+        f'On your own model: model.generate(**inputs, past_key_values=tessera.Cache("{row.spec}", model)) - here '
+        f"{row.compression:.1f}x smaller at {row.delta:+.2%} perplexity - or measure it first with: "
+        "tessera compare --model YOUR_MODEL --text YOUR_TEXT"
+    )
