@@ -84,7 +84,8 @@ def compare(
                 progress=progress,
             )
         finally:
-            bar.stop()
+            if bar.live.is_started:
+                bar.stop()
         result.save(out / "compare.json")
     wide = console if console.width >= 130 or console.is_terminal else Console(width=150)
     for table in tables(result):

@@ -13,6 +13,6 @@ def one_line_errors() -> Iterator[None]:
     """Turn the errors that input can cause into one line on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         typer.echo("error: " + " ".join(str(error).split()), err=True)
         raise typer.Exit(2) from error

@@ -1,8 +1,29 @@
 """Codecs: x -> packed bytes -> x̂. One file per codec, found by name with `get`."""
 
+# HQMQ before the baselines: lists of codecs, in errors and tables, are in the order of registration.
 from tessera.codecs.base import Codec, Packed, Role
 from tessera.codecs.hqmq import HQMQ
 from tessera.codecs.hqmq_joint import JointHQMQ
-from tessera.codecs.registry import examples, get, names
 
-__all__ = ["HQMQ", "Codec", "JointHQMQ", "Packed", "Role", "examples", "get", "names"]
+# isort: split
+from tessera.codecs.blocks import Blocks
+from tessera.codecs.fp8 import FP8
+from tessera.codecs.integer import Int, Kivi
+from tessera.codecs.registry import examples, get, names
+from tessera.codecs.scalar import Scalar
+
+__all__ = [
+    "FP8",
+    "HQMQ",
+    "Blocks",
+    "Codec",
+    "Int",
+    "JointHQMQ",
+    "Kivi",
+    "Packed",
+    "Role",
+    "Scalar",
+    "examples",
+    "get",
+    "names",
+]

@@ -23,6 +23,9 @@ Role = Literal["key", "value"]
 #: "flags" (a bitmap of 8 per byte), ordered by token, batch, head, bit.
 Layout = Literal["token", "group", "ragged"]
 
+#: Larger magnitudes saturate before they are encoded: their squares would overflow, and no codec keeps a scale that large.
+HUGE = 2.0**48
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -235,11 +238,13 @@ class Codec(ABC):
             bad = int((~torch.isfinite(wide)).sum())
             raise ValueError(f"{self.spec}: {bad} of {wide.numel()} {role}s of layer {layer} are NaN or infinite")
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
-        return Packed(self, self._encode(wide, role, layer), shape, x.dtype, role, layer)
+        return Packed(self, self._encode(wide.clamp(-HUGE, HUGE), role, layer), shape, x.dtype, role, layer)
 
     def decode(self, packed: Packed) -> Tensor:
         """(batch, kv_heads, tokens, head_dim) in the dtype that was encoded."""
-        return self._decode(packed).to(packed.dtype)
+        # An approximation of the largest half-precision numbers can lie beyond them.
+        most = torch.finfo(packed.dtype).max
+        return self._decode(packed).clamp(-most, most).to(packed.dtype)
 
     @abstractmethod
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:

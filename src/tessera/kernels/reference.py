@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tessera.codecs import Packed
+if TYPE_CHECKING:  # a codec stands above the kernels; here it is only named
+    from tessera.codecs import Packed
 
 #: Scores that are in memory at once, in elements (4 bytes each).
 SCORES = 1 << 23

@@ -1,0 +1,119 @@
+"""Uniform integer codecs, the usual baselines: ``int:b``, one scale per vector, and ``kivi:b``, KIVI's groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tessera.codecs.base import Codec, Layout, Packed, Role, group_index
+from tessera.codecs.bits import pack_bits, unpack_bits
+from tessera.codecs.precondition import split_groups
+from tessera.codecs.registry import register
+
+HALF_MAX = 65504.0
+#: Smallest half-precision number that is not zero; a divisor in the place of zero.
+HALF_LEAST = 2.0**-24
+#: Numbers that share a scale and a zero in `Kivi`: tokens of a key channel, channels of a value.
+GROUP = 32
+
+
+class Int(Codec):
+    """Symmetric round-to-nearest: levels -L..L, L = 2^(b-1) - 1, and the scale max|x| / L per vector in half precision.
+
+    True bits per element: b + 16/d. Scales saturate at the largest half-precision number.
+
+    Args:
+        bits: b, 2 to 8.
+    """
+
+    fields: Mapping[str, Layout] = {"codes": "token", "scale": "token"}
+
+    def __init__(self, bits: int = 4) -> None:
+        if not 2 <= bits <= 8:
+            raise ValueError(f"int takes 2 to 8 bits, got {bits}")
+        self.bits = bits
+        self.most = 2 ** (bits - 1) - 1
+        self.spec = f"int:{bits}"
+
+    def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
+        scale = (x.abs().amax(-1, keepdim=True) / self.most).clamp(max=HALF_MAX).half()
+        # Against the scale as it will be read, so that its rounding costs nothing.
+        q = (x / scale.float().clamp(min=HALF_LEAST)).round().clamp(-self.most, self.most)
+        return {"codes": pack_bits(q.long() + self.most, self.bits), "scale": scale.squeeze(-1)}
+
+    def _decode(self, packed: Packed) -> Tensor:
+        q = unpack_bits(packed.tensors["codes"], self.bits, packed.shape[-1]) - self.most
+        return q * packed.tensors["scale"].float().unsqueeze(-1)
+
+
+class Kivi(Codec):
+    """KIVI (arXiv 2402.02750): keys in groups of 32 tokens of one channel, values in groups of 32 channels of one token.
+
+    A group keeps its minimum and a scale, (max - min) / (2^b - 1), in half precision. An incomplete group, of tokens or of
+    channels, has both as well. KIVI leaves the newest tokens as they are; here that is the cache's concern ("recent").
+
+    True bits per element: b + 1 where 32 divides the tokens of keys and the head_dim of values.
+
+    Args:
+        bits: b, 2 to 8.
+    """
+
+    fields: Mapping[str, Layout] = {
+        "codes": "token",
+        "key_min": "group",
+        "key_scale": "group",
+        "value_min": "token",
+        "value_scale": "token",
+    }
+    group = GROUP
+
+    def __init__(self, bits: int = 4) -> None:
+        if not 2 <= bits <= 8:
+            raise ValueError(f"kivi takes 2 to 8 bits, got {bits}")
+        self.bits = bits
+        self.spec = f"kivi:{bits}"
+
+    def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
+        tokens, dim = x.shape[2:]
+        if role == "key":
+            groups = split_groups(x, GROUP) if tokens else x.unflatten(2, (0, GROUP))  # (b, h, groups, 32, d)
+            axis = 3
+        else:
+            # Filled up with the last channel, which moves neither end of its group.
+            groups = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], -dim % GROUP)), -1).unflatten(-1, (-1, GROUP))
+            axis = 4
+        low = groups.amin(axis).clamp(-HALF_MAX, HALF_MAX).half()
+        scale = (groups.amax(axis) - low.float()) / (2**self.bits - 1)
+        scale = scale.clamp(0, HALF_MAX).half()
+        q = (groups - low.float().unsqueeze(axis)) / scale.float().clamp(min=HALF_LEAST).unsqueeze(axis)
+        q = q.round().clamp(0, 2**self.bits - 1).long()
+        q = q.flatten(2, 3)[:, :, :tokens] if role == "key" else q.flatten(3)[..., :dim]
+        return {"codes": pack_bits(q, self.bits), f"{role}_min": low, f"{role}_scale": scale}
+
+    def _decode(self, packed: Packed) -> Tensor:
+        dim = packed.shape[-1]
+        low, scale = (packed.tensors[f"{packed.role}_{name}"].float() for name in ("min", "scale"))
+        if packed.role == "key":
+            index = group_index(packed)
+            low, scale = low[:, :, index], scale[:, :, index]
+        else:
+            low, scale = (t.repeat_interleave(GROUP, -1)[..., :dim] for t in (low, scale))
+        return unpack_bits(packed.tensors["codes"], self.bits, dim) * scale + low
+
+
+def _bits(argument: str) -> int:
+    if not argument.isdecimal():
+        raise ValueError(f"the number of bits must be a whole number, got {argument!r}")
+    return int(argument)
+
+
+@register("int", ("int:4",))
+def _int(argument: str) -> Codec:
+    return Int(_bits(argument))
+
+
+@register("kivi", ("kivi:4",))
+def _kivi(argument: str) -> Codec:
+    return Kivi(_bits(argument))

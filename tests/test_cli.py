@@ -1,0 +1,144 @@
+"""Each command from end to end, and what it does with bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import tessera
+from tessera.cli import app
+from tessera.evaluation import Comparison, load
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_compare_prints_a_table_and_saves_it(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    specs = ("sink:4 + hqmq:4 + recent:32", "q4_0")
+    options = [word for spec in specs for word in ("--specs", spec)]
+    code, out, _ = run(
+        "compare", "--model", small_model, "--text", small_text, *options, "--context", 256, "--windows", 2, "--out", tmp_path
+    )
+    assert code == 0
+    saved = Comparison.load(tmp_path / "compare.json")
+    assert [(r.protocol, r.spec) for r in saved.rows] == [
+        ("streaming", "dense"),
+        ("streaming", "sink:4 + hqmq:4 + recent:32"),
+        ("streaming", "q4_0"),
+        ("paper", "dense"),
+        ("paper", "hqmq:4"),
+        ("paper", "q4_0"),
+    ]
+    for row in saved.rows:
+        assert row.spec in out
+        assert f"{row.perplexity:.3f}" in out
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "On your own model" in out or "No cache here" in out
+
+
+def test_compare_without_arguments_uses_the_demo_model_and_held_out_text(tmp_path: Path) -> None:
+    code, _, _ = run(
+        "compare", "--specs", "hqmq:3", "--protocol", "paper", "--context", 256, "--windows", 1, "--out", tmp_path
+    )
+    assert code == 0
+    saved = json.loads((tmp_path / "compare.json").read_text())
+    assert saved["model"] == "the demo model"
+    assert "held out" in saved["text"]
+    exact, packed = saved["rows"]
+    assert 1 < exact["perplexity"] < 30
+    assert 0 < packed["kl"] < 0.2
+
+
+def test_generate_streams_what_the_model_says(small_model: Path) -> None:
+    source = load(str(small_model))
+    inputs = source.tokenizer("the square of 7", return_tensors="pt")
+    with torch.no_grad():
+        ids = source.model.generate(**inputs, max_new_tokens=100, do_sample=False)
+    expected = source.tokenizer.decode(ids[0], skip_special_tokens=True)
+    code, out, err = run(
+        "generate", "--model", small_model, "--prompt", "the square of 7", "--cache", "dense", "--max-new-tokens", 100
+    )
+    assert code == 0
+    assert out == expected + "\n"
+    assert "79 tokens: cache" in err  # 16 of the prompt and 63 new ones; the 64th has not been read yet
+    assert "dense: 115 tokens" in err
+
+
+def test_generate_samples_the_same_from_the_same_seed(small_model: Path) -> None:
+    words = ("generate", "--model", small_model, "--prompt", "x", "--temperature", 1.0, "--max-new-tokens", 30)
+    first, again, other = (run(*words, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_generate_reads_a_prompt_file_and_packs_it(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(small_text.read_text()[:400])
+    code, out, err = run(
+        "generate", "--model", small_model, "--prompt-file", prompt, "--cache", "hqmq:4 + recent:16", "--max-new-tokens", 5
+    )
+    assert code == 0
+    assert out.startswith(prompt.read_text())
+    assert "hqmq:4" in err.splitlines()[-2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare", "--text", "{tmp}/nothing.txt"], "there is no text file"),
+        (["compare", "--text", "{tmp}/empty.txt"], "is empty"),
+        (["compare", "--model", "{tmp}"], "no config.json"),
+        (["compare", "--model", "{tmp}/nothing"], "there is no model folder"),
+        (["compare", "--model", "{small}", "--context", "5000"], "5000 tokens is longer than the 512"),
+        (["compare", "--specs", "hqmk:4"], "did you mean 'hqmq'"),
+        (["compare", "--protocol", "offline"], "streaming and paper"),
+        (["compare", "--device", "abacus"], "'abacus' cannot be used"),
+        (["compare", "--out", "{tmp}/empty.txt", "--specs", "dense", "--context", "8", "--windows", "1"], "empty.txt"),
+        (["generate"], "give --prompt"),
+        (["generate", "--prompt", " "], "prompt is empty"),
+        (["generate", "--prompt", "x", "--cache", "sink:4"], "window:512"),
+        (["generate", "--model", "{small}", "--prompt", "x", "--max-new-tokens", "600"], "512"),
+        (["generate", "--prompt", "x", "--prompt-file", "y"], "give --prompt or --prompt-file"),
+        (["generate", "--prompt", "x", "--max-new-tokens", "0"], "max-new-tokens"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], message: str, small_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    code, _, err = run(*(word.format(tmp=tmp_path, small=small_model) for word in words))
+    assert code == 2
+    assert message in err
+    if "Usage" not in err:
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+
+
+def commands(group: typer.core.TyperGroup, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for name, command in group.commands.items():
+        inner = getattr(command, "commands", None)
+        found += commands(command, (*words, name)) if inner else [(*words, name)]  # type: ignore[arg-type]
+    return found
+
+
+def test_every_command_shows_an_example() -> None:
+    names = commands(typer.main.get_command(app))  # type: ignore[arg-type]
+    assert names == [("compare",), ("generate",), ("train", "demo")]
+    for words in names:
+        code, out, _ = run(*words, "--help")
+        assert code == 0
+        assert "Example" in out
+        assert f"tessera {' '.join(words)}" in out
+
+
+def test_version() -> None:
+    assert run("--version")[1] == f"tessera {tessera.__version__}\n"

@@ -1,0 +1,184 @@
+"""Comparing caches on a model: what is measured, how it is recorded and shown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tessera.evaluation import Comparison, Row, Source, compare, load, read_text
+from tessera.evaluation.methods import method, short
+from tessera.evaluation.plot import pareto
+from tessera.evaluation.sources import encode, windows
+from tessera.evaluation.table import advice, best, caption, cells, markdown, tables
+
+SPECS = ("hqmq:4 + recent:64", "sink:4 + hqmq:2 + recent:64", "hqmq:4 + recent:4096", "window:64")
+
+
+@pytest.fixture(scope="module")
+def source(small_model: Path) -> Source:
+    return load(str(small_model))
+
+
+@pytest.fixture(scope="module")
+def text(small_text: Path) -> str:
+    return read_text([small_text])[0]
+
+
+@pytest.fixture(scope="module")
+def result(source: Source, text: str) -> Comparison:
+    return compare(source, text, SPECS, context=256, chunk=50, count=3, batch=2, text_name="squares")
+
+
+def row(result: Comparison, protocol: str, spec: str) -> Row:
+    return next(r for r in result.rows if (r.protocol, r.spec) == (protocol, spec))
+
+
+def test_exact_rows_are_the_model_itself(source: Source, text: str, result: Comparison) -> None:
+    ids = windows(encode(source.tokenizer, text), 256, 3, bos=0)
+    with torch.no_grad():
+        logp = source.model(ids, use_cache=False).logits.log_softmax(-1)
+    nll = -logp[:, :-1].gather(-1, ids[:, 1:, None])
+    for protocol in ("streaming", "paper"):
+        exact = row(result, protocol, "dense")
+        assert exact.perplexity == pytest.approx(math.exp(nll.mean()), rel=1e-4)
+        assert (exact.delta, exact.kl, exact.top1) == (0.0, 0.0, 1.0)
+        assert exact.bits == exact.codec_bits == 32.0
+        assert exact.nbytes == 2 * 2 * 2 * 32 * 4 * 256
+    assert result.tokens == nll.numel() == 3 * 255
+    assert result.context == 256
+
+
+def test_a_codec_that_is_never_used_changes_nothing(result: Comparison) -> None:
+    unused = row(result, "streaming", "hqmq:4 + recent:4096")
+    assert abs(unused.delta) < 1e-5
+    assert abs(unused.kl) < 1e-6
+
+
+def test_fewer_bits_cost_more(result: Comparison) -> None:
+    fine, coarse = row(result, "paper", "hqmq:4"), row(result, "paper", "hqmq:2")
+    assert 0 < fine.kl < coarse.kl
+    assert coarse.top1 < fine.top1 <= 1
+    assert fine.codec_bits == 4 + (8 + 8 + 8) / 64  # a byte of scale per vector of 32, key centres of 16/64 bits
+    assert coarse.codec_bits == fine.codec_bits - 2
+
+
+def test_paper_protocol_leaves_nothing_exact(result: Comparison) -> None:
+    assert {r.spec for r in result.rows if r.protocol == "paper"} == {"dense", "hqmq:4", "hqmq:2"}
+    assert row(result, "paper", "hqmq:4").kl > row(result, "streaming", "hqmq:4 + recent:64").kl
+
+
+def test_perplexity_and_its_difference_agree(result: Comparison) -> None:
+    for r in result.rows:
+        exact = row(result, r.protocol, "dense")
+        assert r.perplexity / exact.perplexity - 1 == pytest.approx(r.delta, abs=1e-6)
+        assert r.delta_error >= 0
+        assert r.tokens_per_second > 0
+
+
+def test_bytes_are_those_of_one_sequence(source: Source, text: str) -> None:
+    one, two = (compare(source, text, ("hqmq:4 + recent:64",), context=256, count=n, batch=2).rows[1] for n in (1, 2))
+    assert one.nbytes == two.nbytes
+    assert one.bits == two.bits
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context": 1}, "context must be at least 2, got 1"),
+        ({"context": 513}, "513 tokens is longer than the 512"),
+        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"count": 0}, "windows must be at least 1"),
+        ({"protocols": ("offline",)}, "no protocol 'offline'; there are streaming and paper"),
+        ({"specs": ("snk:4",)}, "did you mean 'sink'"),
+    ],
+)
+def test_wrong_arguments_are_named(source: Source, text: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(source, text, **{"specs": ("dense",), **changes})  # type: ignore[arg-type]
+
+
+def test_windows_begin_as_a_text_does() -> None:
+    ids = torch.tensor([0, 5, 6, 7, 8, 9])
+    assert windows(ids, 3, 9, bos=0).tolist() == [[0, 5, 6], [0, 7, 8]]
+    assert windows(ids[1:], 3, 9, bos=0).tolist() == [[0, 5, 6], [0, 7, 8]]
+    assert windows(ids, 3, 1, bos=None).tolist() == [[0, 5, 6]]
+    assert windows(ids, 99, 9, bos=None).tolist() == [ids.tolist()]
+    with pytest.raises(ValueError, match="too few"):
+        windows(torch.tensor([5]), 99, 1, bos=None)
+
+
+def test_record_is_read_back(result: Comparison, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "compare.json"
+    result.save(path)
+    assert Comparison.load(path) == result
+    assert result.environment.keys() >= {"torch", "transformers", "processor", "threads"}
+    path.write_text('{"rows": [{"spec": 1}]}')
+    with pytest.raises(ValueError, match="holds no comparison"):
+        Comparison.load(path)
+
+
+def test_tables_hold_every_row(result: Comparison) -> None:
+    shown = tables(result)
+    assert [table.row_count for table in shown] == [5, 3]
+    text = markdown(result)
+    for r in result.rows:
+        assert "| " + " | ".join((f"`{r.spec}`", *cells(r)[1:])) + " |" in text
+    assert "765 tokens in windows of 256" in caption(result)
+
+
+def test_advice_names_the_smallest_cache_that_is_good(result: Comparison) -> None:
+    rows = [
+        replace(row(result, "streaming", "hqmq:4 + recent:64"), delta=0.004, nbytes=100, compression=4.0),
+        replace(row(result, "streaming", "sink:4 + hqmq:2 + recent:64"), delta=0.02, nbytes=50, compression=8.0),
+    ]
+    few = replace(result, rows=tuple(rows))
+    assert best(few) == rows[0]
+    assert '"hqmq:4 + recent:64"' in advice(few)
+    assert "No cache" in advice(replace(result, rows=(rows[1],)))
+
+
+def test_picture_is_a_png(result: Comparison, tmp_path: Path) -> None:
+    pareto(result, tmp_path / "compare.png")
+    data = (tmp_path / "compare.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert len(data) > 10_000
+
+
+def test_every_kind_of_spec_has_a_method() -> None:
+    assert method("sink:4 + hqmq:4 + recent:8") == method("hqmq:3.5_nocentre") == "HQMQ, Tessera's"
+    assert method("hqmq:s96_r4_med3") == "HQMQ, the paper's"
+    assert (method("dense"), method("sink:4 + window:8")) == ("exact", "window")
+    assert (short("sink:4 + hqmq:4 + recent:8"), short("dense"), short("window:8")) == ("hqmq:4", "dense", "window:8")
+
+
+def test_texts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no text file .*nothing\.txt"):
+        read_text([tmp_path / "nothing.txt"])
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="is empty"):
+        read_text([tmp_path / "empty.txt"])
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"no UTF-8 text \(byte 3\)"):
+        read_text([tmp_path / "latin.txt"])
+
+
+def test_models_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        load(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load(str(tmp_path))
+    with pytest.raises(ValueError, match="no dtype 'int4'"):
+        load(dtype="int4")
+    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a BertForMaskedLM, not a causal language model"):
+        load(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot load"):
+        load(str(tmp_path))

@@ -1,0 +1,32 @@
+"""The public names: others write against these, so a change here is a change for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import tessera
+from tessera import cache, codecs, evaluation, kernels
+
+
+def test_names_are_these() -> None:
+    assert tessera.__all__ == ["Cache", "CacheReport", "disable", "enable"]
+    assert codecs.__all__ == ["HQMQ", "Codec", "JointHQMQ", "Packed", "Role", "examples", "get", "names"]
+    assert cache.__all__ == ["BLOCK", "Cache", "CacheReport", "Prefill", "Spec", "parse"]
+    assert evaluation.__all__ == ["Comparison", "Row", "Source", "compare", "load", "read_text"]
+    assert kernels.__all__ == ["attend", "merge"]
+
+
+def test_every_name_is_there() -> None:
+    for module in (tessera, codecs, cache, evaluation, kernels):
+        for name in module.__all__:
+            assert getattr(module, name) is not None
+
+
+def test_codecs_can_be_used_without_transformers() -> None:
+    """They import torch only; a process that has used one has not loaded transformers."""
+    script = (
+        "import sys, torch, tessera.codecs as c; p = c.get('hqmq:3').encode(torch.randn(1, 1, 2, 64)); p.decode(); "
+        "sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
