@@ -11,7 +11,10 @@ from tessera import cache, codecs, evaluation, kernels
 
 def test_names_are_these() -> None:
     assert tessera.__all__ == ["Cache", "CacheReport", "disable", "enable"]
-    assert codecs.__all__ == ["HQMQ", "Codec", "JointHQMQ", "Packed", "Role", "examples", "get", "names"]
+    assert sorted(codecs.__all__) == [
+        *("Blocks", "Codec", "FP8", "HQMQ", "Int", "JointHQMQ", "Kivi", "Packed", "Role", "Scalar"),
+        *("examples", "get", "names"),
+    ]
     assert cache.__all__ == ["BLOCK", "Cache", "CacheReport", "Prefill", "Spec", "parse"]
     assert evaluation.__all__ == ["Comparison", "Row", "Source", "compare", "load", "read_text"]
     assert kernels.__all__ == ["attend", "merge"]

@@ -58,6 +58,8 @@ def compare(
 
     console, status = Console(), Console(stderr=True)
     with one_line_errors():
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out must be a folder, and {out} is a file")
         for spec in specs or ():
             parse(spec)
         content, name = evaluation.read_text(text or ())

@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -122,7 +123,7 @@ class Packed:
     def cat(parts: list[Packed]) -> Packed:
         """Join along the tokens. Each part but the last must end with a whole group, each but the first begin with one."""
         first = parts[0]
-        for left, right in zip(parts, parts[1:], strict=False):
+        for left, right in pairwise(parts):
             same = (left.codec, left.shape[:2], left.shape[3], left.role, left.layer)
             if same != (right.codec, right.shape[:2], right.shape[3], right.role, right.layer):
                 raise ValueError(f"cannot join {right.describe()} to {left.describe()}")
@@ -258,7 +259,7 @@ class Codec(ABC):
         return f"{type(self).__name__}({self.spec!r})"
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.spec == other.spec  # type: ignore[attr-defined]
+        return isinstance(other, Codec) and type(self) is type(other) and self.spec == other.spec
 
     def __hash__(self) -> int:
         return hash((type(self), self.spec))

@@ -1,7 +1,7 @@
 """HQMQ as the paper defines it, "Hurwitz Quaternion Multiplicative Quantization" (arXiv 2605.27646), and its variants.
 
-A vector is cut into chunks of four numbers. A chunk of radius r and direction u is coded as (p, s) = argmax <u, q_p·q_s> over the
-24 Hurwitz units q_p and S secondary unit quaternions q_s, and a radius code. Deviations from the paper in its own mode
+A vector is cut into chunks of four numbers. A chunk of radius r and direction u is coded as (p, s) = argmax <u, q_p·q_s> over
+the 24 Hurwitz units q_p and S secondary unit quaternions q_s, and a radius code. Deviations from the paper in its own mode
 (`HQMQ.paper`): the search is in float32 and a zero vector is safe; bits are whole bits.
 
 Outside the paper's mode: secondaries optimised without data instead of random ones, radius levels that are optimal for
@@ -47,10 +47,10 @@ class HQMQ(Codec):
         outliers: the paper's C: chunks of more than C times the median radius are kept as they are; None for none.
         codebook: "random", the paper's, drawn for each (layer, head, role); "optimised", one for all, see
             `codebooks.DIRECTION_SIZES`; or unit quaternions (S, 4), shared, or (heads, S, 4).
-        radius: "uniform": 2^b_r levels from 0 to the vector's largest radius; "chi": levels that are optimal for Gaussian chunks, times
-            the vector's root mean square.
+        radius: "uniform": 2^b_r levels from 0 to the vector's largest radius; "chi": levels that are optimal for Gaussian
+            chunks, times the vector's root mean square.
         seed: of random codebooks.
-        outlier_rule: see `outliers`. With "vector" outliers do not enter the scale; with the other two they do, as in the paper.
+        outlier_rule: see `outliers`. With "vector" outliers do not enter the scale; with the others they do, as in the paper.
         rotate: rotate vectors first; never in the paper.
         bf16_search: search as the authors' code does, in bfloat16 (for comparison only).
     """
@@ -125,9 +125,9 @@ class HQMQ(Codec):
         rule = "authors" if self.bf16_search else "paper"
         if simple and name in PAPER and self.outliers in (None, 3.0) and self.outlier_rule == rule:
             return f"hqmq:{name}{'_med3' if self.outliers else ''}{'_authors' if self.bf16_search else ''}"
-        if not self.bf16_search and self.codebook == "optimised" and self.radius == "chi" and self.rotate:
-            if self.outliers is None:
-                return f"hqmq:o{self.secondary}_r{self.radius_bits}"
+        ours = self.codebook == "optimised" and self.radius == "chi" and self.rotate and not self.bf16_search
+        if ours and self.outliers is None:
+            return f"hqmq:o{self.secondary}_r{self.radius_bits}"
         book = (
             self.codebook
             if isinstance(self.codebook, str)

@@ -9,7 +9,8 @@ compares just these. Cubes are halved until their lists are short, and what cann
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 from functools import cache
 
 import torch
@@ -99,8 +100,8 @@ class CellIndex:
 
     def to(self, device: torch.device) -> CellIndex:
         """The same on another device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return CellIndex(**moved)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def build_index(words: Tensor, conjugations: bool) -> CellIndex:
