@@ -46,9 +46,7 @@ def test_compare_prints_a_table_and_saves_it(small_model: Path, small_text: Path
 
 
 def test_compare_without_arguments_uses_the_demo_model_and_held_out_text(tmp_path: Path) -> None:
-    code, _, _ = run(
-        "compare", "--specs", "hqmq:3", "--protocol", "paper", "--context", 256, "--windows", 1, "--out", tmp_path
-    )
+    code, _, _ = run("compare", "--specs", "hqmq:3", "--protocol", "paper", "--context", 256, "--windows", 1, "--out", tmp_path)
     assert code == 0
     saved = json.loads((tmp_path / "compare.json").read_text())
     assert saved["model"] == "the demo model"
@@ -110,9 +108,7 @@ def test_generate_reads_a_prompt_file_and_packs_it(small_model: Path, small_text
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], "max-new-tokens"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    words: list[str], message: str, small_model: Path, tmp_path: Path
-) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(words: list[str], message: str, small_model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     code, _, err = run(*(word.format(tmp=tmp_path, small=small_model) for word in words))
     assert code == 2

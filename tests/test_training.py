@@ -55,9 +55,7 @@ def test_resumed_run_gives_the_weights_of_an_uninterrupted_one(finished: Path, t
     state = train_demo(config, out, evaluate_bytes=4_000)
     assert (state.step, state.tokens) == (8, 8 * 256)
     for name in ("model", "average", "optimizer"):
-        whole, parts = (
-            load_file(run / "checkpoints" / "step-00000008" / f"{name}.safetensors") for run in (finished, out)
-        )
+        whole, parts = (load_file(run / "checkpoints" / "step-00000008" / f"{name}.safetensors") for run in (finished, out))
         assert whole.keys() == parts.keys()
         assert all(torch.equal(whole[key], parts[key]) for key in whole), name
 

@@ -104,9 +104,7 @@ def attention_forward(
     """
     if not isinstance(key, Handle):
         if softcap is None and s_aux is None:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-            )
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return _dense(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
     if dropout:
         raise ValueError("attention dropout and tessera.Cache do not go together; call model.eval()")
@@ -134,9 +132,7 @@ def attention_forward(
     return query.new_zeros((batch, tokens, heads, dim)) if out is None else out, None
 
 
-def _attend(
-    q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softcap: float | None, s_aux: Tensor | None
-) -> Tensor:
+def _attend(q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softcap: float | None, s_aux: Tensor | None) -> Tensor:
     """One softmax over all parts. q: (rows, q_heads, tokens, head_dim), as the result."""
     if len(turn.parts) == 1 and mask is None and softcap is None and s_aux is None:
         fused = _fused(q, turn, scale)

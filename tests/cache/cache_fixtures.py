@@ -34,4 +34,3 @@ if "grouped" not in codecs.names():
 
 #: One spec of each real codec that there is, and the tests' own.
 CODECS = ["grouped:8", *(spec for spec in ("int:4", "kivi:4", "hqmq:4") if spec.split(":")[0] in codecs.names())]
-

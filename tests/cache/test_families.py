@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from cache_fixtures import CODECS
+from cache_models import FAMILIES, make, tokens
 from torch import Tensor
 from transformers import DynamicCache
 
 import tessera
-from cache_fixtures import CODECS
-from cache_models import FAMILIES, make, tokens
 
 #: A long first call, steps of one, and a chunk in the middle.
 CUTS = (170, 1, 1, 30, 1, 70, 1)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import cache_fixtures  # noqa: F401  (registers the codec "grouped")
+import cache_fixtures
 import pytest
 
 from tessera import codecs
@@ -64,7 +64,7 @@ def test_codec_without_argument() -> None:
     ],
 )
 def test_mistakes_are_named(text: str, words: list[str]) -> None:
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=r".") as error:
         parse(text)
     for word in words:
         assert word in str(error.value)

@@ -66,9 +66,7 @@ class Cache(TransformersCache):
     def __repr__(self) -> str:
         return f"Cache({str(self.spec)!r}, {len(self.layers)} layers, {self.get_seq_length()} tokens)"
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Stage the new tokens of a layer; see `TesseraLayer.update`.
 
         Raises:
@@ -173,9 +171,7 @@ def read_config(config: Any) -> tuple[Any, list[tuple[tuple[int, int], int | Non
             "shapes, made from a latent vector"
         )
     if getattr(text, "num_kv_shared_layers", None) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
-        raise ValueError(
-            f"tessera.Cache does not support {name}: some of its layers read the keys and values of other layers"
-        )
+        raise ValueError(f"tessera.Cache does not support {name}: some of its layers read the keys and values of other layers")
     count = getattr(text, "num_hidden_layers", None)
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
     dim = getattr(text, "head_dim", None)

@@ -177,7 +177,7 @@ class Lane:
             packed: pack what leaves `recent` before the queries read it, instead of after.
         """
         first, n = self.length, k.shape[2]
-        if packed or n <= BLOCK and first:
+        if packed or (n <= BLOCK and first):
             self.append(k, v)
             if packed:
                 self.settle(drop=False)

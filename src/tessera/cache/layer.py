@@ -48,8 +48,8 @@ class Link:
         if not self.warned:
             self.warned = True
             warnings.warn(
-                f"the model's attention is {getattr(self.config, '_attn_implementation', None)!r}, not {ATTENTION!r}: the cache "
-                "is decoded into dense keys and values for every call, one layer at a time. It stays small between the "
+                f"the model's attention is {getattr(self.config, '_attn_implementation', None)!r}, not {ATTENTION!r}: the "
+                "cache is decoded into dense keys and values for every call, one layer at a time. It stays small between the "
                 "calls, but the calls are slower and need more memory; tessera.enable(model) avoids this.",
                 stacklevel=6,
             )
@@ -154,8 +154,8 @@ class TesseraLayer(CacheLayerMixin):
         expected = f"(batch, {self.shape[0]}, tokens, {self.shape[1]})"
         if k.shape != v.shape or (k.shape[1], k.shape[3]) != self.shape:
             raise ValueError(
-                f"layer {self.index} was given keys {tuple(k.shape)} and values {tuple(v.shape)}, but this cache was made for a "
-                f"model with {expected}; make a cache for each model"
+                f"layer {self.index} was given keys {tuple(k.shape)} and values {tuple(v.shape)}, but this cache was made for "
+                f"a model with {expected}; make a cache for each model"
             )
         if self.is_initialized and k.shape[0] != self.batch:
             raise ValueError(
@@ -217,8 +217,8 @@ class TesseraLayer(CacheLayerMixin):
         fits = slots == self.seen if self.sliding is None else slots <= self.seen
         if mask.ndim != 4 or queries != n or not fits or mask.shape[0] not in (1, self.batch):
             raise ValueError(
-                f"layer {self.index}: an attention mask of shape {tuple(mask.shape)} does not fit {self.batch} rows, {n} queries "
-                f"and {self.seen} slots"
+                f"layer {self.index}: an attention mask of shape {tuple(mask.shape)} does not fit {self.batch} rows, {n} "
+                f"queries and {self.seen} slots"
             )
 
     def _arrivals(self, mask: Tensor | None, n: int) -> dict[int, list[int]]:

@@ -89,8 +89,8 @@ class Stored:
                 raise ValueError("the header is damaged: a layer is no table")
             if (about.get("shape"), about.get("sliding")) != (list(layer.shape), layer.sliding):
                 raise ValueError(
-                    f"this cache was saved from a model whose layer {layer.index} has (kv_heads, head_dim) = {about.get('shape')} "
-                    f"and sliding window {about.get('sliding')}; yours has {list(layer.shape)} and {layer.sliding}"
+                    f"this cache was saved from a model whose layer {layer.index} has (kv_heads, head_dim) = "
+                    f"{about.get('shape')} and sliding window {about.get('sliding')}; yours has {list(layer.shape)} and {layer.sliding}"
                 )
             self._fill(layer, about)
         if self._left:

@@ -102,9 +102,7 @@ class Packed:
             else:
                 ends = _set_bits(self.tensors["flags"]).sum((0, 1, 3)).cumsum(0).tolist()
                 parts[name] = tensor[ends[start - 1] if start else 0 : ends[stop - 1] if stop else 0]
-        return replace(
-            self, tensors=parts, shape=(batch, heads, stop - start, dim), offset=(self.offset + start) % group
-        )
+        return replace(self, tensors=parts, shape=(batch, heads, stop - start, dim), offset=(self.offset + start) % group)
 
     def select(self, rows: Tensor) -> Packed:
         """Batch rows by index, in the order given; a row may be taken more than once. rows: (n,) int64."""

@@ -64,9 +64,7 @@ def _direction_tables() -> dict[int, Tensor]:
 def optimised_secondary(size: int) -> Tensor:
     """The shipped unit secondaries: (size, 4) float32. One codebook serves every head and layer."""
     if size not in DIRECTION_SIZES:
-        raise ValueError(
-            f"no optimised codebook of {size} secondaries; there are {', '.join(map(str, DIRECTION_SIZES))}"
-        )
+        raise ValueError(f"no optimised codebook of {size} secondaries; there are {', '.join(map(str, DIRECTION_SIZES))}")
     return _direction_tables()[size].clone()
 
 

@@ -105,9 +105,7 @@ class HQMQ(Codec):
         """
         match = re.fullmatch(r"(s\d+_r\d)(_med3)?(_authors)?", name)
         if not match or match[1] not in PAPER:
-            raise ValueError(
-                f"no configuration {name!r} in the paper; there are {', '.join(PAPER)}, and each with _med3"
-            )
+            raise ValueError(f"no configuration {name!r} in the paper; there are {', '.join(PAPER)}, and each with _med3")
         size, bits = (int(part[1:]) for part in match[1].split("_"))
         authors = bool(match[3])
         return cls(
@@ -128,11 +126,7 @@ class HQMQ(Codec):
         ours = self.codebook == "optimised" and self.radius == "chi" and self.rotate and not self.bf16_search
         if ours and self.outliers is None:
             return f"hqmq:o{self.secondary}_r{self.radius_bits}"
-        book = (
-            self.codebook
-            if isinstance(self.codebook, str)
-            else f"tensor{zlib.crc32(self.codebook.numpy().tobytes()):08x}"
-        )
+        book = self.codebook if isinstance(self.codebook, str) else f"tensor{zlib.crc32(self.codebook.numpy().tobytes()):08x}"
         return (
             f"HQMQ({self.secondary}, {self.radius_bits}, outliers={self.outliers}, codebook={book}, radius={self.radius}, "
             f"seed={self.seed}, outlier_rule={self.outlier_rule}, rotate={self.rotate}, bf16_search={self.bf16_search})"
@@ -199,9 +193,7 @@ class HQMQ(Codec):
         codes = unpack_bits(packed.tensors["codes"], self.code_bits, -(-dim // 4))
         direction, code = codes >> self.radius_bits, codes & (2**self.radius_bits - 1)
         books = self.secondaries(heads, packed.role, packed.layer).to(codes.device)
-        words = hamilton(units(device=codes.device)[None, None], books[:, :, None]).flatten(
-            1, 2
-        )  # (heads or 1, 24 S, 4)
+        words = hamilton(units(device=codes.device)[None, None], books[:, :, None]).flatten(1, 2)  # (heads or 1, 24 S, 4)
         head = torch.arange(heads, device=codes.device)[:, None, None] if len(words) > 1 else 0
         if self.radius == "uniform":
             radius = code / (2**self.radius_bits - 1)
@@ -220,9 +212,7 @@ class HQMQ(Codec):
 
 def _check_codebook(book: Tensor) -> None:
     if book.ndim not in (2, 3) or book.shape[-1] != 4 or not book.is_floating_point():
-        raise ValueError(
-            f"a codebook must be floating point, (S, 4) or (heads, S, 4); got {tuple(book.shape)}, {book.dtype}"
-        )
+        raise ValueError(f"a codebook must be floating point, (S, 4) or (heads, S, 4); got {tuple(book.shape)}, {book.dtype}")
     if not torch.allclose(book.float().norm(dim=-1), torch.ones(()), atol=1e-3):
         raise ValueError("a codebook must hold unit quaternions")
 

@@ -117,9 +117,7 @@ def report(bits: int, secondary: NDArray[np.int16], step: float) -> None:
     words = np.einsum("gij,sj->gsi", group, secondary * step).reshape(-1, 4)
     x = gaussian_chunks(np.random.default_rng(3), 1_000_000)
     distance, _ = cKDTree(words).query(x, workers=-1)
-    print(
-        f"joint {bits:2d} bits: {len(secondary)} secondaries, nMSE {(distance**2).sum() / (x**2).sum():.5f}", flush=True
-    )
+    print(f"joint {bits:2d} bits: {len(secondary)} secondaries, nMSE {(distance**2).sum() / (x**2).sum():.5f}", flush=True)
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ compares just these. Cubes are halved until their lists are short, and what cann
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor

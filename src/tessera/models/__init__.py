@@ -23,8 +23,7 @@ def demo_path() -> Path:
     path = Path(__file__).parent / "demo"
     if not (path / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"The demo model's weights are not at {path}. "
-            "Reinstall tessera, or train them: tessera train demo --install"
+            f"The demo model's weights are not at {path}. Reinstall tessera, or train them: tessera train demo --install"
         )
     return path
 

@@ -14,9 +14,7 @@ from pathlib import Path
 HELD_OUT_MODULUS = 20
 """One module in this many is held out."""
 
-SKIPPED_DIRECTORIES = frozenset(
-    {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-)
+SKIPPED_DIRECTORIES = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
 """Directories neither trained on nor held out: tests, an application, third parties."""
 
 

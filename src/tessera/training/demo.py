@@ -232,9 +232,7 @@ def plot_log(log: Path, target: Path) -> None:
     steps = [record for record in records if "loss" in record]
     checks = [record for record in records if "held_out_loss" in record]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(
-        [r["tokens"] / 1e6 for r in steps], [r["loss"] for r in steps], lw=0.7, alpha=0.6, label="training batches"
-    )
+    axes.plot([r["tokens"] / 1e6 for r in steps], [r["loss"] for r in steps], lw=0.7, alpha=0.6, label="training batches")
     axes.plot(
         [r["tokens"] / 1e6 for r in checks],
         [r["held_out_loss"] for r in checks],
@@ -246,9 +244,7 @@ def plot_log(log: Path, target: Path) -> None:
         if before["sequence"] != after["sequence"]:
             x = before["tokens"] / 1e6
             axes.axvline(x, color="gray", lw=0.8, ls=":")
-            axes.text(
-                x, 0.97, f" {after['sequence']:,} tokens", transform=axes.get_xaxis_transform(), va="top", color="gray"
-            )
+            axes.text(x, 0.97, f" {after['sequence']:,} tokens", transform=axes.get_xaxis_transform(), va="top", color="gray")
     lowest = min((r["loss"] for r in steps), default=1.0)
     axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", ylim=(max(0, lowest - 0.2), lowest + 3))
     axes.set_title("Training the demo model")

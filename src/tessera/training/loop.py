@@ -151,9 +151,7 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
     optimizers: list[torch.optim.Optimizer] = []
     if hidden:
         optimizers.append(
-            torch.optim.Muon(
-                hidden, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
     groups = [
         {"params": others, "weight_decay": config.weight_decay},
@@ -365,9 +363,7 @@ def train(
                         "tokens_per_second": round(speed),
                     }
                 )
-                bar.update(
-                    task, completed=progress, description=f"step {state.step}  loss {mean:.3f}  {speed:.0f} tok/s"
-                )
+                bar.update(task, completed=progress, description=f"step {state.step}  loss {mean:.3f}  {speed:.0f} tok/s")
                 log_loss.zero_()
                 log_steps, log_tokens, log_began = 0, 0, time.monotonic()
             if time.monotonic() - last_checkpoint > config.checkpoint_seconds and progress < 1:
