@@ -24,9 +24,20 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 def test_compare_prints_a_table_and_saves_it(small_model: Path, small_text: Path, tmp_path: Path) -> None:
     specs = ("sink:4 + hqmq:4 + recent:32", "q4_0")
-    options = [word for spec in specs for word in ("--specs", spec)]
     code, out, _ = run(
-        "compare", "--model", small_model, "--text", small_text, *options, "--context", 256, "--windows", 2, "--out", tmp_path
+        "compare",
+        "--model",
+        small_model,
+        "--text",
+        small_text,
+        "--specs",
+        *specs,
+        "--context",
+        256,
+        "--windows",
+        2,
+        "--out",
+        tmp_path,
     )
     assert code == 0
     saved = Comparison.load(tmp_path / "compare.json")
@@ -43,6 +54,27 @@ def test_compare_prints_a_table_and_saves_it(small_model: Path, small_text: Path
         assert f"{row.perplexity:.3f}" in out
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "On your own model" in out or "No cache here" in out
+
+
+def test_an_option_of_several_values_may_be_repeated_or_given_them_at_once(small_model: Path, tmp_path: Path) -> None:
+    texts = []
+    for letter in "ab":
+        texts.append(tmp_path / f"{letter}.txt")
+        texts[-1].write_text(f"{letter} " * 200)
+    words = ("compare", "--model", small_model, "--context", 16, "--windows", 1, "--out", tmp_path)
+    assert run(*words, "--specs", "q4_0", "dense", "--text", *texts, "--protocol", "paper")[0] == 0
+    at_once = Comparison.load(tmp_path / "compare.json")
+    assert (
+        run(*words, "--spec", "q4_0", "--text", texts[0], "--protocol", "paper", "--spec", "dense", "--text", texts[1])[0] == 0
+    )
+    repeated = Comparison.load(tmp_path / "compare.json")
+    assert [r.spec for r in at_once.rows] == [r.spec for r in repeated.rows] == ["dense", "q4_0"]
+    assert at_once.text == repeated.text
+    assert "a.txt" in at_once.text
+    assert "b.txt" in at_once.text
+    code, _, err = run(*words, "q4_0")
+    assert code == 2
+    assert "q4_0" in err
 
 
 def test_compare_without_arguments_uses_the_demo_model_and_held_out_text(tmp_path: Path) -> None:

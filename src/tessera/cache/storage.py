@@ -90,7 +90,8 @@ class Stored:
             if (about.get("shape"), about.get("sliding")) != (list(layer.shape), layer.sliding):
                 raise ValueError(
                     f"this cache was saved from a model whose layer {layer.index} has (kv_heads, head_dim) = "
-                    f"{about.get('shape')} and sliding window {about.get('sliding')}; yours has {list(layer.shape)} and {layer.sliding}"
+                    f"{about.get('shape')} and sliding window {about.get('sliding')}; "
+                    f"yours has {list(layer.shape)} and {layer.sliding}"
                 )
             self._fill(layer, about)
         if self._left:

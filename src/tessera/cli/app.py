@@ -6,6 +6,7 @@ import typer
 
 from tessera import __version__
 from tessera.cli import compare, generate, train
+from tessera.cli.many import ManyValues
 
 app = typer.Typer(
     help="Tessera: a bounded, compressed, persistent memory for Transformers.",
@@ -13,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("compare")(compare.compare)
+app.command("compare", cls=ManyValues)(compare.compare)
 app.command("generate")(generate.generate)
 app.add_typer(train.app, name="train")
 

@@ -16,11 +16,11 @@ def compare(
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="UTF-8 text file; may be repeated.  [default: held-out standard-library modules]"),
+        typer.Option(help="UTF-8 text files.  [default: held-out standard-library modules]"),
     ] = None,
     specs: Annotated[
         list[str] | None,
-        typer.Option("--specs", "--spec", help="Cache specification; may be repeated.  [default: a dozen]"),
+        typer.Option("--specs", "--spec", help="Cache specifications.  [default: sixteen of them]"),
     ] = None,
     protocol: Annotated[list[str] | None, typer.Option(help="streaming or paper.  [default: both]")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 2048, or the model's if shorter]")] = None,
@@ -42,7 +42,7 @@ def compare(
 
         tessera compare
 
-        tessera compare --model ./my-model --text book.txt --specs "sink:4 + hqmq:4 + recent:128" --specs "q4_0"
+        tessera compare --model ./my-model --text book.txt --specs "sink:4 + hqmq:4 + recent:128" q4_0
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
