@@ -369,6 +369,7 @@ def train(
             if time.monotonic() - last_checkpoint > config.checkpoint_seconds and progress < 1:
                 checkpoint(progress)
                 last_checkpoint = log_began = time.monotonic()
+                log_tokens = 0  # or the speed would count tokens whose time it does not
         bar.update(task, completed=progress)
     checkpoint(progress)
     return state
