@@ -29,8 +29,10 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python benchmarks/codec_error.py --json docs/results/codec_error.json
-	$(BIN)/python benchmarks/resident_memory.py --json docs/results/resident_memory.json
+	$(BIN)/tessera compare --out docs/results/demo
+	$(BIN)/python benchmarks/codec_error.py
+	$(BIN)/python benchmarks/resident_memory.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) results

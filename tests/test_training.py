@@ -16,7 +16,7 @@ from tessera.cli.train import app
 from tessera.models.demo_text import heldout_files, heldout_text
 from tessera.training.attention import blockwise_attention
 from tessera.training.corpus import Corpus, training_files
-from tessera.training.demo import TINY, train_demo
+from tessera.training.demo import TINY, read_log, train_demo
 from tessera.training.loop import LoopConfig, Phase
 
 
@@ -38,6 +38,7 @@ def test_command_trains_logs_and_exports(finished: Path) -> None:
     assert [r["sequence"] for r in records if "loss" in r] == [64] * 4 + [128] * 4
     assert records[-1]["held_out_bits_per_byte"] > 0
     assert (finished / "loss.png").stat().st_size > 1000
+    assert len(json.loads((finished / "summary.json").read_text())["training"]) == 8
     model = AutoModelForCausalLM.from_pretrained(finished / "model")
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     text = "def main():\n\treturn 'é', 1 \n\n"
@@ -51,9 +52,14 @@ def test_resumed_run_gives_the_weights_of_an_uninterrupted_one(finished: Path, t
     out = tmp_path / "demo"
     config = replace(TINY, loop=replace(TINY.loop, steps=8))
     train_demo(config, out, evaluate_bytes=4_000, stop_at=3)
+    with (out / "log.jsonl").open("a") as log:  # as if the run had been killed between two checkpoints
+        log.write(json.dumps({"step": 5, "tokens": 1280, "loss": 99.0}) + "\n")
     train_demo(config, out, evaluate_bytes=4_000, stop_at=6)
     state = train_demo(config, out, evaluate_bytes=4_000)
     assert (state.step, state.tokens) == (8, 8 * 256)
+    records = [record for record in read_log(out / "log.jsonl") if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert max(record["loss"] for record in records) < 99
     for name in ("model", "average", "optimizer"):
         whole, parts = (load_file(run / "checkpoints" / "step-00000008" / f"{name}.safetensors") for run in (finished, out))
         assert whole.keys() == parts.keys()

@@ -67,15 +67,21 @@ def caption(comparison: Comparison) -> str:
     )
 
 
-def markdown(comparison: Comparison) -> str:
-    """The tables as Markdown."""
+def markdown(comparison: Comparison, protocol: str | None = None) -> str:
+    """The tables as Markdown: of one protocol, or of all."""
     parts = [caption(comparison)]
-    for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
-        lines = [f"**{_MEANING[protocol].format(chunk=comparison.chunk)}**", "", _line(COLUMNS)]
-        lines.append("| --- |" + " ---: |" * (len(COLUMNS) - 1))
-        lines += [_line((f"`{name}`", *rest)) for name, *rest in (cells(r) for r in comparison.rows if r.protocol == protocol)]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+    for name in dict.fromkeys(row.protocol for row in comparison.rows):
+        if protocol in (None, name):
+            rows = [cells(row) for row in comparison.rows if row.protocol == name]
+            parts.append(f"**{_MEANING[name].format(chunk=comparison.chunk)}**")
+            parts.append(markdown_table(COLUMNS, [(f"`{spec}`", *rest) for spec, *rest in rows]))
+    return "\n\n".join(parts)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    lines = [_line(header), "| --- |" + " ---: |" * (len(header) - 1), *map(_line, rows)]
+    return "\n".join(lines)
 
 
 def _line(cells_of_row: Sequence[str]) -> str:

@@ -221,6 +221,17 @@ def export(model: nn.Module, tokenizer: Tokenizer, target: Path, weights: dict[s
     temporary.rmdir()
 
 
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """Return a run's records, without those after a checkpoint that the run was taken up from again."""
+    records: list[dict[str, Any]] = []
+    for line in log.read_text().splitlines():
+        record = json.loads(line)
+        while records and records[-1]["step"] > record["step"]:
+            records.pop()
+        records.append(record)
+    return records
+
+
 def plot_log(log: Path, target: Path) -> None:
     """Draw the loss over tokens from a run's ``log.jsonl`` as a PNG."""
     import matplotlib
@@ -228,7 +239,7 @@ def plot_log(log: Path, target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = read_log(log)
     steps = [record for record in records if "loss" in record]
     checks = [record for record in records if "held_out_loss" in record]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -257,7 +268,7 @@ def plot_log(log: Path, target: Path) -> None:
 
 def summarise_log(log: Path, points: int = 200) -> dict[str, Any]:
     """Return a run's log thinned to about ``points`` training records, with every held-out measurement."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = read_log(log)
     steps = [record for record in records if "loss" in record]
     return {
         "training": steps[:: max(1, len(steps) // points)],
@@ -353,4 +364,6 @@ def train_demo(
     trained.set_attn_implementation(name)
     state = train(model, corpus.sample, config.loop, out, resume=resume, stop_at=stop_at, on_checkpoint=measure)
     plot_log(out / "log.jsonl", out / "loss.png")
+    with atomic_path(out / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summarise_log(out / "log.jsonl"), indent=0) + "\n")
     return state

@@ -1,0 +1,138 @@
+"""Write the tables of the README and of docs/ from the JSON in docs/results/.
+
+A table stands between two comments and is replaced whole:
+
+    <!-- table: compare demo streaming -->
+    <!-- end -->
+
+The first word names a function of this file, the others are its arguments.
+
+Example:
+
+    python benchmarks/tables.py            # write
+    python benchmarks/tables.py --check    # exit with 1 if a table is not what the JSON says
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tessera.evaluation.records import Comparison
+from tessera.evaluation.table import markdown, markdown_table, size
+from tessera.files import atomic_path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+_BLOCK = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def compare(name: str, protocol: str) -> str:
+    """What `tessera compare --out docs/results/NAME` measured under one protocol."""
+    return markdown(Comparison.load(RESULTS / name / "compare.json"), protocol)
+
+
+def codec_error(inputs: str, head_dim: str) -> str:
+    """Bits and error of every codec on one kind of vectors, by bits."""
+    rows = [r for r in _load("codec_error")["rows"] if r["inputs"] == inputs and r["head_dim"] == int(head_dim)]
+    rows.sort(key=lambda row: (row["bits"], row["nmse"]))
+    return markdown_table(("codec", "bits", "error"), [(f"`{r['spec']}`", f"{r['bits']:.4f}", f"{r['nmse']:.5f}") for r in rows])
+
+
+def codec_bars() -> str:
+    """Whether the codecs reach what they must."""
+    rows = [
+        (r["name"], f"{r['value']:.5f}", f"{r['limit']:.5f}", "yes" if r["holds"] else "no") for r in _load("codec_error")["bars"]
+    ]
+    return markdown_table(("what", "measured", "limit", "holds"), rows)
+
+
+def resident_memory() -> str:
+    """Resident memory of a process beside the bytes that the cache reports."""
+    data = _load("resident_memory")
+    rows = [
+        (f"`{r['spec']}`", size(r["rss_growth"]), size(r["report_bytes"]), f"{r['ratio_to_exact']:.2f}x") for r in data["rows"]
+    ]
+    return markdown_table(("cache", "growth of the process", "the cache's report", "smaller"), rows)
+
+
+def training() -> str:
+    """The demo model's loss on modules it never saw, as training went on."""
+    rows = _load("demo_training")["held_out"]
+    chosen = rows[:: max(1, len(rows) // 8)]
+    if chosen[-1] is not rows[-1]:
+        chosen.append(rows[-1])
+    cells = [
+        (
+            f"{r['step']:,}",
+            f"{r['tokens'] / 1e6:.1f} M",
+            f"{r['seconds'] / 60:.0f}",
+            f"{r['held_out_loss']:.3f}",
+            f"{r['held_out_perplexity']:.2f}",
+            f"{r['held_out_bits_per_byte']:.3f}",
+        )
+        for r in chosen
+    ]
+    return markdown_table(("step", "tokens", "minutes", "held-out loss", "perplexity", "bits per byte"), cells)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "compare": compare,
+    "codec-error": codec_error,
+    "codec-bars": codec_bars,
+    "resident-memory": resident_memory,
+    "training": training,
+}
+
+
+def _load(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def render(text: str) -> str:
+    """Return a document with all its tables made anew.
+
+    Raises:
+        ValueError: if a table is of no kind that there is.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name, *arguments = match[2].split()
+        if name not in TABLES:
+            raise ValueError(f"no table {name!r}; there are {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[name](*arguments)}\n{match[4]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def documents() -> list[Path]:
+    """Every document that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "src" / "tessera" / "models" / "demo" / "README.md"]
+
+
+def main() -> int:
+    """Write or check; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; say which documents are out of date")
+    check = parser.parse_args().check
+    stale = []
+    for path in filter(Path.is_file, documents()):
+        text = path.read_text(encoding="utf-8")
+        made = render(text)
+        if made != text:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                with atomic_path(path) as temporary:
+                    temporary.write_text(made, encoding="utf-8")
+    for path in stale:
+        print(f"{path}: {'out of date; run python benchmarks/tables.py' if check else 'written'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
