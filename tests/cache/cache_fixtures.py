@@ -29,8 +29,9 @@ class Grouped(Codec):
         return packed.tensors["codes"].float() * packed.tensors["scale"][:, :, index]
 
 
+GROUPED = Grouped.spec
 if "grouped" not in codecs.names():
-    registry.register("grouped", ("grouped:8",))(lambda argument: Grouped())
+    registry.register("grouped", (GROUPED,))(lambda argument: Grouped())
 
 #: One spec of each real codec that there is, and the tests' own.
-CODECS = ["grouped:8", *(spec for spec in ("int:4", "kivi:4", "hqmq:4") if spec.split(":")[0] in codecs.names())]
+CODECS = [GROUPED, *(spec for spec in ("int:4", "kivi:4", "hqmq:4") if spec.split(":")[0] in codecs.names())]

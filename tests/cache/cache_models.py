@@ -29,6 +29,9 @@ from transformers import (
 VOCAB = 97
 MIXED = ["sliding_attention", "full_attention"]
 
+#: How a sequence may be cut into calls: a long first one, steps of one, and a chunk in the middle.
+CUTS = (170, 1, 1, 30, 1, 70, 1)
+
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -77,12 +80,24 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def make(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A model in evaluation mode, with weights large enough that attention matters."""
     config_class, model_class, arguments = FAMILIES[family]
-    torch.manual_seed(1)
     config = config_class(**{**arguments, "initializer_range": 0.1, **changes})
-    return model_class(config).eval().to(dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return model_class(config).eval().to(dtype)
 
 
-def tokens(rows: int, count: int, seed: int = 0) -> torch.Tensor:
+def tokens(rows: int, count: int) -> torch.Tensor:
     """(rows, count) random tokens that are neither padding nor the end."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB, (rows, count), generator=generator)
+    return torch.randint(3, VOCAB, (rows, count))
+
+
+@torch.no_grad()
+def logits(model: Any, cache: Any, ids: torch.Tensor, cuts: tuple[int, ...] = CUTS, **kwargs: Any) -> torch.Tensor:
+    """Logits of all positions when the calls are cut so."""
+    out = [model(part, past_key_values=cache, use_cache=True, **kwargs).logits for part in ids.split(list(cuts), dim=1)]
+    return torch.cat(out, dim=1).float()
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Root mean square of the difference, over that of what is wanted."""
+    return float(((found - wanted).square().mean() / wanted.square().mean()).sqrt())

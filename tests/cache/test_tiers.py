@@ -92,7 +92,8 @@ def test_codec_tier(spec: str) -> None:
     torch.testing.assert_close(decoded(), tuple(x[:, :, 18 * BLOCK :] for x in whole), atol=0, rtol=0)
     rest = tier.crop_back(BLOCK + 10)
     assert rest is not None
-    torch.testing.assert_close(rest, tuple(x[:, :, 38 * BLOCK : 39 * BLOCK - 10] for x in whole), atol=0, rtol=0)
+    # A rotation back of fewer tokens may round another way.
+    torch.testing.assert_close(rest, tuple(x[:, :, 38 * BLOCK : 39 * BLOCK - 10] for x in whole), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(decoded(), tuple(x[:, :, 18 * BLOCK : 38 * BLOCK] for x in whole), atol=0, rtol=0)
     assert tier.crop_back(4 * BLOCK) is None
     assert tier.tokens == 16 * BLOCK

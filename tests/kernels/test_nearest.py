@@ -11,7 +11,7 @@ from tessera.quaternion import conjugate, hamilton, units
 @pytest.fixture(scope="module", params=[b for b in JOINT_BITS if b <= 16])
 def index(request: pytest.FixtureRequest) -> CellIndex:
     book = joint(request.param)
-    return build_index(book.codewords.float() * book.step, book.conjugations)
+    return build_index(book.products.float() * book.step, book.conjugations)
 
 
 def samples(count: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_search_of_nothing_and_of_zero(index: CellIndex) -> None:
 @pytest.mark.parametrize("bits", [18, 20])
 def test_search_finds_the_nearest_codeword_of_large_codebooks(bits: int) -> None:
     book = joint(bits)
-    index = build_index(book.codewords.float() * book.step, book.conjugations)
+    index = build_index(book.products.float() * book.step, book.conjugations)
     x = samples(1000)
     found = (x - index.words[nearest(x, index)]).norm(dim=-1)
     best = (x - index.words[brute_force(x, index.words)]).norm(dim=-1)
@@ -73,15 +73,26 @@ def test_canonical_rotation_is_a_rotation_into_the_region() -> None:
 def test_codebooks_are_integers_closed_under_the_units(bits: int) -> None:
     book = joint(bits)
     assert (book.base.int().sum(-1) % 2 == 0).all()
-    secondary = book.secondary.float()
-    assert book.codewords.shape == (24 * len(secondary), 4)
-    assert len(book.codewords) <= 2**bits
-    exact = hamilton(units()[None], secondary[:100, None]).reshape(-1, 4)
-    assert torch.equal(exact, book.codewords[: len(exact)].float())
-    if book.conjugations:
-        u = units()[9]
-        turned = hamilton(hamilton(u, secondary[:60]), conjugate(u))
-        known = {tuple(row) for row in secondary.int().tolist()}
-        assert all(tuple(row) in known for row in turned.round().int().tolist())
+    words = {tuple(row) for row in book.codewords.tolist()}
+    assert len(words) <= len(book.codewords) <= 2**bits
+    sample = book.codewords[torch.randperm(len(book.codewords))[:40]].float()
+    for u in units():
+        assert all(tuple(row) in words for row in hamilton(u, sample).int().tolist())
+        if book.conjugations:
+            turned = hamilton(hamilton(u, sample), conjugate(u))
+            assert all(tuple(row) in words for row in turned.int().tolist())
     if bits <= 16:
         assert book.codewords.abs().max() <= 127
+
+
+@pytest.mark.parametrize("bits", JOINT_BITS)
+def test_codes_number_the_same_codewords_as_products(bits: int) -> None:
+    book = joint(bits)
+    products = torch.arange(len(book.products))
+    assert torch.equal(book.codewords[book.number(products)], book.products)
+    # Fields of a code: which point, and how it is moved.
+    permutation, sign = book.moves
+    code = torch.randint(len(book.codewords), (50,))
+    point, move = code // len(sign), code % len(sign)
+    moved = book.points[point].gather(1, permutation[move]) * sign[move]
+    assert torch.equal(moved.to(torch.int16), book.codewords[code])

@@ -86,8 +86,8 @@ class Packed:
     def slice(self, start: int, stop: int) -> Packed:
         """Tokens [start, stop), without copying."""
         batch, heads, tokens, dim = self.shape
-        start, stop = max(0, start), min(tokens, stop)
-        stop = max(start, stop)
+        start = min(tokens, max(0, start))
+        stop = max(start, min(tokens, stop))
         group = self.codec.group
         first, last = (self.offset + start) // group, -(-(self.offset + stop) // group)
         if stop == start:
@@ -102,7 +102,8 @@ class Packed:
             else:
                 ends = _set_bits(self.tensors["flags"]).sum((0, 1, 3)).cumsum(0).tolist()
                 parts[name] = tensor[ends[start - 1] if start else 0 : ends[stop - 1] if stop else 0]
-        return replace(self, tensors=parts, shape=(batch, heads, stop - start, dim), offset=(self.offset + start) % group)
+        offset = (self.offset + start) % group if stop > start else 0
+        return replace(self, tensors=parts, shape=(batch, heads, stop - start, dim), offset=offset)
 
     def select(self, rows: Tensor) -> Packed:
         """Batch rows by index, in the order given; a row may be taken more than once. rows: (n,) int64."""
@@ -169,21 +170,36 @@ class Packed:
             codec = get(spec)
         elif codec.spec != spec:
             raise ValueError(f"this was encoded by {spec!r}, not by {codec.spec!r}")
-        if role not in ("key", "value") or len(shape) != 4:
+        if role not in ("key", "value") or len(shape) != 4 or min(shape) < 0 or shape[3] == 0:
             raise ValueError(f"this is no packed cache: role {role!r}, shape {shape}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or layer < 0 or not 0 <= offset < codec.group:
+            raise ValueError(f"this is no packed cache: dtype {metadata['dtype']!r}, layer {layer}, offset {offset}")
         packed = Packed(codec, dict(tensors), shape, dtype, role, layer, offset)  # type: ignore[arg-type]
         packed._check()
         return packed
 
     def _check(self) -> None:
         """Refuse tensors that do not fit the shape, as a damaged file would have."""
-        batch, heads, tokens, _ = self.shape
+        batch, heads, tokens, dim = self.shape
+        # Packing no tokens shows which tensors there must be, their dtypes and the rest of their shapes.
+        model = self.codec._encode(torch.zeros(1, heads, 0, dim), self.role, self.layer)
+        if missing := set(model) - set(self.tensors):
+            raise ValueError(f"field {min(missing)!r} of {self.describe()} is missing")
         groups = -(-(self.offset + tokens) // self.codec.group)
-        for name, tensor in self.tensors.items():
+        # The ragged field last: its length is the number of bits set in "flags", which has been checked by then.
+        for name, tensor in sorted(self.tensors.items(), key=lambda item: self.codec.fields.get(item[0]) == "ragged"):
             layout = self.codec.fields.get(name)
-            lead = {"token": (batch, heads, tokens), "group": (batch, heads, groups)}.get(layout or "")
-            if layout is None or (lead is not None and tuple(tensor.shape[:3]) != lead):
-                raise ValueError(f"field {name!r} of shape {tuple(tensor.shape)} does not fit {self.describe()}")
+            if layout == "ragged":
+                shape = (int(_set_bits(self.tensors["flags"]).sum()), *model[name].shape[1:])
+            elif layout is not None and name in model:
+                shape = (batch, heads, tokens if layout == "token" else groups, *model[name].shape[3:])
+            else:
+                raise ValueError(f"field {name!r} does not belong to {self.describe()}")
+            if tuple(tensor.shape) != shape or tensor.dtype != model[name].dtype:
+                raise ValueError(
+                    f"field {name!r} of shape {tuple(tensor.shape)}, {tensor.dtype}, does not fit {self.describe()}: "
+                    f"it would be {shape}, {model[name].dtype}"
+                )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file."""

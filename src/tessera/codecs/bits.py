@@ -45,7 +45,7 @@ def unpack_bits(data: Tensor, bits: int, count: int) -> Tensor:
         return data[..., :count].long()
     if bits == 16:
         wide = data.long()
-        return wide[..., 0::2] | wide[..., 1::2] << 8
+        return (wide[..., 0::2] | wide[..., 1::2] << 8)[..., :count]
     start = torch.arange(count, device=data.device) * bits
     span = (bits + 14) // 8
     padded = torch.nn.functional.pad(data, (0, span))

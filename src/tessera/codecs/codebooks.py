@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera.quaternion import UNITS, hamilton, units
+from tessera.quaternion import UNITS, conjugate, hamilton, left_matrix, right_matrix, units
 
 #: Numbers of unit secondaries that are shipped. 5, 10, 21, 42, 85, 170 fill 7 to 12 bits; the paper's are beside them.
 DIRECTION_SIZES = (5, 10, 21, 24, 42, 48, 85, 96, 170, 192)
@@ -76,8 +76,12 @@ ROTATIONS = (0, 2, 4, 6, 8, 9, 10, 11, 12, 13, 14, 15)
 class JointCodebook:
     """A codebook of 4-vectors q_p·q_s, all 24 units p times secondaries s of any length.
 
+    Eight of the units, ±1, ±i, ±j, ±k, only permute components and change signs, and so do the products of all of them
+    with v̄ from the right, v in {1, i, j, k}. Every codeword is such a *move* of one of few *points*, which is how codes
+    number them: code = point · moves + move. A decoder needs the points and no arithmetic but signs.
+
     Attributes:
-        bits: of a code; code = s · 24 + p.
+        bits: of a code.
         base: (n, 4) int16, what is shipped.
         step: what one integer is worth, for chunks of unit mean square.
         conjugations: whether every rotation u·s·ū of a base quaternion is a secondary too; then the secondaries are
@@ -90,20 +94,76 @@ class JointCodebook:
     conjugations: bool
 
     @property
-    def secondary(self) -> Tensor:
-        """All secondaries as integers: (S, 4) int16, S = n or 12 n."""
-        if not self.conjugations:
-            return self.base
-        u = units(torch.float32)[list(ROTATIONS)]
-        bar = u * torch.tensor([1.0, -1.0, -1.0, -1.0])
-        turned = hamilton(hamilton(u[None], self.base.float()[:, None]), bar[None])
-        return turned.round().to(torch.int16).reshape(-1, 4)
+    def products(self) -> Tensor:
+        """All codewords as integers: (24 S, 4) int16, row s · 24 + p is q_p·q_s."""
+        return _products(self.base, self.conjugations)
+
+    @property
+    def points(self) -> Tensor:
+        """The codewords from which moves make all others: (9 n, 4) int16 with conjugations, else (3 n, 4)."""
+        return _points(self.base, self.conjugations)
+
+    @property
+    def moves(self) -> tuple[Tensor, Tensor]:
+        """Permutations and signs: (moves, 4) int64 each, 32 with conjugations, else 8. x moves to sign · x[permutation]."""
+        return _moves(self.conjugations)
 
     @property
     def codewords(self) -> Tensor:
         """All codewords in the order of their codes, as integers: (24 S, 4) int16."""
-        products = hamilton(units(torch.float32)[None], self.secondary.float()[:, None])
-        return products.round().to(torch.int16).reshape(-1, 4)
+        return _moved(self.points, self.moves)
+
+    def number(self, product: Tensor) -> Tensor:
+        """Codes of codewords that are given by their row among `products`, int64."""
+        order = _order(self.conjugations).to(product.device)
+        return product // len(order) * len(order) + order[product % len(order)]
+
+
+def _integers(q: Tensor) -> Tensor:
+    return q.round().to(torch.int16).reshape(-1, 4)
+
+
+def _products(base: Tensor, conjugations: bool) -> Tensor:
+    s = base.float()
+    if conjugations:
+        u = units()[list(ROTATIONS)]
+        s = hamilton(hamilton(u, s[:, None]), conjugate(u)).reshape(-1, 4)
+    return _integers(hamilton(units(), s[:, None]))
+
+
+def _points(base: Tensor, conjugations: bool) -> Tensor:
+    # Powers of ω = (1 + i + j + k) / 2 take {±1, ±i, ±j, ±k} to its three cosets in the group.
+    one, omega = units()[0], units()[8]
+    powers = torch.stack((one, omega, hamilton(omega, omega)))
+    s = base.float()[:, None]
+    if conjugations:
+        s = hamilton(hamilton(powers, s), conjugate(powers))[:, None]
+        return _integers(hamilton(powers[:, None], s))
+    return _integers(hamilton(powers, s))
+
+
+@cache
+def _moves(conjugations: bool) -> tuple[Tensor, Tensor]:
+    left, right = left_matrix(units()[:8]), right_matrix(conjugate(units()[0 : 8 if conjugations else 2 : 2]))
+    matrices = (left[:, None] @ right[None]).reshape(-1, 4, 4)
+    permutation = matrices.abs().argmax(-1)
+    return permutation, matrices.gather(-1, permutation.unsqueeze(-1)).squeeze(-1).long()
+
+
+def _moved(points: Tensor, moves: tuple[Tensor, Tensor]) -> Tensor:
+    permutation, sign = moves
+    return (points[:, permutation] * sign.to(points.dtype)).reshape(-1, 4)
+
+
+@cache
+def _order(conjugations: bool) -> Tensor:
+    """For each product made from one base quaternion its place among that quaternion's codes, (288 or 24,) int64."""
+    probe = torch.tensor([[22, 10, 6, 4]])  # no two of its products are equal
+    codes = _moved(_points(probe, conjugations), _moves(conjugations))
+    same = (_products(probe, conjugations)[:, None] == codes).all(-1)
+    assert (same.sum(0) == 1).all()
+    assert (same.sum(1) == 1).all()
+    return same.int().argmax(1)
 
 
 @cache

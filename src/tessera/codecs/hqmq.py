@@ -93,7 +93,7 @@ class HQMQ(Codec):
         self.outlier_rule, self.rotate, self.bf16_search = outlier_rule, rotate, bf16_search
         self.direction_bits = (UNITS * secondary - 1).bit_length()
         self.code_bits = self.direction_bits + radius_bits
-        self._running: dict[tuple[int, Role], RunningMedian] = {}
+        self._running: dict[tuple[int, Role, int], RunningMedian] = {}
         self.spec = self._spec()
 
     @classmethod
@@ -121,7 +121,7 @@ class HQMQ(Codec):
         name = f"s{self.secondary}_r{self.radius_bits}"
         simple = not self.rotate and self.radius == "uniform" and self.codebook == "random" and self.seed == 0
         rule = "authors" if self.bf16_search else "paper"
-        if simple and name in PAPER and self.outliers in (None, 3.0) and self.outlier_rule == rule:
+        if simple and name in PAPER and (self.outliers is None or (self.outliers == 3.0 and self.outlier_rule == rule)):
             return f"hqmq:{name}{'_med3' if self.outliers else ''}{'_authors' if self.bf16_search else ''}"
         ours = self.codebook == "optimised" and self.radius == "chi" and self.rotate and not self.bf16_search
         if ours and self.outliers is None:
@@ -155,7 +155,7 @@ class HQMQ(Codec):
         tensors: dict[str, Tensor] = {}
         inside = torch.ones_like(radii, dtype=torch.bool)
         if self.outliers is not None:
-            running = self._running.setdefault((layer, role), RunningMedian(x.shape[1]))
+            running = self._running.setdefault((layer, role, x.shape[1]), RunningMedian(x.shape[1]))
             out = find_outliers(radii, self.outliers, self.outlier_rule, running)
             tensors["flags"] = pack_bits(out.int(), 1)
             # Ordered by token, batch, head, chunk, so that tokens can be appended and sliced off.

@@ -62,14 +62,15 @@ class JointHQMQ(Codec):
             x = x @ rotation(x.shape[-1], device=x.device).T
         scale = logscale.to_byte(x.square().mean(-1).sqrt())
         chunks = to_chunks(x / logscale.from_byte(scale).clamp(min=1e-30).unsqueeze(-1))
-        codes = nearest(chunks.reshape(-1, 4), _index(self.code_bits, x.device)).view(chunks.shape[:-1])
+        product = nearest(chunks.reshape(-1, 4), _index(self.code_bits, x.device)).view(chunks.shape[:-1])
+        codes = joint(self.code_bits).number(product)
         codes = torch.where(scale.unsqueeze(-1) > 0, codes, 0)
         return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
 
     def _decode(self, packed: Packed) -> Tensor:
         dim = packed.shape[-1]
         codes = unpack_bits(packed.tensors["codes"], self.code_bits, -(-dim // 4))
-        words = _index(self.code_bits, packed.device).words
+        words = _codewords(self.code_bits, packed.device)
         x = from_chunks(words[codes], dim) * logscale.from_byte(packed.tensors["scale"]).unsqueeze(-1)
         if self.rotate:
             x = x @ rotation(dim, device=packed.device)
@@ -83,6 +84,12 @@ def _groups(tokens: int, group: int, device: torch.device) -> Tensor:
 
 
 @cache
+def _codewords(code_bits: int, device: torch.device) -> Tensor:
+    book = joint(code_bits)
+    return (book.codewords.float() * book.step).to(device)
+
+
+@cache
 def _index(code_bits: int, device: torch.device) -> CellIndex:
     book = joint(code_bits)
-    return build_index(book.codewords.float() * book.step, book.conjugations).to(device)
+    return build_index(book.products.float() * book.step, book.conjugations).to(device)

@@ -128,7 +128,7 @@ def main() -> None:
         report(bits, secondary, step)
         np.savez_compressed(joint_path(bits), secondary=secondary, step=np.float32(step))
     tables = {f"s{size}": make_directions(size).astype(np.float32) for size in DIRECTION_SIZES}
-    np.savez_compressed(direction_path(), allow_pickle=False, **tables)
+    np.savez_compressed(direction_path(), **tables)  # type: ignore[arg-type]
     assert all(size * UNITS <= 1 << 13 for size in DIRECTION_SIZES)
 
 

@@ -39,7 +39,7 @@ def get(spec: str) -> Codec:
     name, _, argument = spec.strip().partition(":")
     if name not in _FACTORIES:
         near = difflib.get_close_matches(name, _FACTORIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown codec {name!r} in {spec!r}{hint} There are: {', '.join(examples())}")
     factory, good = _FACTORIES[name]
     try:

@@ -25,7 +25,7 @@ class Scalar(Codec):
     """Rotation, Lloyd–Max levels for N(0, 1), one half-precision scale per vector.
 
     The scale of least squared error, <x, levels> / |levels|², would be smaller by the cosine between x and x̂; keeping the
-    norm instead costs ERRORCOST.
+    norm instead raises the error by 0.2 % at 4 bits and by 3 % at 2.
 
     True bits per element: b + 16/d.
 

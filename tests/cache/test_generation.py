@@ -1,0 +1,383 @@
+"""`generate` in all its ways, against transformers' own cache and against the model without any."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from cache_fixtures import GROUPED
+from cache_models import logits, make, relative, tokens
+from torch import Tensor
+from transformers import DynamicCache
+
+import tessera
+from tessera import kernels
+from tessera.cache.lane import RECORDED
+from tessera.codecs import Packed
+
+PACKED = "sink:4 + hqmq:4 + recent:16"
+#: Dense results are the same up to rounding.
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+#: Relative error that packing at 4 bits may cause; the widest measured is 0.09.
+NEAR = 0.2
+
+
+@dataclass(frozen=True)
+class Call:
+    """What `generate` is asked for: arguments, and a prompt of so many rows and tokens with so much padding before each row."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    rows: int = 2
+    prompt: int = 150
+    pads: tuple[int, ...] = ()
+    draft: bool = False
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Tokens and attention mask."""
+        ids = tokens(self.rows, self.prompt)
+        mask = torch.ones_like(ids)
+        for row, pad in enumerate(self.pads):
+            ids[row, :pad] = 0
+            mask[row, :pad] = 0
+        return ids, mask
+
+
+_SAMPLE = {"do_sample": True, "temperature": 0.8, "top_k": 30}
+CALLS = {
+    "greedy": Call(),
+    "one row": Call(rows=1),
+    "sampling": Call(_SAMPLE),
+    "several samples": Call({**_SAMPLE, "num_return_sequences": 3}),
+    "beams": Call({"num_beams": 3}),
+    "several beams": Call({"num_beams": 4, "num_return_sequences": 3}),
+    "sampled beams": Call({**_SAMPLE, "num_beams": 3}),
+    "left padding": Call(rows=4, pads=(0, 3, 70, 149)),
+    "beams with left padding": Call({"num_beams": 3}, rows=3, pads=(12, 0, 12)),
+    "chunked prefill": Call({"prefill_chunk_size": 40}),
+    "chunked prefill with left padding": Call({"prefill_chunk_size": 40}, rows=3, pads=(0, 30, 95)),
+    "prompt shorter than the sinks": Call(prompt=2),
+    "prompt of one token": Call(prompt=1),
+    "prompt lookup": Call({"prompt_lookup_num_tokens": 6}, rows=1),
+    "prompt lookup, sampled": Call({"prompt_lookup_num_tokens": 6, **_SAMPLE}, rows=1),
+    "draft model": Call(rows=1, draft=True),
+    "draft model, sampled": Call(_SAMPLE, rows=1, draft=True),
+    "early exit": Call({"assistant_early_exit": 1}, rows=1),
+}
+
+
+def draft_of(model: Any) -> Any:
+    """A model that agrees with `model` often, not always."""
+    draft = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=generator)
+    return draft
+
+
+def run(model: Any, cache: Any, inputs: tuple[Tensor, Tensor], new: int = 80, **arguments: Any) -> Any:
+    """The result of `generate`, with logits; sampling begins with the same seed every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return model.generate(
+            inputs[0],
+            attention_mask=inputs[1],
+            past_key_values=cache,
+            max_new_tokens=new,
+            return_dict_in_generate=True,
+            output_logits=True,
+            output_scores=True,
+            **arguments,
+        )
+
+
+def step_logits(output: Any) -> Tensor:
+    """What each returned sequence was chosen from: (steps, sequences, vocabulary)."""
+    found = torch.stack(output.logits)
+    beams = getattr(output, "beam_indices", None)
+    if beams is None:
+        return found
+    beams = beams[:, : len(found)].T
+    return found.gather(1, beams[..., None].expand(-1, -1, found.shape[-1]))
+
+
+@torch.no_grad()
+def taught(model: Any, sequences: Tensor, mask: Tensor) -> Tensor:
+    """The model's logits without any cache for all tokens of `sequences` that `mask`, of the prompt, does not cover."""
+    mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
+    mask = torch.nn.functional.pad(mask, (0, sequences.shape[1] - mask.shape[1]), value=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return model(sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits.transpose(0, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", CALLS)
+def test_dense_generates_what_transformers_does(name: str, family: str) -> None:
+    call, model = CALLS[name], make(family)
+    arguments = call.arguments | ({"assistant_model": draft_of(model)} if call.draft else {})
+    inputs = call.inputs()
+    expected = run(model, DynamicCache(config=model.config), inputs, **arguments)
+    cache = tessera.Cache("dense", model)
+    found = run(model, cache, inputs, **arguments)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
+    assert found.past_key_values is cache
+    assert cache.get_seq_length() == expected.past_key_values.get_seq_length()
+
+
+def distance(model: Any, output: Any, mask: Tensor) -> float:
+    """How far the logits that `output` was chosen from are from those of the model without any cache."""
+    logits = step_logits(output)
+    return relative(logits, taught(model, output.sequences, mask)[-1 - len(logits) : -1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", CALLS)
+def test_packed_generation_stays_close_to_the_model_without_a_cache(name: str, family: str) -> None:
+    call, model = CALLS[name], make(family)
+    arguments = call.arguments | ({"assistant_model": draft_of(model)} if call.draft else {})
+    inputs = call.inputs()
+    cache = tessera.Cache(PACKED, model)
+    found = run(model, cache, inputs, new=100, **arguments)
+    assert distance(model, found, inputs[1]) < NEAR
+    assert cache.report().tiers["hqmq:4"] > 0
+
+
+@contextmanager
+def watched(cache: tessera.Cache, name: str) -> Iterator[list[tuple[Any, ...]]]:
+    """The arguments of every call of a method of `cache`."""
+    seen: list[tuple[Any, ...]] = []
+    method = getattr(cache, name)
+    setattr(cache, name, lambda *args, **kwargs: (seen.append(args), method(*args, **kwargs))[1])
+    yield seen
+    delattr(cache, name)
+
+
+@pytest.mark.parametrize("spec", ["dense", PACKED])
+@pytest.mark.parametrize("name", ["prompt lookup", "draft model"])
+def test_assisted_generation_keeps_some_drafts_and_takes_others_back(name: str, spec: str) -> None:
+    """And its tokens are those of plain greedy generation."""
+    model, call = make(), CALLS[name]
+    inputs = call.inputs()
+    arguments = call.arguments | ({"assistant_model": draft_of(model)} if call.draft else {})
+    cache = tessera.Cache(spec, model)
+    with watched(cache, "crop") as crops, watched(cache, "update") as updates:
+        found = run(model, cache, inputs, **arguments)
+    assert any(removed < 0 for (removed,) in crops)
+    assert len(updates) // len(cache.layers) < 80
+    if spec == "dense":
+        plain = run(model, tessera.Cache(spec, model), inputs)
+        assert torch.equal(found.sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("spec", ["dense", PACKED])
+@pytest.mark.parametrize("gaps", [False, True], ids=["no gaps", "padding between the turns"])
+@pytest.mark.parametrize("name", ["greedy", "left padding", "prompt of one token", "prompt lookup"])
+def test_a_second_turn_goes_on_with_the_same_cache(name: str, gaps: bool, spec: str) -> None:
+    """The first is `name`, the second greedy."""
+    model, call = make(), CALLS[name]
+    ids, mask = call.inputs()
+    more = tokens(call.rows, 70)
+    more_mask = torch.ones_like(more)
+    if gaps:
+        more_mask[0, :33] = 0
+    caches = (
+        [DynamicCache(config=model.config), tessera.Cache(spec, model)] if spec == "dense" else [tessera.Cache(spec, model)]
+    )
+    results = []
+    for cache in caches:
+        first = run(model, cache, (ids, mask), **call.arguments).sequences
+        answer = torch.ones_like(first[:, ids.shape[1] :])
+        both = torch.cat([first, more], 1), torch.cat([mask, answer, more_mask], 1)
+        results.append(run(model, cache, both))
+    if spec == "dense":
+        assert torch.equal(results[1].sequences, results[0].sequences)
+        torch.testing.assert_close(torch.stack(results[1].logits), torch.stack(results[0].logits), **CLOSE)
+    else:
+        assert distance(model, results[0], both[1]) < NEAR
+
+
+@pytest.mark.parametrize("spec", ["dense", PACKED, "sink:4 + window:60"])
+def test_copies_of_a_prompts_cache_go_separate_ways(spec: str) -> None:
+    model = make()
+    prompt, one, other = tokens(2, 150), tokens(2, 90), tokens(2, 20)
+    cache = tessera.Cache(spec, model)
+    logits(model, cache, prompt, (150,))
+
+    def go_on(with_: Tensor) -> tuple[Tensor, tessera.Cache]:
+        copied = copy.deepcopy(cache)
+        return logits(model, copied, with_, (with_.shape[1],)), copied
+
+    before, _ = go_on(one)
+    _, copied = go_on(other)
+    assert copied.get_seq_length() == 170
+    assert cache.get_seq_length() == 150
+    assert torch.equal(go_on(one)[0], before)
+
+
+@pytest.mark.parametrize("taken", [1, 30, 100])
+@pytest.mark.parametrize("spec", ["dense", PACKED, f"sink:4 + {GROUPED} + recent:16"])
+def test_what_was_cropped_leaves_no_trace(spec: str, taken: int) -> None:
+    """Also in packed tiers, except that tokens of a block that was cut have been packed once."""
+    model = make()
+    ids, wrong, more = tokens(2, 200), tokens(2, taken), tokens(2, 50)
+    plain, cropped = tessera.Cache(spec, model), tessera.Cache(spec, model)
+    logits(model, plain, ids, (200,))
+    logits(model, cropped, torch.cat([ids, wrong], 1), (200, taken))
+    cropped.crop(-taken)
+    assert cropped.get_seq_length() == 200
+    expected, found = logits(model, plain, more, (50,)), logits(model, cropped, more, (50,))
+    if spec == "dense":
+        assert torch.equal(found, expected)
+    else:
+        assert relative(found, expected) < (0.02 if GROUPED in spec else NEAR)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("spec", [PACKED, "window:60", f"sink:4 + {GROUPED}@64 + recent:16"])
+def test_what_was_recorded_and_cropped_leaves_no_trace_at_all(spec: str, family: str) -> None:
+    model = make(family)
+    ids, wrong, more = tokens(2, 200), tokens(2, 90), tokens(2, 50)
+    plain, cropped = tessera.Cache(spec, model), tessera.Cache(spec, model)
+    logits(model, plain, ids, (200,))
+    logits(model, cropped, ids, (200,))
+    cropped.activate_past_recording()
+    for _ in range(3):
+        logits(model, cropped, wrong, (40, 50))
+        cropped.crop(-90)
+    assert cropped.report() == plain.report()
+    assert torch.equal(logits(model, cropped, more, (50,)), logits(model, plain, more, (50,)))
+
+
+def test_recording_holds_back_no_more_than_it_says() -> None:
+    model = make()
+    cache = tessera.Cache(PACKED, model)
+    cache.activate_past_recording()
+    logits(model, cache, tokens(1, 1500), (700, 800))
+    for layer in cache.layers:
+        assert RECORDED <= layer.held()["recent"] < RECORDED + 16 + 64
+    cache.crop(0)
+    for layer in cache.layers:
+        assert layer.held()["recent"] < 16 + 64
+
+
+@pytest.mark.parametrize("spec", ["dense", PACKED])
+def test_grad_modes_may_change_between_calls(spec: str) -> None:
+    model = make()
+    ids = tokens(2, 300)
+    expected = logits(model, tessera.Cache(spec, model), ids, (100,) * 3)
+    cache = tessera.Cache(spec, model)
+    with torch.inference_mode():
+        first = model(ids[:, :100], past_key_values=cache).logits
+    with torch.no_grad():
+        second = model(ids[:, 100:200], past_key_values=cache).logits
+    with torch.inference_mode():
+        third = model(ids[:, 200:], past_key_values=cache).logits
+    assert torch.equal(torch.cat([first, second, third], 1), expected)
+    with torch.no_grad():
+        cache.crop(-250)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        again = model(ids[:, 50:100].flip(0), past_key_values=cache).logits.flip(0)
+    assert relative(again, expected[:, 50:100]) < (1e-5 if spec == "dense" else NEAR)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_generate_within_a_grad_mode(mode: Any) -> None:
+    model = make()
+    inputs = Call().inputs()
+    outside = run(model, tessera.Cache(PACKED, model), inputs)
+    with mode():
+        inside = run(model, tessera.Cache(PACKED, model), inputs)
+    assert torch.equal(torch.stack(inside.logits), torch.stack(outside.logits))
+
+
+@pytest.mark.parametrize("spec", ["dense", PACKED, "window:40"])
+def test_after_a_reset_the_cache_is_as_new(spec: str) -> None:
+    model = make()
+    used = tessera.Cache(spec, model)
+    run(model, used, CALLS["left padding"].inputs())
+    used.reset()
+    assert used.report().nbytes == used.get_seq_length() == 0
+    inputs = Call(rows=3).inputs()
+    found, expected = run(model, used, inputs), run(model, tessera.Cache(spec, model), inputs)
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("spec", ["dense", PACKED])
+def test_rows_can_be_repeated_selected_and_reordered(spec: str) -> None:
+    model = make()
+    ids, mask = Call(rows=4, prompt=250, pads=(0, 3, 70, 249)).inputs()
+    changes = [
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2, 3, 3]),
+        (lambda cache: cache.reorder_cache(torch.tensor([7, 0, 5, 2, 2, 1, 3, 6])), [3, 0, 2, 1, 1, 0, 1, 3]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1, 2, 7])), [0, 2, 3]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), [0, 3]),
+    ]
+    more = tokens(4, 10)
+    longer = torch.nn.functional.pad(mask, (0, 10), value=1)
+
+    def call(cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return logits(model, cache, ids, (ids.shape[1],), attention_mask=mask, position_ids=positions)
+
+    caches = [tessera.Cache(spec, model), DynamicCache(config=model.config)]
+    for cache in caches:
+        call(cache, ids, mask)
+    for change, rows in changes:
+        results = []
+        for cache in caches:
+            change(cache)
+            results.append(call(cache, more[rows], longer[rows]))
+            cache.crop(-10)
+        assert relative(*results) < (1e-5 if spec == "dense" else NEAR)
+
+
+@pytest.fixture
+def packed_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(query tokens, packed tokens) of every call of the attention over packed keys."""
+    reads: list[tuple[int, int]] = []
+    attend = kernels.attend
+
+    def watch(q: Tensor, packed_k: Packed, packed_v: Packed, *args: Any, **kwargs: Any) -> Any:
+        assert isinstance(packed_k, Packed)
+        assert isinstance(packed_v, Packed)
+        reads.append((q.shape[2], packed_k.tokens))
+        return attend(q, packed_k, packed_v, *args, **kwargs)
+
+    monkeypatch.setattr(kernels, "attend", watch)
+    return reads
+
+
+def test_steps_read_the_packed_tokens_as_they_are_packed(packed_reads: list[tuple[int, int]]) -> None:
+    model = make()
+    run(model, tessera.Cache(PACKED, model), Call(prompt=150).inputs(), new=100)
+    layers = model.config.num_hidden_layers
+    # The prompt packs 128 tokens; the step that makes the sequence 4 + 192 + 16 long packs a block more, for those after it.
+    assert packed_reads == [(1, 128)] * (layers * 62) + [(1, 192)] * (layers * 37)
+
+
+def test_dense_never_reads_packed_tokens(packed_reads: list[tuple[int, int]]) -> None:
+    model = make()
+    run(model, tessera.Cache("dense", model), Call(prompt=150).inputs())
+    assert packed_reads == []
+
+
+@pytest.mark.parametrize("role", [0, 1], ids=["keys", "values"])
+def test_answers_depend_on_the_packed_bytes(role: int) -> None:
+    model = make()
+    cache = tessera.Cache(PACKED, model)
+    logits(model, cache, tokens(1, 200), (200,))
+    spoilt = copy.deepcopy(cache)
+    for layer in spoilt.layers:
+        packed = layer.lanes[0].packed
+        assert packed is not None
+        for page in packed.pages:
+            page[role].tensors["codes"].random_(0, 255)
+    step = tokens(1, 1)
+    good, bad = (logits(model, c, step, (1,)) for c in (cache, spoilt))
+    assert relative(bad, good) > 0.1

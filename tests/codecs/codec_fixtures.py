@@ -1,0 +1,70 @@
+"""The codecs that the tests run over, how inputs are made and how results are measured."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessera import codecs
+from tessera.codecs import Role
+
+ROLES: tuple[Role, ...] = ("key", "value")
+
+#: Every registered codec by its examples, and settings that take other paths through the code. Of ``hqmq:b`` those above
+#: 4 bits are left out where nothing depends on the size: it takes seconds to index their codebooks.
+SPECS = (
+    *(spec for spec in codecs.examples() if spec != "hqmq:5"),
+    "hqmq:2",
+    "hqmq:2.5",
+    "hqmq:4_norot",
+    "hqmq:3_nocentre",
+    "hqmq:o21_r3",
+    "hqmq:s24_r3",
+    "hqmq:s24_r2_med3_authors",
+    "q8_0:norot",
+    "int:3",
+    "int:8",
+    "kivi:2",
+    "kivi:3",
+    "scalar:3",
+)
+
+#: Those of which a token's result depends on nothing but its group. The others keep outliers by a median over the call.
+STATELESS = tuple(spec for spec in SPECS if "_med3" not in spec)
+
+
+def nmse(x: Tensor, approximation: Tensor) -> float:
+    """Squared error over the sum of squares."""
+    return float((x.float() - approximation.float()).square().sum() / x.float().square().sum())
+
+
+def gaussian(batch: int = 2, heads: int = 2, tokens: int = 70, dim: int = 32) -> Tensor:
+    """Independent normal numbers."""
+    return torch.randn(batch, heads, tokens, dim)
+
+
+def giant_keys(tokens: int = 256, dim: int = 64) -> tuple[Tensor, Tensor]:
+    """Keys of unit variance in which some channels are 80 to 280 times as large: half of those constant, half varying.
+
+    Returns:
+        Keys (2, 3, tokens, dim), and for each channel whether it is an ordinary one (dim,).
+    """
+    x = torch.randn(2, 3, tokens, dim)
+    channels = torch.randperm(dim)[:4]
+    size = 80 + 200 * torch.rand(2, 3, 1, 4)
+    x[..., channels[:2]] += size[..., :2] * torch.randn(2, 3, 1, 2).sign()
+    x[..., channels[2:]] *= size[..., 2:]
+    ordinary = torch.ones(dim, dtype=torch.bool)
+    ordinary[channels] = False
+    return x, ordinary
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    """Share of elements that are equal to within float32 rounding.
+
+    Sums in another order may settle a tie between two codewords the other way, so a rare element may differ by more.
+    """
+    size = torch.maximum(a.float().abs(), b.float().abs())
+    # The rounding of a vector is that of its largest number: a rotation spreads it.
+    unit = 1e-5 * size.amax(-1, keepdim=True)
+    return float(((a.float() - b.float()).abs() <= unit).float().mean()) if a.numel() else 1.0
