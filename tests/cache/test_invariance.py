@@ -19,8 +19,16 @@ from tessera.codecs import Packed
 
 TOTAL = sum(CUTS)
 EXACT = ["dense", "sink:4 + window:50", "window:50"]
-LOSSY = ["sink:4 + hqmq:4 + recent:32", "hqmq:4@128 + recent:16", f"sink:3 + {GROUPED} + recent:20", "kivi:4 + recent:64", "q4_0"]
+LOSSY = [
+    "sink:4 + hqmq:4 + recent:32",
+    "hqmq:4@128 + recent:16",
+    f"sink:3 + {GROUPED} + recent:20",
+    "kivi:4 + recent:64",
+    "q4_0",
+]
 ALL = EXACT + LOSSY
+#: One of each kind of codec.
+KINDS = [GROUPED, "hqmq:3", "hqmq:s96_r4_med3", "q4_0", "fp8:scaled", "int:4", "kivi:4", "scalar:4"]
 
 
 def feed(cache: tessera.Cache, k: Tensor, v: Tensor, cuts: list[int]) -> None:
@@ -33,25 +41,20 @@ def feed(cache: tessera.Cache, k: Tensor, v: Tensor, cuts: list[int]) -> None:
 
 
 def tolerance(spec: str) -> float:
-    """How far results for the same tokens may lie apart where packed tokens were read instead of exact ones, or dropped ones."""
-    return 1e-5 if spec in EXACT else 0.02 if GROUPED in spec else 0.4 if "@" in spec else 0.2
+    """How far apart results for the same tokens may be where packed tokens were read instead of exact ones."""
+    return 1e-5 if spec in EXACT else 0.02 if GROUPED in spec else 0.2
 
 
-def contents(cache: tessera.Cache) -> list[Tensor]:
+def contents(cache: tessera.Cache) -> list[Tensor | Packed]:
     """All that is held, without the free room."""
-    found = []
-    for layer in cache.layers:
-        for lane in layer.lanes:
-            for part in lane.parts():
-                for x in (part.keys, part.values):
-                    found += list(x.tensors.values()) if isinstance(x, Packed) else [x]
-    return found
+    return [x for layer in cache.layers for lane in layer.lanes for part in lane.parts() for x in (part.keys, part.values)]
 
 
-@pytest.mark.parametrize("spec", [*EXACT, *(f"sink:4 + {codec} + recent:32" for codec in codecs.examples())])
+@pytest.mark.parametrize("spec", [*EXACT, *(f"sink:4 + {codec} + recent:32" for codec in KINDS)])
 def test_what_is_held_does_not_depend_on_the_cut(spec: str) -> None:
     model = make()
     k, v = torch.randn(2, 2, 2, 2, 700, 16)
+    k[torch.rand_like(k) < 0.001] *= 30  # outliers, which some codecs keep apart
     held = []
     for cuts in ([700], [1] * 200 + [500], [64] * 10 + [60], torch.randint(1, 40, (15,)).tolist()):
         cache = tessera.Cache(spec, model)
@@ -59,7 +62,13 @@ def test_what_is_held_does_not_depend_on_the_cut(spec: str) -> None:
         held.append(contents(cache))
     for other in held[1:]:
         for found, wanted in zip(other, held[0], strict=True):
-            torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+            if isinstance(wanted, Packed):
+                assert isinstance(found, Packed)
+                # Rounding within a rotation of more tokens at once may change single codes.
+                for name, tensor in wanted.tensors.items():
+                    assert (found.tensors[name] != tensor).sum() <= 0.002 * tensor.numel()
+            else:
+                assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize(("spec", "prefill"), [*((spec, "exact") for spec in ALL), *((spec, "packed") for spec in LOSSY)])
@@ -72,17 +81,7 @@ def test_logits_hardly_depend_on_the_cut(spec: str, prefill: Any) -> None:
         for cuts in ((180,), (90, 1, 1, 30, 1, 57), (64, 64, 52), (1,) * 180)
     ]
     for a, b in combinations(results, 2):
-        print("REL", spec, prefill, relative(a, b))
         assert relative(a, b) < tolerance(spec)
-
-
-@pytest.mark.parametrize("spec", ["kivi:4 + recent:63", f"sink:4 + {GROUPED} + recent:70", "hqmq:4@64 + recent:64"])
-def test_cuts_no_longer_than_recent_change_nothing(spec: str) -> None:
-    """A block is read packed from the call after the one that made it whole, so here always by the same queries."""
-    model = make()
-    ids = tokens(2, 256)
-    few, many = (logits(model, tessera.Cache(spec, model), ids, cuts) for cuts in ((64,) * 4, (32,) * 8))
-    print("REL", spec, relative(few, many))
 
 
 @pytest.mark.parametrize("prefill", ["exact", "packed"])
@@ -117,7 +116,7 @@ def test_a_row_alone_and_in_a_padded_batch_is_the_same(spec: str) -> None:
         ends = [max(0, min(sum(steps[: i + 1]), TOTAL) - pad) for i in range(len(steps))]
         cuts = tuple(b - a for a, b in zip([0, *ends], ends, strict=False) if b > a)
         alone = logits(model, tessera.Cache(spec, model), ids[row : row + 1, pad:], cuts)
-        print("REL", spec, pad, relative(batch[row : row + 1, pad:], alone))
+        assert relative(batch[row : row + 1, pad:], alone) < (1e-5 if spec in EXACT else 2e-3)
 
 
 @pytest.mark.parametrize("place", [0, 60, 169, 185, 230, TOTAL - 1])
@@ -132,7 +131,7 @@ def test_a_later_token_changes_no_earlier_logits(spec: str, place: int) -> None:
     assert not torch.equal(after[:, place], before[:, place])
 
 
-@pytest.mark.parametrize("spec", [f"sink:4 + {codec}" for codec in (GROUPED, *codecs.examples())])
+@pytest.mark.parametrize("spec", [f"sink:4 + {codec}" for codec in KINDS])
 def test_packed_prefill_lets_a_later_token_reach_back_to_the_beginning_of_its_group_at_most(spec: str) -> None:
     """Tokens that a codec encodes together are read together, so only a codec without groups is strictly causal there."""
     model = make()
@@ -142,8 +141,6 @@ def test_packed_prefill_lets_a_later_token_reach_back_to_the_beginning_of_its_gr
     changed[:, place] = 3 + (ids[:, place] - 2) % 90
     group = codecs.get(spec.split()[-1]).group
     first = 4 + (place - 4) // group * group
-    before, after = (
-        logits(model, tessera.Cache(spec, model, prefill="packed"), x, (ids.shape[1],)) for x in (ids, changed)
-    )
+    before, after = (logits(model, tessera.Cache(spec, model, prefill="packed"), x, (ids.shape[1],)) for x in (ids, changed))
     assert torch.equal(after[:, :first], before[:, :first])
     assert not torch.equal(after[:, place], before[:, place])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import codec_error  # of benchmarks/
 from tessera import codecs
 from tessera.codecs import Role
 
@@ -43,20 +44,13 @@ def gaussian(batch: int = 2, heads: int = 2, tokens: int = 70, dim: int = 32) ->
     return torch.randn(batch, heads, tokens, dim)
 
 
-def giant_keys(tokens: int = 256, dim: int = 64) -> tuple[Tensor, Tensor]:
-    """Keys of unit variance in which some channels are 80 to 280 times as large: half of those constant, half varying.
-
-    Returns:
-        Keys (2, 3, tokens, dim), and for each channel whether it is an ordinary one (dim,).
-    """
-    x = torch.randn(2, 3, tokens, dim)
-    channels = torch.randperm(dim)[:4]
-    size = 80 + 200 * torch.rand(2, 3, 1, 4)
-    x[..., channels[:2]] += size[..., :2] * torch.randn(2, 3, 1, 2).sign()
-    x[..., channels[2:]] *= size[..., 2:]
+def giant_keys() -> tuple[Tensor, Tensor]:
+    """Keys of the benchmark, with giant channels, and for each channel whether it is an ordinary one."""
+    dim = 64
     ordinary = torch.ones(dim, dtype=torch.bool)
-    ordinary[channels] = False
-    return x, ordinary
+    for channels in codec_error.giant_channels(dim):
+        ordinary[channels] = False
+    return codec_error.giant_keys(256, dim, torch.default_generator), ordinary
 
 
 def agreement(a: Tensor, b: Tensor) -> float:

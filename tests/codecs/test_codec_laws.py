@@ -23,8 +23,7 @@ FAMILIES = (
     ("scalar:2", "scalar:3", "scalar:4", "scalar:5", "scalar:6"),
 )
 
-#: Most error on Gaussian vectors at head_dim 64 that a spec may have: a third more than Shannon's bound 4^-b would be
-#: five times too strict for the coarsest, so these are the figures measured, rounded up by some 5 %.
+#: Most error on Gaussian values at head_dim 64 that a spec may have: what was measured, and some 5 % more.
 CEILING = {
     "hqmq:2": 0.105,
     "hqmq:3": 0.0265,
@@ -90,7 +89,7 @@ def test_strides_do_not_matter(spec: str, role: Role) -> None:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_how_calls_are_cut_along_tokens_does_not_matter(data: st.DataObject) -> None:
     codec, role = get(data.draw(st.sampled_from(STATELESS))), data.draw(st.sampled_from(ROLES))
     groups = data.draw(st.lists(st.integers(0, 60 if codec.group == 1 else 2), min_size=1, max_size=4))
@@ -108,7 +107,7 @@ def test_how_calls_are_cut_along_tokens_does_not_matter(data: st.DataObject) -> 
 @pytest.mark.parametrize("spec", STATELESS)
 def test_the_rest_of_the_batch_and_other_heads_do_not_matter(spec: str, role: Role) -> None:
     codec = get(spec)
-    x = gaussian(3, 4, 70)
+    x = gaussian(2, 3, 70, 16)
     alone = codec.encode(x, role).decode()
     for other in (1000.0, 0.0):
         crowd = x * other
@@ -132,7 +131,7 @@ def test_tokens_of_other_groups_do_not_matter(spec: str, role: Role) -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("spec", SPECS)
-def test_the_order_of_codec_calls_does_not_matter_where_a_call_is_large(spec: str, role: Role) -> None:
+def test_earlier_calls_do_not_matter_to_a_large_one(spec: str, role: Role) -> None:
     codec, fresh = get(spec), get(spec)
     x = gaussian(1, 2, 200)
     codec.encode(50 * gaussian(2, 3, 200), role)  # other heads, other sizes
@@ -153,7 +152,9 @@ def test_any_number_of_tokens_rows_and_channels(spec: str) -> None:
 
 
 @pytest.mark.parametrize("dim", [6, 30, 50, 80, 96])
-@pytest.mark.parametrize("spec", ["hqmq:3", "hqmq:4", "hqmq:o170_r4", "hqmq:s96_r4", "q4_0", "int:4", "kivi:4", "scalar:4", "fp8"])
+@pytest.mark.parametrize(
+    "spec", ["hqmq:3", "hqmq:4", "hqmq:o170_r4", "hqmq:s96_r4", "q4_0", "int:4", "kivi:4", "scalar:4", "fp8"]
+)
 def test_a_head_dim_that_is_no_power_of_two_costs_no_error(spec: str, dim: int) -> None:
     # What fills a vector up is dropped, and must not show in the rest of it: the error is about that at 32 or 64.
     x = gaussian(2, 2, 640, dim)
@@ -195,7 +196,7 @@ def test_extreme_numbers_stay_finite(spec: str, role: Role) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         most, least = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
         for size in (most, -most, least):
-            x = gaussian().clamp(-3, 3).to(dtype)
+            x = gaussian(2, 2, 20, 16).clamp(-3, 3).to(dtype)
             x[0, 0, 0, 0] = size
             x[1, 0] = x[1, 0].sign() * size
             y = get(spec).encode(x, role).decode()
@@ -220,7 +221,7 @@ def test_other_inputs_are_refused(spec: str) -> None:
         codec.encode(torch.zeros(3, 4, 8))
     with pytest.raises(ValueError, match=r"got shape \(1, 3, 4, 0\)"):
         codec.encode(torch.zeros(1, 3, 4, 0))
-    with pytest.raises(TypeError, match="x must be floating point, got torch.int64"):
+    with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64"):
         codec.encode(torch.zeros(1, 3, 4, 8, dtype=torch.long))
     with pytest.raises(ValueError, match="role must be 'key' or 'value', got 'query'"):
         codec.encode(torch.zeros(1, 3, 4, 8), "query")  # type: ignore[arg-type]
@@ -234,7 +235,7 @@ def test_error_falls_as_bits_rise(family: tuple[str, ...], role: Role) -> None:
     bits, error = [p.bits_per_element for p in packed], [nmse(x, p.decode()) for p in packed]
     for i in range(1, len(family)):
         assert bits[i] > bits[i - 1]
-        assert error[i] < 0.9 * error[i - 1], family[i]
+        assert error[i] < 0.97 * error[i - 1], family[i]
 
 
 @pytest.mark.parametrize("spec", CEILING)

@@ -165,6 +165,8 @@ def read_config(config: Any) -> tuple[Any, list[tuple[tuple[int, int], int | Non
     name = getattr(text, "model_type", type(text).__name__)
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise ValueError(f"tessera.Cache does not support {name}: it is an encoder-decoder, whose decoder needs two caches")
+    if getattr(text, "is_heterogeneous", False):
+        raise ValueError(f"tessera.Cache does not support {name}: its layers differ in the shape of what they keep")
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(
             f"tessera.Cache does not support {name}: its multi-head latent attention keeps keys and values of different "
@@ -174,6 +176,8 @@ def read_config(config: Any) -> tuple[Any, list[tuple[tuple[int, int], int | Non
         raise ValueError(f"tessera.Cache does not support {name}: some of its layers read the keys and values of other layers")
     count = getattr(text, "num_hidden_layers", None)
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        heads = 1  # Falcon counts its one key head nowhere
     dim = getattr(text, "head_dim", None)
     if dim is None and getattr(text, "hidden_size", None) and getattr(text, "num_attention_heads", None):
         dim = text.hidden_size // text.num_attention_heads

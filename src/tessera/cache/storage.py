@@ -16,11 +16,14 @@ from torch import Tensor
 from tessera.cache.lane import Lane
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import PAGE, ExactTier
-from tessera.codecs import Packed
+from tessera.codecs import Codec, Packed, Role
 from tessera.files import atomic_path
 
 if TYPE_CHECKING:
     from tessera.cache.layer import TesseraLayer
+
+#: Rows, kv_heads and head_dim.
+Size = tuple[int, int, int]
 
 #: Changes when a reader of the older form would misread the newer.
 FORMAT = 1
@@ -70,6 +73,7 @@ class Stored:
         self._file = file
         self._header = header
         self._left = set(file.keys())
+        self._known: dict[tuple[str, int], dict[str, tuple[torch.dtype, torch.Size]]] = {}  # see `_kinds`
 
     def text(self, key: str) -> str:
         """What was saved about the cache."""
@@ -112,17 +116,18 @@ class Stored:
         for number, entry in enumerate(_typed(about, "lanes", list)):
             if not isinstance(entry, dict):
                 raise ValueError("the header is damaged: a lane is no table")
-            layer.lanes.append(self._lane(layer, entry, f"{layer.index}.{number}"))
+            layer.lanes.append(self._lane(layer, entry, f"{layer.index}.{number}", dtype))
         rows = sorted([*layer.waiting, *(row for lane in layer.lanes for row in lane.rows)])
-        if rows != list(range(layer.batch)):
+        # The lengths first: a damaged header may name a batch that no list can hold.
+        if len(rows) != layer.batch or rows != list(range(layer.batch)):
             raise ValueError(f"the header is damaged: layer {layer.index} holds rows {rows} of {layer.batch}")
 
-    def _lane(self, layer: TesseraLayer, about: dict[str, Any], prefix: str) -> Lane:
+    def _lane(self, layer: TesseraLayer, about: dict[str, Any], prefix: str, dtype: torch.dtype) -> Lane:
         lane = Lane(layer.policy, layer.index, _rows(about, "rows", layer.batch), _count(about, "pad"))
         lane.length, lane.dropped = _count(about, "length"), _count(about, "dropped")
-        size = (len(lane.rows), *layer.shape)
-        self._exact(lane.sink, f"{prefix}.sink", size, layer.dtype)
-        self._exact(lane.recent, f"{prefix}.recent", size, layer.dtype)
+        size: Size = (len(lane.rows), *layer.shape)
+        self._exact(lane.sink, f"{prefix}.sink", size, dtype)
+        self._exact(lane.recent, f"{prefix}.recent", size, dtype)
         pages = _typed(about, "pages", list)
         if pages and lane.packed is None:
             raise ValueError("the header is damaged: packed tokens without a codec")
@@ -131,19 +136,19 @@ class Stored:
             if not isinstance(page, list) or len(page) != 2 or not all(isinstance(one, dict) for one in page):
                 raise ValueError("the header is damaged: a page is no pair of tables")
             keys, values = (
-                self._packed(metadata, f"{prefix}.page{number}.{role}.", lane, role)
+                self._packed(metadata, f"{prefix}.page{number}.{role}.", lane, role, size, dtype)
                 for metadata, role in zip(page, ("keys", "values"), strict=True)
             )
-            good = (size[0], size[1], keys.tokens, size[2])
-            if keys.shape != good or values.shape != good or keys.tokens % BLOCK or not 0 < keys.tokens <= PAGE:
-                raise ValueError(f"the header is damaged: page {number} has shapes {keys.shape} and {values.shape}")
+            if keys.tokens != values.tokens:
+                raise ValueError(f"the header is damaged: page {number} has {keys.tokens} keys and {values.tokens} values")
             lane.packed.pages.append((keys, values))
         held = lane.sink.tokens + lane.dropped + lane.held["packed"] + lane.recent.tokens
-        if held != lane.length or lane.pad + lane.length != layer.seen or lane.sink.tokens > lane.policy.sink:
+        sink = min(lane.policy.sink, lane.length)
+        if held != lane.length or lane.pad + lane.length != layer.seen or lane.sink.tokens != sink:
             raise ValueError(f"the file is damaged: layer {layer.index} should hold {lane.length} tokens and holds {held}")
         return lane
 
-    def _exact(self, tier: ExactTier, prefix: str, size: tuple[int, int, int], dtype: torch.dtype | None) -> None:
+    def _exact(self, tier: ExactTier, prefix: str, size: Size, dtype: torch.dtype) -> None:
         if f"{prefix}.keys" not in self._left:
             return
         keys, values = self._take(f"{prefix}.keys"), self._take(f"{prefix}.values")
@@ -152,13 +157,37 @@ class Stored:
             raise ValueError(f"the file is damaged: {prefix} has shapes {tuple(keys.shape)} and {tuple(values.shape)}")
         tier.append(keys, values)
 
-    def _packed(self, metadata: dict[str, str], prefix: str, lane: Lane, role: str) -> Packed:
+    def _packed(self, metadata: dict[str, Any], prefix: str, lane: Lane, role: str, size: Size, dtype: torch.dtype) -> Packed:
         assert lane.packed is not None
+        codec = lane.packed.codec
         tensors = {name[len(prefix) :]: self._take(name) for name in sorted(self._left) if name.startswith(prefix)}
-        packed = Packed.from_parts(metadata, tensors, lane.packed.codec)
-        if (packed.role, packed.layer, packed.offset) != (role[:-1], lane.layer, 0):
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError(f"the header is damaged: {metadata} describes no {role}")
+        packed = Packed.from_parts(metadata, tensors, codec)
+        place = (packed.role, packed.layer, packed.offset, packed.dtype)
+        if place != (role[:-1], lane.layer, 0, dtype):
             raise ValueError(f"the header is damaged: {packed.describe()} in place of {role} of layer {lane.layer}")
+        good = (size[0], size[1], packed.tokens, size[2])
+        if packed.shape != good or packed.tokens % BLOCK or not 0 < packed.tokens <= PAGE:
+            raise ValueError(f"the header is damaged: {packed.describe()}")
+        kinds = self._kinds(codec, packed.role, size[2])
+        for name in sorted(kinds.keys() | tensors.keys()):
+            if name not in tensors or name not in kinds:
+                raise ValueError(f"the file is damaged: {prefix}{name} is {'missing' if name in kinds else 'unknown'}")
+            tensor = tensors[name]
+            if (tensor.dtype, tensor.shape[1 if codec.fields[name] == "ragged" else 3 :]) != kinds[name]:
+                raise ValueError(f"the file is damaged: {prefix}{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
         return packed
+
+    def _kinds(self, codec: Codec, role: Role, dim: int) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Of each tensor that the codec makes the dtype, and the shape behind what tells tokens apart."""
+        if (role, dim) not in self._known:
+            sample = torch.randn(1, 1, BLOCK, dim, generator=torch.Generator().manual_seed(0))
+            self._known[role, dim] = {
+                name: (tensor.dtype, tensor.shape[1 if codec.fields[name] == "ragged" else 3 :])
+                for name, tensor in codec.encode(sample, role).tensors.items()
+            }
+        return self._known[role, dim]
 
     def _take(self, name: str) -> Tensor:
         if name not in self._left:

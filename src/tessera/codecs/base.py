@@ -258,7 +258,7 @@ class Codec(ABC):
     def decode(self, packed: Packed) -> Tensor:
         """(batch, kv_heads, tokens, head_dim) in the dtype that was encoded."""
         # An approximation of the largest half-precision numbers can lie beyond them.
-        most = torch.finfo(packed.dtype).max
+        most = min(torch.finfo(packed.dtype).max, torch.finfo(torch.float32).max)
         return self._decode(packed).clamp(-most, most).to(packed.dtype)
 
     @abstractmethod

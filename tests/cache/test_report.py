@@ -1,0 +1,196 @@
+"""`cache.report()` against the memory that the cache's tensors really take."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cache_fixtures import GROUPED
+from cache_models import logits, make, tokens
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig
+
+import tessera
+from tessera.codecs import Codec
+
+SPECS = [
+    "dense",
+    "window:50",
+    "sink:4 + window:50",
+    "sink:4 + hqmq:4 + recent:128",
+    "hqmq:4@128",
+    "sink:4 + hqmq:s96_r4_med3 + recent:30",
+    "kivi:4 + recent:16",
+    f"sink:1 + {GROUPED}@256 + recent:3",
+    "q4_0",
+]
+FAMILIES = ["llama", "mistral", "gemma3", "phi3", "gpt-neox"]
+CUTS = (300, 1, 1, 60, 1)
+
+
+def reachable(thing: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor that `thing` keeps alive. What a codec or a model has is not a cache's own: all caches share it."""
+    if id(thing) in seen or isinstance(thing, Codec | nn.Module | PretrainedConfig | type):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        yield thing
+        return
+    children: list[Any] = []
+    if isinstance(thing, dict):
+        children += thing.values()
+    elif isinstance(thing, list | tuple | set):
+        children += thing
+    children += vars(thing).values() if hasattr(thing, "__dict__") else ()
+    children += [getattr(thing, name) for name in getattr(type(thing), "__slots__", ()) if hasattr(thing, name)]
+    for child in children:
+        yield from reachable(child, seen)
+
+
+def memory(thing: Any) -> int:
+    """Bytes of the storages behind all tensors that `thing` keeps alive, each counted once."""
+    storages = {}
+    for tensor in reachable(thing, set()):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def filled(spec: str, model: Any, rows: int = 2, cuts: tuple[int, ...] = CUTS, **kwargs: Any) -> tessera.Cache:
+    cache = tessera.Cache(spec, model, **kwargs)
+    logits(model, cache, tokens(rows, sum(cuts)), cuts)
+    return cache
+
+
+def test_the_walk_finds_what_is_hidden() -> None:
+    class Holder:
+        def __init__(self) -> None:
+            self.deep = {"a": [(torch.zeros(10)[:3], torch.zeros(5))]}
+
+    assert memory(Holder()) == 60
+    cache = filled("sink:4 + hqmq:4 + recent:16", make())
+    before = memory(cache)
+    cache.layers[1].lanes[0].forgotten = torch.zeros(1000)  # type: ignore[attr-defined]
+    assert memory(cache) == before + 4000
+
+
+@pytest.mark.parametrize("prefill", ["exact", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_bytes_are_those_of_the_tensors(spec: str, family: str, prefill: Any) -> None:
+    """Free room, and what a view would keep alive, included."""
+    cache = filled(spec, make(family), prefill=prefill)
+    report = cache.report()
+    assert report.nbytes == sum(report.tiers.values()) == memory(cache)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_bytes_are_right_after_every_change(spec: str) -> None:
+    model = make()
+    cache = tessera.Cache(spec, model)
+    assert cache.report().nbytes == memory(cache) == 0
+    ids, mask = tokens(3, 400), torch.ones(3, 400, dtype=torch.long)
+    mask[1, :200] = 0
+
+    def check() -> None:
+        assert cache.report().nbytes == memory(cache)
+
+    logits(model, cache, ids[:, :350], (350,), attention_mask=mask[:, :350])
+    check()
+    cache.activate_past_recording()
+    logits(model, cache, ids[:, 350:], (50,), attention_mask=mask)
+    check()
+    cache.crop(-40)
+    check()
+    cache.reorder_cache(torch.tensor([2, 1, 1]))
+    check()
+    cache.batch_repeat_interleave(2)
+    check()
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    check()
+    if "@" not in spec and "window" not in spec:
+        cache.crop(-300)
+        check()
+    check()
+    copied = copy.deepcopy(cache)
+    assert memory(copied) == memory(cache)
+    cache.reset()
+    assert cache.report().nbytes == memory(cache) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_bytes_are_those_of_transformers_cache(family: str, dtype: torch.dtype) -> None:
+    model = make(family, dtype)
+    theirs = DynamicCache(config=model.config)
+    logits(model, theirs, tokens(2, sum(CUTS)), CUTS)
+    held = sum(t.numel() * t.element_size() for layer in theirs.layers for t in (layer.keys, layer.values))
+    for spec in ("dense", "sink:4 + hqmq:4 + recent:16", "window:20"):
+        report = filled(spec, model).report()
+        assert report.dense_nbytes == held
+        assert report.compression == held / report.nbytes
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_true_bits_count_everything_over_what_is_held(spec: str) -> None:
+    cache = filled(spec, make())
+    report = cache.report()
+    vector = 2 * 2 * 2 * 16  # keys and values, layers, heads, head_dim
+    held = cache.layers[0].held()
+    assert report.elements == sum(held.values()) * vector
+    assert (report.elements < 2 * sum(CUTS) * vector) == cache.spec.bounded
+    assert report.bits_per_element == pytest.approx(8 * memory(cache) / report.elements)
+    assert report.tokens == sum(CUTS)
+    codec = cache.spec.codec
+    if codec is not None:
+        pages = [page for layer in cache.layers for lane in layer.lanes if lane.packed for page in lane.packed.pages]
+        assert report.tiers[codec] == sum(packed.nbytes for page in pages for packed in page)
+        assert report.tier_bits[codec] == pytest.approx(8 * report.tiers[codec] / (held["packed"] * vector))
+        assert report.tier_bits[codec] < 16
+
+
+def test_tiers_have_the_names_of_the_spec() -> None:
+    model = make()
+    assert set(filled("dense", model).report().tiers) == {"dense"}
+    assert set(filled("sink:4 + window:50", model).report().tiers) == {"sink", "window"}
+    assert set(filled("sink:4 + hqmq:4 + recent:16", model).report().tiers) == {"sink", "hqmq:4", "recent"}
+    assert set(filled("hqmq:4@128", model).report().tiers) == {"hqmq:4", "recent"}
+
+
+def test_exact_tiers_cost_their_tokens_and_a_little_room() -> None:
+    model = make()
+    token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head_dim, bytes
+    report = filled("sink:4 + window:50", model, rows=1).report()
+    assert report.tiers["sink"] == 4 * token
+    # 49 tokens are seen by the next query, up to 63 more wait until their block is whole, and up to 127 more have room.
+    assert 49 * token <= report.tiers["window"] <= (49 + 63 + 127) * token
+    dense = filled("dense", model, rows=1).report()
+    assert sum(CUTS) * token <= dense.tiers["dense"] < (sum(CUTS) + 64) * token
+
+
+def test_a_window_stops_growing() -> None:
+    model = make()
+    sizes = {filled("sink:4 + window:50", model, cuts=(300,) * n).report().nbytes for n in (1, 2, 4)}
+    assert max(sizes) - min(sizes) <= 64 * 2 * 2 * 2 * 2 * 16 * 4
+    limited = [filled("sink:4 + hqmq:4@128 + recent:16", model, cuts=(300,) * n).report() for n in (1, 2, 4)]
+    assert {report.tiers["hqmq:4"] for report in limited} == {limited[0].tiers["hqmq:4"]}
+
+
+def test_tokens_on_their_way_are_counted_as_staged() -> None:
+    model = make()
+    cache = tessera.Cache("dense", model)
+    k = torch.randn(1, 2, 10, 16)
+    cache.update(k, k.clone(), 0)
+    assert cache.report().tiers == {"staged": 2 * k.numel() * 4} == {"staged": memory(cache)}
+
+
+def test_it_reads_well() -> None:
+    report = filled("sink:4 + hqmq:4 + recent:16", make()).report()
+    first, *rest = str(report).splitlines()
+    assert first.startswith("sink:4 + hqmq:4 + recent:16: 363 tokens in ")
+    assert f"{report.bits_per_element:.3f} bits per element" in first
+    assert f"{report.compression:.2f}x smaller" in first
+    assert [line.split()[0] for line in rest] == ["sink", "hqmq:4", "recent"]
