@@ -1,0 +1,62 @@
+// Partial attention over packed keys and values, see kernels/reference.py for the definition.
+//
+// The order of things, for one key head and a tile of the query rows that read it (query heads of a group times query
+// tokens): tokens come in blocks; a block's key codes become small integers by table lookup, 16 tokens at a time, and are
+// multiplied with all rows; the softmax is brought up to date; value codes become integers and are added up by weight.
+// A codeword is looked up once for all rows of the tile, and nothing is ever written as dense keys or values.
+#pragma once
+
+#include <cstdint>
+
+#include "book.hpp"
+
+namespace tessera {
+
+constexpr int UNIT = 16;      // tokens looked up together
+constexpr int GROUP = 64;     // tokens that share the means of their key channels
+constexpr int BLOCK = 256;    // tokens between two updates of the softmax
+constexpr int TILE = 64;      // query rows that share a lookup
+constexpr int MAX_DIM = 512;  // of a head
+
+// One page of a packed tier. A head's rows follow each other; heads are `..._stride` bytes apart, batch rows kv_heads times that.
+struct Page {
+    const uint8_t *k_codes, *k_scale, *k_centre, *v_codes, *v_scale;  // k_centre: 16-bit words, or null
+    int64_t k_codes_stride, k_scale_stride, k_centre_stride, v_codes_stride, v_scale_stride;
+    int64_t tokens;
+    int64_t offset;  // of the first token within its group
+};
+
+// y = R x: signs, then the Kronecker product of a small DCT and a Hadamard matrix, see codecs/rotation.py.
+struct Rotation {
+    int dim = 0, odd = 0;
+    const float* dct = nullptr;    // (odd, odd)
+    const float* signs = nullptr;  // (dim,), null for no rotation at all
+    void forward(float* x) const;
+    void inverse(float* x) const;
+};
+
+struct Problem {
+    const Book* book;
+    Rotation rotation;
+    const Page* pages;
+    int64_t page_count, tokens;
+    int batch, q_heads, kv_heads, q_tokens, dim;
+    const float* q;  // (batch, q_heads, q_tokens, dim)
+    float scale;
+    float softcap;           // 0: none
+    const uint8_t* mask;     // 1 where a query sees a key, or null; tokens lie next to each other
+    int64_t mask_batch, mask_head, mask_query;  // strides
+    bool placed;             // query i sees no key after start + i
+    int64_t start;
+    int64_t window;          // 0: none; else query i sees no key before start + i - window + 1
+    int limbs;               // 8-bit digits of a query and of a weight: 1, 2 or 3; not used by the portable form
+    float* out;              // (batch, q_heads, q_tokens, dim)
+    float* lse;              // (batch, q_heads, q_tokens)
+    int threads;
+};
+
+void attend_portable(const Problem&);
+void attend_avx2(const Problem&);
+void attend_avx512(const Problem&);
+
+}  // namespace tessera

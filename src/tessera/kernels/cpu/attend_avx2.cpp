@@ -1,0 +1,18 @@
+// The plain loops again, for AVX2 and FMA. See attend_avx512.cpp about the pragmas.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "attend.hpp"
+#include "threads.hpp"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi2")
+#include "attend_impl.hpp"
+#include "portable.hpp"
+
+void tessera::attend_avx2(const Problem& p) { attend_with<Portable>(p); }
+#pragma GCC pop_options

@@ -1,0 +1,21 @@
+// Only what stands between the pragmas is compiled for AVX-512; the standard library's templates are not, since the linker
+// may give them to everyone.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "attend.hpp"
+#include "threads.hpp"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
+#include "attend_impl.hpp"
+#include "avx512.hpp"
+
+void tessera::attend_avx512(const Problem& p) { attend_with<Avx512>(p); }
+#pragma GCC pop_options

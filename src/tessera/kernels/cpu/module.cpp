@@ -1,0 +1,95 @@
+// What Python sees. Shapes are checked by kernels/cpu/__init__.py; here are addresses.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+#include "attend.hpp"
+
+namespace nb = nanobind;
+using namespace tessera;
+
+namespace {
+
+using Rows4I16 = nb::ndarray<const int16_t, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>;
+using Rows4I64 = nb::ndarray<const int64_t, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
+using Square = nb::ndarray<const float, nb::shape<-1, -1>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const int64_t, nb::shape<-1, 12>, nb::c_contig, nb::device::cpu>;
+
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+#if defined(TESSERA_X86)
+bool has(Level level) {
+    __builtin_cpu_init();
+    if (level == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (level == AVX512)
+        return has(AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+    return true;
+}
+#else
+bool has(Level level) { return level == PORTABLE; }
+#endif
+
+std::vector<std::string> levels() {
+    std::vector<std::string> names{"portable"};
+    if (has(AVX2)) names.push_back("avx2");
+    if (has(AVX512)) names.push_back("avx512");
+    return names;
+}
+
+void make_book(Book* self, int bits, int move_bits, float step, Rows4I16 points, Rows4I64 permutation, Rows4I64 sign, Floats scale) {
+    if (permutation.shape(0) != size_t{1} << move_bits || sign.shape(0) != permutation.shape(0) || scale.shape(0) != 256)
+        throw nb::value_error("moves or scales of another number than the codebook has");
+    new (self) Book(bits, move_bits, step, points.data(), int64_t(points.shape(0)), permutation.data(), sign.data(), scale.data());
+}
+
+void attend(const Book& book, Table pages, Square dct, Floats signs, const std::string& level, uintptr_t q, uintptr_t out,
+            uintptr_t lse, int batch, int q_heads, int kv_heads, int q_tokens, int dim, float scale, float softcap, uintptr_t mask,
+            int64_t mask_batch, int64_t mask_head, int64_t mask_query, bool placed, int64_t start, int64_t window, int limbs,
+            int threads) {
+    if (dim % 4 || dim > MAX_DIM || dim < 4 || int(signs.shape(0)) != (signs.shape(0) ? dim : 0) || limbs < 1 || limbs > 3)
+        throw nb::value_error("shapes that this kernel does not know");
+    std::vector<Page> list(pages.shape(0));
+    int64_t tokens = 0;
+    for (size_t i = 0; i < list.size(); ++i) {
+        const int64_t* row = pages.data() + 12 * i;
+        const auto at = [row](int j) { return reinterpret_cast<const uint8_t*>(uintptr_t(row[j])); };
+        list[i] = {at(0), at(1), at(2), at(3), at(4), row[5], row[6], row[7], row[8], row[9], row[10], row[11]};
+        tokens += row[10];
+    }
+    Problem p{};
+    p.book = &book;
+    if (signs.shape(0)) p.rotation = {dim, int(dct.shape(0)), dct.data(), signs.data()};
+    p.pages = list.data();
+    p.page_count = int64_t(list.size());
+    p.tokens = tokens;
+    p.batch = batch, p.q_heads = q_heads, p.kv_heads = kv_heads, p.q_tokens = q_tokens, p.dim = dim;
+    p.q = reinterpret_cast<const float*>(q);
+    p.scale = scale, p.softcap = softcap;
+    p.mask = reinterpret_cast<const uint8_t*>(mask);
+    p.mask_batch = mask_batch, p.mask_head = mask_head, p.mask_query = mask_query;
+    p.placed = placed, p.start = start, p.window = window, p.limbs = limbs, p.threads = threads;
+    p.out = reinterpret_cast<float*>(out);
+    p.lse = reinterpret_cast<float*>(lse);
+    nb::gil_scoped_release release;
+#if defined(TESSERA_X86)
+    if (level == "avx512" && has(AVX512)) return attend_avx512(p);
+    if (level == "avx2" && has(AVX2)) return attend_avx2(p);
+#endif
+    attend_portable(p);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    m.doc() = "Tessera's kernels for CPUs.";
+    nb::class_<Book>(m, "Book").def("__init__", &make_book);
+    m.def("levels", &levels, "Names of the instruction sets that this processor and this build have, the best last.");
+    m.def("attend", &attend);
+}

@@ -1,0 +1,35 @@
+// A few threads that wait for work, started when first needed and kept.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace tessera {
+
+class Threads {
+  public:
+    // The one pool of the process. It is never destroyed: threads may outlive the interpreter's teardown.
+    static Threads& get();
+
+    // Calls work(task, worker) for every task in [0, tasks), on at most `workers` threads, this one among them. `worker`
+    // counts from 0 and is below `workers`. Returns when all tasks are done. One caller at a time; others wait.
+    void run(int64_t tasks, int workers, const std::function<void(int64_t, int)>& work);
+
+  private:
+    void serve(int worker);
+
+    std::mutex turn_;  // held by the caller whose work is being done
+    std::mutex mutex_;
+    std::condition_variable wake_, idle_;
+    std::vector<std::thread> threads_;
+    const std::function<void(int64_t, int)>* work_ = nullptr;
+    std::atomic<int64_t> next_{0};
+    int64_t tasks_ = 0, job_ = 0;
+    int wanted_ = 0, busy_ = 0;
+};
+
+}  // namespace tessera
