@@ -92,10 +92,30 @@ def tokens(rows: int, count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits(model: Any, cache: Any, ids: torch.Tensor, cuts: tuple[int, ...] = CUTS, **kwargs: Any) -> torch.Tensor:
-    """Logits of all positions when the calls are cut so."""
-    out = [model(part, past_key_values=cache, use_cache=True, **kwargs).logits for part in ids.split(list(cuts), dim=1)]
+def logits(
+    model: Any,
+    cache: Any,
+    ids: torch.Tensor,
+    cuts: tuple[int, ...] = CUTS,
+    mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Logits of all positions when the calls are cut so. mask: (rows, slots), 0 for padding, for all slots up to the last."""
+    out = []
+    start = 0 if mask is None else mask.shape[1] - ids.shape[1]
+    for part in ids.split(list(cuts), dim=1):
+        if mask is not None:
+            stop = start + part.shape[1]
+            positions = (mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, start:]
+            kwargs |= {"attention_mask": mask[:, :stop], "position_ids": positions}
+            start = stop
+        out.append(model(part, past_key_values=cache, use_cache=True, **kwargs).logits)
     return torch.cat(out, dim=1).float()
+
+
+def padding(pads: tuple[int, ...], count: int) -> torch.Tensor:
+    """The mask of rows that begin with so much padding, `count` slots long."""
+    return (torch.arange(count) >= torch.tensor(pads)[:, None]).long()
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:

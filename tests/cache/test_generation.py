@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 from cache_fixtures import GROUPED
-from cache_models import logits, make, relative, tokens
+from cache_models import logits, make, padding, relative, tokens
 from torch import Tensor
 from transformers import DynamicCache
 
 import tessera
-from tessera import kernels
-from tessera.cache.lane import RECORDED
-from tessera.codecs import Packed
+from tessera import attention
+from tessera.cache.lane import RECORDED, Turn
 
 PACKED = "sink:4 + hqmq:4 + recent:16"
 #: Dense results are the same up to rounding.
@@ -39,12 +38,8 @@ class Call:
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Tokens and attention mask."""
-        ids = tokens(self.rows, self.prompt)
-        mask = torch.ones_like(ids)
-        for row, pad in enumerate(self.pads):
-            ids[row, :pad] = 0
-            mask[row, :pad] = 0
-        return ids, mask
+        mask = padding(self.pads or (0,) * self.rows, self.prompt)
+        return tokens(self.rows, self.prompt) * mask, mask
 
 
 _SAMPLE = {"do_sample": True, "temperature": 0.8, "top_k": 30}
@@ -321,35 +316,29 @@ def test_rows_can_be_repeated_selected_and_reordered(spec: str) -> None:
     more = tokens(4, 10)
     longer = torch.nn.functional.pad(mask, (0, 10), value=1)
 
-    def call(cache: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return logits(model, cache, ids, (ids.shape[1],), attention_mask=mask, position_ids=positions)
-
     caches = [tessera.Cache(spec, model), DynamicCache(config=model.config)]
     for cache in caches:
-        call(cache, ids, mask)
+        logits(model, cache, ids, (250,), mask)
     for change, rows in changes:
         results = []
         for cache in caches:
             change(cache)
-            results.append(call(cache, more[rows], longer[rows]))
+            results.append(logits(model, cache, more[rows], (10,), longer[rows]))
             cache.crop(-10)
         assert relative(*results) < (1e-5 if spec == "dense" else NEAR)
 
 
 @pytest.fixture
 def packed_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(query tokens, packed tokens) of every call of the attention over packed keys."""
+    """(query tokens, tokens read from packed tiers) of every call of the attention."""
     reads: list[tuple[int, int]] = []
-    attend = kernels.attend
+    attend = attention._attend
 
-    def watch(q: Tensor, packed_k: Packed, packed_v: Packed, *args: Any, **kwargs: Any) -> Any:
-        assert isinstance(packed_k, Packed)
-        assert isinstance(packed_v, Packed)
-        reads.append((q.shape[2], packed_k.tokens))
-        return attend(q, packed_k, packed_v, *args, **kwargs)
+    def watch(q: Tensor, turn: Turn, *args: Any) -> Tensor:
+        reads.append((q.shape[2], sum(part.tokens for part in turn.parts if not isinstance(part.keys, Tensor))))
+        return attend(q, turn, *args)
 
-    monkeypatch.setattr(kernels, "attend", watch)
+    monkeypatch.setattr(attention, "_attend", watch)
     return reads
 
 
@@ -358,13 +347,14 @@ def test_steps_read_the_packed_tokens_as_they_are_packed(packed_reads: list[tupl
     run(model, tessera.Cache(PACKED, model), Call(prompt=150).inputs(), new=100)
     layers = model.config.num_hidden_layers
     # The prompt packs 128 tokens; the step that makes the sequence 4 + 192 + 16 long packs a block more, for those after it.
-    assert packed_reads == [(1, 128)] * (layers * 62) + [(1, 192)] * (layers * 37)
+    assert packed_reads == [(150, 0)] * layers + [(1, 128)] * (layers * 62) + [(1, 192)] * (layers * 37)
 
 
 def test_dense_never_reads_packed_tokens(packed_reads: list[tuple[int, int]]) -> None:
     model = make()
     run(model, tessera.Cache("dense", model), Call(prompt=150).inputs())
-    assert packed_reads == []
+    assert packed_reads
+    assert not any(packed for _, packed in packed_reads)
 
 
 @pytest.mark.parametrize("role", [0, 1], ids=["keys", "values"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cache_fixtures import GROUPED
-from cache_models import CUTS, logits, make, relative, tokens
+from cache_models import CUTS, logits, make, padding, relative, tokens
 from torch import Tensor
 
 import tessera
@@ -101,17 +101,7 @@ def test_a_row_alone_and_in_a_padded_batch_is_the_same(spec: str) -> None:
     model = make()
     pads = (0, 5, 64, 100, 250)
     ids, steps = tokens(len(pads), TOTAL), (200, 1, 40, 1, 32)
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate(pads):
-        mask[row, :pad] = 0
-    cache = tessera.Cache(spec, model)
-    out, start = [], 0
-    for count in steps:
-        seen = mask[:, : start + count]
-        kwargs = {"attention_mask": seen, "position_ids": (seen.cumsum(-1) - 1).clamp(min=0)[:, start:]}
-        out.append(logits(model, cache, ids[:, start : start + count], (count,), **kwargs))
-        start += count
-    batch = torch.cat(out, 1)
+    batch = logits(model, tessera.Cache(spec, model), ids, steps, padding(pads, TOTAL))
     for row, pad in enumerate(pads):
         ends = [max(0, min(sum(steps[: i + 1]), TOTAL) - pad) for i in range(len(steps))]
         cuts = tuple(b - a for a, b in zip([0, *ends], ends, strict=False) if b > a)

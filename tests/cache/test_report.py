@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cache_fixtures import GROUPED
-from cache_models import logits, make, tokens
+from cache_models import logits, make, padding, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
@@ -92,16 +92,15 @@ def test_bytes_are_right_after_every_change(spec: str) -> None:
     model = make()
     cache = tessera.Cache(spec, model)
     assert cache.report().nbytes == memory(cache) == 0
-    ids, mask = tokens(3, 400), torch.ones(3, 400, dtype=torch.long)
-    mask[1, :200] = 0
+    ids, mask = tokens(3, 400), padding((0, 200, 0), 400)
 
     def check() -> None:
         assert cache.report().nbytes == memory(cache)
 
-    logits(model, cache, ids[:, :350], (350,), attention_mask=mask[:, :350])
+    logits(model, cache, ids[:, :350], (350,), mask[:, :350])
     check()
     cache.activate_past_recording()
-    logits(model, cache, ids[:, 350:], (50,), attention_mask=mask)
+    logits(model, cache, ids[:, 350:], (50,), mask)
     check()
     cache.crop(-40)
     check()

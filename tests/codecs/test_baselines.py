@@ -156,6 +156,16 @@ def test_llama_cpp_blocks_byte_for_byte(name: str, role: Role) -> None:
     is_close(p.decode(), [[*read(write(v[:32])), *read(write(v[32:]))] for v in vectors(x)], 0.995)
 
 
+@pytest.mark.parametrize(("name", "most"), [("q4_0", -8.0), ("q8_0", 127.0)])
+def test_llama_cpp_settles_ties_as_its_reference_does(name: str, most: float) -> None:
+    # d is 1, so that halves are exact.
+    write, _, _ = FORMATS[name]
+    x = torch.arange(-7.5, 8.5, 0.5)
+    x[0] = most
+    kept = get(f"{name}:norot").encode(x.view(1, 1, 1, 32)).tensors["blocks"]
+    assert bytes(kept.flatten().tolist()) == write(x.numpy())
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_rotated_blocks_are_the_blocks_of_the_rotated_vectors(name: str) -> None:
     write, read, _ = FORMATS[name]

@@ -184,8 +184,14 @@ def test_outliers_out_of_the_scale_leave_the_rest_its_precision() -> None:
 def test_our_rule_for_outliers_looks_at_one_vector_only() -> None:
     codec = HQMQ(96, 4, outliers=3.0)
     x = with_outliers(2, 2, 30, 64)
+    x = x * torch.logspace(-2, 2, 30)[:, None]
     whole = codec.encode(x)
-    assert flags_of(whole.tensors["flags"], 16).any()
+    radii = np.linalg.norm(in_chunks(x), axis=-1)
+    limit = 3 * np.sort(radii, axis=-1)[..., 7:8]  # the lower of the two middle ones
+    sure = np.abs(radii / limit - 1) > 1e-5
+    flags = flags_of(whole.tensors["flags"], 16).numpy()
+    assert flags.any(axis=(0, 2, 3)).all()
+    assert (flags == (radii > limit))[sure].all()
     alone = torch.cat([codec.encode(x[:1, :, t : t + 1]).decode() for t in range(30)], 2)
     assert agreement(alone, whole.decode()[:1]) >= 0.998
 

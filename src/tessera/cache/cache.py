@@ -85,6 +85,13 @@ class Cache(TransformersCache):
             )
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens; see `TesseraLayer.crop`. If one layer refuses, none forgets anything."""
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
+
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         """Older name of `get_max_length`."""
         return self.layers[layer_idx].get_max_length()

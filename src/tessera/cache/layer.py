@@ -326,8 +326,8 @@ class TesseraLayer(CacheLayerMixin):
         """Hold back packing and dropping until the next `crop`, for up to `RECORDED` tokens."""
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest -`tokens_to_remove` slots; a positive number is the length that shall remain.
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many slots `crop` will forget; refuses as it does.
 
         Raises:
             ValueError: if tokens would be needed again that have been dropped.
@@ -335,9 +335,18 @@ class TesseraLayer(CacheLayerMixin):
         self.settle_calls()
         n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         n = min(n, self.seen)
+        for lane in self.lanes:
+            lane.check_crop(min(n, lane.length))
+        return n
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest -`tokens_to_remove` slots; a positive number is the length that shall remain.
+
+        Raises:
+            ValueError: if tokens would be needed again that have been dropped; then nothing is forgotten.
+        """
+        n = self.check_crop(tokens_to_remove)
         if n:
-            for lane in self.lanes:
-                lane.check_crop(min(n, lane.length))
             for lane in self.lanes:
                 lane.crop(min(n, lane.length))
             self.seen -= n

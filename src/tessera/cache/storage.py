@@ -17,6 +17,7 @@ from tessera.cache.lane import Lane
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import PAGE, ExactTier
 from tessera.codecs import Codec, Packed, Role
+from tessera.codecs.bits import unpack_bits
 from tessera.files import atomic_path
 
 if TYPE_CHECKING:
@@ -177,6 +178,13 @@ class Stored:
             tensor = tensors[name]
             if (tensor.dtype, tensor.shape[1 if codec.fields[name] == "ragged" else 3 :]) != kinds[name]:
                 raise ValueError(f"the file is damaged: {prefix}{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+        for name, tensor in tensors.items():
+            if codec.fields[name] == "ragged":
+                flags = tensors["flags"]
+                if len(tensor) != unpack_bits(flags, 1, 8 * flags.shape[-1]).sum():
+                    raise ValueError(
+                        f"the file is damaged: {prefix}{name} has {len(tensor)} rows, and its flags ask for others"
+                    )
         return packed
 
     def _kinds(self, codec: Codec, role: Role, dim: int) -> dict[str, tuple[torch.dtype, torch.Size]]:

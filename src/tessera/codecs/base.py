@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tessera.codecs.bits import unpack_bits
 from tessera.files import atomic_path
+from tessera.kernels.joint import JointFormat
 
 Role = Literal["key", "value"]
 
@@ -260,6 +261,10 @@ class Codec(ABC):
         # An approximation of the largest half-precision numbers can lie beyond them.
         most = min(torch.finfo(packed.dtype).max, torch.finfo(torch.float32).max)
         return self._decode(packed).clamp(-most, most).to(packed.dtype)
+
+    def kernel_format(self, dim: int) -> JointFormat | None:
+        """What kernels for vectors of `dim` numbers must know; None if there are no kernels for this codec."""
+        return None
 
     @abstractmethod
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:

@@ -113,9 +113,14 @@ class JointCodebook:
         """All codewords in the order of their codes, as integers: (24 S, 4) int16."""
         return _moved(self.points, self.moves)
 
+    @property
+    def order(self) -> Tensor:
+        """For each product made from one base quaternion its place among that quaternion's codes, (288 or 24,) int64."""
+        return _order(self.conjugations)
+
     def number(self, product: Tensor) -> Tensor:
         """Codes of codewords that are given by their row among `products`, int64."""
-        order = _order(self.conjugations).to(product.device)
+        order = self.order.to(product.device)
         return product // len(order) * len(order) + order[product % len(order)]
 
 
@@ -157,7 +162,6 @@ def _moved(points: Tensor, moves: tuple[Tensor, Tensor]) -> Tensor:
 
 @cache
 def _order(conjugations: bool) -> Tensor:
-    """For each product made from one base quaternion its place among that quaternion's codes, (288 or 24,) int64."""
     probe = torch.tensor([[22, 10, 6, 4]])  # no two of its products are equal
     codes = _moved(_points(probe, conjugations), _moves(conjugations))
     same = (_products(probe, conjugations)[:, None] == codes).all(-1)

@@ -25,8 +25,10 @@ from tessera.codecs.base import Codec, Layout, Packed, Role, group_index
 from tessera.codecs.bits import pack_bits, unpack_bits
 from tessera.codecs.chunks import from_chunks, to_chunks
 from tessera.codecs.codebooks import JOINT_BITS, joint
-from tessera.codecs.rotation import rotation
-from tessera.kernels.nearest import CellIndex, build_index, nearest
+from tessera.codecs.rotation import rotation, rotation_factors
+from tessera.kernels.dispatch import nearest
+from tessera.kernels.joint import JointFormat
+from tessera.kernels.nearest import CellIndex, build_index
 
 #: Tokens that share the means of their key channels.
 GROUP = 64
@@ -53,6 +55,10 @@ class JointHQMQ(Codec):
         self.group = GROUP if centre else 1
         self.spec = f"hqmq:{bits:g}" + ("" if rotate else "_norot") + ("" if centre else "_nocentre")
 
+    def kernel_format(self, dim: int) -> JointFormat:
+        """See `JointFormat`."""
+        return _format(self.code_bits, dim if self.rotate else 0, self.group)
+
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
         tensors = {}
         if self.centre and role == "key":
@@ -62,8 +68,8 @@ class JointHQMQ(Codec):
             x = x @ rotation(x.shape[-1], device=x.device).T
         scale = logscale.to_byte(x.square().mean(-1).sqrt())
         chunks = to_chunks(x / logscale.from_byte(scale).clamp(min=1e-30).unsqueeze(-1))
-        product = nearest(chunks.reshape(-1, 4), _index(self.code_bits, x.device)).view(chunks.shape[:-1])
-        codes = joint(self.code_bits).number(product)
+        order = joint(self.code_bits).order
+        codes = nearest(chunks.reshape(-1, 4), _index(self.code_bits, x.device), order).view(chunks.shape[:-1])
         codes = torch.where(scale.unsqueeze(-1) > 0, codes, 0)
         return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
 
@@ -77,6 +83,25 @@ class JointHQMQ(Codec):
         if "centre" in packed.tensors:
             x = precondition.invert(x, packed.tensors["centre"], group_index(packed))
         return x
+
+
+@cache
+def _format(code_bits: int, rotated_dim: int, group: int) -> JointFormat:
+    book = joint(code_bits)
+    permutation, sign = book.moves
+    dct, signs = rotation_factors(rotated_dim) if rotated_dim else (torch.ones(1, 1), torch.ones(0))
+    return JointFormat(
+        bits=code_bits,
+        move_bits=(len(sign) - 1).bit_length(),
+        step=book.step,
+        points=book.points,
+        permutation=permutation,
+        sign=sign,
+        scales=logscale.from_byte(torch.arange(256, dtype=torch.uint8)),
+        group=group,
+        dct=dct,
+        signs=signs,
+    )
 
 
 def _groups(tokens: int, group: int, device: torch.device) -> Tensor:

@@ -26,15 +26,26 @@ def rotation(dim: int, seed: int = 0, device: torch.device | str = "cpu") -> Ten
     return _rotation(dim, seed, torch.device(device))
 
 
-@cache
-def _rotation(dim: int, seed: int, device: torch.device) -> Tensor:
+def rotation_factors(dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """What the rotation is made of, for those who apply it by factors.
+
+    Returns:
+        the DCT (m, m) and the signs (dim,), float32: R = (dct ⊗ Hadamard of size dim / m, orthonormal) · diag(signs).
+    """
     odd = dim
-    hadamard = np.ones((1, 1))
     while odd % 2 == 0:
         odd //= 2
-        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]]) / np.sqrt(2)
     row, column = np.arange(odd)[:, None], np.arange(odd)[None]
     dct = np.cos(np.pi * (column + 0.5) * row / odd) * np.sqrt(2 / odd)
     dct[0] /= np.sqrt(2)
     signs = np.random.Generator(np.random.PCG64(seed)).integers(0, 2, dim) * 2 - 1
-    return torch.from_numpy(np.kron(dct, hadamard) * signs).float().to(device)
+    return torch.from_numpy(dct).float(), torch.from_numpy(signs).float()
+
+
+@cache
+def _rotation(dim: int, seed: int, device: torch.device) -> Tensor:
+    dct, signs = (factor.double() for factor in rotation_factors(dim, seed))
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) * len(dct) < dim:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard) / 2**0.5
+    return (torch.kron(dct, hadamard) * signs).float().to(device)

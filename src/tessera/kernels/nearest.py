@@ -306,6 +306,21 @@ def _rotation_number(device: torch.device) -> Tensor:
     return same.int().argmax(1).to(device)
 
 
+def reduction_tables() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the reduction to the small region needs of the group, int64.
+
+    Returns:
+        product: (24, 24), of two units.
+        inverse: (24,).
+        turn_unit: (12,), for each outcome of `canonical_rotation` the unit g with turned = ḡ·v·g.
+        rotation_unit: (12,), the unit of each rotation u·s·ū, in the codebook's order.
+        unit_rotation: (24,), the rotation of each unit.
+    """
+    cpu = torch.device("cpu")
+    product = group_table()
+    return product, product.argmin(1), _rotation_units(), _rotation_order(cpu), _rotation_number(cpu)
+
+
 def brute_force(x: Tensor, words: Tensor) -> Tensor:
     """The same by comparing every codeword, the definition: (n, 4), (m, 4) -> (n,) int64."""
     bias = words.square().sum(-1) / 2

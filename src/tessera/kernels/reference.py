@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # a codec stands above the kernels; here it is only named
-    from tessera.codecs import Packed
+from tessera.kernels.pages import Pages
 
 #: Scores that are in memory at once, in elements (4 bytes each).
 SCORES = 1 << 23
@@ -25,8 +23,7 @@ FEW, MANY = 256, 1024
 
 def attend(
     q: Tensor,
-    packed_k: Packed,
-    packed_v: Packed,
+    pages: Pages,
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
@@ -38,8 +35,7 @@ def attend(
 
     Args:
         q: (batch, q_heads, q_tokens, head_dim).
-        packed_k: keys, (batch, kv_heads, tokens, head_dim); kv_heads divides q_heads.
-        packed_v: values, of the same shape.
+        pages: keys and values, (batch, kv_heads, tokens, head_dim); kv_heads divides q_heads.
         scale: multiplies the scores.
         mask: (batch or 1, q_heads or 1, q_tokens, tokens) bool, True where a query sees a key; None: no mask.
         softcap: scores become softcap · tanh(score / softcap).
@@ -50,13 +46,7 @@ def attend(
         out: (batch, q_heads, q_tokens, head_dim) float32, 0 where a query sees nothing.
         lse: (batch, q_heads, q_tokens) float32, -inf where a query sees nothing.
     """
-    if packed_k.shape != packed_v.shape:
-        raise ValueError(f"keys {tuple(packed_k.shape)} and values {tuple(packed_v.shape)} differ in shape")
-
-    def block(a: int, b: int) -> tuple[Tensor, Tensor]:
-        return packed_k.slice(a, b).decode(), packed_v.slice(a, b).decode()
-
-    return _online(q, block, packed_k.shape, scale, mask, softcap, start, window)
+    return _online(q, pages.decode, pages.shape, scale, mask, softcap, start, window)
 
 
 def attend_exact(

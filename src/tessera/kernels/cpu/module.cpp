@@ -4,10 +4,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "attend.hpp"
+#include "nearest.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 using namespace tessera;
@@ -18,6 +22,8 @@ using Rows4I16 = nb::ndarray<const int16_t, nb::shape<-1, 4>, nb::c_contig, nb::
 using Rows4I64 = nb::ndarray<const int64_t, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
 using Square = nb::ndarray<const float, nb::shape<-1, -1>, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
+using Longs = nb::ndarray<const int64_t, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const int64_t, nb::shape<-1, 12>, nb::c_contig, nb::device::cpu>;
 
 enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
@@ -85,6 +91,51 @@ void attend(const Book& book, Table pages, Square dct, Floats signs, const std::
     attend_portable(p);
 }
 
+template <class T, class A>
+void fill(T* to, const A& from, size_t count, const char* what) {
+    if (from.size() != count) throw nb::value_error(what);
+    std::copy(from.data(), from.data() + count, to);
+}
+
+template <class T, class A>
+void fill(std::vector<T>& to, const A& from) {
+    to.assign(from.data(), from.data() + from.size());
+}
+
+void make_index(Index* self, Longs dims, Longs origin, Ints roots, Ints children, Ints first, Ints count, Square points, Ints codes,
+                float root, float radius, bool conjugations, Square words, Ints number, Square units, Longs product, Longs inverse,
+                Longs turn_unit, Longs rotation_unit, Longs unit_rotation) {
+    if (points.shape(1) != 5 || words.shape(0) != 5) throw nb::value_error("points and words need four components and a bias");
+    auto index = std::make_unique<Index>();
+    fill(index->dims, dims, 4, "dims");
+    fill(index->origin, origin, 4, "origin");
+    fill(index->roots, roots);
+    fill(index->children, children);
+    fill(index->first, first);
+    fill(index->count, count);
+    fill(index->points, points);
+    fill(index->codes, codes);
+    index->root = root, index->radius = radius, index->conjugations = conjugations;
+    for (int i = 0; i < 5; ++i) index->words[i].assign(words.data() + i * words.shape(1), words.data() + (i + 1) * words.shape(1));
+    fill(index->number, number);
+    fill(&index->units[0][0], units, 96, "units");
+    fill(&index->product[0][0], product, 576, "product");
+    fill(index->inverse, inverse, 24, "inverse");
+    fill(index->turn_unit, turn_unit, 12, "turn_unit");
+    fill(index->rotation_unit, rotation_unit, 12, "rotation_unit");
+    fill(index->unit_rotation, unit_rotation, 24, "unit_rotation");
+    new (self) Index(std::move(*index));
+}
+
+void nearest(const Index& index, uintptr_t x, int64_t n, uintptr_t codes, int threads) {
+    nb::gil_scoped_release release;
+    constexpr int64_t PART = 1024;
+    Threads::get().run((n + PART - 1) / PART, threads, [&](int64_t part, int) {
+        const int64_t begin = part * PART;
+        index.nearest(reinterpret_cast<const float*>(x) + 4 * begin, std::min(PART, n - begin), reinterpret_cast<int32_t*>(codes) + begin);
+    });
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -92,4 +143,6 @@ NB_MODULE(_cpu, m) {
     nb::class_<Book>(m, "Book").def("__init__", &make_book);
     m.def("levels", &levels, "Names of the instruction sets that this processor and this build have, the best last.");
     m.def("attend", &attend);
+    nb::class_<Index>(m, "Index").def("__init__", &make_index);
+    m.def("nearest", &nearest);
 }

@@ -1,0 +1,197 @@
+"""C++ kernels for CPUs, built with the package where a compiler is present."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from tessera.kernels.joint import JointFormat
+from tessera.kernels.nearest import ROOT, CellIndex, reduction_tables
+from tessera.kernels.pages import Pages
+from tessera.quaternion import units
+
+_cpu: Any
+try:
+    from tessera.kernels.cpu import _cpu
+
+    MISSING = None
+except ImportError as error:
+    _cpu, MISSING = None, f"the C++ kernels are not built ({error}); reinstall where a C++ compiler is present"
+
+#: Instruction sets, the best last.
+LEVELS = ("portable", "avx2", "avx512")
+#: 8-bit digits in which the AVX-512 kernel writes a query and a softmax weight. With three it is as exact as float32 sums.
+DIGITS = 3
+#: Longest head that the kernels know.
+MAX_DIM = 512
+
+
+def levels() -> tuple[str, ...]:
+    """Instruction sets that this processor and this build have, the best last; none if the kernels are not built."""
+    return () if _cpu is None else tuple(_cpu.levels())
+
+
+def attend_refusal(q: Tensor, pages: Pages) -> str | None:
+    """Why `attend` cannot be used, or None if it can."""
+    keys, _ = pages.pages[0]
+    dim = pages.shape[3]
+    if MISSING is not None:
+        return MISSING
+    if q.device.type != "cpu" or keys.device.type != "cpu":
+        return f"the queries are on {q.device} and the cache on {keys.device}"
+    if keys.codec.kernel_format(dim) is None:
+        return f"there is no kernel for {keys.codec.spec}"
+    if dim % 4 or dim > MAX_DIM:
+        return f"head_dim {dim} is no multiple of 4 up to {MAX_DIM}"
+    return None
+
+
+def attend(
+    q: Tensor,
+    pages: Pages,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    start: int | None = None,
+    window: int | None = None,
+    level: str | None = None,
+    digits: int = DIGITS,
+) -> tuple[Tensor, Tensor]:
+    """`tessera.kernels.reference.attend` in C++.
+
+    Args:
+        q, pages, scale, mask, softcap, start, window: as there.
+        level: instruction set; None: the best there is.
+        digits: 1, 2 or 3, see `DIGITS`; the other instruction sets compute in float.
+    """
+    batch, heads, tokens, dim = q.shape
+    rows, kv_heads, count, _ = pages.shape
+    if batch != rows or heads % kv_heads or dim != pages.shape[3]:
+        raise ValueError(f"queries {tuple(q.shape)} do not fit keys {pages.shape}")
+    form = pages.pages[0][0].codec.kernel_format(dim)
+    if form is None:
+        raise ValueError(f"there is no kernel for {pages.pages[0][0].codec.spec}")
+    strides = (0, 0, 0)
+    if mask is not None:
+        if mask.shape[-2:] != (tokens, count):
+            raise ValueError(f"mask {tuple(mask.shape)} does not fit {tokens} queries and {count} keys")
+        if mask.dtype != torch.bool or (count > 1 and mask.stride(-1) != 1):
+            mask = mask.bool().contiguous()
+        strides = tuple(0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3))  # type: ignore[assignment]
+    wide = q.detach().to(torch.float32).contiguous()
+    out = torch.empty(q.shape, dtype=torch.float32)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    _cpu.attend(
+        _book(form),
+        _addresses(pages, form),
+        form.dct.numpy(),
+        form.signs.numpy(),
+        level or levels()[-1],
+        wide.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        batch,
+        heads,
+        kv_heads,
+        tokens,
+        dim,
+        scale,
+        softcap or 0.0,
+        0 if mask is None else mask.data_ptr(),
+        *strides,
+        start is not None,
+        start or 0,
+        (window or 0) if start is not None else 0,
+        digits,
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def nearest(x: Tensor, index: CellIndex, order: Tensor) -> Tensor:
+    """`tessera.kernels.nearest.nearest` in C++, and its result in the codebook's own numbers.
+
+    Args:
+        x: (n, 4) float32, finite.
+        index: of the codebook.
+        order: (products of a base quaternion,) int64, for each of them its place among that quaternion's codes.
+
+    Returns:
+        (n,) int32.
+    """
+    x = x.contiguous()
+    codes = torch.empty(len(x), dtype=torch.int32)
+    _cpu.nearest(_index(index, order), x.data_ptr(), len(x), codes.data_ptr(), torch.get_num_threads())
+    return codes
+
+
+_INDICES: WeakKeyDictionary[CellIndex, Any] = WeakKeyDictionary()
+
+
+def _index(index: CellIndex, order: Tensor) -> Any:
+    if index not in _INDICES:
+        # Lists were padded by repeating their first entry.
+        length = 1 + (index.candidates[:, 1:] != index.candidates[:, :1]).sum(1)
+        rows = index.candidates[torch.arange(index.candidates.shape[1]) < length[:, None]].long()
+        biased = torch.cat((index.points, index.bias[:, None]), dim=1)
+        words = torch.cat((index.words, index.words.square().sum(-1, keepdim=True) / 2), dim=1).T
+        product, inverse, turn_unit, rotation_unit, unit_rotation = reduction_tables()
+        _INDICES[index] = _cpu.Index(
+            index.dims.numpy(),
+            index.origin.numpy(),
+            index.roots.numpy(),
+            index.children.flatten().numpy(),
+            (length.cumsum(0) - length).int().numpy(),
+            length.int().numpy(),
+            biased[rows].contiguous().numpy(),
+            index.codes[rows].int().numpy(),
+            ROOT,
+            index.radius,
+            index.conjugations,
+            words.contiguous().numpy(),
+            order.int().numpy(),
+            units().numpy(),
+            product.flatten().numpy(),
+            inverse.numpy(),
+            turn_unit.numpy(),
+            rotation_unit.numpy(),
+            unit_rotation.numpy(),
+        )
+    return _INDICES[index]
+
+
+@cache
+def _book(form: JointFormat) -> Any:
+    tables = (form.points, form.permutation, form.sign, form.scales)
+    return _cpu.Book(form.bits, form.move_bits, form.step, *(table.contiguous().numpy() for table in tables))
+
+
+def _addresses(pages: Pages, form: JointFormat) -> Any:
+    """Where the tensors of each page are, as struct Page in attend.hpp has it: (pages, 12) int64."""
+    if "cpu" not in pages.memo:
+        table, kept = [], []
+        for keys, values in pages.pages:
+            fields = [keys.tensors["codes"], keys.tensors["scale"], keys.tensors.get("centre")]
+            fields += [values.tensors["codes"], values.tensors["scale"]]
+            fields = [None if field is None else _plain(field) for field in fields]
+            kept += fields
+            addresses = [0 if field is None else field.data_ptr() for field in fields]
+            strides = [0 if field is None else field.stride(1) * field.element_size() for field in fields]
+            table.append([*addresses, *strides, keys.tokens, keys.offset])
+        # `kept` holds the copies that `_plain` may have made.
+        pages.memo["cpu"] = (torch.tensor(table).numpy(), kept)
+    return pages.memo["cpu"][0]
+
+
+def _plain(field: Tensor) -> Tensor:
+    """The field as the kernel takes it: rows of a head packed, batch rows kv_heads times a head's distance apart."""
+    _, heads, rows, width = field.shape if field.ndim == 4 else (*field.shape, 1)
+    packed = field.stride(2) == width and (field.ndim == 3 or field.stride(3) == 1)
+    if (packed or rows <= 1) and (field.shape[0] == 1 or field.stride(0) == heads * field.stride(1)):
+        return field
+    return field.contiguous()

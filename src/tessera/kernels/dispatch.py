@@ -1,0 +1,90 @@
+"""Which implementation of a kernel runs: the fastest that can, or the one that is asked for."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+
+from torch import Tensor
+
+from tessera.kernels import cpu, reference
+from tessera.kernels.nearest import CellIndex
+from tessera.kernels.nearest import nearest as reference_nearest
+from tessera.kernels.pages import Pages
+
+#: What TESSERA_BACKEND and `backend` may say.
+BACKENDS = ("auto", "reference", "cpu", *(f"cpu:{level}" for level in cpu.LEVELS))
+
+
+def chosen(backend: str | None) -> str:
+    """The backend asked for by argument, or else by the environment, or "auto".
+
+    Raises:
+        ValueError: if there is none of that name, or the processor lacks its instructions.
+    """
+    name = backend or os.environ.get("TESSERA_BACKEND") or "auto"
+    if name not in BACKENDS:
+        raise ValueError(f"no backend {name!r}; there are {', '.join(BACKENDS)}")
+    level = name.partition(":")[2]
+    if level and level not in cpu.levels():
+        why = cpu.MISSING or f"this processor has {', '.join(cpu.levels())}"
+        raise ValueError(f"backend {name!r} cannot run: {why}")
+    return name
+
+
+def attend(
+    q: Tensor,
+    pages: Pages,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    start: int | None = None,
+    window: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Partial attention over a packed tier, see `tessera.kernels.reference.attend`.
+
+    Args:
+        q, pages, scale, mask, softcap, start, window: as there.
+        backend: one of `BACKENDS`; None: what the environment variable TESSERA_BACKEND says, or "auto", the fastest.
+
+    Raises:
+        ValueError: if a backend is asked for that cannot do it, saying why.
+    """
+    name = chosen(backend)
+    if name != "reference":
+        why = cpu.attend_refusal(q, pages)
+        if why is None:
+            level = name.partition(":")[2] or None
+            return cpu.attend(q, pages, scale, mask, softcap, start=start, window=window, level=level)
+        if name != "auto":
+            raise ValueError(f"backend {name!r} cannot run: {why}")
+        if why is cpu.MISSING and q.device.type == "cpu":
+            _say_once(why)
+    return reference.attend(q, pages, scale, mask, softcap, start=start, window=window)
+
+
+def nearest(x: Tensor, index: CellIndex, order: Tensor, backend: str | None = None) -> Tensor:
+    """Codes of the nearest codewords: (n, 4) float32 -> (n,) integers.
+
+    Args:
+        x: chunks, finite.
+        index: of the codebook, on the same device.
+        order: for each product made from one base quaternion its place among that quaternion's codes.
+        backend: see `attend`.
+    """
+    name = chosen(backend)
+    if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
+        return cpu.nearest(x, index, order)
+    if name.startswith("cpu"):
+        raise ValueError(f"backend {name!r} cannot run: {cpu.MISSING or f'the chunks are on {x.device}'}")
+    product = reference_nearest(x, index)
+    order = order.to(x.device)
+    return product // len(order) * len(order) + order[product % len(order)]
+
+
+@cache
+def _say_once(why: str) -> None:
+    warnings.warn(f"attention over the compressed cache runs in plain PyTorch, which is slow: {why}", stacklevel=4)

@@ -1,0 +1,41 @@
+"""What a kernel must know of vectors coded with a joint codebook; made by `tessera.codecs.JointHQMQ`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class JointFormat:
+    """A vector is R⁻¹ (scale · codewords), times a factor and plus a mean for each channel of a key.
+
+    Its codes lie one behind the other, `bits` each, a code for four numbers: point · 2^move_bits + move, the codeword
+    being sign[move] · points[point][permutation[move]] · step.
+
+    Attributes:
+        bits: of a code.
+        move_bits: of them, the lowest, the move.
+        step: what one integer of a point is worth.
+        points: (n, 4) int16.
+        permutation: (2^move_bits, 4) int64.
+        sign: (2^move_bits, 4) int64, ±1.
+        scales: (256,) float32, what the byte in field "scale" stands for.
+        group: tokens that share a row of field "centre": int16 words, a half-precision mean of which the low four bits
+            hold the exponent of the factor.
+        dct: (m, m) float32, and
+        signs: (head_dim,) float32: R x is the Kronecker product of `dct` and a Hadamard matrix, times signs · x. Without
+            elements: R is the identity.
+    """
+
+    bits: int
+    move_bits: int
+    step: float
+    points: Tensor
+    permutation: Tensor
+    sign: Tensor
+    scales: Tensor
+    group: int
+    dct: Tensor
+    signs: Tensor

@@ -1,0 +1,254 @@
+"""The C++ kernels against their definition in PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessera import codecs
+from tessera.codecs import Packed
+from tessera.codecs.bits import pack_bits
+from tessera.codecs.codebooks import joint
+from tessera.codecs.hqmq_joint import JointHQMQ
+from tessera.kernels import Pages, cpu, dispatch, reference
+from tessera.kernels.nearest import build_index
+
+pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
+
+#: Relative error of float32 sums in another order.
+FLOAT = 1e-5
+SPECS = ("hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4")
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-12))
+
+
+def make_pages(codec: Any, batch: int, heads: int, sizes: list[int], dim: int) -> Pages:
+    """Pages whose keys have a large constant channel and a wide one, inside larger buffers as a cache has them."""
+    pages = []
+    for size in sizes:
+        k, v = torch.randn(2, batch, heads, size + 64, dim).unbind(0)
+        k[..., 3] += 40
+        k[..., 1] *= 30
+        pages.append((codec.encode(k, "key").slice(0, size), codec.encode(v).slice(0, size)))
+    return Pages(pages)
+
+
+@pytest.fixture(params=cpu.levels())
+def level(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "queries", "sizes", "dim"),
+    [
+        (1, 4, 1, 1, [64], 64),
+        (2, 4, 2, 1, [128, 320, 37], 128),
+        (1, 6, 2, 3, [1024, 1], 80),
+        (2, 2, 2, 37, [192, 65], 96),
+        (1, 3, 1, 2, [17], 256),
+        (1, 4, 4, 2, [100], 4),
+        (1, 2, 1, 1, [70], 20),
+    ],
+)
+def test_attention_equals_the_reference(
+    level: str, spec: str, batch: int, heads: int, kv_heads: int, queries: int, sizes: list[int], dim: int
+) -> None:
+    pages = make_pages(codecs.get(spec), batch, kv_heads, sizes, dim)
+    q = torch.randn(batch, heads, queries, dim)
+    out, lse = cpu.attend(q, pages, dim**-0.5, level=level)
+    wanted, wanted_lse = reference.attend(q, pages, dim**-0.5)
+    assert relative(out, wanted) < FLOAT
+    assert torch.allclose(lse, wanted_lse, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["hqmq:4.5", "hqmq:5"])
+def test_attention_over_wide_codes_equals_the_reference(level: str, spec: str) -> None:
+    pages = make_pages(codecs.get(spec), 2, 2, [128, 77], 96)
+    q = torch.randn(2, 4, 3, 96)
+    out, lse = cpu.attend(q, pages, 0.1, level=level)
+    wanted, wanted_lse = reference.attend(q, pages, 0.1)
+    assert relative(out, wanted) < FLOAT
+    assert torch.allclose(lse, wanted_lse, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 4.5, 5])
+def test_every_code_is_read_as_its_codeword(level: str, bits: float) -> None:
+    """Attention to a single token returns its value, whatever its codes. Codes at random spare the search for them."""
+    codec = JointHQMQ(bits, centre=False)
+    codes = torch.randint(len(joint(codec.code_bits).codewords), (1, 2, 1, 16))
+    tensors = {"codes": pack_bits(codes, codec.code_bits), "scale": torch.full((1, 2, 1), 131, dtype=torch.uint8)}
+    values = Packed(codec, tensors, (1, 2, 1, 64), torch.float32)
+    keys = replace(values, role="key")
+    q = torch.randn(1, 2, 1, 64)
+    out, lse = cpu.attend(q, Pages([(keys, values)]), 0.5, level=level)
+    assert relative(out, values.decode()) < FLOAT
+    assert torch.allclose(lse, (q * keys.decode()).sum(-1) * 0.5, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [{"rotate": False}, {"centre": False}, {"rotate": False, "centre": False}])
+def test_attention_without_rotation_or_centre_equals_the_reference(level: str, variant: dict[str, bool]) -> None:
+    pages = make_pages(JointHQMQ(4, **variant), 1, 2, [64, 50], 64)
+    q = torch.randn(1, 4, 2, 64)
+    out, _ = cpu.attend(q, pages, 0.125, level=level)
+    assert relative(out, reference.attend(q, pages, 0.125)[0]) < FLOAT
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"start": 0},
+        {"start": 150},
+        {"start": 165, "window": 40},
+        {"start": 400, "window": 100},
+        {"softcap": 2.0},
+        {"mask": "rows"},
+        {"mask": "heads"},
+        {"mask": "columns", "start": 160, "softcap": 5.0},
+    ],
+)
+def test_masks_windows_and_caps_equal_the_reference(level: str, rule: dict[str, Any]) -> None:
+    pages = make_pages(codecs.get("hqmq:4"), 2, 2, [128, 64], 64)
+    q = torch.randn(2, 4, 20, 64)
+    rule = dict(rule)
+    if rule.get("mask") == "rows":
+        rule["mask"] = torch.rand(2, 1, 20, 192) > 0.3
+    elif rule.get("mask") == "heads":
+        rule["mask"] = torch.rand(1, 4, 20, 192) > 0.3
+    elif rule.get("mask") == "columns":
+        rule["mask"] = (torch.rand(2, 1, 20, 300) > 0.3)[..., 50:242]  # a view, as the cache gives it
+    out, lse = cpu.attend(q, pages, 0.2, level=level, **rule)
+    wanted, wanted_lse = reference.attend(q, pages, 0.2, **rule)
+    assert relative(out, wanted) < FLOAT
+    assert torch.equal(lse == -torch.inf, wanted_lse == -torch.inf)
+    seen = wanted_lse > -torch.inf
+    assert torch.allclose(lse[seen], wanted_lse[seen], atol=1e-4, rtol=1e-5)
+
+
+def test_what_sees_nothing_is_zero(level: str) -> None:
+    pages = make_pages(codecs.get("hqmq:3"), 1, 1, [64], 64)
+    mask = torch.zeros(1, 1, 2, 64, dtype=torch.bool)
+    mask[..., 1, 5] = True
+    out, lse = cpu.attend(torch.randn(1, 2, 2, 64), pages, 1.0, mask, level=level)
+    assert (out[:, :, 0] == 0).all()
+    assert (lse[:, :, 0] == -torch.inf).all()
+    assert (out[:, :, 1] != 0).any()
+    assert torch.isfinite(lse[:, :, 1]).all()
+
+
+def test_slices_that_begin_inside_a_group_equal_the_reference(level: str) -> None:
+    whole = make_pages(codecs.get("hqmq:4"), 1, 2, [200], 64).pages[0]
+    pages = Pages([(whole[0].slice(13, 171), whole[1].slice(13, 171))])
+    q = torch.randn(1, 4, 1, 64)
+    assert relative(cpu.attend(q, pages, 0.1, level=level)[0], reference.attend(q, pages, 0.1)[0]) < FLOAT
+
+
+def test_zero_vectors_huge_ones_and_other_dtypes_equal_the_reference(level: str) -> None:
+    codec = codecs.get("hqmq:4")
+    k, v = torch.randn(2, 1, 1, 64, 64).unbind(0)
+    k[:, :, 3:9], v[:, :, 5] = 0, 0
+    v[:, :, 7] *= 1e4
+    pages = Pages([(codec.encode(k.bfloat16(), "key"), codec.encode(v.bfloat16()))])
+    q = torch.randn(1, 2, 3, 64).bfloat16()
+    q[:, :, 1] = 0
+    out, _ = cpu.attend(q, pages, 0.125, level=level)
+    exact = Pages([(codec.encode(k.bfloat16().float(), "key"), codec.encode(v.bfloat16().float()))])
+    assert relative(out, reference.attend(q.float(), exact, 0.125)[0]) < FLOAT
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_the_result(threads: int) -> None:
+    pages = make_pages(codecs.get("hqmq:3"), 1, 1, [1024, 1024, 1024, 333], 64)
+    q = torch.randn(1, 2, 1, 64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        out, lse = cpu.attend(q, pages, 0.2)
+    finally:
+        torch.set_num_threads(before)
+    wanted, wanted_lse = reference.attend(q, pages, 0.2)
+    assert relative(out, wanted) < FLOAT
+    assert torch.allclose(lse, wanted_lse, atol=1e-4)
+
+
+@pytest.mark.skipif("avx512" not in cpu.levels(), reason="the processor has no AVX-512 with VNNI")
+@pytest.mark.parametrize(("digits", "bound"), [(1, 3e-2), (2, 2e-4), (3, FLOAT)])
+def test_digits_bound_the_error(digits: int, bound: float) -> None:
+    pages = make_pages(codecs.get("hqmq:4"), 1, 2, [700], 128)
+    q = torch.randn(1, 8, 1, 128)
+    error = relative(cpu.attend(q, pages, 128**-0.5, digits=digits)[0], reference.attend(q, pages, 128**-0.5)[0])
+    assert error < bound
+    if digits < 3:
+        assert error > bound / 1000  # so that the argument does something
+
+
+def test_damaged_codes_are_read_as_something_finite(level: str) -> None:
+    codec = codecs.get("hqmq:4")
+    k = torch.randn(1, 1, 64, 64)
+    keys, values = codec.encode(k, "key"), codec.encode(k)
+    for packed in (keys, values):
+        packed.tensors["codes"].fill_(255)
+    out, lse = cpu.attend(torch.randn(1, 1, 1, 64), Pages([(keys, values)]), 0.1, level=level)
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(lse).all()
+
+
+def test_backends_are_chosen_forced_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    real = cpu.attend
+    monkeypatch.setattr(cpu, "attend", lambda *a, **k: (ran.append(str(k["level"])), real(*a, **k))[1])
+    pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
+    q = torch.randn(1, 1, 1, 64)
+    dispatch.attend(q, pages, 0.1)
+    dispatch.attend(q, pages, 0.1, backend="cpu:portable")
+    assert ran == ["None", "portable"]
+    dispatch.attend(q, pages, 0.1, backend="reference")
+    monkeypatch.setenv("TESSERA_BACKEND", "reference")
+    dispatch.attend(q, pages, 0.1)
+    assert len(ran) == 2
+    monkeypatch.setenv("TESSERA_BACKEND", "fpga")
+    with pytest.raises(ValueError, match="no backend 'fpga'; there are auto, reference, cpu"):
+        dispatch.attend(q, pages, 0.1)
+    monkeypatch.delenv("TESSERA_BACKEND")
+    other = make_pages(codecs.get("q4_0"), 1, 1, [64], 64)
+    dispatch.attend(q, other, 0.1)
+    assert len(ran) == 2
+    with pytest.raises(ValueError, match="no kernel for q4_0"):
+        dispatch.attend(q, other, 0.1, backend="cpu")
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    pages = make_pages(codecs.get("hqmq:4"), 1, 2, [64], 64)
+    with pytest.raises(ValueError, match="do not fit keys"):
+        cpu.attend(torch.randn(1, 3, 1, 64), pages, 0.1)
+    with pytest.raises(ValueError, match="does not fit"):
+        cpu.attend(torch.randn(1, 2, 1, 64), pages, 0.1, torch.ones(1, 1, 1, 63, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("bits", [8, 12, 14, 16])
+def test_search_finds_the_codes_of_the_reference(bits: int) -> None:
+    book = joint(bits)
+    index = build_index(book.products.float() * book.step, book.conjugations)
+    x = torch.randn(20_000, 4)
+    x[:500] *= torch.logspace(-5, 2, 500)[:, None]
+    x[500:600] = 0
+    x[600:700, 1:3] = 0
+    got = dispatch.nearest(x, index, book.order, backend="cpu")
+    wanted = dispatch.nearest(x, index, book.order, backend="reference")
+    words = book.codewords.float() * book.step
+    # Two codewords may be equally near to within rounding.
+    assert (got != wanted).float().mean() < 1e-3
+    assert ((x - words[got.long()]).norm(dim=-1) - (x - words[wanted]).norm(dim=-1)).abs().max() < 1e-5 * x.abs().max()
+
+
+def test_search_of_nothing() -> None:
+    book = joint(8)
+    index = build_index(book.products.float() * book.step, book.conjugations)
+    assert dispatch.nearest(torch.zeros(0, 4), index, book.order, backend="cpu").shape == (0,)
