@@ -12,11 +12,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from tessera import kernels
 from tessera.cache.lane import Part, Turn
 from tessera.cache.layer import ATTENTION, Handle
 from tessera.cache.masks import LaneMask, boolean
-from tessera.codecs import Packed
+from tessera.kernels import Pages, dispatch, merge
 from tessera.kernels.reference import attend_exact
 
 M = TypeVar("M", bound=nn.Module)
@@ -144,18 +143,14 @@ def _attend(q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softcap:
         seen = None if mask is None else mask.columns(part.start, part.tokens)
         if mask is not None and window is None:
             start = None  # the mask says it all, and may say something else than causality
-        if isinstance(part.keys, Packed) and isinstance(part.values, Packed):
-            results.append(
-                kernels.attend(q, part.keys, part.values, scale, mask=seen, softcap=softcap, start=start, window=window)
-            )
-        elif isinstance(part.keys, Tensor) and isinstance(part.values, Tensor):
-            results.append(
-                attend_exact(q, part.keys, part.values, scale, mask=seen, softcap=softcap, start=start, window=window)
-            )
+        if isinstance(part.held, Pages):
+            results.append(dispatch.attend(q, part.held, scale, mask=seen, softcap=softcap, start=start, window=window))
+        else:
+            results.append(attend_exact(q, *part.held, scale, mask=seen, softcap=softcap, start=start, window=window))
     if s_aux is not None:
         lse = s_aux.float().view(1, -1, 1).expand(q.shape[:3])
         results.append((torch.zeros_like(results[0][0]), lse))
-    return kernels.merge(results)[0]
+    return merge(results)[0]
 
 
 def _rule(turn: Turn, part: Part) -> tuple[int | None, int | None]:
@@ -171,9 +166,9 @@ def _rule(turn: Turn, part: Part) -> tuple[int | None, int | None]:
 def _fused(q: Tensor, turn: Turn, scale: float) -> Tensor | None:
     """PyTorch's own attention, where all that is read is one exact part with a rule that it knows."""
     part = turn.parts[0]
-    k, v = part.keys, part.values
-    if not isinstance(k, Tensor) or not isinstance(v, Tensor) or k.dtype != q.dtype:
+    if isinstance(part.held, Pages) or part.held[0].dtype != q.dtype:
         return None
+    k, v = part.held
     start, window = _rule(turn, part)
     if window is not None:
         return None

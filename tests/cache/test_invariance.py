@@ -16,6 +16,7 @@ from tessera import codecs
 from tessera.attention import attention_forward
 from tessera.cache import BLOCK
 from tessera.codecs import Packed
+from tessera.kernels import Pages
 
 TOTAL = sum(CUTS)
 EXACT = ["dense", "sink:4 + window:50", "window:50"]
@@ -47,7 +48,8 @@ def tolerance(spec: str) -> float:
 
 def contents(cache: tessera.Cache) -> list[Tensor | Packed]:
     """All that is held, without the free room."""
-    return [x for layer in cache.layers for lane in layer.lanes for part in lane.parts() for x in (part.keys, part.values)]
+    parts = [part.held for layer in cache.layers for lane in layer.lanes for part in lane.parts()]
+    return [x for held in parts for x in ((y for page in held.pages for y in page) if isinstance(held, Pages) else held)]
 
 
 @pytest.mark.parametrize("spec", [*EXACT, *(f"sink:4 + {codec} + recent:32" for codec in KINDS)])

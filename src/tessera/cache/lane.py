@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tessera.cache.spec import BLOCK, Spec
 from tessera.cache.tiers import PAGE, CodecTier, ExactTier
-from tessera.codecs import Codec, Packed
+from tessera.codecs import Codec
+from tessera.kernels import Pages
 
 #: While a cache records its past, this many more tokens stay exact, so that a crop of as many leaves no trace.
 RECORDED = 512
@@ -50,15 +51,13 @@ class Part:
     """Neighbouring tokens that attention reads in one go.
 
     Attributes:
-        keys: (rows, kv_heads, tokens, head_dim), packed or not.
-        values: the same of the values.
+        held: packed, or keys and values (rows, kv_heads, tokens, head_dim).
         start: place of the first of them in the lane.
         tokens: how many.
         window: a query sees only this many newest tokens of them, itself included; None: no such rule.
     """
 
-    keys: Tensor | Packed
-    values: Tensor | Packed
+    held: Pages | tuple[Tensor, Tensor]
     start: int
     tokens: int
     window: int | None = None
@@ -186,9 +185,9 @@ class Lane:
         parts, window = self.parts(), self.policy.window
         split = min(max(self.policy.sink - first, 0), n) if window is not None else 0
         if split:
-            parts.append(Part(k[:, :, :split], v[:, :, :split], first, split))
+            parts.append(Part((k[:, :, :split], v[:, :, :split]), first, split))
         if split < n:
-            parts.append(Part(k[:, :, split:], v[:, :, split:], first + split, n - split, window))
+            parts.append(Part((k[:, :, split:], v[:, :, split:]), first + split, n - split, window))
         return Turn(self, first, n, parts, (k, v))
 
     def dismiss(self, turn: Turn, spare: int = 0) -> None:
@@ -207,13 +206,13 @@ class Lane:
         parts = []
         # Sinks stay visible outside the window; a layer whose own window hides them has none.
         if self.sink.tokens:
-            parts.append(Part(self.sink.keys, self.sink.values, 0, self.sink.tokens))
+            parts.append(Part((self.sink.keys, self.sink.values), 0, self.sink.tokens))
         at, window = self.sink.tokens + self.dropped, self.policy.window
-        for keys, values in self.packed.pages if self.packed is not None else ():
-            parts.append(Part(keys, values, at, keys.tokens, window))
-            at += keys.tokens
+        if self.packed is not None and self.packed.tokens:
+            parts.append(Part(self.packed.view, at, self.packed.tokens, window))
+            at += self.packed.tokens
         if self.recent.tokens:
-            parts.append(Part(self.recent.keys, self.recent.values, at, self.recent.tokens, window))
+            parts.append(Part((self.recent.keys, self.recent.values), at, self.recent.tokens, window))
         return parts
 
     def check_crop(self, n: int) -> None:

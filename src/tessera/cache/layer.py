@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from tessera.cache.lane import RECORDED, Lane, Policy, Turn
 from tessera.cache.masks import LaneMask, MaskMemo, lane_mask, leading_pads
-from tessera.codecs import Packed
+from tessera.kernels import Pages
 
 #: Name of the attention function in transformers' `AttentionInterface`.
 ATTENTION = "tessera"
@@ -279,8 +279,9 @@ class TesseraLayer(CacheLayerMixin):
                 skip = max(0, -a)
                 if skip < part.tokens:
                     span = slice(a + skip, a + part.tokens)
-                    keys[rows, :, span] = _tensor(part.keys)[:, :, skip:].to(keys)
-                    values[rows, :, span] = _tensor(part.values)[:, :, skip:].to(keys)
+                    k, v = part.held.decode() if isinstance(part.held, Pages) else part.held
+                    keys[rows, :, span] = k[:, :, skip:].to(keys)
+                    values[rows, :, span] = v[:, :, skip:].to(keys)
         self.close(turns)
         return keys, values
 
@@ -396,7 +397,3 @@ class TesseraLayer(CacheLayerMixin):
         if self._staged is not None:
             found["staged"] = self._staged[0].shape[0] * self._staged[0].shape[2]
         return found
-
-
-def _tensor(x: Tensor | Packed) -> Tensor:
-    return x.decode() if isinstance(x, Packed) else x

@@ -142,7 +142,7 @@ class Stored:
             )
             if keys.tokens != values.tokens:
                 raise ValueError(f"the header is damaged: page {number} has {keys.tokens} keys and {values.tokens} values")
-            lane.packed.pages.append((keys, values))
+            lane.packed.put([*lane.packed.pages, (keys, values)])
         held = lane.sink.tokens + lane.dropped + lane.held["packed"] + lane.recent.tokens
         sink = min(lane.policy.sink, lane.length)
         if held != lane.length or lane.pad + lane.length != layer.seen or lane.sink.tokens != sink:

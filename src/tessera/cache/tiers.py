@@ -7,9 +7,12 @@ from torch import Tensor
 
 from tessera.cache.spec import BLOCK
 from tessera.codecs import Codec, Packed
+from tessera.kernels import Pages
 
-#: Tokens of a page. Appending copies one page at most.
+#: Tokens of a page of packed tokens at most.
 PAGE = 1024
+#: The newest page grows by this many tokens: more would be copied less often, and lie idle more.
+ROOM = 128
 
 
 class ExactTier:
@@ -114,6 +117,8 @@ class ExactTier:
 class CodecTier:
     """Keys and values in the bytes of a codec, whole blocks of `BLOCK` tokens only, in pages of `PAGE` tokens at most.
 
+    The newest page has a little room behind its tokens, so that most appended blocks are written where they will stay.
+
     Args:
         codec: packs and unpacks; its group must divide `BLOCK`.
         layer: index of the layer, for codebooks drawn per layer.
@@ -124,16 +129,35 @@ class CodecTier:
             raise ValueError(f"{codec.spec} encodes {codec.group} tokens together, which does not divide {BLOCK}")
         self.codec = codec
         self.layer = layer
-        self.pages: list[tuple[Packed, Packed]] = []
+        self._pages: list[tuple[Packed, Packed]] = []
+        self._newest: tuple[Packed, Packed] | None = None  # the last page with the room behind it, if it has any
+        self._view: Pages | None = None
 
     @property
     def tokens(self) -> int:
         """Number of tokens held."""
-        return sum(keys.tokens for keys, _ in self.pages)
+        return sum(keys.tokens for keys, _ in self._pages)
+
+    @property
+    def pages(self) -> list[tuple[Packed, Packed]]:
+        """The pages, to be read."""
+        return list(self._pages)
+
+    @property
+    def view(self) -> Pages:
+        """The pages as kernels read them. There must be a token."""
+        if self._view is None:
+            self._view = Pages(self._pages)
+        return self._view
+
+    def put(self, pages: list[tuple[Packed, Packed]]) -> None:
+        """Hold these pages instead."""
+        self._pages, self._newest, self._view = pages, None, None
 
     def buffers(self) -> list[Tensor]:
-        """Every tensor that is held."""
-        return [tensor for page in self.pages for packed in page for tensor in packed.tensors.values()]
+        """Every tensor that is held, with its free room."""
+        whole = self._pages if self._newest is None else [*self._pages[:-1], self._newest]
+        return [tensor for page in whole for packed in page for tensor in packed.tensors.values()]
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Encode tokens behind the newest. k, v: (batch, kv_heads, n, head_dim), n a multiple of `BLOCK`."""
@@ -141,29 +165,51 @@ class CodecTier:
         assert n % BLOCK == 0
         done = 0
         while done < n:
-            free = PAGE - self.pages[-1][0].tokens if self.pages else 0
-            size = min(free or PAGE, n - done)
+            held = self._pages[-1][0].tokens if self._pages else PAGE
+            if held == PAGE:
+                held, self._newest = 0, None
+            size = min(PAGE - held, n - done)
             part = slice(done, done + size)
-            keys = self.codec.encode(k[:, :, part], "key", self.layer)
-            values = self.codec.encode(v[:, :, part], "value", self.layer)
-            if free:
-                old_keys, old_values = self.pages[-1]
-                self.pages[-1] = Packed.cat([old_keys, keys]), Packed.cat([old_values, values])
-            else:
-                self.pages.append((keys, values))
+            new = self.codec.encode(k[:, :, part], "key", self.layer), self.codec.encode(v[:, :, part], "value", self.layer)
+            if held:
+                new = self._extended(new)
+                del self._pages[-1]
+            self._pages.append(new)
             done += size
+        self._view = None
+
+    def _extended(self, new: tuple[Packed, Packed]) -> tuple[Packed, Packed]:
+        """The newest page with `new` behind it."""
+        old = self._pages[-1]
+        held, need = old[0].tokens, old[0].tokens + new[0].tokens
+        if "ragged" in self.codec.fields.values():
+            return Packed.cat([old[0], new[0]]), Packed.cat([old[1], new[1]])
+        room = self._newest
+        # A buffer made in inference mode may not be written to outside of it.
+        locked = old[0].is_inference() and not torch.is_inference_mode_enabled()
+        if room is None or room[0].tokens < need or locked:
+            size = min(PAGE, -(-need // ROOM) * ROOM)
+            room = old[0].roomier(size), old[1].roomier(size)
+            self._newest = room
+        for buffer, part in zip(room, new, strict=True):
+            buffer.write(held, part)
+        return room[0].slice(0, need), room[1].slice(0, need)
 
     def drop_front(self, n: int) -> None:
         """Forget the `n` oldest tokens, a multiple of `BLOCK`."""
         assert n % BLOCK == 0
+        pages = self.pages
         while n:
-            keys, values = self.pages[0]
+            keys, values = pages[0]
             if keys.tokens <= n:
                 n -= keys.tokens
-                del self.pages[0]
+                del pages[0]
             else:
-                self.pages[0] = keys.slice(n, keys.tokens).compact(), values.slice(n, values.tokens).compact()
+                pages[0] = keys.slice(n, keys.tokens).compact(), values.slice(n, values.tokens).compact()
                 n = 0
+        newest = self._newest if pages and self._pages and pages[-1] is self._pages[-1] else None
+        self.put(pages)
+        self._newest = newest
 
     def crop_back(self, n: int) -> tuple[Tensor, Tensor] | None:
         """Forget the `n` newest tokens.
@@ -172,26 +218,28 @@ class CodecTier:
             the tokens of the block that was cut, decoded, for they no longer make a whole one; None if it was cut cleanly.
         """
         rest = None
+        pages = self.pages
         while n:
-            keys, values = self.pages.pop()
+            keys, values = pages.pop()
             if keys.tokens <= n:
                 n -= keys.tokens
                 continue
             stay = keys.tokens - n
             whole = stay // BLOCK * BLOCK
             if whole:
-                self.pages.append((keys.slice(0, whole).compact(), values.slice(0, whole).compact()))
+                pages.append((keys.slice(0, whole).compact(), values.slice(0, whole).compact()))
             if stay > whole:
                 rest = keys.slice(whole, stay).decode(), values.slice(whole, stay).decode()
             n = 0
+        self.put(pages)
         return rest
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index. rows: (n,) int64."""
-        if self.pages:
-            rows = rows.to(self.pages[0][0].device)
-            self.pages = [(keys.select(rows), values.select(rows)) for keys, values in self.pages]
+        if self._pages:
+            rows = rows.to(self._pages[0][0].device)
+            self.put([(keys.select(rows), values.select(rows)) for keys, values in self._pages])
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""
-        self.pages = [(keys.to(device), values.to(device)) for keys, values in self.pages]
+        self.put([(keys.to(device), values.to(device)) for keys, values in self._pages])

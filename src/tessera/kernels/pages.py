@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,10 @@ class Pages:
         self.starts = (0, *accumulate(keys.tokens for keys, _ in self.pages))
         self.shape = (*first.shape[:2], self.starts[-1], first.shape[3])
         self.memo: dict[Any, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
+        # What backends keep, addresses among it, is of these pages and not of their copies.
+        return Pages(deepcopy(self.pages, memo))
 
     @property
     def tokens(self) -> int:

@@ -15,6 +15,7 @@ struct Book {
     // Four int8 components a word, one table for each part, high first. As many words as a code can name: a code that
     // names none of the codebook's points, as in a damaged file, reads zero.
     std::vector<uint32_t> part[2];
+    std::vector<uint32_t> words[2];  // the same of whole codewords, for kernels that would rather look up than permute
     alignas(64) uint32_t control[32] = {};  // for each move, which of the four bytes goes where
     alignas(64) uint32_t negate[32] = {};   // for each move, 0xff in the bytes whose sign changes
     alignas(64) float scale[256] = {};      // what a byte of codecs/logscale.py stands for
@@ -43,6 +44,18 @@ struct Book {
                 negate[m] |= (sign[4 * m + j] < 0 ? 0xffu : 0u) << (8 * j);
             }
         for (int i = 0; i < 256; ++i) scale[i] = scales[i];
+        for (int p = 0; p < parts; ++p) {
+            words[p].assign(size_t{1} << bits, 0);
+            for (uint32_t code = 0; code < uint32_t{1} << bits; ++code) {
+                uint32_t word = 0;
+                for (int j = 0; j < 4; ++j) {
+                    const int from = 8 * (control[move(code)] >> (8 * j) & 255);
+                    const int value = int8_t(part[p][index(code)] >> from);
+                    word |= uint32_t(uint8_t(negate[move(code)] >> (8 * j) & 1 ? -value : value)) << (8 * j);
+                }
+                words[p][code] = word;
+            }
+        }
     }
 
     // Part p of a component; the low part lies in [-64, 63], so that changing the sign never overflows.

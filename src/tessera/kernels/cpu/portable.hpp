@@ -8,64 +8,74 @@ class Portable {
       public:
         Scratch(const Book& book, int chunks, int) : book_(book), chunks_(chunks), dim_(4 * chunks) {
             queries_.resize(size_t(TILE) * dim_);
-            words_.resize(size_t(UNIT) * dim_);
-            transposed_.resize(size_t(UNIT) * dim_);
+            vectors_.resize(size_t(UNIT) * dim_);
+            for (auto& words : words_) words.resize(chunks);
         }
 
         void set_queries(const float* q, int rows) { std::memcpy(queries_.data(), q, sizeof(float) * rows * dim_); }
 
-        // scores[r * stride + j] = <query r, codeword row j> for n tokens, less the scale of the vector.
+        // scores[r * stride + j] = <query r, vector j> for n tokens, less the scale of the vector.
         void dot(const uint8_t* codes, int n, int rows, float* scores, int stride) {
-            decode(codes, n, words_.data());
-            for (int j = 0; j < UNIT; ++j)
-                for (int c = 0; c < dim_; ++c) transposed_[c * UNIT + j] = j < n ? words_[j * dim_ + c] : 0.0f;
+            decode(codes, n);
             for (int r = 0; r < rows; ++r) {
-                float sum[UNIT] = {};
                 const float* q = &queries_[size_t(r) * dim_];
-                for (int c = 0; c < dim_; ++c)
-                    for (int j = 0; j < UNIT; ++j) sum[j] += q[c] * transposed_[c * UNIT + j];
-                for (int j = 0; j < UNIT; ++j) scores[r * stride + j] = sum[j] * book_.step;
+                for (int j = 0; j < n; ++j) scores[r * stride + j] = inner(q, &vectors_[size_t(j) * dim_], dim_);
+                for (int j = n; j < UNIT; ++j) scores[r * stride + j] = 0.0f;
             }
         }
 
         // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them.
         void add(const Unit* unit, int units, const float* weights, int stride, int rows, float* sum) {
             for (int u = 0; u < units; ++u) {
-                decode(unit[u].codes, unit[u].count, words_.data());
+                decode(unit[u].codes, unit[u].count);
                 for (int r = 0; r < rows; ++r) {
                     float* to = sum + size_t(r) * dim_;
                     for (int j = 0; j < unit[u].count; ++j) {
-                        const float weight = weights[r * stride + u * UNIT + j] * book_.step;
-                        if (weight == 0.0f) continue;
-                        const float* word = &words_[size_t(j) * dim_];
-                        for (int c = 0; c < dim_; ++c) to[c] += weight * word[c];
+                        const float weight = weights[r * stride + u * UNIT + j];
+                        const float* vector = &vectors_[size_t(j) * dim_];
+                        for (int c = 0; c < dim_; ++c) to[c] += weight * vector[c];
                     }
                 }
             }
         }
 
       private:
-        void decode(const uint8_t* codes, int n, float* to) const {
+        void decode(const uint8_t* codes, int n) {
             const int64_t bytes = book_.row_bytes(chunks_);
-            const uint32_t ones = (uint32_t{1} << book_.bits) - 1;
-            for (int j = 0; j < n; ++j, codes += bytes, to += dim_)
-                for (int k = 0; k < chunks_; ++k) {
-                    const int64_t bit = int64_t(k) * book_.bits, byte = bit >> 3;
-                    uint32_t wide = 0;
-                    for (int i = 0; i < 4 && byte + i < bytes; ++i) wide |= uint32_t(codes[byte + i]) << (8 * i);
-                    const uint32_t code = wide >> (bit & 7) & ones, move = book_.move(code);
-                    for (int i = 0; i < 4; ++i) {
-                        const int from = 8 * (book_.control[move] >> (8 * i) & 255);
-                        int value = int8_t(book_.part[0][book_.index(code)] >> from);
-                        if (book_.parts == 2) value = 128 * value + int8_t(book_.part[1][book_.index(code)] >> from);
-                        to[4 * k + i] = float(book_.negate[move] >> (8 * i) & 1 ? -value : value);
-                    }
+            float* to = vectors_.data();
+            for (int j = 0; j < n; ++j, codes += bytes, to += dim_) {
+                look_up(codes, bytes);
+                const int8_t* high = reinterpret_cast<const int8_t*>(words_[0].data());
+                if (book_.parts == 1) {
+                    for (int c = 0; c < dim_; ++c) to[c] = float(high[c]) * book_.step;
+                } else {
+                    const int8_t* low = reinterpret_cast<const int8_t*>(words_[1].data());
+                    for (int c = 0; c < dim_; ++c) to[c] = float(128 * high[c] + low[c]) * book_.step;
                 }
+            }
+        }
+
+        void look_up(const uint8_t* codes, int64_t bytes) {
+            const uint32_t* table[2] = {book_.words[0].data(), book_.words[1].data()};
+            const uint32_t ones = (uint32_t{1} << book_.bits) - 1;
+            for (int k = 0; k < chunks_; ++k) {
+                const int64_t bit = int64_t(k) * book_.bits, byte = bit >> 3;
+                uint32_t wide = 0;
+                if (byte + 4 <= bytes) {
+                    std::memcpy(&wide, codes + byte, 4);
+                } else {
+                    for (int i = 0; byte + i < bytes; ++i) wide |= uint32_t(codes[byte + i]) << (8 * i);
+                }
+                const uint32_t code = wide >> (bit & 7) & ones;
+                words_[0][k] = table[0][code];
+                if (book_.parts == 2) words_[1][k] = table[1][code];
+            }
         }
 
         const Book& book_;
         int chunks_, dim_;
-        std::vector<float> queries_, words_, transposed_;
+        std::vector<float> queries_, vectors_;
+        std::vector<uint32_t> words_[2];
     };
 };
 
