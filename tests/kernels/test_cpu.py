@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from kernel_inputs import make_pages, relative
 
 from tessera import codecs
 from tessera.codecs import Packed
@@ -22,21 +22,6 @@ pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING)
 #: Relative error of float32 sums in another order.
 FLOAT = 1e-5
 SPECS = ("hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4")
-
-
-def relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-12))
-
-
-def make_pages(codec: Any, batch: int, heads: int, sizes: list[int], dim: int) -> Pages:
-    """Pages whose keys have a large constant channel and a wide one, inside larger buffers as a cache has them."""
-    pages = []
-    for size in sizes:
-        k, v = torch.randn(2, batch, heads, size + 64, dim).unbind(0)
-        k[..., 3] += 40
-        k[..., 1] *= 30
-        pages.append((codec.encode(k, "key").slice(0, size), codec.encode(v).slice(0, size)))
-    return Pages(pages)
 
 
 @pytest.fixture(params=cpu.levels())

@@ -8,13 +8,13 @@ from functools import cache
 
 from torch import Tensor
 
-from tessera.kernels import cpu, reference
+from tessera.kernels import cpu, reference, triton
 from tessera.kernels.nearest import CellIndex
 from tessera.kernels.nearest import nearest as reference_nearest
 from tessera.kernels.pages import Pages
 
 #: What TESSERA_BACKEND and `backend` may say.
-BACKENDS = ("auto", "reference", "cpu", *(f"cpu:{level}" for level in cpu.LEVELS))
+BACKENDS = ("auto", "reference", "cpu", *(f"cpu:{level}" for level in cpu.LEVELS), "triton")
 
 
 def chosen(backend: str | None) -> str:
@@ -54,14 +54,18 @@ def attend(
         ValueError: if a backend is asked for that cannot do it, saying why.
     """
     name = chosen(backend)
-    if name != "reference":
-        why = cpu.attend_refusal(q, pages)
-        if why is None:
-            level = name.partition(":")[2] or None
-            return cpu.attend(q, pages, scale, mask, softcap, start=start, window=window, level=level)
-        if name != "auto":
+    family, _, level = name.partition(":")
+    if family in ("cpu", "triton"):
+        why = (cpu if family == "cpu" else triton).attend_refusal(q, pages)
+        if why is not None:
             raise ValueError(f"backend {name!r} cannot run: {why}")
-        if why is cpu.MISSING and q.device.type == "cpu":
+    if family == "triton" or (family == "auto" and q.is_cuda and triton.attend_refusal(q, pages) is None):
+        return triton.attend(q, pages, scale, mask, softcap, start=start, window=window)
+    if family == "cpu" or (family == "auto" and cpu.attend_refusal(q, pages) is None):
+        return cpu.attend(q, pages, scale, mask, softcap, start=start, window=window, level=level or None)
+    if family == "auto":
+        why = triton.missing() if q.is_cuda else cpu.MISSING
+        if why is not None:
             _say_once(why)
     return reference.attend(q, pages, scale, mask, softcap, start=start, window=window)
 

@@ -1,0 +1,201 @@
+"""Triton kernels for GPUs. Triton is imported when one of them first runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tessera.kernels.joint import JointFormat
+from tessera.kernels.pages import Pages
+from tessera.kernels.reference import merge
+
+#: Longest head that the kernels know.
+MAX_DIM = 256
+#: Query rows of a program at most; more are split among programs.
+ROWS = 64
+#: Programs that are wanted at least, for each multiprocessor.
+WAVES = 4
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing() -> str | None:
+    """Why there are no Triton kernels here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'tessera[gpu]'"
+    if not torch.cuda.is_available() and not interpreted():
+        return "there is no CUDA device"
+    return None
+
+
+def attend_refusal(q: Tensor, pages: Pages) -> str | None:
+    """Why `attend` cannot be used, or None if it can."""
+    keys, _ = pages.pages[0]
+    dim = pages.shape[3]
+    if missing() is not None:
+        return missing()
+    if not interpreted() and not (q.is_cuda and keys.device == q.device):
+        return f"the queries are on {q.device} and the cache on {keys.device}"
+    if keys.codec.kernel_format(dim) is None:
+        return f"there is no kernel for {keys.codec.spec}"
+    if dim % 4 or dim > MAX_DIM:
+        return f"head_dim {dim} is no multiple of 4 up to {MAX_DIM}"
+    return None
+
+
+def attend(
+    q: Tensor,
+    pages: Pages,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    start: int | None = None,
+    window: int | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`tessera.kernels.reference.attend` in Triton.
+
+    Args:
+        q, pages, scale, mask, softcap, start, window: as there.
+        splits: parts that the tokens are cut into; None: as many as keep the device busy.
+    """
+    from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
+
+    batch, heads, tokens, dim = q.shape
+    found, kv_heads, count, _ = pages.shape
+    if batch != found or heads % kv_heads or dim != pages.shape[3]:
+        raise ValueError(f"queries {tuple(q.shape)} do not fit keys {pages.shape}")
+    form = pages.pages[0][0].codec.kernel_format(dim)
+    if form is None:
+        raise ValueError(f"there is no kernel for {pages.pages[0][0].codec.spec}")
+    if mask is not None and mask.shape[-2:] != (tokens, count):
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit {tokens} queries and {count} keys")
+    group, lines = heads // kv_heads, batch * kv_heads
+    rows = group * tokens
+    query = (q.detach().float() * scale).reshape(lines, rows, dim).contiguous()
+    rotation = _rotation(form, dim, q.device)
+    turned = query if rotation is None else query @ rotation
+    unit = turned.abs().amax(-1).clamp(min=1e-30)
+    turned = (turned / unit.unsqueeze(-1)).half()
+    blocks = _block_table(pages, BLOCK, form.group)
+    tables = _tables(form, q.device)
+
+    tile = min(ROWS, max(16, 1 << (rows - 1).bit_length()))
+    tiles = -(-rows // tile)
+    if splits is None:
+        wanted = WAVES * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+        splits = max(1, min(-(-len(blocks) // 2), -(-wanted // (lines * tiles))))
+    per_split = -(-len(blocks) // splits)
+    splits = -(-len(blocks) // per_split)
+    out = torch.empty((splits, lines, rows, dim), device=q.device, dtype=torch.float32)
+    lse = torch.empty((splits, lines, rows), device=q.device, dtype=torch.float32)
+    strides = (0, 0, 0)
+    if mask is not None:
+        if mask.dtype != torch.bool or (count > 1 and mask.stride(-1) != 1):
+            mask = mask.bool().contiguous()
+        strides = tuple(0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3))  # type: ignore[assignment]
+    chunks = dim // 4
+    attend_kernel[(lines, splits, tiles)](
+        query,
+        turned,
+        unit,
+        query if rotation is None else rotation,
+        blocks,
+        *tables,
+        query if mask is None else mask.view(torch.uint8),
+        out,
+        lse,
+        *strides,
+        form.step,
+        softcap or 0.0,
+        start or 0,
+        window or 0,
+        len(blocks),
+        per_split,
+        lines,
+        kv_heads,
+        group,
+        rows,
+        tokens,
+        -(-chunks * form.bits // 8),
+        CHUNKS=chunks,
+        WIDTH=max(16, 1 << (chunks - 1).bit_length()),
+        ROWS=tile,
+        BITS=form.bits,
+        MOVE_BITS=form.move_bits,
+        FIELD=8 if tables[0].dtype == torch.int32 else 16,
+        CENTRED="centre" in pages.pages[0][0].tensors,
+        ROTATED=rotation is not None,
+        MASKED=mask is not None,
+        PLACED=start is not None,
+        WINDOWED=start is not None and window is not None,
+        CAPPED=bool(softcap),
+        BLOCK=BLOCK,
+    )
+    whole, lse = merge(list(zip(out.unbind(), lse.unbind(), strict=True)))
+    if rotation is not None:
+        whole = whole @ rotation.T
+    return whole.view(batch, heads, tokens, dim), lse.view(batch, heads, tokens)
+
+
+@cache
+def _rotation(form: JointFormat, dim: int, device: torch.device) -> Tensor | None:
+    """(dim, dim), x @ it is the rotated x; None if the codec does not rotate."""
+    if not form.signs.numel():
+        return None
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) * len(form.dct) < dim:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard) / 2**0.5
+    return (torch.kron(form.dct, hadamard) * form.signs).T.contiguous().to(device)
+
+
+@cache
+def _tables(form: JointFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Points as words of four components, the moves' permutations and signs by bytes, and the scales."""
+    field = 8 if form.points.abs().max() <= 127 else 16
+    shifts = torch.arange(4) * field
+    words = ((form.points.long() & ((1 << field) - 1)) << shifts).sum(-1)
+    room = torch.zeros(1 << (form.bits - form.move_bits), dtype=torch.long)
+    room[: len(words)] = words
+    table = torch.where(room >= 1 << 31, room - (1 << 32), room).int() if field == 8 else room
+    by_byte = torch.arange(4) * 8
+    control = (form.permutation << by_byte).sum(-1).int()
+    negate = ((form.sign < 0).long() << by_byte).sum(-1).int()
+    return table.to(device), control.to(device), negate.to(device), form.scales.to(device)
+
+
+def _block_table(pages: Pages, block: int, group: int) -> Tensor:
+    """Where the kernel finds each block of tokens: (blocks, 12) int64.
+
+    Columns: addresses of key codes, key scales, key centres, value codes and value scales of its first token; in the same
+    order the distances from one key head to the next in bytes; number of tokens; place of the first.
+    """
+    if "triton" not in pages.memo:
+        table, kept = [], []
+        for at, (keys, values) in zip(pages.starts, pages.pages, strict=False):
+            fields = [keys.tensors["codes"], keys.tensors["scale"], keys.tensors.get("centre")]
+            fields += [values.tensors["codes"], values.tensors["scale"]]
+            fields = [None if field is None else field.contiguous() for field in fields]
+            kept += fields
+            strides = [0 if field is None else field.stride(1) * field.element_size() for field in fields]
+            rows = [0 if field is None else field.stride(2) * field.element_size() for field in fields]
+            token = 0
+            while token < keys.tokens:
+                # A block never crosses from one group into the next.
+                size = min(block, keys.tokens - token, block - (keys.offset + token) % block)
+                first = [token, token, (keys.offset + token) // group, token, token]
+                table.append(
+                    [0 if f is None else f.data_ptr() + n * row for f, n, row in zip(fields, first, rows, strict=True)]
+                    + [*strides, size, at + token]
+                )
+                token += size
+        pages.memo["triton"] = (torch.tensor(table, device=pages.pages[0][0].device), kept)
+    return pages.memo["triton"][0]

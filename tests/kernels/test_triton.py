@@ -1,0 +1,91 @@
+"""The Triton kernels against their definition: on a GPU where there is one, else interpreted, on small shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_inputs import make_pages, relative
+
+from tessera import codecs
+from tessera.codecs.hqmq_joint import JointHQMQ
+from tessera.kernels import Pages, dispatch, reference, triton
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: Queries and weights are in half precision.
+HALF = 2e-3
+
+
+def moved(pages: Pages) -> Pages:
+    return Pages([(keys.to(DEVICE), values.to(DEVICE)) for keys, values in pages.pages])
+
+
+def check(codec: Any, shape: tuple[int, int, int, int], sizes: list[int], dim: int, **rule: Any) -> None:
+    batch, heads, kv_heads, queries = shape
+    pages = make_pages(codec, batch, kv_heads, sizes, dim)
+    q = torch.randn(batch, heads, queries, dim)
+    splits = rule.pop("splits", None)
+    on_device = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in rule.items()}
+    out, lse = triton.attend(q.to(DEVICE), moved(pages), dim**-0.5, splits=splits, **on_device)
+    wanted, wanted_lse = reference.attend(q, pages, dim**-0.5, **rule)
+    assert relative(out.cpu(), wanted) < HALF
+    assert torch.equal(lse.cpu() == -torch.inf, wanted_lse == -torch.inf)
+    seen = wanted_lse > -torch.inf
+    assert torch.allclose(lse.cpu()[seen], wanted_lse[seen], atol=2e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4"])
+def test_attention_equals_the_reference(spec: str) -> None:
+    check(codecs.get(spec), (1, 4, 2, 1), [64, 65], 64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "dim"),
+    [((2, 2, 1, 3), [100], 80), ((1, 3, 1, 7), [64, 5], 96), ((1, 2, 2, 1), [130], 128), ((1, 2, 1, 40), [70], 20)],
+)
+def test_odd_shapes_equal_the_reference(shape: tuple[int, int, int, int], sizes: list[int], dim: int) -> None:
+    check(codecs.get("hqmq:4"), shape, sizes, dim)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_splits_do_not_change_the_result(splits: int) -> None:
+    check(codecs.get("hqmq:4"), (1, 2, 1, 1), [192, 50], 64, splits=splits)
+
+
+@pytest.mark.parametrize("variant", [{"rotate": False}, {"centre": False}])
+def test_without_rotation_or_centre(variant: dict[str, bool]) -> None:
+    check(JointHQMQ(4, **variant), (1, 2, 1, 2), [100], 64)
+
+
+@pytest.mark.parametrize("rule", [{"start": 60}, {"start": 90, "window": 30}, {"softcap": 2.0}, {"start": 130, "softcap": 9.0}])
+def test_positions_windows_and_caps(rule: dict[str, Any]) -> None:
+    check(codecs.get("hqmq:3"), (2, 4, 2, 5), [64, 64], 64, **rule)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 128), (1, 4, 5, 128), (1, 1, 5, 128)])
+def test_masks(shape: tuple[int, ...]) -> None:
+    check(codecs.get("hqmq:4"), (2, 4, 2, 5), [64, 64], 64, mask=torch.rand(shape) > 0.4)
+
+
+def test_what_sees_nothing_is_zero() -> None:
+    pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
+    mask = torch.zeros(1, 1, 1, 64, dtype=torch.bool, device=DEVICE)
+    out, lse = triton.attend(torch.randn(1, 2, 1, 64, device=DEVICE), moved(pages), 1.0, mask)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+def test_the_dispatcher_takes_it_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    real = triton.attend
+    monkeypatch.setattr(triton, "attend", lambda *a, **k: (ran.append(1), real(*a, **k))[1])
+    pages = moved(make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64))
+    q = torch.randn(1, 1, 1, 64, device=DEVICE)
+    dispatch.attend(q, pages, 0.1, backend="triton")
+    dispatch.attend(q, pages, 0.1)
+    assert len(ran) == (2 if DEVICE == "cuda" else 1)
+    with pytest.raises(ValueError, match="no kernel for q4_0"):
+        dispatch.attend(q, moved(make_pages(codecs.get("q4_0"), 1, 1, [64], 64)), 0.1, backend="triton")
