@@ -272,6 +272,16 @@ def test_tensors_of_another_shape_or_dtype_are_refused(saved: Path, tmp_path: Pa
                 load(rewritten(saved, tmp_path / "bad.safetensors", tensors=changed))
 
 
+def test_flags_that_ask_for_other_rows_than_there_are_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cache.safetensors"
+    filled("sink:4 + hqmq:s96_r4_med3 + recent:16", make()).save(path)
+    tensors = load_file(path)
+    for name in (name for name in tensors if name.endswith(".flags")):
+        changed = tensors | {name: tensors[name] ^ 1}
+        with pytest.raises(ValueError, match=r"bad\.safetensors.*its flags ask for others"):
+            load(rewritten(path, tmp_path / "bad.safetensors", tensors=changed))
+
+
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where every value of nested tables and lists is."""
     found = [path] if path else []

@@ -8,7 +8,7 @@ import torch
 from codec_fixtures import ROLES, gaussian, nmse
 from quaternion_oracle import hurwitz_units, product
 
-from tessera.codecs import HQMQ, JointHQMQ, get, make_codebooks
+from tessera.codecs import HQMQ, JointHQMQ, Packed, get, make_codebooks
 from tessera.codecs.codebooks import DIRECTION_SIZES, JOINT_BITS, joint, joint_path, optimised_secondary
 
 #: Bits per number whose codebooks are indexed in under a second.
@@ -172,6 +172,23 @@ def test_symmetries_are_the_products_from_both_sides() -> None:
     assert len(np.unique(every.round(9), axis=0)) == 288
     for row in both @ x:
         assert np.abs(every - row).max(1).min() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("spec", "data", "words", "step"),
+    [
+        ("hqmq:3_norot_nocentre", [0xD2, 0x04, 0xFA], [[-40, 40, 7, 27], [87, -9, -87, 7]], 0.02799804),
+        ("hqmq:4_norot_nocentre", [0xD2, 0x04, 0xA0, 0x0F], [[18, 7, 16, 3], [12, 8, -26, -14]], 0.03316313),
+    ],
+)
+def test_codes_mean_what_they_meant_in_files_written_earlier(
+    spec: str, data: list[int], words: list[list[int]], step: float
+) -> None:
+    # Codes 1234 and 4000, and a scale of two octaves above one.
+    header = {"codec": spec, "shape": "1,1,1,8", "dtype": "float32", "role": "value", "layer": "0", "offset": "0"}
+    tensors = {"codes": torch.tensor([[[data]]]).to(torch.uint8), "scale": torch.tensor([[[144]]]).to(torch.uint8)}
+    decoded = Packed.from_parts(header, tensors).decode()
+    torch.testing.assert_close(decoded.view(2, 4), 4 * step * torch.tensor(words), rtol=1e-5, atol=0)
 
 
 def test_bits_without_a_codebook_are_refused() -> None:

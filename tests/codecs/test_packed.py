@@ -18,7 +18,8 @@ def packed(spec: str, role: Role = "key", tokens: int = 150, dim: int = 32) -> P
     """Two rows and three heads, with a few vectors of zeros and a few giant chunks."""
     x = gaussian(2, 3, tokens, dim)
     x[0, 1, 3] = 0
-    x[:, :, ::7, :4] *= 20
+    x[0, :, ::7, :4] *= 20
+    x[1, :, ::5, 4:8] *= 20
     return get(spec).encode(x.half(), role, layer=2)
 
 

@@ -20,6 +20,13 @@ def test_rotation_is_orthonormal_for_any_head_dim(dim: int) -> None:
         assert not torch.equal(rotation(dim), rotation(dim, seed=1))
 
 
+def test_rotation_is_the_one_that_files_were_written_with() -> None:
+    # The first row of a Hadamard matrix is all ones, so it shows the signs; they must not depend on the installation.
+    signs = [1, 1, 1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1]
+    assert (4 * rotation(16)[0]).tolist() == signs
+    assert (3**0.5 * 2 * rotation(12)[0]).tolist() == pytest.approx(signs[:12])
+
+
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128])
 def test_rotation_spreads_every_coordinate(dim: int) -> None:
     # No coordinate may stay concentrated: at most the square root of 2 over what an even spread would be, and for the

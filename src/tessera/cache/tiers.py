@@ -9,10 +9,9 @@ from tessera.cache.spec import BLOCK
 from tessera.codecs import Codec, Packed
 from tessera.kernels import Pages
 
-#: Tokens of a page of packed tokens at most.
+#: Tokens of a page of packed tokens at most. Appending copies one page at most, however long the tier is, and leaves no room
+#: idle.
 PAGE = 1024
-#: The newest page grows by this many tokens: more would be copied less often, and lie idle more.
-ROOM = 128
 
 
 class ExactTier:
@@ -117,8 +116,6 @@ class ExactTier:
 class CodecTier:
     """Keys and values in the bytes of a codec, whole blocks of `BLOCK` tokens only, in pages of `PAGE` tokens at most.
 
-    The newest page has a little room behind its tokens, so that most appended blocks are written where they will stay.
-
     Args:
         codec: packs and unpacks; its group must divide `BLOCK`.
         layer: index of the layer, for codebooks drawn per layer.
@@ -130,7 +127,6 @@ class CodecTier:
         self.codec = codec
         self.layer = layer
         self._pages: list[tuple[Packed, Packed]] = []
-        self._newest: tuple[Packed, Packed] | None = None  # the last page with the room behind it, if it has any
         self._view: Pages | None = None
 
     @property
@@ -152,48 +148,30 @@ class CodecTier:
 
     def put(self, pages: list[tuple[Packed, Packed]]) -> None:
         """Hold these pages instead."""
-        self._pages, self._newest, self._view = pages, None, None
+        self._pages, self._view = pages, None
 
     def buffers(self) -> list[Tensor]:
-        """Every tensor that is held, with its free room."""
-        whole = self._pages if self._newest is None else [*self._pages[:-1], self._newest]
-        return [tensor for page in whole for packed in page for tensor in packed.tensors.values()]
+        """Every tensor that is held."""
+        return [tensor for page in self._pages for packed in page for tensor in packed.tensors.values()]
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Encode tokens behind the newest. k, v: (batch, kv_heads, n, head_dim), n a multiple of `BLOCK`."""
         n = k.shape[2]
         assert n % BLOCK == 0
+        pages = self.pages
         done = 0
         while done < n:
-            held = self._pages[-1][0].tokens if self._pages else PAGE
-            if held == PAGE:
-                held, self._newest = 0, None
-            size = min(PAGE - held, n - done)
+            free = PAGE - pages[-1][0].tokens if pages else 0
+            size = min(free or PAGE, n - done)
             part = slice(done, done + size)
-            new = self.codec.encode(k[:, :, part], "key", self.layer), self.codec.encode(v[:, :, part], "value", self.layer)
-            if held:
-                new = self._extended(new)
-                del self._pages[-1]
-            self._pages.append(new)
+            keys = self.codec.encode(k[:, :, part], "key", self.layer)
+            values = self.codec.encode(v[:, :, part], "value", self.layer)
+            if free:
+                old_keys, old_values = pages.pop()
+                keys, values = Packed.cat([old_keys, keys]), Packed.cat([old_values, values])
+            pages.append((keys, values))
             done += size
-        self._view = None
-
-    def _extended(self, new: tuple[Packed, Packed]) -> tuple[Packed, Packed]:
-        """The newest page with `new` behind it."""
-        old = self._pages[-1]
-        held, need = old[0].tokens, old[0].tokens + new[0].tokens
-        if "ragged" in self.codec.fields.values():
-            return Packed.cat([old[0], new[0]]), Packed.cat([old[1], new[1]])
-        room = self._newest
-        # A buffer made in inference mode may not be written to outside of it.
-        locked = old[0].is_inference() and not torch.is_inference_mode_enabled()
-        if room is None or room[0].tokens < need or locked:
-            size = min(PAGE, -(-need // ROOM) * ROOM)
-            room = old[0].roomier(size), old[1].roomier(size)
-            self._newest = room
-        for buffer, part in zip(room, new, strict=True):
-            buffer.write(held, part)
-        return room[0].slice(0, need), room[1].slice(0, need)
+        self.put(pages)
 
     def drop_front(self, n: int) -> None:
         """Forget the `n` oldest tokens, a multiple of `BLOCK`."""
@@ -207,9 +185,7 @@ class CodecTier:
             else:
                 pages[0] = keys.slice(n, keys.tokens).compact(), values.slice(n, values.tokens).compact()
                 n = 0
-        newest = self._newest if pages and self._pages and pages[-1] is self._pages[-1] else None
         self.put(pages)
-        self._newest = newest
 
     def crop_back(self, n: int) -> tuple[Tensor, Tensor] | None:
         """Forget the `n` newest tokens.

@@ -31,7 +31,7 @@ HUGE = 2.0**48
 
 @dataclass(frozen=True)
 class Packed:
-    """Encoded keys or values: the packed tensors and what it takes to read them. Views share memory; only `write` changes it.
+    """Encoded keys or values: the packed tensors and what it takes to read them. Immutable; views share memory.
 
     Attributes:
         codec: made this and can decode it.
@@ -83,27 +83,6 @@ class Packed:
     def compact(self) -> Packed:
         """A copy that owns its memory, so that what a slice left out can be freed."""
         return replace(self, tensors={name: t.clone() for name, t in self.tensors.items()})
-
-    def is_inference(self) -> bool:
-        """Whether it was made in inference mode, so that it may not be written to outside of it."""
-        return any(tensor.is_inference() for tensor in self.tensors.values())
-
-    def roomier(self, tokens: int) -> Packed:
-        """A copy at the front of `tokens` tokens, of which the others hold anything. Not for codecs with ragged fields."""
-        group = self.codec.group
-        parts = {}
-        for name, tensor in self.tensors.items():
-            size = tokens if self.codec.fields[name] == "token" else -(-(self.offset + tokens) // group)
-            parts[name] = tensor.new_empty((*tensor.shape[:2], size, *tensor.shape[3:]))
-        room = replace(self, tensors=parts, shape=(*self.shape[:2], tokens, self.shape[3]))
-        room.write(0, self)
-        return room
-
-    def write(self, start: int, part: Packed) -> None:
-        """Put `part` in place of the tokens from `start` on, in place; both begin with a whole group, or with token 0."""
-        for name, tensor in part.tensors.items():
-            first = start if self.codec.fields[name] == "token" else (self.offset + start) // self.codec.group
-            self.tensors[name][:, :, first : first + tensor.shape[2]] = tensor
 
     def slice(self, start: int, stop: int) -> Packed:
         """Tokens [start, stop), without copying."""
