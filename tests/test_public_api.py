@@ -17,7 +17,7 @@ def test_names_are_these() -> None:
     ]
     assert cache.__all__ == ["BLOCK", "Cache", "CacheReport", "Prefill", "Spec", "parse"]
     assert evaluation.__all__ == ["Comparison", "Row", "Source", "compare", "load", "read_text"]
-    assert kernels.__all__ == ["attend", "merge"]
+    assert kernels.__all__ == ["Pages", "attend", "merge"]
 
 
 def test_every_name_is_there() -> None:

@@ -87,6 +87,14 @@ def test_bytes_are_those_of_the_tensors(spec: str, family: str, prefill: Any) ->
     assert report.nbytes == sum(report.tiers.values()) == memory(cache)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("spec", ["hqmq:4 + recent:16", "sink:4 + hqmq:3", "sink:4 + hqmq:4@1024"])
+def test_what_kernels_keep_of_pages_is_no_second_copy(spec: str, head_dim: int) -> None:
+    """Sizes that compiled kernels take, several rows, and a page that is not full."""
+    cache = filled(spec, make("llama", head_dim=head_dim), cuts=(1300, 1, 200, 1, 64, 1))
+    assert cache.report().nbytes == memory(cache)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_bytes_are_right_after_every_change(spec: str) -> None:
     model = make()

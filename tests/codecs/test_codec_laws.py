@@ -25,7 +25,7 @@ FAMILIES = (
 
 #: Most error on Gaussian values at head_dim 64 that a spec may have: what was measured, and some 5 % more.
 CEILING = {
-    "hqmq:2": 0.105,
+    "hqmq:2": 0.115,
     "hqmq:3": 0.0265,
     "hqmq:4": 0.0068,
     "hqmq:o170_r4": 0.0083,

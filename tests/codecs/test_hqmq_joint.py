@@ -36,7 +36,7 @@ def test_every_chunk_gets_the_nearest_codeword(bits: float) -> None:
     codec = JointHQMQ(bits, rotate=False, centre=False)
     x = torch.cat((gaussian(1, 2, 10, 32), gaussian(1, 2, 10, 32).sign() + 0.01 * gaussian(1, 2, 10, 32)), 2)
     x *= torch.logspace(-2, 2, 20)[:, None]
-    y = codec.encode(x).decode()
+    y = codec.encode(x, "key").decode()
     scale = byte_scale(x.double().square().mean(-1, keepdim=True).sqrt().numpy())
     words = all_codewords(codec.code_bits)
     assert len(words) > 0.7 * 2**codec.code_bits
@@ -59,6 +59,14 @@ def test_rotation_and_centring_are_undone(rotate: bool) -> None:
             p = codec.encode(x, role)
             assert nmse(x, p.decode()) < 0.03
             assert ("centre" in p.tensors) == (centre and role == "key")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_values_are_not_shortened_on_average(bits: float) -> None:
+    x = gaussian(1, 4, 512, 64)
+    share = {role: (x * JointHQMQ(bits, centre=False).encode(x, role).decode()).sum() / x.square().sum() for role in ROLES}
+    assert share["value"] == pytest.approx(1, abs=0.004)
+    assert share["key"] == pytest.approx(1 - joint(int(4 * bits)).nmse, abs=0.004)
 
 
 def test_each_part_lowers_the_error_where_it_should() -> None:
@@ -119,7 +127,7 @@ def test_codebooks_fit_chunks_of_unit_mean_square(bits: int) -> None:
     # A codeword that minimises the error is the mean of what is coded by it, so the codewords' mean square is that of
     # the chunks less the error; a step of the wrong size would break this.
     x = torch.from_numpy(make_codebooks.gaussian_chunks(np.random.default_rng(0), 48_000)).float().view(1, 1, -1, 96)
-    y = JointHQMQ(bits / 4, rotate=False).encode(x).decode()
+    y = JointHQMQ(bits / 4, rotate=False, centre=False).encode(x, "key").decode()
     error = nmse(x, y)
     assert float(y.square().mean() / x.square().mean()) == pytest.approx(1 - error, abs=0.15 * error + 1e-3)
 
@@ -127,7 +135,8 @@ def test_codebooks_fit_chunks_of_unit_mean_square(bits: int) -> None:
 def test_the_shipped_joint_codebook_is_what_the_script_makes() -> None:
     secondary, step = make_codebooks.make_joint(8)
     with np.load(joint_path(8)) as file:
-        assert sorted(file.files) == ["secondary", "step"]
+        assert sorted(file.files) == ["nmse", "secondary", "step"]
+        assert make_codebooks.measure(8, file["secondary"], float(file["step"])) == pytest.approx(float(file["nmse"]), rel=1e-4)
         assert file["secondary"].dtype == np.int16
         # Lloyd's algorithm may carry a last bit on to the next; a unit is a fiftieth of a typical number.
         assert np.abs(secondary - file["secondary"]).max() <= 1
@@ -185,7 +194,7 @@ def test_codes_mean_what_they_meant_in_files_written_earlier(
     spec: str, data: list[int], words: list[list[int]], step: float
 ) -> None:
     # Codes 1234 and 4000, and a scale of two octaves above one.
-    header = {"codec": spec, "shape": "1,1,1,8", "dtype": "float32", "role": "value", "layer": "0", "offset": "0"}
+    header = {"codec": spec, "shape": "1,1,1,8", "dtype": "float32", "role": "key", "layer": "0", "offset": "0"}
     tensors = {"codes": torch.tensor([[[data]]]).to(torch.uint8), "scale": torch.tensor([[[144]]]).to(torch.uint8)}
     decoded = Packed.from_parts(header, tensors).decode()
     torch.testing.assert_close(decoded.view(2, 4), 4 * step * torch.tensor(words), rtol=1e-5, atol=0)

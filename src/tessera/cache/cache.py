@@ -29,6 +29,8 @@ class Cache(TransformersCache):
             long as the model uses another attention, keys and values are decoded for every call, with one warning.
         prefill: "exact": the tokens of a call are attended to as they are, and packed after it. "packed": what leaves `recent`
             is packed first and attended to in that form, also by the call's own queries. The cache's contents are the same.
+            For measuring: where a codec encodes tokens in groups, a query reads tokens of its group whose common mean was
+            taken over later tokens too, so that a later token can change an earlier result, by less than the codec's error.
 
     Raises:
         ValueError: for a spec with a mistake, or a model that this cache cannot serve, saying why.

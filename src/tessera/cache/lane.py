@@ -152,11 +152,14 @@ class Lane:
         held = self.packed.tokens
         # What would be dropped at once is not packed first.
         useless = max(0, self._useless(held + leave, spare) - held) if drop else 0
-        k, v = self.recent.pop_front(leave)
+        # Packed before they leave: what cannot be packed, NaN above all, stays where it is.
+        k, v = self.recent.keys[:, :, useless:leave], self.recent.values[:, :, useless:leave]
         if useless:
             self.packed.drop_front(held)
-            self.dropped += held + useless
-        self.packed.append(k[:, :, useless:], v[:, :, useless:])
+            self.dropped += held
+        self.packed.append(k, v)
+        self.recent.pop_front(leave)
+        self.dropped += useless
 
     def _useless(self, packed: int, spare: int) -> int:
         """How many of `packed` tokens behind the sinks can go: those past the limit, those outside the window."""

@@ -16,8 +16,7 @@ from torch import Tensor
 from tessera.cache.lane import Lane
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import PAGE, ExactTier
-from tessera.codecs import Codec, Packed, Role
-from tessera.codecs.bits import unpack_bits
+from tessera.codecs import Packed
 from tessera.files import atomic_path
 
 if TYPE_CHECKING:
@@ -74,7 +73,6 @@ class Stored:
         self._file = file
         self._header = header
         self._left = set(file.keys())
-        self._known: dict[tuple[str, int], dict[str, tuple[torch.dtype, torch.Size]]] = {}  # see `_kinds`
 
     def text(self, key: str) -> str:
         """What was saved about the cache."""
@@ -160,42 +158,17 @@ class Stored:
 
     def _packed(self, metadata: dict[str, Any], prefix: str, lane: Lane, role: str, size: Size, dtype: torch.dtype) -> Packed:
         assert lane.packed is not None
-        codec = lane.packed.codec
         tensors = {name[len(prefix) :]: self._take(name) for name in sorted(self._left) if name.startswith(prefix)}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError(f"the header is damaged: {metadata} describes no {role}")
-        packed = Packed.from_parts(metadata, tensors, codec)
+        packed = Packed.from_parts(metadata, tensors, lane.packed.codec)
         place = (packed.role, packed.layer, packed.offset, packed.dtype)
         if place != (role[:-1], lane.layer, 0, dtype):
             raise ValueError(f"the header is damaged: {packed.describe()} in place of {role} of layer {lane.layer}")
         good = (size[0], size[1], packed.tokens, size[2])
         if packed.shape != good or packed.tokens % BLOCK or not 0 < packed.tokens <= PAGE:
             raise ValueError(f"the header is damaged: {packed.describe()}")
-        kinds = self._kinds(codec, packed.role, size[2])
-        for name in sorted(kinds.keys() | tensors.keys()):
-            if name not in tensors or name not in kinds:
-                raise ValueError(f"the file is damaged: {prefix}{name} is {'missing' if name in kinds else 'unknown'}")
-            tensor = tensors[name]
-            if (tensor.dtype, tensor.shape[1 if codec.fields[name] == "ragged" else 3 :]) != kinds[name]:
-                raise ValueError(f"the file is damaged: {prefix}{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
-        for name, tensor in tensors.items():
-            if codec.fields[name] == "ragged":
-                flags = tensors["flags"]
-                if len(tensor) != unpack_bits(flags, 1, 8 * flags.shape[-1]).sum():
-                    raise ValueError(
-                        f"the file is damaged: {prefix}{name} has {len(tensor)} rows, and its flags ask for others"
-                    )
         return packed
-
-    def _kinds(self, codec: Codec, role: Role, dim: int) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """Of each tensor that the codec makes the dtype, and the shape behind what tells tokens apart."""
-        if (role, dim) not in self._known:
-            sample = torch.randn(1, 1, BLOCK, dim, generator=torch.Generator().manual_seed(0))
-            self._known[role, dim] = {
-                name: (tensor.dtype, tensor.shape[1 if codec.fields[name] == "ragged" else 3 :])
-                for name, tensor in codec.encode(sample, role).tensors.items()
-            }
-        return self._known[role, dim]
 
     def _take(self, name: str) -> Tensor:
         if name not in self._left:

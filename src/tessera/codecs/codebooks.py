@@ -86,12 +86,14 @@ class JointCodebook:
         step: what one integer is worth, for chunks of unit mean square.
         conjugations: whether every rotation u·s·ū of a base quaternion is a secondary too; then the secondaries are
             numbered base · 12 + rotation.
+        nmse: mean squared error over mean square, of Gaussian chunks.
     """
 
     bits: int
     base: Tensor
     step: float
     conjugations: bool
+    nmse: float
 
     @property
     def products(self) -> Tensor:
@@ -176,5 +178,5 @@ def joint(bits: int) -> JointCodebook:
     if bits not in JOINT_BITS:
         raise ValueError(f"no joint codebook of {bits} bits; there are {', '.join(map(str, JOINT_BITS))}")
     with np.load(joint_path(bits)) as file:
-        base, step = torch.from_numpy(file["secondary"]), float(file["step"])
-    return JointCodebook(bits, base, step, joint_shape(bits)[1])
+        base, step, nmse = torch.from_numpy(file["secondary"]), float(file["step"]), float(file["nmse"])
+    return JointCodebook(bits, base, step, joint_shape(bits)[1], nmse)

@@ -109,15 +109,15 @@ def make_joint(bits: int) -> tuple[NDArray[np.int16], float]:
     return whole[order].astype(np.int16), step
 
 
-def report(bits: int, secondary: NDArray[np.int16], step: float) -> None:
-    """Print the normalised mean squared error on fresh samples."""
+def measure(bits: int, secondary: NDArray[np.int16], step: float) -> float:
+    """Normalised mean squared error on fresh samples."""
     from scipy.spatial import cKDTree
 
     group = symmetries(joint_shape(bits)[1])
     words = np.einsum("gij,sj->gsi", group, secondary * step).reshape(-1, 4)
     x = gaussian_chunks(np.random.default_rng(3), 1_000_000)
     distance, _ = cKDTree(words).query(x, workers=-1)
-    print(f"joint {bits:2d} bits: {len(secondary)} secondaries, nMSE {(distance**2).sum() / (x**2).sum():.5f}", flush=True)
+    return float((distance**2).sum() / (x**2).sum())
 
 
 def main() -> None:
@@ -125,8 +125,9 @@ def main() -> None:
     Path(joint_path(16)).parent.mkdir(exist_ok=True)
     for bits in JOINT_BITS:
         secondary, step = make_joint(bits)
-        report(bits, secondary, step)
-        np.savez_compressed(joint_path(bits), secondary=secondary, step=np.float32(step))
+        nmse = measure(bits, secondary, step)
+        print(f"joint {bits:2d} bits: {len(secondary)} secondaries, nMSE {nmse:.5f}", flush=True)
+        np.savez_compressed(joint_path(bits), secondary=secondary, step=np.float32(step), nmse=np.float32(nmse))
     tables = {f"s{size}": make_directions(size).astype(np.float32) for size in DIRECTION_SIZES}
     np.savez_compressed(direction_path(), **tables)  # type: ignore[arg-type]
     assert all(size * UNITS <= 1 << 13 for size in DIRECTION_SIZES)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class JointFormat:
-    """A vector is R⁻¹ (scale · codewords), times a factor and plus a mean for each channel of a key.
+    """A vector is R⁻¹ (scale · codewords); a key's channels are then multiplied by factors and added to means.
 
     Its codes lie one behind the other, `bits` each, a code for four numbers: point · 2^move_bits + move, the codeword
     being sign[move] · points[point][permutation[move]] · step.
@@ -18,6 +18,7 @@ class JointFormat:
         bits: of a code.
         move_bits: of them, the lowest, the move.
         step: what one integer of a point is worth.
+        value_gain: values are multiplied by it.
         points: (n, 4) int16.
         permutation: (2^move_bits, 4) int64.
         sign: (2^move_bits, 4) int64, ±1.
@@ -32,6 +33,7 @@ class JointFormat:
     bits: int
     move_bits: int
     step: float
+    value_gain: float
     points: Tensor
     permutation: Tensor
     sign: Tensor

@@ -101,6 +101,7 @@ def attend(
         tokens,
         dim,
         scale,
+        form.value_gain,
         softcap or 0.0,
         0 if mask is None else mask.data_ptr(),
         *strides,

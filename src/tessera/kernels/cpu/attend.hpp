@@ -42,7 +42,8 @@ struct Problem {
     int64_t page_count, tokens;
     int batch, q_heads, kv_heads, q_tokens, dim;
     const float* q;  // (batch, q_heads, q_tokens, dim)
-    float scale;
+    float scale;             // of the scores
+    float value_gain;        // of the values
     float softcap;           // 0: none
     const uint8_t* mask;     // 1 where a query sees a key, or null; tokens lie next to each other
     int64_t mask_batch, mask_head, mask_query;  // strides

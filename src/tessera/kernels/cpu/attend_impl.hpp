@@ -313,7 +313,7 @@ void attend_with(const Problem& p) {
                 total += weight * totals[at];
                 for (int c = 0; c < dim; ++c) out[c] += weight * sums[at * dim + c];
             }
-            for (int c = 0; c < dim; ++c) out[c] /= total;
+            for (int c = 0; c < dim; ++c) out[c] *= p.value_gain / total;
             p.rotation.inverse(out);
             p.lse[to] = most + std::log(total);
         }

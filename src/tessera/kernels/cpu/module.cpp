@@ -56,7 +56,7 @@ void make_book(Book* self, int bits, int move_bits, float step, Rows4I16 points,
 }
 
 void attend(const Book& book, Table pages, Square dct, Floats signs, const std::string& level, uintptr_t q, uintptr_t out,
-            uintptr_t lse, int batch, int q_heads, int kv_heads, int q_tokens, int dim, float scale, float softcap, uintptr_t mask,
+            uintptr_t lse, int batch, int q_heads, int kv_heads, int q_tokens, int dim, float scale, float value_gain, float softcap, uintptr_t mask,
             int64_t mask_batch, int64_t mask_head, int64_t mask_query, bool placed, int64_t start, int64_t window, int limbs,
             int threads) {
     if (dim % 4 || dim > MAX_DIM || dim < 4 || int(signs.shape(0)) != (signs.shape(0) ? dim : 0) || limbs < 1 || limbs > 3)
@@ -77,7 +77,7 @@ void attend(const Book& book, Table pages, Square dct, Floats signs, const std::
     p.tokens = tokens;
     p.batch = batch, p.q_heads = q_heads, p.kv_heads = kv_heads, p.q_tokens = q_tokens, p.dim = dim;
     p.q = reinterpret_cast<const float*>(q);
-    p.scale = scale, p.softcap = softcap;
+    p.scale = scale, p.value_gain = value_gain, p.softcap = softcap;
     p.mask = reinterpret_cast<const uint8_t*>(mask);
     p.mask_batch = mask_batch, p.mask_head = mask_head, p.mask_query = mask_query;
     p.placed = placed, p.start = start, p.window = window, p.limbs = limbs, p.threads = threads;

@@ -141,6 +141,7 @@ def attend(
         BLOCK=BLOCK,
     )
     whole, lse = merge(list(zip(out.unbind(), lse.unbind(), strict=True)))
+    whole = whole * form.value_gain
     if rotation is not None:
         whole = whole @ rotation.T
     return whole.view(batch, heads, tokens, dim), lse.view(batch, heads, tokens)
