@@ -52,7 +52,7 @@ def compare(
     quiet()
     from tessera import evaluation
     from tessera.cache.spec import parse
-    from tessera.evaluation.compare import DEFAULT_SPECS, PROTOCOLS
+    from tessera.evaluation.compare import PROTOCOLS
     from tessera.evaluation.plot import pareto
     from tessera.evaluation.table import advice, caption, tables
 
@@ -76,7 +76,7 @@ def compare(
             result = evaluation.compare(
                 source,
                 content,
-                specs or DEFAULT_SPECS,
+                specs,
                 protocols=protocol or PROTOCOLS,
                 context=context,
                 chunk=chunk,

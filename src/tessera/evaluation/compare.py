@@ -49,7 +49,6 @@ CODECS = (
     "kivi:4",
     "fp8",
 )
-DEFAULT_SPECS = ("dense", *(f"sink:4 + {codec} + recent:128" for codec in CODECS), "sink:4 + window:512")
 
 
 @dataclass
@@ -68,6 +67,12 @@ class _Tally:
     report: CacheReport | None = None
 
 
+def default_specs(context: int) -> tuple[str, ...]:
+    """What is compared unless something else is asked for, with exact tiers that suit windows of `context` tokens."""
+    recent, window = min(128, max(1, context // 16)), min(512, max(1, context // 4))
+    return ("dense", *(f"sink:4 + {codec} + recent:{recent}" for codec in CODECS), f"sink:4 + window:{window}")
+
+
 def paper_spec(spec: str) -> str | None:
     """The specification without its exact tiers, or None where nothing is left to measure."""
     parsed = parse(spec)
@@ -77,7 +82,7 @@ def paper_spec(spec: str) -> str | None:
 def compare(
     source: Source,
     text: str,
-    specs: Sequence[str] = DEFAULT_SPECS,
+    specs: Sequence[str] | None = None,
     *,
     protocols: Sequence[str] = PROTOCOLS,
     context: int | None = None,
@@ -92,7 +97,7 @@ def compare(
     Args:
         source: the model and its tokenizer.
         text: to be predicted.
-        specs: cache specifications; "dense" is measured in any case.
+        specs: cache specifications, "dense" is measured in any case; None: `default_specs`.
         protocols: of `PROTOCOLS`.
         context: tokens of a window, each of which starts with an empty cache; None: `CONTEXT`, or the model's if shorter.
         chunk: tokens of a call in the streaming protocol.
@@ -120,7 +125,7 @@ def compare(
         context = min(CONTEXT, source.context or CONTEXT)
     elif source.context is not None and context > source.context:
         raise ValueError(f"a context of {context} tokens is longer than the {source.context} that the model was made for")
-    plans = {name: _plan(name, specs) for name in protocols}
+    plans = {name: _plan(name, specs or default_specs(context)) for name in protocols}
     ids = encode(source.tokenizer, text)
     bos = getattr(source.tokenizer, "bos_token_id", None)
     ids = windows(ids, context, count, bos if len(ids) and ids[0] == bos else None).to(model.device)

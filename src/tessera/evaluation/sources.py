@@ -19,7 +19,7 @@ class Source:
     """A model with its tokenizer.
 
     Attributes:
-        name: as it was asked for.
+        name: of the folder or on the hub.
         model: a causal language model in evaluation mode.
         tokenizer: its tokenizer.
     """
@@ -59,7 +59,8 @@ def load(name: str | None = None, dtype: str | None = None, device: str = "cpu")
 
         model, tokenizer = load_demo(dtype=torch_dtype)
         return Source("the demo model", model.to(device), tokenizer)
-    return Source(name, *_from_pretrained(name, torch_dtype, device))
+    path = Path(name).expanduser()
+    return Source(path.resolve().name if path.is_dir() else name, *_from_pretrained(name, torch_dtype, device))
 
 
 def _from_pretrained(name: str, dtype: Any, device: str) -> tuple[Any, Any]:
