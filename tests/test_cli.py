@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import tessera
 from tessera.cli import app
 from tessera.evaluation import Comparison, load
+from tessera.kernels import cpu
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -160,12 +161,26 @@ def commands(group: typer.core.TyperGroup, words: tuple[str, ...] = ()) -> list[
 
 def test_every_command_shows_an_example() -> None:
     names = commands(typer.main.get_command(app))  # type: ignore[arg-type]
-    assert names == [("compare",), ("generate",), ("train", "demo")]
+    assert names == [("compare",), ("generate",), ("info",), ("train", "demo")]
     for words in names:
         code, out, _ = run(*words, "--help")
         assert code == 0
         assert "Example" in out
         assert f"tessera {' '.join(words)}" in out
+
+
+def test_info_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run("info")
+    assert code == 0
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in out.splitlines() if line.count("│") == 4}
+    assert rows["reference"] == "yes"
+    for level in cpu.LEVELS:
+        assert rows[f"cpu:{level}"] == ("yes" if level in cpu.levels() else "no")
+    assert f"In use: auto - {f'cpu:{cpu.levels()[-1]}' if cpu.levels() else 'reference'}" in out
+    monkeypatch.setenv("TESSERA_BACKEND", "abacus")
+    code, _, error = run("info")
+    assert code == 2
+    assert "no backend 'abacus'" in error
 
 
 def test_version() -> None:

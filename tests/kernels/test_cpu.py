@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,10 @@ pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING)
 #: Relative error of float32 sums in another order.
 FLOAT = 1e-5
 SPECS = ("hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4")
+
+
+#: With three digits the queries are as exact as float32 sums.
+attend = partial(cpu.attend, digits=3)
 
 
 @pytest.fixture(params=cpu.levels())
@@ -47,7 +52,7 @@ def test_attention_equals_the_reference(
 ) -> None:
     pages = make_pages(codecs.get(spec), batch, kv_heads, sizes, dim)
     q = torch.randn(batch, heads, queries, dim)
-    out, lse = cpu.attend(q, pages, dim**-0.5, level=level)
+    out, lse = attend(q, pages, dim**-0.5, level=level)
     wanted, wanted_lse = reference.attend(q, pages, dim**-0.5)
     assert relative(out, wanted) < FLOAT
     assert torch.allclose(lse, wanted_lse, atol=1e-4, rtol=1e-5)
@@ -58,7 +63,7 @@ def test_attention_equals_the_reference(
 def test_attention_over_wide_codes_equals_the_reference(level: str, spec: str) -> None:
     pages = make_pages(codecs.get(spec), 2, 2, [128, 77], 96)
     q = torch.randn(2, 4, 3, 96)
-    out, lse = cpu.attend(q, pages, 0.1, level=level)
+    out, lse = attend(q, pages, 0.1, level=level)
     wanted, wanted_lse = reference.attend(q, pages, 0.1)
     assert relative(out, wanted) < FLOAT
     assert torch.allclose(lse, wanted_lse, atol=1e-4, rtol=1e-5)
@@ -73,7 +78,7 @@ def test_every_code_is_read_as_its_codeword(level: str, bits: float) -> None:
     values = Packed(codec, tensors, (1, 2, 1, 64), torch.float32)
     keys = replace(values, role="key")
     q = torch.randn(1, 2, 1, 64)
-    out, lse = cpu.attend(q, Pages([(keys, values)]), 0.5, level=level)
+    out, lse = attend(q, Pages([(keys, values)]), 0.5, level=level)
     assert relative(out, values.decode()) < FLOAT
     assert torch.allclose(lse, (q * keys.decode()).sum(-1) * 0.5, atol=1e-3, rtol=1e-4)
 
@@ -82,7 +87,7 @@ def test_every_code_is_read_as_its_codeword(level: str, bits: float) -> None:
 def test_attention_without_rotation_or_centre_equals_the_reference(level: str, variant: dict[str, bool]) -> None:
     pages = make_pages(JointHQMQ(4, **variant), 1, 2, [64, 50], 64)
     q = torch.randn(1, 4, 2, 64)
-    out, _ = cpu.attend(q, pages, 0.125, level=level)
+    out, _ = attend(q, pages, 0.125, level=level)
     assert relative(out, reference.attend(q, pages, 0.125)[0]) < FLOAT
 
 
@@ -109,7 +114,7 @@ def test_masks_windows_and_caps_equal_the_reference(level: str, rule: dict[str, 
         rule["mask"] = torch.rand(1, 4, 20, 192) > 0.3
     elif rule.get("mask") == "columns":
         rule["mask"] = (torch.rand(2, 1, 20, 300) > 0.3)[..., 50:242]  # a view, as the cache gives it
-    out, lse = cpu.attend(q, pages, 0.2, level=level, **rule)
+    out, lse = attend(q, pages, 0.2, level=level, **rule)
     wanted, wanted_lse = reference.attend(q, pages, 0.2, **rule)
     assert relative(out, wanted) < FLOAT
     assert torch.equal(lse == -torch.inf, wanted_lse == -torch.inf)
@@ -121,7 +126,7 @@ def test_what_sees_nothing_is_zero(level: str) -> None:
     pages = make_pages(codecs.get("hqmq:3"), 1, 1, [64], 64)
     mask = torch.zeros(1, 1, 2, 64, dtype=torch.bool)
     mask[..., 1, 5] = True
-    out, lse = cpu.attend(torch.randn(1, 2, 2, 64), pages, 1.0, mask, level=level)
+    out, lse = attend(torch.randn(1, 2, 2, 64), pages, 1.0, mask, level=level)
     assert (out[:, :, 0] == 0).all()
     assert (lse[:, :, 0] == -torch.inf).all()
     assert (out[:, :, 1] != 0).any()
@@ -132,7 +137,7 @@ def test_slices_that_begin_inside_a_group_equal_the_reference(level: str) -> Non
     whole = make_pages(codecs.get("hqmq:4"), 1, 2, [200], 64).pages[0]
     pages = Pages([(whole[0].slice(13, 171), whole[1].slice(13, 171))])
     q = torch.randn(1, 4, 1, 64)
-    assert relative(cpu.attend(q, pages, 0.1, level=level)[0], reference.attend(q, pages, 0.1)[0]) < FLOAT
+    assert relative(attend(q, pages, 0.1, level=level)[0], reference.attend(q, pages, 0.1)[0]) < FLOAT
 
 
 def test_zero_vectors_huge_ones_and_other_dtypes_equal_the_reference(level: str) -> None:
@@ -143,7 +148,7 @@ def test_zero_vectors_huge_ones_and_other_dtypes_equal_the_reference(level: str)
     pages = Pages([(codec.encode(k.bfloat16(), "key"), codec.encode(v.bfloat16()))])
     q = torch.randn(1, 2, 3, 64).bfloat16()
     q[:, :, 1] = 0
-    out, _ = cpu.attend(q, pages, 0.125, level=level)
+    out, _ = attend(q, pages, 0.125, level=level)
     exact = Pages([(codec.encode(k.bfloat16().float(), "key"), codec.encode(v.bfloat16().float()))])
     assert relative(out, reference.attend(q.float(), exact, 0.125)[0]) < FLOAT
 
@@ -155,7 +160,7 @@ def test_threads_do_not_change_the_result(threads: int) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        out, lse = cpu.attend(q, pages, 0.2)
+        out, lse = attend(q, pages, 0.2)
     finally:
         torch.set_num_threads(before)
     wanted, wanted_lse = reference.attend(q, pages, 0.2)
@@ -180,7 +185,7 @@ def test_damaged_codes_are_read_as_something_finite(level: str) -> None:
     keys, values = codec.encode(k, "key"), codec.encode(k)
     for packed in (keys, values):
         packed.tensors["codes"].fill_(255)
-    out, lse = cpu.attend(torch.randn(1, 1, 1, 64), Pages([(keys, values)]), 0.1, level=level)
+    out, lse = attend(torch.randn(1, 1, 1, 64), Pages([(keys, values)]), 0.1, level=level)
     assert torch.isfinite(out).all()
     assert torch.isfinite(lse).all()
 
@@ -212,9 +217,9 @@ def test_backends_are_chosen_forced_and_refused(monkeypatch: pytest.MonkeyPatch)
 def test_shapes_that_do_not_fit_are_refused() -> None:
     pages = make_pages(codecs.get("hqmq:4"), 1, 2, [64], 64)
     with pytest.raises(ValueError, match="do not fit keys"):
-        cpu.attend(torch.randn(1, 3, 1, 64), pages, 0.1)
+        attend(torch.randn(1, 3, 1, 64), pages, 0.1)
     with pytest.raises(ValueError, match="does not fit"):
-        cpu.attend(torch.randn(1, 2, 1, 64), pages, 0.1, torch.ones(1, 1, 1, 63, dtype=torch.bool))
+        attend(torch.randn(1, 2, 1, 64), pages, 0.1, torch.ones(1, 1, 1, 63, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("bits", [8, 12, 14, 16])
@@ -237,3 +242,25 @@ def test_search_of_nothing() -> None:
     book = joint(8)
     index = build_index(book.products.float() * book.step, book.conjugations)
     assert dispatch.nearest(torch.zeros(0, 4), index, book.order, backend="cpu").shape == (0,)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "hqmq:4_norot", "hqmq:4_nocentre"])
+@pytest.mark.parametrize(("tokens", "dim"), [(200, 64), (65, 80), (3, 128), (0, 64)])
+def test_decoding_equals_the_definition(level: str, spec: str, tokens: int, dim: int) -> None:
+    codec = codecs.get(spec)
+    assert isinstance(codec, JointHQMQ)
+    for role, packed in zip(("key", "value"), make_pages(codec, 2, 2, [tokens], dim).pages[0], strict=True):
+        for part in (packed, packed.slice(13, 150)):
+            got = cpu.decode(part, level)
+            assert got is not None
+            assert got.shape == part.shape
+            assert relative(got, codec.decode_reference(part)) < FLOAT, role
+
+
+def test_decoding_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = codecs.get("hqmq:4").encode(torch.randn(1, 1, 4, 64).bfloat16())
+    monkeypatch.setattr(JointHQMQ, "decode_reference", lambda *_: pytest.fail("the definition ran"))
+    assert packed.decode().dtype == torch.bfloat16
+    monkeypatch.setenv("TESSERA_BACKEND", "reference")
+    with pytest.raises(pytest.fail.Exception, match="the definition ran"):
+        packed.decode()

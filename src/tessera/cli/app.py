@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from tessera import __version__
-from tessera.cli import compare, generate, train
+from tessera.cli import compare, generate, info, train
 from tessera.cli.many import ManyValues
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 app.command("compare", cls=ManyValues)(compare.compare)
 app.command("generate")(generate.generate)
+app.command("info")(info.info)
 app.add_typer(train.app, name="train")
 
 

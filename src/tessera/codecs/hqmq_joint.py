@@ -29,7 +29,7 @@ from tessera.codecs.bits import pack_bits, unpack_bits
 from tessera.codecs.chunks import from_chunks, to_chunks
 from tessera.codecs.codebooks import JOINT_BITS, joint
 from tessera.codecs.rotation import rotation, rotation_factors
-from tessera.kernels.dispatch import nearest
+from tessera.kernels import dispatch
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import CellIndex, build_index
 
@@ -74,11 +74,16 @@ class JointHQMQ(Codec):
         # Vectors of zeros: any code does, and chunks near the origin are found slowly.
         live = scale > 0
         codes = torch.zeros(chunks.shape[:-1], dtype=torch.int32, device=x.device)
-        found = nearest(chunks[live].reshape(-1, 4), _index(self.code_bits, x.device), joint(self.code_bits).order)
+        found = dispatch.nearest(chunks[live].reshape(-1, 4), _index(self.code_bits, x.device), joint(self.code_bits).order)
         codes[live] = found.view(-1, codes.shape[-1]).int()
         return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
 
     def _decode(self, packed: Packed) -> Tensor:
+        fast = dispatch.decode(packed)
+        return self.decode_reference(packed) if fast is None else fast
+
+    def decode_reference(self, packed: Packed) -> Tensor:
+        """The definition of `decode`, in float32."""
         dim = packed.shape[-1]
         codes = unpack_bits(packed.tensors["codes"], self.code_bits, -(-dim // 4))
         words = _codewords(self.code_bits, packed.device)

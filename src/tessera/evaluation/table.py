@@ -33,7 +33,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.spec,
         f"{row.perplexity:.3f}",
         "" if exact else f"{row.delta:+.2%} ± {row.delta_error:.2%}",
-        "" if exact else f"{row.kl:.4f}",
+        "" if exact else f"{row.kl:.5f}",
         "" if exact else f"{row.top1:.1%}",
         f"{row.codec_bits:.3f}",
         f"{row.bits:.2f}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from tessera.kernels import cpu, reference, triton
 from tessera.kernels.nearest import CellIndex
 from tessera.kernels.nearest import nearest as reference_nearest
 from tessera.kernels.pages import Pages
+
+if TYPE_CHECKING:
+    from tessera.codecs import Packed
 
 #: What TESSERA_BACKEND and `backend` may say.
 BACKENDS = ("auto", "reference", "cpu", *(f"cpu:{level}" for level in cpu.LEVELS), "triton")
@@ -68,6 +72,12 @@ def attend(
         if why is not None:
             _say_once(why)
     return reference.attend(q, pages, scale, mask, softcap, start=start, window=window)
+
+
+def decode(packed: Packed, backend: str | None = None) -> Tensor | None:
+    """Decoded vectors in float32, or None where only the codec itself can decode them. `backend`: see `attend`."""
+    family, _, level = chosen(backend).partition(":")
+    return cpu.decode(packed, level or None) if family in ("auto", "cpu") else None
 
 
 def nearest(x: Tensor, index: CellIndex, order: Tensor, backend: str | None = None) -> Tensor:

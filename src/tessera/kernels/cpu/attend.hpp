@@ -31,8 +31,6 @@ struct Rotation {
     int dim = 0, odd = 0;
     const float* dct = nullptr;    // (odd, odd)
     const float* signs = nullptr;  // (dim,), null for no rotation at all
-    void forward(float* x) const;
-    void inverse(float* x) const;
 };
 
 struct Problem {
@@ -59,5 +57,22 @@ struct Problem {
 void attend_portable(const Problem&);
 void attend_avx2(const Problem&);
 void attend_avx512(const Problem&);
+
+// Packed vectors, to be decoded.
+struct Vectors {
+    const Book* book;
+    Rotation rotation;
+    const uint8_t *codes, *scale, *centre;  // centre: 16-bit words, or null
+    int64_t codes_stride, scale_stride, centre_stride;  // of heads, in bytes
+    int64_t lines, tokens, offset;                      // batch · heads; offset: of the first token within its group
+    int dim;
+    float gain;
+    float* out;  // (lines, tokens, dim)
+    int threads;
+};
+
+void decode_portable(const Vectors&);
+void decode_avx2(const Vectors&);
+void decode_avx512(const Vectors&);
 
 }  // namespace tessera

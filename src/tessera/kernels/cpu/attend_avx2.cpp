@@ -15,4 +15,5 @@
 #include "portable.hpp"
 
 void tessera::attend_avx2(const Problem& p) { attend_with<Portable>(p); }
+void tessera::decode_avx2(const Vectors& p) { decode_with_loops(p); }
 #pragma GCC pop_options

@@ -16,6 +16,8 @@
 #pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
 #include "attend_impl.hpp"
 #include "avx512.hpp"
+#include "portable.hpp"
 
 void tessera::attend_avx512(const Problem& p) { attend_with<Avx512>(p); }
+void tessera::decode_avx512(const Vectors& p) { decode_with_loops(p); }
 #pragma GCC pop_options

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "rotation.hpp"
 #include "threads.hpp"
 
 namespace {
@@ -86,6 +87,19 @@ inline float half_to_float(uint16_t h) {
     return h & 0x8000 ? -value : value;
 }
 
+// Means and factors of a group's channels, see codecs/precondition.py. Returns whether any factor is not 1.
+inline bool read_centre(const uint8_t* words, int dim, float* mean, float* factor) {
+    uint16_t word[MAX_DIM];
+    std::memcpy(word, words, 2 * size_t(dim));
+    uint16_t exponents = 0;
+    for (int c = 0; c < dim; ++c) {
+        mean[c] = half_to_float(word[c] & 0xfff0);
+        factor[c] = float(1 << (word[c] & 15));
+        exponents |= word[c] & 15;
+    }
+    return exponents != 0;
+}
+
 // Up to GROUP tokens of one page that share their centre.
 struct Segment {
     const Page* page;
@@ -128,7 +142,7 @@ struct Worker {
         }
         std::fill(sum, sum + size_t(rows) * dim, 0.0f);
         std::memcpy(turned, query, sizeof(float) * rows * dim);
-        for (int r = 0; r < rows; ++r) p.rotation.forward(turned + size_t(r) * dim);
+        for (int r = 0; r < rows; ++r) rotate(p.rotation, turned + size_t(r) * dim);
         isa.set_queries(turned, rows);
         bool plain = true;  // whether `isa` holds the queries without any channel's factor
         const int64_t line = int64_t(b) * p.kv_heads + head;
@@ -161,22 +175,14 @@ struct Worker {
                 if (seg.page->k_centre) {
                     const uint8_t* words = seg.page->k_centre + line * seg.page->k_centre_stride +
                                            (seg.page->offset + seg.token) / GROUP * dim * 2;
-                    uint16_t word[MAX_DIM];
-                    std::memcpy(word, words, 2 * size_t(dim));
-                    uint16_t exponents = 0;
-                    for (int c = 0; c < dim; ++c) {
-                        mean[c] = half_to_float(word[c] & 0xfff0);
-                        factor[c] = float(1 << (word[c] & 15));
-                        exponents |= word[c] & 15;
-                    }
-                    wide = exponents != 0;
+                    wide = read_centre(words, dim, mean, factor);
                     for (int r = 0; r < rows; ++r) shift[r] = inner(query + size_t(r) * dim, mean, dim);
                 }
                 if (wide || !plain) {
                     for (int r = 0; r < rows; ++r) {
                         float* to = turned + size_t(r) * dim;
                         for (int c = 0; c < dim; ++c) to[c] = query[r * dim + c] * (wide ? factor[c] : 1.0f);
-                        p.rotation.forward(to);
+                        rotate(p.rotation, to);
                     }
                     isa.set_queries(turned, rows);
                     plain = !wide;
@@ -314,7 +320,7 @@ void attend_with(const Problem& p) {
                 for (int c = 0; c < dim; ++c) out[c] += weight * sums[at * dim + c];
             }
             for (int c = 0; c < dim; ++c) out[c] *= p.value_gain / total;
-            p.rotation.inverse(out);
+            rotate_back(p.rotation, out);
             p.lse[to] = most + std::log(total);
         }
 }

@@ -59,7 +59,7 @@ void attend(const Book& book, Table pages, Square dct, Floats signs, const std::
             uintptr_t lse, int batch, int q_heads, int kv_heads, int q_tokens, int dim, float scale, float value_gain, float softcap, uintptr_t mask,
             int64_t mask_batch, int64_t mask_head, int64_t mask_query, bool placed, int64_t start, int64_t window, int limbs,
             int threads) {
-    if (dim % 4 || dim > MAX_DIM || dim < 4 || int(signs.shape(0)) != (signs.shape(0) ? dim : 0) || limbs < 1 || limbs > 3)
+    if (dim % 4 || dim > MAX_DIM || dim < 4 || (signs.shape(0) && int(signs.shape(0)) != dim) || limbs < 1 || limbs > 3)
         throw nb::value_error("shapes that this kernel does not know");
     std::vector<Page> list(pages.shape(0));
     int64_t tokens = 0;
@@ -89,6 +89,28 @@ void attend(const Book& book, Table pages, Square dct, Floats signs, const std::
     if (level == "avx2" && has(AVX2)) return attend_avx2(p);
 #endif
     attend_portable(p);
+}
+
+void decode(const Book& book, Square dct, Floats signs, const std::string& level, float gain, uintptr_t codes, uintptr_t scale,
+            uintptr_t centre, int64_t codes_stride, int64_t scale_stride, int64_t centre_stride, int64_t lines, int64_t tokens,
+            int64_t offset, int dim, uintptr_t out, int threads) {
+    if (dim % 4 || dim > MAX_DIM || dim < 4 || (signs.shape(0) && int(signs.shape(0)) != dim))
+        throw nb::value_error("shapes that this kernel does not know");
+    Vectors p{};
+    p.book = &book;
+    if (signs.shape(0)) p.rotation = {dim, int(dct.shape(0)), dct.data(), signs.data()};
+    p.codes = reinterpret_cast<const uint8_t*>(codes);
+    p.scale = reinterpret_cast<const uint8_t*>(scale);
+    p.centre = reinterpret_cast<const uint8_t*>(centre);
+    p.codes_stride = codes_stride, p.scale_stride = scale_stride, p.centre_stride = centre_stride;
+    p.lines = lines, p.tokens = tokens, p.offset = offset, p.dim = dim, p.gain = gain, p.threads = threads;
+    p.out = reinterpret_cast<float*>(out);
+    nb::gil_scoped_release release;
+#if defined(TESSERA_X86)
+    if (level == "avx512" && has(AVX512)) return decode_avx512(p);
+    if (level == "avx2" && has(AVX2)) return decode_avx2(p);
+#endif
+    decode_portable(p);
 }
 
 template <class T, class A>
@@ -143,6 +165,7 @@ NB_MODULE(_cpu, m) {
     nb::class_<Book>(m, "Book").def("__init__", &make_book);
     m.def("levels", &levels, "Names of the instruction sets that this processor and this build have, the best last.");
     m.def("attend", &attend);
+    m.def("decode", &decode);
     nb::class_<Index>(m, "Index").def("__init__", &make_index);
     m.def("nearest", &nearest);
 }

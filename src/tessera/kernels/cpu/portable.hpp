@@ -14,6 +14,12 @@ class Portable {
 
         void set_queries(const float* q, int rows) { std::memcpy(queries_.data(), q, sizeof(float) * rows * dim_); }
 
+        // The `n` vectors coded at `codes`, less their scales: (n, dim), until the next call.
+        const float* vectors(const uint8_t* codes, int n) {
+            decode(codes, n);
+            return vectors_.data();
+        }
+
         // scores[r * stride + j] = <query r, vector j> for n tokens, less the scale of the vector.
         void dot(const uint8_t* codes, int n, int rows, float* scores, int stride) {
             decode(codes, n);
@@ -78,5 +84,32 @@ class Portable {
         std::vector<uint32_t> words_[2];
     };
 };
+
+inline void decode_with_loops(const Vectors& p) {
+    const int chunks = p.dim / 4, dim = p.dim;
+    const int64_t bytes = p.book->row_bytes(chunks), parts = (p.tokens + BLOCK - 1) / BLOCK;
+    Threads::get().run(p.lines * parts, p.threads, [&](int64_t task, int) {
+        const int64_t line = task / parts, begin = task % parts * BLOCK, end = std::min(p.tokens, begin + BLOCK);
+        Portable::Scratch scratch(*p.book, chunks, 0);
+        float mean[MAX_DIM], factor[MAX_DIM];
+        int64_t group = -1;
+        for (int64_t t = begin; t < end; t += UNIT) {
+            const int n = int(std::min<int64_t>(UNIT, end - t));
+            const float* from = scratch.vectors(p.codes + line * p.codes_stride + t * bytes, n);
+            for (int j = 0; j < n; ++j, from += dim) {
+                float* to = p.out + (line * p.tokens + t + j) * dim;
+                const float length = p.book->scale[p.scale[line * p.scale_stride + t + j]] * p.gain;
+                for (int c = 0; c < dim; ++c) to[c] = from[c] * length;
+                rotate_back(p.rotation, to);
+                if (!p.centre) continue;
+                if (group != (p.offset + t + j) / GROUP) {
+                    group = (p.offset + t + j) / GROUP;
+                    read_centre(p.centre + line * p.centre_stride + group * dim * 2, dim, mean, factor);
+                }
+                for (int c = 0; c < dim; ++c) to[c] = to[c] * factor[c] + mean[c];
+            }
+        }
+    });
+}
 
 }  // namespace

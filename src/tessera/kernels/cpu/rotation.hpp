@@ -1,11 +1,14 @@
+// The rotation of codecs/rotation.py by its factors. Included by one file for each instruction set, see attend_impl.hpp.
+#pragma once
+
 #include <cmath>
 
 #include "attend.hpp"
 
-namespace tessera {
+namespace {
 
 // Hadamard matrix of each row of (rows, size), in place, orthonormal.
-static void hadamard(float* x, int rows, int size) {
+inline void hadamard(float* x, int rows, int size) {
     const float norm = 1.0f / std::sqrt(float(size));
     for (int r = 0; r < rows; ++r, x += size) {
         for (int half = 1; half < size; half *= 2)
@@ -20,9 +23,9 @@ static void hadamard(float* x, int rows, int size) {
 }
 
 // The DCT along the other axis of (odd, size), or its transpose.
-static void mix(float* x, int odd, int size, const float* dct, bool transpose) {
+inline void mix(float* x, int odd, int size, const float* dct, bool transpose) {
     if (odd == 1) return;
-    float column[MAX_DIM];
+    float column[tessera::MAX_DIM];
     for (int j = 0; j < size; ++j) {
         for (int i = 0; i < odd; ++i) {
             float sum = 0;
@@ -33,18 +36,18 @@ static void mix(float* x, int odd, int size, const float* dct, bool transpose) {
     }
 }
 
-void Rotation::forward(float* x) const {
-    if (!signs) return;
-    for (int c = 0; c < dim; ++c) x[c] *= signs[c];
-    hadamard(x, odd, dim / odd);
-    mix(x, odd, dim / odd, dct, false);
+inline void rotate(const tessera::Rotation& r, float* x) {
+    if (!r.signs) return;
+    for (int c = 0; c < r.dim; ++c) x[c] *= r.signs[c];
+    hadamard(x, r.odd, r.dim / r.odd);
+    mix(x, r.odd, r.dim / r.odd, r.dct, false);
 }
 
-void Rotation::inverse(float* x) const {
-    if (!signs) return;
-    mix(x, odd, dim / odd, dct, true);
-    hadamard(x, odd, dim / odd);
-    for (int c = 0; c < dim; ++c) x[c] *= signs[c];
+inline void rotate_back(const tessera::Rotation& r, float* x) {
+    if (!r.signs) return;
+    mix(x, r.odd, r.dim / r.odd, r.dct, true);
+    hadamard(x, r.odd, r.dim / r.odd);
+    for (int c = 0; c < r.dim; ++c) x[c] *= r.signs[c];
 }
 
-}  // namespace tessera
+}  // namespace

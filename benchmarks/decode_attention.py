@@ -1,0 +1,158 @@
+"""Attention of one new token over a long cache: the compressed cache against PyTorch's dense ways, in one run.
+
+Every dense way that PyTorch offers for keys and values in bfloat16 is timed, and the fastest of them is the peer. The cache
+is packed as `tessera.Cache` packs it. Times are medians of interleaved calls; ratios are what counts.
+
+Example:
+
+    python benchmarks/decode_attention.py
+    python benchmarks/decode_attention.py --tokens 4096 --shapes 32,8,128 --json /tmp/out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tessera import codecs
+from tessera.cache.tiers import PAGE
+from tessera.codecs import Packed
+from tessera.evaluation.records import environment
+from tessera.files import atomic_path
+from tessera.kernels import Pages, cpu, dispatch, reference
+from timing import medians
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Query heads, key heads, head_dim.
+SHAPES = ("32,8,128", "28,4,128", "32,8,64")
+TOKENS = (4096, 32768)
+#: Codecs without a kernel of their own, decoded block by block in PyTorch: what they cost.
+OTHERS = ("q4_0", "scalar:4", "kivi:4", "int:4")
+
+
+def dense_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
+    """PyTorch's ways to attend to dense bfloat16 keys and values, by name."""
+    _, heads, _, dim = q.shape
+    _, kv_heads, tokens, _ = k.shape
+    scale = dim**-0.5
+    grouped = q.view(kv_heads, heads // kv_heads, dim)
+    flat_k, flat_v = k.view(kv_heads, tokens, dim), v.view(kv_heads, tokens, dim)
+
+    def matmul() -> Tensor:
+        scores = (grouped @ flat_k.transpose(1, 2)).float() * scale
+        return scores.softmax(-1).to(q.dtype) @ flat_v
+
+    folded = grouped[None]
+    return {
+        "matmul, grouped": matmul,
+        "sdpa, enable_gqa": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        "sdpa, queries of a group folded": lambda: scaled_dot_product_attention(folded, k, v, scale=scale),
+    }
+
+
+def pages_of(spec: str, kv_heads: int, tokens: int, dim: int) -> Pages:
+    """Pages of their own memory. One is encoded and copied: the time does not depend on what it holds."""
+    codec = codecs.get(spec)
+    size = min(PAGE, tokens)
+    k, v = torch.randn(2, 1, kv_heads, size, dim).unbind(0)
+    first = codec.encode(k, "key"), codec.encode(v)
+
+    def copy(packed: Packed) -> Packed:
+        return replace(packed, tensors={name: tensor.clone() for name, tensor in packed.tensors.items()})
+
+    return Pages([(copy(first[0]), copy(first[1])) for _ in range(tokens // size)])
+
+
+def measure(shape: str, tokens: int, repeats: int, specs: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of one shape and length."""
+    heads, kv_heads, dim = map(int, shape.split(","))
+    q = torch.randn(1, heads, 1, dim)
+    k, v = torch.randn(2, 1, kv_heads, tokens, dim).bfloat16().unbind(0)
+    dense = dense_ways(q.bfloat16(), k, v)
+    runs: dict[str, Callable[[], object]] = dict(dense)
+    nbytes = dict.fromkeys(dense, 2 * k.numel() * k.element_size())
+    scale = dim**-0.5
+    for spec in specs:
+        pages = pages_of(spec, kv_heads, tokens, dim)
+        kept = sum(packed.nbytes for page in pages.pages for packed in page)
+        if cpu.attend_refusal(q, pages) is None:
+            for digits in (1, 2, 3) if cpu.levels()[-1] == "avx512" else (cpu.DIGITS,):
+                name = f"{spec}, {8 * digits}-bit queries"
+                runs[name] = lambda pages=pages, digits=digits: cpu.attend(q, pages, scale, digits=digits)  # type: ignore[misc]
+                nbytes[name] = kept
+        else:
+            runs[spec] = lambda pages=pages: dispatch.attend(q, pages, scale)  # type: ignore[misc]
+            nbytes[spec] = kept
+    if specs and cpu.MISSING is None:
+        pages = pages_of(specs[0], kv_heads, tokens, dim)
+        name = f"{specs[0]}, plain PyTorch"
+        runs[name] = lambda: reference.attend(q, pages, scale)
+        nbytes[name] = sum(packed.nbytes for page in pages.pages for packed in page)
+    seconds = medians(runs, repeats)
+    peer = min(dense, key=seconds.__getitem__)
+    return [
+        {
+            "shape": shape,
+            "tokens": tokens,
+            "name": name,
+            "peer": peer,
+            "milliseconds": 1e3 * seconds[name],
+            "times_the_peer": seconds[peer] / seconds[name],
+            "bytes": nbytes[name],
+            "bytes_of_dense": nbytes[name] / nbytes[peer],
+        }
+        for name in runs
+    ]
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="lengths of the cache, multiples of 64")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="H,KV,D", help="query heads, key heads, head_dim")
+    parser.add_argument("--specs", nargs="+", default=("hqmq:4", "hqmq:3", *OTHERS), help="codecs")
+    parser.add_argument("--repeats", type=int, default=9, help="of which the median is taken")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "decode_attention.json")
+    options = parser.parse_args()
+    if any(tokens < 64 or tokens % min(PAGE, tokens) for tokens in options.tokens):
+        parser.error(f"--tokens must be at least 64, and multiples of {PAGE} above it; got {options.tokens}")
+    torch.manual_seed(0)
+    rows = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=len(options.shapes) * len(options.tokens))
+        for shape in options.shapes:
+            for tokens in options.tokens:
+                rows += measure(shape, tokens, options.repeats, tuple(options.specs))
+                progress.advance(task)
+    record = {"environment": {**environment(), "levels": ", ".join(cpu.levels())}, "repeats": options.repeats, "rows": rows}
+    with atomic_path(options.json) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console = Console()
+    for shape in options.shapes:
+        for tokens in options.tokens:
+            table = Table(title=f"{shape} (query heads, key heads, head_dim), {tokens:,} tokens", title_justify="left")
+            for column in ("way", "ms", "speed of the fastest dense way", "bytes of dense"):
+                table.add_column(column, justify="left" if column == "way" else "right")
+            for row in (r for r in rows if (r["shape"], r["tokens"]) == (shape, tokens)):
+                style = "dim" if row["bytes_of_dense"] == 1 else None
+                cells = (f"{row['milliseconds']:.3f}", f"{row['times_the_peer']:.2f}x", f"{row['bytes_of_dense']:.3f}")
+                table.add_row(row["name"], *cells, style=style)
+            console.print(table)
+    console.print(f"Saved {options.json}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""`tessera info`: which kernels run here, and why not better ones."""
+
+from __future__ import annotations
+
+
+def info() -> None:
+    """Say which kernels run here, and why not better ones.
+
+    Example:
+
+        tessera info
+
+        TESSERA_BACKEND=cpu:avx2 tessera info
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from tessera.cli.errors import one_line_errors
+    from tessera.cli.quiet import quiet
+
+    quiet()
+    from tessera.evaluation.records import environment
+    from tessera.kernels import cpu, dispatch, triton
+
+    with one_line_errors():
+        asked = dispatch.chosen(None)
+    console = Console()
+    console.print(", ".join(f"{name} {value}" for name, value in environment().items()), highlight=False)
+    table = Table("backend", "runs", "why")
+    best = cpu.levels()[-1] if cpu.levels() else None
+    for level in reversed(cpu.LEVELS):
+        here = level in cpu.levels()
+        why = cpu.MISSING or ("the fastest here" if level == best else "" if here else "the processor lacks its instructions")
+        table.add_row(f"cpu:{level}", "yes" if here else "no", why)
+    table.add_row("triton", "no" if triton.missing() else "yes", triton.missing() or "for tensors on the GPU")
+    table.add_row("reference", "yes", "plain PyTorch: the definition, and for codecs without kernels")
+    console.print(table)
+    console.print(
+        f"In use: {asked}" + ("" if asked != "auto" else f" - cpu:{best}" if best else " - reference") + ". "
+        f"TESSERA_BACKEND takes {', '.join(dispatch.BACKENDS)}.",
+        highlight=False,
+    )
