@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads of several would only wait for each other. Subprocesses inherit it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton decides when it is imported whether it interprets, and other packages import it.
     os.environ["TRITON_INTERPRET"] = "1"
