@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from tessera.kernels import dispatch
-from tessera.kernels.pages import Pages
+from tessera.kernels.pages import Coded, Pages
 from tessera.kernels.reference import merge
-
-if TYPE_CHECKING:
-    from tessera.codecs import Packed
 
 __all__ = ["Pages", "attend", "merge"]
 
 
 def attend(
     q: Tensor,
-    packed_k: Packed,
-    packed_v: Packed,
+    packed_k: Coded,
+    packed_v: Coded,
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,

@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from tessera.kernels import cpu, reference, triton
 from tessera.kernels.nearest import CellIndex
 from tessera.kernels.nearest import nearest as reference_nearest
-from tessera.kernels.pages import Pages
-
-if TYPE_CHECKING:
-    from tessera.codecs import Packed
+from tessera.kernels.pages import Coded, Pages
 
 #: What TESSERA_BACKEND and `backend` may say.
 BACKENDS = ("auto", "reference", "cpu", *(f"cpu:{level}" for level in cpu.LEVELS), "triton")
@@ -74,7 +70,7 @@ def attend(
     return reference.attend(q, pages, scale, mask, softcap, start=start, window=window)
 
 
-def decode(packed: Packed, backend: str | None = None) -> Tensor | None:
+def decode(packed: Coded, backend: str | None = None) -> Tensor | None:
     """Decoded vectors in float32, or None where only the codec itself can decode them. `backend`: see `attend`."""
     family, _, level = chosen(backend).partition(":")
     return cpu.decode(packed, level or None) if family in ("auto", "cpu") else None

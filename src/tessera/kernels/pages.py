@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # a codec stands above the kernels; here it is only named
-    from tessera.codecs import Packed
+from tessera.kernels.joint import JointFormat
+
+
+class KernelCodec(Protocol):
+    """What kernels ask of a codec."""
+
+    spec: str
+
+    def kernel_format(self, dim: int) -> JointFormat | None:
+        """What they must know of vectors of `dim` numbers; None if there are no kernels for them."""
+
+
+class Coded(Protocol):
+    """Coded keys or values as kernels read them; `tessera.codecs.Packed` is what they are."""
+
+    @property
+    def codec(self) -> KernelCodec: ...  # noqa: D102
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...  # noqa: D102
+    @property
+    def role(self) -> str: ...  # noqa: D102
+    @property
+    def offset(self) -> int: ...  # noqa: D102
+    @property
+    def tokens(self) -> int: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    def slice(self, start: int, stop: int) -> Coded: ...  # noqa: D102
+    def decode(self) -> Tensor: ...  # noqa: D102
+    def describe(self) -> str: ...  # noqa: D102
 
 
 class Pages:
@@ -26,7 +56,7 @@ class Pages:
         memo: what backends derive from the pages and want to keep as long as they live.
     """
 
-    def __init__(self, pages: Sequence[tuple[Packed, Packed]]) -> None:
+    def __init__(self, pages: Sequence[tuple[Coded, Coded]]) -> None:
         if not pages:
             raise ValueError("there are no pages")
         self.pages = tuple(pages)
@@ -49,6 +79,27 @@ class Pages:
         """Number of tokens held."""
         return self.starts[-1]
 
+    def form(self) -> JointFormat | None:
+        """What kernels must know of how the pages are coded; None if they have none for it."""
+        return self.pages[0][0].codec.kernel_format(self.shape[3])
+
+    def check(self, q: Tensor, mask: Tensor | None) -> JointFormat:
+        """`form`, for queries (batch, q_heads, q_tokens, head_dim) and a mask that fit.
+
+        Raises:
+            ValueError: if they do not, or there is no kernel for the codec.
+        """
+        batch, heads, queries, dim = q.shape
+        rows, kv_heads, count, own = self.shape
+        if batch != rows or heads % kv_heads or dim != own:
+            raise ValueError(f"queries {tuple(q.shape)} do not fit keys {self.shape}")
+        if mask is not None and mask.shape[-2:] != (queries, count):
+            raise ValueError(f"mask {tuple(mask.shape)} does not fit {queries} queries and {count} keys")
+        form = self.form()
+        if form is None:
+            raise ValueError(f"there is no kernel for {self.pages[0][0].codec.spec}")
+        return form
+
     def decode(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens [start, stop)."""
         stop = self.tokens if stop is None else stop
@@ -60,3 +111,13 @@ class Pages:
                 keys.append(k.slice(a, b).decode())
                 values.append(v.slice(a, b).decode())
         return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
+
+
+def strided(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
+    """A mask whose keys lie next to each other, bool, and its strides over batch, heads and queries, 0 where it is shared."""
+    if mask is None:
+        return None, (0, 0, 0)
+    if mask.dtype != torch.bool or (mask.shape[-1] > 1 and mask.stride(-1) != 1):
+        mask = mask.bool().contiguous()
+    batch, heads, queries = (0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3))
+    return mask, (batch, heads, queries)

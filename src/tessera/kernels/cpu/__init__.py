@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,11 +11,8 @@ from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, reduction_tables
-from tessera.kernels.pages import Pages
+from tessera.kernels.pages import Coded, Pages, strided
 from tessera.quaternion import units
-
-if TYPE_CHECKING:  # a codec stands above the kernels; here it is only named
-    from tessera.codecs import Packed
 
 _cpu: Any
 try:
@@ -47,7 +44,7 @@ def attend_refusal(q: Tensor, pages: Pages) -> str | None:
         return MISSING
     if q.device.type != "cpu" or keys.device.type != "cpu":
         return f"the queries are on {q.device} and the cache on {keys.device}"
-    if keys.codec.kernel_format(dim) is None:
+    if pages.form() is None:
         return f"there is no kernel for {keys.codec.spec}"
     if dim % 4 or dim > MAX_DIM:
         return f"head_dim {dim} is no multiple of 4 up to {MAX_DIM}"
@@ -74,19 +71,8 @@ def attend(
         digits: 1, 2 or 3, see `DIGITS`; the other instruction sets compute in float.
     """
     batch, heads, tokens, dim = q.shape
-    rows, kv_heads, count, _ = pages.shape
-    if batch != rows or heads % kv_heads or dim != pages.shape[3]:
-        raise ValueError(f"queries {tuple(q.shape)} do not fit keys {pages.shape}")
-    form = pages.pages[0][0].codec.kernel_format(dim)
-    if form is None:
-        raise ValueError(f"there is no kernel for {pages.pages[0][0].codec.spec}")
-    strides = (0, 0, 0)
-    if mask is not None:
-        if mask.shape[-2:] != (tokens, count):
-            raise ValueError(f"mask {tuple(mask.shape)} does not fit {tokens} queries and {count} keys")
-        if mask.dtype != torch.bool or (count > 1 and mask.stride(-1) != 1):
-            mask = mask.bool().contiguous()
-        strides = tuple(0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3))  # type: ignore[assignment]
+    form = pages.check(q, mask)
+    mask, strides = strided(mask)
     wide = q.detach().to(torch.float32).contiguous()
     out = torch.empty(q.shape, dtype=torch.float32)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
@@ -101,7 +87,7 @@ def attend(
         lse.data_ptr(),
         batch,
         heads,
-        kv_heads,
+        pages.shape[1],
         tokens,
         dim,
         scale,
@@ -118,7 +104,7 @@ def attend(
     return out, lse
 
 
-def decode(packed: Packed, level: str | None = None) -> Tensor | None:
+def decode(packed: Coded, level: str | None = None) -> Tensor | None:
     """What the vectors stand for, (batch, heads, tokens, head_dim) float32; None where there is no kernel for them."""
     batch, heads, tokens, dim = packed.shape
     form = packed.codec.kernel_format(dim)

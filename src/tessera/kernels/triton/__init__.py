@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.pages import Pages
+from tessera.kernels.pages import Pages, strided
 from tessera.kernels.reference import merge
 
 #: Longest head that the kernels know.
@@ -43,7 +43,7 @@ def attend_refusal(q: Tensor, pages: Pages) -> str | None:
         return missing()
     if not interpreted() and not (q.is_cuda and keys.device == q.device):
         return f"the queries are on {q.device} and the cache on {keys.device}"
-    if keys.codec.kernel_format(dim) is None:
+    if pages.form() is None:
         return f"there is no kernel for {keys.codec.spec}"
     if dim % 4 or dim > MAX_DIM:
         return f"head_dim {dim} is no multiple of 4 up to {MAX_DIM}"
@@ -69,15 +69,9 @@ def attend(
     """
     from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
 
+    form = pages.check(q, mask)
     batch, heads, tokens, dim = q.shape
-    found, kv_heads, count, _ = pages.shape
-    if batch != found or heads % kv_heads or dim != pages.shape[3]:
-        raise ValueError(f"queries {tuple(q.shape)} do not fit keys {pages.shape}")
-    form = pages.pages[0][0].codec.kernel_format(dim)
-    if form is None:
-        raise ValueError(f"there is no kernel for {pages.pages[0][0].codec.spec}")
-    if mask is not None and mask.shape[-2:] != (tokens, count):
-        raise ValueError(f"mask {tuple(mask.shape)} does not fit {tokens} queries and {count} keys")
+    kv_heads = pages.shape[1]
     group, lines = heads // kv_heads, batch * kv_heads
     rows = group * tokens
     query = (q.detach().float() * scale).reshape(lines, rows, dim).contiguous()
@@ -97,11 +91,7 @@ def attend(
     splits = -(-len(blocks) // per_split)
     out = torch.empty((splits, lines, rows, dim), device=q.device, dtype=torch.float32)
     lse = torch.empty((splits, lines, rows), device=q.device, dtype=torch.float32)
-    strides = (0, 0, 0)
-    if mask is not None:
-        if mask.dtype != torch.bool or (count > 1 and mask.stride(-1) != 1):
-            mask = mask.bool().contiguous()
-        strides = tuple(0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3))  # type: ignore[assignment]
+    mask, strides = strided(mask)
     chunks = dim // 4
     attend_kernel[(lines, splits, tiles)](
         query,
