@@ -14,7 +14,7 @@ ROLES: tuple[Role, ...] = ("key", "value")
 #: Every registered codec by its examples, and settings that take other paths through the code. Of ``hqmq:b`` those above
 #: 4 bits are left out where nothing depends on the size: it takes seconds to index their codebooks.
 SPECS = (
-    *(spec for spec in codecs.examples() if spec != "hqmq:5"),
+    *(spec for spec in codecs.examples() if spec != "hqmq:5" and type(codecs.get(spec)).__module__.startswith("tessera.")),
     "hqmq:2",
     "hqmq:2.5",
     "hqmq:4_norot",
