@@ -6,7 +6,7 @@ is packed as `tessera.Cache` packs it. Times are medians of interleaved calls; r
 Example:
 
     python benchmarks/decode_attention.py
-    python benchmarks/decode_attention.py --tokens 4096 --shapes 32,8,128 --json /tmp/out.json
+    python benchmarks/decode_attention.py --tokens 4096 --shapes 32,8,128 --json out.json
 """
 
 from __future__ import annotations

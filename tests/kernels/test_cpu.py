@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -212,6 +213,23 @@ def test_backends_are_chosen_forced_and_refused(monkeypatch: pytest.MonkeyPatch)
     assert len(ran) == 2
     with pytest.raises(ValueError, match="no kernel for q4_0"):
         dispatch.attend(q, other, 0.1, backend="cpu")
+
+
+def test_without_kernels_the_definition_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
+    q = torch.randn(1, 1, 1, 64)
+    with_kernels = dispatch.attend(q, pages, 0.1)[0]
+    monkeypatch.setattr(cpu, "MISSING", "no compiler was there")
+    dispatch._say_once.cache_clear()
+    with pytest.warns(UserWarning, match="plain PyTorch, which is slow: no compiler was there"):
+        without = dispatch.attend(q, pages, 0.1)[0]
+    assert relative(with_kernels, without) < 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.attend(q, pages, 0.1)
+        codecs.get("hqmq:4").encode(torch.randn(1, 1, 2, 64)).decode()
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run: no compiler was there"):
+        dispatch.attend(q, pages, 0.1, backend="cpu")
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
