@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,8 +17,7 @@ from tessera.quaternion import units
 
 _cpu: Any
 try:
-    from tessera.kernels.cpu import _cpu
-
+    _cpu = import_module("tessera.kernels.cpu._cpu")
     MISSING = None
 except ImportError as error:
     _cpu, MISSING = None, f"the C++ kernels are not built ({error}); reinstall where a C++ compiler is present"
