@@ -33,6 +33,7 @@ bench: install
 	$(BIN)/tessera compare --out docs/results/demo_long --windows 16 --specs $(foreach c,hqmq:3 hqmq:4 hqmq:s24_r2 hqmq:s96_r4 scalar:3 scalar:4 q4_0,"sink:4 + $(c) + recent:128")
 	$(BIN)/python benchmarks/codec_error.py
 	$(BIN)/python benchmarks/resident_memory.py
+	$(BIN)/python benchmarks/decode_attention.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

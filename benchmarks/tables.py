@@ -51,6 +51,22 @@ def codec_bars() -> str:
     return "\n".join(f"- {bar['sentence']}" for bar in _load("codec_error")["bars"])
 
 
+def decode_attention(shape: str) -> str:
+    """Time of attention of one new token, for one shape, by length."""
+    rows = [r for r in _load("decode_attention")["rows"] if r["shape"] == shape]
+    cells = [
+        (
+            r["name"],
+            f"{r['tokens']:,}",
+            f"{r['milliseconds']:.2f}",
+            f"{r['times_the_peer']:.2f}x",
+            f"{r['bytes_of_dense']:.2f}",
+        )
+        for r in rows
+    ]
+    return markdown_table(("way", "tokens", "ms", "speed of the fastest dense way", "bytes of dense"), cells)
+
+
 def resident_memory() -> str:
     """Resident memory of a process beside the bytes that the cache reports."""
     data = _load("resident_memory")
@@ -84,6 +100,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "compare": compare,
     "codec-error": codec_error,
     "codec-bars": codec_bars,
+    "decode-attention": decode_attention,
     "resident-memory": resident_memory,
     "training": training,
 }

@@ -126,17 +126,23 @@ class Avx512 {
             const uint8_t* codes = unit.codes;
             if (k == 0) prefetch(codes + UNIT * bytes, UNIT * bytes);
             const bool whole = book_.bits == 16 && unit.count == UNIT && k + 16 <= chunks_;
-            if (!whole)
+            if (whole) {
+                for (int j = 0; j < UNIT; ++j) {
+                    const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j * bytes + 2 * k));
+                    _mm256_store_si256(reinterpret_cast<__m256i*>(short_points_ + 16 * j), _mm256_srl_epi16(row, _mm_cvtsi32_si128(book_.move_bits)));
+                }
+            } else {
                 // All rows first: a word read back at once would wait for the store. Tokens that are not there have no
                 // weight, so any codes do for them, and those kept before are sound.
                 for (int j = 0; j < unit.count; ++j) keep_codes(j * 16, unpack(codes + j * bytes, k));
+            }
             for (int part = 0; part < book_.parts; ++part) {
                 const LookUp look_up(book_, part);
                 uint32_t* to = values_ + (size_t(part) * (BLOCK / 4) + u * 4) * 64;
                 for (int j = 0; j < 16; j += 4, to += 64) {
                     __m512i line[4];
                     for (int i = 0; i < 4; ++i)
-                        line[i] = whole ? look_up(reinterpret_cast<const uint16_t*>(codes + (j + i) * bytes) + k)
+                        line[i] = whole ? look_up(codes + (j + i) * bytes + 2 * k, short_points_ + (j + i) * 16)
                                         : look_up(codes_ + (j + i) * 16, points_ + (j + i) * 16);
                     const __m512i a = _mm512_unpacklo_epi8(line[0], line[1]), b = _mm512_unpackhi_epi8(line[0], line[1]);
                     const __m512i c = _mm512_unpacklo_epi8(line[2], line[3]), d = _mm512_unpackhi_epi8(line[2], line[3]);
@@ -160,12 +166,10 @@ class Avx512 {
         // Codewords of 16 codes, as signed bytes. Held in registers over a loop.
         struct LookUp {
             const uint32_t* table;
-            int move_bits;
             __m512i mask, lane, control0, control1, negate0, negate1;
 
             LookUp(const Book& book, int part)
                 : table(book.part[part].data()),
-                  move_bits(book.move_bits),
                   mask(_mm512_set1_epi32((1 << book.move_bits) - 1)),
                   lane(_mm512_broadcast_i32x4(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0))),
                   control0(_mm512_load_si512(book.control)),
@@ -178,10 +182,10 @@ class Avx512 {
                 return turn(gather([points](int i) { return points[i]; }), _mm512_load_si512(codes));
             }
 
-            // Codes of 16 bits, where they lie.
-            __m512i operator()(const uint16_t* codes) const {
+            // Codes of 16 bits where they lie, and their points.
+            __m512i operator()(const uint8_t* codes, const uint16_t* points) const {
                 const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-                return turn(gather([codes, this](int i) { return codes[i] >> move_bits; }), wide);
+                return turn(gather([points](int i) { return points[i]; }), wide);
             }
 
           private:
@@ -307,6 +311,7 @@ class Avx512 {
         std::vector<uint8_t> s0_, s1_, s2_, s3_, s4_, s5_;
         int32_t* digits_;     // (TILE, 3, wide): four 8-bit digits of a row's query a word
         uint32_t *codes_, *points_, *words_, *values_, *weights_;
+        alignas(32) uint16_t short_points_[UNIT * 16];
         float worth_[TILE * 3 + 12] = {}, share_[TILE + 4] = {};
         int32_t bias_[TILE * 3 + 12] = {};
     };
