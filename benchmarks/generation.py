@@ -1,0 +1,179 @@
+"""Decoding end to end: tokens per second and memory of a whole model, with each kind of cache, at growing contexts.
+
+The model has the layers of an 8-billion-parameter Llama with random weights, as few as the machine holds. Its cache is
+filled with random keys and values, in chunks and without running the model, and then tokens are decoded one by one. Each
+cache has a process of its own. The peers are transformers' `DynamicCache`, which is exact, and its `QuantizedCache` with 4
+bits, which decodes everything at every step (needs optimum-quanto and hqq: pip install 'tessera[bench]').
+
+"attention" is the time of a step less that of a step after a context of no tokens: what the context costs.
+
+Example:
+
+    python benchmarks/generation.py
+    python benchmarks/generation.py --tokens 4096 --caches DynamicCache "sink:4 + hqmq:4 + recent:128" --layers 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
+
+import tessera
+from tessera.evaluation.records import environment
+from tessera.evaluation.table import size
+from tessera.files import atomic_path
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = {"DynamicCache": None, "QuantizedCache, quanto": "optimum", "QuantizedCache, hqq": "hqq"}
+CACHES = (*PEERS, "sink:4 + hqmq:4 + recent:128", "sink:4 + hqmq:3 + recent:128")
+#: Tokens that are given to a cache at once while it is filled.
+CHUNK = 2048
+
+
+def build(layers: int) -> LlamaForCausalLM:
+    """A Llama of 8B's width in bfloat16, with weights that nobody trained."""
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=1 << 20,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def make(name: str, model: LlamaForCausalLM) -> Any:
+    """An empty cache."""
+    if name == "DynamicCache":
+        return DynamicCache(config=model.config)
+    if name in PEERS:
+        backend, axis = ("quanto", 0) if "quanto" in name else ("hqq", 1)
+        return QuantizedCache(backend, model.config, nbits=4, axis_key=axis, axis_value=axis)
+    return tessera.Cache(name, model)
+
+
+def peak_memory() -> int:
+    """Most bytes of this process that have been in physical memory at once since `forget_peak`."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def forget_peak() -> int:
+    """Begin to watch the peak anew; returns the memory in use now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
+@torch.inference_mode()
+def steps(model: LlamaForCausalLM, cache: Any, count: int) -> float:
+    """Median seconds of a step of one token."""
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        model(torch.tensor([[1]]), past_key_values=cache)
+        times.append(time.perf_counter() - began)
+    return median(times[1:])
+
+
+@torch.inference_mode()
+def measure(name: str, tokens: int, layers: int, count: int, channel: Connection) -> None:
+    """Measure one cache in this process and send a row, or the text of an error."""
+    try:
+        torch.manual_seed(0)
+        model = build(layers)
+        empty = steps(model, make(name, model), count)
+        before = forget_peak()
+        cache = make(name, model)
+        for start in range(0, tokens, CHUNK):
+            shape = (1, 8, min(CHUNK, tokens - start), 128)
+            for layer in range(layers):
+                cache.update(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16(), layer)
+        seconds = steps(model, cache, count)
+        row = {
+            "cache": name,
+            "tokens": tokens,
+            "step_ms": 1e3 * seconds,
+            "attention_ms": 1e3 * (seconds - empty),
+            "tokens_per_second": 1 / seconds,
+            "peak_growth": peak_memory() - before,
+        }
+        channel.send(row)
+    except BaseException:
+        channel.send(traceback.format_exc())
+        raise
+
+
+def run(name: str, tokens: int, layers: int, count: int) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(name, tokens, layers, count, there))
+    process.start()
+    there.close()
+    try:
+        row = here.recv()
+    except EOFError:
+        row = f"the process ended with {process.exitcode} and no result"
+    process.join()
+    if isinstance(row, str):
+        raise SystemExit(f"{name} at {tokens} tokens failed:\n{row}")
+    return row  # type: ignore[no-any-return]
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=(4096, 16384, 32768))
+    parser.add_argument("--caches", nargs="+", default=CACHES)
+    parser.add_argument("--layers", type=int, default=4, help="of the model; an 8B model has 32")
+    parser.add_argument("--steps", type=int, default=8, help="tokens decoded, of which the first does not count")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "generation.json")
+    options = parser.parse_args()
+    console = Console()
+    rows = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=len(options.tokens) * len(options.caches))
+        for tokens in options.tokens:
+            for name in options.caches:
+                package = PEERS.get(name)
+                if package is not None and importlib.util.find_spec(package) is None:
+                    console.print(f"{name} is left out: {package} is not installed", highlight=False)
+                else:
+                    rows.append(run(name, tokens, options.layers, options.steps))
+                progress.advance(task)
+    record = {"layers": options.layers, "steps": options.steps, "environment": environment(), "rows": rows}
+    with atomic_path(options.json) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    table = Table("cache", "tokens", "ms a token", "of them for the context", "peak memory of the cache")
+    for row in rows:
+        cells = (f"{row['step_ms']:.1f}", f"{row['attention_ms']:.1f}", size(row["peak_growth"]))
+        table.add_row(row["cache"], f"{row['tokens']:,}", *cells)
+    console.print(table)
+    console.print(f"Saved {options.json}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
