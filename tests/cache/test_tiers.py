@@ -118,6 +118,17 @@ def test_appending_touches_the_newest_page_only() -> None:
     torch.testing.assert_close(tier.view.decode()[0], tier.codec.encode(k, "key").decode(), atol=0, rtol=0)
 
 
+def test_steps_that_pack_nothing_keep_the_view_that_kernels_know() -> None:
+    lane = lane_of("hqmq:4 + recent:16")
+    feed(lane, 200)
+    assert lane.packed is not None
+    view = lane.packed.view
+    feed(lane, 3)
+    assert lane.packed.view is view
+    feed(lane, BLOCK)
+    assert lane.packed.view is not view
+
+
 def lane_of(text: str, sliding: int | None = None) -> Lane:
     spec = parse(text)
     return Lane(Policy.of(spec, codecs.get(spec.codec) if spec.codec else None, sliding), 0, [0, 1], 0)

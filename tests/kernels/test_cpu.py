@@ -154,16 +154,27 @@ def test_zero_vectors_huge_ones_and_other_dtypes_equal_the_reference(level: str)
     assert relative(out, reference.attend(q.float(), exact, 0.125)[0]) < FLOAT
 
 
+@pytest.mark.skipif(cpu.OPENMP is None, reason="torch has loaded no OpenMP runtime here")
+def test_torch_and_the_kernels_share_threads() -> None:
+    assert "torch" in str(cpu.OPENMP)
+    assert torch.__config__.parallel_info().count("OpenMP")
+
+
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_do_not_change_the_result(threads: int) -> None:
+def test_threads_do_not_change_the_result(threads: int, shared: bool) -> None:
     pages = make_pages(codecs.get("hqmq:3"), 1, 1, [1024, 1024, 1024, 333], 64)
     q = torch.randn(1, 2, 1, 64)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        out, lse = attend(q, pages, 0.2)
+        if not shared:
+            cpu._cpu.use_openmp(0, 0)
+        for _ in range(5):
+            out, lse = attend(q, pages, 0.2)
     finally:
         torch.set_num_threads(before)
+        cpu._share_threads()
     wanted, wanted_lse = reference.attend(q, pages, 0.2)
     assert relative(out, wanted) < FLOAT
     assert torch.allclose(lse, wanted_lse, atol=1e-4)

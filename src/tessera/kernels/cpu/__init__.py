@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +24,27 @@ try:
 except ImportError as error:
     _cpu, MISSING = None, f"the C++ kernels are not built ({error}); reinstall where a C++ compiler is present"
 
+
+def _share_threads() -> str | None:
+    """Let the kernels run on the threads of torch's OpenMP runtime; returns its path, None if there is none."""
+    try:
+        mapped = {line.split(None, 5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    except OSError:
+        return None
+    for path in sorted(mapped, key=lambda path: ("torch" not in path, path)):  # torch's own before others'
+        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
+            try:
+                library = ctypes.CDLL(path)
+                entries = (library.GOMP_parallel, library.omp_get_thread_num)
+            except (OSError, AttributeError):
+                continue
+            _cpu.use_openmp(*(ctypes.cast(entry, ctypes.c_void_p).value for entry in entries))
+            return path
+    return None
+
+
+#: The OpenMP runtime whose threads the kernels use; None: they have threads of their own.
+OPENMP = None if _cpu is None else _share_threads()
 #: Instruction sets, the best last.
 LEVELS = ("portable", "avx2", "avx512")
 #: 8-bit digits in which the AVX-512 kernel writes a query and a softmax weight: with two its relative error is 4e-5, far below

@@ -48,7 +48,7 @@ class Avx512 {
 
         void dot(const uint8_t* codes, int n, int rows, float* scores, int stride) {
             const int64_t bytes = book_.row_bytes(chunks_);
-            prefetch(codes + 16 * bytes, 16 * bytes);
+            prefetch(codes + AHEAD * UNIT * bytes, UNIT * bytes);
             for (int k = 0; k < wide_; k += 16) {
                 __m512i lines[16];
                 for (int j = 0; j < 16; ++j) lines[j] = j < n ? unpack(codes + j * bytes, k) : _mm512_setzero_si512();
@@ -98,6 +98,7 @@ class Avx512 {
         }
 
       private:
+        static constexpr int AHEAD = 4;        // units that are fetched before they are needed
         static constexpr float BASE = 254.0f;  // of a query's digits, which lie in [-127, 127]
 
         // Codes k .. k + 15 of a vector.
@@ -124,7 +125,7 @@ class Avx512 {
         void put_values(const Unit& unit, int u, int k) {
             const int64_t bytes = book_.row_bytes(chunks_);
             const uint8_t* codes = unit.codes;
-            if (k == 0) prefetch(codes + UNIT * bytes, UNIT * bytes);
+            if (k == 0) prefetch(codes + AHEAD * UNIT * bytes, UNIT * bytes);
             const bool whole = book_.bits == 16 && unit.count == UNIT && k + 16 <= chunks_;
             if (whole) {
                 for (int j = 0; j < UNIT; ++j) {

@@ -163,6 +163,9 @@ void nearest(const Index& index, uintptr_t x, int64_t n, uintptr_t codes, int th
 NB_MODULE(_cpu, m) {
     m.doc() = "Tessera's kernels for CPUs.";
     nb::class_<Book>(m, "Book").def("__init__", &make_book);
+    m.def("use_openmp", [](uintptr_t parallel, uintptr_t number) {
+        Threads::use(reinterpret_cast<Threads::Parallel>(parallel), reinterpret_cast<Threads::Number>(number));
+    });
     m.def("levels", &levels, "Names of the instruction sets that this processor and this build have, the best last.");
     m.def("attend", &attend);
     m.def("decode", &decode);

@@ -7,6 +7,31 @@
 namespace tessera {
 
 static Threads* pool = nullptr;
+static Threads::Parallel parallel = nullptr;
+static Threads::Number number = nullptr;
+
+void Threads::use(Parallel p, Number n) {
+    parallel = p;
+    number = n;
+}
+
+namespace {
+
+struct Shared {
+    std::atomic<int64_t> next{0};
+    int64_t tasks;
+    int workers;
+    const std::function<void(int64_t, int)>* work;
+};
+
+void share(void* data) {
+    auto& shared = *static_cast<Shared*>(data);
+    const int who = number();
+    if (who >= shared.workers) return;
+    for (int64_t i; (i = shared.next.fetch_add(1)) < shared.tasks;) (*shared.work)(i, who);
+}
+
+}  // namespace
 
 Threads& Threads::get() {
     static std::once_flag once;
@@ -24,6 +49,12 @@ void Threads::run(int64_t tasks, int workers, const std::function<void(int64_t, 
     if (workers > tasks) workers = int(tasks);
     if (workers <= 1) {
         for (int64_t i = 0; i < tasks; ++i) work(i, 0);
+        return;
+    }
+    if (parallel) {
+        Shared shared;
+        shared.tasks = tasks, shared.workers = workers, shared.work = &work;
+        parallel(share, &shared, unsigned(workers), 0);
         return;
     }
     std::lock_guard<std::mutex> turn(turn_);

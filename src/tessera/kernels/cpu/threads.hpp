@@ -1,4 +1,5 @@
-// A few threads that wait for work, started when first needed and kept.
+// Threads for the kernels: those of the OpenMP runtime that the process has loaded already, for its idle threads spin for a
+// while and would stand in the way of others; a few of our own where there is none.
 #pragma once
 
 #include <atomic>
@@ -12,6 +13,11 @@ namespace tessera {
 
 class Threads {
   public:
+    // Entries of an OpenMP runtime: GOMP_parallel and omp_get_thread_num. Null: use threads of our own.
+    using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    using Number = int (*)();
+    static void use(Parallel parallel, Number number);
+
     // The one pool of the process. It is never destroyed: threads may outlive the interpreter's teardown.
     static Threads& get();
 
