@@ -152,7 +152,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "generation.json")
     options = parser.parse_args()
     console = Console()
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def save() -> None:
+        record = {"layers": options.layers, "steps": options.steps, "environment": environment(), "rows": rows}
+        with atomic_path(options.json) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(options.tokens) * len(options.caches))
         for tokens in options.tokens:
@@ -162,10 +168,8 @@ def main() -> int:
                     console.print(f"{name} is left out: {package} is not installed", highlight=False)
                 else:
                     rows.append(run(name, tokens, options.layers, options.steps))
+                    save()  # a run that is cut short has left what it measured
                 progress.advance(task)
-    record = {"layers": options.layers, "steps": options.steps, "environment": environment(), "rows": rows}
-    with atomic_path(options.json) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     table = Table("cache", "tokens", "ms a token", "of them for the context", "peak memory of the cache")
     for row in rows:
         cells = (f"{row['step_ms']:.1f}", f"{row['attention_ms']:.1f}", size(row["peak_growth"]))
