@@ -60,7 +60,7 @@ def test_tokenizer_gives_back_what_it_was_given(demo: Any) -> None:
 def test_predicts_modules_it_never_saw(demo: Any, tokens: torch.Tensor) -> None:
     model, _ = demo
     result = loss_by_context(model, tokens, long_context=512, short_context=2, scored=512, windows=8)
-    assert math.exp(result.long) < 7.0
+    assert math.exp(result.long) < 6.6
 
 
 def test_long_context_lowers_the_loss(demo: Any, tokens: torch.Tensor) -> None:

@@ -191,6 +191,33 @@ def test_digits_bound_the_error(digits: int, bound: float) -> None:
         assert error > bound / 1000  # so that the argument does something
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_query_gives_nan_and_harms_no_other(level: str, bad: float) -> None:
+    pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
+    q = torch.randn(1, 2, 3, 64)
+    sound = attend(q, pages, 0.1, level=level)[0]
+    q[0, 1, 2, 7] = bad
+    out, lse = attend(q, pages, 0.1, level=level)
+    assert out[0, 1, 2].isnan().all()
+    assert lse[0, 1, 2].isnan()
+    out[0, 1, 2] = sound[0, 1, 2]
+    assert torch.equal(out, sound)
+
+
+def test_no_queries_give_nothing(level: str) -> None:
+    pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
+    out, lse = attend(torch.randn(1, 2, 0, 64), pages, 0.1, level=level)
+    assert out.shape == (1, 2, 0, 64)
+    assert lse.shape == (1, 2, 0)
+
+
+def test_no_keys_are_seen_by_nobody(level: str) -> None:
+    pages = make_pages(codecs.get("hqmq:4"), 1, 1, [0], 64)
+    out, lse = attend(torch.randn(1, 2, 1, 64), pages, 0.1, level=level)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
 def test_damaged_codes_are_read_as_something_finite(level: str) -> None:
     codec = codecs.get("hqmq:4")
     k = torch.randn(1, 1, 64, 64)

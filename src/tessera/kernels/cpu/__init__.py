@@ -99,6 +99,8 @@ def attend(
     wide = q.detach().to(torch.float32).contiguous()
     out = torch.empty(q.shape, dtype=torch.float32)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    if not q.numel():
+        return out, lse
     _cpu.attend(
         _book(form),
         _addresses(pages, form),
@@ -124,6 +126,10 @@ def attend(
         digits,
         torch.get_num_threads(),
     )
+    # Digits cannot say NaN; without this a broken query would look sound.
+    broken = ~wide.isfinite().all(-1)
+    if broken.any():
+        out[broken], lse[broken] = torch.nan, torch.nan
     return out, lse
 
 
