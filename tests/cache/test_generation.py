@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import tessera
 from tessera import attention
 from tessera.cache.lane import RECORDED, Turn
-from tessera.kernels import Pages
+from tessera.kernels import Pages, cpu
 
 PACKED = "sink:4 + hqmq:4 + recent:16"
 #: Dense results are the same up to rounding.
@@ -344,6 +344,16 @@ def test_steps_read_the_packed_tokens_as_they_are_packed(packed_reads: list[tupl
     layers = model.config.num_hidden_layers
     # The prompt packs 128 tokens; the step that makes the sequence 4 + 192 + 16 long packs a block more, for those after it.
     assert packed_reads == [(150, 0)] * layers + [(1, 128)] * (layers * 62) + [(1, 192)] * (layers * 37)
+
+
+@pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
+def test_steps_run_on_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    ran: list[int] = []
+    real = cpu.attend
+    monkeypatch.setattr(cpu, "attend", lambda q, *rest, **options: (ran.append(q.shape[2]), real(q, *rest, **options))[1])
+    run(model, tessera.Cache(PACKED, model), Call(prompt=150).inputs(), new=20)
+    assert ran == [1] * (model.config.num_hidden_layers * 19)
 
 
 def test_dense_never_reads_packed_tokens(packed_reads: list[tuple[int, int]]) -> None:
