@@ -286,8 +286,8 @@ def test_search_finds_the_codes_of_the_reference(bits: int) -> None:
     x[:500] *= torch.logspace(-5, 2, 500)[:, None]
     x[500:600] = 0
     x[600:700, 1:3] = 0
-    got = dispatch.nearest(x, index, book.order, backend="cpu")
-    wanted = dispatch.nearest(x, index, book.order, backend="reference")
+    got = dispatch.nearest(x, index, book.codes, backend="cpu")
+    wanted = dispatch.nearest(x, index, book.codes, backend="reference")
     words = book.codewords.float() * book.step
     # Two codewords may be equally near to within rounding.
     assert (got != wanted).float().mean() < 1e-3
@@ -297,7 +297,7 @@ def test_search_finds_the_codes_of_the_reference(bits: int) -> None:
 def test_search_of_nothing() -> None:
     book = joint(8)
     index = build_index(book.products.float() * book.step, book.conjugations)
-    assert dispatch.nearest(torch.zeros(0, 4), index, book.order, backend="cpu").shape == (0,)
+    assert dispatch.nearest(torch.zeros(0, 4), index, book.codes, backend="cpu").shape == (0,)
 
 
 @pytest.mark.parametrize("spec", [*SPECS, "hqmq:4_norot", "hqmq:4_nocentre"])

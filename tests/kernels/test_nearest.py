@@ -88,8 +88,8 @@ def test_codebooks_are_integers_closed_under_the_units(bits: int) -> None:
 @pytest.mark.parametrize("bits", JOINT_BITS)
 def test_codes_number_the_same_codewords_as_products(bits: int) -> None:
     book = joint(bits)
-    products = torch.arange(len(book.products))
-    assert torch.equal(book.codewords[book.number(products)], book.products)
+    assert torch.equal(book.codewords[book.codes], book.products)
+    assert torch.equal(book.codes.sort().values, torch.arange(len(book.products)))
     # Fields of a code: which point, and how it is moved.
     permutation, sign = book.moves
     code = torch.randint(len(book.codewords), (50,))

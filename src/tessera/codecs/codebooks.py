@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,9 @@ from tessera.quaternion import UNITS, conjugate, hamilton, left_matrix, right_ma
 DIRECTION_SIZES = (5, 10, 21, 24, 42, 48, 85, 96, 170, 192)
 #: Bits per chunk for which joint codebooks are shipped: a quarter of it is the name, ``hqmq:4`` has 16.
 JOINT_BITS = (8, 10, 12, 14, 16, 18, 20)
+
+#: Points that a kernel can hold in two registers a component.
+TABLE = 128
 
 _DATA = Path(__file__).parent / "data"
 
@@ -102,8 +105,14 @@ class JointCodebook:
 
     @property
     def points(self) -> Tensor:
-        """The codewords from which moves make all others: (9 n, 4) int16 with conjugations, else (3 n, 4)."""
-        return _points(self.base, self.conjugations)
+        """The codewords from which moves make all others: (9 n, 4) int16 with conjugations, else (3 n, 4).
+
+        Conjugation by ω turns the last three components of a point round. With conjugations the points are numbered so that
+        kernels need tables of a third of them only: of m = 3 n points as many as are a multiple of `TABLE`, the same turned
+        once, the same turned twice; then the others of the m, once, twice turned.
+        """
+        points = _points(self.base, self.conjugations)
+        return torch.empty_like(points).index_copy_(0, _places(len(self.base), self.conjugations), points)
 
     @property
     def moves(self) -> tuple[Tensor, Tensor]:
@@ -115,15 +124,12 @@ class JointCodebook:
         """All codewords in the order of their codes, as integers: (24 S, 4) int16."""
         return _moved(self.points, self.moves)
 
-    @property
-    def order(self) -> Tensor:
-        """For each product made from one base quaternion its place among that quaternion's codes, (288 or 24,) int64."""
-        return _order(self.conjugations)
-
-    def number(self, product: Tensor) -> Tensor:
-        """Codes of codewords that are given by their row among `products`, int64."""
-        order = self.order.to(product.device)
-        return product // len(order) * len(order) + order[product % len(order)]
+    @cached_property
+    def codes(self) -> Tensor:
+        """The codes of all products, (24 S,) int64."""
+        order, moves = _order(self.conjugations), len(self.moves[0])
+        code = (torch.arange(len(self.base))[:, None] * len(order) + order).flatten()
+        return _places(len(self.base), self.conjugations)[code // moves] * moves + code % moves
 
 
 def _integers(q: Tensor) -> Tensor:
@@ -147,6 +153,16 @@ def _points(base: Tensor, conjugations: bool) -> Tensor:
         s = hamilton(hamilton(powers, s), conjugate(powers))[:, None]
         return _integers(hamilton(powers[:, None], s))
     return _integers(hamilton(powers, s))
+
+
+def _places(size: int, conjugations: bool) -> Tensor:
+    """For each of `_points` its number in the codebook, (points,) int64."""
+    if not conjugations:
+        return torch.arange(3 * size)
+    count = 3 * size
+    whole = count // TABLE * TABLE
+    point, turns = torch.arange(count)[:, None], torch.arange(3)
+    return torch.where(point < whole, turns * whole + point, 2 * whole + turns * (count - whole) + point).flatten()
 
 
 @cache

@@ -74,7 +74,7 @@ class JointHQMQ(Codec):
         # Vectors of zeros: any code does, and chunks near the origin are found slowly.
         live = scale > 0
         codes = torch.zeros(chunks.shape[:-1], dtype=torch.int32, device=x.device)
-        found = dispatch.nearest(chunks[live].reshape(-1, 4), _index(self.code_bits, x.device), joint(self.code_bits).order)
+        found = dispatch.nearest(chunks[live].reshape(-1, 4), _index(self.code_bits, x.device), joint(self.code_bits).codes)
         codes[live] = found.view(-1, codes.shape[-1]).int()
         return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
 

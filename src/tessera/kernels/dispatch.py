@@ -76,23 +76,21 @@ def decode(packed: Coded, backend: str | None = None) -> Tensor | None:
     return cpu.decode(packed, level or None) if family in ("auto", "cpu") else None
 
 
-def nearest(x: Tensor, index: CellIndex, order: Tensor, backend: str | None = None) -> Tensor:
+def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = None) -> Tensor:
     """Codes of the nearest codewords: (n, 4) float32 -> (n,) integers.
 
     Args:
         x: chunks, finite.
         index: of the codebook, on the same device.
-        order: for each product made from one base quaternion its place among that quaternion's codes.
+        codes: of all products, (24 S,) int64.
         backend: see `attend`.
     """
     name = chosen(backend)
     if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
-        return cpu.nearest(x, index, order)
+        return cpu.nearest(x, index, codes)
     if name.startswith("cpu"):
         raise ValueError(f"backend {name!r} cannot run: {cpu.MISSING or f'the chunks are on {x.device}'}")
-    product = reference_nearest(x, index)
-    order = order.to(x.device)
-    return product // len(order) * len(order) + order[product % len(order)]
+    return codes.to(x.device)[reference_nearest(x, index)]
 
 
 @cache

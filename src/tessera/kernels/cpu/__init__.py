@@ -160,27 +160,27 @@ def decode(packed: Coded, level: str | None = None) -> Tensor | None:
     return out
 
 
-def nearest(x: Tensor, index: CellIndex, order: Tensor) -> Tensor:
+def nearest(x: Tensor, index: CellIndex, codes: Tensor) -> Tensor:
     """`tessera.kernels.nearest.nearest` in C++, and its result in the codebook's own numbers.
 
     Args:
         x: (n, 4) float32, finite.
         index: of the codebook.
-        order: (products of a base quaternion,) int64, for each of them its place among that quaternion's codes.
+        codes: of all products, (24 S,) int64.
 
     Returns:
         (n,) int32.
     """
     x = x.contiguous()
-    codes = torch.empty(len(x), dtype=torch.int32)
-    _cpu.nearest(_index(index, order), x.data_ptr(), len(x), codes.data_ptr(), torch.get_num_threads())
-    return codes
+    found = torch.empty(len(x), dtype=torch.int32)
+    _cpu.nearest(_index(index, codes), x.data_ptr(), len(x), found.data_ptr(), torch.get_num_threads())
+    return found
 
 
 _INDICES: WeakKeyDictionary[CellIndex, Any] = WeakKeyDictionary()
 
 
-def _index(index: CellIndex, order: Tensor) -> Any:
+def _index(index: CellIndex, codes: Tensor) -> Any:
     if index not in _INDICES:
         # Lists were padded by repeating their first entry.
         length = 1 + (index.candidates[:, 1:] != index.candidates[:, :1]).sum(1)
@@ -201,7 +201,7 @@ def _index(index: CellIndex, order: Tensor) -> Any:
             index.radius,
             index.conjugations,
             words.contiguous().numpy(),
-            order.int().numpy(),
+            codes.int().numpy(),
             units().numpy(),
             product.flatten().numpy(),
             inverse.numpy(),

@@ -16,8 +16,17 @@
 #pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
 #include "attend_impl.hpp"
 #include "avx512.hpp"
+#include "avx512_lookup.hpp"
+#include "avx512_permute.hpp"
 #include "portable.hpp"
 
-void tessera::attend_avx512(const Problem& p) { attend_with<Avx512>(p); }
+void tessera::attend_avx512(const Problem& p) {
+    switch (p.book->blocks) {
+        case 1: return attend_with<Avx512<Permute<1>>>(p);
+        case 4: return attend_with<Avx512<Permute<4>>>(p);
+        case 6: return attend_with<Avx512<Permute<6>>>(p);
+        default: return attend_with<Avx512<Lookup>>(p);
+    }
+}
 void tessera::decode_avx512(const Vectors& p) { decode_with_loops(p); }
 #pragma GCC pop_options

@@ -65,6 +65,12 @@ inline float exp_negative(float x) {
     return x < -87.0f ? 0.0f : p * power;
 }
 
+// x becomes x · length + shift.
+inline void stretch(float* __restrict x, const float* __restrict length, float shift, int count) {
+    for (int i = 0; i < count; i += LANES)
+        for (int j = 0; j < LANES; ++j) x[i + j] = x[i + j] * length[i + j] + shift;
+}
+
 // x becomes e^(x - most); returns the sum.
 inline float exponentials(float* x, int count, float most) {
     float lane[LANES] = {};
@@ -193,12 +199,11 @@ struct Worker {
                     const int n = std::min(UNIT, seg.count - t);
                     float* to = scores + column;
                     isa.dot(codes + t * book.row_bytes(chunks), n, rows, to, BLOCK);
-                    float length[UNIT];
+                    alignas(64) float length[UNIT];
                     for (int j = 0; j < UNIT; ++j) length[j] = j < n ? book.scale[scale[t + j]] : 0.0f;
-                    for (int r = 0; r < rows; ++r) {
-                        for (int j = 0; j < UNIT; ++j) to[r * BLOCK + j] = to[r * BLOCK + j] * length[j] + shift[r];
-                        for (int j = n; j < UNIT; ++j) to[r * BLOCK + j] = NONE;
-                    }
+                    for (int r = 0; r < rows; ++r) stretch(to + r * BLOCK, length, shift[r], UNIT);
+                    if (n < UNIT)
+                        for (int r = 0; r < rows; ++r) std::fill(to + r * BLOCK + n, to + r * BLOCK + UNIT, NONE);
                     if (p.softcap > 0)
                         for (int r = 0; r < rows; ++r)
                             for (int j = 0; j < n; ++j) to[r * BLOCK + j] = p.softcap * std::tanh(to[r * BLOCK + j] / p.softcap);
@@ -233,8 +238,7 @@ struct Worker {
                     for (int j = 0; j < UNIT; ++j) length[column + j] = j < n ? book.scale[scale[t + j]] : 0.0f;
                 }
             }
-            for (int r = 0; r < rows; ++r)
-                for (int j = 0; j < width; ++j) scores[r * BLOCK + j] *= length[j];
+            for (int r = 0; r < rows; ++r) stretch(scores + r * BLOCK, length, 0.0f, width);
             isa.add(units, width / UNIT, scores, BLOCK, rows, sum);
         }
     }

@@ -20,6 +20,17 @@ struct Book {
     alignas(64) uint32_t negate[32] = {};   // for each move, 0xff in the bytes whose sign changes
     alignas(64) float scale[256] = {};      // what a byte of codecs/logscale.py stands for
 
+    // The same for kernels that look bytes up in registers: component j of 128 points at a time, its sign bit flipped in
+    // bytes[1]. `turns` points are followed by themselves with the last three components turned, twice; these need no
+    // tables. `blocks` tables are needed, 0 if that is too many.
+    static constexpr int BLOCKS = 6;
+    int blocks = 0;
+    alignas(64) uint8_t bytes[2][BLOCKS][4][128] = {};
+    // What is to be done for a move: bits 0, 1: component j comes from j ^ these; bit 2 + j: then its sign changes.
+    alignas(64) uint8_t move_bytes[64] = {};
+    // What is to be done for points 128 b to 128 b + 127: bits 0 to 2: the table; bit 3: turn once; bit 4: turn twice.
+    alignas(64) uint8_t block_bytes[64] = {};
+
     Book(int bits, int move_bits, float step, const int16_t* points, int64_t count, const int64_t* permutation,
          const int64_t* sign, const float* scales)
         : bits(bits), move_bits(move_bits), step(step) {
@@ -56,6 +67,7 @@ struct Book {
                 words[p][code] = word;
             }
         }
+        set_bytes(points, count, permutation, sign);
     }
 
     // Part p of a component; the low part lies in [-64, 63], so that changing the sign never overflows.
@@ -68,6 +80,45 @@ struct Book {
     int64_t row_bytes(int chunks) const { return (int64_t(chunks) * bits + 7) / 8; }
     uint32_t index(uint32_t code) const { return code >> move_bits; }
     uint32_t move(uint32_t code) const { return code & ((1u << move_bits) - 1); }
+
+  private:
+    void set_bytes(const int16_t* points, int64_t count, const int64_t* permutation, const int64_t* sign) {
+        if (parts != 1 || bits > 16 || bits % 2) return;
+        for (int m = 0; m < 64; ++m) {
+            const int at = 4 * (m % (1 << move_bits));
+            for (int j = 0; j < 4; ++j) {
+                if (permutation[at + j] != (j ^ permutation[at])) return;
+                move_bytes[m] |= (sign[at + j] < 0 ? 4 : 0) << j;
+            }
+            move_bytes[m] |= uint8_t(permutation[at]);
+        }
+        constexpr int SIZE = 128, turn[3] = {3, 1, 2};
+        int64_t turns = count / 3 / SIZE * SIZE;
+        for (int64_t i = 0; i < 2 * turns && turns; ++i) {
+            const int16_t *from = points + 4 * i, *to = from + 4 * turns;
+            if (to[0] != from[0]) turns = 0;
+            for (int j = 0; j < 3 && turns; ++j)
+                if (to[1 + j] != from[turn[j]]) turns = 0;
+        }
+        const int64_t room = int64_t{1} << (bits - move_bits), needed = turns / SIZE + (count - 3 * turns + SIZE - 1) / SIZE;
+        if (needed > BLOCKS) return;
+        blocks = int(needed);
+        const int named = int((room + SIZE - 1) / SIZE);  // blocks that a code can name
+        for (int b = 0; b < 64; ++b) {
+            const int block = b % named, once = int(turns / SIZE);
+            const int times = block < 3 * once ? block / once : 0;
+            const int table = block < 3 * once ? block % once : block - 2 * once;
+            block_bytes[b] = uint8_t(table | (times == 1 ? 8 : 0) | (times == 2 ? 16 : 0));
+            if (times == 0 && table < blocks)
+                for (int i = 0; i < SIZE; ++i) {
+                    const int64_t point = (int64_t(block) * SIZE + i) % room;
+                    for (int j = 0; j < 4; ++j) bytes[0][table][j][i] = uint8_t(point < count ? points[4 * point + j] : 0);
+                }
+        }
+        for (int table = 0; table < blocks; ++table)
+            for (int j = 0; j < 4; ++j)
+                for (int i = 0; i < SIZE; ++i) bytes[1][table][j][i] = bytes[0][table][j][i] ^ 0x80;
+    }
 };
 
 }  // namespace tessera

@@ -70,7 +70,6 @@ int64_t best_of_all(const float* const words[5], int64_t count, const float* x) 
 }  // namespace
 
 void Index::nearest(const float* x, int64_t n, int32_t* code) const {
-    const int per_base = int(number.size());
     const float* all[5] = {words[0].data(), words[1].data(), words[2].data(), words[3].data(), words[4].data()};
     for (int64_t at = 0; at < n; ++at, x += 4) {
         const int p = nearest_unit(x);
@@ -117,7 +116,7 @@ void Index::nearest(const float* x, int64_t n, int32_t* code) const {
             }
             product_number = int64_t(s) * 24 + product[p][unit];
         }
-        code[at] = int32_t(product_number - product_number % per_base + number[product_number % per_base]);
+        code[at] = number[size_t(product_number)];
     }
 }
 

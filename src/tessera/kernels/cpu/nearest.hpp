@@ -16,7 +16,7 @@ struct Index {
     float root, radius;
     bool conjugations;
     std::vector<float> words[5];  // every codeword: four components and half the squared length
-    std::vector<int32_t> number;  // code of each product, of those made from one base quaternion
+    std::vector<int32_t> number;  // code of each product
 
     float units[24][4];
     uint8_t product[24][24];   // of the group
