@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attend.hpp"
+#include "memory.hpp"
 #include "threads.hpp"
 
 #pragma GCC push_options

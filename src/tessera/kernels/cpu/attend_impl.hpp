@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "memory.hpp"
 #include "rotation.hpp"
 #include "threads.hpp"
 
@@ -15,12 +16,6 @@ namespace {
 using namespace tessera;
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
-
-template <class T>
-T* aligned(std::vector<uint8_t>& store, size_t count) {
-    store.resize(count * sizeof(T) + 64);
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(store.data()) + 63) & ~uintptr_t{63});
-}
 
 // Sums and maxima in sixteen lanes: the order of additions is then the code's, and compilers vectorise it.
 constexpr int LANES = 16;
@@ -45,6 +40,16 @@ inline float inner(const float* x, const float* y, int count) {
     float sum = 0;
     for (int j = 0; j < LANES; ++j) sum += lane[j];
     return sum;
+}
+
+inline bool finite(const float* x, int count) {
+    int32_t broken = 0;
+    for (int i = 0; i < count; ++i) {
+        int32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        broken |= (bits & 0x7f800000) == 0x7f800000;
+    }
+    return !broken;
 }
 
 // e^x for x <= 0, to 2 units in the last place; 0 below -87.
@@ -125,20 +130,20 @@ struct Worker {
     const Problem& p;
     const Book& book;
     const int chunks, dim;
+    Memory memory;
     typename Isa::Scratch isa;
-    std::vector<uint8_t> s0, s1, s2, s3;
+    float* const query = memory.take<float>(size_t(TILE) * dim);
+    float* const scores = memory.take<float>(size_t(TILE) * BLOCK);
+    float* const turned = memory.take<float>(size_t(TILE) * dim);
+    float* const mean = memory.take<float>(dim);
+    float* const factor = memory.take<float>(dim);
 
-    explicit Worker(const Problem& p) : p(p), book(*p.book), chunks(p.dim / 4), dim(p.dim), isa(book, p.dim / 4, p.limbs) {}
+    explicit Worker(const Problem& p) : p(p), book(*p.book), chunks(p.dim / 4), dim(p.dim), isa(book, p.dim / 4, p.limbs, memory) {}
 
     // Tokens [begin, end) of the tier for rows [row, row + rows) of key head `head` of batch row `b`. The result is not
     // normalised: sum (rows, dim), with `top` and `total` (rows,) the largest score and the sum of exponentials.
     void part(int b, int head, int row, int rows, int64_t begin, int64_t end, float* sum, float* top, float* total) {
         const int group = p.q_heads / p.kv_heads;
-        float* query = aligned<float>(s0, size_t(TILE) * dim);
-        float* scores = aligned<float>(s1, size_t(TILE) * BLOCK);
-        float* turned = aligned<float>(s2, size_t(TILE) * dim);
-        float* mean = aligned<float>(s3, 2 * size_t(dim));
-        float* factor = mean + dim;
         for (int r = 0; r < rows; ++r) {
             const int g = (row + r) / p.q_tokens, i = (row + r) % p.q_tokens;
             const float* from = p.q + ((int64_t(b) * p.q_heads + head * group + g) * p.q_tokens + i) * dim;
@@ -309,6 +314,11 @@ void attend_with(const Problem& p) {
             const int64_t head = line % p.kv_heads * group + row / p.q_tokens;
             const int64_t to = ((line / p.kv_heads) * p.q_heads + head) * p.q_tokens + row % p.q_tokens;
             float* out = p.out + to * dim;
+            if (!finite(p.q + to * dim, dim)) {  // kernels need not know what to do with it
+                std::fill(out, out + dim, std::numeric_limits<float>::quiet_NaN());
+                p.lse[to] = std::numeric_limits<float>::quiet_NaN();
+                continue;
+            }
             float most = NONE, total = 0;
             for (int64_t s = 0; s < splits; ++s) most = std::max(most, tops[(line * splits + s) * all_rows + row]);
             std::fill(out, out + dim, 0.0f);

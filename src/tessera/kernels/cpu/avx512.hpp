@@ -22,41 +22,55 @@ class Avx512 {
     // Functions that are not to be inlined fill the registers by themselves: merged, compilers keep sums in memory.
     class Scratch {
       public:
-        Scratch(const Book& book, int chunks, int limbs)
+        Scratch(const Book& book, int chunks, int limbs, Memory& memory)
             : book_(book),
               chunks_(chunks),
               spans_((chunks + 15) / 16),
               dim_(4 * chunks),
               limbs_(limbs),
               key_decoders_{{book, 0, true, KEYS}, {book, book.parts - 1, true, KEYS}},
-              value_decoders_{{book, 0, false, VALUES}, {book, book.parts - 1, false, VALUES}} {
-            digits_ = aligned<int8_t>(s0_, size_t(TILE) * limbs * spans_ * 64);
-            keys_ = aligned<__m512i>(s1_, size_t(book.parts) * 4 * spans_ * 4);
-            values_ = aligned<__m512i>(s2_, size_t(book.parts) * BLOCK);
-            weights_ = aligned<uint32_t>(s3_, size_t(TILE) * 3 * BLOCK / 4);
-            partial_ = aligned<uint8_t>(s4_, UNIT * size_t(book.row_bytes(chunks)));
+              value_decoders_{{book, 0, false, VALUES}, {book, book.parts - 1, false, VALUES}},
+              digits_(memory.take<int8_t>(size_t(TILE) * limbs * spans_ * 64)),
+              keys_(memory.take<__m512i>(size_t(book.parts) * 4 * spans_ * 4)),
+              values_(memory.take<__m512i>(size_t(book.parts) * BLOCK)),
+              weights_(memory.take<uint32_t>(size_t(TILE) * 3 * BLOCK / 4)),
+              partial_(memory.take<uint8_t>(UNIT * size_t(book.row_bytes(chunks)))) {
+            alignas(64) uint8_t planes[64];
+            for (int i = 0; i < 64; ++i) planes[i] = uint8_t(i % 16 * 4 + i / 16);
+            planes_ = _mm512_load_si512(planes);
         }
 
         void set_queries(const float* q, int rows) {
-            std::memset(digits_, 0, size_t(TILE) * limbs_ * spans_ * 64);
-            std::memset(bias_, 0, sizeof(bias_[0]) * rows * 3);
             for (int r = 0; r < rows; ++r, q += dim_) {
                 float most = 0;
                 for (int c = 0; c < dim_; ++c) most = std::max(most, std::fabs(q[c]));
                 // A query of zeros, or of less than floats resolve, scores zero.
                 const float unit = most / 127.0f, inverse = most > 1e-30f ? 127.0f / most : 0.0f;
-                for (int c = 0; c < dim_; ++c) {
-                    const int chunk = c / 4, at = chunk / 16 * 4 + c % 4;
-                    float rest = q[c] * inverse;
-                    for (int l = 0; l < limbs_; ++l, rest *= BASE) {
-                        const float digit = std::nearbyint(rest);
-                        rest -= digit;
-                        digits_[(((size_t(r) / 4 * 4 * spans_ + at) * 4 + r % 4) * limbs_ + l) * 16 + chunk % 16] = int8_t(digit);
-                        bias_[r * 3 + l] += 128 * int32_t(digit);  // codewords are read with 128 added
-                    }
-                }
+                alignas(64) float rest[MAX_DIM];
+                for (int c = 0; c < dim_; ++c) rest[c] = q[c] * inverse;
                 float worth = unit * book_.step;
-                for (int l = 0; l < limbs_; ++l, worth /= BASE) worth_[r * 3 + l] = worth;
+                for (int l = 0; l < limbs_; ++l, worth /= BASE) {
+                    alignas(64) int8_t digit[MAX_DIM];
+                    int32_t sum = 0;
+                    for (int c = 0; c < dim_; ++c) {
+                        const float near = std::nearbyint(rest[c]);
+                        rest[c] = (rest[c] - near) * BASE;
+                        digit[c] = int8_t(near);
+                        sum += int32_t(near);
+                    }
+                    std::memset(digit + dim_, 0, size_t(spans_) * 64 - dim_);
+                    for (int s = 0; s < spans_; ++s) {
+                        const __m512i plane = _mm512_permutexvar_epi8(planes_, _mm512_load_si512(digit + 64 * s));
+                        int8_t* to = digits_ + ((size_t(r / 4 * 4 * spans_ + s * 4) * 4 + r % 4) * limbs_ + l) * 16;
+                        const int next = 4 * limbs_ * 16;
+                        _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_extracti32x4_epi32(plane, 0));
+                        _mm_store_si128(reinterpret_cast<__m128i*>(to + next), _mm512_extracti32x4_epi32(plane, 1));
+                        _mm_store_si128(reinterpret_cast<__m128i*>(to + 2 * next), _mm512_extracti32x4_epi32(plane, 2));
+                        _mm_store_si128(reinterpret_cast<__m128i*>(to + 3 * next), _mm512_extracti32x4_epi32(plane, 3));
+                    }
+                    bias_[r * 3 + l] = 128 * sum;  // codewords are read with 128 added
+                    worth_[r * 3 + l] = worth;
+                }
             }
         }
 
@@ -258,11 +272,12 @@ class Avx512 {
         const Book& book_;
         const int chunks_, spans_, dim_, limbs_;  // spans: of 16 chunks
         const Decoder key_decoders_[2], value_decoders_[2];  // of each part
-        std::vector<uint8_t> s0_, s1_, s2_, s3_, s4_;
-        int8_t* digits_;               // (TILE / 4, spans, 4, 4, limbs, 16): component j of 16 chunks, of four rows
-        __m512i *keys_, *values_;      // planes: (parts, 4, spans, 4) and (parts, BLOCK / 4, 4)
-        uint32_t* weights_;            // (TILE, 3, BLOCK / 4): digits of four weights a word
-        uint8_t* partial_;             // codes of UNIT tokens
+        int8_t* const digits_;    // (TILE / 4, spans, 4, 4, limbs, 16): component j of 16 chunks, of four rows
+        __m512i* const keys_;     // planes: (parts, 4, spans, 4)
+        __m512i* const values_;   // and (parts, BLOCK / 4, 4)
+        uint32_t* const weights_; // (TILE, 3, BLOCK / 4): digits of four weights a word
+        uint8_t* const partial_;  // codes of UNIT tokens
+        __m512i planes_;          // puts the components of 16 chunks next to each other
         int32_t bias_[TILE * 3] = {};
         float worth_[TILE * 3] = {}, share_[TILE] = {};
     };

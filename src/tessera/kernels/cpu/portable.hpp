@@ -6,7 +6,7 @@ class Portable {
   public:
     class Scratch {
       public:
-        Scratch(const Book& book, int chunks, int) : book_(book), chunks_(chunks), dim_(4 * chunks) {
+        Scratch(const Book& book, int chunks, int, Memory&) : book_(book), chunks_(chunks), dim_(4 * chunks) {
             queries_.resize(size_t(TILE) * dim_);
             vectors_.resize(size_t(UNIT) * dim_);
             for (auto& words : words_) words.resize(chunks);
@@ -90,7 +90,8 @@ inline void decode_with_loops(const Vectors& p) {
     const int64_t bytes = p.book->row_bytes(chunks), parts = (p.tokens + BLOCK - 1) / BLOCK;
     Threads::get().run(p.lines * parts, p.threads, [&](int64_t task, int) {
         const int64_t line = task / parts, begin = task % parts * BLOCK, end = std::min(p.tokens, begin + BLOCK);
-        Portable::Scratch scratch(*p.book, chunks, 0);
+        Memory memory;
+        Portable::Scratch scratch(*p.book, chunks, 0, memory);
         float mean[MAX_DIM], factor[MAX_DIM];
         int64_t group = -1;
         for (int64_t t = begin; t < end; t += UNIT) {

@@ -7,11 +7,31 @@
 
 namespace {
 
+// Sums and differences of the numbers that lie HALF apart in groups of 2 HALF, of 16. Compilers find the shuffles for this.
+template <int HALF>
+inline void butterflies(float* x) {
+    float other[16];
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) other[j] = x[j ^ HALF];
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) x[j] = (j & HALF ? -x[j] : x[j]) + other[j];
+}
+
 // Hadamard matrix of each row of (rows, size), in place, orthonormal.
 inline void hadamard(float* x, int rows, int size) {
     const float norm = 1.0f / std::sqrt(float(size));
     for (int r = 0; r < rows; ++r, x += size) {
-        for (int half = 1; half < size; half *= 2)
+        int half = 1;
+        if (size % 16 == 0) {
+            for (int i = 0; i < size; i += 16) {
+                butterflies<1>(x + i);
+                butterflies<2>(x + i);
+                butterflies<4>(x + i);
+                butterflies<8>(x + i);
+            }
+            half = 16;
+        }
+        for (; half < size; half *= 2)
             for (int i = 0; i < size; i += 2 * half)
                 for (int j = i; j < i + half; ++j) {
                     const float a = x[j], b = x[j + half];
