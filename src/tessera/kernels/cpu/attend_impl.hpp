@@ -17,28 +17,47 @@ using namespace tessera;
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
-// Sums and maxima in sixteen lanes: the order of additions is then the code's, and compilers vectorise it.
+// Numbers side by side, of compilers' own vector types, as many as the instruction set has room for in a register.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
+
+inline Lanes load(const float* x) {
+    Lanes lanes;
+    std::memcpy(&lanes, x, sizeof lanes);
+    return lanes;
+}
+
+inline void store(float* x, Lanes lanes) { std::memcpy(x, &lanes, sizeof lanes); }
 
 inline float largest(const float* x, int count, float start) {
-    float lane[LANES];
-    for (int j = 0; j < LANES; ++j) lane[j] = start;
+    Lanes most = Lanes{} + start;
     int i = 0;
-    for (; i + LANES <= count; i += LANES)
-        for (int j = 0; j < LANES; ++j) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
-    for (int j = 0; i + j < count; ++j) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
-    for (int j = 0; j < LANES; ++j) start = lane[j] > start ? lane[j] : start;
+    for (; i + LANES <= count; i += LANES) {
+        const Lanes y = load(x + i);
+        most = y > most ? y : most;
+    }
+    for (; i < count; ++i) start = x[i] > start ? x[i] : start;
+    for (int j = 0; j < LANES; ++j) start = most[j] > start ? most[j] : start;
     return start;
 }
 
 inline float inner(const float* x, const float* y, int count) {
-    float lane[LANES] = {};
+    Lanes part[4] = {};  // additions need not wait for each other
     int i = 0;
-    for (; i + LANES <= count; i += LANES)
-        for (int j = 0; j < LANES; ++j) lane[j] += x[i + j] * y[i + j];
-    for (int j = 0; i + j < count; ++j) lane[j] += x[i + j] * y[i + j];
+    for (; i + 4 * LANES <= count; i += 4 * LANES)
+        for (int j = 0; j < 4; ++j) part[j] += load(x + i + j * LANES) * load(y + i + j * LANES);
+    for (; i + LANES <= count; i += LANES) part[0] += load(x + i) * load(y + i);
+    const Lanes lanes = (part[0] + part[1]) + (part[2] + part[3]);
     float sum = 0;
-    for (int j = 0; j < LANES; ++j) sum += lane[j];
+    for (; i < count; ++i) sum += x[i] * y[i];
+    for (int j = 0; j < LANES; ++j) sum += lanes[j];
     return sum;
 }
 
@@ -53,39 +72,40 @@ inline bool finite(const float* x, int count) {
 }
 
 // e^x for x <= 0, to 2 units in the last place; 0 below -87.
-inline float exp_negative(float x) {
-    const float y = x < -87.0f ? -87.0f : x;
-    const float n = std::floor(y * 1.44269504f + 0.5f);
-    const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+inline Lanes exp_negative(Lanes x) {
+    const Lanes y = x < -87.0f ? Lanes{} - 87.0f : x;
+    const IntLanes n = __builtin_convertvector(y * 1.44269504f - 0.5f, IntLanes);  // to the nearest: conversion cuts off
+    const Lanes whole = __builtin_convertvector(n, Lanes);
+    const Lanes r = (y - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return x < -87.0f ? 0.0f : p * power;
+    const IntLanes bits = (n + 127) << 23;
+    Lanes power;
+    std::memcpy(&power, &bits, sizeof power);
+    return x < -87.0f ? Lanes{} : p * power;
 }
 
-// x becomes x · length + shift.
-inline void stretch(float* __restrict x, const float* __restrict length, float shift, int count) {
-    for (int i = 0; i < count; i += LANES)
-        for (int j = 0; j < LANES; ++j) x[i + j] = x[i + j] * length[i + j] + shift;
+inline float exp_negative(float x) { return exp_negative(Lanes{} + x)[0]; }
+
+// x becomes x · length + shift, for a multiple of LANES.
+inline void stretch(float* x, const float* length, float shift, int count) {
+    for (int i = 0; i < count; i += LANES) store(x + i, load(x + i) * load(length + i) + shift);
 }
 
-// x becomes e^(x - most); returns the sum.
+// x becomes e^(x - most), for a multiple of LANES; returns the sum.
 inline float exponentials(float* x, int count, float most) {
-    float lane[LANES] = {};
-    for (int i = 0; i < count; i += LANES)
-        for (int j = 0; j < LANES; ++j) {
-            x[i + j] = exp_negative(x[i + j] - most);
-            lane[j] += x[i + j];
-        }
+    Lanes lanes = {};
+    for (int i = 0; i < count; i += LANES) {
+        const Lanes y = exp_negative(load(x + i) - most);
+        store(x + i, y);
+        lanes += y;
+    }
     float sum = 0;
-    for (int j = 0; j < LANES; ++j) sum += lane[j];
+    for (int j = 0; j < LANES; ++j) sum += lanes[j];
     return sum;
 }
 
