@@ -12,6 +12,7 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi2")
+#define TESSERA_LANES 8
 #include "attend_impl.hpp"
 #include "portable.hpp"
 

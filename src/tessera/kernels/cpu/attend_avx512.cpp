@@ -15,6 +15,7 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
+#define TESSERA_LANES 16
 #include "attend_impl.hpp"
 #include "avx512.hpp"
 #include "avx512_lookup.hpp"

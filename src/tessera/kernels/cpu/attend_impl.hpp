@@ -18,13 +18,7 @@ using namespace tessera;
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 // Numbers side by side, of compilers' own vector types, as many as the instruction set has room for in a register.
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
+constexpr int LANES = TESSERA_LANES;
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
 
@@ -179,6 +173,9 @@ struct Worker {
         const int64_t line = int64_t(b) * p.kv_heads + head;
         float shift[TILE];
         Segment segments[BLOCK / UNIT];
+        Unit units[BLOCK / UNIT];
+        alignas(64) float k_length[BLOCK], v_length[BLOCK];
+        const int64_t bytes = book.row_bytes(chunks);
 
         int64_t at = 0, page = 0;  // `at`: place of the page's first token
         while (page < p.page_count && at + p.pages[page].tokens <= begin) at += p.pages[page++].tokens;
@@ -198,8 +195,23 @@ struct Worker {
             }
             if (hidden(b, head, row, rows, first, place)) continue;
 
-            int column = 0;
-            for (int s = 0; s < count; ++s) {
+            // Lengths of all vectors first: numbers written one by one and read back at once as a register would be waited for.
+            for (int s = 0, column = 0; s < count; ++s) {
+                const Segment& seg = segments[s];
+                const Page& here = *seg.page;
+                const uint8_t* k_scale = here.k_scale + line * here.k_scale_stride + seg.token;
+                const uint8_t* v_scale = here.v_scale + line * here.v_scale_stride + seg.token;
+                const uint8_t* v_codes = here.v_codes + line * here.v_codes_stride + seg.token * bytes;
+                for (int t = 0; t < seg.count; t += UNIT, column += UNIT) {
+                    const int n = std::min(UNIT, seg.count - t);
+                    units[column / UNIT] = {v_codes + t * bytes, n};
+                    for (int j = 0; j < n; ++j) k_length[column + j] = book.scale[k_scale[t + j]];
+                    for (int j = 0; j < n; ++j) v_length[column + j] = book.scale[v_scale[t + j]];
+                    for (int j = n; j < UNIT; ++j) k_length[column + j] = v_length[column + j] = 0.0f;
+                }
+            }
+
+            for (int s = 0, column = 0; s < count; ++s) {
                 const Segment& seg = segments[s];
                 std::fill(shift, shift + rows, 0.0f);
                 bool wide = false;
@@ -218,22 +230,17 @@ struct Worker {
                     isa.set_queries(turned, rows);
                     plain = !wide;
                 }
-                const uint8_t* codes = seg.page->k_codes + line * seg.page->k_codes_stride + seg.token * book.row_bytes(chunks);
-                const uint8_t* scale = seg.page->k_scale + line * seg.page->k_scale_stride + seg.token;
-                for (int t = 0; t < seg.count; t += UNIT, column += UNIT) {
-                    const int n = std::min(UNIT, seg.count - t);
-                    float* to = scores + column;
-                    isa.dot(codes + t * book.row_bytes(chunks), n, rows, to, BLOCK);
-                    alignas(64) float length[UNIT];
-                    for (int j = 0; j < UNIT; ++j) length[j] = j < n ? book.scale[scale[t + j]] : 0.0f;
-                    for (int r = 0; r < rows; ++r) stretch(to + r * BLOCK, length, shift[r], UNIT);
-                    if (n < UNIT)
-                        for (int r = 0; r < rows; ++r) std::fill(to + r * BLOCK + n, to + r * BLOCK + UNIT, NONE);
+                isa.dot(seg.page->k_codes + line * seg.page->k_codes_stride + seg.token * bytes, seg.count, rows, scores + column, BLOCK);
+                const int whole = (seg.count + UNIT - 1) / UNIT * UNIT;
+                for (int r = 0; r < rows; ++r) {
+                    float* to = scores + r * BLOCK + column;
+                    stretch(to, k_length + column, shift[r], whole);
+                    std::fill(to + seg.count, to + whole, NONE);
                     if (p.softcap > 0)
-                        for (int r = 0; r < rows; ++r)
-                            for (int j = 0; j < n; ++j) to[r * BLOCK + j] = p.softcap * std::tanh(to[r * BLOCK + j] / p.softcap);
-                    hide(b, head, row, rows, seg.place + t, n, to);
+                        for (int j = 0; j < seg.count; ++j) to[j] = p.softcap * std::tanh(to[j] / p.softcap);
                 }
+                hide(b, head, row, rows, seg.place, seg.count, scores + column);
+                column += whole;
             }
 
             for (int r = 0; r < rows; ++r) {
@@ -250,20 +257,7 @@ struct Worker {
                     for (int c = 0; c < dim; ++c) sum[size_t(r) * dim + c] *= keep;
             }
 
-            column = 0;
-            Unit units[BLOCK / UNIT];
-            float length[BLOCK];
-            for (int s = 0; s < count; ++s) {
-                const Segment& seg = segments[s];
-                const uint8_t* codes = seg.page->v_codes + line * seg.page->v_codes_stride + seg.token * book.row_bytes(chunks);
-                const uint8_t* scale = seg.page->v_scale + line * seg.page->v_scale_stride + seg.token;
-                for (int t = 0; t < seg.count; t += UNIT, column += UNIT) {
-                    const int n = std::min(UNIT, seg.count - t);
-                    units[column / UNIT] = {codes + t * book.row_bytes(chunks), n};
-                    for (int j = 0; j < UNIT; ++j) length[column + j] = j < n ? book.scale[scale[t + j]] : 0.0f;
-                }
-            }
-            for (int r = 0; r < rows; ++r) stretch(scores + r * BLOCK, length, 0.0f, width);
+            for (int r = 0; r < rows; ++r) stretch(scores + r * BLOCK, v_length, 0.0f, width);
             isa.add(units, width / UNIT, scores, BLOCK, rows, sum);
         }
     }

@@ -1,4 +1,5 @@
 #include "attend.hpp"
+#define TESSERA_LANES 4
 #include "attend_impl.hpp"
 #include "portable.hpp"
 

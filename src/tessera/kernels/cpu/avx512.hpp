@@ -1,6 +1,6 @@
 // The inner loops of attend_impl.hpp with AVX-512 and its dot product of bytes (VNNI).
 //
-// Queries and softmax weights are written as one to three 8-bit digits, codewords are 8-bit integers, and products are
+// Queries are written as one to three 8-bit digits and softmax weights as two or three, codewords are 8-bit integers, and products are
 // added up exactly in 32 bits. Codewords come as planes, component j of 64 chunks in one register: for keys, sixteen chunks
 // of a vector lie side by side, so that a dot product of bytes adds over chunks; for values, four vectors' bytes do, so that
 // it adds over tokens. A decoder (avx512_permute.hpp, avx512_lookup.hpp) makes the planes from the codes as they lie.
@@ -74,48 +74,41 @@ class Avx512 {
             }
         }
 
-        // scores[r * stride + j] = <query r, vector j> for n tokens, less the scale of the vector.
+        // scores[r * stride + j] = <query r, vector j>, less the scale of the vector, for n tokens one behind the other; and
+        // anything beyond, up to a multiple of UNIT.
         [[gnu::noinline]] void dot(const uint8_t* codes, int n, int rows, float* scores, int stride) {
             const int64_t bytes = book_.row_bytes(chunks_);
-            prefetch(codes + AHEAD * UNIT * bytes, UNIT * bytes);
-            codes = whole(codes, n);
-            // Vector j of a plane's four is 4 j + t, so that sums over lanes come out in order.
-            for (int part = 0; part < book_.parts; ++part) {
-                const Decoder decode = key_decoders_[part];  // not a reference: stores do not change it
-                __m512i* to = keys_ + size_t(part) * 4 * spans_ * 4;
-                for (int t = 0; t < 4; t += 2)
-                    for (int s = 0; s < spans_; ++s) {
-                        const uint8_t* from = codes + t * bytes + s * 2 * book_.bits;
-                        __m512i plane[2][4];
-                        decode(from, from + bytes, 4 * bytes, std::min(16, chunks_ - 16 * s), plane);
-                        for (int v = 0; v < 2; ++v)
-                            for (int j = 0; j < 4; ++j) _mm512_store_si512(to + ((t + v) * spans_ + s) * 4 + j, plane[v][j]);
+            const Decoder decoders[2] = {key_decoders_[0], key_decoders_[1]};  // copies: stores do not change them
+            for (; n > 0; n -= UNIT, codes += UNIT * bytes, scores += UNIT) {
+                prefetch(codes + AHEAD * UNIT * bytes, UNIT * bytes);
+                const uint8_t* unit = whole(codes, n);
+                // Vector j of a plane's four is 4 j + t, so that sums over lanes come out in order.
+                for (int part = 0; part < book_.parts; ++part)
+                    for (int t = 0; t < 4; t += 2) {
+                        __m512i* to = keys_ + (size_t(part) * 4 + t) * spans_ * 4;
+                        const uint8_t* from = unit + t * bytes;
+                        for (int left = chunks_; left > 0; left -= 16, from += 2 * book_.bits, to += 4) {
+                            __m512i plane[2][4];
+                            decoders[part](from, from + bytes, 4 * bytes, std::min(16, left), plane);
+                            for (int j = 0; j < 4; ++j) {
+                                _mm512_store_si512(to + j, plane[0][j]);
+                                _mm512_store_si512(to + 4 * spans_ + j, plane[1][j]);
+                            }
+                        }
                     }
-            }
-            for (int r = 0; r < rows; r += 4) {
-                if (limbs_ == 1) dot_rows<1>(r, rows - r, scores, stride);
-                else if (limbs_ == 2) dot_rows<2>(r, rows - r, scores, stride);
-                else dot_rows<3>(r, rows - r, scores, stride);
+                for (int r = 0; r < rows; r += 4) {
+                    if (limbs_ == 1) dot_rows<1>(r, rows - r, scores, stride);
+                    else if (limbs_ == 2) dot_rows<2>(r, rows - r, scores, stride);
+                    else dot_rows<3>(r, rows - r, scores, stride);
+                }
             }
         }
 
         // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them.
         [[gnu::noinline]] void add(const Unit* unit, int units, const float* weights, int stride, int rows, float* sum) {
-            const int most_digit = (1 << (8 * limbs_)) - 1;
             for (int r = 0; r < rows; ++r) {
-                const float* w = weights + r * stride;
-                const float most = largest(w, units * UNIT, 0.0f);
-                share_[r] = most / float(most_digit) * book_.step;
-                const __m512 inverse = _mm512_set1_ps(most > 1e-30f ? float(most_digit) / most : 0.0f);
-                uint8_t* to = reinterpret_cast<uint8_t*>(weights_ + size_t(r) * 3 * (BLOCK / 4));
-                for (int j = 0; j < units * UNIT; j += 16) {
-                    const __m512i near = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w + j), inverse));
-                    const __m512i whole = _mm512_min_epi32(near, _mm512_set1_epi32(most_digit));
-                    for (int l = 0; l < limbs_; ++l) {
-                        const __m512i digit = _mm512_srl_epi32(whole, _mm_cvtsi32_si128(8 * (limbs_ - 1 - l)));
-                        _mm_store_si128(reinterpret_cast<__m128i*>(to + l * BLOCK + j), _mm512_cvtepi32_epi8(digit));
-                    }
-                }
+                if (limbs_ <= 2) set_weights<2>(weights + r * stride, units * UNIT, r);
+                else set_weights<3>(weights + r * stride, units * UNIT, r);
             }
             const int64_t bytes = book_.row_bytes(chunks_);
             for (int s = 0; s < spans_; ++s) {
@@ -134,8 +127,7 @@ class Avx512 {
                     }
                 }
                 for (int r = 0; r < rows; r += 2) {
-                    if (limbs_ == 1) add_rows<1>(s, r, rows - r, units, sum);
-                    else if (limbs_ == 2) add_rows<2>(s, r, rows - r, units, sum);
+                    if (limbs_ <= 2) add_rows<2>(s, r, rows - r, units, sum);
                     else add_rows<3>(s, r, rows - r, units, sum);
                 }
             }
@@ -147,9 +139,26 @@ class Avx512 {
 
         // The codes of UNIT tokens, whatever they are where there are fewer: those have no weight.
         const uint8_t* whole(const uint8_t* codes, int count) {
-            if (count == UNIT) return codes;
+            if (count >= UNIT) return codes;
             std::memcpy(partial_, codes, size_t(count) * size_t(book_.row_bytes(chunks_)));
             return partial_;
+        }
+
+        // At least two digits: many small weights, each rounded to nothing, would be missed beside a large one.
+        template <int LIMBS>
+        void set_weights(const float* w, int count, int r) {
+            constexpr int MOST = (1 << (8 * LIMBS)) - 1;
+            const float most = largest(w, count, 0.0f);
+            share_[r] = most / float(MOST) * book_.step;
+            const __m512 inverse = _mm512_set1_ps(most > 1e-30f ? float(MOST) / most : 0.0f);
+            uint8_t* to = reinterpret_cast<uint8_t*>(weights_ + size_t(r) * 3 * (BLOCK / 4));
+            for (int j = 0; j < count; j += 16) {
+                const __m512i near = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w + j), inverse));
+                const __m512i whole = _mm512_min_epi32(near, _mm512_set1_epi32(MOST));
+#pragma GCC unroll 3
+                for (int l = 0; l < LIMBS; ++l)
+                    _mm_store_si128(reinterpret_cast<__m128i*>(to + l * BLOCK + j), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8 * (LIMBS - 1 - l))));
+            }
         }
 
         static void prefetch(const uint8_t* from, int64_t bytes) {

@@ -20,13 +20,17 @@ class Portable {
             return vectors_.data();
         }
 
-        // scores[r * stride + j] = <query r, vector j> for n tokens, less the scale of the vector.
+        // scores[r * stride + j] = <query r, vector j>, less the scale of the vector, for n tokens one behind the other; and
+        // anything beyond, up to a multiple of UNIT.
         void dot(const uint8_t* codes, int n, int rows, float* scores, int stride) {
-            decode(codes, n);
-            for (int r = 0; r < rows; ++r) {
-                const float* q = &queries_[size_t(r) * dim_];
-                for (int j = 0; j < n; ++j) scores[r * stride + j] = inner(q, &vectors_[size_t(j) * dim_], dim_);
-                for (int j = n; j < UNIT; ++j) scores[r * stride + j] = 0.0f;
+            for (; n > 0; n -= UNIT, codes += UNIT * book_.row_bytes(chunks_), scores += UNIT) {
+                const int count = std::min(n, UNIT);
+                decode(codes, count);
+                for (int r = 0; r < rows; ++r) {
+                    const float* q = &queries_[size_t(r) * dim_];
+                    for (int j = 0; j < count; ++j) scores[r * stride + j] = inner(q, &vectors_[size_t(j) * dim_], dim_);
+                    for (int j = count; j < UNIT; ++j) scores[r * stride + j] = 0.0f;
+                }
             }
         }
 
