@@ -86,10 +86,14 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
         backend: see `attend`.
     """
     name = chosen(backend)
+    if name.startswith("cpu") and (cpu.MISSING is not None or x.device.type != "cpu"):
+        raise ValueError(f"backend {name!r} cannot run: {cpu.MISSING or f'the chunks are on {x.device}'}")
+    if name == "triton" and (triton.missing() is not None or not (x.is_cuda or triton.interpreted())):
+        raise ValueError(f"backend {name!r} cannot run: {triton.missing() or f'the chunks are on {x.device}'}")
+    if name == "triton" or (name == "auto" and x.is_cuda and triton.missing() is None):
+        return codes.to(x.device)[triton.nearest(x, index)]
     if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
         return cpu.nearest(x, index, codes)
-    if name.startswith("cpu"):
-        raise ValueError(f"backend {name!r} cannot run: {cpu.MISSING or f'the chunks are on {x.device}'}")
     return codes.to(x.device)[reference_nearest(x, index)]
 
 

@@ -103,6 +103,21 @@ class CellIndex:
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
+    def lists(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The candidate lists without padding, one behind the other, as kernels read them.
+
+        Returns:
+            first, count: (rows,) int32, of each list its place and its length.
+            points: (entries, 5) float32, the components of each candidate and its bias.
+            codes: (entries,) int32, their codes.
+        """
+        # Lists were padded by repeating their first entry.
+        length = 1 + (self.candidates[:, 1:] != self.candidates[:, :1]).sum(1)
+        inside = torch.arange(self.candidates.shape[1], device=length.device) < length[:, None]
+        rows = self.candidates[inside].long()
+        points = torch.cat((self.points, self.bias[:, None]), dim=1)[rows]
+        return (length.cumsum(0) - length).int(), length.int(), points, self.codes[rows].int()
+
 
 def build_index(words: Tensor, conjugations: bool) -> CellIndex:
     """Index a codebook.

@@ -178,10 +178,7 @@ _INDICES: WeakKeyDictionary[CellIndex, Any] = WeakKeyDictionary()
 
 def _index(index: CellIndex, codes: Tensor) -> Any:
     if index not in _INDICES:
-        # Lists were padded by repeating their first entry.
-        length = 1 + (index.candidates[:, 1:] != index.candidates[:, :1]).sum(1)
-        rows = index.candidates[torch.arange(index.candidates.shape[1]) < length[:, None]].long()
-        biased = torch.cat((index.points, index.bias[:, None]), dim=1)
+        first, count, points, numbers = index.lists()
         words = torch.cat((index.words, index.words.square().sum(-1, keepdim=True) / 2), dim=1).T
         product, inverse, turn_unit, rotation_unit, unit_rotation = reduction_tables()
         _INDICES[index] = _cpu.Index(
@@ -189,10 +186,10 @@ def _index(index: CellIndex, codes: Tensor) -> Any:
             index.origin.numpy(),
             index.roots.numpy(),
             index.children.flatten().numpy(),
-            (length.cumsum(0) - length).int().numpy(),
-            length.int().numpy(),
-            biased[rows].contiguous().numpy(),
-            index.codes[rows].int().numpy(),
+            first.numpy(),
+            count.numpy(),
+            points.contiguous().numpy(),
+            numbers.numpy(),
             ROOT,
             index.radius,
             index.conjugations,

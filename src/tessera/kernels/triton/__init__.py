@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
+from tessera.kernels.nearest import ROOT, CellIndex, brute_force, reduction_tables
 from tessera.kernels.pages import Pages, strided
 from tessera.kernels.reference import merge
+from tessera.quaternion import units
 
 #: Longest head that the kernels know.
 MAX_DIM = 256
@@ -135,6 +137,46 @@ def attend(
     if rotation is not None:
         whole = whole @ rotation.T
     return whole.view(batch, heads, tokens, dim), lse.view(batch, heads, tokens)
+
+
+def nearest(x: Tensor, index: CellIndex) -> Tensor:
+    """`tessera.kernels.nearest.nearest` in Triton: (n, 4) float32 -> (n,) int64, rows of the index's words."""
+    from tessera.kernels.triton.nearest_kernel import BLOCK, nearest_kernel
+
+    x = x.contiguous()
+    found = torch.empty(len(x), dtype=torch.int32, device=x.device)
+    if len(x) == 0:
+        return found.long()
+    tables = _index_tables(index)
+    nearest_kernel[(-(-len(x) // BLOCK),)](
+        x,
+        index.roots,
+        index.children,
+        *tables,
+        found,
+        len(x),
+        ROOT,
+        index.radius**2,
+        *index.origin.tolist(),
+        *index.dims.tolist(),
+        DEPTH=index.depth,
+        CONJUGATIONS=index.conjugations,
+        BLOCK=BLOCK,
+    )
+    code = found.long()
+    far = code < 0
+    if far.any():
+        code[far] = brute_force(x[far], index.words)
+    return code
+
+
+@cache
+def _index_tables(index: CellIndex) -> tuple[Tensor, ...]:
+    """Lists and the group, as the kernel reads them, on the index's device."""
+    device = index.roots.device
+    first, count, points, codes = index.lists()
+    group = [table.flatten().int() for table in reduction_tables()]
+    return tuple(t.to(device).contiguous() for t in (first, count, points, codes, units(), *group))
 
 
 @cache

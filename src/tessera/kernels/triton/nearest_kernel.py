@@ -1,0 +1,124 @@
+"""Nearest codeword of a product codebook on a GPU: `tessera.kernels.nearest`, which explains the search, in Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Chunks of a program.
+BLOCK = 128
+
+
+@triton.jit
+def nearest_kernel(
+    x,  # (n, 4) float32
+    roots,  # (cubes,) int32
+    children,  # (n, 16) int32
+    first,  # of each list its place in `points`
+    count,  # and its length, int32
+    points,  # (entries, 5) float32: components of the candidates and half their squared lengths
+    codes,  # (entries,) int32: product numbers
+    units,  # (24, 4) float32
+    product,  # (24, 24) int32, of two units
+    inverse,  # (24,) int32
+    turn_unit,
+    rotation_unit,
+    unit_rotation,  # see `reduction_tables`, int32
+    out,  # (n,) int32; -1 where the search must be done in full
+    n,
+    root,
+    square_radius,
+    origin0,
+    origin1,
+    origin2,
+    origin3,
+    dims0,
+    dims1,
+    dims2,
+    dims3,
+    DEPTH: tl.constexpr,
+    CONJUGATIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of chunks."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
+    x0 = tl.load(x + 4 * at, mask=live, other=0.0)
+    x1 = tl.load(x + 4 * at + 1, mask=live, other=0.0)
+    x2 = tl.load(x + 4 * at + 2, mask=live, other=0.0)
+    x3 = tl.load(x + 4 * at + 3, mask=live, other=0.0)
+
+    # Nearest unit, in closed form: the axis of the largest component, or the signs of all.
+    most, axis, negative = tl.abs(x0), tl.zeros_like(at), x0 < 0
+    larger = tl.abs(x1) > most
+    most, axis, negative = tl.where(larger, tl.abs(x1), most), tl.where(larger, 1, axis), tl.where(larger, x1 < 0, negative)
+    larger = tl.abs(x2) > most
+    most, axis, negative = tl.where(larger, tl.abs(x2), most), tl.where(larger, 2, axis), tl.where(larger, x2 < 0, negative)
+    larger = tl.abs(x3) > most
+    most, axis, negative = tl.where(larger, tl.abs(x3), most), tl.where(larger, 3, axis), tl.where(larger, x3 < 0, negative)
+    total = tl.abs(x0) + tl.abs(x1) + tl.abs(x2) + tl.abs(x3)
+    signs = 8 * (x0 < 0).to(tl.int32) + 4 * (x1 < 0).to(tl.int32) + 2 * (x2 < 0).to(tl.int32) + (x3 < 0).to(tl.int32)
+    unit = tl.where(total * 0.5 > most, 8 + signs, 2 * axis + negative.to(tl.int32))
+    p0, p1 = tl.load(units + 4 * unit), tl.load(units + 4 * unit + 1)
+    p2, p3 = tl.load(units + 4 * unit + 2), tl.load(units + 4 * unit + 3)
+    z0 = p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3
+    z1 = p0 * x1 - p1 * x0 - p2 * x3 + p3 * x2
+    z2 = p0 * x2 + p1 * x3 - p2 * x0 - p3 * x1
+    z3 = p0 * x3 - p1 * x2 + p2 * x1 - p3 * x0
+
+    turn = tl.zeros_like(at)
+    if CONJUGATIONS:
+        # The largest of the three first, then the flip of two signs that mends the first two.
+        shift = tl.where(tl.abs(z2) > tl.abs(z1), 1, 0)
+        shift = tl.where(tl.abs(z3) > tl.maximum(tl.abs(z1), tl.abs(z2)), 2, shift)
+        a = tl.where(shift == 0, z1, tl.where(shift == 1, z2, z3))
+        b = tl.where(shift == 0, z2, tl.where(shift == 1, z3, z1))
+        c = tl.where(shift == 0, z3, tl.where(shift == 1, z1, z2))
+        flips = tl.where(a < 0, tl.where(b < 0, 3, 2), tl.where(b < 0, 1, 0))
+        z1 = tl.where(flips >= 2, -a, a)
+        z2 = tl.where((flips == 1) | (flips == 3), -b, b)
+        z3 = tl.where((flips == 1) | (flips == 2), -c, c)
+        turn = shift * 4 + flips
+
+    # Down the tree of cubes.
+    y0, y1, y2, y3 = z0 / root, z1 / root, z2 / root, z3 / root
+    c0 = tl.minimum(tl.maximum(tl.floor(y0), origin0), origin0 + dims0 - 1)
+    c1 = tl.minimum(tl.maximum(tl.floor(y1), origin1), origin1 + dims1 - 1)
+    c2 = tl.minimum(tl.maximum(tl.floor(y2), origin2), origin2 + dims2 - 1)
+    c3 = tl.minimum(tl.maximum(tl.floor(y3), origin3), origin3 + dims3 - 1)
+    cube = (c0 - origin0).to(tl.int32) * dims1 + (c1 - origin1).to(tl.int32)
+    cube = (cube * dims2 + (c2 - origin2).to(tl.int32)) * dims3 + (c3 - origin3).to(tl.int32)
+    y0, y1 = tl.minimum(tl.maximum(y0 - c0, 0.0), 1.0), tl.minimum(tl.maximum(y1 - c1, 0.0), 1.0)
+    y2, y3 = tl.minimum(tl.maximum(y2 - c2, 0.0), 1.0), tl.minimum(tl.maximum(y3 - c3, 0.0), 1.0)
+    link = tl.load(roots + cube)
+    for _ in tl.static_range(DEPTH):
+        h0, h1, h2, h3 = y0 >= 0.5, y1 >= 0.5, y2 >= 0.5, y3 >= 0.5
+        part = 8 * h0.to(tl.int32) + 4 * h1.to(tl.int32) + 2 * h2.to(tl.int32) + h3.to(tl.int32)
+        inner = link < -1
+        link = tl.load(children + tl.where(inner, -2 - link, 0) * 16 + part, mask=inner, other=0) + tl.where(inner, 0, link)
+        y0, y1 = 2 * y0 - h0.to(tl.float32), 2 * y1 - h1.to(tl.float32)
+        y2, y3 = 2 * y2 - h2.to(tl.float32), 2 * y3 - h3.to(tl.float32)
+
+    far = (link < 0) | (z0 * z0 + z1 * z1 + z2 * z2 + z3 * z3 > square_radius)
+    row = tl.where(far, 0, link)
+    begin, length = tl.load(first + row), tl.load(count + row)
+    best = tl.full((BLOCK,), -3.4e38, tl.float32)
+    where = begin
+    for i in range(tl.max(length, 0)):
+        inside = i < length
+        entry = tl.where(inside, begin + i, begin)
+        score = tl.load(points + 5 * entry) * z0 + tl.load(points + 5 * entry + 1) * z1
+        score += tl.load(points + 5 * entry + 2) * z2 + tl.load(points + 5 * entry + 3) * z3
+        score -= tl.load(points + 5 * entry + 4)
+        better = inside & (score > best)
+        best, where = tl.where(better, score, best), tl.where(better, entry, where)
+    found = tl.load(codes + where)
+    s, right = found // 24, found % 24
+    if CONJUGATIONS:
+        # x = q_p·g·z·ḡ, so the codeword for x is q_p·(g·q_unit·ḡ)·(g·s·ḡ).
+        g = tl.load(turn_unit + turn)
+        right = tl.load(product + 24 * tl.load(product + 24 * g + right) + tl.load(inverse + g))
+        turned = tl.load(product + 24 * g + tl.load(rotation_unit + s % 12))
+        s = s // 12 * 12 + tl.load(unit_rotation + turned)
+    code = s * 24 + tl.load(product + 24 * unit + right)
+    tl.store(out + at, tl.where(far, -1, code), mask=live)
