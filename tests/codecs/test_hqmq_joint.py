@@ -184,20 +184,28 @@ def test_symmetries_are_the_products_from_both_sides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "data", "words", "step"),
+    ("spec", "revision", "data", "words", "step"),
     [
-        ("hqmq:3_norot_nocentre", [0xD2, 0x04, 0xFA], [[-40, 40, 7, 27], [87, -9, -87, 7]], 0.02799804),
-        ("hqmq:4_norot_nocentre", [0xD2, 0x04, 0xA0, 0x0F], [[18, 7, 16, 3], [12, 8, -26, -14]], 0.03316313),
+        ("hqmq:3_norot_nocentre", "1", [0xD2, 0x04, 0xFA], [[-40, 40, 7, 27], [87, -9, -87, 7]], 0.02799804),
+        ("hqmq:4_norot_nocentre", "2", [0xD2, 0x04, 0xA0, 0x0F], [[32, 0, -6, -4], [-3, 12, 29, -36]], 0.03316313),
     ],
 )
 def test_codes_mean_what_they_meant_in_files_written_earlier(
-    spec: str, data: list[int], words: list[list[int]], step: float
+    spec: str, revision: str, data: list[int], words: list[list[int]], step: float
 ) -> None:
     # Codes 1234 and 4000, and a scale of two octaves above one.
     header = {"codec": spec, "shape": "1,1,1,8", "dtype": "float32", "role": "key", "layer": "0", "offset": "0"}
+    header["revision"] = revision
     tensors = {"codes": torch.tensor([[[data]]]).to(torch.uint8), "scale": torch.tensor([[[144]]]).to(torch.uint8)}
     decoded = Packed.from_parts(header, tensors).decode()
     torch.testing.assert_close(decoded.view(2, 4), 4 * step * torch.tensor(words), rtol=1e-5, atol=0)
+
+
+def test_codes_of_another_revision_are_refused() -> None:
+    packed = JointHQMQ(4).encode(torch.randn(1, 1, 64, 8))
+    for header in ({**packed.metadata(), "revision": "1"}, {k: v for k, v in packed.metadata().items() if k != "revision"}):
+        with pytest.raises(ValueError, match="revision 1 of 'hqmq:4'; this version reads revision 2"):
+            Packed.from_parts(header, packed.tensors)
 
 
 def test_bits_without_a_codebook_are_refused() -> None:

@@ -154,6 +154,7 @@ class Packed:
             "role": self.role,
             "layer": str(self.layer),
             "offset": str(self.offset),
+            **({"revision": str(self.codec.revision)} if self.codec.revision != 1 else {}),
         }
 
     @staticmethod
@@ -165,12 +166,17 @@ class Packed:
             spec, role = metadata["codec"], metadata["role"]
             shape = tuple(int(n) for n in metadata["shape"].split(","))
             dtype, layer, offset = getattr(torch, metadata["dtype"]), int(metadata["layer"]), int(metadata["offset"])
+            revision = int(metadata.get("revision", "1"))  # the first did not say
         except (KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"this is no packed cache: its header lacks or garbles {error}") from None
         if codec is None:
             codec = get(spec)
         elif codec.spec != spec:
             raise ValueError(f"this was encoded by {spec!r}, not by {codec.spec!r}")
+        if revision != codec.revision:
+            raise ValueError(
+                f"this was encoded by revision {revision} of {spec!r}; this version reads revision {codec.revision}"
+            )
         if role not in ("key", "value") or len(shape) != 4 or min(shape) < 0 or shape[3] == 0:
             raise ValueError(f"this is no packed cache: role {role!r}, shape {shape}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or layer < 0 or not 0 <= offset < codec.group:
@@ -225,10 +231,12 @@ class Codec(ABC):
         spec: the name that `tessera.codecs.get` turns into an equal codec.
         group: tokens that are encoded together.
         fields: layout of every tensor that may be kept.
+        revision: changes when the same tensors come to mean something else.
     """
 
     spec: str
     group: int = 1
+    revision: int = 1
     fields: Mapping[str, Layout]
 
     def encode(self, x: Tensor, role: Role = "value", layer: int = 0) -> Packed:

@@ -27,7 +27,7 @@ from tessera.codecs import logscale, precondition
 from tessera.codecs.base import Codec, Layout, Packed, Role, group_index
 from tessera.codecs.bits import pack_bits, unpack_bits
 from tessera.codecs.chunks import from_chunks, to_chunks
-from tessera.codecs.codebooks import JOINT_BITS, joint
+from tessera.codecs.codebooks import JOINT_BITS, joint, joint_shape
 from tessera.codecs.rotation import rotation, rotation_factors
 from tessera.kernels import dispatch
 from tessera.kernels.joint import JointFormat
@@ -56,6 +56,7 @@ class JointHQMQ(Codec):
         self.bits, self.rotate, self.centre = bits, rotate, centre
         self.code_bits = int(4 * bits)
         self.group = GROUP if centre else 1
+        self.revision = 2 if joint_shape(self.code_bits)[1] else 1  # since 2, `JointCodebook.points` are in another order
         self.spec = f"hqmq:{bits:g}" + ("" if rotate else "_norot") + ("" if centre else "_nocentre")
 
     def kernel_format(self, dim: int) -> JointFormat:
