@@ -26,31 +26,38 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tessera
+from tessera.cache.tiers import BLOCK
+from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.evaluation.records import environment
 from tessera.evaluation.table import size
 from tessera.files import atomic_path
+from tessera.kernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = {"DynamicCache": None, "QuantizedCache, quanto": "optimum", "QuantizedCache, hqq": "hqq"}
 CACHES = (*PEERS, "sink:4 + hqmq:4 + recent:128", "sink:4 + hqmq:3 + recent:128")
+#: Of an 8B model: its other layers have 3.5 times as many.
+WIDTH = 4096
 #: Tokens that are given to a cache at once while it is filled.
 CHUNK = 2048
 
 
-def build(layers: int) -> LlamaForCausalLM:
-    """A Llama of 8B's width in bfloat16, with weights that nobody trained."""
+def build(layers: int, width: int = WIDTH) -> LlamaForCausalLM:
+    """A Llama with the attention of 8B in bfloat16, with weights that nobody trained."""
     config = LlamaConfig(
         vocab_size=1024,
-        hidden_size=4096,
-        intermediate_size=14336,
+        hidden_size=width,
+        intermediate_size=7 * width // 2,
         num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=8,
@@ -98,11 +105,46 @@ def steps(model: LlamaForCausalLM, cache: Any, count: int) -> float:
 
 
 @torch.inference_mode()
-def measure(name: str, tokens: int, layers: int, count: int, channel: Connection) -> None:
+def breakdown(model: LlamaForCausalLM, cache: Any) -> dict[str, float]:
+    """Milliseconds a step and layer, over as many steps as it takes until a block of tokens has been compressed.
+
+    "kernel": partial attention over the compressed tier. "compress": encoding. "update": the cache takes new keys and
+    values. "attention": all else of the attention function, that is the exact tiers and joining.
+    """
+    spent = dict.fromkeys(("kernel", "compress", "update", "attention"), 0.0)
+    inner = [0.0]  # for each call that is going on the time of the calls within it
+
+    def timed(name: str, call: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            inner.append(0.0)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                elapsed = time.perf_counter() - began
+                spent[name] += elapsed - inner.pop()
+                inner[-1] += elapsed
+
+        return run
+
+    layers, kind = model.config.num_hidden_layers, ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+    with (
+        patch.object(dispatch, "attend", timed("kernel", dispatch.attend)),
+        patch.object(JointHQMQ, "encode", timed("compress", JointHQMQ.encode)),
+        patch.object(type(cache), "update", timed("update", type(cache).update)),
+        patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, {model.config._attn_implementation: timed("attention", kind)}),
+    ):
+        for _ in range(BLOCK):
+            model(torch.tensor([[1]]), past_key_values=cache)
+    return {name: 1e3 * seconds / BLOCK / layers for name, seconds in spent.items()}
+
+
+@torch.inference_mode()
+def measure(name: str, tokens: int, layers: int, count: int, width: int, channel: Connection) -> None:
     """Measure one cache in this process and send a row, or the text of an error."""
     try:
         torch.manual_seed(0)
-        model = build(layers)
+        model = build(layers, width)
         empty = steps(model, make(name, model), count)
         before = forget_peak()
         cache = make(name, model)
@@ -119,17 +161,19 @@ def measure(name: str, tokens: int, layers: int, count: int, channel: Connection
             "tokens_per_second": 1 / seconds,
             "peak_growth": peak_memory() - before,
         }
+        if isinstance(cache, tessera.Cache) and width == WIDTH:
+            row["breakdown"] = breakdown(model, cache)
         channel.send(row)
     except BaseException:
         channel.send(traceback.format_exc())
         raise
 
 
-def run(name: str, tokens: int, layers: int, count: int) -> dict[str, Any]:
+def run(name: str, tokens: int, layers: int, count: int, width: int = WIDTH) -> dict[str, Any]:
     """`measure` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(name, tokens, layers, count, there))
+    process = context.Process(target=measure, args=(name, tokens, layers, count, width, there))
     process.start()
     there.close()
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera import codecs, kernels
-from tessera.kernels import reference
+from tessera.kernels import cpu, dispatch, reference
 from tessera.kernels.reference import attend_exact, merge
 
 SCALE = 0.3
@@ -74,6 +74,34 @@ def test_exact(
     expected = written_out(q, k, v, seen if mask is None else seen & mask, softcap)
     found = attend_exact(q, k, v, SCALE, mask, softcap, start=start, window=window)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    if cpu.attend_exact_refusal(q, k, v) is None:
+        for level in cpu.levels():
+            found = cpu.attend_exact(q, k, v, SCALE, mask, softcap, start=start, window=window, level=level)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_queries_over_exact_keys_run_in_cpp(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.to(dtype) for x in inputs(2, 300, 4))
+    k = torch.cat((k, k), dim=2)[:, :, 100:400]  # strided, as a ring is
+    wanted = attend_exact(q, k, v, SCALE)
+    monkeypatch.setattr(dispatch.reference, "attend_exact", None)
+    assert dispatch.exact_in_cpp(q, k, v)
+    torch.testing.assert_close(dispatch.attend_exact(q, k, v, SCALE), wanted, atol=1e-5, rtol=1e-4)
+    q[0, 1, 1, 3] = torch.nan
+    out, lse = dispatch.attend_exact(q, k, v, SCALE)
+    assert out[0, 1, 1].isnan().all()
+    assert lse.isnan().sum() == 1
+
+
+def test_gradients_and_many_queries_are_left_to_pytorch() -> None:
+    q, k, v = inputs(200, 20)
+    assert not dispatch.exact_in_cpp(q, k, v)
+    few = q[:, :, :2].requires_grad_()
+    assert not dispatch.exact_in_cpp(few, k, v)
+    out, _ = dispatch.attend_exact(few, k, v, SCALE)
+    assert torch.autograd.grad(out.sum(), few)[0].shape == few.shape
 
 
 @pytest.mark.usefixtures("_scores")
@@ -101,9 +129,10 @@ def test_merge_is_one_softmax(cuts: tuple[int, ...]) -> None:
         for kp, vp, m in zip(k.split(cuts, 2), v.split(cuts, 2), mask.split(cuts, 3), strict=True)
     ]
     expected = written_out(q, k, v, seen)
-    torch.testing.assert_close(merge(parts), expected, atol=1e-5, rtol=1e-4)
-    assert (merge(parts)[0][:, :, 2] == 0).all()
-    assert (merge(parts)[1][:, :, 2] == -math.inf).all()
+    for join in (merge, dispatch.merge):
+        torch.testing.assert_close(join(parts), expected, atol=1e-5, rtol=1e-4)
+        assert (join(parts)[0][:, :, 2] == 0).all()
+        assert (join(parts)[1][:, :, 2] == -math.inf).all()
 
 
 def test_large_scores_do_not_overflow() -> None:

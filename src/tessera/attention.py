@@ -15,8 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from tessera.cache.lane import Part, Turn
 from tessera.cache.layer import ATTENTION, Handle
 from tessera.cache.masks import LaneMask, boolean
-from tessera.kernels import Pages, dispatch, merge
-from tessera.kernels.reference import attend_exact
+from tessera.kernels import Pages, dispatch
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -146,11 +145,11 @@ def _attend(q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softcap:
         if isinstance(part.held, Pages):
             results.append(dispatch.attend(q, part.held, scale, mask=seen, softcap=softcap, start=start, window=window))
         else:
-            results.append(attend_exact(q, *part.held, scale, mask=seen, softcap=softcap, start=start, window=window))
+            results.append(dispatch.attend_exact(q, *part.held, scale, mask=seen, softcap=softcap, start=start, window=window))
     if s_aux is not None:
         lse = s_aux.float().view(1, -1, 1).expand(q.shape[:3])
         results.append((torch.zeros_like(results[0][0]), lse))
-    return merge(results)[0]
+    return dispatch.merge(results)[0]
 
 
 def _rule(turn: Turn, part: Part) -> tuple[int | None, int | None]:
@@ -164,9 +163,12 @@ def _rule(turn: Turn, part: Part) -> tuple[int | None, int | None]:
 
 
 def _fused(q: Tensor, turn: Turn, scale: float) -> Tensor | None:
-    """PyTorch's own attention, where all that is read is one exact part with a rule that it knows."""
+    """PyTorch's own attention, where all that is read is one exact part with a rule that it knows, and many queries read it.
+
+    For a few queries that share keys it is slower than the kernel for them.
+    """
     part = turn.parts[0]
-    if isinstance(part.held, Pages) or part.held[0].dtype != q.dtype:
+    if isinstance(part.held, Pages) or part.held[0].dtype != q.dtype or dispatch.exact_in_cpp(q, *part.held):
         return None
     k, v = part.held
     start, window = _rule(turn, part)

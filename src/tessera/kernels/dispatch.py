@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from tessera.kernels import cpu, reference, triton
@@ -68,6 +70,41 @@ def attend(
         if why is not None:
             _say_once(why)
     return reference.attend(q, pages, scale, mask, softcap, start=start, window=window)
+
+
+def attend_exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    start: int | None = None,
+    window: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Partial attention over keys and values as they are, see `tessera.kernels.reference.attend_exact`.
+
+    In C++ for the few queries of a decoding step on a CPU, else in PyTorch. `backend`: see `attend`.
+    """
+    family, _, level = chosen(backend).partition(":")
+    if family in ("auto", "cpu") and cpu.attend_exact_refusal(q, k, v) is None:
+        return cpu.attend_exact(q, k, v, scale, mask, softcap, start=start, window=window, level=level or None)
+    return reference.attend_exact(q, k, v, scale, mask, softcap, start=start, window=window)
+
+
+def exact_in_cpp(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_exact` would run in C++."""
+    return chosen(None).partition(":")[0] in ("auto", "cpu") and cpu.attend_exact_refusal(q, k, v) is None
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]], backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys of all parts, see `tessera.kernels.reference.merge`. `backend`: see `attend`."""
+    plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad for part in parts for x in part)
+    if len(parts) > 1 and plain and cpu.MISSING is None and chosen(backend).partition(":")[0] in ("auto", "cpu"):
+        return cpu.merge(parts)
+    return reference.merge(parts)
 
 
 def decode(packed: Coded, backend: str | None = None) -> Tensor | None:

@@ -61,13 +61,31 @@ def attend_exact(
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend` over keys and values that are not packed. k, v: (batch, kv_heads, tokens, head_dim)."""
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} differ in shape")
+    check_exact(q, k, v, mask)
 
     def block(a: int, b: int) -> tuple[Tensor, Tensor]:
         return k[:, :, a:b], v[:, :, a:b]
 
     return _online(q, block, tuple(k.shape), scale, mask, softcap, start, window)
+
+
+def check_exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Refuse keys, values or a mask that do not fit the queries.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} differ in shape")
+    _check(q, tuple(k.shape), mask)
+
+
+def _check(q: Tensor, keys: tuple[int, ...], mask: Tensor | None) -> None:
+    batch, heads, tokens, dim = q.shape
+    if keys[0] != batch or heads % keys[1] or keys[3] != dim:
+        raise ValueError(f"queries {tuple(q.shape)} do not fit keys {keys}")
+    if mask is not None and mask.shape[-2:] != (tokens, keys[2]):
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit {tokens} queries and {keys[2]} keys")
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -102,12 +120,9 @@ def _online(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Online softmax over blocks of keys, for tiles of queries."""
-    batch, heads, tokens, dim = q.shape
+    batch, heads, tokens, _ = q.shape
     kv_heads, count = keys[1], keys[2]
-    if keys[0] != batch or heads % kv_heads or keys[3] != dim:
-        raise ValueError(f"queries {tuple(q.shape)} do not fit keys {keys}")
-    if mask is not None and mask.shape[-2:] != (tokens, count):
-        raise ValueError(f"mask {tuple(mask.shape)} does not fit {tokens} queries and {count} keys")
+    _check(q, keys, mask)
     tile = max(1, min(tokens, SCORES // (batch * heads * FEW)))
     step = max(FEW, min(MANY, SCORES // (batch * heads * tile) // FEW * FEW))
     if tile == tokens:

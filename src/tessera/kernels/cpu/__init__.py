@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, reduction_tables
 from tessera.kernels.pages import Coded, Pages, strided
+from tessera.kernels.reference import check_exact
 from tessera.quaternion import units
 
 _cpu: Any
@@ -52,6 +54,8 @@ LEVELS = ("portable", "avx2", "avx512")
 DIGITS = 2
 #: Longest head that the kernels know.
 MAX_DIM = 512
+#: Rows of queries a key head, up to which `attend_exact` is used.
+FEW_ROWS = 64
 
 
 def levels() -> tuple[str, ...]:
@@ -65,6 +69,8 @@ def attend_refusal(q: Tensor, pages: Pages) -> str | None:
     dim = pages.shape[3]
     if MISSING is not None:
         return MISSING
+    if torch.is_grad_enabled() and q.requires_grad:
+        return "the C++ kernels have no gradients"
     if q.device.type != "cpu" or keys.device.type != "cpu":
         return f"the queries are on {q.device} and the cache on {keys.device}"
     if pages.form() is None:
@@ -126,6 +132,79 @@ def attend(
         digits,
         torch.get_num_threads(),
     )
+    return out, lse
+
+
+def attend_exact_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why `attend_exact` cannot or should not be used, or None."""
+    _, heads, tokens, dim = q.shape
+    if MISSING is not None:
+        return MISSING
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "the C++ kernels have no gradients"
+    if {q.device.type, k.device.type, v.device.type} != {"cpu"}:
+        return f"the queries are on {q.device} and the keys on {k.device}"
+    if k.dtype != v.dtype or k.dtype not in (torch.float32, torch.bfloat16):
+        return f"there is no kernel for keys in {k.dtype} and values in {v.dtype}"
+    if k.shape != v.shape or k.stride(3) != 1 or v.stride(3) != 1 or dim > MAX_DIM:
+        return "there is no kernel for such keys and values"
+    if heads // max(1, k.shape[1]) * tokens > FEW_ROWS:
+        return "matrix products are faster for so many queries"
+    return None
+
+
+def attend_exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    start: int | None = None,
+    window: int | None = None,
+    level: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`tessera.kernels.reference.attend_exact` in C++, for a few queries. `level`: see `attend`."""
+    check_exact(q, k, v, mask)
+    batch, heads, tokens, dim = q.shape
+    mask, strides = strided(mask)
+    wide = q.detach().to(torch.float32).contiguous()
+    out = torch.empty(q.shape, dtype=torch.float32)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    if not q.numel():
+        return out, lse
+    _cpu.attend_exact(
+        level or levels()[-1],
+        wide.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        batch,
+        heads,
+        k.shape[1],
+        tokens,
+        dim,
+        k.shape[2],
+        scale,
+        softcap or 0.0,
+        0 if mask is None else mask.data_ptr(),
+        *strides,
+        start is not None,
+        start or 0,
+        (window or 0) if start is not None else 0,
+        k.dtype == torch.bfloat16,
+        *(word for x in (k, v) for word in (x.data_ptr(), *(x.stride(i) * x.element_size() for i in range(3)))),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """`tessera.kernels.reference.merge` in C++, for float32 results on the CPU."""
+    parts = [(out.contiguous(), lse.contiguous()) for out, lse in parts]
+    out, lse = torch.empty_like(parts[0][0]), torch.empty_like(parts[0][1])
+    pointers = [[out.data_ptr() for out, _ in parts], [lse.data_ptr() for _, lse in parts]]
+    _cpu.merge(*pointers, lse.numel(), out.shape[-1], out.data_ptr(), lse.data_ptr())
     return out, lse
 
 

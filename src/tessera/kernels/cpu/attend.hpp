@@ -58,6 +58,18 @@ void attend_portable(const Problem&);
 void attend_avx2(const Problem&);
 void attend_avx512(const Problem&);
 
+// Keys and values as they are, of float or bfloat16: a vector's numbers lie next to each other; strides in bytes.
+struct Exact {
+    const uint8_t *k, *v;
+    bool bfloat;
+    int64_t k_batch, k_head, k_token, v_batch, v_head, v_token;
+};
+
+// The same over such keys and values, for at most TILE rows a key head; `book` and `pages` of the problem are not used.
+void attend_exact_portable(const Problem&, const Exact&);
+void attend_exact_avx2(const Problem&, const Exact&);
+void attend_exact_avx512(const Problem&, const Exact&);
+
 // Packed vectors, to be decoded.
 struct Vectors {
     const Book* book;

@@ -14,8 +14,10 @@
 #pragma GCC target("avx2,fma,bmi2")
 #define TESSERA_LANES 8
 #include "attend_impl.hpp"
+#include "exact.hpp"
 #include "portable.hpp"
 
 void tessera::attend_avx2(const Problem& p) { attend_with<Portable>(p); }
+void tessera::attend_exact_avx2(const Problem& p, const Exact& x) { attend_exact(p, x); }
 void tessera::decode_avx2(const Vectors& p) { decode_with_loops(p); }
 #pragma GCC pop_options

@@ -20,6 +20,7 @@
 #include "avx512.hpp"
 #include "avx512_lookup.hpp"
 #include "avx512_permute.hpp"
+#include "exact.hpp"
 #include "portable.hpp"
 
 void tessera::attend_avx512(const Problem& p) {
@@ -30,5 +31,6 @@ void tessera::attend_avx512(const Problem& p) {
         default: return attend_with<Avx512<Lookup>>(p);
     }
 }
+void tessera::attend_exact_avx512(const Problem& p, const Exact& x) { attend_exact(p, x); }
 void tessera::decode_avx512(const Vectors& p) { decode_with_loops(p); }
 #pragma GCC pop_options

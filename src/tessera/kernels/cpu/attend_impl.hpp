@@ -30,6 +30,14 @@ inline Lanes load(const float* x) {
 
 inline void store(float* x, Lanes lanes) { std::memcpy(x, &lanes, sizeof lanes); }
 
+inline float total(Lanes lanes) {
+    float x[LANES];
+    store(x, lanes);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int j = 0; j < width; ++j) x[j] += x[j + width];
+    return x[0];
+}
+
 inline float largest(const float* x, int count, float start) {
     Lanes most = Lanes{} + start;
     int i = 0;
@@ -48,10 +56,8 @@ inline float inner(const float* x, const float* y, int count) {
     for (; i + 4 * LANES <= count; i += 4 * LANES)
         for (int j = 0; j < 4; ++j) part[j] += load(x + i + j * LANES) * load(y + i + j * LANES);
     for (; i + LANES <= count; i += LANES) part[0] += load(x + i) * load(y + i);
-    const Lanes lanes = (part[0] + part[1]) + (part[2] + part[3]);
-    float sum = 0;
+    float sum = total((part[0] + part[1]) + (part[2] + part[3]));
     for (; i < count; ++i) sum += x[i] * y[i];
-    for (int j = 0; j < LANES; ++j) sum += lanes[j];
     return sum;
 }
 
@@ -98,9 +104,7 @@ inline float exponentials(float* x, int count, float most) {
         store(x + i, y);
         lanes += y;
     }
-    float sum = 0;
-    for (int j = 0; j < LANES; ++j) sum += lanes[j];
-    return sum;
+    return total(lanes);
 }
 
 // A finite half-precision number: its bits, moved to a float's place, are too small by a factor of 2^112.
@@ -138,6 +142,39 @@ struct Unit {
     const uint8_t* codes;
     int count;
 };
+
+// Whether none of the rows sees any of the places, from positions alone.
+inline bool hidden(const Problem& p, int row, int rows, int64_t first, int64_t end) {
+    if (!p.placed) return false;
+    int64_t low = p.q_tokens, high = -1;
+    for (int r = 0; r < rows; ++r) {
+        const int64_t i = (row + r) % p.q_tokens;
+        low = std::min(low, i);
+        high = std::max(high, i);
+    }
+    return first > p.start + high || (p.window > 0 && end - 1 < p.start + low - p.window + 1);
+}
+
+// Scores of n tokens from `place` on that the rows do not see become NONE.
+inline void hide(const Problem& p, int b, int head, int row, int rows, int64_t place, int n, float* scores) {
+    if (!p.mask && !p.placed) return;
+    const int group = p.q_heads / p.kv_heads;
+    for (int r = 0; r < rows; ++r) {
+        const int g = (row + r) / p.q_tokens, i = (row + r) % p.q_tokens;
+        float* to = scores + r * BLOCK;
+        if (p.placed) {
+            const int64_t last = p.start + i, oldest = p.window > 0 ? last - p.window + 1 : 0;
+            if (place + n - 1 > last || place < oldest)
+                for (int j = 0; j < n; ++j)
+                    if (place + j > last || place + j < oldest) to[j] = NONE;
+        }
+        if (p.mask) {
+            const uint8_t* seen = p.mask + b * p.mask_batch + (head * group + g) * p.mask_head + i * p.mask_query + place;
+            for (int j = 0; j < n; ++j)
+                if (!seen[j]) to[j] = NONE;
+        }
+    }
+}
 
 template <class Isa>
 struct Worker {
@@ -193,7 +230,7 @@ struct Worker {
                 place += n;
                 if (token + n == here.tokens) at += p.pages[page++].tokens;
             }
-            if (hidden(b, head, row, rows, first, place)) continue;
+            if (hidden(p, row, rows, first, place)) continue;
 
             // Lengths of all vectors first: numbers written one by one and read back at once as a register would be waited for.
             for (int s = 0, column = 0; s < count; ++s) {
@@ -239,7 +276,7 @@ struct Worker {
                     if (p.softcap > 0)
                         for (int j = 0; j < seg.count; ++j) to[j] = p.softcap * std::tanh(to[j] / p.softcap);
                 }
-                hide(b, head, row, rows, seg.place, seg.count, scores + column);
+                hide(p, b, head, row, rows, seg.place, seg.count, scores + column);
                 column += whole;
             }
 
@@ -259,38 +296,6 @@ struct Worker {
 
             for (int r = 0; r < rows; ++r) stretch(scores + r * BLOCK, v_length, 0.0f, width);
             isa.add(units, width / UNIT, scores, BLOCK, rows, sum);
-        }
-    }
-
-    // First and last place that any of the rows may see, from positions alone.
-    bool hidden(int, int, int row, int rows, int64_t first, int64_t end) const {
-        if (!p.placed) return false;
-        int64_t low = p.q_tokens, high = -1;
-        for (int r = 0; r < rows; ++r) {
-            const int64_t i = (row + r) % p.q_tokens;
-            low = std::min(low, i);
-            high = std::max(high, i);
-        }
-        return first > p.start + high || (p.window > 0 && end - 1 < p.start + low - p.window + 1);
-    }
-
-    void hide(int b, int head, int row, int rows, int64_t place, int n, float* scores) const {
-        if (!p.mask && !p.placed) return;
-        const int group = p.q_heads / p.kv_heads;
-        for (int r = 0; r < rows; ++r) {
-            const int g = (row + r) / p.q_tokens, i = (row + r) % p.q_tokens;
-            float* to = scores + r * BLOCK;
-            if (p.placed) {
-                const int64_t last = p.start + i, oldest = p.window > 0 ? last - p.window + 1 : 0;
-                if (place + n - 1 > last || place < oldest)
-                    for (int j = 0; j < n; ++j)
-                        if (place + j > last || place + j < oldest) to[j] = NONE;
-            }
-            if (p.mask) {
-                const uint8_t* seen = p.mask + b * p.mask_batch + (head * group + g) * p.mask_head + i * p.mask_query + place;
-                for (int j = 0; j < n; ++j)
-                    if (!seen[j]) to[j] = NONE;
-            }
         }
     }
 };

@@ -5,6 +5,8 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -91,6 +93,51 @@ void attend(const Book& book, Table pages, Square dct, Floats signs, const std::
     attend_portable(p);
 }
 
+void attend_exact(const std::string& level, uintptr_t q, uintptr_t out, uintptr_t lse, int batch, int q_heads, int kv_heads,
+                  int q_tokens, int dim, int64_t tokens, float scale, float softcap, uintptr_t mask, int64_t mask_batch,
+                  int64_t mask_head, int64_t mask_query, bool placed, int64_t start, int64_t window, bool bfloat, uintptr_t k,
+                  int64_t k_batch, int64_t k_head, int64_t k_token, uintptr_t v, int64_t v_batch, int64_t v_head, int64_t v_token,
+                  int threads) {
+    if (dim > MAX_DIM || q_heads / kv_heads * q_tokens > TILE) throw nb::value_error("shapes that this kernel does not know");
+    Problem p{};
+    p.tokens = tokens;
+    p.batch = batch, p.q_heads = q_heads, p.kv_heads = kv_heads, p.q_tokens = q_tokens, p.dim = dim;
+    p.q = reinterpret_cast<const float*>(q);
+    p.scale = scale, p.softcap = softcap;
+    p.mask = reinterpret_cast<const uint8_t*>(mask);
+    p.mask_batch = mask_batch, p.mask_head = mask_head, p.mask_query = mask_query;
+    p.placed = placed, p.start = start, p.window = window, p.threads = threads;
+    p.out = reinterpret_cast<float*>(out);
+    p.lse = reinterpret_cast<float*>(lse);
+    const Exact x{reinterpret_cast<const uint8_t*>(k), reinterpret_cast<const uint8_t*>(v), bfloat, k_batch, k_head, k_token, v_batch, v_head, v_token};
+    nb::gil_scoped_release release;
+#if defined(TESSERA_X86)
+    if (level == "avx512" && has(AVX512)) return attend_exact_avx512(p, x);
+    if (level == "avx2" && has(AVX2)) return attend_exact_avx2(p, x);
+#endif
+    attend_exact_portable(p, x);
+}
+
+// One softmax over the keys of all parts: outs and lses of (rows, dim) and (rows,).
+void merge(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses, int64_t rows, int dim, uintptr_t out, uintptr_t lse) {
+    constexpr float NONE = -std::numeric_limits<float>::infinity();
+    for (int64_t r = 0; r < rows; ++r) {
+        float most = NONE, total = 0;
+        const auto at = [&](size_t i) { return reinterpret_cast<const float*>(lses[i])[r]; };
+        for (size_t i = 0; i < lses.size(); ++i) most = std::max(most, std::isnan(at(i)) ? NONE : at(i));
+        const float base = most == NONE ? 0.0f : most;
+        for (size_t i = 0; i < lses.size(); ++i) total += std::exp(at(i) - base);
+        float* to = reinterpret_cast<float*>(out) + r * dim;
+        std::fill(to, to + dim, 0.0f);
+        for (size_t i = 0; i < outs.size(); ++i) {
+            const float weight = total == 0 ? 0.0f : std::exp(at(i) - base) / total;
+            const float* from = reinterpret_cast<const float*>(outs[i]) + r * dim;
+            for (int c = 0; c < dim; ++c) to[c] += weight * from[c];
+        }
+        reinterpret_cast<float*>(lse)[r] = total == 0 ? NONE : base + std::log(total);
+    }
+}
+
 void decode(const Book& book, Square dct, Floats signs, const std::string& level, float gain, uintptr_t codes, uintptr_t scale,
             uintptr_t centre, int64_t codes_stride, int64_t scale_stride, int64_t centre_stride, int64_t lines, int64_t tokens,
             int64_t offset, int dim, uintptr_t out, int threads) {
@@ -168,6 +215,8 @@ NB_MODULE(_cpu, m) {
     });
     m.def("levels", &levels, "Names of the instruction sets that this processor and this build have, the best last.");
     m.def("attend", &attend);
+    m.def("attend_exact", &attend_exact);
+    m.def("merge", &merge);
     m.def("decode", &decode);
     nb::class_<Index>(m, "Index").def("__init__", &make_index);
     m.def("nearest", &nearest);

@@ -43,6 +43,8 @@ def attend_refusal(q: Tensor, pages: Pages) -> str | None:
     dim = pages.shape[3]
     if missing() is not None:
         return missing()
+    if torch.is_grad_enabled() and q.requires_grad:
+        return "the Triton kernels have no gradients"
     if not interpreted() and not (q.is_cuda and keys.device == q.device):
         return f"the queries are on {q.device} and the cache on {keys.device}"
     if pages.form() is None:
