@@ -1,0 +1,151 @@
+"""What a Tensor Cache is: `TensorCacheConfig`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Rule = Literal["outer", "delta", "wedge"]
+Order = Literal["write_first", "read_first"]
+Source = Literal["head", "token"]
+GateKind = Literal["layer", "token"]
+
+_WORDS = {
+    "rule": ("outer", "delta", "wedge"),
+    "order": ("write_first", "read_first"),
+    "rates": ("head", "token"),
+    "gate": ("layer", "token"),
+    "write": ("pairs", "chunk_means"),
+}
+
+
+@dataclass(frozen=True)
+class TensorCacheConfig:
+    """A window of exact attention and, behind it, a matrix per head that absorbs what leaves (arXiv 2605.22884).
+
+    The defaults are this project's; `paper()` gives the paper's.
+    """
+
+    window: int = 512
+    """Tokens that attention sees, the query's own included."""
+    sink: int = 4
+    """First tokens that attention sees for ever; they are never written."""
+    rule: Rule = "delta"
+    """What is written for a pair (k, v) into A: "outer" k ⊗ v; "delta" k ⊗ (v - kA); "wedge" k ⊗ v - v ⊗ k."""
+    decay: float | tuple[float, float] = (100.0, 100_000.0)
+    """At the start: the factor of A at every write, for all heads; or the shortest and the longest half-life, in tokens,
+    between which the heads are spread."""
+    write_rate: float = 0.5
+    """At the start: the factor of what is written."""
+    rates: Source = "head"
+    """Decay and write rate are learned per "head", or computed from the pair that leaves ("token")."""
+    order: Order = "write_first"
+    """"write_first": a token's read knows the pair that left at its own step, so that every pair is in exactly one of window,
+    sinks and A. "read_first": the paper's; that pair is in neither for one step."""
+    normalise_keys: bool = True
+    """Keys are brought to length 1 before they are written."""
+    normalise_queries: bool = True
+    """Queries are brought to length 1 before they read."""
+    value_scale: float = 1.0
+    """Values are multiplied by this before they are written."""
+    normalise_read: bool = False
+    """A read is divided by max(|q·z|, 1), where z sums the keys as A sums the pairs."""
+    slow: tuple[float, float] | None = None
+    """Decay and write rate of a second matrix, mixed in by a learned share; None: there is none."""
+    slots: int = 1
+    """Matrices per head; each pair is written into one of them."""
+    top_k: int = 1
+    """Slots that a query reads."""
+    slot_noise: float = 0.0
+    """Scale of the Gumbel noise that routing to slots gets while training. The paper's 1 is noise at inference too."""
+    rotary: bool = False
+    """Keys are written and queries read with their rotary phase; else the phase is taken off first."""
+    gate: GateKind = "layer"
+    """What weighs the read: one number per "layer", or one per "token", computed from its query."""
+    gate_init: float = -2.0
+    """The gate's logit at the start."""
+    layers: tuple[int, ...] | None = None
+    """Layers that get a memory, negative ones counted from the last; None: all."""
+    chunk: int = 64
+    """Tokens computed together in training and prefill. Changes the speed, not the result."""
+    write: Literal["pairs", "chunk_means"] = "pairs"
+    """"pairs": each pair by itself. "chunk_means": a chunk's mean key with its mean value, the shortcut whose C² - C wrong
+    products per chunk the paper counts; only to show what it costs."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("sink", 0), ("slots", 1), ("top_k", 1), ("chunk", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}, got {getattr(self, name)!r}")
+        if self.top_k > self.slots:
+            raise ValueError(f"top_k {self.top_k} is more than there are slots, {self.slots}")
+        if isinstance(self.decay, (int, float)):
+            _open_unit("decay", self.decay)
+        else:
+            object.__setattr__(self, "decay", tuple(self.decay))
+            if len(self.decay) != 2 or not 0 < self.decay[0] <= self.decay[1] < math.inf:
+                raise ValueError(f"decay takes one factor or a shortest and a longest half-life, got {self.decay!r}")
+        _open_unit("write_rate", self.write_rate)
+        if self.slow is not None:
+            object.__setattr__(self, "slow", tuple(self.slow))
+            if len(self.slow) != 2:
+                raise ValueError(f"slow takes a decay and a write rate, got {self.slow!r}")
+            _open_unit("slow decay", self.slow[0])
+            _open_unit("slow write rate", self.slow[1])
+        if not math.isfinite(self.value_scale) or self.value_scale <= 0:
+            raise ValueError(f"value_scale must be positive, got {self.value_scale!r}")
+        if self.slot_noise < 0:
+            raise ValueError(f"slot_noise must not be negative, got {self.slot_noise!r}")
+        if self.rule == "delta" and not self.normalise_keys:
+            raise ValueError("rule 'delta' is stable for keys of length 1 at most; set normalise_keys, or take rule 'outer'")
+        if self.write == "chunk_means" and self.rule != "outer":
+            raise ValueError("write 'chunk_means' is there to be compared with rule 'outer'")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    @classmethod
+    def paper(cls, **changes: Any) -> TensorCacheConfig:
+        """The paper's own setting, with `changes`."""
+        setting: dict[str, Any] = {
+            "sink": 0,
+            "rule": "delta",
+            "decay": 0.995,
+            "write_rate": 0.05,
+            "order": "read_first",
+            "normalise_queries": False,
+            "rotary": True,
+        }
+        return cls(**{**setting, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> TensorCacheConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: naming a field that there is none of, or a value that cannot be.
+        """
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"a TensorCacheConfig has no {unknown[0]!r}; it has {', '.join(cls.__dataclass_fields__)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    def decays(self, heads: int) -> list[float]:
+        """Each head's decay at the start."""
+        if isinstance(self.decay, (int, float)):
+            return [float(self.decay)] * heads
+        short, long = self.decay
+        steps = [i / max(1, heads - 1) for i in range(heads)]
+        return [0.5 ** (1 / (short ** (1 - s) * long**s)) for s in steps]
+
+
+def _open_unit(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
