@@ -10,7 +10,7 @@ from tessera import cache, codecs, evaluation, kernels
 
 
 def test_names_are_these() -> None:
-    assert tessera.__all__ == ["Cache", "CacheReport", "disable", "enable"]
+    assert tessera.__all__ == [*("Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "save_memory")]
     assert sorted(codecs.__all__) == [
         *("Blocks", "Codec", "FP8", "HQMQ", "Int", "JointHQMQ", "Kivi", "Packed", "Role", "Scalar"),
         *("examples", "get", "names"),

@@ -5,19 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tessera.attachment import attach, detach, load_memory, save_memory
     from tessera.attention import disable, enable
     from tessera.cache import Cache, CacheReport
 
 __version__ = "0.1.0"
 
-__all__ = ["Cache", "CacheReport", "disable", "enable"]
+__all__ = ["Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "save_memory"]
 
 #: Where the public names are. They are imported when first used, so that the codecs need torch only.
 _HOMES = {
     "Cache": "tessera.cache",
     "CacheReport": "tessera.cache",
+    "attach": "tessera.attachment",
+    "detach": "tessera.attachment",
     "disable": "tessera.attention",
     "enable": "tessera.attention",
+    "load_memory": "tessera.attachment",
+    "save_memory": "tessera.attachment",
 }
 
 

@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop_out
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from tessera.associative.layer import TensorCacheLayer
 from tessera.cache.lane import Part, Turn
 from tessera.cache.layer import ATTENTION, Handle
 from tessera.cache.masks import LaneMask, boolean
@@ -100,7 +101,12 @@ def attention_forward(
     Returns:
         (batch, tokens, q_heads, head_dim) and no weights.
     """
+    memory: TensorCacheLayer | None = getattr(module, "tensor_cache", None)
     if not isinstance(key, Handle):
+        if memory is not None:
+            return _behind_window(
+                module, memory, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, kwargs.get("position_ids")
+            )
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return _dense(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
@@ -111,11 +117,15 @@ def attention_forward(
     turns = layer.open(attention_mask)
     batch, heads, tokens, dim = query.shape
     out: Tensor | None = None
+    memory = memory if layer.policy.associative else None
+    added = None if memory is None else query.new_zeros((batch, tokens, memory.out.out_features))
     for turn, mask in turns:
         rows = turn.lane.rows
         whole = len(rows) == batch
         index = None if whole else torch.tensor(rows, device=query.device)
         q = query if index is None else query.index_select(0, index)
+        if memory is not None and added is not None:
+            added[rows, turn.begin :] = _recall(memory, q[:, :, turn.begin :], turn).to(added.dtype)
         part = _attend(q[:, :, turn.begin :], turn, mask, scale, softcap, s_aux).to(query.dtype).transpose(1, 2)
         if whole and not turn.begin:
             out = part.contiguous()
@@ -127,7 +137,81 @@ def attention_forward(
         else:
             out[index, turn.begin :] = part
     layer.close(turns)
+    if memory is not None:
+        memory.pending = added
     return query.new_zeros((batch, tokens, heads, dim)) if out is None else out, None
+
+
+def _recall(memory: TensorCacheLayer, q: Tensor, turn: Turn) -> Tensor:
+    """What the associative memory adds for the queries of a turn, whose lane then knows the pairs that left as written.
+
+    q: (rows, heads, tokens, head_dim); returns (rows, tokens, hidden).
+    """
+    lane, window = turn.lane, memory.config.window
+    assert lane.memory is not None
+    places = torch.arange(turn.first, turn.first + turn.tokens, device=q.device)
+    leave = places - window
+    k, v = lane.pairs(turn, max(0, turn.first - window), max(0, turn.first + turn.tokens - window))
+    idle = turn.tokens - k.shape[2]
+    # The first tokens push nothing out, until the window is full.
+    k, v = pad(memory.plain(k, leave[None, idle:]), (0, 0, idle, 0)), pad(v, (0, 0, idle, 0))
+    live = (leave >= memory.config.sink).expand(len(lane.rows), -1)
+    query = memory.plain(q, places[None])
+    read, lane.memory.coming = memory.memory.advance(query, k, v, live, lane.memory.state_for(memory.memory, k))
+    return memory.project(read, query)
+
+
+def _behind_window(
+    module: nn.Module,
+    memory: TensorCacheLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    position_ids: Tensor | None,
+) -> tuple[Tensor, None]:
+    """Window, sinks and memory over whole sequences, differentiable, for calls without a `tessera.Cache`."""
+    config = memory.config
+    batch, _, n, _ = query.shape
+    slots = key.shape[2]
+    past = slots - n
+    real = torch.ones((batch, slots), dtype=torch.bool, device=query.device)
+    if mask is not None:
+        # A slot that no query of this call sees is padding, if it lies before all that some query sees.
+        real = boolean(mask).any(dim=(1, 2)).expand(batch, -1).cumsum(1) > 0
+    pads = slots - real.sum(1)
+    place = torch.arange(slots, device=query.device)[None] - pads[:, None]  # (batch, slots), negative for padding
+    out = []
+    for a in range(0, n, max(1, config.window)):
+        b = min(a + config.window, n)
+        begin = max(0, past + a - config.window + 1)
+        columns = torch.arange(begin, past + b, device=query.device)
+        if begin:
+            # The sinks of every row lie among the first slots that are not padding.
+            first = torch.arange(min(begin, int(pads.max()) + config.sink), device=query.device)
+            columns = torch.cat((first, columns))
+        distance = torch.arange(past + a, past + b, device=query.device)[:, None] - columns
+        near = (distance >= 0) & (distance < config.window)
+        sinks = (distance >= 0) & (place[:, None, columns] < config.sink)
+        seen = ((near | sinks) & real[:, None, columns])[:, None]
+        # A padding query sees nothing; it is given itself, for a softmax over nothing is NaN.
+        seen = seen | ((distance == 0) & ~real[:, past + a : past + b, None])[:, None]
+        q, k, v = query[:, :, a:b], key[:, :, columns], value[:, :, columns]
+        if softcap is None and s_aux is None:
+            drop = dropout if module.training else 0.0
+            grouped = query.shape[1] != key.shape[1]
+            read = scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=drop, scale=scaling, enable_gqa=grouped)
+            out.append(read.transpose(1, 2))
+        else:
+            out.append(_dense(module, q, k, v, seen, dropout, scaling, softcap, s_aux))
+    newest = place[:, past:] if position_ids is None else position_ids.expand(batch, -1)
+    positions = newest[:, :1] - past + torch.arange(slots, device=query.device) if position_ids is None or past else newest
+    memory.pending, _ = memory(query, key, value, real, positions.clamp(min=0))
+    return torch.cat(out, dim=1).contiguous(), None
 
 
 def _attend(q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softcap: float | None, s_aux: Tensor | None) -> Tensor:

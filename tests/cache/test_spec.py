@@ -60,7 +60,8 @@ def test_codec_without_argument() -> None:
         ("sink:4 +", ["empty tier"]),
         ("grouped:8@", ["'grouped:8@'", "whole number", "grouped:8@32768"]),
         ("grouped:8@63", ["grouped:8@64"]),
-        ("window:512 + tc", ["'tc'", "Tensor Cache"]),
+        ("sink:4 + hqmq:4 + tc", ["'tc'", "window:512"]),
+        ("window:512 + tc:3", ["'tc' takes no argument", "'tc:3'"]),
     ],
 )
 def test_mistakes_are_named(text: str, words: list[str]) -> None:

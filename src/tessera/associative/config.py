@@ -135,7 +135,8 @@ class TensorCacheConfig:
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(f"a TensorCacheConfig has no {unknown[0]!r}; it has {', '.join(cls.__dataclass_fields__)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**values)
 
     def decays(self, heads: int) -> list[float]:
         """Each head's decay at the start."""

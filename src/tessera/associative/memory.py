@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax, logsigmoid, normalize, one_hot, pad
 
-from tessera.associative.config import TensorCacheConfig
+from tessera.associative.config import Rule, TensorCacheConfig
 from tessera.associative.recurrence import loop, scan
 from tessera.associative.state import TensorCacheState
 
@@ -110,9 +110,8 @@ class TensorCache(nn.Module):
         # The first tokens push nothing out, until the window is full.
         idle = min(tokens, max(0, window - held))
         leave = tokens - idle
-        read, state = self.advance(
-            q, *(pad(x[:, :, :leave], (0, 0, idle, 0)) for x in (k, v)), pad(live[:, :leave], (idle, 0)), state
-        )
+        leaving_k, leaving_v = (pad(x[:, :, :leave], (0, 0, idle, 0)) for x in (k, v))
+        read, state = self.advance(q, leaving_k, leaving_v, pad(live[:, :leave], (idle, 0)), state)
         stay = min(window, held + tokens)
         kept = {"k": k[:, :, k.shape[2] - stay :], "v": v[:, :, v.shape[2] - stay :], "live": live[:, live.shape[1] - stay :]}
         return read, replace(state, **kept, seen=state.seen + real.sum(1))
@@ -169,14 +168,14 @@ class TensorCache(nn.Module):
                 route, share = self._routes(k, q)
                 q, k, v = self._to_slots(q, k, v)
 
-            def run(decay: Tensor, rate: Tensor, a: Tensor, v: Tensor, rule: str = config.rule) -> tuple[Tensor, Tensor]:
+            def run(decay: Tensor, rate: Tensor, a: Tensor, v: Tensor, rule: Rule = config.rule) -> tuple[Tensor, Tensor]:
                 g, eta = self._rates(decay, rate, live, route)
-                form = loop if by_loop else scan
-                if config.write == "chunk_means" and not by_loop:
+                if by_loop:
+                    return loop(q, k, v, g, eta, a, rule, config.order)
+                if config.write == "chunk_means":
                     mean_k, mean_v, eta = _means(k, v, eta, config.chunk)
-                    return scan(q, mean_k, mean_v, g, eta, a, rule, config.order, config.chunk)  # type: ignore[arg-type]
-                extra = {} if by_loop else {"chunk": config.chunk}
-                return form(q, k, v, g, eta, a, rule, config.order, **extra)  # type: ignore[operator]
+                    return scan(q, mean_k, mean_v, g, eta, a, rule, config.order, config.chunk)
+                return scan(q, k, v, g, eta, a, rule, config.order, config.chunk)
 
             read, a = run(decay, rate, state.a, v)
             changed: dict[str, Tensor] = {"a": a}

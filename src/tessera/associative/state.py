@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -93,7 +94,7 @@ class TensorCacheState:
             if (file.metadata() or {}).get("tessera") != "tensor_cache_state":
                 raise ValueError(f"{os.fspath(path)} holds no state of a Tensor Cache")
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        named = {field.name: found.pop(field.name, None) for field in fields(TensorCacheState)}
+        named: dict[str, Any] = {field.name: found.pop(field.name, None) for field in fields(TensorCacheState)}
         if found or any(tensor is None for name, tensor in named.items() if name not in ("slow", "z")):
             raise ValueError(f"{os.fspath(path)} is damaged: its tensors are not those of a state")
-        return TensorCacheState(**named)  # type: ignore[arg-type]
+        return TensorCacheState(**named)

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache as TransformersCache
 from tessera import codecs
 from tessera.cache import storage
 from tessera.cache.lane import Policy
-from tessera.cache.layer import Link, TesseraLayer
+from tessera.cache.layer import ATTACHED, Link, TesseraLayer
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec, parse
 
@@ -45,6 +45,8 @@ class Cache(TransformersCache):
         self.prefill = prefill
         config = model_or_config.config if isinstance(model_or_config, nn.Module) else model_or_config
         text, layers = read_config(config)
+        if self.spec.associative:
+            self._check_memory(model_or_config)
         if isinstance(model_or_config, nn.Module):
             # Here and not above, because the attention function reads the cache's layers.
             from tessera.attention import enable, unsupported
@@ -64,6 +66,20 @@ class Cache(TransformersCache):
                 for i, (shape, sliding) in enumerate(layers)
             ]
         )
+
+    def _check_memory(self, model: Any) -> None:
+        """Refuse "tc" without a memory that fits it."""
+        done = getattr(model, ATTACHED, None)
+        if done is None:
+            raise ValueError(
+                f"'tc' in {str(self.spec)!r} needs a Tensor Cache attached to the model, and the model itself instead of its "
+                "config: tessera.attach(model, TensorCacheConfig(...)) or tessera.load_memory(model, path)"
+            )
+        wanted = (done.config.sink, done.config.window)
+        if (self.spec.sink, self.spec.window) != wanted:
+            raise ValueError(
+                f"the memory of this model was made for 'sink:{wanted[0]} + window:{wanted[1]} + tc', not {str(self.spec)!r}"
+            )
 
     def __repr__(self) -> str:
         return f"Cache({str(self.spec)!r}, {len(self.layers)} layers, {self.get_seq_length()} tokens)"

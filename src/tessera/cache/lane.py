@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tessera.associative import TensorCache, TensorCacheState
 from tessera.cache.spec import BLOCK, Spec
 from tessera.cache.tiers import PAGE, CodecTier, ExactTier
 from tessera.codecs import Codec
@@ -26,6 +27,7 @@ class Policy:
         codec: for the tokens in between; None: they are dropped.
         limit: number of tokens that the codec holds at most; None: no limit.
         window: a query sees only this many newest tokens, itself included, and the sinks; None: all that are kept.
+        associative: what leaves the window is written into the model's associative memory.
     """
 
     sink: int
@@ -33,17 +35,23 @@ class Policy:
     codec: Codec | None
     limit: int | None
     window: int | None
+    associative: bool = False
 
     @staticmethod
     def of(spec: Spec, codec: Codec | None, sliding: int | None) -> Policy:
         """The policy of a layer whose own attention window is `sliding` tokens (None: it sees everything)."""
         window = min((w for w in (spec.window, sliding) if w is not None), default=None)
+        if spec.associative and sliding is not None:
+            window = sliding  # a layer that forgets by itself is bounded already; it gets no memory and stays as it is
         # What lies outside a layer's own window it never sees, so sinks would be of no use to it.
         sink = 0 if sliding is not None else spec.sink
         recent: int | None = None if spec.dense else spec.recent
         if window is not None:
             recent = window - 1 if spec.window is not None or recent is None else min(recent, window - 1)
-        return Policy(sink, recent, codec, spec.codec_limit, window)
+        associative = spec.associative and sliding is None
+        if associative:
+            recent = window  # the pair that leaves at a step is still needed, to be written
+        return Policy(sink, recent, codec, spec.codec_limit, window, associative)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,35 @@ class Turn:
     begin: int = 0
 
 
+class LaneMemory:
+    """The associative memory of a lane's rows."""
+
+    def __init__(self) -> None:
+        self.state: TensorCacheState | None = None
+        self.coming: TensorCacheState | None = None  # of a call that has not ended yet
+
+    def state_for(self, memory: TensorCache, pairs: Tensor) -> TensorCacheState:
+        """What has been written, or a state with nothing in it. pairs: (rows, ...)."""
+        return memory.initial_state(pairs.shape[0], pairs[:, :, :0]) if self.state is None else self.state
+
+    def commit(self) -> None:
+        """The call has ended: what it wrote counts."""
+        if self.coming is not None:
+            self.state, self.coming = self.coming.detach(), None
+
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that is held."""
+        return [] if self.state is None else [t for t in self.state.tensors().values() if t.numel()]
+
+    def select(self, index: Tensor) -> None:
+        """Take rows by index."""
+        self.state = None if self.state is None else self.state.select(index)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to another device."""
+        self.state = None if self.state is None else self.state.to(device)
+
+
 class Lane:
     """Tokens of some batch rows from their first real token on.
 
@@ -107,6 +144,7 @@ class Lane:
         self.sink = ExactTier(room=max(1, policy.sink))
         self.recent = ExactTier()
         self.packed = None if policy.codec is None else CodecTier(policy.codec, layer)
+        self.memory = LaneMemory() if policy.associative else None
 
     @property
     def held(self) -> dict[str, int]:
@@ -193,8 +231,23 @@ class Lane:
             parts.append(Part((k[:, :, split:], v[:, :, split:]), first + split, n - split, window))
         return Turn(self, first, n, parts, (k, v))
 
+    def pairs(self, turn: Turn, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the places [begin, end), which are all held exactly: (rows, kv_heads, end - begin, head_dim)."""
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for part in turn.parts:
+            a, b = max(begin - part.start, 0), min(end - part.start, part.tokens)
+            if not isinstance(part.held, Pages) and (a < b or not keys):
+                keys.append(part.held[0][:, :, a : max(a, b)])
+                values.append(part.held[1][:, :, a : max(a, b)])
+        k, v = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        assert k.shape[2] == end - begin
+        return k, v
+
     def dismiss(self, turn: Turn, spare: int = 0) -> None:
         """End a call: take in what has not been yet, pack, drop."""
+        if self.memory is not None:
+            self.memory.commit()
         if turn.pending is not None:
             k, v = turn.pending
             step = turn.tokens if self.policy.recent is None else PAGE
@@ -224,6 +277,13 @@ class Lane:
         Raises:
             ValueError: saying which.
         """
+        if self.memory is not None and n and self.memory.state is not None:
+            assert self.policy.window is not None
+            if self.length - self.policy.window > self.policy.sink:
+                raise ValueError(
+                    f"layer {self.layer} has written what left its window of {self.policy.window} tokens into its associative "
+                    f"memory, from which nothing can be taken back; the last {n} tokens cannot be forgotten"
+                )
         if not self.dropped or not n:
             return
         rest, oldest = self.length - n, self.sink.tokens + self.dropped
@@ -259,6 +319,8 @@ class Lane:
         self.recent.select(index)
         if self.packed is not None:
             self.packed.select(index)
+        if self.memory is not None:
+            self.memory.select(index)
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """Every tensor that is held, by tier."""
@@ -266,6 +328,7 @@ class Lane:
             "sink": self.sink.buffers(),
             "packed": [] if self.packed is None else self.packed.buffers(),
             "recent": self.recent.buffers(),
+            "tc": [] if self.memory is None else self.memory.buffers(),
         }
 
     def to(self, device: torch.device | str) -> None:
@@ -274,3 +337,5 @@ class Lane:
         self.recent.to(device)
         if self.packed is not None:
             self.packed.to(device)
+        if self.memory is not None:
+            self.memory.to(device)

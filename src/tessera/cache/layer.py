@@ -16,6 +16,8 @@ from tessera.kernels import Pages
 
 #: Name of the attention function in transformers' `AttentionInterface`.
 ATTENTION = "tessera"
+#: Where a model keeps what `tessera.attach` did to it.
+ATTACHED = "_tessera_attachment"
 
 
 class Link:
@@ -380,7 +382,7 @@ class TesseraLayer(CacheLayerMixin):
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """Every tensor that is held, by tier."""
-        found: dict[str, list[Tensor]] = {"sink": [], "packed": [], "recent": [], "staged": []}
+        found: dict[str, list[Tensor]] = {"sink": [], "packed": [], "recent": [], "tc": [], "staged": []}
         for lane in self.lanes:
             for tier, tensors in lane.buffers().items():
                 found[tier] += tensors

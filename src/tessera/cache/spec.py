@@ -31,6 +31,7 @@ class Spec:
         codec_limit: number of tokens that the codec tier holds at most; the oldest whole blocks are dropped. None: no limit.
         window: a query sees this many newest tokens, itself included, and the sinks, and nothing else. None: no window.
         dense: keep every token exactly.
+        associative: what leaves the window is written into the memory that `tessera.attach` gave the model.
     """
 
     sink: int = 0
@@ -39,6 +40,7 @@ class Spec:
     codec_limit: int | None = None
     window: int | None = None
     dense: bool = False
+    associative: bool = False
 
     def __post_init__(self) -> None:
         for name in ("sink", "recent"):
@@ -50,6 +52,8 @@ class Spec:
             if self.window < 1:
                 raise ValueError(f"window needs at least 1 token, got {self.window}")
             self._alone("window", "it is exact and nothing lies behind it; only 'sink' may join it", recent=self.recent)
+        if self.associative and self.window is None:
+            raise ValueError("'tc' absorbs what leaves a window; add 'window:512', or what the memory was made for")
         if self.codec is not None:
             group = codecs.get(self.codec).group
             if BLOCK % group:
@@ -100,6 +104,8 @@ class Spec:
             words.append(f"window:{self.window}")
         if self.dense:
             words.append("dense")
+        if self.associative:
+            words.append("tc")
         return " + ".join(words)
 
 
@@ -141,14 +147,10 @@ def parse(text: str | Spec) -> Spec:
 def _tier(word: str, text: str) -> dict[str, int | str | bool]:
     """One tier as fields of `Spec`."""
     name, colon, argument = word.partition(":")
-    if name == "tc":
-        raise ValueError(
-            f"'tc' in {text!r} needs a Tensor Cache attached to the model, which this version cannot do yet; leave it out"
-        )
-    if name == "dense":
+    if name in ("dense", "tc"):
         if colon:
-            raise ValueError(f"'dense' takes no argument, got {word!r} in {text!r}")
-        return {"dense": True}
+            raise ValueError(f"{name!r} takes no argument, got {word!r} in {text!r}")
+        return {"dense" if name == "dense" else "associative": True}
     if name in TIERS:
         return {name: _number(argument, word, TIERS[name][0], text)}
     if name.partition("@")[0] in codecs.names():

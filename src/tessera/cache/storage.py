@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tessera.associative import TensorCacheState
 from tessera.cache.lane import Lane
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import PAGE, ExactTier
@@ -63,6 +64,9 @@ def _put_lane(lane: Lane, prefix: str, tensors: dict[str, Tensor]) -> dict[str, 
             for field, tensor in packed.tensors.items():
                 tensors[f"{prefix}.page{number}.{role}.{field}"] = tensor.contiguous()
         pages.append([packed.metadata() for packed in page])
+    if lane.memory is not None and lane.memory.state is not None:
+        for name, tensor in lane.memory.state.tensors().items():
+            tensors[f"{prefix}.tc.{name}"] = tensor.contiguous()
     return {"rows": lane.rows, "pad": lane.pad, "length": lane.length, "dropped": lane.dropped, "pages": pages}
 
 
@@ -141,6 +145,8 @@ class Stored:
             if keys.tokens != values.tokens:
                 raise ValueError(f"the header is damaged: page {number} has {keys.tokens} keys and {values.tokens} values")
             lane.packed.put([*lane.packed.pages, (keys, values)])
+        if lane.memory is not None:
+            lane.memory.state = self._memory(f"{prefix}.tc.", size)
         held = lane.sink.tokens + lane.dropped + lane.held["packed"] + lane.recent.tokens
         sink = min(lane.policy.sink, lane.length)
         if held != lane.length or lane.pad + lane.length != layer.seen or lane.sink.tokens != sink:
@@ -169,6 +175,21 @@ class Stored:
         if packed.shape != good or packed.tokens % BLOCK or not 0 < packed.tokens <= PAGE:
             raise ValueError(f"the header is damaged: {packed.describe()}")
         return packed
+
+    def _memory(self, prefix: str, size: Size) -> TensorCacheState | None:
+        found = {name[len(prefix) :]: self._take(name) for name in sorted(self._left) if name.startswith(prefix)}
+        if not found:
+            return None
+        try:
+            state = TensorCacheState(**{"slow": None, "z": None, **found})  # type: ignore[arg-type]
+        except TypeError:
+            raise ValueError(f"the file is damaged: {prefix} holds {sorted(found)}") from None
+        shape = tuple(state.a.shape)
+        if state.a.dtype != torch.float32 or len(shape) != 4 or (shape[0], *shape[2:]) != (size[0], size[2], size[2]):
+            raise ValueError(f"the file is damaged: {prefix}a is {state.a.dtype} of shape {shape}")
+        if any(tensor.shape[:1] != state.a.shape[:1] or not tensor.isfinite().all() for tensor in state.tensors().values()):
+            raise ValueError(f"the file is damaged: {prefix} holds tensors that do not fit together")
+        return state
 
     def _take(self, name: str) -> Tensor:
         if name not in self._left:
