@@ -86,20 +86,30 @@ def attach(model: M, config: TensorCacheConfig, *, freeze: bool = True) -> M:
         (kv_heads, head_dim), _ = shapes[index]
         phase = None if config.rotary else phase_of(model, modules[index], head_dim)
         layers[index] = TensorCacheLayer(config, heads, kv_heads, head_dim, text.hidden_size, phase)
-    weight = next(model.parameters())
-    done = Attachment(config, layers, enabled=text._attn_implementation != ATTENTION)
+    enabled = text._attn_implementation != ATTENTION
     enable(model)
-    if freeze:
-        done.frozen = [p for p in model.parameters() if p.requires_grad]
-        for p in done.frozen:
-            p.requires_grad_(False)
-    for index, layer in layers.items():
+    frozen = [p for p in model.parameters() if p.requires_grad and freeze]
+    for p in frozen:
+        p.requires_grad_(False)
+    device = next(model.parameters()).device
+    for layer in layers.values():
         # Rates and matrices are computed in float32 whatever the model's dtype, so they are kept in it.
-        layer.to(weight.device)
+        layer.to(device)
+    done = plug(model, config, layers, modules)
+    done.frozen, done.enabled = frozen, enabled
+    return model
+
+
+def plug(
+    model: nn.Module, config: TensorCacheConfig, layers: dict[int, TensorCacheLayer], modules: list[nn.Module]
+) -> Attachment:
+    """Put memories into a model's attention modules, both by layer."""
+    done = Attachment(config, layers)
+    for index, layer in layers.items():
         setattr(modules[index], MEMORY, layer)
         done.hooks.append(modules[index].register_forward_hook(_add))
     setattr(model, ATTACHED, done)
-    return model
+    return done
 
 
 def detach(model: M) -> M:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,23 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from tessera.associative.infini import Infini
 from tessera.associative.layer import TensorCacheLayer
+from tessera.associative.rotary import Phase
 from tessera.cache.lane import Part, Turn
 from tessera.cache.layer import ATTENTION, Handle
 from tessera.cache.masks import LaneMask, boolean
 from tessera.kernels import Pages, dispatch
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class Limits(NamedTuple):
+    """What a model's own attention sees: the newest `window` tokens, the query's own included, and the first `sink`."""
+
+    window: int
+    sink: int
+
 
 #: Where `enable` notes what `disable` shall restore.
 _PREVIOUS = "_attention_before_tessera"
@@ -102,11 +112,16 @@ def attention_forward(
         (batch, tokens, q_heads, head_dim) and no weights.
     """
     memory: TensorCacheLayer | None = getattr(module, "tensor_cache", None)
+    infini: Infini | None = getattr(module, "infini", None)
+    if infini is not None:
+        return _infini(module, infini, query, key, value, scaling, kwargs.get("position_ids")), None
     if not isinstance(key, Handle):
-        if memory is not None:
-            return _behind_window(
-                module, memory, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, kwargs.get("position_ids")
-            )
+        limits = getattr(module, "limits", None) if memory is None else Limits(memory.config.window, memory.config.sink)
+        if limits is not None:
+            place, real = _places(query, key, attention_mask)
+            if memory is not None:
+                memory.pending, _ = memory(query, key, value, real, _positions(query, place, kwargs.get("position_ids")))
+            return _windowed(module, limits, query, key, value, place, real, dropout, scaling, softcap, s_aux), None
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return _dense(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
@@ -161,42 +176,59 @@ def _recall(memory: TensorCacheLayer, q: Tensor, turn: Turn) -> Tensor:
     return memory.project(read, query)
 
 
-def _behind_window(
-    module: nn.Module,
-    memory: TensorCacheLayer,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    position_ids: Tensor | None,
-) -> tuple[Tensor, None]:
-    """Window, sinks and memory over whole sequences, differentiable, for calls without a `tessera.Cache`."""
-    config = memory.config
-    batch, _, n, _ = query.shape
-    slots = key.shape[2]
-    past = slots - n
+def _places(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For each slot its place in its row, padding not counted, and whether it is none: (batch, slots) int64 and bool."""
+    batch, slots = query.shape[0], key.shape[2]
     real = torch.ones((batch, slots), dtype=torch.bool, device=query.device)
     if mask is not None:
         # A slot that no query of this call sees is padding, if it lies before all that some query sees.
         real = boolean(mask).any(dim=(1, 2)).expand(batch, -1).cumsum(1) > 0
-    pads = slots - real.sum(1)
-    place = torch.arange(slots, device=query.device)[None] - pads[:, None]  # (batch, slots), negative for padding
+    return torch.arange(slots, device=query.device)[None] - (slots - real.sum(1))[:, None], real
+
+
+def _positions(query: Tensor, place: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Rotary positions of all slots, (batch, slots), from those of the newest."""
+    batch, slots = place.shape
+    past = slots - query.shape[2]
+    if position_ids is None:
+        return place.clamp(min=0)
+    newest = position_ids.expand(batch, -1)
+    if not past:
+        return newest
+    return (newest[:, :1] - past + torch.arange(slots, device=place.device)).clamp(min=0)
+
+
+def _windowed(
+    module: nn.Module,
+    limits: Limits,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    place: Tensor,
+    real: Tensor,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attention to a window and to sinks over plain tensors, differentiable; only what lies near is computed.
+
+    Returns (batch, tokens, heads, head_dim).
+    """
+    n, slots = query.shape[2], key.shape[2]
+    past, window = slots - n, limits.window
+    pads = int((place[:, -1:] + 1 - slots).abs().max())
     out = []
-    for a in range(0, n, max(1, config.window)):
-        b = min(a + config.window, n)
-        begin = max(0, past + a - config.window + 1)
+    for a in range(0, n, window):
+        b = min(a + window, n)
+        begin = max(0, past + a - window + 1)
         columns = torch.arange(begin, past + b, device=query.device)
         if begin:
             # The sinks of every row lie among the first slots that are not padding.
-            first = torch.arange(min(begin, int(pads.max()) + config.sink), device=query.device)
-            columns = torch.cat((first, columns))
+            columns = torch.cat((torch.arange(min(begin, pads + limits.sink), device=query.device), columns))
         distance = torch.arange(past + a, past + b, device=query.device)[:, None] - columns
-        near = (distance >= 0) & (distance < config.window)
-        sinks = (distance >= 0) & (place[:, None, columns] < config.sink)
+        near = (distance >= 0) & (distance < window)
+        sinks = (distance >= 0) & (place[:, None, columns] < limits.sink)
         seen = ((near | sinks) & real[:, None, columns])[:, None]
         # A padding query sees nothing; it is given itself, for a softmax over nothing is NaN.
         seen = seen | ((distance == 0) & ~real[:, past + a : past + b, None])[:, None]
@@ -208,10 +240,25 @@ def _behind_window(
             out.append(read.transpose(1, 2))
         else:
             out.append(_dense(module, q, k, v, seen, dropout, scaling, softcap, s_aux))
-    newest = place[:, past:] if position_ids is None else position_ids.expand(batch, -1)
-    positions = newest[:, :1] - past + torch.arange(slots, device=query.device) if position_ids is None or past else newest
-    memory.pending, _ = memory(query, key, value, real, positions.clamp(min=0))
-    return torch.cat(out, dim=1).contiguous(), None
+    return torch.cat(out, dim=1).contiguous()
+
+
+def _infini(
+    module: Any, infini: Infini, query: Tensor, key: Any, value: Any, scaling: float | None, position_ids: Tensor | None
+) -> Tensor:
+    """Infini-attention over whole sequences; (batch, tokens, heads, head_dim)."""
+    if isinstance(key, Handle):
+        raise ValueError("Infini-attention keeps its own memory; run this model without a tessera.Cache")
+    place, _ = _places(query, key, None)
+    positions = _positions(query, place, position_ids)
+    n, past = query.shape[2], key.shape[2] - query.shape[2]
+    phase: Phase = module.infini_phase[0]
+    plain_q, plain_k = phase.remove(query, positions[:, past:]), phase.remove(key, positions)
+    if past:
+        # The memory is made again from all tokens; queries that were answered before are not asked again.
+        query, plain_q = (torch.cat((x.new_zeros((*x.shape[:2], past, x.shape[3])), x), dim=2) for x in (query, plain_q))
+    out, _ = infini(query, key, value, plain_q, plain_k, scaling)
+    return out[:, :, past : past + n].transpose(1, 2).contiguous()
 
 
 def _attend(q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softcap: float | None, s_aux: Tensor | None) -> Tensor:
