@@ -242,9 +242,8 @@ struct Worker {
                 for (int t = 0; t < seg.count; t += UNIT, column += UNIT) {
                     const int n = std::min(UNIT, seg.count - t);
                     units[column / UNIT] = {v_codes + t * bytes, n};
-                    for (int j = 0; j < n; ++j) k_length[column + j] = book.scale[k_scale[t + j]];
-                    for (int j = 0; j < n; ++j) v_length[column + j] = book.scale[v_scale[t + j]];
-                    for (int j = n; j < UNIT; ++j) k_length[column + j] = v_length[column + j] = 0.0f;
+                    isa.lengths(k_scale + t, n, k_length + column);
+                    isa.lengths(v_scale + t, n, v_length + column);
                 }
             }
 

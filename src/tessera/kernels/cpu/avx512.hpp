@@ -74,6 +74,23 @@ class Avx512 {
             }
         }
 
+        // What the bytes of n scales stand for, and zeros up to UNIT.
+        void lengths(const uint8_t* scale, int n, float* to) const {
+            const __m512i byte = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(__mmask16((1u << n) - 1), scale));
+            __m512 length;
+            if (book_.octaves) {
+                // Eight bytes on, a scale is twice as large: three bits are looked up, the rest goes into the exponent.
+                const __m512 base = _mm512_castps256_ps512(_mm256_load_ps(book_.scale + 128));
+                const __m512i mantissa = _mm512_castps_si512(_mm512_permutexvar_ps(_mm512_and_si512(byte, _mm512_set1_epi32(7)), base));
+                const __m512i octave = _mm512_sub_epi32(_mm512_srli_epi32(byte, 3), _mm512_set1_epi32(16));
+                length = _mm512_castsi512_ps(_mm512_add_epi32(mantissa, _mm512_slli_epi32(octave, 23)));
+            } else {
+                length = _mm512_i32gather_ps(byte, book_.scale, 4);
+            }
+            // Byte 0 is zero, and there is none beyond n.
+            _mm512_storeu_ps(to, _mm512_maskz_mov_ps(_mm512_test_epi32_mask(byte, byte), length));
+        }
+
         // scores[r * stride + j] = <query r, vector j>, less the scale of the vector, for n tokens one behind the other; and
         // anything beyond, up to a multiple of UNIT.
         [[gnu::noinline]] void dot(const uint8_t* codes, int n, int rows, float* scores, int stride) {

@@ -19,6 +19,7 @@ struct Book {
     alignas(64) uint32_t control[32] = {};  // for each move, which of the four bytes goes where
     alignas(64) uint32_t negate[32] = {};   // for each move, 0xff in the bytes whose sign changes
     alignas(64) float scale[256] = {};      // what a byte of codecs/logscale.py stands for
+    bool octaves = true;                    // whether that doubles with every eighth byte, and zero is zero
 
     // The same for kernels that look bytes up in registers: component j of 128 points at a time, its sign bit flipped in
     // bytes[1]. `turns` points are followed by themselves with the last three components turned, twice; these need no
@@ -54,7 +55,10 @@ struct Book {
                 control[m] |= uint32_t(permutation[4 * m + j]) << (8 * j);
                 negate[m] |= (sign[4 * m + j] < 0 ? 0xffu : 0u) << (8 * j);
             }
-        for (int i = 0; i < 256; ++i) scale[i] = scales[i];
+        for (int i = 0; i < 256; ++i) {
+            scale[i] = scales[i];
+            if (i == 0 ? scale[i] != 0 : i > 8 && scale[i] != 2 * scale[i - 8]) octaves = false;
+        }
         for (int p = 0; p < parts; ++p) {
             words[p].assign(size_t{1} << bits, 0);
             for (uint32_t code = 0; code < uint32_t{1} << bits; ++code) {

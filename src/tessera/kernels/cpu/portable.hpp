@@ -14,6 +14,12 @@ class Portable {
 
         void set_queries(const float* q, int rows) { std::memcpy(queries_.data(), q, sizeof(float) * rows * dim_); }
 
+        // What the bytes of n scales stand for, and zeros up to UNIT.
+        void lengths(const uint8_t* scale, int n, float* to) const {
+            for (int j = 0; j < n; ++j) to[j] = book_.scale[scale[j]];
+            for (int j = n; j < UNIT; ++j) to[j] = 0.0f;
+        }
+
         // The `n` vectors coded at `codes`, less their scales: (n, dim), until the next call.
         const float* vectors(const uint8_t* codes, int n) {
             decode(codes, n);
