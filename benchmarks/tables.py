@@ -67,6 +67,77 @@ def decode_attention(shape: str) -> str:
     return markdown_table(("way", "tokens", "ms", "speed of the fastest dense way", "bytes of dense"), cells)
 
 
+def query_digits() -> str:
+    """What the digits of queries cost on the demo model."""
+    rows = _load("query_digits")["rows"]
+    cells = [
+        (f"`{r['spec']}`", r["queries"], f"{r['perplexity']:.4f}", f"{r['delta']:+.3%}", f"{r['kl']:.6f}", f"{r['top1']:.2%}")
+        for r in rows
+    ]
+    return markdown_table(("cache", "queries", "perplexity", "change", "KL", "top-1"), cells)
+
+
+def encode() -> str:
+    """Time of the search for codewords, and of encoding a token."""
+    data = _load("encode")
+    cells = []
+    for row, cost in zip(data["search"], data["token"], strict=True):
+        brute, fast = row["nanoseconds"]["brute force"], row["nanoseconds"]["C++"]
+        cells.append(
+            (
+                f"`{row['spec']}`",
+                f"{row['codewords']:,}",
+                f"{brute:,.0f}",
+                f"{fast:,.0f}",
+                f"{brute / fast:,.0f}x",
+                str(row["other_indices"]),
+                f"{cost['milliseconds']['64']:.2f}",
+            )
+        )
+    head = ("codec", "codewords", "brute force, ns", "search, ns", "faster", "other indices", "ms a token")
+    return markdown_table(head, cells)
+
+
+def generation() -> str:
+    """A step of a whole model, by cache and length."""
+    cells = [
+        (
+            f"`{r['cache']}`",
+            f"{r['tokens']:,}",
+            f"{r['step_ms']:.1f}",
+            f"{r['attention_ms']:.1f}",
+            f"{r['tokens_per_second']:.1f}",
+            size(r["peak_growth"]),
+        )
+        for r in _load("generation")["rows"]
+    ]
+    return markdown_table(("cache", "tokens", "ms a step", "of them for the context", "tokens/s", "peak memory"), cells)
+
+
+def overheads() -> str:
+    """Where a step's time goes within a layer of the cache."""
+    rows = [r for r in _load("generation")["rows"] if "breakdown" in r]
+    parts = ("kernel", "attention", "update", "compress")
+    cells = [(f"`{r['cache']}`", f"{r['tokens']:,}", *(f"{r['breakdown'][part]:.3f}" for part in parts)) for r in rows]
+    return markdown_table(("cache", "tokens", "kernel", "rest of attention", "taking in", "compressing"), cells)
+
+
+def llamacpp() -> str:
+    """Attention of a step beside llama.cpp's."""
+    data = _load("llamacpp_attention")
+    peer = {r["tokens"]: r["attention_ms"] for r in data["rows"] if r["cache"] == "llama.cpp, q4_0"}
+    cells = [
+        (
+            f"`{r['cache']}`",
+            f"{r['tokens']:,}",
+            f"{r['attention_ms'] / data['layers']:.2f}",
+            f"{peer[r['tokens']] / r['attention_ms']:.1f}x",
+        )
+        for r in data["rows"]
+    ]
+    return markdown_table(("cache", "tokens", "attention, ms a layer", "speed of llama.cpp's q4_0"), cells)
+
+
 def resident_memory() -> str:
     """Resident memory of a process beside the bytes that the cache reports."""
     data = _load("resident_memory")
@@ -101,6 +172,11 @@ TABLES: dict[str, Callable[..., str]] = {
     "codec-error": codec_error,
     "codec-bars": codec_bars,
     "decode-attention": decode_attention,
+    "encode": encode,
+    "generation": generation,
+    "llamacpp": llamacpp,
+    "overheads": overheads,
+    "query-digits": query_digits,
     "resident-memory": resident_memory,
     "training": training,
 }
