@@ -22,8 +22,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-Sampler = Callable[[tuple[int, ...], int, int], Tensor]
-"""``(seed, batch, length) -> (batch, length)`` token ids, by its arguments alone: otherwise a resumed run differs."""
+Sampler = Callable[[tuple[int, ...], int, int], "Tensor | tuple[Tensor, Tensor]"]
+"""``(seed, batch, length) -> (batch, length)`` token ids, each to be predicted from those before it; or the ids and what is
+to be predicted at each, -100 for nothing. By its arguments alone: otherwise a resumed run differs."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class LoopConfig:
     """Peak learning rate of the hidden matrices (Muon, updates scaled to AdamW's RMS)."""
     adamw_lr: float = 3e-3
     """Peak learning rate of everything else: embeddings, norms, biases."""
+    gate_lr: float = 2e-2
+    """Peak learning rate of gates, decays and write rates, which at the rate of weights would hardly move."""
     weight_decay: float = 0.05
     """Decoupled weight decay of matrices; vectors have none."""
     warmup_steps: int = 50
@@ -144,7 +147,9 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
         tables.add(id(output.weight))
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    gates = [p for name, p in model.named_parameters() if p.requires_grad and _is_gate(name)]
+    known = {id(p) for p in gates}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     hidden = [p for p in parameters if p.ndim == 2 and id(p) not in tables]
     others = [p for p in parameters if p.ndim >= 2 and not (p.ndim == 2 and id(p) not in tables)]
     vectors = [p for p in parameters if p.ndim < 2]
@@ -153,9 +158,10 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
         optimizers.append(
             torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": others, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
+        {"params": gates, "weight_decay": 0.0, "lr": config.gate_lr},
     ]
     groups = [group for group in groups if group["params"]]
     if groups:
@@ -164,6 +170,12 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _is_gate(name: str) -> bool:
+    """Whether a parameter opens, closes or paces a memory."""
+    last = name.rpartition(".")[2]
+    return last.endswith("_logit") or last in ("gate_weight", "rate_weight", "slow_share")
 
 
 def average_gradients(model: nn.Module, accelerator: Accelerator) -> None:
@@ -327,8 +339,9 @@ def train(
             parts = phase.batch // phase.micro_batch // accelerator.num_processes
             for part in range(parts):
                 seed = (config.seed, state.step, part, accelerator.process_index)
-                window = sample(seed, phase.micro_batch, phase.sequence + 1).to(accelerator.device)
-                loss = loss_of(window[:, :-1].contiguous(), window[:, 1:].contiguous())
+                drawn = sample(seed, phase.micro_batch, phase.sequence + 1)
+                ids, targets = drawn if isinstance(drawn, tuple) else (drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous())
+                loss = loss_of(ids.to(accelerator.device), targets.to(accelerator.device))
                 (loss / parts).backward()
                 log_loss += loss.detach() / parts
             average_gradients(bare, accelerator)
