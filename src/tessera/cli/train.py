@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,3 +56,94 @@ def demo(
     with one_line_errors():
         state = train_demo(config, out, resume=resume, target=target, evaluate_bytes=4_000 if tiny else 300_000)
     typer.echo(f"{state.step:,} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes; model in {out / 'model'}")
+
+
+@app.command()
+def memory(
+    model: Annotated[str | None, typer.Option(help="Folder of a causal language model (default: the demo model).")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Text files to learn from (default: installed Python source).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the run: checkpoints, log, memory.safetensors.")] = Path(
+        "runs/memory"
+    ),
+    window: Annotated[int, typer.Option(help="Tokens that attention sees.", min=1)] = 256,
+    sink: Annotated[int, typer.Option(help="First tokens that attention sees for ever.", min=0)] = 4,
+    rule: Annotated[str, typer.Option(help="outer, delta or wedge.")] = "delta",
+    objective: Annotated[str, typer.Option(help="kl: the dense model's predictions; ce: the text.")] = "kl",
+    sequence: Annotated[int, typer.Option(help="Tokens of a training sequence.", min=2)] = 1280,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
+    minutes: Annotated[float | None, typer.Option(help="Train for this long (default: 20).", min=0.01)] = None,
+    steps: Annotated[int | None, typer.Option(help="Train for this many steps instead.", min=1)] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--fresh", help="Go on from the newest checkpoint, or delete the run and start over."),
+    ] = True,
+) -> None:
+    """Attach a Tensor Cache to a model and train it, the model itself frozen.
+
+    Afterwards: tessera.load_memory(model, "runs/memory/memory.safetensors"), and a cache "sink:4 + window:256 + tc".
+
+    Example:
+
+        tessera train memory --minutes 20
+
+        tessera train memory --model path/to/model --data book.txt --window 512 --sequence 2048
+    """
+    import tessera
+    from tessera.associative import TensorCacheConfig
+    from tessera.evaluation import load
+    from tessera.training.loop import LoopConfig, Phase
+    from tessera.training.memory import MemoryTraining, train_memory
+
+    if minutes is not None and steps is not None:
+        raise typer.BadParameter("give --minutes or --steps, not both")
+    with one_line_errors():
+        training = MemoryTraining(objective)  # type: ignore[arg-type]
+        config = TensorCacheConfig(window=window, sink=sink, rule=rule)  # type: ignore[arg-type]
+        source = load(model)
+        tessera.attach(source.model, config)
+        sample = _text_sampler(source, data or [], out)
+        loop = LoopConfig(
+            phases=(Phase(1.0, sequence, batch, 1),),
+            minutes=None if steps is not None else minutes or 20.0,
+            steps=steps,
+            mixed_precision="no",
+            muon_lr=2e-3,
+            adamw_lr=2e-3,
+            warmup_steps=20,
+        )
+        state = train_memory(source.model, sample, loop, out, training, resume=resume)
+    typer.echo(f"{state.step:,} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes; {out / 'memory.safetensors'}")
+
+
+def _text_sampler(source: Any, files: list[Path], out: Path) -> Any:
+    """Windows of text files, or of the Python source that the demo model learned from."""
+    import numpy as np
+    import torch
+
+    from tessera.evaluation import read_text
+    from tessera.training.corpus import Corpus, training_files
+
+    tokenizer = source.tokenizer
+    if not files:
+        folder = out / "corpus"
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is None or eos is None or len(tokenizer) > 1 << 16:
+            raise ValueError("this model's tokenizer cannot be used on the default data; give text files with --data")
+        if (folder / "corpus.json").is_file():
+            return Corpus(folder).sample
+        return Corpus.build(folder, training_files(), tokenizer.backend_tokenizer, bos, eos).sample
+    text, _ = read_text(files)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def sample(seed: tuple[int, ...], batch: int, length: int) -> torch.Tensor:
+        if len(ids) <= length:
+            raise ValueError(f"the text has {len(ids)} tokens, which is less than a sequence of {length}; use --sequence")
+        starts = np.random.default_rng(seed).integers(0, len(ids) - length, batch)
+        rows = torch.stack([ids[start : start + length] for start in starts])
+        if tokenizer.bos_token_id is not None:
+            rows[:, 0] = tokenizer.bos_token_id
+        return rows
+
+    return sample

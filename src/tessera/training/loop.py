@@ -264,6 +264,7 @@ def train(
     *,
     resume: bool = True,
     stop_at: int | None = None,
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
     on_checkpoint: Callable[[Moment], dict[str, float]] | None = None,
 ) -> RunState:
     """Train a causal language model to predict the next token.
@@ -275,6 +276,7 @@ def train(
         out: receives ``log.jsonl`` and ``checkpoints/``.
         resume: go on from the newest checkpoint in ``out``, if there is one; otherwise its checkpoints and log go.
         stop_at: stop after this many steps as an interruption would, with a checkpoint but short of the budget.
+        loss: of (model, ids, targets), instead of the cross-entropy of the targets.
         on_checkpoint: called after each checkpoint and at the end; the numbers it returns go to the log.
 
     Returns:
@@ -297,6 +299,8 @@ def train(
 
     def compute_loss(ids: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            if loss is not None:
+                return loss(bare, ids, targets)
             logits = bare(input_ids=ids).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -341,9 +345,9 @@ def train(
                 seed = (config.seed, state.step, part, accelerator.process_index)
                 drawn = sample(seed, phase.micro_batch, phase.sequence + 1)
                 ids, targets = drawn if isinstance(drawn, tuple) else (drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous())
-                loss = loss_of(ids.to(accelerator.device), targets.to(accelerator.device))
-                (loss / parts).backward()
-                log_loss += loss.detach() / parts
+                value = loss_of(ids.to(accelerator.device), targets.to(accelerator.device))
+                (value / parts).backward()
+                log_loss += value.detach() / parts
             average_gradients(bare, accelerator)
             norm = nn.utils.clip_grad_norm_(bare.parameters(), config.clip)
             for optimizer in optimizers:

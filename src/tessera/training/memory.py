@@ -1,0 +1,140 @@
+"""Training a memory that has been attached to a model, and nothing but the memory.
+
+The student is the model with its window and memory; by distillation the teacher is the same model with its dense cache, so
+that no labels are needed (after AHN, arXiv 2510.07318). Only positions past the window count, since before it there is
+nothing to learn. Windows may be drawn at random, so that the memory does not learn one length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+import tessera
+from tessera.attachment import attachment
+from tessera.training.loop import LoopConfig, Moment, RunState, Sampler, train
+
+Objective = Literal["kl", "ce"]
+
+
+@dataclass(frozen=True)
+class MemoryTraining:
+    """What a memory learns from."""
+
+    objective: Objective = "kl"
+    """"kl": the dense model's predictions. "ce": the text."""
+    windows: tuple[int, ...] = ()
+    """Windows that a step draws one from; none: the memory's own."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("kl", "ce"):
+            raise ValueError(f"objective must be 'kl' or 'ce', got {self.objective!r}")
+        if any(window < 1 for window in self.windows):
+            raise ValueError(f"windows need at least 1 token, got {self.windows}")
+
+
+def set_window(model: nn.Module, window: int) -> None:
+    """Let the attached memory begin behind another window."""
+    done = attachment(model)
+    assert done is not None
+    done.config = replace(done.config, window=window)
+    for layer in done.layers.values():
+        layer.config = layer.memory.config = done.config
+
+
+def train_memory(
+    model: nn.Module,
+    sample: Sampler,
+    config: LoopConfig,
+    out: Path,
+    training: MemoryTraining | None = None,
+    *,
+    resume: bool = True,
+    stop_at: int | None = None,
+    on_checkpoint: Callable[[Moment], dict[str, float]] | None = None,
+) -> RunState:
+    """Train what `tessera.attach` added to `model`; the memory is written to ``out/memory.safetensors`` at every checkpoint.
+
+    Args:
+        model: with a memory attached, the rest frozen.
+        sample: windows of text; see `Sampler`.
+        config: the schedule.
+        out: directory of the run.
+        training: see `MemoryTraining`.
+        resume, stop_at, on_checkpoint: see `train`.
+
+    Raises:
+        ValueError: if nothing is attached, or sequences end within the window.
+    """
+    done = attachment(model)
+    if done is None:
+        raise ValueError("nothing is attached to this model; call tessera.attach first")
+    what = training or MemoryTraining()
+    own = done.config.window
+    windows: Sequence[int] = what.windows or (own,)
+    shortest = min(phase.sequence for phase in config.phases)
+    if shortest <= max(windows):
+        raise ValueError(f"sequences of {shortest} tokens end within a window of {max(windows)}; nothing lies behind it")
+    drawn = torch.Generator().manual_seed(config.seed)
+
+    def loss(student: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
+        window = windows[int(torch.randint(len(windows), (1,), generator=drawn))]
+        set_window(student, window)
+        teacher: Tensor | None = None
+        if what.objective == "kl":
+            with torch.no_grad():
+                teacher = _logits(student(input_ids=ids, past_key_values=tessera.Cache("dense", student)))[:, window:]
+        found = _logits(student(input_ids=ids))[:, window:]
+        if teacher is None:
+            return cross_entropy(found.flatten(0, 1), targets[:, window:].flatten())
+        return kl_div(
+            log_softmax(found, -1).flatten(0, 1), log_softmax(teacher, -1).flatten(0, 1), log_target=True, reduction="batchmean"
+        )
+
+    def keep(moment: Moment) -> dict[str, float]:
+        set_window(moment.model, own)
+        tessera.save_memory(moment.model, out / "memory.safetensors")
+        return {} if on_checkpoint is None else on_checkpoint(moment)
+
+    try:
+        return train(model, sample, config, out, resume=resume, stop_at=stop_at, loss=loss, on_checkpoint=keep)
+    finally:
+        set_window(model, own)
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output.logits
+    return logits.float()
+
+
+@torch.no_grad()
+def loss_by_distance(
+    model: nn.Module, windows: Tensor, spec: str | None, edges: Sequence[int], chunk: int = 256
+) -> list[float]:
+    """Mean negative log-likelihood by place in the sequence.
+
+    Args:
+        model: a causal language model.
+        windows: (count, tokens) ids, each read from the beginning.
+        spec: of the cache that it reads through; None: none.
+        edges: ascending places; the result has one number for each stretch between neighbours.
+        chunk: tokens of a call.
+    """
+    cache = None if spec is None else tessera.Cache(spec, model)
+    losses = []
+    previous: Tensor | None = None
+    for part in windows.split(windows.shape[1] if cache is None else chunk, dim=1):
+        logits = _logits(model(input_ids=part) if cache is None else model(input_ids=part, past_key_values=cache))
+        if previous is not None:
+            losses.append(cross_entropy(previous, part[:, 0], reduction="none")[:, None])
+        losses.append(cross_entropy(logits[:, :-1].transpose(1, 2), part[:, 1:], reduction="none"))
+        previous = logits[:, -1]
+    every = torch.cat(losses, dim=1)  # of tokens 1 and later
+    return [float(every[:, max(0, a - 1) : b - 1].mean()) for a, b in pairwise(edges)]
