@@ -39,6 +39,8 @@ from tessera.training.loop import LoopConfig, Moment, Phase, train
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, LAYERS, HEADS = 16, 2, 2
 GAPS = (0, 32, 64, 128, 256, 512)
+#: Sequences that a trained model is measured on, at each gap.
+MEASURED = 256
 #: Name -> attention and options of the memory.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
@@ -111,7 +113,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     @torch.no_grad()
     def measure(gap: int) -> float:
-        tokens, targets = replace(task, gap=gap).sample(256, torch.Generator().manual_seed(10**6 + gap))
+        tokens, targets = replace(task, gap=gap).sample(MEASURED, torch.Generator().manual_seed(10**6 + gap))
         return accuracy(model(tokens).logits, targets)
 
     found: dict[str, float] = {}

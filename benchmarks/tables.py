@@ -138,6 +138,59 @@ def llamacpp() -> str:
     return markdown_table(("cache", "tokens", "attention, ms a layer", "speed of llama.cpp's q4_0"), cells)
 
 
+def recall() -> str:
+    """Accuracy of recall beyond the window, mean and range over seeds, and by gap."""
+    rows = [r for r in _load("recall")["rows"] if (r["pairs"], r["dim"], r["rewrites"]) == (16, 64, 0)]
+    gaps = list(rows[0]["by_gap"])
+    cells = []
+    for name in dict.fromkeys(r["method"] for r in rows):
+        own = [r for r in rows if r["method"] == name]
+        accuracy = [r["accuracy"] for r in own]
+        spread = f"{min(accuracy):.3f}–{max(accuracy):.3f}" if len(own) > 1 else f"{accuracy[0]:.3f}"
+        size_kb = own[0]["state_bytes"] / 1024
+        mean = sum(accuracy) / len(accuracy)
+        by_gap = [f"{sum(r['by_gap'][gap] for r in own) / len(own):.3f}" for gap in gaps]
+        cells.append((name, str(len(own)), spread, f"{size_kb:.0f}", f"{16 * mean / size_kb:.2f}", *by_gap))
+    head = ("attention", "seeds", "accuracy", "KiB kept", "pairs a KiB", *(f"gap {gap}" for gap in gaps))
+    return markdown_table(head, cells)
+
+
+def recall_limits() -> str:
+    """The same where it becomes hard: more pairs, narrower heads, rewritten keys."""
+    rows = [r for r in _load("recall")["rows"] if (r["pairs"], r["dim"], r["rewrites"]) != (16, 64, 0)]
+    rows.sort(key=lambda r: (r["rewrites"], r["pairs"], r["dim"], r["method"]))
+    cells = [(r["method"], str(r["pairs"]), str(r["dim"]), str(r["rewrites"]), f"{r['accuracy']:.3f}") for r in rows]
+    return markdown_table(("attention", "pairs", "d", "rewritten", "accuracy"), cells)
+
+
+def capacity(dim: str) -> str:
+    """Pairs recalled of those stored in one matrix."""
+    rows = [r for r in _load("capacity")["rows"] if r["dim"] == int(dim)]
+    names = list(dict.fromkeys(r["setting"] for r in rows))
+    cells = []
+    for pairs in sorted({r["pairs"] for r in rows}):
+        cells.append((str(pairs), *(f"{r['recalled']:.2f}" for r in rows if r["pairs"] == pairs)))
+    return markdown_table(("pairs", *names), cells)
+
+
+def scan() -> str:
+    """The chunk-parallel scan against the token loop."""
+    cells = [
+        (f"{r['tokens']:,}", r["rule"], r["way"], f"{r['loop_ms']:.0f}", f"{r['scan_ms']:.1f}", f"{r['times']:.0f}x")
+        for r in _load("associative_cost")["scan"]
+    ]
+    return markdown_table(("tokens", "rule", "way", "loop, ms", "scan, ms", "faster"), cells)
+
+
+def streams() -> str:
+    """State and speed of streams, by length."""
+    cells = [
+        (f"`{r['spec']}`", f"{r['tokens']:,}", size(r["nbytes"]), f"{r['tokens_per_second']:,.0f}", size(r["process_growth"]))
+        for r in _load("associative_cost")["stream"]
+    ]
+    return markdown_table(("cache", "tokens", "state", "tokens/s", "growth of the process"), cells)
+
+
 def resident_memory() -> str:
     """Resident memory of a process beside the bytes that the cache reports."""
     data = _load("resident_memory")
@@ -169,6 +222,7 @@ def training() -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     "compare": compare,
+    "capacity": capacity,
     "codec-error": codec_error,
     "codec-bars": codec_bars,
     "decode-attention": decode_attention,
@@ -177,7 +231,11 @@ TABLES: dict[str, Callable[..., str]] = {
     "llamacpp": llamacpp,
     "overheads": overheads,
     "query-digits": query_digits,
+    "recall": recall,
+    "recall-limits": recall_limits,
     "resident-memory": resident_memory,
+    "scan": scan,
+    "streams": streams,
     "training": training,
 }
 

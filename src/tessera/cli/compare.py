@@ -31,6 +31,10 @@ def compare(
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: float32 on a CPU, else auto]")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    memory: Annotated[
+        Path | None,
+        typer.Option(help="File of a Tensor Cache for specs with tc.  [default: the demo model's, with the demo model]"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for compare.json and compare.png.")] = Path("results/compare"),
 ) -> None:
     """Compare caches: perplexity, divergence, true bits, bytes and speed.
@@ -41,6 +45,8 @@ def compare(
     Example:
 
         tessera compare
+
+        tessera compare --specs window:256 "sink:4 + window:256" "sink:4 + window:256 + tc"
 
         tessera compare --model ./my-model --text book.txt --specs "sink:4 + hqmq:4 + recent:128" q4_0
     """
@@ -55,15 +61,16 @@ def compare(
     from tessera.evaluation.compare import PROTOCOLS
     from tessera.evaluation.plot import pareto
     from tessera.evaluation.table import advice, caption, tables
+    from tessera.models import demo_memory_path
 
     console, status = Console(), Console(stderr=True)
     with one_line_errors():
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out must be a folder, and {out} is a file")
-        for spec in specs or ():
-            parse(spec)
+        if any(parse(spec).associative for spec in specs or ()) and memory is None and model is None:
+            memory = demo_memory_path()
         content, name = evaluation.read_text(text or ())
-        source = evaluation.load(model, dtype, device)
+        source = evaluation.load(model, dtype, device, memory)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         bar = Progress(*columns, console=status, transient=True)
         task = bar.add_task("measuring", total=None)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from tessera.attachment import attachment
 from tessera.cache import Cache, CacheReport, Prefill
 from tessera.cache.cache import read_config
 from tessera.cache.spec import parse
@@ -143,7 +144,9 @@ def compare(
             for tally in tallies:
                 tally.cache = None if tally.spec == "dense" else Cache(tally.spec, model, prefill=prefill)
                 tally.seconds.append(0.0)
-            exact_cache = DynamicCache(config=model.config)
+            # With a memory attached, the model is itself only through a cache that leaves the memory out.
+            plain = attachment(model) is None
+            exact_cache = DynamicCache(config=model.config) if plain else Cache("dense", model)
             for start in range(0, context, size):
                 for _ in _advance(model, group, start, min(context, start + size), exact_cache, tallies):
                     done += 1
@@ -164,7 +167,7 @@ def _plan(protocol: str, specs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(["dense", *(spec for spec in wanted if spec is not None)]))
 
 
-def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: DynamicCache, tallies: Sequence[_Tally]) -> Any:
+def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: Any, tallies: Sequence[_Tally]) -> Any:
     """Feed tokens [start, stop) to the exact model and to every specification; yields after each of them."""
     target = ids[:, start + 1 : stop + 1]
     exact: Tensor | None = None

@@ -34,16 +34,22 @@ class Source:
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def load(name: str | None = None, dtype: str | None = None, device: str = "cpu") -> Source:
+def load(
+    name: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    memory: str | os.PathLike[str] | None = None,
+) -> Source:
     """Load a causal language model.
 
     Args:
         name: a folder, or the name of a model on the hub; None: the demo model, which ships with the package.
         dtype: of `DTYPES`; None: float32 on a CPU, else as it was saved.
         device: where to put it.
+        memory: a file that `tessera.save_memory` wrote for the model, to be attached; None: none.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if there is no such folder or file.
         ValueError: if what is there cannot be used, saying why.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -54,13 +60,21 @@ def load(name: str | None = None, dtype: str | None = None, device: str = "cpu")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
     torch_dtype = "auto" if wanted == "auto" else getattr(torch, wanted)
+    if memory is not None and not Path(memory).is_file():
+        raise FileNotFoundError(f"there is no memory {os.fspath(memory)}")
     if name is None:
         from tessera.models import load_demo
 
         model, tokenizer = load_demo(dtype=torch_dtype)
-        return Source("the demo model", model.to(device), tokenizer)
-    path = Path(name).expanduser()
-    return Source(path.resolve().name if path.is_dir() else name, *_from_pretrained(name, torch_dtype, device))
+        source = Source("the demo model", model.to(device), tokenizer)
+    else:
+        path = Path(name).expanduser()
+        source = Source(path.resolve().name if path.is_dir() else name, *_from_pretrained(name, torch_dtype, device))
+    if memory is not None:
+        from tessera.attachment import load_memory
+
+        load_memory(source.model, memory)
+    return source
 
 
 def _from_pretrained(name: str, dtype: Any, device: str) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tessera.models.demo_text import heldout_files, heldout_text
 
-__all__ = ["demo_path", "heldout_files", "heldout_text", "load_demo"]
+__all__ = ["demo_memory_path", "demo_path", "heldout_files", "heldout_text", "load_demo"]
 
 
 def demo_path() -> Path:
@@ -25,6 +25,18 @@ def demo_path() -> Path:
         raise FileNotFoundError(
             f"The demo model's weights are not at {path}. Reinstall tessera, or train them: tessera train demo --install"
         )
+    return path
+
+
+def demo_memory_path() -> Path:
+    """Return the file of the demo model's Tensor Cache, made for "sink:4 + window:256 + tc", ready for `tessera.load_memory`.
+
+    Raises:
+        FileNotFoundError: if it is not installed.
+    """
+    path = Path(__file__).parent / "demo" / "memory.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"the demo model's memory is not at {path}; train it: tessera train memory")
     return path
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-import tessera
-from tessera.attachment import attachment
+from tessera.attachment import attachment, save_memory
+from tessera.cache import Cache
 from tessera.training.loop import LoopConfig, Moment, RunState, Sampler, train
 
 Objective = Literal["kl", "ce"]
@@ -90,7 +90,7 @@ def train_memory(
         teacher: Tensor | None = None
         if what.objective == "kl":
             with torch.no_grad():
-                teacher = _logits(student(input_ids=ids, past_key_values=tessera.Cache("dense", student)))[:, window:]
+                teacher = _logits(student(input_ids=ids, past_key_values=Cache("dense", student)))[:, window:]
         found = _logits(student(input_ids=ids))[:, window:]
         if teacher is None:
             return cross_entropy(found.flatten(0, 1), targets[:, window:].flatten())
@@ -100,7 +100,7 @@ def train_memory(
 
     def keep(moment: Moment) -> dict[str, float]:
         set_window(moment.model, own)
-        tessera.save_memory(moment.model, out / "memory.safetensors")
+        save_memory(moment.model, out / "memory.safetensors")
         return {} if on_checkpoint is None else on_checkpoint(moment)
 
     try:
@@ -127,7 +127,7 @@ def loss_by_distance(
         edges: ascending places; the result has one number for each stretch between neighbours.
         chunk: tokens of a call.
     """
-    cache = None if spec is None else tessera.Cache(spec, model)
+    cache = None if spec is None else Cache(spec, model)
     losses = []
     previous: Tensor | None = None
     for part in windows.split(windows.shape[1] if cache is None else chunk, dim=1):
