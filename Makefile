@@ -34,6 +34,12 @@ bench: install
 	$(BIN)/python benchmarks/codec_error.py
 	$(BIN)/python benchmarks/resident_memory.py
 	$(BIN)/python benchmarks/decode_attention.py
+	$(BIN)/python benchmarks/query_digits.py
+	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/capacity.py
+	$(BIN)/python benchmarks/associative_cost.py
+	$(BIN)/python benchmarks/language_memory.py
+	$(BIN)/tessera compare --out docs/results/demo_memory --specs window:256 --specs "sink:4 + window:256" --specs "sink:4 + window:256 + tc" --protocol streaming
 	$(BIN)/python benchmarks/tables.py
 
 clean:

@@ -16,6 +16,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -138,6 +139,15 @@ def llamacpp() -> str:
     return markdown_table(("cache", "tokens", "attention, ms a layer", "speed of llama.cpp's q4_0"), cells)
 
 
+def language() -> str:
+    """Loss by distance from the start, with a memory behind the window and without."""
+    data = _load("language_memory")
+    edges = data["edges"]
+    head = ("attention", *(f"{a:,}–{b:,}" for a, b in itertools.pairwise(edges)), "beyond the window")
+    cells = [(r["name"], *(f"{loss:.4f}" for loss in r["losses"]), f"{r['beyond']:.4f}") for r in data["rows"]]
+    return markdown_table(head, cells)
+
+
 def recall() -> str:
     """Accuracy of recall beyond the window, mean and range over seeds, and by gap."""
     rows = [r for r in _load("recall")["rows"] if (r["pairs"], r["dim"], r["rewrites"]) == (16, 64, 0)]
@@ -228,6 +238,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "decode-attention": decode_attention,
     "encode": encode,
     "generation": generation,
+    "language": language,
     "llamacpp": llamacpp,
     "overheads": overheads,
     "query-digits": query_digits,
