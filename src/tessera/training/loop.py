@@ -285,7 +285,8 @@ def train(
     Raises:
         FloatingPointError: if the loss stops being a number.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    # The precision is set below, call by call: accelerate has one for the whole process and refuses another run's.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     checkpoints = out / "checkpoints"
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
