@@ -57,7 +57,7 @@ def test_distillation_brings_the_model_closer_to_its_dense_self(tmp_path: Path) 
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "tensor_cache" not in n}
     ids = sample((9, 9), 8, 48)
     before = distance(model, ids)
-    train_memory(model, sample, loop(40), tmp_path)
+    train_memory(model, sample, loop(80), tmp_path)
     model.eval()
     assert distance(model, ids) < 0.99 * before
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
