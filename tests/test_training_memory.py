@@ -80,10 +80,11 @@ def test_text_and_windows_of_many_lengths(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     whole, cut = make(), make()
-    train_memory(whole, sample, loop(10), tmp_path / "whole")
-    train_memory(cut, sample, loop(10), tmp_path / "cut", stop_at=4)
+    drawn = MemoryTraining(windows=(4, 8, 20))
+    train_memory(whole, sample, loop(10), tmp_path / "whole", drawn)
+    train_memory(cut, sample, loop(10), tmp_path / "cut", drawn, stop_at=4)
     again = make()
-    train_memory(again, sample, loop(10), tmp_path / "cut")
+    train_memory(again, sample, loop(10), tmp_path / "cut", drawn)
     for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 

@@ -7,14 +7,13 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tessera.associative.config import TensorCacheConfig
-from tessera.associative.layer import TensorCacheLayer
+from tessera.associative.layer import TensorCacheLayer, is_gate
 from tessera.associative.rotary import phase_of
 from tessera.attention import disable, enable, unsupported
 from tessera.cache.cache import read_config
@@ -137,10 +136,8 @@ def memory_parameters(model: nn.Module) -> list[dict[str, Any]]:
 
     Gates and rates that learn at the rate of weights are known never to open.
     """
-    layers = _attached(model).layers.values()
-    gates = [p for layer in layers for p in layer.gates()]
-    known = {id(p) for p in gates}
-    weights = [p for layer in layers for p in layer.parameters() if id(p) not in known]
+    named = [pair for layer in _attached(model).layers.values() for pair in layer.named_parameters()]
+    weights, gates = ([p for name, p in named if is_gate(name) == wanted] for wanted in (False, True))
     return [{"name": "weights", "params": weights}, {"name": "gates", "params": gates, "weight_decay": 0.0}]
 
 
@@ -254,9 +251,3 @@ def reading(model: nn.Module, on: bool) -> None:
     """Let reads count, or not: the control that shows what the memory is worth."""
     for layer in _attached(model).layers.values():
         layer.reads = on
-
-
-def states_nbytes(model: nn.Module, batch: int = 1) -> int:
-    """Bytes of the matrices of all layers, for `batch` sequences."""
-    layers = _attached(model).layers.values()
-    return sum(layer.memory.initial_state(batch, torch.empty(0)).nbytes for layer in layers)

@@ -167,6 +167,7 @@ def _recall(memory: TensorCacheLayer, q: Tensor, turn: Turn) -> Tensor:
     places = torch.arange(turn.first, turn.first + turn.tokens, device=q.device)
     leave = places - window
     k, v = lane.pairs(turn, max(0, turn.first - window), max(0, turn.first + turn.tokens - window))
+    memory.memory.check_finite(k, v)
     idle = turn.tokens - k.shape[2]
     # The first tokens push nothing out, until the window is full.
     k, v = pad(memory.plain(k, leave[None, idle:]), (0, 0, idle, 0)), pad(v, (0, 0, idle, 0))

@@ -163,6 +163,18 @@ def test_what_has_been_written_cannot_be_taken_back() -> None:
     assert cache.get_seq_length() == 55
 
 
+def test_a_broken_pair_is_refused_before_it_is_written() -> None:
+    model = attached()
+    cache = tessera.Cache(SPEC, model)
+    logits(model, cache, tokens(1, 40), (40,))
+    lane = cache.layers[0].lanes[0]
+    before = lane.memory.state.a.clone()
+    lane.recent.keys[:, :, 1:] = torch.nan
+    with pytest.raises(ValueError, match="keys must be finite"):
+        logits(model, cache, tokens(1, 8), (8,))
+    assert torch.equal(lane.memory.state.a, before)
+
+
 def test_detaching_restores_the_model_bit_for_bit() -> None:
     model = make()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -11,6 +11,12 @@ from tessera.associative.rotary import Phase
 from tessera.associative.state import TensorCacheState
 
 
+def is_gate(name: str) -> bool:
+    """Whether a parameter of this name opens, closes or paces a memory: those learn faster than weights and never decay."""
+    last = name.rpartition(".")[2]
+    return last.endswith("_logit") or last in ("gate_weight", "rate_weight", "slow_share")
+
+
 class TensorCacheLayer(nn.Module):
     """y = W_o local + sigmoid(gate) · W_tc heads(read); W_tc starts at zero, so that at first nothing changes.
 
@@ -43,10 +49,6 @@ class TensorCacheLayer(nn.Module):
         self.pending: Tensor | None = None
         #: Off: reads count for nothing, to measure what the memory is worth.
         self.reads = True
-
-    def gates(self) -> list[nn.Parameter]:
-        """Parameters that open and close the memory; they learn faster than weights do."""
-        return [p for name, p in self.named_parameters() if "gate" in name or "logit" in name or "share" in name]
 
     def plain(self, x: Tensor, positions: Tensor) -> Tensor:
         """`x` as the memory wants it: without its rotary phase unless `config.rotary`."""

@@ -226,6 +226,13 @@ class TensorCache(nn.Module):
         slots = self.config.slots
         return q.repeat_interleave(slots, 1), k.repeat_interleave(slots, 1), v.repeat_interleave(slots, 1)
 
+    @staticmethod
+    def check_finite(k: Tensor, v: Tensor) -> None:
+        """Refuse pairs that would poison the state."""
+        for name, x in (("keys", k), ("values", v)):
+            if not x.isfinite().all():
+                raise ValueError(f"{name} must be finite; a matrix that has absorbed NaN or infinity never recovers")
+
     def _checked(self, q: Tensor, k: Tensor, v: Tensor, state: TensorCacheState | None) -> TensorCacheState:
         batch, dim = q.shape[0], self.head_dim
         if q.ndim != 4 or q.shape[3] != dim or q.shape[1] % self.num_heads:
@@ -235,8 +242,7 @@ class TensorCache(nn.Module):
         for name, x in (("keys", k), ("values", v)):
             if x.ndim != 4 or x.shape[:2] != (batch, self.num_heads) or x.shape[3] != dim or x.shape[2] != k.shape[2]:
                 raise ValueError(f"{name} {tuple(x.shape)} do not fit: expected ({batch}, {self.num_heads}, tokens, {dim})")
-            if not x.isfinite().all():
-                raise ValueError(f"{name} must be finite; a matrix that has absorbed NaN or infinity never recovers")
+        self.check_finite(k, v)
         if state is None:
             return self.initial_state(batch, k)
         matrices = (batch, self.num_heads * self.config.slots, dim, dim)

@@ -105,7 +105,7 @@ def memory(
         tessera.attach(source.model, config)
         sample = _text_sampler(source, data or [], out)
         loop = LoopConfig(
-            phases=(Phase(1.0, sequence, batch, 1),),
+            phases=(Phase(1.0, sequence, batch, 1 if batch % 2 else 2),),
             minutes=None if steps is not None else minutes or 20.0,
             steps=steps,
             mixed_precision="no",

@@ -22,6 +22,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tessera.associative.layer import is_gate
+
 Sampler = Callable[[tuple[int, ...], int, int], "Tensor | tuple[Tensor, Tensor]"]
 """``(seed, batch, length) -> (batch, length)`` token ids, each to be predicted from those before it; or the ids and what is
 to be predicted at each, -100 for nothing. By its arguments alone: otherwise a resumed run differs."""
@@ -147,7 +149,7 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
         tables.add(id(output.weight))
-    gates = [p for name, p in model.named_parameters() if p.requires_grad and _is_gate(name)]
+    gates = [p for name, p in model.named_parameters() if p.requires_grad and is_gate(name)]
     known = {id(p) for p in gates}
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     hidden = [p for p in parameters if p.ndim == 2 and id(p) not in tables]
@@ -170,12 +172,6 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
-
-
-def _is_gate(name: str) -> bool:
-    """Whether a parameter opens, closes or paces a memory."""
-    last = name.rpartition(".")[2]
-    return last.endswith("_logit") or last in ("gate_weight", "rate_weight", "slow_share")
 
 
 def average_gradients(model: nn.Module, accelerator: Accelerator) -> None:
