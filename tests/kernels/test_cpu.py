@@ -294,6 +294,15 @@ def test_search_finds_the_codes_of_the_reference(bits: int) -> None:
     assert ((x - words[got.long()]).norm(dim=-1) - (x - words[wanted]).norm(dim=-1)).abs().max() < 1e-5 * x.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("spec", "tables"), [("hqmq:2", 1), ("hqmq:2.5", 1), ("hqmq:3", 4), ("hqmq:3.5", 0), ("hqmq:4", 6), ("hqmq:5", 0)]
+)
+def test_codewords_are_picked_in_registers_where_the_tables_are_few(spec: str, tables: int) -> None:
+    form = codecs.get(spec).kernel_format(64)
+    assert form is not None
+    assert cpu._book(form).blocks == tables
+
+
 def test_search_of_nothing() -> None:
     book = joint(8)
     index = build_index(book.products.float() * book.step, book.conjugations)

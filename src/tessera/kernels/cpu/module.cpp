@@ -209,7 +209,9 @@ void nearest(const Index& index, uintptr_t x, int64_t n, uintptr_t codes, int th
 
 NB_MODULE(_cpu, m) {
     m.doc() = "Tessera's kernels for CPUs.";
-    nb::class_<Book>(m, "Book").def("__init__", &make_book);
+    nb::class_<Book>(m, "Book")
+        .def("__init__", &make_book)
+        .def_ro("blocks", &Book::blocks, "Tables that codewords are picked from in registers; 0: they are looked up in memory.");
     m.def("use_openmp", [](uintptr_t parallel, uintptr_t number) {
         Threads::use(reinterpret_cast<Threads::Parallel>(parallel), reinterpret_cast<Threads::Number>(number));
     });

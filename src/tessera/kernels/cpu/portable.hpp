@@ -6,7 +6,9 @@ class Portable {
   public:
     class Scratch {
       public:
-        Scratch(const Book& book, int chunks, int, Memory&) : book_(book), chunks_(chunks), dim_(4 * chunks) {
+        Scratch(const Book& book, int chunks, int, Memory&) : Scratch(book, chunks) {}
+
+        Scratch(const Book& book, int chunks) : book_(book), chunks_(chunks), dim_(4 * chunks) {
             queries_.resize(size_t(TILE) * dim_);
             vectors_.resize(size_t(UNIT) * dim_);
             for (auto& words : words_) words.resize(chunks);
@@ -100,8 +102,7 @@ inline void decode_with_loops(const Vectors& p) {
     const int64_t bytes = p.book->row_bytes(chunks), parts = (p.tokens + BLOCK - 1) / BLOCK;
     Threads::get().run(p.lines * parts, p.threads, [&](int64_t task, int) {
         const int64_t line = task / parts, begin = task % parts * BLOCK, end = std::min(p.tokens, begin + BLOCK);
-        Memory memory;
-        Portable::Scratch scratch(*p.book, chunks, 0, memory);
+        Portable::Scratch scratch(*p.book, chunks);
         float mean[MAX_DIM], factor[MAX_DIM];
         int64_t group = -1;
         for (int64_t t = begin; t < end; t += UNIT) {
