@@ -102,16 +102,14 @@ def attend(
     batch, heads, tokens, dim = q.shape
     form = pages.check(q, mask)
     mask, strides = strided(mask)
-    wide = q.detach().to(torch.float32).contiguous()
-    out = torch.empty(q.shape, dtype=torch.float32)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    wide = _wide(q)
+    out = torch.empty_like(wide)
+    lse = wide.new_empty(batch, heads, tokens)
     if not q.numel():
         return out, lse
     _cpu.attend(
         _book(form),
         _addresses(pages, form),
-        form.dct.numpy(),
-        form.signs.numpy(),
         level or levels()[-1],
         wide.data_ptr(),
         out.data_ptr(),
@@ -133,6 +131,13 @@ def attend(
         torch.get_num_threads(),
     )
     return out, lse
+
+
+def _wide(q: Tensor) -> Tensor:
+    """Queries as the kernels read them."""
+    if q.requires_grad or q.dtype != torch.float32 or not q.is_contiguous():
+        q = q.detach().to(torch.float32).contiguous()
+    return q
 
 
 def attend_exact_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -169,9 +174,9 @@ def attend_exact(
     check_exact(q, k, v, mask)
     batch, heads, tokens, dim = q.shape
     mask, strides = strided(mask)
-    wide = q.detach().to(torch.float32).contiguous()
-    out = torch.empty(q.shape, dtype=torch.float32)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    wide = _wide(q)
+    out = torch.empty_like(wide)
+    lse = wide.new_empty(batch, heads, tokens)
     if not q.numel():
         return out, lse
     _cpu.attend_exact(
@@ -219,8 +224,6 @@ def decode(packed: Coded, level: str | None = None) -> Tensor | None:
     out = torch.empty(packed.shape, dtype=torch.float32)
     _cpu.decode(
         _book(form),
-        form.dct.numpy(),
-        form.signs.numpy(),
         level or levels()[-1],
         form.value_gain if packed.role == "value" else 1.0,
         *(0 if field is None else field.data_ptr() for field in fields),
@@ -286,7 +289,7 @@ def _index(index: CellIndex, codes: Tensor) -> Any:
 
 @cache
 def _book(form: JointFormat) -> Any:
-    tables = (form.points, form.permutation, form.sign, form.scales)
+    tables = (form.points, form.permutation, form.sign, form.scales, form.dct, form.signs)
     return _cpu.Book(form.bits, form.move_bits, form.step, *(table.contiguous().numpy() for table in tables))
 
 

@@ -26,16 +26,8 @@ struct Page {
     int64_t offset;  // of the first token within its group
 };
 
-// y = R x: signs, then the Kronecker product of a small DCT and a Hadamard matrix, see codecs/rotation.py.
-struct Rotation {
-    int dim = 0, odd = 0;
-    const float* dct = nullptr;    // (odd, odd)
-    const float* signs = nullptr;  // (dim,), null for no rotation at all
-};
-
 struct Problem {
     const Book* book;
-    Rotation rotation;
     const Page* pages;
     int64_t page_count, tokens;
     int batch, q_heads, kv_heads, q_tokens, dim;
@@ -73,7 +65,6 @@ void attend_exact_avx512(const Problem&, const Exact&);
 // Packed vectors, to be decoded.
 struct Vectors {
     const Book* book;
-    Rotation rotation;
     const uint8_t *codes, *scale, *centre;  // centre: 16-bit words, or null
     int64_t codes_stride, scale_stride, centre_stride;  // of heads, in bytes
     int64_t lines, tokens, offset;                      // batch · heads; offset: of the first token within its group

@@ -1,9 +1,11 @@
 // The plain loops again, for AVX2 and FMA. See attend_avx512.cpp about the pragmas.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "attend.hpp"

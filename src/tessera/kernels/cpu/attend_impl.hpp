@@ -2,9 +2,11 @@
 // code compiled for one instruction set must not be merged with another's by the linker.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "memory.hpp"
@@ -189,25 +191,23 @@ struct Worker {
     float* const mean = memory.take<float>(dim);
     float* const factor = memory.take<float>(dim);
 
+    int64_t set = -1;  // the queries that `isa` holds, by line and first row, without any channel's factor; -1: others
+
     explicit Worker(const Problem& p) : p(p), book(*p.book), chunks(p.dim / 4), dim(p.dim), isa(book, p.dim / 4, p.limbs, memory) {}
 
     // Tokens [begin, end) of the tier for rows [row, row + rows) of key head `head` of batch row `b`. The result is not
     // normalised: sum (rows, dim), with `top` and `total` (rows,) the largest score and the sum of exponentials.
     void part(int b, int head, int row, int rows, int64_t begin, int64_t end, float* sum, float* top, float* total) {
         const int group = p.q_heads / p.kv_heads;
-        for (int r = 0; r < rows; ++r) {
-            const int g = (row + r) / p.q_tokens, i = (row + r) % p.q_tokens;
-            const float* from = p.q + ((int64_t(b) * p.q_heads + head * group + g) * p.q_tokens + i) * dim;
-            for (int c = 0; c < dim; ++c) query[r * dim + c] = from[c] * p.scale;
-            top[r] = NONE;
-            total[r] = 0;
-        }
+        // Rows of a key head lie next to each other: its query heads, each with its tokens.
+        const float* from = p.q + (int64_t(b) * p.q_heads + head * group) * p.q_tokens * dim + int64_t(row) * dim;
+        for (int i = 0; i < rows * dim; ++i) query[i] = from[i] * p.scale;
+        std::fill(top, top + rows, NONE);
+        std::fill(total, total + rows, 0.0f);
         std::fill(sum, sum + size_t(rows) * dim, 0.0f);
-        std::memcpy(turned, query, sizeof(float) * rows * dim);
-        for (int r = 0; r < rows; ++r) rotate(p.rotation, turned + size_t(r) * dim);
-        isa.set_queries(turned, rows);
-        bool plain = true;  // whether `isa` holds the queries without any channel's factor
-        const int64_t line = int64_t(b) * p.kv_heads + head;
+        const int64_t line = int64_t(b) * p.kv_heads + head, wanted = line * group * p.q_tokens + row;
+        if (set != wanted) set_queries(rows, nullptr);
+        set = wanted;
         float shift[TILE];
         Segment segments[BLOCK / UNIT];
         Unit units[BLOCK / UNIT];
@@ -257,14 +257,9 @@ struct Worker {
                     wide = read_centre(words, dim, mean, factor);
                     for (int r = 0; r < rows; ++r) shift[r] = inner(query + size_t(r) * dim, mean, dim);
                 }
-                if (wide || !plain) {
-                    for (int r = 0; r < rows; ++r) {
-                        float* to = turned + size_t(r) * dim;
-                        for (int c = 0; c < dim; ++c) to[c] = query[r * dim + c] * (wide ? factor[c] : 1.0f);
-                        rotate(p.rotation, to);
-                    }
-                    isa.set_queries(turned, rows);
-                    plain = !wide;
+                if (wide || set != wanted) {
+                    set_queries(rows, wide ? factor : nullptr);
+                    set = wide ? -1 : wanted;
                 }
                 isa.dot(seg.page->k_codes + line * seg.page->k_codes_stride + seg.token * bytes, seg.count, rows, scores + column, BLOCK);
                 const int whole = (seg.count + UNIT - 1) / UNIT * UNIT;
@@ -297,7 +292,44 @@ struct Worker {
             isa.add(units, width / UNIT, scores, BLOCK, rows, sum);
         }
     }
+
+    // Let `isa` hold the queries, each channel times its factor, rotated.
+    void set_queries(int rows, const float* factors) {
+        for (int r = 0; r < rows; ++r) {
+            float* to = turned + size_t(r) * dim;
+            for (int c = 0; c < dim; ++c) to[c] = query[r * dim + c] * (factors ? factors[c] : 1.0f);
+            rotate(p.book->rotation, to);
+        }
+        isa.set_queries(turned, rows);
+    }
 };
+
+// The result of one row, `at` in p.out, from its parts: `sums` (dim) apart by `stride` rows, like `tops` and `totals`.
+inline void finish(const Problem& p, int64_t at, const float* sums, const float* tops, const float* totals, int64_t parts, int64_t stride) {
+    const int dim = p.dim;
+    float* out = p.out + at * dim;
+    if (!finite(p.q + at * dim, dim)) {  // kernels need not know what to do with it
+        std::fill(out, out + dim, std::numeric_limits<float>::quiet_NaN());
+        p.lse[at] = std::numeric_limits<float>::quiet_NaN();
+        return;
+    }
+    float most = NONE, total = 0;
+    for (int64_t s = 0; s < parts; ++s) most = std::max(most, tops[s * stride]);
+    std::fill(out, out + dim, 0.0f);
+    if (most == NONE) {
+        p.lse[at] = NONE;
+        return;
+    }
+    for (int64_t s = 0; s < parts; ++s) {
+        if (tops[s * stride] == NONE) continue;
+        const float weight = exp_negative(tops[s * stride] - most);
+        total += weight * totals[s * stride];
+        for (int c = 0; c < dim; ++c) out[c] += weight * sums[s * stride * dim + c];
+    }
+    for (int c = 0; c < dim; ++c) out[c] *= p.value_gain / total;
+    rotate_back(p.book->rotation, out);
+    p.lse[at] = most + std::log(total);
+}
 
 template <class Isa>
 void attend_with(const Problem& p) {
@@ -313,48 +345,27 @@ void attend_with(const Problem& p) {
     splits = std::max<int64_t>(1, (p.tokens + span - 1) / span);
     const int tile_rows = (all_rows + tiles - 1) / tiles;
 
-    std::vector<float> sums(size_t(lines) * splits * all_rows * dim), tops(size_t(lines) * splits * all_rows), totals(tops.size());
-    std::vector<Worker<Isa>*> workers(std::max(1, p.threads), nullptr);
+    const int64_t results = lines * splits * all_rows;
+    Memory memory;
+    float* const sums = memory.take<float>(size_t(results) * dim);
+    float* const tops = memory.take<float>(size_t(results));
+    float* const totals = memory.take<float>(size_t(results));
+    std::vector<std::atomic<int64_t>> left(size_t(lines * tiles));  // splits of a tile that are not done
+    for (auto& count : left) count.store(splits, std::memory_order_relaxed);
+    std::vector<std::unique_ptr<Worker<Isa>>> workers(size_t(std::max(1, p.threads)));
     Threads::get().run(lines * tiles * splits, std::max(1, p.threads), [&](int64_t task, int who) {
-        if (!workers[who]) workers[who] = new Worker<Isa>(p);
+        if (!workers[who]) workers[who].reset(new Worker<Isa>(p));
         const int64_t split = task % splits, tile = task / splits % tiles, line = task / splits / tiles;
         const int row = int(tile) * tile_rows, rows = std::min(tile_rows, all_rows - row);
         if (rows <= 0) return;
-        const size_t at = (size_t(line) * splits + split) * all_rows + row;
+        const int64_t first = line * splits * all_rows + row, at = first + split * all_rows;
         workers[who]->part(int(line / p.kv_heads), int(line % p.kv_heads), row, rows, split * span,
-                           std::min(p.tokens, (split + 1) * span), &sums[at * dim], &tops[at], &totals[at]);
+                           std::min(p.tokens, (split + 1) * span), sums + at * dim, tops + at, totals + at);
+        // Whoever is the last to work on a tile puts its parts together.
+        if (left[line * tiles + tile].fetch_sub(1) > 1) return;
+        for (int r = 0; r < rows; ++r)
+            finish(p, line * all_rows + row + r, sums + (first + r) * dim, tops + first + r, totals + first + r, splits, all_rows);
     });
-    for (auto* worker : workers) delete worker;
-
-    const int group = p.q_heads / p.kv_heads;
-    for (int64_t line = 0; line < lines; ++line)
-        for (int row = 0; row < all_rows; ++row) {
-            const int64_t head = line % p.kv_heads * group + row / p.q_tokens;
-            const int64_t to = ((line / p.kv_heads) * p.q_heads + head) * p.q_tokens + row % p.q_tokens;
-            float* out = p.out + to * dim;
-            if (!finite(p.q + to * dim, dim)) {  // kernels need not know what to do with it
-                std::fill(out, out + dim, std::numeric_limits<float>::quiet_NaN());
-                p.lse[to] = std::numeric_limits<float>::quiet_NaN();
-                continue;
-            }
-            float most = NONE, total = 0;
-            for (int64_t s = 0; s < splits; ++s) most = std::max(most, tops[(line * splits + s) * all_rows + row]);
-            std::fill(out, out + dim, 0.0f);
-            if (most == NONE) {
-                p.lse[to] = NONE;
-                continue;
-            }
-            for (int64_t s = 0; s < splits; ++s) {
-                const size_t at = (line * splits + s) * all_rows + row;
-                if (tops[at] == NONE) continue;
-                const float weight = exp_negative(tops[at] - most);
-                total += weight * totals[at];
-                for (int c = 0; c < dim; ++c) out[c] += weight * sums[at * dim + c];
-            }
-            for (int c = 0; c < dim; ++c) out[c] *= p.value_gain / total;
-            rotate_back(p.rotation, out);
-            p.lse[to] = most + std::log(total);
-        }
 }
 
 }  // namespace

@@ -51,17 +51,20 @@ std::vector<std::string> levels() {
     return names;
 }
 
-void make_book(Book* self, int bits, int move_bits, float step, Rows4I16 points, Rows4I64 permutation, Rows4I64 sign, Floats scale) {
+void make_book(Book* self, int bits, int move_bits, float step, Rows4I16 points, Rows4I64 permutation, Rows4I64 sign, Floats scale,
+               Square dct, Floats signs) {
+    if (dct.shape(0) != dct.shape(1)) throw nb::value_error("the DCT is no square matrix");
     if (permutation.shape(0) != size_t{1} << move_bits || sign.shape(0) != permutation.shape(0) || scale.shape(0) != 256)
         throw nb::value_error("moves or scales of another number than the codebook has");
-    new (self) Book(bits, move_bits, step, points.data(), int64_t(points.shape(0)), permutation.data(), sign.data(), scale.data());
+    new (self) Book(bits, move_bits, step, points.data(), int64_t(points.shape(0)), permutation.data(), sign.data(),
+                    scale.data(), dct.data(), int(dct.shape(0)), signs.data(), int(signs.shape(0)));
 }
 
-void attend(const Book& book, Table pages, Square dct, Floats signs, const std::string& level, uintptr_t q, uintptr_t out,
+void attend(const Book& book, Table pages, const std::string& level, uintptr_t q, uintptr_t out,
             uintptr_t lse, int batch, int q_heads, int kv_heads, int q_tokens, int dim, float scale, float value_gain, float softcap, uintptr_t mask,
             int64_t mask_batch, int64_t mask_head, int64_t mask_query, bool placed, int64_t start, int64_t window, int limbs,
             int threads) {
-    if (dim % 4 || dim > MAX_DIM || dim < 4 || (signs.shape(0) && int(signs.shape(0)) != dim) || limbs < 1 || limbs > 3)
+    if (dim % 4 || dim > MAX_DIM || dim < 4 || (book.rotation.dim && book.rotation.dim != dim) || limbs < 1 || limbs > 3)
         throw nb::value_error("shapes that this kernel does not know");
     std::vector<Page> list(pages.shape(0));
     int64_t tokens = 0;
@@ -73,7 +76,6 @@ void attend(const Book& book, Table pages, Square dct, Floats signs, const std::
     }
     Problem p{};
     p.book = &book;
-    if (signs.shape(0)) p.rotation = {dim, int(dct.shape(0)), dct.data(), signs.data()};
     p.pages = list.data();
     p.page_count = int64_t(list.size());
     p.tokens = tokens;
@@ -138,14 +140,13 @@ void merge(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lse
     }
 }
 
-void decode(const Book& book, Square dct, Floats signs, const std::string& level, float gain, uintptr_t codes, uintptr_t scale,
+void decode(const Book& book, const std::string& level, float gain, uintptr_t codes, uintptr_t scale,
             uintptr_t centre, int64_t codes_stride, int64_t scale_stride, int64_t centre_stride, int64_t lines, int64_t tokens,
             int64_t offset, int dim, uintptr_t out, int threads) {
-    if (dim % 4 || dim > MAX_DIM || dim < 4 || (signs.shape(0) && int(signs.shape(0)) != dim))
+    if (dim % 4 || dim > MAX_DIM || dim < 4 || (book.rotation.dim && book.rotation.dim != dim))
         throw nb::value_error("shapes that this kernel does not know");
     Vectors p{};
     p.book = &book;
-    if (signs.shape(0)) p.rotation = {dim, int(dct.shape(0)), dct.data(), signs.data()};
     p.codes = reinterpret_cast<const uint8_t*>(codes);
     p.scale = reinterpret_cast<const uint8_t*>(scale);
     p.centre = reinterpret_cast<const uint8_t*>(centre);

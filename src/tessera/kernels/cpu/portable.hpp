@@ -112,7 +112,7 @@ inline void decode_with_loops(const Vectors& p) {
                 float* to = p.out + (line * p.tokens + t + j) * dim;
                 const float length = p.book->scale[p.scale[line * p.scale_stride + t + j]] * p.gain;
                 for (int c = 0; c < dim; ++c) to[c] = from[c] * length;
-                rotate_back(p.rotation, to);
+                rotate_back(p.book->rotation, to);
                 if (!p.centre) continue;
                 if (group != (p.offset + t + j) / GROUP) {
                     group = (p.offset + t + j) / GROUP;
