@@ -40,16 +40,22 @@ inline float total(Lanes lanes) {
     return x[0];
 }
 
-inline float largest(const float* x, int count, float start) {
-    Lanes most = Lanes{} + start;
-    int i = 0;
-    for (; i + LANES <= count; i += LANES) {
+inline float largest(Lanes lanes) {
+    float x[LANES];
+    store(x, lanes);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int j = 0; j < width; ++j) x[j] = x[j + width] > x[j] ? x[j + width] : x[j];
+    return x[0];
+}
+
+// For a multiple of LANES; not less than `least`.
+inline float largest(const float* x, int count, float least) {
+    Lanes most = Lanes{} + least;
+    for (int i = 0; i < count; i += LANES) {
         const Lanes y = load(x + i);
         most = y > most ? y : most;
     }
-    for (; i < count; ++i) start = x[i] > start ? x[i] : start;
-    for (int j = 0; j < LANES; ++j) start = most[j] > start ? most[j] : start;
-    return start;
+    return largest(most);
 }
 
 inline float inner(const float* x, const float* y, int count) {
@@ -73,18 +79,16 @@ inline bool finite(const float* x, int count) {
     return !broken;
 }
 
-// e^x for x <= 0, to 2 units in the last place; 0 below -87.
+// e^x for x <= 0, to 1e-7 and 1e-7 of |x|; 0 below -87. As 2^n times a polynomial for 2^r that is 1 at r = 0.
 inline Lanes exp_negative(Lanes x) {
-    const Lanes y = x < -87.0f ? Lanes{} - 87.0f : x;
-    const IntLanes n = __builtin_convertvector(y * 1.44269504f - 0.5f, IntLanes);  // to the nearest: conversion cuts off
-    const Lanes whole = __builtin_convertvector(n, Lanes);
-    const Lanes r = (y - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    const Lanes t = (x > -87.0f ? x : Lanes{} - 87.0f) * 1.44269504f;
+    const IntLanes n = __builtin_convertvector(t - 0.5f, IntLanes);  // to the nearest: conversion cuts off
+    const Lanes r = t - __builtin_convertvector(n, Lanes);
+    Lanes p = r * 1.3264727029e-3f + 9.6715128780e-3f;
+    p = p * r + 5.5507337459e-2f;
+    p = p * r + 2.4022242082e-1f;
+    p = p * r + 6.9314697760e-1f;
+    p = p * r + 1.0f;
     const IntLanes bits = (n + 127) << 23;
     Lanes power;
     std::memcpy(&power, &bits, sizeof power);
@@ -93,9 +97,13 @@ inline Lanes exp_negative(Lanes x) {
 
 inline float exp_negative(float x) { return exp_negative(Lanes{} + x)[0]; }
 
-// x becomes x · length + shift, for a multiple of LANES.
-inline void stretch(float* x, const float* length, float shift, int count) {
-    for (int i = 0; i < count; i += LANES) store(x + i, load(x + i) * load(length + i) + shift);
+// x becomes x · length + shift, for a multiple of LANES; `most` becomes no less than any of them, lane by lane.
+inline void stretch(float* x, const float* length, float shift, int count, Lanes& most) {
+    for (int i = 0; i < count; i += LANES) {
+        const Lanes y = load(x + i) * load(length + i) + shift;
+        store(x + i, y);
+        most = y > most ? y : most;
+    }
 }
 
 // x becomes e^(x - most), for a multiple of LANES; returns the sum.
@@ -106,6 +114,19 @@ inline float exponentials(float* x, int count, float most) {
         store(x + i, y);
         lanes += y;
     }
+    return total(lanes);
+}
+
+// The same, each times a length that is not negative afterwards; `high` becomes the largest of them.
+inline float exponentials(float* x, const float* length, int count, float most, float& high) {
+    Lanes lanes = {}, highest = {};
+    for (int i = 0; i < count; i += LANES) {
+        const Lanes y = exp_negative(load(x + i) - most), z = y * load(length + i);
+        store(x + i, z);
+        lanes += y;
+        highest = z > highest ? z : highest;
+    }
+    high = largest(highest);
     return total(lanes);
 }
 
@@ -157,18 +178,21 @@ inline bool hidden(const Problem& p, int row, int rows, int64_t first, int64_t e
     return first > p.start + high || (p.window > 0 && end - 1 < p.start + low - p.window + 1);
 }
 
-// Scores of n tokens from `place` on that the rows do not see become NONE.
-inline void hide(const Problem& p, int b, int head, int row, int rows, int64_t place, int n, float* scores) {
-    if (!p.mask && !p.placed) return;
+// Scores of n tokens from `place` on that the rows do not see become NONE. Returns whether there may be such.
+inline bool hide(const Problem& p, int b, int head, int row, int rows, int64_t place, int n, float* scores) {
+    bool some = p.mask != nullptr;
+    if (!some && !p.placed) return false;
     const int group = p.q_heads / p.kv_heads;
     for (int r = 0; r < rows; ++r) {
         const int g = (row + r) / p.q_tokens, i = (row + r) % p.q_tokens;
         float* to = scores + r * BLOCK;
         if (p.placed) {
             const int64_t last = p.start + i, oldest = p.window > 0 ? last - p.window + 1 : 0;
-            if (place + n - 1 > last || place < oldest)
+            if (place + n - 1 > last || place < oldest) {
+                some = true;
                 for (int j = 0; j < n; ++j)
                     if (place + j > last || place + j < oldest) to[j] = NONE;
+            }
         }
         if (p.mask) {
             const uint8_t* seen = p.mask + b * p.mask_batch + (head * group + g) * p.mask_head + i * p.mask_query + place;
@@ -176,6 +200,7 @@ inline void hide(const Problem& p, int b, int head, int row, int rows, int64_t p
                 if (!seen[j]) to[j] = NONE;
         }
     }
+    return some;
 }
 
 template <class Isa>
@@ -208,7 +233,7 @@ struct Worker {
         const int64_t line = int64_t(b) * p.kv_heads + head, wanted = line * group * p.q_tokens + row;
         if (set != wanted) set_queries(rows, nullptr);
         set = wanted;
-        float shift[TILE];
+        float shift[TILE], high[TILE];  // high: a row's largest weight
         Segment segments[BLOCK / UNIT];
         Unit units[BLOCK / UNIT];
         alignas(64) float k_length[BLOCK], v_length[BLOCK];
@@ -247,6 +272,9 @@ struct Worker {
                 }
             }
 
+            Lanes highest[TILE];
+            for (int r = 0; r < rows; ++r) highest[r] = Lanes{} + top[r];
+            bool sure = true;  // that these are the largest scores so far, and not merely no less
             for (int s = 0, column = 0; s < count; ++s) {
                 const Segment& seg = segments[s];
                 std::fill(shift, shift + rows, 0.0f);
@@ -265,31 +293,32 @@ struct Worker {
                 const int whole = (seg.count + UNIT - 1) / UNIT * UNIT;
                 for (int r = 0; r < rows; ++r) {
                     float* to = scores + r * BLOCK + column;
-                    stretch(to, k_length + column, shift[r], whole);
+                    stretch(to, k_length + column, shift[r], whole, highest[r]);
                     std::fill(to + seg.count, to + whole, NONE);
                     if (p.softcap > 0)
                         for (int j = 0; j < seg.count; ++j) to[j] = p.softcap * std::tanh(to[j] / p.softcap);
                 }
-                hide(p, b, head, row, rows, seg.place, seg.count, scores + column);
+                const bool some = hide(p, b, head, row, rows, seg.place, seg.count, scores + column);
+                sure = sure && !some && seg.count == whole && p.softcap <= 0;
                 column += whole;
             }
 
             for (int r = 0; r < rows; ++r) {
                 float* line_scores = scores + r * BLOCK;
-                const float most = largest(line_scores, width, top[r]);
+                const float most = sure ? largest(highest[r]) : largest(line_scores, width, top[r]);
                 if (most == NONE) {  // this row has seen nothing yet
                     std::fill(line_scores, line_scores + width, 0.0f);
+                    high[r] = 0;
                     continue;
                 }
                 const float keep = top[r] == NONE ? 0.0f : exp_negative(top[r] - most);
-                total[r] = total[r] * keep + exponentials(line_scores, width, most);
+                total[r] = total[r] * keep + exponentials(line_scores, v_length, width, most, high[r]);
                 top[r] = most;
                 if (keep != 1.0f)
                     for (int c = 0; c < dim; ++c) sum[size_t(r) * dim + c] *= keep;
             }
 
-            for (int r = 0; r < rows; ++r) stretch(scores + r * BLOCK, v_length, 0.0f, width);
-            isa.add(units, width / UNIT, scores, BLOCK, rows, sum);
+            isa.add(units, width / UNIT, scores, BLOCK, high, rows, sum);
         }
     }
 

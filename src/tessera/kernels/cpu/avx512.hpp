@@ -121,11 +121,11 @@ class Avx512 {
             }
         }
 
-        // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them.
-        [[gnu::noinline]] void add(const Unit* unit, int units, const float* weights, int stride, int rows, float* sum) {
+        // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them; high[r]: the largest weight.
+        [[gnu::noinline]] void add(const Unit* unit, int units, const float* weights, int stride, const float* high, int rows, float* sum) {
             for (int r = 0; r < rows; ++r) {
-                if (limbs_ <= 2) set_weights<2>(weights + r * stride, units * UNIT, r);
-                else set_weights<3>(weights + r * stride, units * UNIT, r);
+                if (limbs_ <= 2) set_weights<2>(weights + r * stride, units * UNIT, high[r], r);
+                else set_weights<3>(weights + r * stride, units * UNIT, high[r], r);
             }
             const int64_t bytes = book_.row_bytes(chunks_);
             for (int s = 0; s < spans_; ++s) {
@@ -163,9 +163,8 @@ class Avx512 {
 
         // At least two digits: many small weights, each rounded to nothing, would be missed beside a large one.
         template <int LIMBS>
-        void set_weights(const float* w, int count, int r) {
+        void set_weights(const float* w, int count, float most, int r) {
             constexpr int MOST = (1 << (8 * LIMBS)) - 1;
-            const float most = largest(w, count, 0.0f);
             share_[r] = most / float(MOST) * book_.step;
             const __m512 inverse = _mm512_set1_ps(most > 1e-30f ? float(MOST) / most : 0.0f);
             uint8_t* to = reinterpret_cast<uint8_t*>(weights_ + size_t(r) * 3 * (BLOCK / 4));

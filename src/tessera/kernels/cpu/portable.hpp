@@ -43,7 +43,7 @@ class Portable {
         }
 
         // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them.
-        void add(const Unit* unit, int units, const float* weights, int stride, int rows, float* sum) {
+        void add(const Unit* unit, int units, const float* weights, int stride, const float*, int rows, float* sum) {
             for (int u = 0; u < units; ++u) {
                 decode(unit[u].codes, unit[u].count);
                 for (int r = 0; r < rows; ++r) {
