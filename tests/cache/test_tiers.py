@@ -10,6 +10,7 @@ from tessera.cache.lane import RECORDED, Lane, Policy
 from tessera.cache.spec import BLOCK, parse
 from tessera.cache.tiers import PAGE, CodecTier, ExactTier
 from tessera.kernels import Pages
+from tessera.kernels.pages import Coded
 
 
 def pair(tokens: int, rows: int = 2, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -107,15 +108,39 @@ def test_codec_tier(spec: str) -> None:
     assert tier.pages == []
 
 
-def test_appending_touches_the_newest_page_only() -> None:
+def test_appending_leaves_what_is_there_where_it_is() -> None:
     tier = CodecTier(codecs.get("hqmq:4"), 0)
     k, v = torch.randn(2, 1, 2, 40 * BLOCK, 64).unbind(0)
+    joins = 0
     for block in range(40):
         before = tier.pages
         tier.append(*(x[:, :, block * BLOCK : (block + 1) * BLOCK] for x in (k, v)))
-        assert all(a is b for a, b in zip(before[:-1], tier.pages, strict=False))
-        assert max(page.tokens for page, _ in tier.pages) <= PAGE
+        if len(tier.pages) > len(before):
+            assert all(old is new for old, new in zip(before, tier.pages, strict=False))
+        else:
+            joins += 1  # once in a page's life
+            assert tier.pages[-1][0].tokens == PAGE
+    assert joins == 40 * BLOCK // PAGE
+    assert [page.tokens for page, _ in tier.pages] == [PAGE, PAGE] + 8 * [BLOCK]
+    assert sum(t.untyped_storage().nbytes() for t in tier.buffers()) == sum(t.nbytes for t in tier.buffers())
     torch.testing.assert_close(tier.view.decode()[0], tier.codec.encode(k, "key").decode(), atol=0, rtol=0)
+
+
+def test_what_kernels_noted_of_pages_is_kept_as_long_as_these() -> None:
+    tier = CodecTier(codecs.get("hqmq:4"), 0)
+    k, v = torch.randn(2, 1, 2, 20 * BLOCK, 64).unbind(0)
+    noted: list[int] = []
+
+    def note(keys: Coded, _values: Coded) -> int:
+        noted.append(keys.tokens)
+        return keys.tokens
+
+    for block in range(20):
+        tier.append(*(x[:, :, block * BLOCK : (block + 1) * BLOCK] for x in (k, v)))
+        assert tier.view.notes("test", note) == [page.tokens for page, _ in tier.pages]
+    assert noted == 15 * [BLOCK] + [PAGE] + 4 * [BLOCK]
+    tier.drop_front(2 * BLOCK)
+    assert tier.view.notes("test", note) == [PAGE - 2 * BLOCK] + 4 * [BLOCK]
 
 
 def test_steps_that_pack_nothing_keep_the_view_that_kernels_know() -> None:

@@ -9,8 +9,7 @@ from tessera.cache.spec import BLOCK
 from tessera.codecs import Codec, Packed
 from tessera.kernels import Pages
 
-#: Tokens of a page of packed tokens at most. Appending copies one page at most, however long the tier is, and leaves no room
-#: idle.
+#: Tokens of a page of packed tokens at most.
 PAGE = 1024
 
 
@@ -116,6 +115,9 @@ class ExactTier:
 class CodecTier:
     """Keys and values in the bytes of a codec, whole blocks of `BLOCK` tokens only, in pages of `PAGE` tokens at most.
 
+    What is appended becomes a page of its own and nothing else is touched; pages that together have `PAGE` tokens are joined.
+    So a token is copied once at most after it was packed, and no room lies idle, as it would in buffers that grow.
+
     Args:
         codec: packs and unpacks; its group must divide `BLOCK`.
         layer: index of the layer, for codebooks drawn per layer.
@@ -142,13 +144,12 @@ class CodecTier:
     @property
     def view(self) -> Pages:
         """The pages as kernels read them. There must be a token."""
-        if self._view is None:
-            self._view = Pages(self._pages)
+        assert self._view is not None
         return self._view
 
     def put(self, pages: list[tuple[Packed, Packed]]) -> None:
         """Hold these pages instead."""
-        self._pages, self._view = pages, None
+        self._pages, self._view = pages, Pages(pages, self._view) if pages else None
 
     def buffers(self) -> list[Tensor]:
         """Every tensor that is held."""
@@ -161,15 +162,15 @@ class CodecTier:
         pages = self.pages
         done = 0
         while done < n:
-            free = PAGE - pages[-1][0].tokens if pages else 0
-            size = min(free or PAGE, n - done)
+            few, held = _unfinished(pages)
+            size = min(PAGE - held, n - done)
             part = slice(done, done + size)
             keys = self.codec.encode(k[:, :, part], "key", self.layer)
             values = self.codec.encode(v[:, :, part], "value", self.layer)
-            if free:
-                old_keys, old_values = pages.pop()
-                keys, values = Packed.cat([old_keys, keys]), Packed.cat([old_values, values])
             pages.append((keys, values))
+            if few and held + size == PAGE:
+                keys, values = (Packed.cat(list(packed)) for packed in zip(*pages[-few - 1 :], strict=True))
+                pages[-few - 1 :] = [(keys, values)]
             done += size
         self.put(pages)
 
@@ -221,3 +222,13 @@ class CodecTier:
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""
         self.put([(keys.to(device), values.to(device)) for keys, values in self._pages])
+
+
+def _unfinished(pages: list[tuple[Packed, Packed]]) -> tuple[int, int]:
+    """How many of the last pages have fewer than `PAGE` tokens together, and how many tokens these are."""
+    few = held = 0
+    for keys, _ in reversed(pages):
+        if held + keys.tokens >= PAGE:
+            break
+        few, held = few + 1, held + keys.tokens
+    return few, held

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
+
+T = TypeVar("T")
 
 
 class KernelCodec(Protocol):
@@ -49,6 +51,7 @@ class Pages:
 
     Args:
         pages: at least one pair of keys and values of one codec, of equal shapes; only tokens may differ from page to page.
+        before: pages whose first ones may be the same objects; what is known of these is taken over.
 
     Attributes:
         pages: as given.
@@ -56,12 +59,14 @@ class Pages:
         memo: what backends derive from the pages and want to keep as long as they live.
     """
 
-    def __init__(self, pages: Sequence[tuple[Coded, Coded]]) -> None:
+    def __init__(self, pages: Sequence[tuple[Coded, Coded]], before: Pages | None = None) -> None:
         if not pages:
             raise ValueError("there are no pages")
         self.pages = tuple(pages)
+        same = 0 if before is None else _same(self.pages, before.pages)
+        self._notes: dict[str, list[Any]] = {} if before is None else {k: v[:same] for k, v in before._notes.items()}
         first = self.pages[0][0]
-        for keys, values in self.pages:
+        for keys, values in self.pages[same:]:
             if keys.shape != values.shape:
                 raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} differ in shape")
             if (keys.shape[:2], keys.shape[3]) != (first.shape[:2], first.shape[3]) or keys.codec != first.codec:
@@ -73,6 +78,12 @@ class Pages:
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
         # What backends keep, addresses among it, is of these pages and not of their copies.
         return Pages(deepcopy(self.pages, memo))
+
+    def notes(self, name: str, make: Callable[[Coded, Coded], T]) -> list[T]:
+        """What a backend notes of each page, under a name of its own: made once a page, however many are added behind it."""
+        notes = self._notes.setdefault(name, [])
+        notes += [make(keys, values) for keys, values in self.pages[len(notes) :]]
+        return notes
 
     @property
     def tokens(self) -> int:
@@ -111,6 +122,12 @@ class Pages:
                 keys.append(k.slice(a, b).decode())
                 values.append(v.slice(a, b).decode())
         return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
+
+
+def _same(pages: Sequence[tuple[Coded, Coded]], others: Sequence[tuple[Coded, Coded]]) -> int:
+    """How many of the first pages are the very objects of the others."""
+    pairs = zip(pages, others, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a[0] is not b[0] or a[1] is not b[1]), min(len(pages), len(others)))
 
 
 def strided(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:

@@ -109,7 +109,7 @@ def attend(
         return out, lse
     _cpu.attend(
         _book(form),
-        _addresses(pages, form),
+        _addresses(pages),
         level or levels()[-1],
         wide.data_ptr(),
         out.data_ptr(),
@@ -293,21 +293,21 @@ def _book(form: JointFormat) -> Any:
     return _cpu.Book(form.bits, form.move_bits, form.step, *(table.contiguous().numpy() for table in tables))
 
 
-def _addresses(pages: Pages, form: JointFormat) -> Any:
+def _addresses(pages: Pages) -> Any:
     """Where the tensors of each page are, as struct Page in attend.hpp has it: (pages, 12) int64."""
     if "cpu" not in pages.memo:
-        table, kept = [], []
-        for keys, values in pages.pages:
-            fields = [keys.tensors["codes"], keys.tensors["scale"], keys.tensors.get("centre")]
-            fields += [values.tensors["codes"], values.tensors["scale"]]
-            fields = [None if field is None else _plain(field) for field in fields]
-            kept += fields
-            addresses = [0 if field is None else field.data_ptr() for field in fields]
-            strides = [0 if field is None else field.stride(1) * field.element_size() for field in fields]
-            table.append([*addresses, *strides, keys.tokens, keys.offset])
-        # `kept` holds the copies that `_plain` may have made.
-        pages.memo["cpu"] = (torch.tensor(table).numpy(), kept)
-    return pages.memo["cpu"][0]
+        pages.memo["cpu"] = torch.tensor([row for row, _ in pages.notes("cpu", _row)]).numpy()
+    return pages.memo["cpu"]
+
+
+def _row(keys: Coded, values: Coded) -> tuple[list[int], list[Tensor | None]]:
+    """One page's row, and the tensors that it points to: some may be copies that `_plain` made."""
+    fields = [keys.tensors["codes"], keys.tensors["scale"], keys.tensors.get("centre")]
+    fields += [values.tensors["codes"], values.tensors["scale"]]
+    kept = [None if field is None else _plain(field) for field in fields]
+    addresses = [0 if field is None else field.data_ptr() for field in kept]
+    strides = [0 if field is None else field.stride(1) * field.element_size() for field in kept]
+    return [*addresses, *strides, keys.tokens, keys.offset], kept
 
 
 def _plain(field: Tensor) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, brute_force, reduction_tables
-from tessera.kernels.pages import Pages, strided
+from tessera.kernels.pages import Coded, Pages, strided
 from tessera.kernels.reference import merge
 from tessera.quaternion import units
 
@@ -214,23 +214,27 @@ def _block_table(pages: Pages, block: int, group: int) -> Tensor:
     order the distances from one key head to the next in bytes; number of tokens; place of the first.
     """
     if "triton" not in pages.memo:
-        table, kept = [], []
-        for at, (keys, values) in zip(pages.starts, pages.pages, strict=False):
-            fields = [keys.tensors["codes"], keys.tensors["scale"], keys.tensors.get("centre")]
-            fields += [values.tensors["codes"], values.tensors["scale"]]
-            fields = [None if field is None else field.contiguous() for field in fields]
-            kept += fields
-            strides = [0 if field is None else field.stride(1) * field.element_size() for field in fields]
-            rows = [0 if field is None else field.stride(2) * field.element_size() for field in fields]
-            token = 0
-            while token < keys.tokens:
-                # A block never crosses from one group into the next.
-                size = min(block, keys.tokens - token, block - (keys.offset + token) % block)
-                first = [token, token, (keys.offset + token) // group, token, token]
-                table.append(
-                    [0 if f is None else f.data_ptr() + n * row for f, n, row in zip(fields, first, rows, strict=True)]
-                    + [*strides, size, at + token]
-                )
-                token += size
-        pages.memo["triton"] = (torch.tensor(table, device=pages.pages[0][0].device), kept)
-    return pages.memo["triton"][0]
+        notes = pages.notes("triton", partial(_block_rows, block=block, group=group))
+        table = torch.cat([rows for rows, _ in notes])
+        blocks = torch.tensor([len(rows) for rows, _ in notes])
+        table[:, -1] += torch.tensor(pages.starts[:-1]).repeat_interleave(blocks)
+        pages.memo["triton"] = table.to(pages.pages[0][0].device)
+    return pages.memo["triton"]
+
+
+def _block_rows(keys: Coded, values: Coded, block: int, group: int) -> tuple[Tensor, list[Tensor | None]]:
+    """One page's rows, places counted from its first token; and the tensors that they point to, which may be copies."""
+    fields = [keys.tensors["codes"], keys.tensors["scale"], keys.tensors.get("centre")]
+    fields += [values.tensors["codes"], values.tensors["scale"]]
+    kept = [None if field is None else field.contiguous() for field in fields]
+    strides = [0 if field is None else field.stride(1) * field.element_size() for field in kept]
+    steps = [0 if field is None else field.stride(2) * field.element_size() for field in kept]
+    rows, token = [], 0
+    while token < keys.tokens:
+        # A block never crosses from one group into the next.
+        size = min(block, keys.tokens - token, block - (keys.offset + token) % block)
+        first = [token, token, (keys.offset + token) // group, token, token]
+        addresses = [0 if f is None else f.data_ptr() + n * step for f, n, step in zip(kept, first, steps, strict=True)]
+        rows.append([*addresses, *strides, size, token])
+        token += size
+    return torch.tensor(rows), kept
