@@ -17,7 +17,6 @@ from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, reduction_tables
 from tessera.kernels.pages import Coded, Pages, strided
 from tessera.kernels.reference import check_exact
-from tessera.quaternion import units
 
 _cpu: Any
 try:
@@ -260,7 +259,7 @@ _INDICES: WeakKeyDictionary[CellIndex, Any] = WeakKeyDictionary()
 
 def _index(index: CellIndex, codes: Tensor) -> Any:
     if index not in _INDICES:
-        first, count, points, numbers = index.lists()
+        _, count, points, numbers = index.lists()
         words = torch.cat((index.words, index.words.square().sum(-1, keepdim=True) / 2), dim=1).T
         product, inverse, turn_unit, rotation_unit, unit_rotation = reduction_tables()
         _INDICES[index] = _cpu.Index(
@@ -268,7 +267,7 @@ def _index(index: CellIndex, codes: Tensor) -> Any:
             index.origin.numpy(),
             index.roots.numpy(),
             index.children.flatten().numpy(),
-            first.numpy(),
+            index.depth,
             count.numpy(),
             points.contiguous().numpy(),
             numbers.numpy(),
@@ -277,7 +276,6 @@ def _index(index: CellIndex, codes: Tensor) -> Any:
             index.conjugations,
             words.contiguous().numpy(),
             codes.int().numpy(),
-            units().numpy(),
             product.flatten().numpy(),
             inverse.numpy(),
             turn_unit.numpy(),

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -172,8 +173,8 @@ void fill(std::vector<T>& to, const A& from) {
     to.assign(from.data(), from.data() + from.size());
 }
 
-void make_index(Index* self, Longs dims, Longs origin, Ints roots, Ints children, Ints first, Ints count, Square points, Ints codes,
-                float root, float radius, bool conjugations, Square words, Ints number, Square units, Longs product, Longs inverse,
+void make_index(Index* self, Longs dims, Longs origin, Ints roots, Ints children, int depth, Ints count, Square points, Ints codes,
+                float root, float radius, bool conjugations, Square words, Ints number, Longs product, Longs inverse,
                 Longs turn_unit, Longs rotation_unit, Longs unit_rotation) {
     if (points.shape(1) != 5 || words.shape(0) != 5) throw nb::value_error("points and words need four components and a bias");
     auto index = std::make_unique<Index>();
@@ -181,14 +182,13 @@ void make_index(Index* self, Longs dims, Longs origin, Ints roots, Ints children
     fill(index->origin, origin, 4, "origin");
     fill(index->roots, roots);
     fill(index->children, children);
-    fill(index->first, first);
-    fill(index->count, count);
-    fill(index->points, points);
-    fill(index->codes, codes);
+    if (size_t(std::accumulate(count.data(), count.data() + count.size(), int64_t{0})) != codes.size() || codes.size() != points.shape(0))
+        throw nb::value_error("lists of another length than their candidates");
+    index->depth = depth;
+    index->set_lists(count.data(), int64_t(count.size()), points.data(), codes.data());
     index->root = root, index->radius = radius, index->conjugations = conjugations;
     for (int i = 0; i < 5; ++i) index->words[i].assign(words.data() + i * words.shape(1), words.data() + (i + 1) * words.shape(1));
     fill(index->number, number);
-    fill(&index->units[0][0], units, 96, "units");
     fill(&index->product[0][0], product, 576, "product");
     fill(index->inverse, inverse, 24, "inverse");
     fill(index->turn_unit, turn_unit, 12, "turn_unit");
