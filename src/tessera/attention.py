@@ -10,7 +10,7 @@ from torch.nn.functional import dropout as drop_out
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from tessera.associative.infini import Infini
 from tessera.associative.layer import TensorCacheLayer
@@ -122,6 +122,7 @@ def attention_forward(
             if memory is not None:
                 memory.pending, _ = memory(query, key, value, real, _positions(query, place, kwargs.get("position_ids")))
             return _windowed(module, limits, query, key, value, place, real, dropout, scaling, softcap, s_aux), None
+        attention_mask = _bottom_right(module, query, key) if attention_mask is None else attention_mask
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return _dense(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
@@ -155,6 +156,39 @@ def attention_forward(
     if memory is not None:
         memory.pending = added
     return query.new_zeros((batch, tokens, heads, dim)) if out is None else out, None
+
+
+def mask_unless_causal(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What models call for the mask that `attention_forward` is given: transformers' `sdpa_mask`, or None for plain causality.
+
+    That of the newest queries over everything seen before grows with what was seen, and would be made to say nothing.
+    """
+    causal = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
+    if causal and not torch.compiler.is_compiling():
+        newest = int(q_offset) + q_length == int(kv_offset) + kv_length
+        if newest and (attention_mask is None or bool(attention_mask.all())):
+            return None
+    rest = {"attention_mask": attention_mask, "local_size": local_size, "allow_is_causal_skip": allow_is_causal_skip}
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **rest, **kwargs)
+
+
+def _bottom_right(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
+    """The causal mask that was left out, for attention that would take it for that of equally many queries and keys."""
+    tokens, slots = query.shape[2], key.shape[2]
+    if tokens == 1 or tokens == slots or not getattr(module, "is_causal", True):
+        return None
+    return torch.ones((1, 1, tokens, slots), dtype=torch.bool, device=query.device).tril(slots - tokens)
 
 
 def _recall(memory: TensorCacheLayer, q: Tensor, turn: Turn) -> Tensor:
@@ -354,4 +388,4 @@ def _dense(
 
 
 AttentionInterface.register(ATTENTION, attention_forward)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, mask_unless_causal)

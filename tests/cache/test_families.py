@@ -9,9 +9,10 @@ import torch
 from cache_fixtures import CODECS
 from cache_models import CUTS, FAMILIES, logits, make, relative, tokens
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, masking_utils
 
 import tessera
+from tessera import attention
 
 
 def both(model: Any, spec: str, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, tessera.Cache]:
@@ -136,3 +137,29 @@ def test_training_without_a_cache_has_the_same_gradients(family: str) -> None:
     tessera.enable(model)
     for found, wanted in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mask_is_made_that_would_only_say_what_positions_say(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+
+    def sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+        mask = masking_utils.sdpa_mask(*args, **kwargs)
+        if mask is not None:
+            made.append(tuple(mask.shape))
+        return mask
+
+    monkeypatch.setattr(attention, "sdpa_mask", sdpa_mask)
+    model = make(family)
+    windows = [window for window in (getattr(model.config, "sliding_window", None),) if window]
+    tessera.enable(model)
+    for cache in (tessera.Cache("dense", model), DynamicCache(config=model.config)):
+        made.clear()
+        with torch.no_grad():
+            for ids in tokens(1, 300).split((200, 60, 40), 1):
+                model(ids, past_key_values=cache, attention_mask=None)
+        # Layers with a window of their own have a mask of bounded size.
+        assert all(windows and shape[-1] < max(windows) + 200 for shape in made)
+    assert attention.mask_unless_causal(1, 3, 10, 7) is None
+    assert attention.mask_unless_causal(1, 3, 10, 7, attention_mask=torch.arange(10)[None] > 1) is not None
+    assert attention.mask_unless_causal(1, 3, 10, 2) is not None
