@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import tessera
-from tessera.associative.recurrence import loop, scan
+from tessera.associative.recurrence import loop
+from tessera.associative.scan import scan
 from tessera.evaluation.records import environment
 from tessera.files import atomic_path
 from tessera.models.gpt import GPT, GPTConfig

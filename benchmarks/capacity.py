@@ -24,7 +24,7 @@ from rich.table import Table
 from torch.nn.functional import normalize
 
 from tessera.associative.config import Rule
-from tessera.associative.recurrence import scan
+from tessera.associative.scan import scan
 from tessera.evaluation.records import environment
 from tessera.files import atomic_path
 

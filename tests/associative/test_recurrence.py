@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.associative.recurrence import loop, scan
+from tessera.associative.recurrence import loop
+from tessera.associative.scan import scan
 
 RULES = ("outer", "delta", "wedge")
 ORDERS = ("write_first", "read_first")

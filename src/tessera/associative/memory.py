@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax, logsigmoid, normalize, one_hot, pad
 
 from tessera.associative.config import Rule, TensorCacheConfig
-from tessera.associative.recurrence import loop, scan
+from tessera.associative.recurrence import loop
+from tessera.associative.scan import scan
 from tessera.associative.state import TensorCacheState
 
 
