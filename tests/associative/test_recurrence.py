@@ -74,10 +74,20 @@ def test_aligned_keys_at_a_high_rate_stay_bounded() -> None:
     assert state.isfinite().all()
 
 
-def test_strong_decays_do_not_overflow() -> None:
-    q, k, v, _, eta, state = inputs(300, "delta", dtype=torch.float32)
-    g = torch.full(eta.shape, -30.0)
-    eta = eta * g.exp()  # never above the decay, where the rule is stable
-    reads, end = scan(q, k, v, g, eta, state, "delta")
-    assert reads.isfinite().all()
-    assert end.isfinite().all()
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("rule", ["outer", "delta"])
+@pytest.mark.parametrize("g", [-1.0, -30.0, -200.0])
+def test_strong_decays_are_those_of_the_loop(g: float, rule: str, order: str) -> None:
+    q, k, v, _, eta, state = inputs(150, rule, dtype=torch.float32)
+    decays = torch.where(torch.rand(eta.shape) < 0.5, g, -0.01)
+    eta = eta * decays.exp()  # never above the decay, where the delta rule is stable
+    x = [t.requires_grad_() for t in (q, k, v, decays, eta, state)]
+    results = []
+    for form in (scan, loop):
+        reads, end = form(*x, rule, order)
+        grads = torch.autograd.grad(reads.square().sum() + end.square().sum(), x)
+        # Of a decay of e^-40 or less nothing is left.
+        results.append((reads, end, *grads[:3], grads[3] * (decays > -40), *grads[4:]))
+    for fast, slow in zip(*results, strict=True):
+        assert fast.isfinite().all()
+        assert (fast - slow).norm() <= 1e-4 * slow.norm()
