@@ -53,3 +53,17 @@ def test_the_cost_of_scan_and_streams_is_written(benchmark: Any, tmp_path: Path,
     }
     bounded = [r["nbytes"] for r in record["stream"] if r["spec"].startswith(("window", "sink"))]
     assert len(set(bounded)) == 2  # each the same at every length
+
+
+@pytest.mark.parametrize("rule", ["outer", "delta"])
+def test_a_long_stream_neither_breaks_nor_drifts(rule: str, benchmark: Any) -> None:
+    long_run = benchmark("long_run")
+    rows = long_run.follow(rule, 3000)
+    assert {row["steps"] for row in rows} == {10, 100, 1000, 3000}
+    for row in rows:
+        assert row["finite"]
+        assert row["share_of_bound"] <= 1
+        assert row["float32_error"] < 1e-5
+    # What decays by less than bfloat16 resolves does not decay in it.
+    last = {row["decay"]: row["bfloat16_error"] for row in rows if row["steps"] == 3000}
+    assert last[0.99999] > 100 * 1e-5
