@@ -161,7 +161,15 @@ def commands(group: typer.core.TyperGroup, words: tuple[str, ...] = ()) -> list[
 
 def test_every_command_shows_an_example() -> None:
     names = commands(typer.main.get_command(app))  # type: ignore[arg-type]
-    assert names == [("compare",), ("generate",), ("info",), ("train", "demo"), ("train", "memory")]
+    assert names == [
+        ("compare",),
+        ("generate",),
+        ("info",),
+        ("train", "lm"),
+        ("train", "recall"),
+        ("train", "demo"),
+        ("train", "memory"),
+    ]
     for words in names:
         code, out, _ = run(*words, "--help")
         assert code == 0

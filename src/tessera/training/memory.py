@@ -19,7 +19,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from tessera.attachment import attachment, save_memory
 from tessera.cache import Cache
-from tessera.training.loop import LoopConfig, Moment, RunState, Sampler, train
+from tessera.training.checkpoints import RunState
+from tessera.training.loop import Moment, Sampler, train
+from tessera.training.schedule import LoopConfig
 
 Objective = Literal["kl", "ce"]
 

@@ -1,0 +1,7 @@
+"""`python -m tessera`, and with it `torchrun -m tessera`."""
+
+from __future__ import annotations
+
+from tessera.cli import main
+
+main()
