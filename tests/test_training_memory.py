@@ -13,7 +13,8 @@ import tessera
 from tessera.associative import TensorCacheConfig
 from tessera.attachment import attachment
 from tessera.cli.app import app
-from tessera.training.memory import MemoryTraining, loss_by_distance, train_memory
+from tessera.evaluation.language import loss_by_distance
+from tessera.training.memory import MemoryTraining, train_memory
 from tessera.training.schedule import LoopConfig, Phase
 
 

@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from tessera.cli import main
 
-main()
+# Processes that are spawned import this file too.
+if __name__ == "__main__":
+    main()

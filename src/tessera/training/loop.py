@@ -72,6 +72,7 @@ def train(
     stop_at: int | None = None,
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
     on_checkpoint: Callable[[Moment], dict[str, float]] | None = None,
+    show: bool = True,
 ) -> RunState:
     """Train a causal language model to predict the next token.
 
@@ -86,6 +87,7 @@ def train(
         stop_at: stop after this many steps as an interruption would, with a checkpoint but short of the budget.
         loss: the mean over the places of (model, ids, targets), instead of the cross-entropy of the targets.
         on_checkpoint: called after each checkpoint and at the end; the numbers it returns go to the log.
+        show: draw a bar.
 
     Returns:
         What was done. The model holds the final weights.
@@ -185,7 +187,7 @@ def train(
             bare.train()
             log({"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), **numbers})
 
-    with Progress(*columns, disable=not main) as bar:
+    with Progress(*columns, disable=not (main and show)) as bar:
         task = bar.add_task("training", total=1.0)
         while (progress := config.progress(state.step, state.seconds)) < 1 and state.step != stop_at:
             phase, rate = config.phase(progress), config.rate(state.step, progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import Generator, Tensor
 
-from tessera.files import atomic_path
+from tessera.files import write_json
 from tessera.models.gpt import GPT, GPTConfig, read_attention
 from tessera.tasks.recall import Recall, accuracy
 from tessera.training.checkpoints import claim
@@ -132,6 +131,7 @@ def train_recall(
     gaps: Sequence[int] = GAPS,
     resume: bool = True,
     stop_at: int | None = None,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Train a model in ``out`` and measure it; the result is written to ``out/recall.json``, the model to ``out/model``.
 
@@ -141,6 +141,7 @@ def train_recall(
         gaps: to measure at, beside the task's own.
         resume: go on with the run found there; otherwise it is deleted first.
         stop_at: stop after this many steps, as an interruption would.
+        show: draw a bar.
 
     Returns:
         ``accuracy`` at the gap of training, ``by_gap``, ``chance``, ``parameters``, ``state_bytes``, ``seconds``; of a run that
@@ -172,13 +173,12 @@ def train_recall(
         return {f"accuracy_gap_{gap}": value for gap, value in by_gap.items()}
 
     began = time.monotonic()
-    train(model, sample, config.loop(), out, resume=resume, stop_at=stop_at, on_checkpoint=at_end)
+    train(model, sample, config.loop(), out, resume=resume, stop_at=stop_at, on_checkpoint=at_end, show=show)
     if found:
         found["chance"] = task.chance
         found["parameters"] = sum(p.numel() for p in model.parameters())
         found["state_bytes"] = state_bytes(config, task.length)
     found["seconds"] = time.monotonic() - began
     if "accuracy" in found:
-        with atomic_path(out / "recall.json") as temporary:
-            temporary.write_text(json.dumps({**asdict(config), **found}, indent=1) + "\n", encoding="utf-8")
+        write_json(out / "recall.json", {**asdict(config), **found})
     return found
