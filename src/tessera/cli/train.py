@@ -116,6 +116,7 @@ def memory(
             muon_lr=2e-3,
             adamw_lr=2e-3,
             warmup_steps=20,
+            tensorboard=True,
         )
         state = train_memory(source.model, sample, loop, out, training, resume=resume)
     typer.echo(f"{state.step:,} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes; {out / 'memory.safetensors'}")
