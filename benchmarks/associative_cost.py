@@ -13,9 +13,7 @@ Example:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,20 +25,16 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
-import tessera
 from tessera.associative.recurrence import loop
 from tessera.associative.scan import scan
 from tessera.evaluation.records import environment
-from tessera.files import atomic_path
-from tessera.models.gpt import GPT, GPTConfig
+from tessera.evaluation.streams import CALL, SPECS, stream, streams_table
+from tessera.files import write_json
 from timing import medians
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = ("outer", "delta")
 HEADS, DIM = 2, 64
-SPECS = ("dense", "window:256", "sink:4 + window:256 + tc")
-#: Tokens given to the model in one call while a stream grows.
-CALL = 256
 
 
 def inputs(tokens: int) -> list[Tensor]:
@@ -77,44 +71,6 @@ def scans(tokens: int, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def resident() -> int:
-    """Bytes of this process in physical memory."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(fields["VmRSS"].split()[0]) * 1024
-
-
-@torch.inference_mode()
-def stream(spec: str, limit: int, dense_limit: int, step: Callable[[], None]) -> list[dict[str, Any]]:
-    """Rows of one cache, at 1k tokens and every doubling."""
-    torch.manual_seed(0)
-    config = GPTConfig(
-        attention="sink:4 + window:256 + tc",
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=1 << 21,
-    )
-    model = GPT(config).eval()
-    cache = tessera.Cache(spec, model)
-    rows, seen, mark = [], 0, 1024
-    before = resident()
-    while seen < (dense_limit if spec == "dense" else limit):
-        began = time.perf_counter()
-        while seen < mark:
-            model(torch.randint(256, (1, CALL)), past_key_values=cache, logits_to_keep=1)
-            seen += CALL
-            step()
-        speed = (mark - mark // 2 if mark > 1024 else mark) / (time.perf_counter() - began)
-        row = {"spec": spec, "tokens": seen, "nbytes": cache.report().nbytes, "tokens_per_second": speed}
-        rows.append({**row, "process_growth": resident() - before})
-        mark *= 2
-    return rows
-
-
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,19 +89,14 @@ def main() -> int:
         calls = (2 * options.stream + min(options.dense, options.stream)) // CALL
         bar = progress.add_task("streaming", total=calls)
         for spec in SPECS:
-            record["stream"] += stream(spec, options.stream, options.dense, lambda: progress.advance(bar))
-            with atomic_path(options.json) as temporary:
-                temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            record["stream"] += stream(spec, options.stream, options.dense, progress=lambda: progress.advance(bar))
+            write_json(options.json, record)
     table = Table("tokens", "rule", "way", "loop, ms", "scan, ms", "times faster")
     for r in record["scan"]:
         cells = (f"{r['tokens']:,}", r["rule"], r["way"], f"{r['loop_ms']:.0f}", f"{r['scan_ms']:.1f}", f"{r['times']:.0f}")
         table.add_row(*cells)
     Console().print(table)
-    table = Table("cache", "tokens", "bytes", "tokens/s", "growth of the process")
-    for r in record["stream"]:
-        numbers = (f"{r['tokens']:,}", f"{r['nbytes']:,}", f"{r['tokens_per_second']:.0f}", f"{r['process_growth']:,}")
-        table.add_row(r["spec"], *numbers)
-    Console().print(table)
+    Console().print(streams_table(record["stream"]))
     Console().print(f"Saved {options.json}", highlight=False)
     return 0
 

@@ -13,7 +13,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch.nn.functional import normalize
 from tessera.associative import TensorCache, TensorCacheConfig
 from tessera.associative.recurrence import write
 from tessera.evaluation.records import environment
-from tessera.files import atomic_path
+from tessera.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 32
@@ -98,8 +97,7 @@ def main() -> int:
         for rule in RULES:
             rows += follow(rule, options.steps, progress)
     record = {"environment": environment(), "head_dim": DIM, "rows": rows}
-    with atomic_path(options.json) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, record)
     table = Table("rule", "writes", "decay", "error, float32", "error, bfloat16", "norm, of the bound")
     for r in rows:
         cells = (f"{r['float32_error']:.1e}", f"{r['bfloat16_error']:.3f}", f"{r['share_of_bound']:.3f}")

@@ -11,9 +11,11 @@ import typer
 from typer.testing import CliRunner
 
 import tessera
+from tessera.associative import TensorCacheConfig
 from tessera.cli import app
 from tessera.evaluation import Comparison, load
 from tessera.kernels import cpu
+from tessera.models import demo_memory_path, heldout_text
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -110,6 +112,38 @@ def test_generate_samples_the_same_from_the_same_seed(small_model: Path) -> None
     assert first == again != other
 
 
+def test_generate_uses_a_memory(small_model: Path, tmp_path: Path) -> None:
+    source = load(str(small_model))
+    tessera.attach(source.model, TensorCacheConfig(window=8, sink=2))
+    with torch.no_grad():
+        for name, p in source.model.named_parameters():
+            if "tensor_cache.out" in name:
+                p.normal_(0, 0.3)
+    tessera.save_memory(source.model, tmp_path / "memory.safetensors")
+    spec, prompt = "sink:2 + window:8 + tc", "the square of 12 is larger than that"
+    words = ("generate", "--model", small_model, "--prompt", prompt, "--max-new-tokens", 40)
+    code, out, err = run(*words, "--cache", spec, "--memory", tmp_path / "memory.safetensors")
+    assert code == 0
+    inputs = source.tokenizer(prompt, return_tensors="pt")
+    ids = source.model.generate(**inputs, past_key_values=tessera.Cache(spec, source.model), max_new_tokens=40, do_sample=False)
+    assert out == source.tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+    assert err.splitlines()[-1].split()[0] == "tc"
+    assert out != run(*words, "--cache", "sink:2 + window:8")[1]
+
+
+def test_generate_takes_the_demo_models_own_memory() -> None:
+    text = heldout_text(3_000)
+    source = load(memory=demo_memory_path())
+    spec = "sink:4 + window:256 + tc"
+    inputs = source.tokenizer(text, return_tensors="pt")
+    assert inputs["input_ids"].shape[1] > 600
+    ids = source.model.generate(**inputs, past_key_values=tessera.Cache(spec, source.model), max_new_tokens=20, do_sample=False)
+    code, out, err = run("generate", "--prompt", text, "--cache", spec, "--max-new-tokens", 20)
+    assert code == 0
+    assert out == source.tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+    assert err.splitlines()[-1].split()[0] == "tc"
+
+
 def test_generate_reads_a_prompt_file_and_packs_it(small_model: Path, small_text: Path, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(small_text.read_text()[:400])
@@ -134,6 +168,11 @@ def test_generate_reads_a_prompt_file_and_packs_it(small_model: Path, small_text
         (["compare", "--device", "abacus"], "'abacus' cannot be used"),
         (["compare", "--out", "{tmp}/empty.txt", "--specs", "dense", "--context", "8", "--windows", "1"], "empty.txt"),
         (["generate"], "give --prompt"),
+        (["generate", "--prompt", "x", "--memory", "{tmp}/nothing", "--cache", "window:8 + tc"], "there is no memory"),
+        (["generate", "--prompt", "x", "--memory", "{tmp}/empty.txt", "--cache", "window:8"], "has no 'tc'"),
+        (["generate", "--prompt", "x", "--memory", "{tmp}/empty.txt", "--cache", "window:8 + tc"], "holds no memory that"),
+        (["generate", "--model", "{small}", "--prompt", "x", "--cache", "window:8 + tc"], "needs a Tensor Cache attached"),
+        (["generate", "--prompt", "x", "--cache", "sink:4 + window:8 + tc"], "was made for 'sink:4 + window:256 + tc'"),
         (["generate", "--prompt", " "], "prompt is empty"),
         (["generate", "--prompt", "x", "--cache", "sink:4"], "window:512"),
         (["generate", "--model", "{small}", "--prompt", "x", "--max-new-tokens", "600"], "512"),
@@ -161,7 +200,19 @@ def commands(group: typer.core.TyperGroup, words: tuple[str, ...] = ()) -> list[
 
 def test_every_command_shows_an_example() -> None:
     names = commands(typer.main.get_command(app))  # type: ignore[arg-type]
-    assert names == [("compare",), ("generate",), ("info",), ("train", "demo"), ("train", "memory")]
+    assert names == [
+        ("compare",),
+        ("generate",),
+        ("info",),
+        ("eval", "recall"),
+        ("eval", "capacity"),
+        ("eval", "language"),
+        ("eval", "streams"),
+        ("train", "lm"),
+        ("train", "recall"),
+        ("train", "demo"),
+        ("train", "memory"),
+    ]
     for words in names:
         code, out, _ = run(*words, "--help")
         assert code == 0

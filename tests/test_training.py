@@ -16,8 +16,9 @@ from tessera.cli.train import app
 from tessera.models.demo_text import heldout_files, heldout_text
 from tessera.training.attention import blockwise_attention
 from tessera.training.corpus import Corpus, training_files
-from tessera.training.demo import TINY, read_log, train_demo
-from tessera.training.loop import LoopConfig, Phase
+from tessera.training.demo import TINY, train_demo
+from tessera.training.log import read_log
+from tessera.training.schedule import LoopConfig, Phase
 
 
 @pytest.fixture(scope="module")

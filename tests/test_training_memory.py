@@ -13,8 +13,9 @@ import tessera
 from tessera.associative import TensorCacheConfig
 from tessera.attachment import attachment
 from tessera.cli.app import app
-from tessera.training.loop import LoopConfig, Phase
-from tessera.training.memory import MemoryTraining, loss_by_distance, train_memory
+from tessera.evaluation.language import loss_by_distance
+from tessera.training.memory import MemoryTraining, train_memory
+from tessera.training.schedule import LoopConfig, Phase
 
 
 def make() -> LlamaForCausalLM:
@@ -110,6 +111,7 @@ def test_the_command_trains_a_memory_that_a_cache_can_use(small_model: Path, sma
     arguments = ["train", "memory", "--model", str(small_model), "--data", str(small_text), "--out", str(out)]
     found = CliRunner().invoke(app, [*arguments, "--window", "16", "--sequence", "64", "--batch", "2", "--steps", "3"])
     assert found.exit_code == 0, found.output
+    assert list((out / "tensorboard").iterdir())
     model = tessera.load_memory(LlamaForCausalLM.from_pretrained(small_model), out / "memory.safetensors")
     tessera.Cache("sink:4 + window:16 + tc", model)
     wrong = CliRunner().invoke(app, [*arguments, "--rule", "oja", "--steps", "1"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -156,7 +158,7 @@ def load_memory(model: M, path: str | os.PathLike[str]) -> M:
     Raises:
         ValueError: if the file is damaged or was made for a model of another shape; the model is as it was.
     """
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         try:
             about = json.loads((file.metadata() or {})["tessera_memory"])
             kind, fields, shape = about["kind"], about["config"], about["model"]
@@ -174,6 +176,15 @@ def load_memory(model: M, path: str | os.PathLike[str]) -> M:
         detach(model)
         raise
     return model
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} holds no memory that tessera.save_memory wrote: {error}") from None
 
 
 def _fill(done: Attachment, tensors: dict[str, Tensor], path: str) -> None:

@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from tessera.associative.infini import Infini
 from tessera.associative.layer import TensorCacheLayer
 from tessera.associative.rotary import Phase
+from tessera.cache.carry import CarriedLayer, Segment
 from tessera.cache.lane import Part, Turn
 from tessera.cache.layer import ATTENTION, Handle
 from tessera.cache.masks import LaneMask, boolean
@@ -113,6 +114,11 @@ def attention_forward(
     """
     memory: TensorCacheLayer | None = getattr(module, "tensor_cache", None)
     infini: Infini | None = getattr(module, "infini", None)
+    if isinstance(key, Segment):
+        if attention_mask is not None:
+            raise ValueError("a Carry is for rows without padding; leave the attention mask out")
+        given = key.layer, query, key.new, value.new, kwargs.get("position_ids")
+        return _carried(module, *given, dropout, scaling, softcap, s_aux), None
     if infini is not None:
         return _infini(module, infini, query, key, value, scaling, kwargs.get("position_ids")), None
     if not isinstance(key, Handle):
@@ -294,6 +300,40 @@ def _infini(
         query, plain_q = (torch.cat((x.new_zeros((*x.shape[:2], past, x.shape[3])), x), dim=2) for x in (query, plain_q))
     out, _ = infini(query, key, value, plain_q, plain_k, scaling)
     return out[:, :, past : past + n].transpose(1, 2).contiguous()
+
+
+def _carried(
+    module: Any,
+    layer: CarriedLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position_ids: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """The next segment of documents whose state `layer` carries on; (batch, tokens, heads, head_dim)."""
+    batch, n = query.shape[0], query.shape[2]
+    positions = torch.arange(n, device=query.device)[None] + layer.seen if position_ids is None else position_ids
+    layer.seen += n
+    if getattr(module, "infini", None) is not None:
+        phase: Phase = module.infini_phase[0]
+        plain = phase.remove(query, positions), phase.remove(key, positions)
+        out, layer.infini = module.infini(query, key, value, *plain, scaling, layer.infini)
+        return out.transpose(1, 2).contiguous()
+    memory: TensorCacheLayer | None = getattr(module, "tensor_cache", None)
+    limits = module.limits if memory is None else Limits(memory.config.window, memory.config.sink)
+    if memory is not None:
+        real = torch.ones((batch, n), dtype=torch.bool, device=query.device)
+        memory.pending, layer.memory = memory(query, key, value, real, positions, layer.memory)
+    key, value = layer.joined(key, value)
+    # By slot instead of place: what was carried begins with the sinks, and all behind them are neighbours.
+    slots = torch.arange(key.shape[2], device=query.device).expand(batch, -1)
+    out = _windowed(module, limits, query, key, value, slots, slots >= 0, dropout, scaling, softcap, s_aux)
+    layer.keep(key, value, limits.sink, limits.window)
+    return out
 
 
 def _attend(q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softcap: float | None, s_aux: Tensor | None) -> Tensor:

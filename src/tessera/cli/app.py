@@ -6,6 +6,7 @@ import typer
 
 from tessera import __version__
 from tessera.cli import compare, generate, info, train
+from tessera.cli import eval as evaluate
 from tessera.cli.many import ManyValues
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
 app.command("compare", cls=ManyValues)(compare.compare)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
+app.add_typer(evaluate.app, name="eval")
 app.add_typer(train.app, name="train")
 
 

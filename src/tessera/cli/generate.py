@@ -26,6 +26,10 @@ def generate(
         str | None, typer.Option(help="Folder or hub name of a causal language model.  [default: the demo model]")
     ] = None,
     cache: Annotated[str, typer.Option(help="Cache specification.")] = "sink:4 + hqmq:4 + recent:128",
+    memory: Annotated[
+        Path | None,
+        typer.Option(help="File of a Tensor Cache for a cache with tc.  [default: the demo model's, with the demo model]"),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token every time.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -41,6 +45,8 @@ def generate(
     Example:
 
         tessera generate --prompt "class Stack:" --cache "sink:4 + hqmq:4 + recent:64" --max-new-tokens 300
+
+        tessera generate --prompt-file module.py --cache "sink:4 + window:256 + tc"
     """
     from tessera.cli.quiet import quiet
 
@@ -51,15 +57,20 @@ def generate(
     import tessera
     from tessera import evaluation
     from tessera.cache.spec import parse
+    from tessera.models import demo_memory_path
 
     with one_line_errors():
         if (prompt is None) == (prompt_file is None):
             raise ValueError('give --prompt or --prompt-file, as in --prompt "class Stack:"')
-        parse(cache)
+        associative = parse(cache).associative
+        if memory is not None and not associative:
+            raise ValueError(f"--memory is for a cache with a memory; {cache!r} has no 'tc'")
+        if memory is None and model is None and associative:
+            memory = demo_memory_path()
         text = evaluation.read_text([prompt_file])[0] if prompt_file is not None else prompt or ""
         if not text.strip():
             raise ValueError("the prompt is empty")
-        source = evaluation.load(model, dtype, device)
+        source = evaluation.load(model, dtype, device, memory)
         inputs = source.tokenizer(text, return_tensors="pt", verbose=False).to(source.model.device)
         inputs.pop("token_type_ids", None)
         asked = inputs["input_ids"].shape[1]

@@ -1,4 +1,4 @@
-"""`tessera train`: train the models that Tessera ships."""
+"""`tessera train`: small models from nothing, the demo model, and memories."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+from tessera.cli import train_new
 from tessera.cli.errors import one_line_errors
+from tessera.cli.many import ManyValues
 
-app = typer.Typer(help="Train the models that Tessera ships.", no_args_is_help=True)
+app = typer.Typer(help="Train models and memories.", no_args_is_help=True)
+app.command("lm", cls=ManyValues)(train_new.lm)
+app.command("recall")(train_new.recall)
 
 
 @app.callback()
 def _group() -> None:
-    """Train the models that Tessera ships."""
+    """Train models and memories."""
 
 
 @app.command()
@@ -93,8 +97,8 @@ def memory(
     import tessera
     from tessera.associative import TensorCacheConfig
     from tessera.evaluation import load
-    from tessera.training.loop import LoopConfig, Phase
     from tessera.training.memory import MemoryTraining, train_memory
+    from tessera.training.schedule import LoopConfig, Phase
 
     if minutes is not None and steps is not None:
         raise typer.BadParameter("give --minutes or --steps, not both")
@@ -112,6 +116,7 @@ def memory(
             muon_lr=2e-3,
             adamw_lr=2e-3,
             warmup_steps=20,
+            tensorboard=True,
         )
         state = train_memory(source.model, sample, loop, out, training, resume=resume)
     typer.echo(f"{state.step:,} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes; {out / 'memory.safetensors'}")

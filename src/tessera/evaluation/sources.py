@@ -80,6 +80,8 @@ def load(
 def _from_pretrained(name: str, dtype: Any, device: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    import tessera.models.gpt  # noqa: F401 - so that the Auto classes know it
+
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if path.is_dir():

@@ -235,7 +235,7 @@ class Corpus:
         Every window starts with the beginning-of-sequence token, as every prompt will.
 
         Args:
-            seed: any whole numbers (run, step, part of the step, process).
+            seed: any whole numbers (run, step).
             batch: number of windows.
             length: tokens per window.
 

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from tessera.files import atomic_path
 from tessera.models.demo_text import heldout_text
+from tessera.training.checkpoints import RunState, claim
 from tessera.training.corpus import PACKAGES, Corpus, SourceFile, training_files
-from tessera.training.loop import LoopConfig, Moment, Phase, RunState, train
+from tessera.training.log import plot_log, summarise_log
+from tessera.training.loop import Moment, train
+from tessera.training.schedule import LoopConfig, Phase
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -156,11 +159,16 @@ def build_model(config: DemoConfig) -> nn.Module:
             pad_token_id=EOS_ID,
         )
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.mul_(1 / math.sqrt(2 * config.layers))
+    shrink_branches(model, config.layers)
     return model
+
+
+@torch.no_grad()
+def shrink_branches(model: nn.Module, layers: int) -> None:
+    """Let the residual branches of an untrained Llama start smaller the more of them there are."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.mul_(1 / math.sqrt(2 * layers))
 
 
 @torch.no_grad()
@@ -182,25 +190,32 @@ def held_out_loss(model: nn.Module, tokens: Tensor, context: int) -> float:
     return total / count
 
 
-def export(model: nn.Module, tokenizer: Tokenizer, target: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write the model and its tokenizer as `transformers` reads them, in bf16, replacing what is there.
+def export(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    target: Path,
+    weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write the model and its tokenizer as `transformers` reads them, replacing what is there.
 
     Args:
         model: the model, whose weights are left as they are.
         tokenizer: its tokenizer.
         target: the directory to write; a README in it is kept.
         weights: values by parameter name to write in place of the model's own.
+        dtype: of what is written.
     """
-    from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
 
     source: Any = model
     config = type(source.config).from_dict(source.config.to_dict())
-    config.dtype = torch.bfloat16
+    config.dtype = dtype
     config._attn_implementation = None
-    copy = LlamaForCausalLM(config)
+    copy = type(source)(config)
     copy.load_state_dict(weights if weights is not None else dict(source.named_parameters()), strict=False)
     copy.tie_weights()
-    copy = copy.to(torch.bfloat16)
+    copy = copy.to(dtype)
     copy.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=EOS_ID)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -221,61 +236,6 @@ def export(model: nn.Module, tokenizer: Tokenizer, target: Path, weights: dict[s
     temporary.rmdir()
 
 
-def read_log(log: Path) -> list[dict[str, Any]]:
-    """Return a run's records, without those after a checkpoint that the run was taken up from again."""
-    records: list[dict[str, Any]] = []
-    for line in log.read_text().splitlines():
-        record = json.loads(line)
-        while records and records[-1]["step"] > record["step"]:
-            records.pop()
-        records.append(record)
-    return records
-
-
-def plot_log(log: Path, target: Path) -> None:
-    """Draw the loss over tokens from a run's ``log.jsonl`` as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    records = read_log(log)
-    steps = [record for record in records if "loss" in record]
-    checks = [record for record in records if "held_out_loss" in record]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([r["tokens"] / 1e6 for r in steps], [r["loss"] for r in steps], lw=0.7, alpha=0.6, label="training batches")
-    axes.plot(
-        [r["tokens"] / 1e6 for r in checks],
-        [r["held_out_loss"] for r in checks],
-        marker="o",
-        ms=4,
-        label="held-out modules",
-    )
-    for before, after in pairwise(steps):
-        if before["sequence"] != after["sequence"]:
-            x = before["tokens"] / 1e6
-            axes.axvline(x, color="gray", lw=0.8, ls=":")
-            axes.text(x, 0.97, f" {after['sequence']:,} tokens", transform=axes.get_xaxis_transform(), va="top", color="gray")
-    lowest = min((r["loss"] for r in steps), default=1.0)
-    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", ylim=(max(0, lowest - 0.2), lowest + 3))
-    axes.set_title("Training the demo model")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    with atomic_path(target) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-
-
-def summarise_log(log: Path, points: int = 200) -> dict[str, Any]:
-    """Return a run's log thinned to about ``points`` training records, with every held-out measurement."""
-    records = read_log(log)
-    steps = [record for record in records if "loss" in record]
-    return {
-        "training": steps[:: max(1, len(steps) // points)],
-        "held_out": [record for record in records if "held_out_loss" in record],
-    }
-
-
 def prepare(config: DemoConfig, out: Path) -> tuple[Tokenizer, Corpus]:
     """Return the tokenizer and the corpus of a run, made on the first call and read from ``out`` afterwards."""
     from tokenizers import Tokenizer
@@ -288,17 +248,6 @@ def prepare(config: DemoConfig, out: Path) -> tuple[Tokenizer, Corpus]:
     with atomic_path(vocabulary) as temporary:
         tokenizer.save(str(temporary))
     return tokenizer, Corpus.build(data, files, tokenizer, BOS_ID, EOS_ID)
-
-
-def _claim(config: DemoConfig, out: Path) -> None:
-    """Record the recipe in the run's directory, or check that it is the one recorded. The budget may change."""
-    record = asdict(replace(config, loop=replace(config.loop, steps=None, minutes=1.0)))
-    text = json.dumps(record, indent=1)
-    path = out / "recipe.json"
-    if path.is_file() and path.read_text() != text:
-        raise ValueError(f"{out} holds a run of another recipe; choose another directory or start afresh")
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
 
 
 def train_demo(
@@ -335,7 +284,8 @@ def train_demo(
     if not resume:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    _claim(config, out)
+    # The budget may change.
+    claim(out, asdict(replace(config, loop=replace(config.loop, steps=None, minutes=1.0))))
     tokenizer, corpus = prepare(config, out)
     model = build_model(replace(config, vocabulary=tokenizer.get_vocab_size()))
     name = register()
@@ -363,7 +313,7 @@ def train_demo(
     trained.config.use_cache = False
     trained.set_attn_implementation(name)
     state = train(model, corpus.sample, config.loop, out, resume=resume, stop_at=stop_at, on_checkpoint=measure)
-    plot_log(out / "log.jsonl", out / "loss.png")
+    plot_log(out / "log.jsonl", out / "loss.png", "Training the demo model")
     with atomic_path(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summarise_log(out / "log.jsonl"), indent=0) + "\n")
     return state

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from tessera.attachment import attachment, save_memory
 from tessera.cache import Cache
-from tessera.training.loop import LoopConfig, Moment, RunState, Sampler, train
+from tessera.training.checkpoints import RunState
+from tessera.training.loop import Moment, Sampler, train
+from tessera.training.schedule import LoopConfig
 
 Objective = Literal["kl", "ce"]
 
@@ -112,29 +113,3 @@ def train_memory(
 def _logits(output: Any) -> Tensor:
     logits: Tensor = output.logits
     return logits.float()
-
-
-@torch.no_grad()
-def loss_by_distance(
-    model: nn.Module, windows: Tensor, spec: str | None, edges: Sequence[int], chunk: int = 256
-) -> list[float]:
-    """Mean negative log-likelihood by place in the sequence.
-
-    Args:
-        model: a causal language model.
-        windows: (count, tokens) ids, each read from the beginning.
-        spec: of the cache that it reads through; None: none.
-        edges: ascending places; the result has one number for each stretch between neighbours.
-        chunk: tokens of a call.
-    """
-    cache = None if spec is None else Cache(spec, model)
-    losses = []
-    previous: Tensor | None = None
-    for part in windows.split(windows.shape[1] if cache is None else chunk, dim=1):
-        logits = _logits(model(input_ids=part) if cache is None else model(input_ids=part, past_key_values=cache))
-        if previous is not None:
-            losses.append(cross_entropy(previous, part[:, 0], reduction="none")[:, None])
-        losses.append(cross_entropy(logits[:, :-1].transpose(1, 2), part[:, 1:], reduction="none"))
-        previous = logits[:, -1]
-    every = torch.cat(losses, dim=1)  # of tokens 1 and later
-    return [float(every[:, max(0, a - 1) : b - 1].mean()) for a, b in pairwise(edges)]

@@ -1,0 +1,239 @@
+"""`tessera eval`: what memories hold and cost, as tables, JSON and pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tessera.cli.errors import one_line_errors
+from tessera.cli.many import ManyValues
+
+app = typer.Typer(help="Measure memories: recall, capacity, language, streams.", no_args_is_help=True)
+
+Out = Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")]
+OUT = Path("results/eval")
+
+
+@app.callback()
+def _group() -> None:
+    """Measure memories: recall, capacity, language, streams."""
+
+
+@app.command(cls=ManyValues)
+def recall(
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--methods", "--method", help="What is trained.  [default: four of them]"),
+    ] = None,
+    pairs: Annotated[int, typer.Option(help="Pairs of a sequence.")] = 4,
+    gap: Annotated[int, typer.Option(help="Tokens of filler between the last pair and the first question.")] = 40,
+    dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    rewrites: Annotated[int, typer.Option(help="Keys that are given another value.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Models of each method.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Steps of training.", min=1)] = 200,
+    full: Annotated[bool, typer.Option("--full", help="The plan behind docs/results/recall.json instead: hours.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Models trained at once.  [default: one a core]", min=1)] = None,
+    out: Out = OUT,
+) -> None:
+    """Train small models from nothing to recall pairs that have left their window, and see which do.
+
+    Models that are in the JSON already are not trained again.
+
+    Example:
+
+        tessera eval recall
+
+        tessera eval recall --methods dense "Tensor Cache, outer" --pairs 8 --steps 400
+
+        tessera eval recall --full --out results/recall
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from tessera.cli.quiet import quiet
+
+    quiet()
+    from tessera.evaluation import recall as task
+    from tessera.evaluation.recall_plot import plot_recall
+
+    with one_line_errors():
+        path = _folder(out) / "recall.json"
+        chosen = methods or list(task.METHODS if full else task.QUICK_METHODS)
+        if full:
+            plan = [job for job in task.full_plan() if job["method"] in chosen]
+        else:
+            plan = task.quick_plan(chosen, seeds, pairs=pairs, gap=gap, dim=dim, rewrites=rewrites, steps=steps)
+        parts = task.recall(plan, path, jobs or len(_cores()))
+        rows: list[dict[str, Any]] = []
+        with Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=_status(), transient=True
+        ) as bar:
+            running = bar.add_task("", total=len(plan))
+            for rows in parts:
+                bar.update(running, completed=sum(task.key(job) in map(task.key, rows) for job in plan))
+    _show(task.recall_table(rows), path, lambda to: plot_recall(rows, to))
+
+
+@app.command(cls=ManyValues)
+def capacity(
+    widths: Annotated[list[int] | None, typer.Option(help="Widths of the matrix.  [default: 16 32 64]")] = None,
+    trials: Annotated[int, typer.Option(help="Memories that are averaged.")] = 4,
+    full: Annotated[bool, typer.Option("--full", help="The widths and trials of docs/results/capacity.json.")] = False,
+    out: Out = OUT,
+) -> None:
+    """Store random pairs in one matrix and ask for every key: how many come back, by rule and width.
+
+    Example:
+
+        tessera eval capacity
+
+        tessera eval capacity --widths 64 256 --trials 8
+    """
+    from rich.progress import track
+
+    from tessera.cli.quiet import quiet
+
+    quiet()
+    from tessera.evaluation.capacity import WIDTHS, capacity_table, plot_capacity
+    from tessera.evaluation.capacity import capacity as measure
+    from tessera.evaluation.records import environment
+    from tessera.files import write_json
+
+    with one_line_errors():
+        path = _folder(out) / "capacity.json"
+        wanted, times = (WIDTHS, 16) if full else (widths or (16, 32, 64), trials)
+        parts = measure(wanted, times)
+        rows = [row for part in track(parts, "storing", len(wanted), console=_status(), transient=True) for row in part]
+        write_json(path, {"environment": environment(), "trials": times, "rows": rows})
+    _show(capacity_table(rows), path, lambda to: plot_capacity(rows, to))
+
+
+@app.command(cls=ManyValues)
+def language(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a causal language model.  [default: the demo model]")
+    ] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="File of its Tensor Cache.  [default: the demo model's, with the demo model]")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text files.  [default: held-out standard-library modules]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 2048,
+    windows: Annotated[int, typer.Option(help="Sequences to read.", min=1)] = 2,
+    full: Annotated[bool, typer.Option("--full", help="Sixteen sequences, as docs/results/language_memory.json has.")] = False,
+    out: Out = OUT,
+) -> None:
+    """Loss by place in the sequence, with a Tensor Cache behind the window, without, and with its reads switched off.
+
+    Example:
+
+        tessera eval language
+
+        tessera eval language --model runs/lm/model --text book.txt --tokens 4096
+    """
+    from rich.progress import Progress
+
+    from tessera.cli.quiet import quiet
+
+    quiet()
+    from tessera import evaluation
+    from tessera.evaluation.language import language as measure
+    from tessera.evaluation.language import language_table
+    from tessera.files import write_json
+    from tessera.models import demo_memory_path
+
+    with one_line_errors():
+        path = _folder(out) / "language_memory.json"
+        if model is None and memory is None:
+            memory = demo_memory_path()
+        content, _ = evaluation.read_text(text or ())
+        source = evaluation.load(model, memory=memory)
+        with Progress(console=_status(), transient=True) as bar:
+            running = bar.add_task("reading", total=None)
+            record = measure(
+                source,
+                content,
+                tokens=tokens,
+                count=16 if full else windows,
+                progress=lambda done, steps: bar.update(running, completed=done, total=steps),
+            )
+        write_json(path, record)
+    _show(language_table(record), path, None)
+
+
+@app.command(cls=ManyValues)
+def streams(
+    specs: Annotated[
+        list[str] | None,
+        typer.Option("--specs", "--spec", help="Caches.  [default: dense, a window, a window with a Tensor Cache]"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a stream.", min=1024)] = 16_384,
+    dense: Annotated[int, typer.Option(help="Tokens of a stream whose cache grows.", min=1024)] = 8_192,
+    out: Out = OUT,
+) -> None:
+    """Read on and on through a small model: bytes of state and tokens per second against the tokens seen.
+
+    Example:
+
+        tessera eval streams
+
+        tessera eval streams --specs "window:256 + tc" "sink:4 + hqmq:4 + recent:128" --tokens 65536
+    """
+    from rich.progress import Progress
+
+    from tessera.cli.quiet import quiet
+
+    quiet()
+    from tessera.cache.spec import parse
+    from tessera.evaluation import streams as measure
+    from tessera.evaluation.records import environment
+    from tessera.files import write_json
+
+    with one_line_errors():
+        path = _folder(out) / "streams.json"
+        wanted = specs or list(measure.SPECS)
+        lengths = [measure.length(tokens if parse(spec).bounded else min(tokens, dense)) for spec in wanted]
+        rows: list[dict[str, Any]] = []
+        with Progress(console=_status(), transient=True) as bar:
+            running = bar.add_task("streaming", total=sum(lengths) // measure.CALL)
+            for spec in wanted:
+                rows += measure.stream(spec, tokens, dense, lambda: bar.advance(running))
+        write_json(path, {"environment": environment(), "stream": rows})
+    _show(measure.streams_table(rows), path, None)
+
+
+def _folder(out: Path) -> Path:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, and {out} is a file")
+    return out
+
+
+def _status() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _cores() -> set[int] | range:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def _show(table: Any, path: Path, draw: Callable[[Path], None] | None) -> None:
+    """Print the table, draw the picture where matplotlib is installed, and say where everything is."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.width >= 110 or console.is_terminal else Console(width=120)).print(table)
+    said = f"Saved {path}"
+    if draw is not None:
+        picture = path.with_suffix(".png")
+        try:
+            draw(picture)
+            said += f" and {picture}"
+        except ImportError:
+            said += "; for a picture beside it: pip install 'tessera[eval]'"
+    console.print(said, highlight=False, markup=False)

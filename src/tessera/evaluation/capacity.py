@@ -1,0 +1,110 @@
+"""How many pairs one matrix holds: random unit keys and values, stored one after the other, then every key is asked.
+
+A pair counts as recalled if of all stored values its own is nearest to what is read. Beside it the O(d) line: a linear
+associative memory of width d holds about d pairs before they interfere.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch.nn.functional import normalize
+
+from tessera.associative.config import Rule
+from tessera.associative.scan import scan
+from tessera.files import atomic_path
+
+WIDTHS = (16, 32, 64, 128)
+"""Widths of a matrix that are measured unless others are asked for."""
+
+SETTINGS: dict[str, tuple[Rule, float, float]] = {
+    "outer, no decay": ("outer", 1.0, 1.0),
+    "delta, no decay, rate 1": ("delta", 1.0, 1.0),
+    "delta, no decay, rate 0.5": ("delta", 1.0, 0.5),
+    "outer, decay 0.995, rate 0.05": ("outer", 0.995, 0.05),
+    "delta, decay 0.995, rate 0.05": ("delta", 0.995, 0.05),
+}
+"""Name -> rule, decay, write rate. The last two are the paper's setting."""
+
+LOADS = (0.25, 0.5, 1, 2, 4, 8)
+"""Pairs that are stored, in widths."""
+
+
+@torch.no_grad()
+def recalled(rule: Rule, decay: float, rate: float, dim: int, pairs: int, trials: int, seed: int) -> float:
+    """Share of the pairs that are recalled, over `trials` memories."""
+    generator = torch.Generator().manual_seed(seed)
+    k = normalize(torch.randn((1, trials, pairs, dim), generator=generator), dim=-1)
+    v = torch.randn((1, trials, pairs, dim), generator=generator)
+    g, eta = torch.full((1, trials, pairs), math.log(decay)), torch.full((1, trials, pairs), rate)
+    nothing = k.new_zeros((1, trials, 1, pairs, dim))
+    _, state = scan(nothing, k, v, g, eta, k.new_zeros((1, trials, dim, dim)), rule)
+    # A decayed value is shorter than it was, so values are compared by direction.
+    near = normalize(k @ state, dim=-1) @ normalize(v, dim=-1).transpose(-1, -2)
+    return float((near.argmax(-1) == torch.arange(pairs)).float().mean())
+
+
+def capacity(widths: Sequence[int] = WIDTHS, trials: int = 16) -> Iterator[list[dict[str, Any]]]:
+    """Measure every setting; yields the rows of one width after the other.
+
+    Raises:
+        ValueError: for a width below 4, of which a quarter is no pair, or no trial.
+    """
+    if not widths or min(widths) < 4:
+        raise ValueError(f"a width must be at least 4, got {list(widths)}")
+    if trials < 1:
+        raise ValueError(f"there must be a trial at least, got {trials}")
+    return (_rows(dim, trials) for dim in widths)
+
+
+def _rows(dim: int, trials: int) -> list[dict[str, Any]]:
+    rows = []
+    for load in LOADS:
+        pairs = int(load * dim)
+        for name, (rule, decay, rate) in SETTINGS.items():
+            share = recalled(rule, decay, rate, dim, pairs, trials, seed=dim)
+            rows.append({"dim": dim, "pairs": pairs, "setting": name, "recalled": share})
+    return rows
+
+
+def capacity_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """Shares by width and number of pairs."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for row in rows:
+        found.setdefault((row["dim"], row["pairs"]), {})[row["setting"]] = row["recalled"]
+    table = Table("d", "pairs", *SETTINGS)
+    for (dim, pairs), shares in sorted(found.items()):
+        table.add_row(str(dim), str(pairs), *(f"{shares[name]:.2f}" for name in SETTINGS))
+    return table
+
+
+def plot_capacity(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw a panel per width, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    widths = sorted({row["dim"] for row in rows})
+    size = (max(4.0, 3.1 * len(widths)), 3.2)
+    figure, axes = pyplot.subplots(1, len(widths), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, dim in zip(axes[0], widths, strict=True):
+        for name in SETTINGS:
+            points = [(r["pairs"], r["recalled"]) for r in rows if r["dim"] == dim and r["setting"] == name]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.3, label=name)
+        axis.axvline(dim, color="0.6", linestyle=":", linewidth=1)
+        axis.text(dim, 1.03, "d", color="0.4", ha="center", fontsize=8)
+        axis.set_xscale("log", base=2)
+        axis.set(title=f"d = {dim}", xlabel="pairs stored", ylim=(0, 1.08))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("pairs recalled")
+    axes[0][0].legend(fontsize=6.5, loc="lower left")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    pyplot.close(figure)

@@ -1,0 +1,105 @@
+"""Language beyond the window: a model's loss by place in the sequence, with a Tensor Cache behind its window and without.
+
+Controls: the memory's reads switched off, and a window that is longer by as many tokens as the matrix takes bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from tessera.attachment import attachment, reading
+from tessera.cache import Cache
+from tessera.evaluation.records import environment
+from tessera.evaluation.sources import Source, encode, windows
+
+
+@torch.no_grad()
+def loss_by_distance(model: Any, windows: Tensor, spec: str | None, edges: Sequence[int], chunk: int = 256) -> list[float]:
+    """Mean negative log-likelihood by place in the sequence.
+
+    Args:
+        model: a causal language model.
+        windows: (count, tokens) ids, each read from the beginning.
+        spec: of the cache that it reads through; None: none.
+        edges: ascending places; the result has one number for each stretch between neighbours.
+        chunk: tokens of a call.
+    """
+    cache = None if spec is None else Cache(spec, model)
+    losses = []
+    previous: Tensor | None = None
+    for part in windows.split(windows.shape[1] if cache is None else chunk, dim=1):
+        output = model(input_ids=part) if cache is None else model(input_ids=part, past_key_values=cache)
+        logits = output.logits.float()
+        if previous is not None:
+            losses.append(cross_entropy(previous, part[:, 0], reduction="none")[:, None])
+        losses.append(cross_entropy(logits[:, :-1].transpose(1, 2), part[:, 1:], reduction="none"))
+        previous = logits[:, -1]
+    every = torch.cat(losses, dim=1)  # of tokens 1 and later
+    return [float(every[:, max(0, a - 1) : b - 1].mean()) for a, b in itertools.pairwise(edges)]
+
+
+def language(
+    source: Source, text: str, *, tokens: int = 2048, count: int = 16, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Measure a model that has a memory attached against itself without.
+
+    Args:
+        source: the model and its tokenizer.
+        text: to be predicted.
+        tokens: of a sequence, at most the model's context.
+        count: sequences to read, fewer if the text is shorter.
+        progress: called with (caches measured, caches in all).
+
+    Returns:
+        a record for JSON: ``environment``, ``edges`` of the stretches, ``windows`` and ``rows`` of name, spec and losses.
+
+    Raises:
+        ValueError: if nothing is attached, or the sequences are too short to say something about what lies behind the window.
+    """
+    model = source.model
+    done = attachment(model)
+    if done is None:
+        raise ValueError("the model has no memory; give a file of tessera.save_memory, or attach one")
+    window, sink, dim = done.config.window, done.config.sink, model.config.get_text_config(decoder=True).head_dim
+    if source.context is not None and tokens > source.context:
+        raise ValueError(f"sequences of {tokens} tokens are longer than the {source.context} that the model was made for")
+    ids = windows(encode(source.tokenizer, text), tokens, count, source.tokenizer.bos_token_id).to(model.device)
+    if ids.shape[1] <= 4 * window:
+        raise ValueError(f"sequences need more than four windows of {window} tokens; there are {ids.shape[1]}")
+    edges = (1, window, 2 * window, 4 * window, ids.shape[1])
+    # A float32 matrix of d x d is as large as d / 2 float32 pairs of a key and a value.
+    specs = {
+        "dense": "dense",
+        "window": f"window:{window}",
+        "window + sinks": f"sink:{sink} + window:{window}",
+        "the same, longer by the memory's bytes": f"sink:{sink} + window:{window + dim // 2}",
+        "with the Tensor Cache": f"sink:{sink} + window:{window} + tc",
+        "its reads switched off": f"sink:{sink} + window:{window} + tc",
+    }
+    rows: list[dict[str, Any]] = []
+    try:
+        for number, (name, spec) in enumerate(specs.items()):
+            if progress is not None:
+                progress(number, len(specs))
+            reading(model, "off" not in name)
+            losses = loss_by_distance(model, ids, spec, edges)
+            beyond = loss_by_distance(model, ids, spec, (window, ids.shape[1]))[0]
+            rows.append({"name": name, "spec": spec, "losses": losses, "beyond": beyond})
+    finally:
+        reading(model, True)
+    return {"environment": environment(), "edges": edges, "windows": len(ids), "rows": rows}
+
+
+def language_table(record: dict[str, Any]) -> Table:
+    """Losses by stretch."""
+    table = Table("attention", *(f"tokens {a:,}–{b:,}" for a, b in itertools.pairwise(record["edges"])), "beyond the window")
+    for row in record["rows"]:
+        table.add_row(row["name"], *(f"{loss:.4f}" for loss in row["losses"]), f"{row['beyond']:.4f}")
+    return table
