@@ -140,8 +140,9 @@ TESSERA_CLONES void choose(const Index& index, const Batch& b, int32_t (&best)[C
         int lane = 0;
         float top = most[0];
         for (int i = 1; i < CANDIDATES; ++i) {
-            lane = most[i] > top ? i : lane;
-            top = most[i] > top ? most[i] : top;
+            const bool better = most[i] > top || (most[i] == top && where[i] < where[lane]);  // the first of those equally near
+            lane = better ? i : lane;
+            top = better ? most[i] : top;
         }
         best[j] = (first + where[lane]) * CANDIDATES + lane;
     }
