@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import cpu, reference, triton
+from tessera.kernels.grid import Gates, Steps
+from tessera.kernels.grid import advance as reference_advance
 from tessera.kernels.nearest import CellIndex
 from tessera.kernels.nearest import nearest as reference_nearest
 from tessera.kernels.pages import Coded, Pages
@@ -132,6 +134,13 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
     if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
         return cpu.nearest(x, index, codes)
     return codes.to(x.device)[reference_nearest(x, index)]
+
+
+def advance(
+    h: Tensor, c: Tensor, steps: Steps, gates: Gates, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence of a grid of cells, see `tessera.kernels.grid.advance`. `backend`: see `attend`."""
+    return reference_advance(h, c, steps, gates)
 
 
 @cache
