@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import cpu, reference, triton
+from tessera.kernels.cpu import grid as cpu_grid
 from tessera.kernels.grid import Gates, Steps
 from tessera.kernels.grid import advance as reference_advance
 from tessera.kernels.nearest import CellIndex
@@ -139,7 +140,19 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
 def advance(
     h: Tensor, c: Tensor, steps: Steps, gates: Gates, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence of a grid of cells, see `tessera.kernels.grid.advance`. `backend`: see `attend`."""
+    """The recurrence of a grid of cells, see `tessera.kernels.grid.advance`. `backend`: see `attend`.
+
+    Raises:
+        ValueError: if a backend is asked for that cannot do it, saying why.
+    """
+    name = chosen(backend)
+    family, _, level = name.partition(":")
+    if family != "reference":
+        why = cpu_grid.refusal(h, steps, gates) if family != "triton" else "there is no such kernel"
+        if why is None:
+            return cpu_grid.advance(h, c, steps, gates, level or None)
+        if family != "auto":
+            raise ValueError(f"backend {name!r} cannot run: {why}")
     return reference_advance(h, c, steps, gates)
 
 

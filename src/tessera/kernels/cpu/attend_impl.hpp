@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "lanes.hpp"
 #include "memory.hpp"
 #include "rotation.hpp"
 #include "threads.hpp"
@@ -16,27 +17,6 @@ namespace {
 using namespace tessera;
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
-
-// Numbers side by side, of compilers' own vector types, as many as the instruction set has room for in a register.
-constexpr int LANES = TESSERA_LANES;
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
-typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
-
-inline Lanes load(const float* x) {
-    Lanes lanes;
-    std::memcpy(&lanes, x, sizeof lanes);
-    return lanes;
-}
-
-inline void store(float* x, Lanes lanes) { std::memcpy(x, &lanes, sizeof lanes); }
-
-inline float total(Lanes lanes) {
-    float x[LANES];
-    store(x, lanes);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int j = 0; j < width; ++j) x[j] += x[j + width];
-    return x[0];
-}
 
 inline float largest(const float* x, int count, float start) {
     Lanes most = Lanes{} + start;
@@ -69,24 +49,6 @@ inline bool finite(const float* x, int count) {
         broken |= (bits & 0x7f800000) == 0x7f800000;
     }
     return !broken;
-}
-
-// e^x for x <= 0, to 2 units in the last place; 0 below -87.
-inline Lanes exp_negative(Lanes x) {
-    const Lanes y = x < -87.0f ? Lanes{} - 87.0f : x;
-    const IntLanes n = __builtin_convertvector(y * 1.44269504f - 0.5f, IntLanes);  // to the nearest: conversion cuts off
-    const Lanes whole = __builtin_convertvector(n, Lanes);
-    const Lanes r = (y - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const IntLanes bits = (n + 127) << 23;
-    Lanes power;
-    std::memcpy(&power, &bits, sizeof power);
-    return x < -87.0f ? Lanes{} : p * power;
 }
 
 inline float exp_negative(float x) { return exp_negative(Lanes{} + x)[0]; }
