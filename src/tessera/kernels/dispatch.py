@@ -137,9 +137,7 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
     return codes.to(x.device)[reference_nearest(x, index)]
 
 
-def advance(
-    h: Tensor, c: Tensor, steps: Steps, gates: Gates, backend: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def advance(h: Tensor, c: Tensor, steps: Steps, gates: Gates, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence of a grid of cells, see `tessera.kernels.grid.advance`. `backend`: see `attend`.
 
     Raises:

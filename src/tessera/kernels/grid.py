@@ -1,4 +1,6 @@
-"""The recurrence of a grid of cells that are written and read, in PyTorch, with everything precomputed that does not depend on it.
+"""The recurrence of a grid of cells that are written and read, in PyTorch.
+
+What does not depend on the state is computed for many steps at once.
 
 At step t, with hidden h and cell c of shape (batch, channels, depth, height, width):
 
@@ -35,7 +37,8 @@ class Steps:
 
     Attributes:
         written: V's vectors by axis, (batch, steps, size, channels) each.
-        mask: the vectors of M by axis, (batch, steps, size) each; None: all cells are updated.
+        mask: the vectors of M by axis, (batch, steps, size) each; None: all cells are updated. Where one is zero a form may
+            compute nothing, gradients of the mask included.
         read: (batch, steps, reads, 3), places in cells, from 0 to size - 1.
     """
 
@@ -113,7 +116,7 @@ def advance(h: Tensor, c: Tensor, steps: Steps, gates: Gates, every: int | None 
     given = (h, c, *steps.tensors(), *gates.tensors())
     if count <= every or not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)):
         return _segments(h, c, steps, gates, every)[:3]
-    return _Recomputed.apply(every, *given)  # type: ignore[no-any-return]
+    return _Recomputed.apply(every, *given)
 
 
 def _segments(h: Tensor, c: Tensor, steps: Steps, gates: Gates, every: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -172,7 +175,7 @@ def linear_scan(decay: Tensor, added: Tensor, start: Tensor) -> Tensor:
     Returns:
         (batch, steps, ...).
     """
-    return _LinearScan.apply(decay, added, start)  # type: ignore[no-any-return]
+    return _LinearScan.apply(decay, added, start)
 
 
 def _doubling(decay: Tensor, x: Tensor) -> Tensor:

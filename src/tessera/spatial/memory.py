@@ -128,9 +128,7 @@ class TensorMemory(nn.Module):
             ValueError: for shapes that do not fit and numbers that are not finite; the state is unharmed.
         """
 
-        def fast(
-            chunks: Tensor, chunk_places: Tensor | None, h: Tensor, c: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
+        def fast(chunks: Tensor, chunk_places: Tensor | None, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             at = self.coordinates(chunks, chunk_places)
             return self.advance(at, self.writes(chunks, chunk_places, at), h, c, backend)
 
@@ -279,7 +277,8 @@ class TensorMemory(nn.Module):
         batch, axes = x.shape[0], len(config.grid)
         if (places is None) == config.anchored:
             raise ValueError(
-                "an anchored Tensor Memory needs the places of the tokens" if config.anchored
+                "an anchored Tensor Memory needs the places of the tokens"
+                if config.anchored
                 else "places are for a Tensor Memory with anchored=True"
             )
         if places is not None:
@@ -294,6 +293,8 @@ class TensorMemory(nn.Module):
         for name, tensor in (("h", state.h), ("c", state.c)):
             if tuple(tensor.shape) != grids:
                 raise ValueError(f"a state with {name} of {tuple(tensor.shape)} does not fit: expected {grids}")
+            if tensor.dtype != torch.float32:
+                raise ValueError(f"a state is kept in float32, got {name} in {tensor.dtype}")
             if tensor.device != x.device:
                 raise ValueError(f"the state is on {tensor.device} and the tokens on {x.device}; see TensorMemoryState.to")
         if state.waiting.ndim != 3 or state.waiting.shape[::2] != (batch, self.dim) or state.waiting.shape[1] >= config.chunk:

@@ -63,9 +63,7 @@ class TensorMemoryState:
         mark = rows.to(self.h.device)
         return replace(
             self,
-            **{
-                name: tensor.masked_fill(mark.view(-1, *[1] * (tensor.ndim - 1)), 0) for name, tensor in self.tensors().items()
-            },
+            **{name: tensor.masked_fill(mark.view(-1, *[1] * (tensor.ndim - 1)), 0) for name, tensor in self.tensors().items()},
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

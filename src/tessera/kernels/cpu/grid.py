@@ -38,7 +38,7 @@ def advance(
         return h.new_zeros((*steps.read.shape[:3], h.shape[1])), h, c
     given = (h, c, *steps.tensors(), *gates.tensors())
     every = every or math.isqrt(count)
-    return _Advance.apply(level or levels()[-1], every, gates.see_state, *given)  # type: ignore[no-any-return]
+    return _Advance.apply(level or levels()[-1], every, gates.see_state, *given)
 
 
 class _Advance(torch.autograd.Function):
