@@ -3,8 +3,8 @@
 A token writes; random tokens follow, one a step; every step reads at the place of that first write. Weights are those of the
 start: nothing is trained. Two things are measured:
 
-1. What a read tells of the content that was written: the share of its variance that the best linear map recovers, fitted to some
-   sequences and tested on others.
+1. What a read tells of the content that was written: the share of its variance that the best linear map recovers, fitted to
+   some sequences and tested on others.
 2. What training has to go by: the size of the Jacobian of the read with respect to that content, as a share of its size right
    after the write. Above 1, later gates enlarge what they see.
 
