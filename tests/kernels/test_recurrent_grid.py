@@ -35,7 +35,7 @@ def results(form: Any, given: list[Tensor | None]) -> list[Tensor]:
     leaves = [None if x is None else x.detach().requires_grad_() for x in given]
     out = form(*split(leaves))
     torch.manual_seed(2)
-    loss = sum((x * torch.randn_like(x)).sum() for x in out)
+    loss = sum((x * torch.randn(x.shape).to(x)).sum() for x in out)
     grads = torch.autograd.grad(loss, [x for x in leaves if x is not None])
     # Where a mask is zero nothing is computed, and there is no gradient either.
     live = [None if x is None else (x != 0) | (i not in (5, 6, 7)) for i, x in enumerate(given)]
@@ -70,6 +70,26 @@ def test_the_kernel_is_the_reference_forward_and_backward(case: Any, level: str)
     found = results(lambda *x: dispatch.advance(*x, f"cpu:{level}"), given)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_compiled_steps_are_the_reference_forward_and_backward(case: Any) -> None:
+    given = problem(*case)
+    wanted = results(advance, given)
+    for a, b in zip(results(lambda *x: advance(*x, every=3, compiled=True), given), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_a_gpu_it_is_the_reference_forward_and_backward(case: Any) -> None:
+    given = problem(*case)
+    wanted = results(advance, given)
+    moved = [None if x is None else x.cuda() for x in given]
+    for backend in ("auto", "triton"):
+        for a, b in zip(results(lambda *x, name=backend: dispatch.advance(*x, name), moved), wanted, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))

@@ -138,20 +138,26 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
 
 
 def advance(h: Tensor, c: Tensor, steps: Steps, gates: Gates, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence of a grid of cells, see `tessera.kernels.grid.advance`. `backend`: see `attend`.
+    """The recurrence of a grid of cells, see `tessera.kernels.grid.advance`.
+
+    Args:
+        h, c, steps, gates: as there.
+        backend: see `attend`; on a GPU "triton" is the form in PyTorch with its steps compiled to Triton by `torch.compile`.
 
     Raises:
         ValueError: if a backend is asked for that cannot do it, saying why.
     """
     name = chosen(backend)
     family, _, level = name.partition(":")
-    if family != "reference":
-        why = cpu_grid.refusal(h, steps, gates) if family != "triton" else "there is no such kernel"
+    if family in ("auto", "cpu"):
+        why = cpu_grid.refusal(h, steps, gates)
         if why is None:
             return cpu_grid.advance(h, c, steps, gates, level or None)
-        if family != "auto":
+        if family == "cpu":
             raise ValueError(f"backend {name!r} cannot run: {why}")
-    return reference_advance(h, c, steps, gates)
+    if family == "triton" and (triton.missing() is not None or not h.is_cuda):
+        raise ValueError(f"backend {name!r} cannot run: {triton.missing() or f'the grid is on {h.device}'}")
+    return reference_advance(h, c, steps, gates, compiled=family == "triton")
 
 
 @cache

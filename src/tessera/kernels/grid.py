@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,13 +100,16 @@ def outer(vectors: Sequence[Tensor]) -> Tensor:
     return torch.einsum("btdc,bthc,btwc->btcdhw", *vectors)
 
 
-def advance(h: Tensor, c: Tensor, steps: Steps, gates: Gates, every: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def advance(
+    h: Tensor, c: Tensor, steps: Steps, gates: Gates, every: int | None = None, compiled: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence over all steps.
 
     Args:
         h, c: (batch, channels, depth, height, width).
         steps, gates: see there.
         every: steps in a segment; None: a good number.
+        compiled: a step goes through `torch.compile`, which takes a while when it first meets a shape.
 
     Returns:
         what each step read of the state before it, (batch, steps, reads, channels); h and c after the last.
@@ -115,22 +119,24 @@ def advance(h: Tensor, c: Tensor, steps: Steps, gates: Gates, every: int | None 
     every = every or min(most, max(1, math.isqrt(count) if gates.see_state else count))
     given = (h, c, *steps.tensors(), *gates.tensors())
     if count <= every or not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)):
-        return _segments(h, c, steps, gates, every)[:3]
-    return _Recomputed.apply(every, *given)
+        return _segments(h, c, steps, gates, every, compiled)[:3]
+    return _Recomputed.apply(every, compiled, *given)
 
 
-def _segments(h: Tensor, c: Tensor, steps: Steps, gates: Gates, every: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _segments(
+    h: Tensor, c: Tensor, steps: Steps, gates: Gates, every: int, compiled: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`advance`, and the states before each segment."""
     reads, kept = [], []
     for begin in range(0, steps.read.shape[1], every):
         kept += [h, c]
-        read, h, c = _segment(h, c, steps.part(begin, begin + every), gates)
+        read, h, c = _segment(h, c, steps.part(begin, begin + every), gates, compiled)
         reads.append(read)
     none = h.new_zeros((*steps.read.shape[:3], h.shape[1]))
     return (torch.cat(reads, dim=1) if reads else none), h, c, kept
 
 
-def _segment(h: Tensor, c: Tensor, steps: Steps, gates: Gates) -> tuple[Tensor, Tensor, Tensor]:
+def _segment(h: Tensor, c: Tensor, steps: Steps, gates: Gates, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
     channels = h.shape[1]
     v = outer(steps.written)
     seen = (gates.weight[:, :channels] @ v.flatten(3) + gates.bias[:, None]).unflatten(3, h.shape[2:])
@@ -138,15 +144,33 @@ def _segment(h: Tensor, c: Tensor, steps: Steps, gates: Gates) -> tuple[Tensor, 
     if not gates.see_state:
         return _linear_segment(h, c, seen, mask, steps.read)
     weight = gates.weight[:, channels:]
+    one_step = _compiled_step() if compiled else _step
     reads = []
     for t, own in enumerate(seen.unbind(1)):
-        reads.append(interpolate(h, steps.read[:, t]))
-        near = h if gates.taps is None else stencil(h, gates.taps)
-        i, f, o, g = (own + (weight @ near.flatten(2)).view_as(own)).chunk(4, dim=1)
-        new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        new_h = o.sigmoid() * new_c.tanh()
-        c, h = (new_c, new_h) if mask is None else (torch.lerp(c, new_c, mask[:, t]), torch.lerp(h, new_h, mask[:, t]))
+        share = None if mask is None else mask[:, t]
+        read, h, c = one_step(h, c, own, share, steps.read[:, t], weight, gates.taps)
+        reads.append(read)
     return torch.stack(reads, dim=1), h, c
+
+
+def _step(
+    h: Tensor, c: Tensor, seen: Tensor, mask: Tensor | None, read: Tensor, weight: Tensor, taps: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What depends on the state in one step; `seen` is W V + b."""
+    found = interpolate(h, read)
+    near = h if taps is None else stencil(h, taps)
+    i, f, o, g = (seen + (weight @ near.flatten(2)).view_as(seen)).chunk(4, dim=1)
+    new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    new_h = o.sigmoid() * new_c.tanh()
+    if mask is None:
+        return found, new_h, new_c
+    return found, torch.lerp(h, new_h, mask), torch.lerp(c, new_c, mask)
+
+
+@cache
+def _compiled_step() -> Any:
+    """`_step` by `torch.compile`: a step alone, so that it is compiled once for any number of steps."""
+    return torch.compile(_step, dynamic=False)
 
 
 def _linear_segment(h: Tensor, c: Tensor, seen: Tensor, mask: Tensor | None, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,10 +236,10 @@ class _Recomputed(torch.autograd.Function):
     """Segments, of which backward computes one after the other anew, the last first."""
 
     @staticmethod
-    def forward(ctx: Any, every: int, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, every: int, compiled: bool, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         h, c, steps, gates = _apart(given)
-        reads, h, c, kept = _segments(h, c, steps, gates, every)
-        ctx.every, ctx.states = every, len(kept)
+        reads, h, c, kept = _segments(h, c, steps, gates, every, compiled)
+        ctx.every, ctx.compiled, ctx.states = every, compiled, len(kept)
         ctx.save_for_backward(*kept, *given[2:])
         return reads, h, c
 
@@ -223,7 +247,7 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_reads: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:
         kept, rest = ctx.saved_tensors[: ctx.states], ctx.saved_tensors[ctx.states :]
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         _, _, steps, _ = _apart((kept[0], kept[1], *rest))
         sums: list[Any] = [None if not wanted else [] for wanted in needed]
         for number in reversed(range(ctx.states // 2)):
@@ -233,7 +257,7 @@ class _Recomputed(torch.autograd.Function):
             leaves = [None if x is None else x.detach().requires_grad_(bool(w)) for x, w in zip(own, needed, strict=True)]
             h, c = (x.detach().requires_grad_() for x in kept[2 * number : 2 * number + 2])
             with torch.enable_grad():
-                results = _segment(*_apart((h, c, *leaves)))
+                results = _segment(*_apart((h, c, *leaves)), ctx.compiled)
             grads = (d_reads[:, begin : begin + ctx.every], d_h, d_c)
             wanted = [x for x in leaves if x is not None and x.requires_grad]
             d_h, d_c, *found = torch.autograd.grad(results, [h, c, *wanted], grads, allow_unused=True, materialize_grads=True)
@@ -241,7 +265,7 @@ class _Recomputed(torch.autograd.Function):
                 if x is not None and x.requires_grad:
                     sums[place].append(found.pop(0))
         joined = [torch.cat(x[::-1], dim=1) if x else None for x in sums[:7]]
-        return None, d_h, d_c, *joined, *(sum(x) if x else None for x in sums[7:])
+        return None, None, d_h, d_c, *joined, *(sum(x) if x else None for x in sums[7:])
 
 
 def _apart(given: Sequence[Any]) -> tuple[Tensor, Tensor, Steps, Gates]:
