@@ -70,7 +70,7 @@ def first_write(memory: TensorMemory, batch: int, steps: int) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def recovered(config: TensorMemoryConfig, lags: Sequence[int], seeds: int, sequences: int = 768, dim: int = DIM) -> list[float]:
+def recovered(config: TensorMemoryConfig, lags: Sequence[int], seeds: int, sequences: int = 384, dim: int = DIM) -> list[float]:
     """Share of the variance of what was written that a linear map of the read, `lags` steps later, recovers."""
     shares = []
     for seed in range(seeds):
