@@ -205,6 +205,23 @@ def test_cells_outside_the_footprint_are_kept_exactly() -> None:
         assert (a != b)[touched].float().mean() > 0.9
 
 
+@pytest.mark.parametrize("gates", ["state", "input"])
+@pytest.mark.parametrize("later", [8, 32, 128, 1024])
+def test_a_write_is_read_however_much_later_if_nothing_covers_it(later: int, gates: Any) -> None:
+    memory = TensorMemory(TensorMemoryConfig(channels=4, grid=(12, 12), sigma_init=0.1, anchored=True, gates=gates), DIM)
+    x, places = torch.randn(1, later + 1, DIM), torch.rand(1, later + 1, 2) - 1  # one quarter of the plane,
+    places[:, 0] = 0.8  # the first token in another
+    places[:, -1] = 0.8
+    with torch.no_grad():
+        memory.sigma_net.weight.zero_()
+        out, state = memory(x, None, places)
+        _, first = memory(x[:, :1], None, places[:, :1])
+        at_once, _ = memory(x[:, -1:], first, places[:, -1:])
+        nothing, _ = memory(x[:, -1:], None, places[:, -1:])
+    torch.testing.assert_close(out[:, -1:], at_once)
+    assert (at_once - nothing).abs().max() > 1e-3
+
+
 def test_the_paper_forgets_everywhere_at_every_step() -> None:
     memory = TensorMemory(TensorMemoryConfig.paper(channels=5, grid=(4, 4, 4)), DIM)
     x, _ = inputs(memory, 1)
