@@ -214,7 +214,7 @@ def test_a_write_is_read_however_much_later_if_nothing_covers_it(later: int, gat
     places[:, -1] = 0.8
     with torch.no_grad():
         memory.sigma_net.weight.zero_()
-        out, state = memory(x, None, places)
+        out, _ = memory(x, None, places)
         _, first = memory(x[:, :1], None, places[:, :1])
         at_once, _ = memory(x[:, -1:], first, places[:, -1:])
         nothing, _ = memory(x[:, -1:], None, places[:, -1:])
