@@ -39,6 +39,8 @@ bench: install
 	$(BIN)/python benchmarks/capacity.py
 	$(BIN)/python benchmarks/associative_cost.py
 	$(BIN)/python benchmarks/language_memory.py
+	$(BIN)/python benchmarks/tensor_memory_cost.py
+	$(BIN)/python benchmarks/retention.py
 	$(BIN)/tessera compare --out docs/results/demo_memory --specs window:256 --specs "sink:4 + window:256" --specs "sink:4 + window:256 + tc" --protocol streaming
 	$(BIN)/python benchmarks/tables.py
 

@@ -201,6 +201,39 @@ def streams() -> str:
     return markdown_table(("cache", "tokens", "state", "tokens/s", "growth of the process"), cells)
 
 
+def tensor_memory_cost() -> str:
+    """The forms of a Tensor Memory against the plain loop."""
+    rows = _load("tensor_memory_cost")["rows"]
+    keys = list(
+        dict.fromkeys((r["batch"], r["tokens"], r["channels"], tuple(r["grid"]), r["chunk"], r["setting"]) for r in rows)
+    )
+    cells = []
+    for key in keys:
+        batch, tokens, channels, grid, chunk, setting = key
+        own = [r for r in rows if (r["batch"], r["tokens"], r["channels"], r["setting"]) == (batch, tokens, channels, setting)]
+        size = f"{batch} x {tokens:,}, {channels} x {'x'.join(map(str, grid))}, {chunk}"
+        for way in ("forward", "backward"):
+            ms = {r["form"]: r["ms"] for r in own if r["way"] == way}
+            times = [r["times"] for r in own if r["way"] == way and r["form"] != "plain loop"]
+            cells.append((size, setting, way, *(f"{x:.1f}" for x in ms.values()), *(f"{x:.1f}x" for x in times)))
+    forms = [
+        r["form"]
+        for r in rows
+        if r["way"] == "forward" and r["setting"] == rows[0]["setting"] and r["batch"] == rows[0]["batch"]
+    ]
+    head = ("batch x tokens, channels x grid, chunk", "setting", "way", *(f"{form}, ms" for form in forms))
+    return markdown_table((*head, *(f"{form}, faster" for form in forms[1:])), cells)
+
+
+def retention(what: str) -> str:
+    """What is left of a write in a Tensor Memory: "recovered", or its "gradient"."""
+    data = _load("retention")
+    lags = (1, *data["lags"]) if what == "recovered" else data["lags"]
+    form = "{:.2f}" if what == "recovered" else "{:.2g}"
+    cells = [(r["setting"], *(form.format(x) for x in r[what])) for r in data["rows"]]
+    return markdown_table(("setting", *(f"{lag:,} steps" if lag > 1 else "1 step" for lag in lags)), cells)
+
+
 def resident_memory() -> str:
     """Resident memory of a process beside the bytes that the cache reports."""
     data = _load("resident_memory")
@@ -245,8 +278,10 @@ TABLES: dict[str, Callable[..., str]] = {
     "recall": recall,
     "recall-limits": recall_limits,
     "resident-memory": resident_memory,
+    "retention": retention,
     "scan": scan,
     "streams": streams,
+    "tensor-memory-cost": tensor_memory_cost,
     "training": training,
 }
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import tessera
-from tessera import cache, codecs, evaluation, kernels
+from tessera import associative, cache, codecs, evaluation, kernels, spatial
 
 
 def test_names_are_these() -> None:
@@ -17,11 +17,13 @@ def test_names_are_these() -> None:
     ]
     assert cache.__all__ == ["BLOCK", "Cache", "CacheReport", "Prefill", "Spec", "parse"]
     assert evaluation.__all__ == ["Comparison", "Row", "Source", "compare", "load", "read_text"]
+    assert associative.__all__ == ["TensorCache", "TensorCacheConfig", "TensorCacheState"]
+    assert spatial.__all__ == ["TensorMemory", "TensorMemoryConfig", "TensorMemoryState"]
     assert kernels.__all__ == ["Pages", "attend", "merge"]
 
 
 def test_every_name_is_there() -> None:
-    for module in (tessera, codecs, cache, evaluation, kernels):
+    for module in (tessera, associative, codecs, cache, evaluation, kernels, spatial):
         for name in module.__all__:
             assert getattr(module, name) is not None
 

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import cpu, reference, triton
+from tessera.kernels.cpu import grid as cpu_grid
+from tessera.kernels.grid import Gates, Steps
+from tessera.kernels.grid import advance as reference_advance
 from tessera.kernels.nearest import CellIndex
 from tessera.kernels.nearest import nearest as reference_nearest
 from tessera.kernels.pages import Coded, Pages
@@ -132,6 +135,29 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
     if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
         return cpu.nearest(x, index, codes)
     return codes.to(x.device)[reference_nearest(x, index)]
+
+
+def advance(h: Tensor, c: Tensor, steps: Steps, gates: Gates, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence of a grid of cells, see `tessera.kernels.grid.advance`.
+
+    Args:
+        h, c, steps, gates: as there.
+        backend: see `attend`; on a GPU "triton" is the form in PyTorch with its steps compiled to Triton by `torch.compile`.
+
+    Raises:
+        ValueError: if a backend is asked for that cannot do it, saying why.
+    """
+    name = chosen(backend)
+    family, _, level = name.partition(":")
+    if family in ("auto", "cpu"):
+        why = cpu_grid.refusal(h, steps, gates)
+        if why is None:
+            return cpu_grid.advance(h, c, steps, gates, level or None)
+        if family == "cpu":
+            raise ValueError(f"backend {name!r} cannot run: {why}")
+    if family == "triton" and (triton.missing() is not None or not h.is_cuda):
+        raise ValueError(f"backend {name!r} cannot run: {triton.missing() or f'the grid is on {h.device}'}")
+    return reference_advance(h, c, steps, gates, compiled=family == "triton")
 
 
 @cache

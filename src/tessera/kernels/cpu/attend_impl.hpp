@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "lanes.hpp"
 #include "memory.hpp"
 #include "rotation.hpp"
 #include "threads.hpp"
@@ -18,27 +19,6 @@ namespace {
 using namespace tessera;
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
-
-// Numbers side by side, of compilers' own vector types, as many as the instruction set has room for in a register.
-constexpr int LANES = TESSERA_LANES;
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
-typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
-
-inline Lanes load(const float* x) {
-    Lanes lanes;
-    std::memcpy(&lanes, x, sizeof lanes);
-    return lanes;
-}
-
-inline void store(float* x, Lanes lanes) { std::memcpy(x, &lanes, sizeof lanes); }
-
-inline float total(Lanes lanes) {
-    float x[LANES];
-    store(x, lanes);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int j = 0; j < width; ++j) x[j] += x[j + width];
-    return x[0];
-}
 
 inline float largest(Lanes lanes) {
     float x[LANES];
@@ -77,22 +57,6 @@ inline bool finite(const float* x, int count) {
         broken |= (bits & 0x7f800000) == 0x7f800000;
     }
     return !broken;
-}
-
-// e^x for x <= 0, to 1e-7 and 1e-7 of |x|; 0 below -87. As 2^n times a polynomial for 2^r that is 1 at r = 0.
-inline Lanes exp_negative(Lanes x) {
-    const Lanes t = (x > -87.0f ? x : Lanes{} - 87.0f) * 1.44269504f;
-    const IntLanes n = __builtin_convertvector(t - 0.5f, IntLanes);  // to the nearest: conversion cuts off
-    const Lanes r = t - __builtin_convertvector(n, Lanes);
-    Lanes p = r * 1.3264727029e-3f + 9.6715128780e-3f;
-    p = p * r + 5.5507337459e-2f;
-    p = p * r + 2.4022242082e-1f;
-    p = p * r + 6.9314697760e-1f;
-    p = p * r + 1.0f;
-    const IntLanes bits = (n + 127) << 23;
-    Lanes power;
-    std::memcpy(&power, &bits, sizeof power);
-    return x < -87.0f ? Lanes{} : p * power;
 }
 
 inline float exp_negative(float x) { return exp_negative(Lanes{} + x)[0]; }

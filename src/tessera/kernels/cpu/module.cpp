@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attend.hpp"
+#include "grid.hpp"
 #include "nearest.hpp"
 #include "threads.hpp"
 
@@ -206,6 +207,49 @@ void nearest(const Index& index, uintptr_t x, int64_t n, uintptr_t codes, int th
     });
 }
 
+GridSteps grid_steps(const std::vector<int64_t>& shape, const std::vector<uintptr_t>& given) {
+    if (shape.size() != 10 || given.size() != 12) throw nb::value_error("shapes that this kernel does not know");
+    const auto at = [&](int i) { return reinterpret_cast<const float*>(given[i]); };
+    GridSteps s{};
+    s.batch = shape[0], s.steps = shape[1], s.reads = shape[2], s.channels = int(shape[3]);
+    for (int i = 0; i < 3; ++i) s.size[i] = int(shape[4 + i]), s.written[i] = at(2 + i), s.mask[i] = at(5 + i);
+    s.gated_by_state = shape[7], s.every = shape[8], s.threads = int(shape[9]);
+    s.h = at(0), s.c = at(1), s.read = at(8), s.weight = at(9), s.bias = at(10), s.taps = at(11);
+    return s;
+}
+
+// given: h, c, written (3), mask (3), read, weight, bias, taps; results: out, h, c, kept. See struct GridSteps.
+void advance(const std::string& level, const std::vector<int64_t>& shape, const std::vector<uintptr_t>& given,
+             const std::vector<uintptr_t>& results) {
+    if (results.size() != 4) throw nb::value_error("shapes that this kernel does not know");
+    const auto at = [&](int i) { return reinterpret_cast<float*>(results[i]); };
+    GridSteps s = grid_steps(shape, given);
+    s.out = at(0), s.h_out = at(1), s.c_out = at(2), s.kept = at(3);
+    nb::gil_scoped_release release;
+#if defined(TESSERA_X86)
+    if (level == "avx512" && has(AVX512)) return advance_avx512(s);
+    if (level == "avx2" && has(AVX2)) return advance_avx2(s);
+#endif
+    advance_portable(s);
+}
+
+// kept: as `advance` left it; grads: of out, h, c; results: gradients of what is given.
+void retreat(const std::string& level, const std::vector<int64_t>& shape, const std::vector<uintptr_t>& given, uintptr_t kept,
+             const std::vector<uintptr_t>& grads, const std::vector<uintptr_t>& results) {
+    if (grads.size() != 3 || results.size() != 12) throw nb::value_error("shapes that this kernel does not know");
+    const auto from = [&](int i) { return reinterpret_cast<const float*>(grads[i]); };
+    const auto at = [&](int i) { return reinterpret_cast<float*>(results[i]); };
+    GridSteps s = grid_steps(shape, given);
+    s.kept = reinterpret_cast<float*>(kept);
+    const GridGradients d{from(0), from(1), from(2), at(0), at(1), {at(2), at(3), at(4)}, {at(5), at(6), at(7)}, at(8), at(9), at(10), at(11)};
+    nb::gil_scoped_release release;
+#if defined(TESSERA_X86)
+    if (level == "avx512" && has(AVX512)) return retreat_avx512(s, d);
+    if (level == "avx2" && has(AVX2)) return retreat_avx2(s, d);
+#endif
+    retreat_portable(s, d);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -223,4 +267,6 @@ NB_MODULE(_cpu, m) {
     m.def("decode", &decode);
     nb::class_<Index>(m, "Index").def("__init__", &make_index);
     m.def("nearest", &nearest);
+    m.def("advance", &advance);
+    m.def("retreat", &retreat);
 }
