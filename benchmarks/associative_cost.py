@@ -28,7 +28,7 @@ from torch.nn.functional import normalize
 from tessera.associative.recurrence import loop
 from tessera.associative.scan import scan
 from tessera.evaluation.records import environment
-from tessera.evaluation.streams import CALL, SPECS, stream, streams_table
+from tessera.evaluation.streams import SPECS, streams, streams_table
 from tessera.files import write_json
 from timing import medians
 
@@ -86,11 +86,9 @@ def main() -> int:
         for tokens in options.lengths:
             record["scan"] += scans(tokens, options.repeats)
             progress.advance(bar)
-        calls = (2 * options.stream + min(options.dense, options.stream)) // CALL
-        bar = progress.add_task("streaming", total=calls)
-        for spec in SPECS:
-            record["stream"] += stream(spec, options.stream, options.dense, progress=lambda: progress.advance(bar))
-            write_json(options.json, record)
+        bar = progress.add_task("streaming", total=len(SPECS))
+        record["stream"] = streams(SPECS, options.stream, options.dense, lambda: progress.advance(bar))
+    write_json(options.json, record)
     table = Table("tokens", "rule", "way", "loop, ms", "scan, ms", "times faster")
     for r in record["scan"]:
         cells = (f"{r['tokens']:,}", r["rule"], r["way"], f"{r['loop_ms']:.0f}", f"{r['scan_ms']:.1f}", f"{r['times']:.0f}")

@@ -15,7 +15,7 @@ from tessera.cli import app
 from tessera.evaluation import recall
 from tessera.evaluation.capacity import SETTINGS, capacity, plot_capacity, recalled
 from tessera.evaluation.recall_plot import STYLES, plot_recall
-from tessera.evaluation.streams import length, stream
+from tessera.evaluation.streams import length
 from tessera.training import recall as training
 
 
@@ -153,13 +153,6 @@ def test_bounded_streams_do_not_grow(tmp_path: Path) -> None:
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert specs[1] in out
     assert [length(n) for n in (1, 1024, 1025, 5000)] == [1024, 1024, 2048, 8192]
-
-
-def test_a_stream_is_stepped_through() -> None:
-    steps = []
-    rows = stream("window:32", 1024, 0, lambda: steps.append(1))
-    assert len(rows) == 1
-    assert len(steps) == 4
 
 
 @pytest.mark.parametrize(

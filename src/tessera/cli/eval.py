@@ -196,12 +196,11 @@ def streams(
     with one_line_errors():
         path = _folder(out) / "streams.json"
         wanted = specs or list(measure.SPECS)
-        lengths = [measure.length(tokens if parse(spec).bounded else min(tokens, dense)) for spec in wanted]
-        rows: list[dict[str, Any]] = []
+        for spec in wanted:
+            parse(spec)  # a mistake is found before anything is measured
         with Progress(console=_status(), transient=True) as bar:
-            running = bar.add_task("streaming", total=sum(lengths) // measure.CALL)
-            for spec in wanted:
-                rows += measure.stream(spec, tokens, dense, lambda: bar.advance(running))
+            running = bar.add_task("streaming", total=len(wanted))
+            rows = measure.streams(wanted, tokens, dense, lambda: bar.advance(running))
         write_json(path, {"environment": environment(), "stream": rows})
     _show(measure.streams_table(rows), path, None)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,13 @@ def length(limit: int) -> int:
 
 
 @torch.inference_mode()
-def stream(spec: str, limit: int, dense_limit: int, progress: Callable[[], None] | None = None) -> list[dict[str, Any]]:
+def stream(spec: str, limit: int, dense_limit: int) -> list[dict[str, Any]]:
     """Rows of one cache, at `FIRST` tokens and every doubling.
 
     Args:
         spec: of the cache.
         limit: tokens at least, unless the cache grows without bound.
         dense_limit: the same of a cache that does.
-        progress: called after every `CALL` tokens.
 
     Raises:
         ValueError: for a spec with a mistake.
@@ -63,20 +64,39 @@ def stream(spec: str, limit: int, dense_limit: int, progress: Callable[[], None]
         model = GPT(config).eval()
         cache = Cache(parsed, model)
         rows, seen, mark = [], 0, FIRST
+        model(torch.randint(256, (1, CALL)))  # what any call takes is not what a stream takes
         before = resident()
         while seen < length(limit if parsed.bounded else min(limit, dense_limit)):
             began = time.perf_counter()
             while seen < mark:
                 model(torch.randint(256, (1, CALL)), past_key_values=cache, logits_to_keep=1)
                 seen += CALL
-                if progress is not None:
-                    progress()
             speed = (mark - mark // 2 if mark > FIRST else mark) / (time.perf_counter() - began)
             row = {"spec": spec, "tokens": seen, "nbytes": cache.report().nbytes, "tokens_per_second": speed}
             now = resident()
             rows.append({**row, "process_growth": None if now is None or before is None else now - before})
             mark *= 2
     return rows
+
+
+def streams(specs: Sequence[str], limit: int, dense_limit: int, done: Callable[[], None]) -> list[dict[str, Any]]:
+    """`stream` of each spec, in a process of its own: what others have left in memory would hide how much it takes.
+
+    Args:
+        specs, limit, dense_limit: as there.
+        done: called after each spec.
+    """
+    rows: list[dict[str, Any]] = []
+    for spec in specs:
+        with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+            rows += apart.submit(_stream_with, torch.get_num_threads(), spec, limit, dense_limit).result()
+        done()
+    return rows
+
+
+def _stream_with(threads: int, spec: str, limit: int, dense_limit: int) -> list[dict[str, Any]]:
+    torch.set_num_threads(threads)
+    return stream(spec, limit, dense_limit)
 
 
 def resident() -> int | None:
