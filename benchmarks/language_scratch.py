@@ -1,0 +1,148 @@
+"""Language from nothing beyond a window of 64 tokens: which attention predicts best what lies farther back, at what cost.
+
+Small GPTs of four layers learn Python source in sequences of eight windows. Every row is one model: its loss by place in the
+sequence, on modules that it never saw. The controls: a window that is longer by as many tokens as the matrices take bytes, an
+MLP that is wider by as many parameters as the memory has, and the memory's reads switched off when it is measured.
+
+Runs are saved one by one; a plan that is cut short goes on where it was. The data is read once into a folder of its own.
+
+Example:
+
+    python benchmarks/language_scratch.py
+    python benchmarks/language_scratch.py --seeds 1 --steps 20   # to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tessera.attachment import attachment, reading
+from tessera.evaluation.language import loss_by_distance
+from tessera.evaluation.records import environment
+from tessera.evaluation.sources import windows
+from tessera.files import write_json
+from tessera.models.gpt import GPT, GPTConfig
+from tessera.training.corpus import Corpus
+from tessera.training.demo import shrink_branches
+from tessera.training.lm import prepare_lm
+from tessera.training.loop import train
+from tessera.training.schedule import LoopConfig, Phase
+
+ROOT = Path(__file__).resolve().parent.parent
+WINDOW, LAYERS, HEADS, DIM, HIDDEN, MLP = 64, 4, 2, 64, 128, 384
+SEQUENCE = 8 * WINDOW
+EDGES = (1, WINDOW, 2 * WINDOW, 4 * WINDOW, SEQUENCE)
+#: Sequences of held-out text that a model is measured on, so many at once.
+MEASURED, TOGETHER = 96, 16
+OFF = "its reads switched off"
+MEMORY = "with a Tensor Cache"
+#: Name -> attention, and width of the MLP where it is another.
+ARMS: dict[str, tuple[str, int]] = {
+    "dense": ("dense", MLP),
+    "window": (f"window:{WINDOW}", MLP),
+    "window + sinks": (f"sink:4 + window:{WINDOW}", MLP),
+    MEMORY: (f"sink:4 + window:{WINDOW} + tc", MLP),
+    # A float32 matrix of d x d is as large as d / 2 float32 pairs of a key and a value.
+    "longer by the memory's bytes": (f"sink:4 + window:{WINDOW + DIM // 2}", MLP),
+    "wider by the memory's parameters": (f"sink:4 + window:{WINDOW}", MLP + 43),
+    "Infini-attention": (f"infini:{WINDOW}", MLP),
+}
+
+
+def build(arm: str, seed: int, vocabulary: int) -> GPT:
+    """The untrained model of an arm."""
+    attention, mlp = ARMS[arm]
+    torch.manual_seed(seed)
+    model = GPT(
+        GPTConfig(
+            attention=attention,
+            vocab_size=vocabulary,
+            hidden_size=HIDDEN,
+            intermediate_size=mlp,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            head_dim=DIM,
+            max_position_embeddings=SEQUENCE,
+            tie_word_embeddings=True,
+        )
+    )
+    with torch.no_grad():
+        shrink_branches(model, LAYERS)
+    return model
+
+
+@torch.no_grad()
+def measure(model: GPT, ids: Tensor) -> dict[str, Any]:
+    """Losses by stretch, and over all that lies beyond the window and beyond four."""
+    parts = [
+        [
+            *loss_by_distance(model, part, None, EDGES),
+            *(loss_by_distance(model, part, None, (a, SEQUENCE))[0] for a in EDGES[:2]),
+        ]
+        for part in ids.split(TOGETHER)
+    ]
+    *losses, whole, beyond = (sum(values) / len(values) for values in zip(*parts, strict=True))
+    return {"losses": losses, "all": whole, "beyond": beyond}
+
+
+def run(arm: str, seed: int, steps: int, corpus: Corpus, ids: Tensor, vocabulary: int) -> list[dict[str, Any]]:
+    """Train one model and measure it; with a memory also without its reads."""
+    model = build(arm, seed, vocabulary)
+    loop = LoopConfig(
+        phases=(Phase(1.0, SEQUENCE, 8),),
+        steps=steps,
+        mixed_precision="no",
+        warmup_steps=min(50, 1 + steps // 10),
+        checkpoint_seconds=1e9,
+        seed=seed,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, corpus.sample, loop, Path(folder))
+    about = {"arm": arm, "seed": seed, "steps": steps, "parameters": sum(p.numel() for p in model.parameters())}
+    model.eval()
+    rows = [{**about, **measure(model, ids)}]
+    if attachment(model) is not None:
+        reading(model, False)
+        rows.append({**about, "arm": OFF, **measure(model, ids)})
+    return rows
+
+
+def main() -> int:
+    """Train, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=600, help="of training, 8 sequences each")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "language_scratch", help="of the tokens")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_scratch.json")
+    options = parser.parse_args()
+    tokenizer, corpus, text = prepare_lm(None, [], options.folder)
+    ids = windows(torch.tensor(tokenizer.encode(text).ids), SEQUENCE, MEASURED, corpus.bos)
+    rows: list[dict[str, Any]] = json.loads(options.json.read_text())["rows"] if options.json.is_file() else []
+    for seed, arm in itertools.product(range(options.seeds), ARMS):
+        if any((r["arm"], r["seed"], r["steps"]) == (arm, seed, options.steps) for r in rows):
+            continue
+        rows += run(arm, seed, options.steps, corpus, ids, tokenizer.get_vocab_size())
+        write_json(options.json, {"environment": environment(), "window": WINDOW, "edges": EDGES, "rows": rows})
+    table = Table("attention", "seed", "parameters", *(f"{a}–{b}" for a, b in itertools.pairwise(EDGES)), "beyond the window")
+    for r in rows:
+        losses = (f"{x:.4f}" for x in (*r["losses"], r["beyond"]))
+        table.add_row(r["arm"], str(r["seed"]), f"{r['parameters']:,}", *losses)
+    Console().print(table)
+    Console().print(f"Saved {options.json}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
