@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from tessera.options import Options, check_whole
 
 Rule = Literal["outer", "delta", "wedge"]
 Order = Literal["write_first", "read_first"]
@@ -21,7 +23,7 @@ _WORDS = {
 
 
 @dataclass(frozen=True)
-class TensorCacheConfig:
+class TensorCacheConfig(Options):
     """A window of exact attention and, behind it, a matrix per head that absorbs what leaves (arXiv 2605.22884).
 
     The defaults are this project's; `paper()` gives the paper's.
@@ -75,12 +77,8 @@ class TensorCacheConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("sink", 0), ("slots", 1), ("top_k", 1), ("chunk", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name, words in _WORDS.items():
-            if getattr(self, name) not in words:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}, got {getattr(self, name)!r}")
+            check_whole(name, getattr(self, name), least)
+        self.check_words(_WORDS)
         if self.top_k > self.slots:
             raise ValueError(f"top_k {self.top_k} is more than there are slots, {self.slots}")
         if isinstance(self.decay, (int, float)):
@@ -120,23 +118,6 @@ class TensorCacheConfig:
             "rotary": True,
         }
         return cls(**{**setting, **changes})
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> TensorCacheConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-            ValueError: naming a field that there is none of, or a value that cannot be.
-        """
-        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise ValueError(f"a TensorCacheConfig has no {unknown[0]!r}; it has {', '.join(cls.__dataclass_fields__)}")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return cls(**values)
 
     def decays(self, heads: int) -> list[float]:
         """Each head's decay at the start."""

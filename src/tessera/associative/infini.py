@@ -11,21 +11,27 @@ Keys and queries of the memory carry no rotary phase.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import elu, scaled_dot_product_attention
 
+from tessera.state import State
+
 
 @dataclass(frozen=True, eq=False)
-class InfiniState:
-    """What a stream carries on.
+class InfiniState(State):
+    """What a stream carries on; see `State`.
 
     Attributes:
         m: (batch, kv_heads, head_dim, head_dim) float32.
         z: (batch, kv_heads, head_dim, 1) float32.
         k, plain_k, v: (batch, kv_heads, n, head_dim), the n tokens of the segment that is not complete.
     """
+
+    OWNER: ClassVar[str] = "Infini-attention"
+    KIND: ClassVar[str] = "infini_state"
 
     m: Tensor
     z: Tensor

@@ -7,7 +7,7 @@ so that only one segment's activations are kept at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,8 +89,7 @@ class CarriedLayer(CacheLayerMixin):
         """Cut the graph."""
         self.k, self.v = (None if x is None else x.detach() for x in (self.k, self.v))
         self.memory = None if self.memory is None else self.memory.detach()
-        if self.infini is not None:
-            self.infini = replace(self.infini, **{name: x.detach() for name, x in vars(self.infini).items()})
+        self.infini = None if self.infini is None else self.infini.detach()
 
 
 class Carry(TransformersCache):

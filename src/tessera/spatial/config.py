@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from tessera.options import Options, check_whole
 
 #: Least standard deviation of a write (the paper's).
 SIGMA_LEAST = 1e-4
@@ -20,7 +22,7 @@ _WORDS = {
 
 
 @dataclass(frozen=True)
-class TensorMemoryConfig:
+class TensorMemoryConfig(Options):
     """A grid of cells of fixed size that tokens write to and read from at continuous places (arXiv 2605.27686).
 
     The defaults are this project's; `paper()` gives the paper's.
@@ -65,11 +67,8 @@ class TensorMemoryConfig:
             raise ValueError(f"grid has one, two or three axes, got {len(self.grid)}: {self.grid!r}")
         sizes = [("channels", self.channels), ("chunk", self.chunk), *(("each axis of grid", size) for size in self.grid)]
         for name, value in sizes:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name, words in _WORDS.items():
-            if getattr(self, name) not in words:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}, got {getattr(self, name)!r}")
+            check_whole(name, value, 1)
+        self.check_words(_WORDS)
         if not math.isfinite(self.forget_bias):
             raise ValueError(f"forget_bias must be finite, got {self.forget_bias!r}")
         if not math.isfinite(self.sigma_init) or self.sigma_init <= SIGMA_LEAST:
@@ -88,20 +87,3 @@ class TensorMemoryConfig:
             "sigma_init": math.log1p(math.e) + SIGMA_LEAST,
         }
         return cls(**{**setting, **changes})
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> TensorMemoryConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-            ValueError: naming a field that there is none of, or a value that cannot be.
-        """
-        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise ValueError(f"a TensorMemoryConfig has no {unknown[0]!r}; it has {', '.join(cls.__dataclass_fields__)}")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return cls(**values)

@@ -1,0 +1,43 @@
+"""What the configurations of modules have in common: frozen dataclasses that JSON can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound="Options")
+
+
+@dataclass(frozen=True)
+class Options:
+    """A configuration."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: naming a field that there is none of, or a value that cannot be.
+        """
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise ValueError(f"a {cls.__name__} has no {unknown[0]!r}; it has {', '.join(names)}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def check_words(self, words: Mapping[str, Sequence[str]]) -> None:
+        """Refuse a field whose value is none of its words."""
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuse what is no whole number, or too small."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

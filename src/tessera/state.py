@@ -1,0 +1,95 @@
+"""What every state of a stream is: a value made of tensors whose first dimension is the batch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tessera.files import atomic_path
+
+S = TypeVar("S", bound="State")
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A value: methods return a new one. Fields are tensors (batch, ...), or None where there is no such thing.
+
+    Attributes:
+        OWNER: whose state it is, for messages.
+        KIND: what files of it say they are.
+        OPTIONAL: fields that may be None.
+        UNMARKED: fields that `reset` leaves alone.
+    """
+
+    OWNER: ClassVar[str]
+    KIND: ClassVar[str]
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()
+    UNMARKED: ClassVar[frozenset[str]] = frozenset()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that there is, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def detach(self: S) -> S:
+        """The same without a graph."""
+        return replace(self, **{name: tensor.detach() for name, tensor in self.tensors().items()})
+
+    def to(self: S, device: torch.device | str) -> S:
+        """The same on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def select(self: S, rows: Tensor) -> S:
+        """Row i of the new batch is row rows[i] of this one. rows: (n,) int64."""
+        return replace(
+            self, **{name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in self.tensors().items()}
+        )
+
+    def reset(self: S, rows: Tensor) -> S:
+        """The rows that `rows`, (batch,) bool, marks begin anew."""
+        tensors = self.tensors()
+        first = next(iter(tensors.values()))
+        if rows.shape != first.shape[:1] or rows.dtype != torch.bool:
+            raise ValueError(f"reset takes {len(first)} booleans, got {rows.dtype} of shape {tuple(rows.shape)}")
+        mark = rows.to(first.device)
+        return replace(
+            self,
+            **{
+                name: tensor.masked_fill(mark.view(-1, *[1] * (tensor.ndim - 1)), 0)
+                for name, tensor in tensors.items()
+                if name not in self.UNMARKED
+            },
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file."""
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.tensors().items()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, {"tessera": self.KIND})
+
+    @classmethod
+    def load(cls: type[S], path: str | os.PathLike[str]) -> S:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("tessera") != cls.KIND:
+                raise ValueError(f"{os.fspath(path)} holds no state of {cls.OWNER}")
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        named: dict[str, Any] = {field.name: found.pop(field.name, None) for field in fields(cls)}
+        if found or any(tensor is None for name, tensor in named.items() if name not in cls.OPTIONAL):
+            raise ValueError(f"{os.fspath(path)} is damaged: its tensors are not those of a state")
+        return cls(**named)
