@@ -4,6 +4,8 @@
 2. One new token over a long cache: against scaled dot product attention in float16, at 4k to 128k tokens and batches of 1, 8
    and 32, as far as the memory of the device goes.
 3. The same for a chunk of 64 new tokens.
+4. The memories on the device against their definitions on the CPU, forward and backward: the scan of a Tensor Cache, with the
+   kernels of flash-linear-attention too where these are installed, and a Tensor Memory.
 
 Writes JSON after every step, so that a run that is cut short has left what it measured.
 
@@ -20,7 +22,9 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +32,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from tessera import codecs
+from tessera.associative import fused
+from tessera.associative.recurrence import loop
+from tessera.associative.scan import scan
 from tessera.cache.tiers import PAGE
 from tessera.codecs import Packed
 from tessera.evaluation.records import environment
 from tessera.files import atomic_path
 from tessera.kernels import Pages, reference, triton
+from tessera.spatial import TensorMemory, TensorMemoryConfig
 
 SPECS = ("hqmq:3", "hqmq:4")
 LENGTHS = (4096, 16384, 32768, 131072)
@@ -139,6 +147,41 @@ def speed(device: torch.device, batch: int, tokens: int, queries: int) -> dict[s
     return row
 
 
+def memories(device: torch.device, tokens: int) -> list[dict[str, Any]]:
+    """Rows of name, largest relative error of outputs and gradients against the definition, and milliseconds of both passes."""
+    cases: dict[str, tuple[Any, list[Tensor], Any]] = {}
+    k = normalize(torch.randn(1, 2, tokens, 64), dim=-1)
+    x = [torch.randn(1, 2, 2, tokens, 64), k, torch.randn(1, 2, tokens, 64), -0.05 * torch.rand(1, 2, tokens)]
+    x += [0.8 * torch.rand(1, 2, tokens), torch.randn(1, 2, 64, 64)]
+    for rule in ("outer", "delta"):
+        cases[f"Tensor Cache, {rule}"] = partial(scan, rule=rule), x, partial(loop, rule=rule)
+        if fused.refusal(x[0].to(device), x[2], rule, "write_first") is None:
+            cases[f"Tensor Cache, {rule}, flash-linear-attention"] = (
+                partial(fused.fused_scan, rule=rule),
+                x,
+                partial(loop, rule=rule),
+            )
+    memory = TensorMemory(TensorMemoryConfig(), 96)
+    there = deepcopy(memory).to(device)
+    cases["Tensor Memory"] = there, [torch.randn(2, min(tokens, 128), 96)], memory.reference
+    rows = []
+    for name, (fast, inputs, definition) in cases.items():
+        wanted = both_passes(definition, inputs)
+        on_device = [t.to(device) for t in inputs]
+        found = both_passes(fast, on_device)
+        error = max(float((a.cpu() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+        rows.append({"name": name, "relative_error": error, "ms": 1e3 * timed(partial(both_passes, fast, on_device), device)})
+    return rows
+
+
+def both_passes(run: Any, inputs: list[Tensor]) -> list[Tensor]:
+    """The output of `run`, and the gradients of its inputs."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = run(*leaves)[0]
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
+    return [out.detach(), *(g for g in torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True) if g is not None)]
+
+
 def main() -> int:
     """Run all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,6 +204,10 @@ def main() -> int:
     record["correctness"] = correctness(device, options.smoke)
     worst = max(row["relative_error"] for row in record["correctness"])
     console.print(f"{name}: worst relative error of {len(record['correctness'])} cases {worst:.1e}")
+    save()
+    record["memories"] = memories(device, 64 if options.smoke else 1024)
+    for row in record["memories"]:
+        console.print(f"{row['name']}: relative error {row['relative_error']:.1e}, {row['ms']:.1f} ms forward and backward")
     save()
     if worst > 1e-2:
         console.print("The kernels are wrong; their speed does not matter.")
