@@ -38,6 +38,8 @@ bench: install
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/capacity.py
 	$(BIN)/python benchmarks/associative_cost.py
+	$(BIN)/python benchmarks/long_run.py
+	$(BIN)/python benchmarks/language_scratch.py
 	$(BIN)/python benchmarks/language_memory.py
 	$(BIN)/python benchmarks/tensor_memory_cost.py
 	$(BIN)/python benchmarks/retention.py

@@ -201,6 +201,23 @@ def streams() -> str:
     return markdown_table(("cache", "tokens", "state", "tokens/s", "growth of the process"), cells)
 
 
+def long_run() -> str:
+    """Error of float32 and bfloat16 states after many writes."""
+    rows = [r for r in _load("long_run")["rows"] if r["steps"] in (10_000, 1_000_000)]
+    cells = [
+        (
+            r["rule"],
+            f"{r['steps']:,}",
+            str(r["decay"]),
+            f"{r['float32_error']:.1e}",
+            f"{r['bfloat16_error']:.1%}",
+            f"{r['share_of_bound']:.3f}",
+        )
+        for r in rows
+    ]
+    return markdown_table(("rule", "writes", "decay", "error, float32", "error, bfloat16", "norm, of the bound"), cells)
+
+
 def tensor_memory_cost() -> str:
     """The forms of a Tensor Memory against the plain loop."""
     rows = _load("tensor_memory_cost")["rows"]
@@ -266,6 +283,7 @@ def training() -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "compare": compare,
     "capacity": capacity,
+    "long-run": long_run,
     "codec-error": codec_error,
     "codec-bars": codec_bars,
     "decode-attention": decode_attention,
