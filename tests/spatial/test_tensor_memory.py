@@ -80,7 +80,7 @@ def test_the_fast_form_is_the_plain_loop_with_all_gradients(options: dict[str, A
     names = ["x", "h", "c", "waiting", *(n for n, _ in memory.named_parameters())]
     for name, a, b in zip(names, grads, wanted_grads, strict=True):
         a, b = (torch.zeros(()) if g is None else g for g in (a, b))
-        if name in ("x", "h", "c", "content_net.weight", "gate_weight", "gate_bias", "out_proj.weight"):
+        if name in ("x", "h", "c", "content_net.weight", "gates_weight", "gates_bias", "out_proj.weight"):
             assert b.any(), name
         torch.testing.assert_close(a.expand_as(b) if not a.any() else a, b, rtol=1e-4, atol=1e-4)
 
@@ -226,7 +226,7 @@ def test_the_paper_forgets_everywhere_at_every_step() -> None:
     memory = TensorMemory(TensorMemoryConfig.paper(channels=5, grid=(4, 4, 4)), DIM)
     x, _ = inputs(memory, 1)
     with torch.no_grad():
-        memory.gate_weight.zero_()
+        memory.gates_weight.zero_()
         h = torch.randn(2, 5, 4, 4, 4)
         _, after = memory(x, TensorMemoryState(h, h, torch.zeros(2, 0, DIM)))
     torch.testing.assert_close(after.c, h / 2)
@@ -256,11 +256,11 @@ def test_an_anchored_token_reads_and_writes_at_its_place_at_first() -> None:
 def test_parameters_start_as_documented() -> None:
     paper = TensorMemory(TensorMemoryConfig.paper(channels=16, chunk=4), 24)
     assert paper.sigma_net.bias.item() == pytest.approx(1.0)
-    assert not paper.gate_bias.any()
+    assert not paper.gates_bias.any()
     assert paper.write_proj.weight.shape == (24, 96)
     assert torch.equal(paper.taps, torch.tensor([0.0, 1.0, 0.0]).expand(3, 32, 3))
     ours = TensorMemory(TensorMemoryConfig(chunk=4), 24)
-    assert ours.gate_bias.view(4, 16)[1].tolist() == [3.0] * 16
+    assert ours.gates_bias.view(4, 16)[1].tolist() == [3.0] * 16
     x = torch.randn(2, 5, 4, 24)
     ours.sigma_net.weight.data.zero_()
     writes = ours.writes(x, None, ours.coordinates(x))

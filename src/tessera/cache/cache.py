@@ -70,7 +70,7 @@ class Cache(TransformersCache):
     def _check_memory(self, model: Any) -> None:
         """Refuse "tc" without a memory that fits it."""
         done = getattr(model, ATTACHED, None)
-        if done is None:
+        if done is None or done.kind != "TensorCache":
             raise ValueError(
                 f"'tc' in {str(self.spec)!r} needs a Tensor Cache attached to the model, and the model itself instead of its "
                 "config: tessera.attach(model, TensorCacheConfig(...)) or tessera.load_memory(model, path)"

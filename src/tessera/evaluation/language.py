@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tessera.attachment import attachment, reading
+from tessera.attachment import attachment, reading, tensor_cache
 from tessera.cache import Cache
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import Source, encode, windows
@@ -64,10 +64,10 @@ def language(
         ValueError: if nothing is attached, or the sequences are too short to say something about what lies behind the window.
     """
     model = source.model
-    done = attachment(model)
-    if done is None:
+    if attachment(model) is None:
         raise ValueError("the model has no memory; give a file of tessera.save_memory, or attach one")
-    window, sink, dim = done.config.window, done.config.sink, model.config.get_text_config(decoder=True).head_dim
+    config = tensor_cache(model).config
+    window, sink, dim = config.window, config.sink, model.config.get_text_config(decoder=True).head_dim
     if source.context is not None and tokens > source.context:
         raise ValueError(f"sequences of {tokens} tokens are longer than the {source.context} that the model was made for")
     ids = windows(encode(source.tokenizer, text), tokens, count, source.tokenizer.bos_token_id).to(model.device)

@@ -7,11 +7,23 @@ enough to measure on: it uses its whole context, so what a cache forgets shows i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tessera.models.demo_text import heldout_files, heldout_text
 
-__all__ = ["demo_memory_path", "demo_path", "heldout_files", "heldout_text", "load_demo"]
+if TYPE_CHECKING:
+    from tessera.models.vit import ViT, ViTConfig
+
+__all__ = ["ViT", "ViTConfig", "demo_memory_path", "demo_path", "heldout_files", "heldout_text", "load_demo"]
+
+
+def __getattr__(name: str) -> Any:
+    """Models of `vit` are imported when first used: they need transformers."""
+    if name not in ("ViT", "ViTConfig"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from tessera.models import vit
+
+    return getattr(vit, name)
 
 
 def demo_path() -> Path:

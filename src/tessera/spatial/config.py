@@ -60,17 +60,29 @@ class TensorMemoryConfig(Options):
     """Standard deviation of a write at the start, on a grid from -1 to 1."""
     anchored: bool = False
     """Tokens come with their place, (x, y, z) from -1 to 1; what is learned is an offset, zero at the start."""
+    every: int = 1
+    """In a model of several layers, every how manyth gets a memory. All of them share its weights."""
+    gate_init: float | None = None
+    """Logit of each layer's gate at the start. None: 0, and what the memory gives out is zero, so that a model starts as what
+    it was without one."""
+    threaded: bool | None = None
+    """Whether a layer goes on with the state that the layer before left, as in the paper, or has its own. None: it goes on in
+    models that see everything at once. In a causal model it cannot: its first token would read what the last one wrote."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
         if not 1 <= len(self.grid) <= 3:
             raise ValueError(f"grid has one, two or three axes, got {len(self.grid)}: {self.grid!r}")
-        sizes = [("channels", self.channels), ("chunk", self.chunk), *(("each axis of grid", size) for size in self.grid)]
+        sizes = [("channels", self.channels), ("chunk", self.chunk), ("every", self.every)]
+        sizes += [("each axis of grid", size) for size in self.grid]
         for name, value in sizes:
             check_whole(name, value, 1)
         self.check_words(_WORDS)
-        if not math.isfinite(self.forget_bias):
-            raise ValueError(f"forget_bias must be finite, got {self.forget_bias!r}")
+        for name, start in (("forget_bias", self.forget_bias), ("gate_init", self.gate_init)):
+            if start is not None and not math.isfinite(start):
+                raise ValueError(f"{name} must be finite, got {start!r}")
+        if self.threaded not in (None, True, False):
+            raise ValueError(f"threaded must be True, False or None, got {self.threaded!r}")
         if not math.isfinite(self.sigma_init) or self.sigma_init <= SIGMA_LEAST:
             raise ValueError(f"sigma_init must be more than {SIGMA_LEAST}, got {self.sigma_init!r}")
 
@@ -83,6 +95,7 @@ class TensorMemoryConfig(Options):
             "read": "chunk",
             "projection": "full",
             "forget_bias": 0.0,
+            "gate_init": -2.0,
             # A bias of 1 before the softplus.
             "sigma_init": math.log1p(math.e) + SIGMA_LEAST,
         }

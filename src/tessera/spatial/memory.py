@@ -54,9 +54,9 @@ class TensorMemory(nn.Module):
         sigma_net: E -> 1; its bias such that sigma starts about `config.sigma_init` (the paper's 1.31 is a bias of 1).
         taps: (n, inputs, 3), the stencil, the identity at the start, without a bias, which would be one of the gates but for
             the border; with convolution "pointwise" none.
-        gate_weight: (4 channels, inputs), rows i, f, o, g; Xavier uniform. inputs: 2 channels, what is written and h; or
+        gates_weight: (4 channels, inputs), rows i, f, o, g; Xavier uniform. inputs: 2 channels, what is written and h; or
             channels with gates "input".
-        gate_bias: (4 channels,), zero but for the forget gate's, `config.forget_bias`.
+        gates_bias: (4 channels,), zero but for the forget gate's, `config.forget_bias`.
         out_proj: channels -> E.
     """
 
@@ -88,10 +88,10 @@ class TensorMemory(nn.Module):
             self.taps = nn.Parameter(torch.tensor([0.0, 1.0, 0.0]).repeat(axes, inputs, 1))
         else:
             self.register_parameter("taps", None)
-        self.gate_weight = nn.Parameter(torch.empty(4 * channels, inputs))
-        nn.init.xavier_uniform_(self.gate_weight)
-        self.gate_bias = nn.Parameter(torch.zeros(4 * channels))
-        nn.init.constant_(self.gate_bias[channels : 2 * channels], config.forget_bias)
+        self.gates_weight = nn.Parameter(torch.empty(4 * channels, inputs))
+        nn.init.xavier_uniform_(self.gates_weight)
+        self.gates_bias = nn.Parameter(torch.zeros(4 * channels))
+        nn.init.constant_(self.gates_bias[channels : 2 * channels], config.forget_bias)
         self.out_proj = nn.Linear(channels, dim)
 
     def extra_repr(self) -> str:
@@ -101,7 +101,7 @@ class TensorMemory(nn.Module):
 
     def initial_state(self, batch: int, device: torch.device | None = None) -> TensorMemoryState:
         """Nothing written and nothing waiting."""
-        device = device or self.gate_bias.device
+        device = device or self.gates_bias.device
         h = torch.zeros((batch, self.config.channels, *self.config.grid), device=device)
         places = torch.zeros((batch, 0, len(self.config.grid)), device=device) if self.config.anchored else None
         return TensorMemoryState(h, torch.zeros_like(h), torch.zeros((batch, 0, self.dim), device=device), places)
@@ -216,7 +216,7 @@ class TensorMemory(nn.Module):
         mask = (*[one] * missing, *factors) if config.update == "footprint" else None
         read = pad(positions(read_at, config.grid), (missing, 0))
         steps = Steps(tuple(vectors), mask, read)  # type: ignore[arg-type]
-        gates = Gates(self.gate_weight.float(), self.gate_bias.float(), taps)
+        gates = Gates(self.gates_weight.float(), self.gates_bias.float(), taps)
         reads, new_h, new_c = dispatch.advance(solid(h), solid(c), steps, gates, backend)
         return reads, new_h.view_as(h), new_c.view_as(c)
 
@@ -230,7 +230,7 @@ class TensorMemory(nn.Module):
             factors = self.footprint(writes)
             seen = gate_inputs(writes.content[:, 0], [f[:, 0] for f in factors], h if self.config.gates == "state" else None)
             mask = [f[:, 0] for f in factors] if self.config.update == "footprint" else None
-            h, c = update(h, c, seen, self.taps, self.gate_weight.float(), self.gate_bias.float(), mask)
+            h, c = update(h, c, seen, self.taps, self.gates_weight.float(), self.gates_bias.float(), mask)
         return torch.stack(reads, dim=1), h, c
 
     def _run(

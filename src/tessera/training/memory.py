@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from tessera.attachment import attachment, save_memory
+from tessera.attachment import save_memory, tensor_cache
 from tessera.cache import Cache
 from tessera.training.checkpoints import RunState
 from tessera.training.loop import Moment, Sampler, train
@@ -43,8 +43,7 @@ class MemoryTraining:
 
 def set_window(model: nn.Module, window: int) -> None:
     """Let the attached memory begin behind another window."""
-    done = attachment(model)
-    assert done is not None
+    done = tensor_cache(model)
     done.config = replace(done.config, window=window)
     for layer in done.layers.values():
         layer.config = layer.memory.config = done.config
@@ -74,11 +73,8 @@ def train_memory(
     Raises:
         ValueError: if nothing is attached, or sequences end within the window.
     """
-    done = attachment(model)
-    if done is None:
-        raise ValueError("nothing is attached to this model; call tessera.attach first")
+    own = tensor_cache(model).config.window
     what = training or MemoryTraining()
-    own = done.config.window
     windows: Sequence[int] = what.windows or (own,)
     shortest = min(phase.sequence for phase in config.phases)
     if shortest <= max(windows):

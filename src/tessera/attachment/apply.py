@@ -1,0 +1,152 @@
+"""`attach` adds a memory to a model, `detach` takes it away again; only what was added is saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tessera.associative.config import TensorCacheConfig
+from tessera.associative.layer import is_gate
+from tessera.attachment import associative, spatial
+from tessera.attachment.record import Attachment, attached, attachment
+from tessera.cache.layer import ATTACHED
+from tessera.files import atomic_path
+from tessera.spatial.config import TensorMemoryConfig
+
+M = TypeVar("M", bound=nn.Module)
+_CONFIGS: dict[str, Any] = {"TensorCache": TensorCacheConfig, "TensorMemory": TensorMemoryConfig}
+
+
+def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: bool = True) -> M:
+    """Give a model a memory.
+
+    With a `TensorCacheConfig`, a transformers causal model gets a Tensor Cache behind a window of its attention. Attention then
+    sees the window and the sinks, the memory what has left the window. At first the memory adds nothing: the model is exactly
+    the windowed one. Without a cache, or with transformers' own, every call computes the memory from the tokens it is given;
+    `tessera.Cache("sink:4 + window:512 + tc", model)` keeps it.
+
+    With a `TensorMemoryConfig`, a transformers causal model, or a transformers or timm image or video encoder, gets a Tensor
+    Memory between attention and MLP of its layers; see `tessera.attachment.spatial`. At first it adds nothing, unless
+    `config.gate_init` says otherwise. What it has read stays with the cache that is passed on, whichever that is.
+
+    Args:
+        model: see above.
+        config: of the memory.
+        freeze: only what is added learns.
+
+    Returns:
+        the model.
+
+    Raises:
+        ValueError: for a model that this cannot be done to, saying why; the model is as it was.
+    """
+    if not isinstance(config, TensorCacheConfig | TensorMemoryConfig):
+        raise TypeError(f"tessera.attach takes a TensorCacheConfig or a TensorMemoryConfig, got {type(config).__name__}")
+    if attachment(model) is not None:
+        raise ValueError(f"{type(model).__name__} has a memory attached already; call tessera.detach(model) first")
+    own = [p for p in model.parameters() if p.requires_grad and freeze]
+    # Whatever may fail does so before anything is changed.
+    done = associative.add(model, config) if isinstance(config, TensorCacheConfig) else spatial.add(model, config)
+    done.frozen = own
+    for p in own:
+        p.requires_grad_(False)
+    device = next(model.parameters()).device
+    for module in done.modules().values():
+        # Rates and matrices are computed in float32 whatever the model's dtype, so they are kept in it.
+        module.to(device)
+    return model
+
+
+def detach(model: M) -> M:
+    """Take the memory away; the model is what it was before `attach`, bit for bit. Returns the model.
+
+    Raises:
+        ValueError: if nothing is attached.
+    """
+    done = attached(model)
+    for hook in done.hooks:
+        hook.remove()
+    _home(done.kind).remove(model, done)
+    for p in done.frozen:
+        p.requires_grad_(True)
+    delattr(model, ATTACHED)
+    return model
+
+
+def memory_parameters(model: nn.Module) -> list[dict[str, Any]]:
+    """What was added, as two groups for an optimizer: "weights", and "gates", which want a higher rate and no decay.
+
+    Gates and rates that learn at the rate of weights are known never to open.
+    """
+    named = [pair for module in attached(model).modules().values() for pair in module.named_parameters()]
+    weights, gates = ([p for name, p in named if is_gate(name) == wanted] for wanted in (False, True))
+    return [{"name": "weights", "params": weights}, {"name": "gates", "params": gates, "weight_decay": 0.0}]
+
+
+def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write what was attached, and nothing else, as safetensors with its config."""
+    done = attached(model)
+    tensors = {f"{i}.{k}": v.detach().contiguous() for i, part in done.modules().items() for k, v in part.state_dict().items()}
+    header = {"tessera_memory": json.dumps({"kind": done.kind, "config": done.config.to_dict(), "model": done.shape})}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, header)
+
+
+def load_memory(model: M, path: str | os.PathLike[str]) -> M:
+    """Attach what `save_memory` wrote. Returns the model.
+
+    Raises:
+        ValueError: if the file is damaged or was made for a model of another shape; the model is as it was.
+    """
+    with _opened(path) as file:
+        try:
+            about = json.loads((file.metadata() or {})["tessera_memory"])
+            kind, fields, shape = about["kind"], about["config"], about["model"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{os.fspath(path)} holds no memory that tessera.save_memory wrote") from None
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if kind not in _CONFIGS:
+        raise ValueError(f"{os.fspath(path)} holds a memory of kind {kind!r}, which this version does not know")
+    own = _home(kind).shape_of(model)
+    if shape != own:
+        raise ValueError(f"this memory was trained for a model of shape {shape}; yours is {own}")
+    attach(model, _CONFIGS[kind].from_dict(fields))
+    try:
+        _fill(attached(model), tensors, os.fspath(path))
+    except ValueError:
+        detach(model)
+        raise
+    return model
+
+
+def _home(kind: str) -> Any:
+    return associative if kind == "TensorCache" else spatial
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} holds no memory that tessera.save_memory wrote: {error}") from None
+
+
+def _fill(done: Attachment, tensors: dict[str, Tensor], path: str) -> None:
+    for place, module in done.modules().items():
+        own = module.state_dict()
+        found = {name: tensors.pop(f"{place}.{name}", None) for name in own}
+        for name, tensor in found.items():
+            if tensor is None or tensor.shape != own[name].shape:
+                where = "all layers" if place == "shared" else f"layer {place}"
+                raise ValueError(f"{path} is damaged: {name!r} of {where} is missing or of another shape")
+        module.load_state_dict(found)
+    if tensors:
+        raise ValueError(f"{path} is damaged: nothing here is called {min(tensors)!r}")

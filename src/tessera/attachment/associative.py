@@ -1,0 +1,112 @@
+"""A Tensor Cache in the attention modules of a transformers causal model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tessera.associative.config import TensorCacheConfig
+from tessera.associative.layer import TensorCacheLayer
+from tessera.associative.rotary import phase_of
+from tessera.attachment.record import Attachment
+from tessera.attention import disable, enable, unsupported
+from tessera.cache.cache import read_config
+from tessera.cache.layer import ATTACHED, ATTENTION
+
+#: Where an attention module keeps its memory.
+MEMORY = "tensor_cache"
+
+
+def add(model: Any, config: TensorCacheConfig) -> Attachment:
+    """Put a Tensor Cache into a model; see `tessera.attach`."""
+    why = unsupported(model)
+    if why:
+        raise ValueError(f"tessera.attach: {type(model).__name__} cannot be given a memory: {why}")
+    text, shapes = read_config(model.config)
+    modules = attention_modules(model, len(shapes))
+    chosen = _chosen(config, [window is None for _, window in shapes])
+    heads = text.num_attention_heads
+    layers = {}
+    for index in chosen:
+        (kv_heads, head_dim), _ = shapes[index]
+        phase = None if config.rotary else phase_of(model, modules[index], head_dim)
+        layers[index] = TensorCacheLayer(config, heads, kv_heads, head_dim, text.hidden_size, phase)
+    enabled = text._attn_implementation != ATTENTION
+    enable(model)
+    done = plug(model, config, layers, modules)
+    done.enabled = enabled
+    return done
+
+
+def remove(model: nn.Module, done: Attachment) -> None:
+    """Take it out again, but for its hooks."""
+    for module in model.modules():
+        if isinstance(getattr(module, MEMORY, None), TensorCacheLayer):
+            delattr(module, MEMORY)
+    if done.enabled:
+        disable(model)
+
+
+def plug(
+    model: nn.Module, config: TensorCacheConfig, layers: dict[int, TensorCacheLayer], modules: list[nn.Module]
+) -> Attachment:
+    """Put memories into a model's attention modules, both by layer."""
+    done = Attachment(config, shape_of(model), dict(layers))
+    for index, layer in layers.items():
+        setattr(modules[index], MEMORY, layer)
+        done.hooks.append(modules[index].register_forward_hook(_add))
+    setattr(model, ATTACHED, done)
+    return done
+
+
+def shape_of(model: Any) -> dict[str, Any]:
+    """What a memory must know of its model."""
+    text, layers = read_config(model.config)
+    return {
+        "type": text.model_type,
+        "hidden": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": [[*shape, window] for shape, window in layers],
+    }
+
+
+def attention_modules(model: nn.Module, count: int) -> list[nn.Module]:
+    """The attention modules of the decoder, by layer.
+
+    Raises:
+        ValueError: if they are not found.
+    """
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
+            found.setdefault(index, module)
+    if sorted(found) != list(range(count)):
+        raise ValueError(f"{type(model).__name__}: found attention modules for layers {sorted(found)} of {count}")
+    return [found[i] for i in range(count)]
+
+
+def _chosen(config: TensorCacheConfig, whole: list[bool]) -> list[int]:
+    """Layers that get a memory. Those with a window of their own never see what a memory could give back."""
+    if config.layers is None:
+        chosen = [i for i, sees_all in enumerate(whole) if sees_all]
+        if not chosen:
+            raise ValueError("every layer of this model has a sliding window of its own; nothing is left for a memory")
+        return chosen
+    count = len(whole)
+    wrong = [i for i in config.layers if not -count <= i < count]
+    if wrong:
+        raise ValueError(f"layers names {wrong[0]}, but the model has {count} layers")
+    return sorted({i % count for i in config.layers})
+
+
+def _add(module: nn.Module, _inputs: Any, output: Any) -> Any:
+    """Hook behind an attention module: add what the memory contributed."""
+    layer: TensorCacheLayer = getattr(module, MEMORY)
+    pending, layer.pending = layer.pending, None
+    if pending is None:
+        return output
+    if isinstance(output, tuple):
+        return (output[0] + pending.to(output[0].dtype), *output[1:])
+    return output + pending.to(output.dtype)

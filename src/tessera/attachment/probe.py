@@ -1,0 +1,84 @@
+"""Whether a layer of a model computes what a Tensor Memory between its attention and its MLP must rely on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+
+def check_form(model: Any, layer: nn.Module, norm: nn.Module, causal: bool) -> None:
+    """Run the model once, on two tokens or an empty image, and see that x + f(norm(x)) is what the layer returns.
+
+    Args:
+        model: see `tessera.attach`.
+        layer: of the model.
+        norm: of the layer, which should be given the residual stream behind the attention, x.
+        causal: whether the model reads tokens or images.
+
+    Raises:
+        ValueError: for a layer of another form, saying of which.
+    """
+    seen: dict[str, Tensor] = {}
+    parts: list[Tensor] = []
+
+    def note(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[name] = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        parts.append(output[0] if isinstance(output, tuple) else output)
+
+    def finish(_: nn.Module, __: Any, output: Any) -> None:
+        seen["out"] = output[0] if isinstance(output, tuple) else output
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda *a: note("in", *a), with_kwargs=True),
+        norm.register_forward_pre_hook(lambda *a: note("x", *a), with_kwargs=True),
+        layer.register_forward_hook(finish),
+        *(child.register_forward_hook(keep) for child in layer.children()),
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            _call(model, causal)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    name, x = type(layer).__name__, seen.get("x")
+    if x is None or "out" not in seen:
+        raise ValueError(f"tessera.attach: {name} did not use its norm between attention and MLP")
+    if x is seen["in"]:
+        raise ValueError(f"tessera.attach: {name} computes attention and MLP side by side; there is nothing between them")
+    if any(x is part for part in parts):
+        raise ValueError(
+            f"tessera.attach: {name} has norms behind its attention, not before its MLP, where a memory would read"
+        )
+    step = (seen["out"] - x).float().flatten()
+    alike = [cosine_similarity(step, part.float().flatten(), dim=0) for part in parts if part.shape == x.shape]
+    # Some layers add x within their last part.
+    within = any(torch.equal(part, seen["out"]) for part in parts if part.shape == x.shape)
+    if not within and (not alike or max(alike) < 0.99):
+        raise ValueError(
+            f"tessera.attach: {name} does not return x + mlp(norm(x)), so nothing can be added to x behind attention"
+        )
+
+
+def _call(model: Any, causal: bool) -> None:
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    if causal:
+        model(input_ids=torch.tensor([[0, 1]], device=weight.device), use_cache=False)
+        return
+    if type(model).__module__.startswith("timm."):
+        shape, call = (3, *model.patch_embed.img_size), model
+    else:
+        config = model.config
+        sides = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size, config.image_size)
+        shape, call = (config.num_channels, *sides), model.base_model
+        if hasattr(config, "num_frames"):
+            shape = (config.num_frames, *shape)
+    call(torch.randn(1, *shape, device=weight.device, dtype=weight.dtype))

@@ -1,0 +1,79 @@
+"""`Attachment`: what was done to a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from tessera.cache.layer import ATTACHED
+
+
+@dataclass
+class Attachment:
+    """What `attach` did to a model, so that it can be undone.
+
+    Attributes:
+        config: of the memory, a `TensorCacheConfig` or a `TensorMemoryConfig`.
+        shape: what the memory must know of its model, as JSON has it.
+        layers: what was added to each layer of the model, by its index.
+        shared: what was added for all layers, or None.
+        hooks: on the model's modules.
+        frozen: parameters that learned before, and shall again.
+        enabled: whether the model's attention was switched.
+    """
+
+    config: Any
+    shape: dict[str, Any]
+    layers: dict[int, Any] = field(default_factory=dict)
+    shared: nn.Module | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    frozen: list[nn.Parameter] = field(default_factory=list)
+    enabled: bool = False
+
+    @property
+    def kind(self) -> str:
+        """ "TensorCache" or "TensorMemory"."""
+        return type(self.config).__name__.removesuffix("Config")
+
+    def modules(self) -> dict[str, nn.Module]:
+        """All that was added, by the name that it has in a file."""
+        named: dict[str, nn.Module] = {str(index): layer for index, layer in self.layers.items()}
+        return named if self.shared is None else {"shared": self.shared, **named}
+
+
+def attachment(model: nn.Module) -> Attachment | None:
+    """What is attached to `model`, if anything."""
+    return getattr(model, ATTACHED, None)
+
+
+def attached(model: nn.Module) -> Attachment:
+    """What is attached to `model`.
+
+    Raises:
+        ValueError: if nothing is.
+    """
+    done = attachment(model)
+    if done is None:
+        raise ValueError(f"nothing is attached to this {type(model).__name__}; see tessera.attach")
+    return done
+
+
+def reading(model: nn.Module, on: bool) -> None:
+    """Let reads count, or not: the control that shows what the memory is worth."""
+    for layer in attached(model).layers.values():
+        layer.reads = on
+
+
+def tensor_cache(model: nn.Module) -> Attachment:
+    """The Tensor Cache that is attached to `model`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    done = attached(model)
+    if done.kind != "TensorCache":
+        raise ValueError(f"a {done.kind} is attached to this {type(model).__name__}; this needs a TensorCache")
+    return done

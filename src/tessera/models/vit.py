@@ -1,0 +1,272 @@
+"""`ViT`: a small vision transformer for images and clips, with attention over frames as a spec says and a Tensor Memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from tessera.spatial.config import TensorMemoryConfig
+from tessera.spatial.layer import make_layers, make_memory
+from tessera.spatial.memory import TensorMemory
+from tessera.spatial.state import TensorMemoryState
+
+
+class ViTConfig(PreTrainedConfig):
+    """What a `ViT` is.
+
+    Attributes:
+        image_size: pixels along each side of a frame.
+        patch_size: of a patch; divides `image_size`.
+        num_channels: of a pixel.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as in transformers' ViT.
+        classes: what a frame may be; 0: every patch is given its pixels instead.
+        positions: "learned" for each patch of a frame, or "sincos". Frames are numbered by sines and cosines, without end.
+        attention: what a patch sees. "all": every frame of the clip; "frame": its own; "window:4": the newest four.
+        memory: fields of `TensorMemoryConfig`, or None. With attention "all" the state goes from layer to layer; otherwise
+            every layer has its own, and no output depends on a later frame.
+    """
+
+    model_type = "tessera_vit"
+
+    def __init__(
+        self,
+        image_size: int = 8,
+        patch_size: int = 2,
+        num_channels: int = 1,
+        hidden_size: int = 64,
+        intermediate_size: int = 128,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 4,
+        classes: int = 10,
+        positions: str = "learned",
+        attention: str = "all",
+        memory: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> None:
+        if image_size < 1 or patch_size < 1 or image_size % patch_size:
+            raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
+        if hidden_size % (2 * num_attention_heads):
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of twice num_attention_heads {num_attention_heads}")
+        if hidden_size % 4:
+            raise ValueError(f"hidden_size must be a multiple of 4, for sines and cosines of two axes; got {hidden_size}")
+        if positions not in ("learned", "sincos"):
+            raise ValueError(f"positions must be 'learned' or 'sincos', got {positions!r}")
+        window = read_frames(attention)
+        if memory is not None:
+            known = TensorMemoryConfig.from_dict(memory)
+            if known.anchored:
+                raise ValueError("anchored=True needs the place of every token, which a ViT does not tell its memory")
+            if known.threaded and window is not None:
+                raise ValueError(
+                    f"threaded=True would show frames to those before them with attention {attention!r}; leave it out"
+                )
+            memory = known.to_dict()
+        self.image_size, self.patch_size, self.num_channels = image_size, patch_size, num_channels
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
+        self.positions, self.attention, self.memory = positions, attention, memory
+        self.classes = classes
+        super().__init__(**fields)
+
+    @property
+    def patches(self) -> int:
+        """Of a frame."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def read_frames(attention: str) -> int | None:
+    """Frames that a patch sees, its own included; None: all.
+
+    Raises:
+        ValueError: for any other word.
+    """
+    name, _, count = attention.partition(":")
+    if attention in ("all", "frame"):
+        return None if attention == "all" else 1
+    if name != "window" or not count.isdigit() or int(count) < 1:
+        raise ValueError(f"attention must be 'all', 'frame' or, as an example, 'window:4', got {attention!r}")
+    return int(count)
+
+
+@dataclass(frozen=True, eq=False)
+class ViTState:
+    """What a stream of frames carries from one call to the next.
+
+    Attributes:
+        frames: so far.
+        windows: for each layer keys and values, (batch, heads, patches of the frames that are still seen, head_dim).
+        memories: for each layer the state of its memory, or None.
+    """
+
+    frames: int
+    windows: tuple[tuple[Tensor, Tensor], ...]
+    memories: tuple[TensorMemoryState | None, ...]
+
+    def detach(self) -> ViTState:
+        """The same without a graph."""
+        windows = tuple((k.detach(), v.detach()) for k, v in self.windows)
+        return ViTState(self.frames, windows, tuple(None if m is None else m.detach() for m in self.memories))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        kept = sum(x.numel() * x.element_size() for pair in self.windows for x in pair)
+        return kept + sum(m.nbytes for m in self.memories if m is not None)
+
+
+@dataclass
+class ViTOutput(ModelOutput):
+    """What a `ViT` returns.
+
+    Attributes:
+        logits: (batch, frames, classes), or (batch, frames, patches, pixels of a patch); without frames for images.
+        state: for the next frames; None with attention "all".
+    """
+
+    logits: Tensor | None = None
+    state: ViTState | None = None
+
+
+class Block(nn.Module):
+    """One layer: attention, and an MLP."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, config.intermediate_size), nn.Linear(config.intermediate_size, width)
+
+    def attend(
+        self, x: Tensor, patches: int, window: int | None, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What is read, (batch, tokens, width), and keys and values that frames to come see."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        mask = None
+        if window is not None:
+            frame = torch.arange(k.shape[2], device=x.device) // patches
+            own = frame[-q.shape[2] :, None]
+            mask = (frame <= own) & (frame > own - window)
+        read = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        kept = 0 if window is None else min(k.shape[2], (window - 1) * patches)
+        rest = k.shape[2] - kept
+        return self.out(read.transpose(1, 2).flatten(2)), (k[:, :, rest:], v[:, :, rest:])
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Of the residual stream."""
+        y: Tensor = self.down(gelu(self.up(self.norm2(x))))
+        return y
+
+
+class ViT(PreTrainedModel):
+    """A vision transformer for images, clips, and streams of frames; `save_pretrained` and `from_pretrained`."""
+
+    config_class = ViTConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        width, pixels = config.hidden_size, config.num_channels * config.patch_size**2
+        self.embed = nn.Linear(pixels, width)
+        self.place = nn.Embedding(config.patches, width) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, config.classes or pixels)
+        self.hidden = nn.Parameter(torch.zeros(width)) if config.classes == 0 else None
+        if self.place is not None:
+            nn.init.normal_(self.place.weight, std=0.02)
+        self.memory: TensorMemory | None = None
+        self.memory_layers = nn.ModuleDict()
+        self.threaded = False
+        if config.memory is not None:
+            memory = TensorMemoryConfig.from_dict(config.memory)
+            self.memory = make_memory(memory, width)
+            self.memory_layers.update({str(i): m for i, m in make_layers(memory, width, len(self.blocks)).items()})
+            self.threaded = config.attention == "all" and memory.threaded is not False
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Everything is started where it is made: a common rule for linear layers would undo what a memory starts with."""
+
+    def forward(self, pixel_values: Tensor, state: ViTState | None = None, masked: Tensor | None = None) -> ViTOutput:
+        """Images, whole clips, or the next frames of streams.
+
+        Args:
+            pixel_values: (batch, channels, height, width), or (batch, frames, channels, height, width).
+            state: what the call on the frames before returned; None: the streams begin.
+            masked: (batch, patches) or (batch, frames, patches) bool, patches whose pixels are hidden from a model of pixels.
+
+        Raises:
+            ValueError: for shapes that do not fit, or a state with attention "all", which sees a clip at once.
+        """
+        config = self.config
+        window = read_frames(config.attention)
+        single = pixel_values.ndim == 4
+        clip = pixel_values.unsqueeze(1) if single else pixel_values
+        shape = (config.num_channels, config.image_size, config.image_size)
+        if clip.ndim != 5 or tuple(clip.shape[2:]) != shape:
+            raise ValueError(
+                f"pixels {tuple(pixel_values.shape)} do not fit: expected (batch, [frames,] {', '.join(map(str, shape))})"
+            )
+        if state is not None and window is None:
+            raise ValueError("attention 'all' sees a clip at once and carries no state; choose 'frame' or 'window:4'")
+        if (masked is not None) != (self.hidden is not None):
+            raise ValueError("masked patches are for a model of pixels (classes=0), which needs them")
+        batch, frames = clip.shape[:2]
+        before = 0 if state is None else state.frames
+        x = self.embed(to_patches(clip, config.patch_size).to(self.embed.weight.dtype))
+        if self.hidden is not None and masked is not None:
+            where = masked.view(batch, frames, -1, 1)
+            x = torch.where(where, self.hidden.to(x.dtype), x)
+        side = torch.arange(config.image_size // config.patch_size, device=x.device)
+        if self.place is not None:
+            x = x + self.place.weight
+        else:
+            rows, columns = (waves(side, config.hidden_size // 2) for _ in range(2))
+            both = torch.cat((rows[:, None].expand(-1, len(side), -1), columns[None].expand(len(side), -1, -1)), dim=-1)
+            x = x + both.flatten(0, 1).to(x.dtype)
+        times = torch.arange(before, before + frames, device=x.device)
+        x = (x + waves(times, config.hidden_size)[:, None].to(x.dtype)).flatten(1, 2)
+        windows, memories = [], []
+        threaded: TensorMemoryState | None = None
+        for index, block in enumerate(self.blocks):
+            read, kept = block.attend(x, config.patches, window, None if state is None else state.windows[index])
+            x, own = x + read, None
+            if self.memory is not None and str(index) in self.memory_layers:
+                given = threaded if state is None else state.memories[index]
+                added, own = self.memory_layers[str(index)](self.memory, x, given)
+                x = x + added
+                if self.threaded:
+                    threaded = self.memory.flush(own)
+            windows.append(kept)
+            memories.append(own)
+            x = x + block.mlp(x)
+        y = self.norm(x).unflatten(1, (frames, -1))
+        logits = self.head(y.mean(2) if config.classes else y)
+        new = None if window is None else ViTState(before + frames, tuple(windows), tuple(memories))
+        return ViTOutput(logits=logits.squeeze(1) if single else logits, state=new)
+
+
+def to_patches(clip: Tensor, size: int) -> Tensor:
+    """(..., channels, height, width) to (..., patches, channels · size²), row by row."""
+    rows = clip.unflatten(-2, (-1, size)).unflatten(-1, (-1, size))
+    n = rows.ndim - 5
+    # (channels, rows, size, columns, size) to (rows, columns, channels, size, size)
+    return rows.permute(*range(n), n + 1, n + 3, n, n + 2, n + 4).flatten(n + 2).flatten(n, n + 1)
+
+
+def waves(numbers: Tensor, width: int) -> Tensor:
+    """Sines and cosines of whole numbers, (n,) -> (n, width), with wavelengths up to 10,000."""
+    rates = torch.exp(torch.arange(width // 2, device=numbers.device) * (-math.log(10_000) / (width // 2)))
+    angles = numbers[:, None] * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
