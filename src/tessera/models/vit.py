@@ -240,6 +240,7 @@ class ViT(PreTrainedModel):
         windows, memories = [], []
         threaded: TensorMemoryState | None = None
         for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             read, kept = block.attend(x, config.patches, window, None if state is None else state.windows[index])
             x, own = x + read, None
             if self.memory is not None and str(index) in self.memory_layers:
