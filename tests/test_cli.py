@@ -210,6 +210,8 @@ def test_every_command_shows_an_example() -> None:
         ("eval", "streams"),
         ("train", "lm"),
         ("train", "recall"),
+        ("train", "image"),
+        ("train", "video"),
         ("train", "demo"),
         ("train", "memory"),
     ]

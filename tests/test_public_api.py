@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import tessera
-from tessera import associative, cache, codecs, evaluation, kernels, spatial
+from tessera import associative, attachment, cache, codecs, evaluation, kernels, models, spatial
 
 
 def test_names_are_these() -> None:
@@ -19,11 +19,16 @@ def test_names_are_these() -> None:
     assert evaluation.__all__ == ["Comparison", "Row", "Source", "compare", "load", "read_text"]
     assert associative.__all__ == ["TensorCache", "TensorCacheConfig", "TensorCacheState"]
     assert spatial.__all__ == ["TensorMemory", "TensorMemoryConfig", "TensorMemoryState"]
+    assert attachment.__all__ == [
+        *("Attachment", "attach", "attachment", "attention_modules", "detach", "load_memory", "memory_parameters", "plug"),
+        *("reading", "save_memory", "tensor_cache"),
+    ]
+    assert models.__all__[:2] == ["ViT", "ViTConfig"]
     assert kernels.__all__ == ["Pages", "attend", "merge"]
 
 
 def test_every_name_is_there() -> None:
-    for module in (tessera, associative, codecs, cache, evaluation, kernels, spatial):
+    for module in (tessera, associative, attachment, codecs, cache, evaluation, kernels, models, spatial):
         for name in module.__all__:
             assert getattr(module, name) is not None
 

@@ -7,13 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from tessera.cli import train_new
+from tessera.cli import train_new, train_vision
 from tessera.cli.errors import one_line_errors
 from tessera.cli.many import ManyValues
 
 app = typer.Typer(help="Train models and memories.", no_args_is_help=True)
 app.command("lm", cls=ManyValues)(train_new.lm)
 app.command("recall")(train_new.recall)
+app.command("image")(train_vision.image)
+app.command("video")(train_vision.video)
 
 
 @app.callback()

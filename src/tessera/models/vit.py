@@ -184,7 +184,8 @@ class ViT(PreTrainedModel):
         self.head = nn.Linear(width, config.classes or pixels)
         self.hidden = nn.Parameter(torch.zeros(width)) if config.classes == 0 else None
         if self.place is not None:
-            nn.init.normal_(self.place.weight, std=0.02)
+            # As large as the sines and cosines of frames, beside which they must be told apart.
+            nn.init.normal_(self.place.weight, std=0.5)
         self.memory: TensorMemory | None = None
         self.memory_layers = nn.ModuleDict()
         self.threaded = False
@@ -224,7 +225,8 @@ class ViT(PreTrainedModel):
             raise ValueError("masked patches are for a model of pixels (classes=0), which needs them")
         batch, frames = clip.shape[:2]
         before = 0 if state is None else state.frames
-        x = self.embed(to_patches(clip, config.patch_size).to(self.embed.weight.dtype))
+        patches = to_patches(clip, config.patch_size).to(self.embed.weight.dtype)
+        x = self.embed(patches)
         if self.hidden is not None and masked is not None:
             where = masked.view(batch, frames, -1, 1)
             x = torch.where(where, self.hidden.to(x.dtype), x)
@@ -240,6 +242,7 @@ class ViT(PreTrainedModel):
         windows, memories = [], []
         threaded: TensorMemoryState | None = None
         for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             read, kept = block.attend(x, config.patches, window, None if state is None else state.windows[index])
             x, own = x + read, None
             if self.memory is not None and str(index) in self.memory_layers:
@@ -253,6 +256,10 @@ class ViT(PreTrainedModel):
             x = x + block.mlp(x)
         y = self.norm(x).unflatten(1, (frames, -1))
         logits = self.head(y.mean(2) if config.classes else y)
+        if masked is not None:
+            # What is filled in is told from the brightness of what is seen.
+            seen = ~masked.view(batch, frames, -1, 1).expand_as(patches)
+            logits = logits + (patches * seen).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True).clamp(min=1)
         new = None if window is None else ViTState(before + frames, tuple(windows), tuple(memories))
         return ViTOutput(logits=logits.squeeze(1) if single else logits, state=new)
 

@@ -188,8 +188,9 @@ def train_lm(config: LmConfig, data: Sequence[Path], out: Path, *, resume: bool 
 
 
 def forget(out: Path) -> None:
-    """Delete what `train_lm` and `train_recall` leave in a directory, and nothing else."""
+    """Delete what `train_lm`, `train_recall` and `train_vision` leave in a directory, and nothing else."""
     for name in ("corpus", "checkpoints", "tensorboard", "model"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("recipe.json", "tokenizer.json", "held_out.txt", "log.jsonl", "loss.png", "recall.json"):
+        pictures = ("image.json", "image.png", "video.json", "video.png")
+    for name in ("recipe.json", "tokenizer.json", "held_out.txt", "log.jsonl", "loss.png", "recall.json", *pictures):
         (out / name).unlink(missing_ok=True)

@@ -146,7 +146,7 @@ def train(
         drawn = sample((config.seed, state.step), phase.batch, phase.length + 1)
         ids, targets = drawn if isinstance(drawn, tuple) else (drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous())
         # Gradients are averaged over the processes, so each counts its targets against a process's share of all.
-        asked = int((targets != IGNORED).sum()) / processes
+        asked = max(1, int((targets != IGNORED).sum())) / processes
         share = phase.batch // processes
         ids, targets = (x[rank * share : (rank + 1) * share].to(accelerator.device) for x in (ids, targets))
         total = torch.zeros((), device=accelerator.device)

@@ -1,0 +1,145 @@
+"""Clips of two handwritten digits that move, bounce off the border and pass behind a bar: name the one that is hidden now.
+
+A frame in which a digit is hidden shows the bar and the other digit, so that what is asked lies in earlier frames alone. It is
+asked only if the digit has been seen whole and apart from the other before: knowing is worth 1. The digits of a clip differ, so
+whoever sees the other one guesses among nine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from tessera.tasks.pictures import Pictures, load_digits
+
+#: Target of a frame in which nothing is asked.
+IGNORED = -100
+
+#: Clips that a model is measured on.
+TESTED = 256
+
+#: What the bar looks like.
+BAR = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class MovingDigits:
+    """The task.
+
+    Attributes:
+        frames: of a clip.
+        size: pixels along each side of a frame.
+        bar: columns in the middle behind which digits pass.
+        patch: side of the patches that frames are made for.
+        pictures: of digits; scikit-learn's unless given.
+    """
+
+    frames: int = 16
+    size: int = 32
+    bar: int = 12
+    patch: int = 8
+    pictures: Pictures = field(default_factory=load_digits)
+
+    def __post_init__(self) -> None:
+        digit = self.digit
+        if self.frames < 2:
+            raise ValueError(f"a clip needs two frames at least, got {self.frames}")
+        if self.bar < digit:
+            raise ValueError(f"a bar of {self.bar} columns hides no digit, which has {digit}")
+        if (self.size - self.bar) // 2 < digit:
+            raise ValueError(
+                f"beside a bar of {self.bar} columns frames of {self.size} have no room for a digit, which has {digit}"
+            )
+        if self.patch < 1 or self.size % self.patch:
+            raise ValueError(f"patch {self.patch} does not divide frames of {self.size} pixels a side")
+        object.__setattr__(self, "_parts", self.pictures.split())
+
+    @property
+    def digit(self) -> int:
+        """Pixels along a side of a digit."""
+        return self.pictures.pixels.shape[-1]
+
+    @property
+    def edges(self) -> tuple[int, int]:
+        """First column of the bar, and the first behind it."""
+        start = (self.size - self.bar) // 2
+        return start, start + self.bar
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing, the other digit seen."""
+        return 1 / (len(self.pictures.names) - 1)
+
+    @property
+    def ceiling(self) -> float:
+        """Accuracy of knowing."""
+        return 1.0
+
+    def sample(self, batch: int, generator: Generator | None = None, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """Draw clips, (batch, frames, 1, size, size), and what is hidden, (batch, frames) int64, `IGNORED` where not asked."""
+        pixels, labels, places = self.draw(batch, generator, held_out)
+        return self.render(pixels, places), self.targets(labels, places)
+
+    def draw(self, batch: int, generator: Generator | None = None, held_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Digits (batch, 2, digit, digit), labels (batch, 2), and where they are, (batch, frames, 2, (x, y)) of the corner."""
+        parts: tuple[Pictures, Pictures] = self._parts  # type: ignore[attr-defined]
+        own = parts[held_out]
+
+        def integers(limit: int, *shape: int) -> Tensor:
+            return torch.randint(limit, shape, generator=generator)
+
+        # The second is drawn among those of another label.
+        first = integers(len(own.labels), batch)
+        others = torch.rand((batch, len(own.labels)), generator=generator)
+        second = others.masked_fill(own.labels == own.labels[first].unsqueeze(1), -1).argmax(1)
+        rows = torch.stack((first, second), dim=1)
+        room, (left, right) = self.size - self.digit, self.edges
+        beside = torch.tensor([x for x in range(room + 1) if x + self.digit <= left or x >= right])
+        start = torch.stack((beside[integers(len(beside), batch, 2)], integers(room + 1, batch, 2)), dim=-1)
+        across = (1 + integers(2, batch, 2)) * (2 * integers(2, batch, 2) - 1)
+        speed = torch.stack((across, integers(5, batch, 2) - 2), dim=-1)
+        way = start.unsqueeze(1) + speed.unsqueeze(1) * torch.arange(self.frames).view(1, -1, 1, 1)
+        # Off the border: a wave that rises to `room` and falls again.
+        return own.pixels[rows, 0], own.labels[rows], room - (way % (2 * room) - room).abs()
+
+    def render(self, pixels: Tensor, places: Tensor) -> Tensor:
+        """What the camera sees, (batch, frames, 1, size, size)."""
+        batch, frames = places.shape[:2]
+        clip = torch.zeros((batch, frames, self.size, self.size))
+        span = torch.arange(self.digit)
+        at = torch.arange(batch).view(-1, 1, 1, 1), torch.arange(frames).view(1, -1, 1, 1)
+        for which in range(2):
+            x, y = places[:, :, which].unbind(-1)
+            where = (*at, (y[..., None] + span)[..., :, None], (x[..., None] + span)[..., None, :])
+            clip[where] = torch.maximum(clip[where], pixels[:, which].unsqueeze(1))
+        clip[..., self.edges[0] : self.edges[1]] = BAR
+        return clip.unsqueeze(2)
+
+    def targets(self, labels: Tensor, places: Tensor) -> Tensor:
+        """What is asked in each frame, (batch, frames)."""
+        (left, right), x = self.edges, places[..., 0]
+        hidden = (x >= left) & (x + self.digit <= right)
+        seen = (x + self.digit <= left) | (x >= right)
+        overlap = ((places[:, :, 0] - places[:, :, 1]).abs() < self.digit).all(-1)
+        known = (seen & ~overlap.unsqueeze(-1)).int().cumsum(1) > 0
+        alone = hidden & ~hidden.flip(-1) & known
+        label = (labels.unsqueeze(1) * alone).sum(-1)
+        return torch.where(alone.any(-1), label, IGNORED)
+
+    def test(self) -> tuple[Tensor, Tensor]:
+        """`TESTED` clips of digits that are held out, and what is asked, always the same."""
+        return self.sample(TESTED, Generator().manual_seed(0), held_out=True)
+
+    def score(self, output: Tensor, targets: Tensor) -> float:
+        """Share of what is asked that is answered. output: (batch, frames, labels)."""
+        asked = targets != IGNORED
+        return float((output.argmax(-1) == targets)[asked].float().mean())
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The task as JSON has it."""
+        shape = {"frames": self.frames, "size": self.size, "bar": self.bar, "patch": self.patch}
+        return {"task": "moving digits", **shape, "pictures": len(self.pictures.labels)}

@@ -1,0 +1,132 @@
+"""Labelled pictures and clips: the handwritten digits that come with scikit-learn, or folders of one's own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: One picture of so many is not learned from.
+HELD_OUT = 5
+
+#: Endings of files that are taken for pictures.
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pictures or clips.
+
+    Attributes:
+        pixels: (n, channels, size, size), or (n, frames, channels, size, size), float32 from 0 to 1.
+        labels: (n,) int64.
+        names: of the labels.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+
+    def split(self) -> tuple[Pictures, Pictures]:
+        """Those to learn from, and those held out: of each label every `HELD_OUT`-th.
+
+        Raises:
+            ValueError: if there are too few.
+        """
+        held = torch.zeros(len(self.labels), dtype=torch.bool)
+        for label in range(len(self.names)):
+            held[(self.labels == label).nonzero().flatten()[HELD_OUT - 1 :: HELD_OUT]] = True
+        if not held.any():
+            raise ValueError(
+                f"there must be {HELD_OUT} of one label at least, of which one is held out; there are fewer of each"
+            )
+        parts = (Pictures(self.pixels[mark], self.labels[mark], self.names) for mark in (~held, held))
+        return next(parts), next(parts)
+
+
+def load_digits() -> Pictures:
+    """1,797 handwritten digits, 8 x 8 (E. Alpaydin and C. Kaynak, UCI, 1998), as scikit-learn has them.
+
+    Raises:
+        ModuleNotFoundError: without scikit-learn.
+    """
+    try:
+        from sklearn import datasets
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("the digits come with scikit-learn: pip install 'tessera[vision]'") from None
+    found = datasets.load_digits()
+    pixels = torch.from_numpy(np.asarray(found.images, dtype=np.float32) / 16).unsqueeze(1)
+    return Pictures(pixels, torch.from_numpy(found.target.astype(np.int64)), tuple(map(str, range(10))))
+
+
+def read_pictures(folder: str | os.PathLike[str], size: int, channels: int = 3) -> Pictures:
+    """A folder of folders of pictures; the inner ones name the labels.
+
+    Args:
+        folder: such as "flowers", with "flowers/rose/1.jpg".
+        size: that pictures are made to have, by cutting off what is longer and scaling.
+        channels: 3, or 1 for grey.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if there are no pictures in it.
+    """
+    labels = _folders(folder)
+    found = [(path, label) for label, inner in enumerate(labels) for path in _files(inner)]
+    if not found:
+        raise ValueError(f"{os.fspath(folder)} holds no pictures: expected a folder for each label, with {', '.join(ENDINGS)}")
+    pixels = torch.stack([_read(path, size, channels) for path, _ in found])
+    return Pictures(pixels, torch.tensor([label for _, label in found]), tuple(inner.name for inner in labels))
+
+
+def read_clips(folder: str | os.PathLike[str], frames: int, size: int, channels: int = 3) -> Pictures:
+    """A folder of folders of clips, each a folder of frames in the order of their names; the outer ones name the labels.
+
+    Args:
+        folder: such as "actions", with "actions/jump/clip7/0001.png".
+        frames: taken of each clip, at equal distances; a clip of fewer is refused.
+        size, channels: see `read_pictures`.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if there are no clips in it, or one is too short.
+    """
+    labels = _folders(folder)
+    clips, numbers = [], []
+    for label, outer in enumerate(labels):
+        for inner in _folders(outer):
+            files = _files(inner)
+            if len(files) < frames:
+                raise ValueError(f"{inner} has {len(files)} frames, and {frames} were asked for")
+            chosen = np.linspace(0, len(files) - 1, frames).round().astype(int)
+            clips.append(torch.stack([_read(files[i], size, channels) for i in chosen]))
+            numbers.append(label)
+    if not clips:
+        raise ValueError(f"{os.fspath(folder)} holds no clips: expected label/clip/frame.png")
+    return Pictures(torch.stack(clips), torch.tensor(numbers), tuple(outer.name for outer in labels))
+
+
+def _folders(folder: str | os.PathLike[str]) -> list[Path]:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {os.fspath(folder)}")
+    return sorted(path for path in Path(folder).iterdir() if path.is_dir())
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+
+
+def _read(path: Path, size: int, channels: int) -> Tensor:
+    """(channels, size, size) from 0 to 1."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} is no picture that can be read: {error}") from None
+    return torch.from_numpy(np.asarray(fitted, dtype=np.float32).copy() / 255).view(size, size, channels).permute(2, 0, 1)

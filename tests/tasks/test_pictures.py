@@ -1,0 +1,172 @@
+"""Tasks of pictures and clips: what is asked, what guessing and knowing are worth, and folders of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("sklearn", reason="the vision extra (scikit-learn) is not installed")
+pytest.importorskip("PIL", reason="the vision extra (pillow) is not installed")
+
+from PIL import Image
+
+from tessera.models.vit import to_patches
+from tessera.tasks import digits, moving_digits
+from tessera.tasks.digits import Digits
+from tessera.tasks.moving_digits import BAR, MovingDigits
+from tessera.tasks.pictures import Pictures, load_digits, read_clips, read_pictures
+
+DIGITS = load_digits()
+
+
+def test_digits_are_split_so_that_no_picture_is_on_both_sides() -> None:
+    assert DIGITS.pixels.shape == (1797, 1, 8, 8)
+    assert DIGITS.pixels.min() == 0
+    assert DIGITS.pixels.max() == 1
+    learned, held = DIGITS.split()
+    assert len(learned.labels) + len(held.labels) == 1797
+    assert 0.18 < len(held.labels) / 1797 < 0.2
+    for label in range(10):
+        assert (held.labels == label).sum() > 30
+    both = (learned.pixels.flatten(1).unsqueeze(1) == held.pixels.flatten(1)).all(-1)
+    assert not both.any()
+
+
+def test_labels_by_guessing_and_by_knowing() -> None:
+    task = Digits(pictures=DIGITS)
+    pixels, labels = task.test()
+    assert pixels.shape == (len(labels), 1, 8, 8)
+    right = torch.nn.functional.one_hot(labels, 10).float()
+    assert task.score(right, labels) == task.ceiling == 1
+    commonest = torch.zeros(len(labels), 10)
+    commonest[:, labels.bincount().argmax()] = 1
+    assert task.score(commonest, labels) == pytest.approx(task.chance)
+    assert 0.1 <= task.chance < 0.12
+
+
+@pytest.mark.parametrize(("hidden", "count"), [(0.5, 8), (0.25, 4), (0.9, 14)])
+def test_pixels_by_guessing_and_by_knowing(hidden: float, count: int) -> None:
+    task = Digits("pixels", hidden, pictures=DIGITS)
+    pixels, targets = task.test()
+    asked = targets != digits.IGNORED
+    assert torch.equal(asked.all(-1), asked.any(-1))
+    assert (asked.any(-1).sum(1) == count).all()
+    whole = to_patches(pixels, 2)
+    assert torch.equal(whole[asked], targets[asked])
+    assert task.score(whole, targets) == task.ceiling == 1
+    mean = to_patches(task.part(False).pixels.mean(0, keepdim=True), 2).expand_as(whole)
+    assert task.score(mean, targets) == pytest.approx(task.chance, abs=1e-6)
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    for task in (Digits("pixels", pictures=DIGITS), MovingDigits(pictures=DIGITS)):
+        first, again = (task.sample(4, torch.Generator().manual_seed(5)) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert not torch.equal(first[0], task.sample(4, torch.Generator().manual_seed(6))[0])
+
+
+@settings(max_examples=15, deadline=None)
+@given(frames=st.integers(2, 40), size=st.sampled_from([32, 40]), bar=st.integers(8, 16), seed=st.integers(0, 1000))
+def test_a_clip_asks_for_what_cannot_be_seen_and_has_been(frames: int, size: int, bar: int, seed: int) -> None:
+    task = MovingDigits(frames, size, bar, pictures=DIGITS)
+    pixels, labels, places = task.draw(6, torch.Generator().manual_seed(seed))
+    clip, targets = task.render(pixels, places), task.targets(labels, places)
+    assert clip.shape == (6, frames, 1, size, size)
+    assert places.min() >= 0
+    assert places.max() <= size - 8
+    assert (labels[:, 0] != labels[:, 1]).all()
+    left, right = task.edges
+    assert (clip[..., left:right] == BAR).all()
+    for row in range(6):
+        for t in (targets[row] != moving_digits.IGNORED).nonzero().flatten().tolist():
+            which = 0 if labels[row, 0] == targets[row, t] else 1
+            assert labels[row, which] == targets[row, t]
+            # Another digit in its place changes nothing that is seen.
+            other = pixels.clone()
+            other[row, which] = 1
+            assert torch.equal(task.render(other, places)[row, t], clip[row, t])
+            # It was seen whole before: somewhere the frame shows its pixels.
+            shown = []
+            for x, y in places[row, :t, which].tolist():
+                if x + 8 <= left or x >= right:
+                    at = slice(y, y + 8), slice(x, x + 8)
+                    shown += [torch.equal(clip[row, s, 0][at], pixels[row, which]) for s in range(t)]
+            assert any(shown)
+
+
+def test_digits_bounce_and_move_evenly() -> None:
+    _, _, places = MovingDigits(60, pictures=DIGITS).draw(20, torch.Generator().manual_seed(1))
+    steps = places.diff(dim=1)
+    assert steps.abs().max() <= 2
+    assert (steps[..., 0].amax(1) > 0).all()
+    assert (steps[..., 0].amin(1) < 0).all()
+
+
+def test_clips_by_guessing_and_by_knowing() -> None:
+    task = MovingDigits(pictures=DIGITS)
+    _, labels, places = task.draw(1500, torch.Generator().manual_seed(2), held_out=True)
+    targets = task.targets(labels, places)
+    assert 0.1 < float((targets != moving_digits.IGNORED).float().mean()) < 0.6
+    know = torch.nn.functional.one_hot(targets.clamp(min=0), 10).float()
+    assert task.score(know, targets) == task.ceiling == 1
+    # The other digit is known: any but that one.
+    guess = torch.rand(*targets.shape, 10)
+    other = torch.where(labels[:, :1] == targets, labels[:, 1:], labels[:, :1])
+    guess.scatter_(2, other.unsqueeze(-1), -1)
+    assert task.score(guess, targets) == pytest.approx(task.chance, abs=0.02)
+
+
+def picture(path: Path, shade: int, size: tuple[int, int] = (9, 6)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, 0, 255)).save(path)
+
+
+def test_folders_of_pictures_and_of_frames_are_read(tmp_path: Path) -> None:
+    for shade in (0, 255):
+        for number in range(6):
+            picture(tmp_path / "a" / f"shade{shade}" / f"{number}.png", shade)
+            for frame in range(5):
+                picture(tmp_path / "b" / f"shade{shade}" / f"clip{number}" / f"{frame:02}.png", 50 * frame)
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    found = read_pictures(tmp_path / "a", 4)
+    assert found.pixels.shape == (12, 3, 4, 4)
+    assert found.names == ("shade0", "shade255")
+    assert found.pixels[:, 0].amax((1, 2)).tolist() == [0.0] * 6 + [1.0] * 6
+    assert read_pictures(tmp_path / "a", 4, channels=1).pixels.shape == (12, 1, 4, 4)
+    assert Digits(pictures=found).test()[1].tolist() == [0, 1]
+    clips = read_clips(tmp_path / "b", 3, 4)
+    assert clips.pixels.shape == (12, 3, 3, 4, 4)
+    torch.testing.assert_close(clips.pixels[0, :, 0, 0, 0], torch.tensor([0, 100, 200]) / 255)
+    with pytest.raises(ValueError, match="has 5 frames, and 6 were asked for"):
+        read_clips(tmp_path / "b", 6, 4)
+    with pytest.raises(ValueError, match="holds no pictures"):
+        read_pictures(tmp_path / "b", 4)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        read_pictures(tmp_path / "c", 4)
+    (tmp_path / "a" / "shade0" / "bad.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"bad\.png is no picture"):
+        read_pictures(tmp_path / "a", 4)
+    with pytest.raises(ValueError, match="there must be 5 of one label"):
+        Pictures(torch.zeros(4, 1, 8, 8), torch.arange(4), tuple("abcd")).split()
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "message"),
+    [
+        (Digits, {"ask": "name"}, "'label' or 'pixels', got 'name'"),
+        (Digits, {"patch": 3}, "patch 3 does not divide pictures of 8"),
+        (Digits, {"hidden": 1.0}, "hides 16 of 16"),
+        (MovingDigits, {"frames": 1}, "two frames at least"),
+        (MovingDigits, {"bar": 7}, "bar of 7 columns hides no digit"),
+        (MovingDigits, {"size": 24, "bar": 12}, "no room for a digit"),
+        (MovingDigits, {"patch": 5}, "patch 5 does not divide"),
+    ],
+)
+def test_tasks_that_cannot_be_are_refused(make: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**fields, pictures=DIGITS)
