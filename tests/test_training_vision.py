@@ -37,7 +37,7 @@ def result(out: Path, name: str) -> tuple[dict[str, Any], list[float]]:
     return json.loads((out / f"{name}.json").read_text()), [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize(("ask", "steps"), [("label", 60), ("pixels", 20)])
+@pytest.mark.parametrize(("ask", "steps"), [("label", 120), ("pixels", 20)])
 def test_image_learns_says_so_and_saves(tmp_path: Path, ask: str, steps: int) -> None:
     said = run("image", "--ask", ask, "--steps", steps, "--batch", 32, "--patch", 4, "--out", tmp_path, *SMALL)
     found, losses = result(tmp_path, "image")
