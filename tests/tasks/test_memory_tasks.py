@@ -137,7 +137,7 @@ def test_the_ceiling_of_the_original_map_is_that_of_cells_seen(glimpses: int, ce
 
 
 def recall_map(task: MapBuilding, x: Tensor, newest: int | None = None) -> Tensor:
-    """What a map drawn from the newest tokens up to each question has in the cell asked for, -1 for nothing: (batch, queries)."""
+    """What the newest tokens up to each question show of the cell asked for, -1 for nothing: (batch, queries)."""
     size = task.size
     place = x[..., 5 : 5 + size].argmax(-1) * size + x[..., 5 + size : 5 + 2 * size].argmax(-1)
     bits = (x[..., -4:] > 0).long()

@@ -175,6 +175,10 @@ class Backbone(nn.Module):
             x = layer(x, mask, self.memory)
         return Answer(self.head(self.norm(x)))
 
+    def gates(self) -> list[Tensor]:
+        """How far each layer opens to its memory, from 0 to 1; of other kinds nothing."""
+        return [layer.memory_logit.detach().sigmoid() for layer in self.layers if self.memory is not None]
+
     def mask(self, tokens: int, device: torch.device | None = None) -> Tensor:
         """Which tokens (columns) a token (row) attends to, (tokens, tokens) bool."""
         at = torch.arange(tokens, device=device)

@@ -1,8 +1,8 @@
 """Occlusion: a ball moves through frames, is hidden for some of them, and its quadrant is asked for.
 
-`Occlusion.paper` is the original of arXiv 2605.27686: hidden in the middle, asked in the last frame, which shows the ball, so that
-the last frame alone answers it. Otherwise the end is hidden: asked in every hidden frame for the quadrant; or, when the ball is
-back, whether that is where it should be.
+`Occlusion.paper` is the original of arXiv 2605.27686: hidden in the middle, asked in the last frame, which shows the ball, so
+that the last frame alone answers it. Otherwise the end is hidden: asked in every hidden frame for the quadrant; or, when the
+ball is back, whether that is where it should be.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class Occlusion:
         frames: that move, the hidden ones among them.
         hidden: frames that do not show the ball.
         hide: hidden frames are at the "end", or in the "middle" as in the original.
-        ask: "hidden": the quadrant in each hidden frame; "back": in one more frame the ball is back, half of the time half a world
-            away from where it should be, and asked is whether it is; "last": the quadrant in the last frame, as in the original.
+        ask: "hidden": the quadrant in each hidden frame; "back": in one more frame the ball is back, half of the time half a
+            world away from where it should be, and asked is whether it is; "last": the quadrant in the last frame, as in the
+            original.
         delay: blank frames before the hidden ones in which the world stands still.
         patch: pixels along a side of a token.
     """

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tessera.associative.layer import is_gate
+from tessera.spatial import TensorMemory
 
 
 def make_optimizers(
@@ -28,7 +29,9 @@ def make_optimizers(
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
         tables.add(id(output.weight))
-    gates = [p for name, p in model.named_parameters() if p.requires_grad and is_gate(name)]
+    # The gates of a grid are matrices of weights like any other.
+    grids = {id(p) for module in model.modules() if isinstance(module, TensorMemory) for p in module.parameters()}
+    gates = [p for name, p in model.named_parameters() if p.requires_grad and is_gate(name) and id(p) not in grids]
     known = {id(p) for p in gates}
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     hidden = [p for p in parameters if p.ndim == 2 and id(p) not in tables]
