@@ -205,6 +205,7 @@ def test_every_command_shows_an_example() -> None:
         ("generate",),
         ("info",),
         ("eval", "recall"),
+        ("eval", "diagnostics"),
         ("eval", "capacity"),
         ("eval", "language"),
         ("eval", "streams"),

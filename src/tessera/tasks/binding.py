@@ -1,7 +1,7 @@
 """Coordinate binding: values are written at places in a cube, then places nearby are asked for.
 
-`Binding.paper` is the original of arXiv 2605.27686: one question, right after the writes. Otherwise there are several questions,
-after a delay that a window of attention cannot bridge.
+`Binding.paper` is the original of arXiv 2605.27686: one question, right after the writes. Otherwise there are several
+questions, after a delay that a window of attention cannot bridge.
 """
 
 from __future__ import annotations
