@@ -204,6 +204,7 @@ def test_every_command_shows_an_example() -> None:
         ("compare",),
         ("generate",),
         ("info",),
+        ("view",),
         ("eval", "recall"),
         ("eval", "diagnostics"),
         ("eval", "capacity"),

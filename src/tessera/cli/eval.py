@@ -86,7 +86,9 @@ def diagnostics(
         list[str] | None, typer.Option("--kinds", "--kind", help="plain, wide, slots, memory.  [default: all]")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Models of each kind.", min=1)] = 1,
-    steps: Annotated[int | None, typer.Option(help="Steps of training.  [default: 300; --quick 60, --full 1000]", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of training.  [default: 300; --quick 60, --full 1000]", min=1)
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two tasks made so small that they take seconds.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The originals, delays and settings too: hours on a CPU.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Models trained at once.  [default: one a core]", min=1)] = None,
@@ -122,7 +124,7 @@ def diagnostics(
         if full:
             plan = plans.full_plan(seeds, steps or 1000)
         elif quick:
-            plan = plans.quick_plan(kinds or ("plain", "memory"), seeds, steps or 60)
+            plan = plans.quick_plan(kinds or ("plain", "memory"), seeds, steps or 80)
         else:
             plan = plans.default_plan(wanted, models, seeds, steps or 300)
         plan = [job for job in plan if job["task"] in wanted and job["kind"] in models]

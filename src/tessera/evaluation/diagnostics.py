@@ -99,14 +99,17 @@ MENDED: tuple[tuple[str, dict[str, Any]], ...] = (
 """The tasks that cannot be done without a memory, in the sizes of the plans."""
 
 
-def quick_plan(kinds: Sequence[str] = ("plain", "memory"), seeds: int = 1, steps: int = 60) -> list[Job]:
-    """Tasks so small that they are learned in seconds."""
+def quick_plan(kinds: Sequence[str] = ("plain", "memory"), seeds: int = 1, steps: int = 80) -> list[Job]:
+    """Two tasks so small that they are learned in seconds."""
     small: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("binding", {"pairs": 2, "noise": 0.0, "values": 4, "queries": 4}),
-        ("no harm", {"rule": "given", "symbols": 3, "steps": 6}),
+        ("binding", {"pairs": 1, "noise": 0.0, "values": 8, "queries": 4}),
+        ("no harm", {"symbols": 8, "steps": 4}),
     )
     return [
-        job(task, fields, kind, steps=steps, seed=seed) for seed in range(seeds) for task, fields in small for kind in kinds
+        {**job(task, fields, kind, steps=steps, seed=seed), "rate": 3.0}
+        for seed in range(seeds)
+        for task, fields in small
+        for kind in kinds
     ]
 
 
@@ -175,7 +178,7 @@ def config_of(job: Job) -> DiagnosticConfig:
     make = TensorMemoryConfig.paper if paper else TensorMemoryConfig
     memory = make(**{**GRIDS[job["task"]], **changes})
     backbone = BackboneConfig(task.features, task.classes, job["kind"], job["attention"], task.frame, memory=memory)
-    return DiagnosticConfig(task, backbone, steps=job["steps"], seed=job["seed"])
+    return DiagnosticConfig(task, backbone, steps=job["steps"], rate=job.get("rate", 1.0), seed=job["seed"])
 
 
 def run(job: Job) -> Row:
@@ -186,9 +189,8 @@ def run(job: Job) -> Row:
 
 def key(job: Job) -> str:
     """What tells one run from another."""
-    return json.dumps(
-        [job[name] for name in ("task", "fields", "attention", "kind", "setting", "steps", "seed")], sort_keys=True
-    )
+    names = ("task", "fields", "attention", "kind", "setting", "steps", "seed")
+    return json.dumps([*(job[name] for name in names), job.get("rate", 1.0)], sort_keys=True)
 
 
 def diagnostics(jobs: Sequence[Job], path: Path, processes: int = 1) -> Iterator[list[Row]]:

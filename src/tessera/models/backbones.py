@@ -7,6 +7,7 @@ each layer's own, so that no output depends on a later token.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,8 @@ from tessera.spatial import TensorMemory, TensorMemoryConfig
 
 Kind = Literal["plain", "wide", "slots", "memory"]
 KINDS: tuple[Kind, ...] = ("plain", "wide", "slots", "memory")
+#: How far a layer opens to its memory before training (the paper's, -2 before the sigmoid).
+OPEN_AT_FIRST = 1 / (1 + math.exp(2))
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,7 @@ class Layer(nn.Module):
         self.attention_norm, self.attention = nn.LayerNorm(width), Attention(width, config.heads, slots)
         if config.kind == "memory":
             self.memory_norm = nn.LayerNorm(width)
-            # 0.12 after the sigmoid, as in the paper.
-            self.memory_logit = nn.Parameter(torch.tensor(-2.0))
+            self.memory_logit = nn.Parameter(torch.tensor(OPEN_AT_FIRST).logit())
         self.mlp_norm = nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 

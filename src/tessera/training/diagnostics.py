@@ -67,6 +67,8 @@ class DiagnosticConfig:
     """Optimizer steps."""
     batch: int = 32
     """Sequences of a step."""
+    rate: float = 1.0
+    """Learning rates, in those of long runs."""
     seed: int = 0
     """Of the model and of the sequences."""
 
@@ -82,8 +84,9 @@ class DiagnosticConfig:
         return LoopConfig(
             phases=(Phase(1.0, self.task.length, self.batch),),
             steps=self.steps,
-            muon_lr=3e-3,
-            adamw_lr=2e-3,
+            muon_lr=3e-3 * self.rate,
+            adamw_lr=2e-3 * self.rate,
+            gate_lr=2e-2 * self.rate,
             warmup_steps=min(50, self.steps // 4),
             mixed_precision="no",
             seed=self.seed,
