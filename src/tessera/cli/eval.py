@@ -12,7 +12,7 @@ import typer
 from tessera.cli.errors import one_line_errors
 from tessera.cli.many import ManyValues
 
-app = typer.Typer(help="Measure memories: recall, capacity, language, streams.", no_args_is_help=True)
+app = typer.Typer(help="Measure memories: recall, diagnostics, capacity, language, streams.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")]
 OUT = Path("results/eval")
@@ -20,7 +20,7 @@ OUT = Path("results/eval")
 
 @app.callback()
 def _group() -> None:
-    """Measure memories: recall, capacity, language, streams."""
+    """Measure memories: recall, diagnostics, capacity, language, streams."""
 
 
 @app.command(cls=ManyValues)
@@ -75,6 +75,73 @@ def recall(
             for rows in parts:
                 bar.update(running, completed=sum(task.key(job) in map(task.key, rows) for job in plan))
     _show(task.recall_table(rows), path, lambda to: plot_recall(rows, to))
+
+
+@app.command(cls=ManyValues)
+def diagnostics(
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", "--task", help="occlusion, map, binding, no harm.  [default: all]")
+    ] = None,
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kinds", "--kind", help="plain, wide, slots, memory.  [default: all]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Models of each kind.", min=1)] = 1,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of training.  [default: 300; --quick 60, --full 1000]", min=1)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two tasks made so small that they take seconds.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The originals, delays and settings too: hours on a CPU.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Models trained at once.  [default: one a core]", min=1)] = None,
+    out: Out = OUT,
+) -> None:
+    """Train small models with a Tensor Memory and without on tasks that cannot be done without one.
+
+    Models that are in the JSON already are not trained again.
+
+    Example:
+
+        tessera eval diagnostics --quick
+
+        tessera eval diagnostics --tasks binding map --kinds plain memory --seeds 3
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from tessera.cli.quiet import quiet as silent
+
+    silent()
+    from tessera.evaluation import diagnostics as plans
+    from tessera.evaluation.diagnostics_plot import plot_diagnostics
+
+    with one_line_errors():
+        if quick and full:
+            raise ValueError("give --quick or --full, not both")
+        path = _folder(out) / "diagnostics.json"
+        wanted, models = tasks or list(plans.TASKS), kinds or list(plans.KINDS)
+        for name, chosen, known in (("task", wanted, plans.TASKS), ("kind", models, plans.KINDS)):
+            for word in chosen:
+                if word not in known:
+                    raise ValueError(f"no {name} {word!r}; there are {', '.join(known)}")
+        if full:
+            plan = plans.full_plan(seeds, steps or 1000)
+        elif quick:
+            plan = plans.quick_plan(kinds or ("plain", "memory"), seeds, steps or 80)
+        else:
+            plan = plans.default_plan(wanted, models, seeds, steps or 300)
+        plan = [job for job in plan if job["task"] in wanted and job["kind"] in models]
+        parts = plans.diagnostics(plan, path, jobs or len(_cores()))
+        rows: list[dict[str, Any]] = []
+        with Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=_status(), transient=True
+        ) as bar:
+            running = bar.add_task("", total=len(plan))
+            for rows in parts:
+                bar.update(running, completed=sum(plans.key(job) in map(plans.key, rows) for job in plan))
+        if not rows:
+            raise ValueError("there is nothing to measure: --quick has binding and no harm only")
+    *tables, last = plans.diagnostics_tables(rows)
+    for table in tables:
+        _print(table)
+    _show(last, path, lambda to: plot_diagnostics(rows, to))
 
 
 @app.command(cls=ManyValues)
@@ -221,12 +288,17 @@ def _cores() -> set[int] | range:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
-def _show(table: Any, path: Path, draw: Callable[[Path], None] | None) -> None:
-    """Print the table, draw the picture where matplotlib is installed, and say where everything is."""
+def _print(table: Any) -> Any:
     from rich.console import Console
 
     console = Console()
     (console if console.width >= 110 or console.is_terminal else Console(width=120)).print(table)
+    return console
+
+
+def _show(table: Any, path: Path, draw: Callable[[Path], None] | None) -> None:
+    """Print the table, draw the picture where matplotlib is installed, and say where everything is."""
+    console = _print(table)
     said = f"Saved {path}"
     if draw is not None:
         picture = path.with_suffix(".png")

@@ -7,20 +7,15 @@ on and at others, and the bytes that it must keep for a sequence, at the length 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from tessera.associative import TensorCacheConfig
-from tessera.evaluation.records import environment
-from tessera.files import write_json
+from tessera.evaluation.jobs import resume
 from tessera.tasks.recall import Recall
 from tessera.training.recall import GAPS, RecallConfig, train_recall
 
@@ -122,38 +117,7 @@ def recall(jobs: Sequence[Job], path: Path, processes: int = 1) -> Iterator[list
     """
     for job in jobs:
         config_of(job)
-    try:
-        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-        done = {key(row) for row in rows}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no results of recall: {error!r}") from error
-    return _recall([job for job in jobs if key(job) not in done], rows, path, processes)
-
-
-def _recall(jobs: Sequence[Job], rows: list[dict[str, Any]], path: Path, processes: int) -> Iterator[list[dict[str, Any]]]:
-    yield rows
-    for row in _run_all(jobs, processes):
-        rows = [*rows, row]
-        record = {"environment": environment(), "window": WINDOW, "layers": LAYERS, "heads": HEADS, "rows": rows}
-        write_json(path, record)
-        yield rows
-
-
-def _run_all(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
-    if processes == 1 or len(jobs) < 2:
-        yield from map(run, jobs)
-        return
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_begin_worker) as pool:
-        for future in as_completed([pool.submit(run, job) for job in jobs]):
-            yield future.result()
-
-
-def _begin_worker() -> None:
-    """Each of several processes has one core to itself, and leaves the screen to the first."""
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
+    return resume(jobs, path, run, key, {"window": WINDOW, "layers": LAYERS, "heads": HEADS}, processes)
 
 
 def recall_table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -1,0 +1,55 @@
+"""Tasks that ask for a memory, in full; see `tessera.evaluation.diagnostics`.
+
+Runs are saved one by one; a plan that is cut short goes on where it was. In full it takes hours on a CPU.
+
+Example:
+
+    python benchmarks/diagnostics.py
+    python benchmarks/diagnostics.py --seeds 1 --steps 300 --parts kinds settings
+    python benchmarks/diagnostics.py --draw       # the picture again, from the JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from tessera.evaluation.diagnostics import DELAYS, PARTS, diagnostics, diagnostics_tables, full_plan, key
+from tessera.evaluation.diagnostics_plot import plot_diagnostics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    """Train, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="models of each row")
+    parser.add_argument("--steps", type=int, default=1000, help="of training, 32 sequences each")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the plan")
+    parser.add_argument("--delays", nargs="+", type=int, default=DELAYS, help="blank tokens before the question")
+    parser.add_argument("--jobs", type=int, default=max(1, torch.get_num_threads()), help="models trained at once")
+    parser.add_argument("--draw", action="store_true", help="train nothing")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "diagnostics.json")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "images" / "diagnostics.png")
+    options = parser.parse_args()
+    jobs = [] if options.draw else full_plan(options.seeds, options.steps, options.delays, options.parts)
+    rows: list[dict[str, Any]] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("training")
+        for rows in diagnostics(jobs, options.json, options.jobs):
+            progress.update(bar, completed=sum(key(job) in map(key, rows) for job in jobs), total=len(jobs))
+    plot_diagnostics(rows, options.plot)
+    for table in diagnostics_tables(rows):
+        Console().print(table)
+    Console().print(f"Saved {options.json} and {options.plot}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

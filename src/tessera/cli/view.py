@@ -1,0 +1,141 @@
+"""`tessera view`: pictures of a Tensor Memory at work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tessera.cli.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from tessera.evaluation.view import Trace
+    from tessera.spatial import TensorMemoryState
+
+
+def view(
+    state: Annotated[Path | None, typer.Option(help="A saved state (TensorMemoryState.save): what lies in its cells.")] = None,
+    stream: Annotated[
+        Path | None, typer.Option(help="Tokens (tokens, dim), .npy or .safetensors, which a memory goes through.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Of the memory of --stream, safetensors.  [default: as they start]")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="occlusion, map, binding or no harm: a clip of it.  [default: occlusion]")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of training on the task, before the clip.", min=1)] = 100,
+    channels: Annotated[int, typer.Option(help="Numbers in a cell of the memory of --stream.")] = 16,
+    grid: Annotated[str, typer.Option(help="Its cells, along depth, height, width.")] = "6x6x6",
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's setting of a memory instead of the default.")] = False,
+    sequence: Annotated[int, typer.Option(help="Of the state.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights and of the clip.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("results/view"),
+) -> None:
+    """Draw a Tensor Memory: what lies in its cells, over time, and where tokens write and read, as PNG and GIF.
+
+    Example:
+
+        tessera view --task occlusion
+
+        tessera view --state state.safetensors
+
+        tessera view --stream tokens.npy --grid 8x8 --channels 32
+    """
+    from rich.console import Console
+
+    from tessera.cli.quiet import quiet
+
+    quiet()
+    with one_line_errors():
+        given = [name for name, value in (("state", state), ("stream", stream), ("task", task)) if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of --state, --stream and --task, not {' and '.join('--' + name for name in given)}")
+        if weights is not None and stream is None:
+            raise ValueError("--weights are those of the memory of --stream")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out must be a folder, and {out} is a file")
+        try:
+            from tessera.evaluation import view_plot
+        except ImportError as error:
+            raise ValueError("pictures need matplotlib: pip install 'tessera[eval]'") from error
+        from tessera.evaluation import view as look
+
+        saved = [out / "state.png"]
+        if state is not None:
+            view_plot.plot_state(look.sizes(_state(state), sequence), saved[0], state.name)
+        else:
+            if stream is not None:
+                title = f"{stream.name}, weights {'as they start' if weights is None else 'of ' + weights.name}"
+                traces = [_stream(stream, weights, channels, grid, paper, seed)]
+            else:
+                traces, title = _clip(task or "occlusion", steps, paper, seed)
+            saved += [out / "trace.png", out / "memory.gif"]
+            last = traces[-1]
+            name = f"{title}: layer {len(traces)} at the end" if len(traces) > 1 else f"{title}: at the end"
+            view_plot.plot_state(last.size[-1], saved[0], name)
+            view_plot.plot_trace(traces, saved[1], title)
+            view_plot.animate(traces, saved[2], title)
+    Console().print("Saved " + ", ".join(map(str, saved)), highlight=False, markup=False)
+
+
+def _state(path: Path) -> TensorMemoryState:
+    from safetensors import SafetensorError
+
+    from tessera.spatial import TensorMemoryState
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no state at {path}")
+    try:
+        return TensorMemoryState.load(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds no state of a Tensor Memory: {error}") from error
+
+
+def _stream(path: Path, weights: Path | None, channels: int, grid: str, paper: bool, seed: int) -> Trace:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from tessera.evaluation.view import follow, read_stream
+    from tessera.spatial import TensorMemory, TensorMemoryConfig
+
+    x = read_stream(path)
+    words = grid.lower().split("x")
+    if not all(word.isdigit() for word in words):
+        raise ValueError(f"--grid is as in 6x6x6 or 8x8, got {grid!r}")
+    fields = {"channels": channels, "grid": tuple(map(int, words))}
+    config = TensorMemoryConfig.paper(**fields) if paper else TensorMemoryConfig(**fields)  # type: ignore[arg-type]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        memory = TensorMemory(config, x.shape[1])
+    if weights is not None:
+        if not weights.is_file():
+            raise FileNotFoundError(f"there are no weights at {weights}")
+        try:
+            memory.load_state_dict(load_file(weights))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{weights} does not fit this memory: {error}") from error
+    return follow(memory, x)
+
+
+def _clip(task: str, steps: int, paper: bool, seed: int) -> tuple[list[Trace], str]:
+    """Train a backbone on a task for some steps and go through one sequence; returns traces and a title."""
+    import tempfile
+
+    from torch import Generator
+
+    from tessera.evaluation import diagnostics as plans
+    from tessera.evaluation.view import follow_backbone
+    from tessera.training.diagnostics import train_diagnostic
+
+    fields = next((own for name, own in plans.MENDED if name == task), {})
+    job = plans.job(task, fields, "memory", "the paper's" if paper else "default", steps=steps, seed=seed)
+    # Few steps, so long ones.
+    config = plans.config_of({**job, "rate": 3.0})
+    with tempfile.TemporaryDirectory() as folder:
+        model, found = train_diagnostic(config, Path(folder))
+    x, _ = config.task.sample(1, Generator().manual_seed(10**6 + seed))
+    traces = follow_backbone(model, x[0].to(model.head.weight.device))
+    return traces, f"{plans.title(job)}: accuracy {found['accuracy']:.2f} after {steps} steps (guessing {found['chance']:.2f})"

@@ -1,0 +1,278 @@
+"""Tasks that ask for a memory: which backbone, trained from nothing, can do them.
+
+Every row is one model: a task, a kind of backbone, what its attention sees, and the setting of the memory. Attention that sees
+the current token alone leaves the memory as the only way in which anything can be known later; with whole attention, as in the
+original tasks, attention alone may do.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.table import Table
+
+from tessera.evaluation.jobs import Job, Row, resume
+from tessera.models.backbones import KINDS, BackboneConfig
+from tessera.spatial import TensorMemoryConfig
+from tessera.tasks.binding import Binding
+from tessera.tasks.map_building import MapBuilding
+from tessera.tasks.no_harm import NoHarm
+from tessera.tasks.occlusion import Occlusion
+from tessera.training.diagnostics import DiagnosticConfig, train_diagnostic
+
+TASKS: dict[str, type[Any]] = {"occlusion": Occlusion, "map": MapBuilding, "binding": Binding, "no harm": NoHarm}
+"""Name -> the task."""
+
+GRIDS: dict[str, dict[str, Any]] = {
+    "occlusion": {"channels": 32, "grid": (4, 4, 4)},
+    "map": {"channels": 16, "grid": (8, 8)},
+    "binding": {"channels": 32, "grid": (6, 6, 6)},
+    "no harm": {"channels": 32, "grid": (4, 4)},
+}
+"""Cells of the memory by task: as many axes as places have."""
+
+SETTINGS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "default": (False, {}),
+    "default, gates from the input": (False, {"gates": "input"}),
+    "the paper's": (True, {}),
+    "the paper's, forget bias 3": (True, {"forget_bias": 3.0}),
+    "the paper's, sigma 0.3": (True, {"sigma_init": 0.3}),
+    "the paper's, footprint": (True, {"update": "footprint"}),
+    "the paper's, places agree": (True, {"coordinates": "agree"}),
+    "the paper's, gates from the input": (True, {"gates": "input"}),
+}
+"""Name -> whether it is the paper's setting, and what is changed: each of our improvements alone."""
+
+ABLATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "nearest cell": (False, {"write": "nearest"}),
+    "shared net of places": (False, {"coordinates": "shared"}),
+    "separate nets of places": (False, {"coordinates": "separate"}),
+    "pointwise convolution": (False, {"convolution": "pointwise"}),
+    "grid 4x4x4": (False, {"grid": (4, 4, 4)}),
+    "grid 8x8x8": (False, {"grid": (8, 8, 8)}),
+    "chunks of 2": (False, {"chunk": 2}),
+    "chunks of 4": (False, {"chunk": 4}),
+}
+"""The paper's ablations, on binding, of the default: one choice changed."""
+
+DELAYS = (0, 16, 64, 256, 1024)
+"""Blank tokens before the question, in the full plan."""
+
+_ASKED = {"last": "in the middle", "hidden": "asked while hidden", "back": "asked when back"}
+
+ALONE = "frame"
+"""Attention that sees the current frame only."""
+
+
+def job(
+    task: str,
+    fields: dict[str, Any],
+    kind: str = "memory",
+    setting: str = "default",
+    *,
+    attention: str = ALONE,
+    steps: int = 300,
+    seed: int = 0,
+) -> Job:
+    """A run; `fields` are the task's."""
+    return {
+        "task": task,
+        "fields": fields,
+        "attention": attention,
+        "kind": kind,
+        "setting": setting,
+        "steps": steps,
+        "seed": seed,
+    }
+
+
+MENDED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("occlusion", {"patch": 16}),
+    ("occlusion", {"patch": 16, "ask": "back"}),
+    ("map", {"queries": 16}),
+    ("binding", {}),
+    ("no harm", {"rule": "given", "symbols": 8, "steps": 16}),
+)
+"""The tasks that cannot be done without a memory, in the sizes of the plans."""
+
+
+def quick_plan(kinds: Sequence[str] = ("plain", "memory"), seeds: int = 1, steps: int = 80) -> list[Job]:
+    """Two tasks so small that they are learned in seconds."""
+    small: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("binding", {"pairs": 1, "noise": 0.0, "values": 8, "queries": 4}),
+        ("no harm", {"symbols": 8, "steps": 4}),
+    )
+    return [
+        {**job(task, fields, kind, steps=steps, seed=seed), "rate": 3.0}
+        for seed in range(seeds)
+        for task, fields in small
+        for kind in kinds
+    ]
+
+
+def default_plan(
+    tasks: Sequence[str] = tuple(TASKS), kinds: Sequence[str] = KINDS, seeds: int = 1, steps: int = 300
+) -> list[Job]:
+    """Every mended task without a delay, every kind."""
+    return [
+        job(task, fields, kind, steps=steps, seed=seed)
+        for seed in range(seeds)
+        for task, fields in MENDED
+        if task in tasks
+        for kind in kinds
+    ]
+
+
+ORIGINALS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *(("occlusion", {"hidden": n, "hide": "middle", "ask": "last"}) for n in (0, 2, 4, 6)),
+    *(("map", {"glimpses": n, "ask": "any", "queries": 1}) for n in (16, 32, 64)),
+    *(("binding", {"pairs": n, "noise": noise, "queries": 1}) for n in (5, 10, 20, 50) for noise in (0.0, 0.05, 0.1)),
+    ("no harm", {}),
+)
+"""The tasks as the paper has them."""
+
+PARTS = ("kinds", "settings", "delays", "originals")
+"""Of the full plan."""
+
+
+def full_plan(seeds: int = 3, steps: int = 1000, delays: Sequence[int] = DELAYS, parts: Sequence[str] = PARTS) -> list[Job]:
+    """The mended tasks with every kind, every setting of the memory and every delay; the originals with whole attention."""
+    found: list[Job] = []
+    for seed in range(seeds):
+        own: dict[str, list[Job]] = {
+            "kinds": [job(t, f, k, steps=steps, seed=seed) for t, f in MENDED for k in KINDS],
+            "settings": [
+                job(t, f, "memory", setting, steps=steps, seed=seed)
+                for t, f in MENDED
+                for setting in {**SETTINGS, **(ABLATIONS if t == "binding" else {})}
+                if setting != "default"
+            ],
+            "delays": [
+                job(t, {**f, "delay": delay}, k, steps=steps, seed=seed)
+                for delay in delays
+                if delay
+                for t, f in MENDED
+                for k in ("plain", "memory")
+            ],
+            "originals": [job(t, f, k, attention="whole", steps=steps, seed=seed) for t, f in ORIGINALS for k in KINDS],
+        }
+        found += [each for part in parts for each in own[part]]
+    return found
+
+
+def config_of(job: Job) -> DiagnosticConfig:
+    """The run that a job asks for.
+
+    Raises:
+        ValueError: for a task, kind or setting that there is none of, or that cannot be.
+    """
+    settings = {**SETTINGS, **ABLATIONS}
+    for name, known in (("task", TASKS), ("kind", KINDS), ("setting", settings)):
+        if job[name] not in known:
+            raise ValueError(f"no {name} {job[name]!r}; there are {', '.join(known)}")
+    task = TASKS[job["task"]](**job["fields"])
+    paper, changes = settings[job["setting"]]
+    make = TensorMemoryConfig.paper if paper else TensorMemoryConfig
+    memory = make(**{**GRIDS[job["task"]], **changes})
+    backbone = BackboneConfig(task.features, task.classes, job["kind"], job["attention"], task.frame, memory=memory)
+    return DiagnosticConfig(task, backbone, steps=job["steps"], rate=job.get("rate", 1.0), seed=job["seed"])
+
+
+def run(job: Job) -> Row:
+    """Train one model and measure it; returns a row."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {**job, **train_diagnostic(config_of(job), Path(folder), show=False)[1]}
+
+
+def key(job: Job) -> str:
+    """What tells one run from another."""
+    names = ("task", "fields", "attention", "kind", "setting", "steps", "seed")
+    return json.dumps([*(job[name] for name in names), job.get("rate", 1.0)], sort_keys=True)
+
+
+def diagnostics(jobs: Sequence[Job], path: Path, processes: int = 1) -> Iterator[list[Row]]:
+    """Run what is not in a file yet; see `tessera.evaluation.jobs.resume`.
+
+    Raises:
+        ValueError: for a job that cannot be, before anything is run, or a file that holds something else.
+    """
+    for each in jobs:
+        config_of(each)
+    return resume(jobs, path, run, key, {}, processes)
+
+
+def title(row: Row) -> str:
+    """A task in words."""
+    task = TASKS[row["task"]](**row["fields"])
+    if isinstance(task, Occlusion):
+        words = [f"occlusion, {task.hidden} of {task.frames} hidden", _ASKED[task.ask]]
+    elif isinstance(task, MapBuilding):
+        words = [f"map, {task.glimpses} glimpses", f"{task.ask} cells"]
+    elif isinstance(task, Binding):
+        words = [f"binding, {task.pairs} pairs", f"noise {task.noise:g}"]
+    else:
+        words = [f"no harm, {task.symbols} symbols", "the next" if task.rule == "one" else "rule given"]
+    delay = getattr(task, "delay", 0)
+    return ", ".join(
+        words + ([f"delay {delay:,}"] if delay else []) + (["whole attention"] if row["attention"] == "whole" else [])
+    )
+
+
+def grouped(rows: Sequence[Row], by: str) -> dict[str, dict[str, list[Row]]]:
+    """Rows by title of the task, then by "kind" or "setting"; of settings those tasks alone of which there are several."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        if (by == "setting" and row["kind"] != "memory") or (by == "kind" and row["setting"] != "default"):
+            continue
+        found.setdefault(f"{title(row)}|{row['steps']}", {}).setdefault(row[by], []).append(row)
+    counts = [name.rpartition("|")[0] for name in found]
+    named = {
+        (name.rpartition("|")[0] if counts.count(name.rpartition("|")[0]) == 1 else name.replace("|", ", steps: ")): own
+        for name, own in found.items()
+    }
+    return {name: own for name, own in named.items() if by == "kind" or len(own) > 1}
+
+
+def spread(rows: Sequence[Row]) -> str:
+    """Mean accuracy ± standard deviation over the seeds; of one seed its accuracy."""
+    found = [row["accuracy"] for row in rows]
+    return f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
+
+
+def cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines of the table of kinds: a line for each task."""
+    lines = []
+    for name, own in grouped(rows, "kind").items():
+        any_row = next(iter(own.values()))[0]
+        bounds = (f"{any_row[bound]:.3f}" for bound in ("ceiling", "stateless", "chance"))
+        lines.append((name, *(spread(own[kind]) if kind in own else "" for kind in KINDS), *bounds))
+    return ("task", *KINDS, "ceiling", "current frame", "guessing"), lines
+
+
+def setting_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines of the table of settings: a line for each setting, a column for each task."""
+    found = grouped(rows, "setting")
+    names = [name for name in {**SETTINGS, **ABLATIONS} if any(name in own for own in found.values())]
+    return ("setting", *found), [
+        (name, *(spread(own[name]) if name in own else "" for own in found.values())) for name in names
+    ]
+
+
+def diagnostics_tables(rows: Sequence[Row]) -> list[Table]:
+    """A table of kinds, and one of settings where there are several."""
+    made = []
+    for header, lines in (cells(rows), setting_cells(rows)):
+        if not lines:
+            continue
+        table = Table()
+        for i, name in enumerate(header):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for line in lines:
+            table.add_row(*line)
+        made.append(table)
+    return made

@@ -1,0 +1,137 @@
+"""What a Tensor Memory does, step by step: how much lies in each cell, where tokens write and read.
+
+`follow` goes through a stream with one memory, `follow_backbone` with every layer of a `tessera.models.backbones.Backbone`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tessera.models.backbones import Backbone
+from tessera.spatial import TensorMemory, TensorMemoryState
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One sequence in one layer.
+
+    Attributes:
+        size: (steps + 1, *grid), |h| over the channels of each cell, at first and after every step.
+        written: (steps, n), places from -1 to 1, (x, y, z).
+        sigma: (steps,), how far writes reach.
+        read: (steps, reads, n), places.
+        gate: how far the layer opens to what is read, from 0 to 1; None: there is no layer.
+    """
+
+    size: Tensor
+    written: Tensor
+    sigma: Tensor
+    read: Tensor
+    gate: float | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps of the recurrence."""
+        return len(self.written)
+
+
+def sizes(state: TensorMemoryState, row: int = 0) -> Tensor:
+    """|h| over the channels of each cell of one sequence, (*grid).
+
+    Raises:
+        ValueError: if there is no such sequence.
+    """
+    if not 0 <= row < len(state.h):
+        raise ValueError(f"the state is of {len(state.h)} sequences; there is no sequence {row}")
+    return state.h[row].detach().float().norm(dim=0).cpu()
+
+
+@torch.no_grad()
+def follow(memory: TensorMemory, x: Tensor, gate: float | None = None) -> Trace:
+    """Go through a stream, one step at a time.
+
+    Args:
+        memory: whose places are not anchored.
+        x: (tokens, dim); what is left of the last chunk is not written.
+        gate: of the layer.
+
+    Raises:
+        ValueError: if there is not one whole chunk, or the tokens do not fit.
+    """
+    chunk = memory.config.chunk
+    if memory.config.anchored:
+        raise ValueError("a stream comes without places: anchored must be False")
+    if x.ndim != 2 or x.shape[1] != memory.dim:
+        raise ValueError(f"a stream is (tokens, {memory.dim}) for this memory, got {tuple(x.shape)}")
+    steps = len(x) // chunk
+    if steps == 0:
+        raise ValueError(f"a stream of {len(x)} tokens has no whole chunk of {chunk}")
+    device = memory.gates_bias.device
+    tokens = x[: steps * chunk].float().to(device)[None]
+    chunks = tokens.unflatten(1, (steps, chunk))
+    read = memory.coordinates(chunks)
+    writes = memory.writes(chunks, None, read)
+    state = memory.initial_state(1)
+    found = [sizes(state)]
+    for part in tokens.split(chunk, dim=1):
+        _, state = memory(part, state)
+        found.append(sizes(state))
+    return Trace(torch.stack(found), writes.at[0].cpu(), writes.sigma[0].cpu(), read[0].cpu(), gate)
+
+
+def follow_backbone(model: Backbone, x: Tensor) -> list[Trace]:
+    """What the memory of every layer does with one sequence.
+
+    Args:
+        model: with a memory.
+        x: (tokens, features).
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if model.memory is None:
+        raise ValueError(f"a backbone of kind {model.config.kind!r} has no memory to look at")
+    given: list[Tensor] = []
+    hook = model.memory.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0][0]))
+    try:
+        with torch.no_grad():
+            model(x[None])
+    finally:
+        hook.remove()
+    return [follow(model.memory, tokens, float(gate)) for tokens, gate in zip(given, model.gates(), strict=True)]
+
+
+def read_stream(path: str | os.PathLike[str]) -> Tensor:
+    """Tokens (tokens, dim) from a .npy or a .safetensors file: of the latter the tensor ``x``, or the only one.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no stream.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no stream at {path}")
+    named: dict[str, Tensor] = {}
+    try:
+        if path.suffix == ".npy":
+            named["x"] = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            named = load_file(path)
+    except (SafetensorError, TypeError, ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} holds no stream; it must be a .npy or a .safetensors file") from error
+    if "x" not in named and len(named) != 1:
+        raise ValueError(f"{path} holds {', '.join(named) or 'nothing'}; a stream is the tensor x, or the only one")
+    x = named["x"] if "x" in named else next(iter(named.values()))
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(
+            f"{path} holds {x.dtype} of shape {tuple(x.shape)}; a stream is (tokens, dim) of floating-point numbers"
+        )
+    return x.float()

@@ -1,0 +1,135 @@
+"""A small `tessera.models.backbones.Backbone` on a task that asks for a memory, from nothing, and how well it does then."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from tessera.models.backbones import Backbone, BackboneConfig, build_backbone, parameters
+from tessera.tasks.recall import accuracy
+from tessera.training.checkpoints import claim
+from tessera.training.loop import train
+from tessera.training.schedule import FORWARD_TOKENS, LoopConfig, Phase
+
+MEASURED = 512
+"""Sequences that a trained model is measured on, always the same ones."""
+
+
+class Task(Protocol):
+    """What the tasks have in common."""
+
+    @property
+    def features(self) -> int:
+        """Numbers of a token."""
+
+    @property
+    def classes(self) -> int:
+        """Answers that there are."""
+
+    @property
+    def frame(self) -> int:
+        """Tokens of a frame."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+
+    @property
+    def ceiling(self) -> float:
+        """Accuracy of the best answer from everything seen so far."""
+
+    @property
+    def stateless(self) -> float:
+        """Accuracy of the best answer from the current frame."""
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of the best answer from nothing."""
+
+    def sample(self, batch: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw tokens, (batch, length, features), and targets, (batch, length)."""
+
+
+@dataclass(frozen=True)
+class DiagnosticConfig:
+    """A task, a model, how it is trained."""
+
+    task: Any
+    """Of `tessera.tasks`; see `Task`."""
+    backbone: BackboneConfig
+    """Its features, classes and frame are the task's."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch: int = 32
+    """Sequences of a step."""
+    rate: float = 1.0
+    """Learning rates, in those of long runs."""
+    seed: int = 0
+    """Of the model and of the sequences."""
+
+    def __post_init__(self) -> None:
+        for name in ("features", "classes", "frame"):
+            own, asked = getattr(self.backbone, name), getattr(self.task, name)
+            if own != asked:
+                raise ValueError(f"the backbone has {name} {own}, and the task {asked}")
+        self.loop()
+
+    def loop(self) -> LoopConfig:
+        """The schedule."""
+        return LoopConfig(
+            phases=(Phase(1.0, self.task.length, self.batch),),
+            steps=self.steps,
+            muon_lr=3e-3 * self.rate,
+            adamw_lr=2e-3 * self.rate,
+            gate_lr=2e-2 * self.rate,
+            warmup_steps=min(50, self.steps // 4),
+            mixed_precision="no",
+            seed=self.seed,
+        )
+
+
+@torch.no_grad()
+def measure(model: Backbone, task: Task) -> float:
+    """Accuracy of a model on `MEASURED` sequences."""
+    device = model.head.weight.device
+    right, part = 0.0, max(1, min(MEASURED, FORWARD_TOKENS // task.length))
+    x, targets = task.sample(MEASURED, Generator().manual_seed(10**6))
+    for tokens, wanted in zip(x.split(part), targets.split(part), strict=True):
+        right += accuracy(model(tokens.to(device)).logits, wanted.to(device)) * len(tokens)
+    return right / MEASURED
+
+
+def train_diagnostic(config: DiagnosticConfig, out: Path, *, show: bool = True) -> tuple[Backbone, dict[str, Any]]:
+    """Train a model in ``out``, or go on, and measure it.
+
+    Returns:
+        The model, and ``accuracy``, ``chance``, ``stateless``, ``ceiling``, ``parameters``, ``gates`` (of a memory, in each
+        layer), ``seconds``.
+
+    Raises:
+        ValueError: if ``out`` holds a run of another recipe.
+    """
+    task = config.task
+    claim(out, {"task": type(task).__name__, **asdict(config)})
+    model = build_backbone(config.backbone, config.seed)
+
+    def sample(seed: tuple[int, ...], batch: int, _: int) -> tuple[Tensor, Tensor]:
+        return task.sample(batch, Generator().manual_seed(hash(seed) % (1 << 31)))
+
+    began = time.monotonic()
+    train(model, sample, config.loop(), out, show=show)
+    model.eval()
+    return model, {
+        "accuracy": measure(model, task),
+        "chance": task.chance,
+        "stateless": task.stateless,
+        "ceiling": task.ceiling,
+        "parameters": parameters(model),
+        "gates": [float(gate) for gate in model.gates()],
+        "seconds": time.monotonic() - began,
+    }
