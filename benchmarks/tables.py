@@ -234,6 +234,14 @@ def retention(what: str) -> str:
     return markdown_table(("setting", *(f"{lag:,} steps" if lag > 1 else "1 step" for lag in lags)), cells)
 
 
+def diagnostics(what: str) -> str:
+    """Accuracy on the tasks that ask for a memory: by "kinds" of backbone, or by "settings" of the memory."""
+    from tessera.evaluation.diagnostics import cells, setting_cells
+
+    header, lines = (cells if what == "kinds" else setting_cells)(_load("diagnostics")["rows"])
+    return markdown_table(header, lines)
+
+
 def resident_memory() -> str:
     """Resident memory of a process beside the bytes that the cache reports."""
     data = _load("resident_memory")
@@ -269,6 +277,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "codec-error": codec_error,
     "codec-bars": codec_bars,
     "decode-attention": decode_attention,
+    "diagnostics": diagnostics,
     "encode": encode,
     "generation": generation,
     "language": language,

@@ -22,7 +22,9 @@ def view(
     weights: Annotated[
         Path | None, typer.Option(help="Of the memory of --stream, safetensors.  [default: as they start]")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="occlusion, map, binding or no harm: a clip of it.  [default: map]")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="occlusion, map, binding or no harm: a clip of it.  [default: occlusion]")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of training on the task, before the clip.", min=1)] = 100,
     channels: Annotated[int, typer.Option(help="Numbers in a cell of the memory of --stream.")] = 16,
     grid: Annotated[str, typer.Option(help="Its cells, along depth, height, width.")] = "6x6x6",
@@ -35,7 +37,7 @@ def view(
 
     Example:
 
-        tessera view --task map
+        tessera view --task occlusion
 
         tessera view --state state.safetensors
 
@@ -68,7 +70,7 @@ def view(
                 title = f"{stream.name}, weights {'as they start' if weights is None else 'of ' + weights.name}"
                 traces = [_stream(stream, weights, channels, grid, paper, seed)]
             else:
-                traces, title = _clip(task or "map", steps, paper, seed)
+                traces, title = _clip(task or "occlusion", steps, paper, seed)
             saved += [out / "trace.png", out / "memory.gif"]
             last = traces[-1]
             name = f"{title}: layer {len(traces)} at the end" if len(traces) > 1 else f"{title}: at the end"
@@ -130,7 +132,8 @@ def _clip(task: str, steps: int, paper: bool, seed: int) -> tuple[list[Trace], s
 
     fields = next((own for name, own in plans.MENDED if name == task), {})
     job = plans.job(task, fields, "memory", "the paper's" if paper else "default", steps=steps, seed=seed)
-    config = plans.config_of(job)
+    # Few steps, so long ones.
+    config = plans.config_of({**job, "rate": 3.0})
     with tempfile.TemporaryDirectory() as folder:
         model, found = train_diagnostic(config, Path(folder))
     x, _ = config.task.sample(1, Generator().manual_seed(10**6 + seed))

@@ -63,6 +63,8 @@ ABLATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
 DELAYS = (0, 16, 64, 256, 1024)
 """Blank tokens before the question, in the full plan."""
 
+_ASKED = {"last": "in the middle", "hidden": "asked while hidden", "back": "asked when back"}
+
 ALONE = "frame"
 """Attention that sees the current frame only."""
 
@@ -208,7 +210,7 @@ def title(row: Row) -> str:
     """A task in words."""
     task = TASKS[row["task"]](**row["fields"])
     if isinstance(task, Occlusion):
-        words = [f"occlusion, {task.hidden} of {task.frames} hidden", {"last": "in the middle"}.get(task.ask, task.ask)]
+        words = [f"occlusion, {task.hidden} of {task.frames} hidden", _ASKED[task.ask]]
     elif isinstance(task, MapBuilding):
         words = [f"map, {task.glimpses} glimpses", f"{task.ask} cells"]
     elif isinstance(task, Binding):

@@ -41,7 +41,7 @@ def plot_state(size: Tensor, path: str | os.PathLike[str], title: str = "") -> N
     pyplot = _pyplot()
     cells = _solid(size)
     depth = len(cells)
-    columns = min(depth, 4)
+    columns = math.ceil(math.sqrt(depth))
     rows = math.ceil(depth / columns)
     figure = pyplot.figure(figsize=(2.3 * columns + 4.6, max(3.6, 2.4 * rows) + 0.4), layout="constrained")
     grid = figure.add_gridspec(rows, columns + 2)

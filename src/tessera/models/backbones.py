@@ -100,8 +100,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.slots = nn.Parameter(torch.randn(slots, width)) if slots else None
-        rates = 10_000 ** -torch.linspace(0, 1, width // heads // 2)
-        self.register_buffer("rates", rates, persistent=False)
+        self.rates: Tensor
+        self.register_buffer("rates", 10_000 ** -torch.linspace(0, 1, width // heads // 2), persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x: (batch, tokens, width), mask: (tokens, tokens) bool -> (batch, tokens, width)."""
@@ -179,7 +179,8 @@ class Backbone(nn.Module):
 
     def gates(self) -> list[Tensor]:
         """How far each layer opens to its memory, from 0 to 1; of other kinds nothing."""
-        return [layer.memory_logit.detach().sigmoid() for layer in self.layers if self.memory is not None]
+        logits = [p for name, p in self.named_parameters() if name.endswith("memory_logit")]
+        return [logit.detach().sigmoid() for logit in logits]
 
     def mask(self, tokens: int, device: torch.device | None = None) -> Tensor:
         """Which tokens (columns) a token (row) attends to, (tokens, tokens) bool."""
