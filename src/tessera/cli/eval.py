@@ -298,7 +298,7 @@ def _print(table: Any) -> Any:
 
 def _show(table: Any, path: Path, draw: Callable[[Path], None] | None) -> None:
     """Print the table, draw the picture where matplotlib is installed, and say where everything is."""
-    console = _print(table)
+    _print(table)
     said = f"Saved {path}"
     if draw is not None:
         picture = path.with_suffix(".png")
@@ -307,4 +307,4 @@ def _show(table: Any, path: Path, draw: Callable[[Path], None] | None) -> None:
             said += f" and {picture}"
         except ImportError:
             said += "; for a picture beside it: pip install 'tessera[eval]'"
-    console.print(said, highlight=False, markup=False)
+    typer.echo(said)

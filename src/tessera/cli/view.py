@@ -43,7 +43,6 @@ def view(
 
         tessera view --stream tokens.npy --grid 8x8 --channels 32
     """
-    from rich.console import Console
 
     from tessera.cli.quiet import quiet
 
@@ -77,7 +76,7 @@ def view(
             view_plot.plot_state(last.size[-1], saved[0], name)
             view_plot.plot_trace(traces, saved[1], title)
             view_plot.animate(traces, saved[2], title)
-    Console().print("Saved " + ", ".join(map(str, saved)), highlight=False, markup=False)
+    typer.echo("Saved " + ", ".join(map(str, saved)))
 
 
 def _state(path: Path) -> TensorMemoryState:
