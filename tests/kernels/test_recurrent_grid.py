@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tessera.kernels import cpu, dispatch
 from tessera.kernels.grid import Gates, Steps, advance, linear_scan, outer, stencil
+from tessera.spatial import TensorMemory, TensorMemoryConfig
 
 
 def problem(
@@ -141,3 +143,16 @@ def test_a_stencil_of_a_product_is_a_product_of_stencils() -> None:
         for v, t in zip(vectors, taps, strict=True)
     ]
     torch.testing.assert_close(outer(near)[:, 0], stencil(outer(vectors)[:, 0], taps), rtol=1e-4, atol=1e-5)
+
+
+def test_the_slow_form_says_once_that_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "MISSING", "no compiler")
+    monkeypatch.setattr(dispatch.cpu_grid, "refusal", lambda *_: "no compiler")
+    dispatch._say_once.cache_clear()
+    memory = TensorMemory(TensorMemoryConfig(channels=2, grid=(2, 2)), 4)
+    with pytest.warns(UserWarning, match="Tensor Memory runs in plain PyTorch, which is slow: no compiler"):
+        memory(torch.randn(1, 2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory(torch.randn(1, 2, 4))
+    dispatch._say_once.cache_clear()

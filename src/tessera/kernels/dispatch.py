@@ -71,7 +71,7 @@ def attend(
     if family == "auto":
         why = triton.missing() if q.is_cuda else cpu.MISSING
         if why is not None:
-            _say_once(why)
+            _say_once("attention over the compressed cache", why)
     return reference.attend(q, pages, scale, mask, softcap, start=start, window=window)
 
 
@@ -155,11 +155,13 @@ def advance(h: Tensor, c: Tensor, steps: Steps, gates: Gates, backend: str | Non
             return cpu_grid.advance(h, c, steps, gates, level or None)
         if family == "cpu":
             raise ValueError(f"backend {name!r} cannot run: {why}")
+        if h.device.type == "cpu" and cpu.MISSING is not None:
+            _say_once("the recurrence of a Tensor Memory", cpu.MISSING)
     if family == "triton" and (triton.missing() is not None or not h.is_cuda):
         raise ValueError(f"backend {name!r} cannot run: {triton.missing() or f'the grid is on {h.device}'}")
     return reference_advance(h, c, steps, gates, compiled=family == "triton")
 
 
 @cache
-def _say_once(why: str) -> None:
-    warnings.warn(f"attention over the compressed cache runs in plain PyTorch, which is slow: {why}", stacklevel=4)
+def _say_once(what: str, why: str) -> None:
+    warnings.warn(f"{what} runs in plain PyTorch, which is slow: {why}", stacklevel=4)
