@@ -32,12 +32,15 @@ from tessera.codecs import Packed
 from tessera.evaluation.records import environment
 from tessera.files import atomic_path
 from tessera.kernels import Pages, cpu, dispatch, reference
+from tessera.kernels.joint import JointFormat
 from timing import medians
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Query heads, key heads, head_dim.
 SHAPES = ("32,8,128", "28,4,128", "32,8,64")
 TOKENS = (4096, 32768)
+#: Configurations of the HQMQ paper, the second with outlier chunks.
+PAPER = ("hqmq:s96_r4", "hqmq:s96_r4_med3")
 #: Codecs without a kernel of their own, decoded block by block in PyTorch: what they cost.
 OTHERS = ("q4_0", "scalar:4", "kivi:4", "int:4")
 
@@ -88,8 +91,9 @@ def measure(shape: str, tokens: int, repeats: int, specs: tuple[str, ...]) -> li
         pages = pages_of(spec, kv_heads, tokens, dim)
         kept = sum(packed.nbytes for page in pages.pages for packed in page)
         if cpu.attend_refusal(q, pages) is None:
-            for digits in (1, 2, 3) if cpu.levels()[-1] == "avx512" else (cpu.DIGITS,):
-                name = f"{spec}, {8 * digits}-bit queries"
+            in_digits = cpu.levels()[-1] == "avx512" and isinstance(pages.form(), JointFormat)
+            for digits in (1, 2, 3) if in_digits else (cpu.DIGITS,):
+                name = f"{spec}, {8 * digits}-bit queries" if in_digits else spec
                 runs[name] = lambda pages=pages, digits=digits: cpu.attend(q, pages, scale, digits=digits)  # type: ignore[misc]
                 nbytes[name] = kept
         else:
@@ -122,7 +126,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="lengths of the cache, multiples of 64")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="H,KV,D", help="query heads, key heads, head_dim")
-    parser.add_argument("--specs", nargs="+", default=("hqmq:4", "hqmq:3", *OTHERS), help="codecs")
+    parser.add_argument("--specs", nargs="+", default=("hqmq:4", "hqmq:3", *PAPER, *OTHERS), help="codecs")
     parser.add_argument("--repeats", type=int, default=9, help="of which the median is taken")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "decode_attention.json")
     options = parser.parse_args()

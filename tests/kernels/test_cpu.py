@@ -300,7 +300,7 @@ def test_search_finds_the_codes_of_the_reference(bits: int) -> None:
 def test_codewords_are_picked_in_registers_where_the_tables_are_few(spec: str, tables: int) -> None:
     form = codecs.get(spec).kernel_format(64)
     assert form is not None
-    assert cpu._book(form).blocks == tables
+    assert cpu._joint(form).blocks == tables
 
 
 def test_search_of_nothing() -> None:

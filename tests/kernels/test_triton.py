@@ -17,8 +17,9 @@ from tessera.kernels.nearest import build_index
 pytest.importorskip("triton", reason="triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-#: Queries and weights are in half precision.
-HALF = 2e-3
+#: Queries and weights are in half precision, and the keys' constant channel makes some scores large: 3e-4 is usual, but one
+#: draw of hundreds has 2e-3.
+HALF = 5e-3
 
 
 def moved(pages: Pages) -> Pages:
@@ -89,7 +90,7 @@ def test_the_dispatcher_takes_it_when_asked(monkeypatch: pytest.MonkeyPatch) -> 
     dispatch.attend(q, pages, 0.1, backend="triton")
     dispatch.attend(q, pages, 0.1)
     assert len(ran) == (2 if DEVICE == "cuda" else 1)
-    with pytest.raises(ValueError, match="no kernel for q4_0"):
+    with pytest.raises(ValueError, match="no Triton kernel for q4_0"):
         dispatch.attend(q, moved(make_pages(codecs.get("q4_0"), 1, 1, [64], 64)), 0.1, backend="triton")
 
 

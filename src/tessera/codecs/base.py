@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tessera.codecs.bits import unpack_bits
 from tessera.files import atomic_path
-from tessera.kernels.joint import JointFormat
+from tessera.kernels.pages import Format
 
 Role = Literal["key", "value"]
 
@@ -270,7 +270,7 @@ class Codec(ABC):
         most = min(torch.finfo(packed.dtype).max, torch.finfo(torch.float32).max)
         return self._decode(packed).clamp(-most, most).to(packed.dtype)
 
-    def kernel_format(self, dim: int) -> JointFormat | None:
+    def kernel_format(self, dim: int) -> Format | None:
         """What kernels for vectors of `dim` numbers must know; None if there are no kernels for this codec."""
         return None
 

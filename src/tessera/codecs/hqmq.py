@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import torch
@@ -28,8 +28,10 @@ from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.codecs.lloyd_max import lloyd_max
 from tessera.codecs.outliers import OutlierRule, RunningMedian, find_outliers
 from tessera.codecs.registry import register
-from tessera.codecs.rotation import rotation
-from tessera.quaternion import UNITS, conjugate, hamilton, nearest_unit, right_matrix, unit_projection, units
+from tessera.codecs.rotation import rotation, rotation_factors
+from tessera.kernels import dispatch
+from tessera.kernels.products import ProductFormat
+from tessera.quaternion import UNITS, conjugate, hamilton, right_matrix, units
 
 #: Sizes and radius bits of the paper's configurations; any can be followed by _med3.
 PAPER = tuple(f"s{s}_r{b}" for s in (24, 48, 96, 192) for b in (2, 3, 4, 6))
@@ -165,7 +167,12 @@ class HQMQ(Codec):
                 inside = ~out
         scale = self._scale(radii, inside)
         books = self.secondaries(x.shape[1], role, layer).to(x.device)
-        directions, projection = _nearest_direction(chunks, books, self.bf16_search)
+        turns = right_matrix(conjugate(books))
+        if self.bf16_search:
+            unit = chunks / radii.unsqueeze(-1).clamp(min=1e-8)
+            directions, projection = dispatch.nearest_directions(unit.bfloat16(), turns.bfloat16(), backend="reference")
+        else:
+            directions, projection = dispatch.nearest_directions(chunks, turns)
         r = radii if self.radius == "uniform" else projection.clamp(min=0)
         code = self._radius_code(r, scale.float().unsqueeze(-1))
         codes = torch.where((scale > 0).unsqueeze(-1), directions << self.radius_bits | code, 0)
@@ -188,17 +195,33 @@ class HQMQ(Codec):
         levels = chi_levels(self.radius_bits).to(r.device)
         return torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)
 
+    def directions(self, heads: int, role: Role, layer: int) -> Tensor:
+        """What direction codes s · 24 + p stand for: (heads, 24 S, 4), or (1, 24 S, 4) where all heads share them."""
+        books = self.secondaries(heads, role, layer)
+        return hamilton(units()[None, None], books[:, :, None]).flatten(1, 2)
+
+    def kernel_format(self, dim: int) -> ProductFormat:
+        """See `ProductFormat`."""
+        return _format(self, dim)
+
+    def levels(self) -> Tensor:
+        """What radius codes stand for, as shares of a vector's scale: (2^b_r,) float32."""
+        if self.radius == "uniform":
+            return torch.arange(2**self.radius_bits) / (2**self.radius_bits - 1)
+        return chi_levels(self.radius_bits)
+
     def _decode(self, packed: Packed) -> Tensor:
+        fast = dispatch.decode(packed)
+        return self.decode_reference(packed) if fast is None else fast
+
+    def decode_reference(self, packed: Packed) -> Tensor:
+        """The definition of `decode`, in float32."""
         heads, dim = packed.shape[1], packed.shape[3]
         codes = unpack_bits(packed.tensors["codes"], self.code_bits, -(-dim // 4))
         direction, code = codes >> self.radius_bits, codes & (2**self.radius_bits - 1)
-        books = self.secondaries(heads, packed.role, packed.layer).to(codes.device)
-        words = hamilton(units(device=codes.device)[None, None], books[:, :, None]).flatten(1, 2)  # (heads or 1, 24 S, 4)
+        words = self.directions(heads, packed.role, packed.layer).to(codes.device)
         head = torch.arange(heads, device=codes.device)[:, None, None] if len(words) > 1 else 0
-        if self.radius == "uniform":
-            radius = code / (2**self.radius_bits - 1)
-        else:
-            radius = chi_levels(self.radius_bits).to(codes.device)[code]
+        radius = self.levels().to(codes.device)[code]
         radius = radius * packed.tensors["scale"].float().unsqueeze(-1)
         chunks = words[head, direction] * radius.unsqueeze(-1)
         if "flags" in packed.tensors:
@@ -217,6 +240,12 @@ def _check_codebook(book: Tensor) -> None:
         raise ValueError("a codebook must hold unit quaternions")
 
 
+@lru_cache(maxsize=64)
+def _format(codec: HQMQ, dim: int) -> ProductFormat:
+    dct, signs = rotation_factors(dim) if codec.rotate else (torch.ones(1, 1), torch.ones(0))
+    return ProductFormat(codec.code_bits, codec.radius_bits, codec.levels(), codec.directions, dct, signs)
+
+
 @cache
 def _random(size: int, heads: int, layer: int, role: Role, seed: int) -> Tensor:
     return random_secondary(size, heads, layer, role, seed)
@@ -230,39 +259,6 @@ def chi_levels(bits: int) -> Tensor:
     """
     levels = lloyd_max(lambda r: r**3 * torch.exp(-r * r / 2) / 2, 0.0, 9.0, 2**bits)
     return levels.float()
-
-
-def _nearest_direction(chunks: Tensor, books: Tensor, bf16: bool) -> tuple[Tensor, Tensor]:
-    """The best direction code s · 24 + p, and the chunk's projection on it.
-
-    Only the S secondaries are searched: <x, q_p·q_s> = <x·conj(q_s), q_p>, and the best unit for that is in closed form.
-
-    Args:
-        chunks: (batch, heads, tokens, n, 4).
-        books: (heads, S, 4) or (1, S, 4).
-        bf16: do it in bfloat16.
-    """
-    turns = right_matrix(conjugate(books))  # (h, S, 4, 4): y = turns @ x
-    codes = torch.empty(chunks.shape[:-1], dtype=torch.long, device=chunks.device)
-    best = torch.empty(chunks.shape[:-1], device=chunks.device)
-    for head in range(chunks.shape[1]):
-        turn = turns[head if len(turns) > 1 else 0]
-        flat = chunks[:, head].reshape(-1, 4)
-        if bf16:
-            flat, turn = (flat / flat.norm(dim=-1, keepdim=True).clamp(min=1e-8)).bfloat16(), turn.bfloat16()
-        size = max(1, (1 << 22) // len(turn))
-        found = [_search(part, turn) for part in flat.split(size)] or [(flat.new_zeros(0).long(), flat.new_zeros(0))]
-        shape = codes[:, head].shape
-        codes[:, head] = torch.cat([c for c, _ in found]).view(shape)
-        best[:, head] = torch.cat([b for _, b in found]).float().view(shape)
-    return codes, best
-
-
-def _search(x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    turned = (x @ turn.flatten(0, 1).T).unflatten(-1, (-1, 4))  # (n, S, 4)
-    projection, s = unit_projection(turned).max(-1)
-    p = nearest_unit(turned.gather(1, s[:, None, None].expand(-1, 1, 4)).squeeze(1))
-    return s * UNITS + p, projection
 
 
 @register("hqmq", ("hqmq:3", "hqmq:4", "hqmq:5", "hqmq:o170_r4", "hqmq:s96_r4", "hqmq:s96_r4_med3"))

@@ -16,6 +16,7 @@ from tessera.kernels.grid import Gates, Steps
 from tessera.kernels.grid import advance as reference_advance
 from tessera.kernels.nearest import CellIndex
 from tessera.kernels.nearest import nearest as reference_nearest
+from tessera.kernels.nearest_directions import nearest_directions as reference_nearest_directions
 from tessera.kernels.pages import Coded, Pages
 
 #: What TESSERA_BACKEND and `backend` may say.
@@ -135,6 +136,16 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
     if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
         return cpu.nearest(x, index, codes)
     return codes.to(x.device)[reference_nearest(x, index)]
+
+
+def nearest_directions(chunks: Tensor, turns: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """The best product of a unit and a secondary quaternion, see `tessera.kernels.nearest_directions`.
+
+    `backend`: see `attend`; there is no Triton kernel for it.
+    """
+    if chosen(backend).partition(":")[0] in ("auto", "cpu") and chunks.device.type == "cpu" and cpu.MISSING is None:
+        return cpu.nearest_directions(chunks, turns)
+    return reference_nearest_directions(chunks, turns)
 
 
 def advance(h: Tensor, c: Tensor, steps: Steps, gates: Gates, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:

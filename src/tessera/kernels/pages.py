@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
+from tessera.kernels.products import ProductFormat
 
 T = TypeVar("T")
+Format: TypeAlias = JointFormat | ProductFormat
 
 
 class KernelCodec(Protocol):
@@ -20,7 +22,7 @@ class KernelCodec(Protocol):
 
     spec: str
 
-    def kernel_format(self, dim: int) -> JointFormat | None:
+    def kernel_format(self, dim: int) -> Format | None:
         """What they must know of vectors of `dim` numbers; None if there are no kernels for them."""
 
 
@@ -35,6 +37,8 @@ class Coded(Protocol):
     def shape(self) -> tuple[int, int, int, int]: ...  # noqa: D102
     @property
     def role(self) -> str: ...  # noqa: D102
+    @property
+    def layer(self) -> int: ...  # noqa: D102
     @property
     def offset(self) -> int: ...  # noqa: D102
     @property
@@ -90,11 +94,11 @@ class Pages:
         """Number of tokens held."""
         return self.starts[-1]
 
-    def form(self) -> JointFormat | None:
+    def form(self) -> Format | None:
         """What kernels must know of how the pages are coded; None if they have none for it."""
         return self.pages[0][0].codec.kernel_format(self.shape[3])
 
-    def check(self, q: Tensor, mask: Tensor | None) -> JointFormat:
+    def check(self, q: Tensor, mask: Tensor | None) -> Format:
         """`form`, for queries (batch, q_heads, q_tokens, head_dim) and a mask that fit.
 
         Raises:

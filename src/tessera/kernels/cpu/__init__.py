@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, reduction_tables
-from tessera.kernels.pages import Coded, Pages, strided
+from tessera.kernels.pages import Coded, Format, Pages, strided
+from tessera.kernels.products import ProductFormat
 from tessera.kernels.reference import check_exact
 
 _cpu: Any
@@ -100,6 +101,7 @@ def attend(
     """
     batch, heads, tokens, dim = q.shape
     form = pages.check(q, mask)
+    keys, _ = pages.pages[0]
     mask, strides = strided(mask)
     wide = _wide(q)
     out = torch.empty_like(wide)
@@ -107,7 +109,7 @@ def attend(
     if not q.numel():
         return out, lse
     _cpu.attend(
-        _book(form),
+        _book(form, pages.shape[1], keys.layer),
         _addresses(pages),
         level or levels()[-1],
         wide.data_ptr(),
@@ -214,22 +216,20 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def decode(packed: Coded, level: str | None = None) -> Tensor | None:
     """What the vectors stand for, (batch, heads, tokens, head_dim) float32; None where there is no kernel for them."""
-    batch, heads, tokens, dim = packed.shape
+    batch, heads, _, dim = packed.shape
     form = packed.codec.kernel_format(dim)
     if MISSING is not None or packed.device.type != "cpu" or form is None or dim % 4 or dim > MAX_DIM:
         return None
-    names = ("codes", "scale", "centre")
-    fields = [_plain(packed.tensors[name]) if name in packed.tensors else None for name in names]
+    row, _kept = _row(packed, packed)
     out = torch.empty(packed.shape, dtype=torch.float32)
     _cpu.decode(
-        _book(form),
+        _book(form, heads, packed.layer),
+        torch.tensor([row]).numpy(),
         level or levels()[-1],
+        packed.role == "value",
         form.value_gain if packed.role == "value" else 1.0,
-        *(0 if field is None else field.data_ptr() for field in fields),
-        *(0 if field is None else field.stride(1) * field.element_size() for field in fields),
-        batch * heads,
-        tokens,
-        packed.offset,
+        batch,
+        heads,
         dim,
         out.data_ptr(),
         torch.get_num_threads(),
@@ -252,6 +252,17 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor) -> Tensor:
     found = torch.empty(len(x), dtype=torch.int32)
     _cpu.nearest(_index(index, codes), x.data_ptr(), len(x), found.data_ptr(), torch.get_num_threads())
     return found
+
+
+def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    """`tessera.kernels.nearest_directions` in C++."""
+    batch, heads, tokens, n, _ = chunks.shape
+    chunks, turns = chunks.float().contiguous(), turns.contiguous()
+    codes = torch.empty(chunks.shape[:-1], dtype=torch.int32)
+    projections = torch.empty(chunks.shape[:-1])
+    where = (codes.data_ptr(), projections.data_ptr(), torch.get_num_threads())
+    _cpu.nearest_directions(turns.data_ptr(), len(turns), turns.shape[1], chunks.data_ptr(), batch * heads, tokens * n, *where)
+    return codes, projections
 
 
 _INDICES: WeakKeyDictionary[CellIndex, Any] = WeakKeyDictionary()
@@ -285,14 +296,25 @@ def _index(index: CellIndex, codes: Tensor) -> Any:
     return _INDICES[index]
 
 
+def _book(form: Format, heads: int, layer: int) -> Any:
+    return _joint(form) if isinstance(form, JointFormat) else _products(form, heads, layer)
+
+
 @cache
-def _book(form: JointFormat) -> Any:
+def _joint(form: JointFormat) -> Any:
     tables = (form.points, form.permutation, form.sign, form.scales, form.dct, form.signs)
     return _cpu.Book(form.bits, form.move_bits, form.step, *(table.contiguous().numpy() for table in tables))
 
 
+@lru_cache(maxsize=256)  # a layer each
+def _products(form: ProductFormat, heads: int, layer: int) -> Any:
+    keys, values = form.directions(heads, "key", layer), form.directions(heads, "value", layer)
+    tables = (form.levels, keys, values, form.dct, form.signs)
+    return _cpu.Products(form.bits, form.radius_bits, *(table.contiguous().numpy() for table in tables))
+
+
 def _addresses(pages: Pages) -> Any:
-    """Where the tensors of each page are, as struct Page in attend.hpp has it: (pages, 12) int64."""
+    """Where the tensors of each page are, as `page_at` in module.cpp reads it: (pages, 20) int64."""
     if "cpu" not in pages.memo:
         pages.memo["cpu"] = torch.tensor([row for row, _ in pages.notes("cpu", _row)]).numpy()
     return pages.memo["cpu"]
@@ -300,12 +322,17 @@ def _addresses(pages: Pages) -> Any:
 
 def _row(keys: Coded, values: Coded) -> tuple[list[int], list[Tensor | None]]:
     """One page's row, and the tensors that it points to: some may be copies that `_plain` made."""
-    fields = [keys.tensors["codes"], keys.tensors["scale"], keys.tensors.get("centre")]
-    fields += [values.tensors["codes"], values.tensors["scale"]]
-    kept = [None if field is None else _plain(field) for field in fields]
-    addresses = [0 if field is None else field.data_ptr() for field in kept]
-    strides = [0 if field is None else field.stride(1) * field.element_size() for field in kept]
-    return [*addresses, *strides, keys.tokens, keys.offset], kept
+    row: list[int] = []
+    held: list[Tensor | None] = []
+    for packed in (keys, values):
+        for name in ("codes", "scale", "centre", "flags"):
+            field = packed.tensors.get(name)
+            held.append(None if field is None else _plain(field))
+            row += [0, 0] if held[-1] is None else [held[-1].data_ptr(), held[-1].stride(1) * held[-1].element_size()]
+        kept = packed.tensors.get("kept")
+        held.append(None if kept is None else kept.contiguous())
+        row.append(0 if held[-1] is None else held[-1].data_ptr())
+    return [*row, keys.tokens, keys.offset], held
 
 
 def _plain(field: Tensor) -> Tensor:

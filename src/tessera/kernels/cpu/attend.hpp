@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "book.hpp"
+#include "products.hpp"
 
 namespace tessera {
 
@@ -18,16 +19,36 @@ constexpr int BLOCK = 256;    // tokens between two updates of the softmax
 constexpr int TILE = 64;      // query rows that share a lookup
 constexpr int MAX_DIM = 512;  // of a head
 
-// One page of a packed tier. A head's rows follow each other; heads are `..._stride` bytes apart, batch rows kv_heads times that.
+enum Role { KEY, VALUE };
+
+// A field of packed keys or values: a head's rows follow each other; heads are `stride` bytes apart, batch rows as many heads.
+struct Field {
+    const uint8_t* data;  // null: there is none
+    int64_t stride;
+
+    const uint8_t* row(int64_t line, int64_t token, int64_t bytes) const { return data + line * stride + token * bytes; }
+};
+
+// Keys or values of one page of a packed tier; `line`, batch row · kv_heads + head, says whose.
+struct Side {
+    Role role;
+    Field codes, scale;
+    Field centre;               // 16-bit words, or none
+    Field flags;                // a bit for each chunk that is kept as it is, or none
+    const uint8_t* kept;        // those chunks, ordered by token, line, chunk: four half-precision numbers each
+    Field before;               // how many of them come before: 32-bit words; made when it is needed
+};
+
 struct Page {
-    const uint8_t *k_codes, *k_scale, *k_centre, *v_codes, *v_scale;  // k_centre: 16-bit words, or null
-    int64_t k_codes_stride, k_scale_stride, k_centre_stride, v_codes_stride, v_scale_stride;
+    Side side[2];    // by role
     int64_t tokens;
     int64_t offset;  // of the first token within its group
 };
 
+// What is coded: `book`, or else `products`.
 struct Problem {
     const Book* book;
+    const Products* products;
     const Page* pages;
     int64_t page_count, tokens;
     int batch, q_heads, kv_heads, q_tokens, dim;
@@ -46,6 +67,14 @@ struct Problem {
     int threads;
 };
 
+// Coded vectors of up to UNIT tokens of a line, one after the other, or of up to GROUP where that is said.
+struct Unit {
+    const Side* side;
+    int64_t line, token;
+    const uint8_t* codes;  // of the first
+    int count;
+};
+
 void attend_portable(const Problem&);
 void attend_avx2(const Problem&);
 void attend_avx512(const Problem&);
@@ -62,12 +91,13 @@ void attend_exact_portable(const Problem&, const Exact&);
 void attend_exact_avx2(const Problem&, const Exact&);
 void attend_exact_avx512(const Problem&, const Exact&);
 
-// Packed vectors, to be decoded.
+// Packed vectors, to be decoded: those of side[role] of one page.
 struct Vectors {
     const Book* book;
-    const uint8_t *codes, *scale, *centre;  // centre: 16-bit words, or null
-    int64_t codes_stride, scale_stride, centre_stride;  // of heads, in bytes
-    int64_t lines, tokens, offset;                      // batch · heads; offset: of the first token within its group
+    const Products* products;
+    const Page* page;
+    Role role;
+    int batch, heads;
     int dim;
     float gain;
     float* out;  // (lines, tokens, dim)

@@ -18,8 +18,15 @@
 #include "attend_impl.hpp"
 #include "exact.hpp"
 #include "portable.hpp"
+#include "directions.hpp"
 
-void tessera::attend_avx2(const Problem& p) { attend_with<Portable>(p); }
+void tessera::attend_avx2(const Problem& p) {
+    if (p.products) return attend_directions(p);
+    attend_with<Portable>(p, *p.book);
+}
 void tessera::attend_exact_avx2(const Problem& p, const Exact& x) { attend_exact(p, x); }
-void tessera::decode_avx2(const Vectors& p) { decode_with_loops(p); }
+void tessera::decode_avx2(const Vectors& p) {
+    if (p.products) return decode_directions(p);
+    decode_with<Points>(p, *p.book);
+}
 #pragma GCC pop_options

@@ -24,15 +24,20 @@
 #include "avx512_permute.hpp"
 #include "exact.hpp"
 #include "portable.hpp"
+#include "directions.hpp"
 
 void tessera::attend_avx512(const Problem& p) {
+    if (p.products) return attend_directions(p);
     switch (p.book->blocks) {
-        case 1: return attend_with<Avx512<Permute<1>>>(p);
-        case 4: return attend_with<Avx512<Permute<4>>>(p);
-        case 6: return attend_with<Avx512<Permute<6>>>(p);
-        default: return attend_with<Avx512<Lookup>>(p);
+        case 1: return attend_with<Avx512<Permute<1>>>(p, *p.book);
+        case 4: return attend_with<Avx512<Permute<4>>>(p, *p.book);
+        case 6: return attend_with<Avx512<Permute<6>>>(p, *p.book);
+        default: return attend_with<Avx512<Lookup>>(p, *p.book);
     }
 }
 void tessera::attend_exact_avx512(const Problem& p, const Exact& x) { attend_exact(p, x); }
-void tessera::decode_avx512(const Vectors& p) { decode_with_loops(p); }
+void tessera::decode_avx512(const Vectors& p) {
+    if (p.products) return decode_directions(p);
+    decode_with<Points>(p, *p.book);
+}
 #pragma GCC pop_options

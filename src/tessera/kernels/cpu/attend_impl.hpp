@@ -124,12 +124,6 @@ struct Segment {
     int count;
 };
 
-// Coded vectors of up to UNIT tokens, one after the other.
-struct Unit {
-    const uint8_t* codes;
-    int count;
-};
-
 // Whether none of the rows sees any of the places, from positions alone.
 inline bool hidden(const Problem& p, int row, int rows, int64_t first, int64_t end) {
     if (!p.placed) return false;
@@ -170,7 +164,7 @@ inline bool hide(const Problem& p, int b, int head, int row, int rows, int64_t p
 template <class Isa>
 struct Worker {
     const Problem& p;
-    const Book& book;
+    const typename Isa::Book& book;
     const int chunks, dim;
     Memory memory;
     typename Isa::Scratch isa;
@@ -182,7 +176,8 @@ struct Worker {
 
     int64_t set = -1;  // the queries that `isa` holds, by line and first row, without any channel's factor; -1: others
 
-    explicit Worker(const Problem& p) : p(p), book(*p.book), chunks(p.dim / 4), dim(p.dim), isa(book, p.dim / 4, p.limbs, memory) {}
+    Worker(const Problem& p, const typename Isa::Book& book)
+        : p(p), book(book), chunks(p.dim / 4), dim(p.dim), isa(book, p.dim / 4, p.limbs, p.kv_heads, memory) {}
 
     // Tokens [begin, end) of the tier for rows [row, row + rows) of key head `head` of batch row `b`. The result is not
     // normalised: sum (rows, dim), with `top` and `total` (rows,) the largest score and the sum of exponentials.
@@ -224,15 +219,13 @@ struct Worker {
             // Lengths of all vectors first: numbers written one by one and read back at once as a register would be waited for.
             for (int s = 0, column = 0; s < count; ++s) {
                 const Segment& seg = segments[s];
-                const Page& here = *seg.page;
-                const uint8_t* k_scale = here.k_scale + line * here.k_scale_stride + seg.token;
-                const uint8_t* v_scale = here.v_scale + line * here.v_scale_stride + seg.token;
-                const uint8_t* v_codes = here.v_codes + line * here.v_codes_stride + seg.token * bytes;
+                const Side *keys = &seg.page->side[KEY], *values = &seg.page->side[VALUE];
                 for (int t = 0; t < seg.count; t += UNIT, column += UNIT) {
                     const int n = std::min(UNIT, seg.count - t);
-                    units[column / UNIT] = {v_codes + t * bytes, n};
-                    isa.lengths(k_scale + t, n, k_length + column);
-                    isa.lengths(v_scale + t, n, v_length + column);
+                    const int64_t token = seg.token + t;
+                    units[column / UNIT] = {values, line, token, values->codes.row(line, token, bytes), n};
+                    isa.lengths(*keys, line, token, n, k_length + column);
+                    isa.lengths(*values, line, token, n, v_length + column);
                 }
             }
 
@@ -243,17 +236,16 @@ struct Worker {
                 const Segment& seg = segments[s];
                 std::fill(shift, shift + rows, 0.0f);
                 bool wide = false;
-                if (seg.page->k_centre) {
-                    const uint8_t* words = seg.page->k_centre + line * seg.page->k_centre_stride +
-                                           (seg.page->offset + seg.token) / GROUP * dim * 2;
-                    wide = read_centre(words, dim, mean, factor);
+                const Side* keys = &seg.page->side[KEY];
+                if (keys->centre.data) {
+                    wide = read_centre(keys->centre.row(line, (seg.page->offset + seg.token) / GROUP, dim * 2), dim, mean, factor);
                     for (int r = 0; r < rows; ++r) shift[r] = inner(query + size_t(r) * dim, mean, dim);
                 }
                 if (wide || set != wanted) {
                     set_queries(rows, wide ? factor : nullptr);
                     set = wide ? -1 : wanted;
                 }
-                isa.dot(seg.page->k_codes + line * seg.page->k_codes_stride + seg.token * bytes, seg.count, rows, scores + column, BLOCK);
+                isa.dot({keys, line, seg.token, keys->codes.row(line, seg.token, bytes), seg.count}, rows, scores + column, BLOCK);
                 const int whole = (seg.count + UNIT - 1) / UNIT * UNIT;
                 for (int r = 0; r < rows; ++r) {
                     float* to = scores + r * BLOCK + column;
@@ -291,14 +283,14 @@ struct Worker {
         for (int r = 0; r < rows; ++r) {
             float* to = turned + size_t(r) * dim;
             for (int c = 0; c < dim; ++c) to[c] = query[r * dim + c] * (factors ? factors[c] : 1.0f);
-            rotate(p.book->rotation, to);
+            rotate(book.rotation, to);
         }
         isa.set_queries(turned, rows);
     }
 };
 
 // The result of one row, `at` in p.out, from its parts: `sums` (dim) apart by `stride` rows, like `tops` and `totals`.
-inline void finish(const Problem& p, int64_t at, const float* sums, const float* tops, const float* totals, int64_t parts, int64_t stride) {
+inline void finish(const Problem& p, const Rotation& rotation, int64_t at, const float* sums, const float* tops, const float* totals, int64_t parts, int64_t stride) {
     const int dim = p.dim;
     float* out = p.out + at * dim;
     if (!finite(p.q + at * dim, dim)) {  // kernels need not know what to do with it
@@ -320,12 +312,12 @@ inline void finish(const Problem& p, int64_t at, const float* sums, const float*
         for (int c = 0; c < dim; ++c) out[c] += weight * sums[s * stride * dim + c];
     }
     for (int c = 0; c < dim; ++c) out[c] *= p.value_gain / total;
-    rotate_back(p.book->rotation, out);
+    rotate_back(rotation, out);
     p.lse[at] = most + std::log(total);
 }
 
 template <class Isa>
-void attend_with(const Problem& p) {
+void attend_with(const Problem& p, const typename Isa::Book& book) {
     const int all_rows = p.q_heads / p.kv_heads * p.q_tokens, dim = p.dim;
     const int tiles = (all_rows + TILE - 1) / TILE;
     const int64_t lines = int64_t(p.batch) * p.kv_heads;
@@ -347,7 +339,7 @@ void attend_with(const Problem& p) {
     for (auto& count : left) count.store(splits, std::memory_order_relaxed);
     std::vector<std::unique_ptr<Worker<Isa>>> workers(size_t(std::max(1, p.threads)));
     Threads::get().run(lines * tiles * splits, std::max(1, p.threads), [&](int64_t task, int who) {
-        if (!workers[who]) workers[who].reset(new Worker<Isa>(p));
+        if (!workers[who]) workers[who].reset(new Worker<Isa>(p, book));
         const int64_t split = task % splits, tile = task / splits % tiles, line = task / splits / tiles;
         const int row = int(tile) * tile_rows, rows = std::min(tile_rows, all_rows - row);
         if (rows <= 0) return;
@@ -357,7 +349,7 @@ void attend_with(const Problem& p) {
         // Whoever is the last to work on a tile puts its parts together.
         if (left[line * tiles + tile].fetch_sub(1) > 1) return;
         for (int r = 0; r < rows; ++r)
-            finish(p, line * all_rows + row + r, sums + (first + r) * dim, tops + first + r, totals + first + r, splits, all_rows);
+            finish(p, book.rotation, line * all_rows + row + r, sums + (first + r) * dim, tops + first + r, totals + first + r, splits, all_rows);
     });
 }
 

@@ -19,10 +19,12 @@ inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i u,
 template <class Decoder>
 class Avx512 {
   public:
+    using Book = tessera::Book;
+
     // Functions that are not to be inlined fill the registers by themselves: merged, compilers keep sums in memory.
     class Scratch {
       public:
-        Scratch(const Book& book, int chunks, int limbs, Memory& memory)
+        Scratch(const Book& book, int chunks, int limbs, int, Memory& memory)
             : book_(book),
               chunks_(chunks),
               spans_((chunks + 15) / 16),
@@ -75,7 +77,8 @@ class Avx512 {
         }
 
         // What the bytes of n scales stand for, and zeros up to UNIT.
-        void lengths(const uint8_t* scale, int n, float* to) const {
+        void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const {
+            const uint8_t* scale = side.scale.row(line, token, 1);
             const __m512i byte = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(__mmask16((1u << n) - 1), scale));
             __m512 length;
             if (book_.octaves) {
@@ -91,9 +94,11 @@ class Avx512 {
             _mm512_storeu_ps(to, _mm512_maskz_mov_ps(_mm512_test_epi32_mask(byte, byte), length));
         }
 
-        // scores[r * stride + j] = <query r, vector j>, less the scale of the vector, for n tokens one behind the other; and
-        // anything beyond, up to a multiple of UNIT.
-        [[gnu::noinline]] void dot(const uint8_t* codes, int n, int rows, float* scores, int stride) {
+        // scores[r * stride + j] = <query r, vector j>, less its length, for the tokens of the unit, up to GROUP; and anything
+        // beyond, up to a multiple of UNIT.
+        [[gnu::noinline]] void dot(const Unit& vectors, int rows, float* scores, int stride) {
+            const uint8_t* codes = vectors.codes;
+            int n = vectors.count;
             const int64_t bytes = book_.row_bytes(chunks_);
             const Decoder decoders[2] = {key_decoders_[0], key_decoders_[1]};  // copies: stores do not change them
             for (; n > 0; n -= UNIT, codes += UNIT * bytes, scores += UNIT) {

@@ -28,7 +28,7 @@ using Floats = nb::ndarray<const float, nb::shape<-1>, nb::c_contig, nb::device:
 using Square = nb::ndarray<const float, nb::shape<-1, -1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
 using Longs = nb::ndarray<const int64_t, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
-using Table = nb::ndarray<const int64_t, nb::shape<-1, 12>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const int64_t, nb::shape<-1, 20>, nb::c_contig, nb::device::cpu>;
 
 enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
@@ -62,7 +62,38 @@ void make_book(Book* self, int bits, int move_bits, float step, Rows4I16 points,
                     scale.data(), dct.data(), int(dct.shape(0)), signs.data(), int(signs.shape(0)));
 }
 
-void attend(const Book& book, Table pages, const std::string& level, uintptr_t q, uintptr_t out,
+// Directions of each head, or of all: (heads or 1, count, 4).
+using Words = nb::ndarray<const float, nb::shape<-1, -1, 4>, nb::c_contig, nb::device::cpu>;
+
+void make_products(Products* self, int bits, int radius_bits, Floats levels, Words k_words, Words v_words, Square dct, Floats signs) {
+    if (dct.shape(0) != dct.shape(1)) throw nb::value_error("the DCT is no square matrix");
+    if (radius_bits < 1 || radius_bits > 24 || levels.shape(0) != size_t{1} << radius_bits || k_words.shape(1) != v_words.shape(1))
+        throw nb::value_error("levels or directions of another number than codes have");
+    new (self) Products(bits, radius_bits, levels.data(), k_words.data(), int64_t(k_words.shape(0)), v_words.data(),
+                        int64_t(v_words.shape(0)), uint32_t(k_words.shape(1)), dct.data(), int(dct.shape(0)), signs.data(),
+                        int(signs.shape(0)));
+}
+
+// A row: of the keys, then of the values, codes, scale, centre and flags with their strides, and kept; tokens; offset.
+Page page_at(const int64_t* row) {
+    const auto at = [row](int j) { return reinterpret_cast<const uint8_t*>(uintptr_t(row[j])); };
+    const auto field = [&](int j) { return Field{at(j), row[j + 1]}; };
+    const auto side = [&](Role role, int j) { return Side{role, field(j), field(j + 2), field(j + 4), field(j + 6), at(j + 8), {}}; };
+    return {{side(KEY, 0), side(VALUE, 9)}, row[18], row[19]};
+}
+
+template <class P>
+void set(P& p, const Book& book) {
+    p.book = &book;
+}
+
+template <class P>
+void set(P& p, const Products& products) {
+    p.products = &products;
+}
+
+template <class Codes>
+void attend(const Codes& book, Table pages, const std::string& level, uintptr_t q, uintptr_t out,
             uintptr_t lse, int batch, int q_heads, int kv_heads, int q_tokens, int dim, float scale, float value_gain, float softcap, uintptr_t mask,
             int64_t mask_batch, int64_t mask_head, int64_t mask_query, bool placed, int64_t start, int64_t window, int limbs,
             int threads) {
@@ -71,13 +102,11 @@ void attend(const Book& book, Table pages, const std::string& level, uintptr_t q
     std::vector<Page> list(pages.shape(0));
     int64_t tokens = 0;
     for (size_t i = 0; i < list.size(); ++i) {
-        const int64_t* row = pages.data() + 12 * i;
-        const auto at = [row](int j) { return reinterpret_cast<const uint8_t*>(uintptr_t(row[j])); };
-        list[i] = {at(0), at(1), at(2), at(3), at(4), row[5], row[6], row[7], row[8], row[9], row[10], row[11]};
-        tokens += row[10];
+        list[i] = page_at(pages.data() + 20 * i);
+        tokens += list[i].tokens;
     }
     Problem p{};
-    p.book = &book;
+    set(p, book);
     p.pages = list.data();
     p.page_count = int64_t(list.size());
     p.tokens = tokens;
@@ -142,18 +171,16 @@ void merge(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lse
     }
 }
 
-void decode(const Book& book, const std::string& level, float gain, uintptr_t codes, uintptr_t scale,
-            uintptr_t centre, int64_t codes_stride, int64_t scale_stride, int64_t centre_stride, int64_t lines, int64_t tokens,
-            int64_t offset, int dim, uintptr_t out, int threads) {
-    if (dim % 4 || dim > MAX_DIM || dim < 4 || (book.rotation.dim && book.rotation.dim != dim))
+template <class Codes>
+void decode(const Codes& book, Table pages, const std::string& level, bool values, float gain, int batch, int heads, int dim,
+            uintptr_t out, int threads) {
+    if (pages.shape(0) != 1 || dim % 4 || dim > MAX_DIM || dim < 4 || (book.rotation.dim && book.rotation.dim != dim))
         throw nb::value_error("shapes that this kernel does not know");
+    const Page page = page_at(pages.data());
     Vectors p{};
-    p.book = &book;
-    p.codes = reinterpret_cast<const uint8_t*>(codes);
-    p.scale = reinterpret_cast<const uint8_t*>(scale);
-    p.centre = reinterpret_cast<const uint8_t*>(centre);
-    p.codes_stride = codes_stride, p.scale_stride = scale_stride, p.centre_stride = centre_stride;
-    p.lines = lines, p.tokens = tokens, p.offset = offset, p.dim = dim, p.gain = gain, p.threads = threads;
+    set(p, book);
+    p.page = &page, p.role = values ? VALUE : KEY;
+    p.batch = batch, p.heads = heads, p.dim = dim, p.gain = gain, p.threads = threads;
     p.out = reinterpret_cast<float*>(out);
     nb::gil_scoped_release release;
 #if defined(TESSERA_X86)
@@ -204,6 +231,19 @@ void nearest(const Index& index, uintptr_t x, int64_t n, uintptr_t codes, int th
     Threads::get().run((n + PART - 1) / PART, threads, [&](int64_t part, int) {
         const int64_t begin = part * PART;
         index.nearest(reinterpret_cast<const float*>(x) + 4 * begin, std::min(PART, n - begin), reinterpret_cast<int32_t*>(codes) + begin);
+    });
+}
+
+// Of lines of `chunks` chunks, line i turned by the matrices of head i % heads; turns: (heads, size, 4, 4).
+void nearest_directions(uintptr_t turns, int64_t heads, int size, uintptr_t x, int64_t lines, int64_t chunks, uintptr_t codes,
+                        uintptr_t projections, int threads) {
+    nb::gil_scoped_release release;
+    constexpr int64_t PART = 1024;
+    const int64_t parts = (chunks + PART - 1) / PART;
+    Threads::get().run(lines * parts, threads, [&](int64_t task, int) {
+        const int64_t line = task / parts, begin = task % parts * PART, at = line * chunks + begin;
+        nearest_direction(reinterpret_cast<const float*>(turns) + line % heads * size * 16, size, reinterpret_cast<const float*>(x) + 4 * at,
+                          std::min(PART, chunks - begin), reinterpret_cast<int32_t*>(codes) + at, reinterpret_cast<float*>(projections) + at);
     });
 }
 
@@ -261,12 +301,16 @@ NB_MODULE(_cpu, m) {
         Threads::use(reinterpret_cast<Threads::Parallel>(parallel), reinterpret_cast<Threads::Number>(number));
     });
     m.def("levels", &levels, "Names of the instruction sets that this processor and this build have, the best last.");
-    m.def("attend", &attend);
+    nb::class_<Products>(m, "Products").def("__init__", &make_products);
+    m.def("attend", &attend<Book>);
+    m.def("attend", &attend<Products>);
     m.def("attend_exact", &attend_exact);
     m.def("merge", &merge);
-    m.def("decode", &decode);
+    m.def("decode", &decode<Book>);
+    m.def("decode", &decode<Products>);
     nb::class_<Index>(m, "Index").def("__init__", &make_index);
     m.def("nearest", &nearest);
+    m.def("nearest_directions", &nearest_directions);
     m.def("advance", &advance);
     m.def("retreat", &retreat);
 }

@@ -5,12 +5,8 @@
 #include <cstring>
 #include <limits>
 
-// Each function is compiled for several instruction sets, and the loader takes the best that there is.
-#if defined(TESSERA_X86) && defined(__GNUC__) && !defined(__clang__)
-#define TESSERA_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
-#define TESSERA_CLONES
-#endif
+#include "clones.hpp"
+#include "unit.hpp"
 
 namespace tessera {
 namespace {
@@ -31,16 +27,9 @@ struct Batch {
 inline __attribute__((always_inline)) void divide(const float (&x)[4][CHUNKS], Batch& b) {
     for (int j = 0; j < CHUNKS; ++j) {
         const float x0 = x[0][j], x1 = x[1][j], x2 = x[2][j], x3 = x[3][j];
-        const float a0 = std::fabs(x0), a1 = std::fabs(x1), a2 = std::fabs(x2), a3 = std::fabs(x3);
-        float most = a0;
-        int axis = 0;
-        axis = a1 > most ? 1 : axis, most = a1 > most ? a1 : most;
-        axis = a2 > most ? 2 : axis, most = a2 > most ? a2 : most;
-        axis = a3 > most ? 3 : axis, most = a3 > most ? a3 : most;
-        const bool halves = (a0 + a1 + a2 + a3) * 0.5f > most;
+        const auto [halves, axis, number] = nearest_unit(x0, x1, x2, x3);
+        b.unit[j] = number;
         const int n0 = x0 < 0, n1 = x1 < 0, n2 = x2 < 0, n3 = x3 < 0;
-        const int negative = axis == 0 ? n0 : axis == 1 ? n1 : axis == 2 ? n2 : n3;
-        b.unit[j] = halves ? 8 + 8 * n0 + 4 * n1 + 2 * n2 + n3 : 2 * axis + negative;
         const float size = halves ? 0.5f : 1.0f;
         const float p0 = halves || axis == 0 ? (n0 ? -size : size) : 0.0f, p1 = halves || axis == 1 ? (n1 ? -size : size) : 0.0f;
         const float p2 = halves || axis == 2 ? (n2 ? -size : size) : 0.0f, p3 = halves || axis == 3 ? (n3 ? -size : size) : 0.0f;

@@ -35,4 +35,7 @@ struct Index {
     void nearest(const float* x, int64_t n, int32_t* code) const;
 };
 
+// The best direction 24 s + p of n chunks (n, 4) and their projections on it; turns: (size, 4, 4), see codecs/hqmq.py.
+void nearest_direction(const float* turns, int size, const float* x, int64_t n, int32_t* code, float* projection);
+
 }  // namespace tessera

@@ -47,8 +47,8 @@ def attend_refusal(q: Tensor, pages: Pages) -> str | None:
         return "the Triton kernels have no gradients"
     if not interpreted() and not (q.is_cuda and keys.device == q.device):
         return f"the queries are on {q.device} and the cache on {keys.device}"
-    if pages.form() is None:
-        return f"there is no kernel for {keys.codec.spec}"
+    if not isinstance(pages.form(), JointFormat):
+        return f"there is no Triton kernel for {keys.codec.spec}"
     if dim % 4 or dim > MAX_DIM:
         return f"head_dim {dim} is no multiple of 4 up to {MAX_DIM}"
     return None
@@ -74,6 +74,8 @@ def attend(
     from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
 
     form = pages.check(q, mask)
+    if not isinstance(form, JointFormat):
+        raise ValueError(f"there is no Triton kernel for {pages.pages[0][0].codec.spec}")
     batch, heads, tokens, dim = q.shape
     kv_heads = pages.shape[1]
     group, lines = heads // kv_heads, batch * kv_heads

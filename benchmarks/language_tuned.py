@@ -1,0 +1,152 @@
+"""Language beyond a window of 256 tokens, learned: the demo model goes on learning with its attention changed.
+
+The demo model was trained dense. Every row is that model, all of its weights trained further under one attention in sequences
+of eight windows, and its loss by place in the sequence on modules that it never saw. The controls: the dense model trained as
+much, a window that is longer by as many tokens as the matrices take bytes, an MLP that is wider by as many parameters as the
+memory has, and the memory's reads switched off when it is measured.
+
+Runs are saved one by one; a plan that is cut short goes on where it was. The data is read once into a folder of its own.
+
+Example:
+
+    python benchmarks/language_tuned.py
+    python benchmarks/language_tuned.py --seeds 1 --steps 2 --json /tmp/x.json   # to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tessera.attachment import attachment, reading
+from tessera.evaluation import load
+from tessera.evaluation.language import loss_by_distance
+from tessera.evaluation.records import environment
+from tessera.evaluation.sources import windows
+from tessera.files import write_json
+from tessera.models.gpt import GPT, GPTConfig
+from tessera.training.corpus import Corpus
+from tessera.training.lm import prepare_lm
+from tessera.training.loop import train
+from tessera.training.schedule import LoopConfig, Phase
+
+ROOT = Path(__file__).resolve().parent.parent
+WINDOW = 256
+SEQUENCE = 8 * WINDOW
+EDGES = (1, WINDOW, 2 * WINDOW, 4 * WINDOW, SEQUENCE)
+#: Sequences of held-out text that a model is measured on.
+MEASURED = 32
+BATCH = 2
+OFF = "its reads switched off"
+MEMORY = "with a Tensor Cache"
+WIDER = "wider by the memory's parameters"
+SINKS = f"sink:4 + window:{WINDOW}"
+#: Name -> attention. A float32 matrix of d x d is as large as d / 2 float32 pairs of a key and a value; d is 64.
+ARMS = {
+    "dense": "dense",
+    "window": f"window:{WINDOW}",
+    "window + sinks": SINKS,
+    MEMORY: f"{SINKS} + tc",
+    "longer by the memory's bytes": f"sink:4 + window:{WINDOW + 32}",
+    WIDER: SINKS,
+    "Infini-attention": f"infini:{WINDOW}",
+}
+
+
+def build(arm: str, seed: int) -> GPT:
+    """The demo model with the attention of an arm; what it lacks is new, and does nothing or little at first."""
+    demo = load().model
+    fields = {k: v for k, v in demo.config.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
+    width = fields.pop("intermediate_size")
+    if arm == WIDER:
+        more = sum(p.numel() for p in build(MEMORY, seed).parameters()) - sum(p.numel() for p in demo.parameters())
+        width += round(more / (3 * fields["hidden_size"] * fields["num_hidden_layers"]))
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(attention=ARMS[arm], intermediate_size=width, **fields)).float()
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, weight in demo.state_dict().items():
+            if "down_proj" in name:
+                own[name].zero_()  # the new channels say nothing yet
+            own[name][tuple(map(slice, weight.shape))] = weight.float()
+    return model
+
+
+@torch.no_grad()
+def measure(model: GPT, ids: Tensor) -> dict[str, Any]:
+    """Losses by stretch, over all, beyond the window and beyond four windows."""
+    parts = [loss_by_distance(model, part, None, EDGES) for part in ids.split(4)]
+    losses = [sum(values) / len(values) for values in zip(*parts, strict=True)]
+    sizes = [b - a for a, b in itertools.pairwise(EDGES)]
+
+    def over(first: int) -> float:
+        return sum(x * n for x, n in zip(losses[first:], sizes[first:], strict=True)) / sum(sizes[first:])
+
+    return {"losses": losses, "all": over(0), "beyond": over(1), "far": over(3)}
+
+
+def run(arm: str, seed: int, steps: int, corpus: Corpus, ids: Tensor) -> list[dict[str, Any]]:
+    """Train one model and measure it; with a memory also without its reads."""
+    model = build(arm, seed)
+    about = {"arm": arm, "seed": seed, "steps": steps, "parameters": sum(p.numel() for p in model.parameters())}
+    if steps:
+        loop = LoopConfig(
+            phases=(Phase(1.0, SEQUENCE, BATCH),),
+            steps=steps,
+            muon_lr=1e-3,
+            adamw_lr=3e-4,
+            mixed_precision="no",
+            warmup_steps=min(10, 1 + steps // 10),
+            checkpoint_seconds=1e9,
+            seed=seed,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            train(model, corpus.sample, loop, Path(folder))
+    model.eval()
+    rows = [{**about, **measure(model, ids)}]
+    if attachment(model) is not None:
+        reading(model, False)
+        rows.append({**about, "arm": OFF, **measure(model, ids)})
+    return rows
+
+
+def main() -> int:
+    """Train, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=80, help=f"of training, {BATCH} sequences each")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "language_tuned", help="of the tokens")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_tuned.json")
+    options = parser.parse_args()
+    tokenizer, corpus, text = prepare_lm(None, [], options.folder)
+    ids = windows(torch.tensor(tokenizer.encode(text).ids), SEQUENCE, MEASURED, corpus.bos)
+    rows: list[dict[str, Any]] = json.loads(options.json.read_text())["rows"] if options.json.is_file() else []
+    plan = [("dense", 0, 0), *((arm, seed, options.steps) for seed in range(options.seeds) for arm in ARMS)]
+    for arm, seed, steps in plan:
+        if any((r["arm"], r["seed"], r["steps"]) == (arm, seed, steps) for r in rows):
+            continue
+        rows += run(arm, seed, steps, corpus, ids)
+        write_json(options.json, {"environment": environment(), "window": WINDOW, "edges": EDGES, "batch": BATCH, "rows": rows})
+    table = Table(
+        "attention", "steps", "seed", "parameters", *(f"{a}–{b}" for a, b in itertools.pairwise(EDGES)), "beyond the window"
+    )
+    for r in rows:
+        losses = (f"{x:.4f}" for x in (*r["losses"], r["beyond"]))
+        table.add_row(r["arm"], str(r["steps"]), str(r["seed"]), f"{r['parameters']:,}", *losses)
+    Console().print(table)
+    Console().print(f"Saved {options.json}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The product of a Hurwitz unit and a secondary quaternion that is nearest to a chunk's direction: the definition.
+
+Only the S secondaries are searched: <x, q_p·q_s> = <x·conj(q_s), q_p>, and the best unit for that is in closed form.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessera.quaternion import UNITS, nearest_unit, unit_projection
+
+#: Projections that are in memory at once.
+MANY = 1 << 22
+
+
+def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    """The best direction code s · 24 + p of every chunk, and the chunk's projection on it.
+
+    Args:
+        chunks: (batch, heads, tokens, n, 4).
+        turns: (heads or 1, S, 4, 4), y = turns @ x being x·conj(q_s); its dtype is that of the search.
+
+    Returns:
+        (batch, heads, tokens, n), int64 and float32.
+    """
+    codes = torch.empty(chunks.shape[:-1], dtype=torch.long, device=chunks.device)
+    best = torch.empty(chunks.shape[:-1], device=chunks.device)
+    for head in range(chunks.shape[1]):
+        turn = turns[head if len(turns) > 1 else 0]
+        flat = chunks[:, head].reshape(-1, 4).to(turn.dtype)
+        found = [_search(part, turn) for part in flat.split(max(1, MANY // len(turn)))]
+        found = found or [(flat.new_zeros(0).long(), flat.new_zeros(0))]
+        shape = codes[:, head].shape
+        codes[:, head] = torch.cat([c for c, _ in found]).view(shape)
+        best[:, head] = torch.cat([b for _, b in found]).float().view(shape)
+    return codes, best
+
+
+def _search(x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    turned = (x @ turn.flatten(0, 1).T).unflatten(-1, (-1, 4))  # (n, S, 4)
+    projection, s = unit_projection(turned).max(-1)
+    p = nearest_unit(turned.gather(1, s[:, None, None].expand(-1, 1, 4)).squeeze(1))
+    return s * UNITS + p, projection

@@ -1,0 +1,36 @@
+"""What a kernel must know of vectors coded by direction and radius; made by `tessera.codecs.HQMQ`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ProductFormat:
+    """A vector is R⁻¹ (scale · level · direction) for every four numbers, but for those that are kept as they are.
+
+    Its codes lie one behind the other, `bits` each: direction · 2^radius_bits + level. Field "scale" is in half precision;
+    a bit of "flags" is set for four numbers that are rows of "kept" instead.
+
+    Attributes:
+        bits: of a code.
+        radius_bits: of them, the lowest, the level.
+        levels: (2^radius_bits,) float32, of the radius as a share of the scale.
+        directions: (kv_heads, role, layer) -> unit quaternions (kv_heads or 1, n, 4) float32, of each head or of all.
+        dct: (m, m) float32, and
+        signs: (head_dim,) float32, of the rotation R, see `JointFormat`.
+    """
+
+    bits: int
+    radius_bits: int
+    levels: Tensor
+    directions: Callable[[int, Literal["key", "value"], int], Tensor]
+    dct: Tensor
+    signs: Tensor
+
+    #: Values are multiplied by it.
+    value_gain = 1.0
