@@ -27,14 +27,16 @@ from torch import Tensor
 
 from tessera import codecs
 from tessera.codecs.codebooks import joint
+from tessera.codecs.hqmq import HQMQ
 from tessera.evaluation.records import environment
 from tessera.files import atomic_path
 from tessera.kernels import cpu, dispatch
 from tessera.kernels.nearest import brute_force, build_index
+from tessera.quaternion import conjugate, right_matrix
 from timing import medians
 
 ROOT = Path(__file__).resolve().parent.parent
-SPECS = ("hqmq:2", "hqmq:3", "hqmq:3.5", "hqmq:4", "hqmq:5")
+SPECS = ("hqmq:2", "hqmq:3", "hqmq:3.5", "hqmq:4", "hqmq:5", "hqmq:s96_r4")
 LAYERS, KV_HEADS, DIM = 32, 8, 128
 #: Tokens encoded together: one, and the cache's block.
 BLOCKS = (1, 64)
@@ -42,8 +44,10 @@ BLOCKS = (1, 64)
 
 def search(spec: str, chunks: int, few: int, repeats: int) -> dict[str, Any]:
     """One codebook's row. Brute force is timed on the first `few` of the chunks."""
-    bits = codecs.get(spec).code_bits  # type: ignore[attr-defined]
-    book = joint(bits)
+    codec = codecs.get(spec)
+    if isinstance(codec, HQMQ):
+        return search_directions(codec, chunks, few, repeats)
+    book = joint(codec.code_bits)  # type: ignore[attr-defined]
     index = build_index(book.products.float() * book.step, book.conjugations)
     x = torch.randn(chunks, 4)
     part = x[:few]
@@ -54,20 +58,47 @@ def search(spec: str, chunks: int, few: int, repeats: int) -> dict[str, Any]:
     if cpu.MISSING is None:
         runs["C++"] = lambda: dispatch.nearest(x, index, book.codes, backend="cpu")
     seconds = medians(runs, repeats)
-    counts = {name: few if name == "brute force" else chunks for name in runs}
     wanted = book.codes[runs["brute force"]()]
     got = runs["C++" if "C++" in runs else "PyTorch"]()[:few].long()
     words = book.codewords.double() * book.step
     gap = (part - words[got]).norm(dim=-1) - (part - words[wanted]).norm(dim=-1)
-    nanoseconds = {name: 1e9 * seconds[name] / counts[name] for name in runs}
+    return row(spec, len(words), seconds, chunks, few, gap, got != wanted)
+
+
+def search_directions(codec: HQMQ, chunks: int, few: int, repeats: int) -> dict[str, Any]:
+    """The row of a codebook of directions, of which the largest inner product is searched."""
+    words = codec.directions(1, "key", 0)[0]
+    turns = right_matrix(conjugate(codec.secondaries(1, "key", 0)))
+    x = torch.randn(chunks, 4)
+    part, lines = x[:few], x.view(1, 1, 1, chunks, 4)
+    runs: dict[str, Callable[[], Tensor]] = {
+        "brute force": lambda: (part @ words.T).argmax(-1),
+        "PyTorch": lambda: dispatch.nearest_directions(lines, turns, backend="reference")[0],
+    }
+    if cpu.MISSING is None:
+        runs["C++"] = lambda: dispatch.nearest_directions(lines, turns, backend="cpu")[0]
+    seconds = medians(runs, repeats)
+    wanted = runs["brute force"]()
+    got = runs["C++" if "C++" in runs else "PyTorch"]().view(-1)[:few].long()
+    # Code 24 s + p is word s · 24 + p, see `HQMQ.directions`.
+    exact = words.double()
+    gap = (part * exact[wanted]).sum(-1) - (part * exact[got]).sum(-1)
+    return row(codec.spec, len(words), seconds, chunks, few, gap, got != wanted)
+
+
+def row(
+    spec: str, codewords: int, seconds: dict[str, float], chunks: int, few: int, gap: Tensor, other: Tensor
+) -> dict[str, Any]:
+    """One row; gap: how much worse what was found is than what brute force found; other: whether it is another."""
+    nanoseconds = {name: 1e9 * value / (few if name == "brute force" else chunks) for name, value in seconds.items()}
     return {
         "spec": spec,
-        "codewords": len(book.codewords),
+        "codewords": codewords,
         "nanoseconds": nanoseconds,
         "times_brute_force": {name: nanoseconds["brute force"] / value for name, value in nanoseconds.items()},
         "compared": few,
         "other_indices": int((gap.abs() > 1e-6).sum()),
-        "ties": int(((got != wanted) & (gap.abs() <= 1e-6)).sum()),
+        "ties": int((other & (gap.abs() <= 1e-6)).sum()),
     }
 
 
@@ -85,7 +116,7 @@ def token(spec: str, repeats: int) -> dict[str, Any]:
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--specs", nargs="+", default=SPECS, help="codecs with a joint codebook")
+    parser.add_argument("--specs", nargs="+", default=SPECS, help="codecs with a joint codebook, or of directions")
     parser.add_argument("--chunks", type=int, default=1 << 16)
     parser.add_argument("--few", type=int, default=1 << 11, help="of them that are searched by brute force")
     parser.add_argument("--repeats", type=int, default=7, help="of which the median is taken")

@@ -289,8 +289,8 @@ def test_search_finds_the_codes_of_the_reference(bits: int) -> None:
     got = dispatch.nearest(x, index, book.codes, backend="cpu")
     wanted = dispatch.nearest(x, index, book.codes, backend="reference")
     words = book.codewords.float() * book.step
-    # Two codewords may be equally near to within rounding.
-    assert (got != wanted).float().mean() < 1e-3
+    # Two codewords may be equally near to within rounding; of zero the 24 shortest are.
+    assert (got != wanted)[x.any(-1)].float().mean() < 1e-3
     assert ((x - words[got.long()]).norm(dim=-1) - (x - words[wanted]).norm(dim=-1)).abs().max() < 1e-5 * x.abs().max()
 
 

@@ -187,7 +187,24 @@ void Index::set_lists(const int32_t* count, int64_t lists, const float* from, co
         }
 }
 
+void Index::set_turns() {
+    constexpr size_t FEW = 16;
+    const size_t size = words[0].size() / 24;
+    if (size > FEW) return;
+    for (size_t s = 0; s < size; ++s) {
+        const float w = words[0][24 * s], i = words[1][24 * s], j = words[2][24 * s], k = words[3][24 * s];  // unit 0 is 1
+        for (float entry : {w, i, j, k, -i, w, -k, j, -j, k, w, -i, -k, -j, i, w}) turns.push_back(entry);
+        halves.push_back(words[4][24 * s]);
+    }
+}
+
 void Index::nearest(const float* x, int64_t n, int32_t* code) const {
+    if (!turns.empty()) {
+        std::vector<float> projection(static_cast<size_t>(n));
+        nearest_product(turns.data(), halves.data(), int(halves.size()), x, n, code, projection.data());
+        for (int64_t at = 0; at < n; ++at) code[at] = number[size_t(code[at])];
+        return;
+    }
     const float* all[5] = {words[0].data(), words[1].data(), words[2].data(), words[3].data(), words[4].data()};
     Batch b;
     float last[4 * CHUNKS] = {};

@@ -28,6 +28,11 @@ struct Index {
     uint8_t rotation_unit[12]; // the codebook's order of rotations,
     uint8_t unit_rotation[24]; // and the number of each unit's
 
+    // Where the secondaries are few enough to try them all: what turns a chunk for each of them, (S, 4, 4), and half the squared
+    // length of each.
+    std::vector<float> turns, halves;
+    void set_turns();
+
     // Puts lists one behind the other, `count` candidates each of `points` (entries, 5), into blocks.
     void set_lists(const int32_t* count, int64_t lists, const float* points, const int32_t* codes);
 
@@ -35,7 +40,8 @@ struct Index {
     void nearest(const float* x, int64_t n, int32_t* code) const;
 };
 
-// The best direction 24 s + p of n chunks (n, 4) and their projections on it; turns: (size, 4, 4), see codecs/hqmq.py.
-void nearest_direction(const float* turns, int size, const float* x, int64_t n, int32_t* code, float* projection);
+// The best product 24 s + p of n chunks (n, 4): the one of the largest projection less halves[s]; that projection, and it, are
+// given back. turns: (size, 4, 4), of x·conj(s), see kernels/nearest_directions.py.
+void nearest_product(const float* turns, const float* halves, int size, const float* x, int64_t n, int32_t* code, float* projection);
 
 }  // namespace tessera
