@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tessera.attachment import attachment, reading
@@ -34,6 +35,7 @@ from tessera.evaluation.language import loss_by_distance
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import windows
 from tessera.files import write_json
+from tessera.models import demo_memory_path
 from tessera.models.gpt import GPT, GPTConfig
 from tessera.training.corpus import Corpus
 from tessera.training.lm import prepare_lm
@@ -47,8 +49,9 @@ EDGES = (1, WINDOW, 2 * WINDOW, 4 * WINDOW, SEQUENCE)
 #: Sequences of held-out text that a model is measured on.
 MEASURED = 32
 BATCH = 2
-OFF = "its reads switched off"
+OFF = "reads switched off"
 MEMORY = "with a Tensor Cache"
+SHIPPED = "the same, begun with the memory that ships"
 WIDER = "wider by the memory's parameters"
 SINKS = f"sink:4 + window:{WINDOW}"
 #: Name -> attention. A float32 matrix of d x d is as large as d / 2 float32 pairs of a key and a value; d is 64.
@@ -57,6 +60,7 @@ ARMS = {
     "window": f"window:{WINDOW}",
     "window + sinks": SINKS,
     MEMORY: f"{SINKS} + tc",
+    SHIPPED: f"{SINKS} + tc",
     "longer by the memory's bytes": f"sink:4 + window:{WINDOW + 32}",
     WIDER: SINKS,
     "Infini-attention": f"infini:{WINDOW}",
@@ -79,6 +83,11 @@ def build(arm: str, seed: int) -> GPT:
             if "down_proj" in name:
                 own[name].zero_()  # the new channels say nothing yet
             own[name][tuple(map(slice, weight.shape))] = weight.float()
+    if arm == SHIPPED:
+        tensors, memory = load_file(demo_memory_path()), attachment(model)
+        assert memory is not None
+        for name, module in memory.modules().items():
+            module.load_state_dict({k.partition(".")[2]: v for k, v in tensors.items() if k.partition(".")[0] == name})
     return model
 
 
@@ -116,7 +125,7 @@ def run(arm: str, seed: int, steps: int, corpus: Corpus, ids: Tensor) -> list[di
     rows = [{**about, **measure(model, ids)}]
     if attachment(model) is not None:
         reading(model, False)
-        rows.append({**about, "arm": OFF, **measure(model, ids)})
+        rows.append({**about, "arm": f"{arm}, {OFF}", **measure(model, ids)})
     return rows
 
 

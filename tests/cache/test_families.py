@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, masking_utils
 
 import tessera
-from tessera import attention
+from tessera.attention import forward, mask_unless_causal
 
 
 def both(model: Any, spec: str, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, tessera.Cache]:
@@ -149,7 +149,7 @@ def test_no_mask_is_made_that_would_only_say_what_positions_say(family: str, mon
             made.append(tuple(mask.shape))
         return mask
 
-    monkeypatch.setattr(attention, "sdpa_mask", sdpa_mask)
+    monkeypatch.setattr(forward, "sdpa_mask", sdpa_mask)
     model = make(family)
     windows = [window for window in (getattr(model.config, "sliding_window", None),) if window]
     tessera.enable(model)
@@ -160,6 +160,6 @@ def test_no_mask_is_made_that_would_only_say_what_positions_say(family: str, mon
                 model(ids, past_key_values=cache, attention_mask=None)
         # Layers with a window of their own have a mask of bounded size.
         assert all(windows and shape[-1] < max(windows) + 200 for shape in made)
-    assert attention.mask_unless_causal(1, 3, 10, 7) is None
-    assert attention.mask_unless_causal(1, 3, 10, 7, attention_mask=torch.arange(10)[None] > 1) is not None
-    assert attention.mask_unless_causal(1, 3, 10, 2) is not None
+    assert mask_unless_causal(1, 3, 10, 7) is None
+    assert mask_unless_causal(1, 3, 10, 7, attention_mask=torch.arange(10)[None] > 1) is not None
+    assert mask_unless_causal(1, 3, 10, 2) is not None

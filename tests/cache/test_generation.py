@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import tessera
-from tessera import attention
+from tessera.attention import tiers
 from tessera.cache.lane import RECORDED, Turn
 from tessera.kernels import Pages, cpu
 
@@ -328,13 +328,13 @@ def test_rows_can_be_repeated_selected_and_reordered(spec: str) -> None:
 def packed_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(query tokens, tokens read from packed tiers) of every call of the attention."""
     reads: list[tuple[int, int]] = []
-    attend = attention._attend
+    attend = tiers._attend
 
     def watch(q: Tensor, turn: Turn, *args: Any) -> Tensor:
         reads.append((q.shape[2], sum(part.tokens for part in turn.parts if isinstance(part.held, Pages))))
         return attend(q, turn, *args)
 
-    monkeypatch.setattr(attention, "_attend", watch)
+    monkeypatch.setattr(tiers, "_attend", watch)
     return reads
 
 

@@ -1,0 +1,7 @@
+"""Tessera's attention: one softmax over all tiers of a cache, registered with transformers as "tessera"."""
+
+from tessera.attention.forward import attention_forward, mask_unless_causal
+from tessera.attention.plain import Limits
+from tessera.attention.switch import disable, enable, unsupported
+
+__all__ = ["Limits", "attention_forward", "disable", "enable", "mask_unless_causal", "unsupported"]

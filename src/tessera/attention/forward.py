@@ -1,0 +1,109 @@
+"""What models call instead of their own attention, and for its mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from tessera.associative.infini import Infini
+from tessera.associative.layer import TensorCacheLayer
+from tessera.attention.carried import over_segment
+from tessera.attention.infini import over_whole
+from tessera.attention.plain import Limits, Softmax, dense, places, positions, windowed
+from tessera.attention.tiers import over_tiers
+from tessera.cache.carry import Segment
+from tessera.cache.layer import ATTENTION, Handle
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What models call instead of their own attention.
+
+    Args:
+        module: the model's attention module.
+        query: (batch, q_heads, tokens, head_dim).
+        key: a handle from `tessera.Cache`, or keys (batch, kv_heads, slots, head_dim) from anywhere else.
+        value: likewise.
+        attention_mask: (batch or 1, heads or 1, tokens, slots), True where a query sees a slot, or None: causal.
+        dropout: of the attention weights; only without a handle.
+        scaling: of the scores; None: head_dim ** -0.5.
+        softcap: scores become softcap · tanh(score / softcap).
+        s_aux: (q_heads,) logits of sinks that take part in the softmax and give nothing.
+        kwargs: the rest that models pass; the window is in the mask already.
+
+    Returns:
+        (batch, tokens, q_heads, head_dim) and no weights.
+    """
+    memory: TensorCacheLayer | None = getattr(module, "tensor_cache", None)
+    infini: Infini | None = getattr(module, "infini", None)
+    softmax = Softmax(dropout, scaling, softcap, s_aux)
+    if isinstance(key, Segment):
+        if attention_mask is not None:
+            raise ValueError("a Carry is for rows without padding; leave the attention mask out")
+        return over_segment(module, key.layer, query, key.new, value.new, kwargs.get("position_ids"), softmax), None
+    if infini is not None:
+        return over_whole(module, infini, query, key, value, scaling, kwargs.get("position_ids")), None
+    if not isinstance(key, Handle):
+        limits = getattr(module, "limits", None) if memory is None else Limits(memory.config.window, memory.config.sink)
+        if limits is not None:
+            place, real = places(query, key, attention_mask)
+            if memory is not None:
+                memory.pending, _ = memory(query, key, value, real, positions(query, place, kwargs.get("position_ids")))
+            return windowed(module, limits, query, key, value, place, real, softmax), None
+        attention_mask = _bottom_right(module, query, key) if attention_mask is None else attention_mask
+        if softmax.usual:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return dense(module, query, key, value, attention_mask, softmax), None
+    return over_tiers(module, query, key, attention_mask, softmax), None
+
+
+def mask_unless_causal(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What models call for the mask that `attention_forward` is given: transformers' `sdpa_mask`, or None for plain causality.
+
+    That of the newest queries over everything seen before grows with what was seen, and would be made to say nothing.
+    """
+    causal = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
+    if causal and not torch.compiler.is_compiling():
+        newest = int(q_offset) + q_length == int(kv_offset) + kv_length
+        if newest and (attention_mask is None or bool(attention_mask.all())):
+            return None
+    rest = {"attention_mask": attention_mask, "local_size": local_size, "allow_is_causal_skip": allow_is_causal_skip}
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **rest, **kwargs)
+
+
+def _bottom_right(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
+    """The causal mask that was left out, for attention that would take it for that of equally many queries and keys."""
+    tokens, slots = query.shape[2], key.shape[2]
+    if tokens == 1 or tokens == slots or not getattr(module, "is_causal", True):
+        return None
+    return torch.ones((1, 1, tokens, slots), dtype=torch.bool, device=query.device).tril(slots - tokens)
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+AttentionMaskInterface.register(ATTENTION, mask_unless_causal)

@@ -1,0 +1,62 @@
+"""Routing a model's attention through Tessera, and back."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from tessera.cache.layer import ATTENTION
+
+M = TypeVar("M", bound=nn.Module)
+
+#: Where `enable` notes what `disable` shall restore.
+_PREVIOUS = "_attention_before_tessera"
+
+
+def enable(model: M) -> M:
+    """Route the attention of `model` (a transformers model) through Tessera. Returns the model; calling it again is harmless.
+
+    Without a `tessera.Cache` the model computes what it did before.
+
+    Raises:
+        ValueError: for a model that does not ask transformers' `AttentionInterface` for its attention.
+    """
+    why = unsupported(model)
+    if why:
+        raise ValueError(f"tessera.enable: {type(model).__name__} cannot use Tessera's attention: {why}")
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    before = text._attn_implementation
+    if before == ATTENTION:
+        return model
+    _switch(model, ATTENTION)
+    if text._attn_implementation != ATTENTION:
+        raise ValueError(f"tessera.enable: {type(model).__name__} kept its attention {text._attn_implementation!r}")
+    setattr(model, _PREVIOUS, before)
+    return model
+
+
+def disable(model: M) -> M:
+    """Give `model` back the attention it had before `enable`. Returns the model."""
+    config: Any = model.config
+    if config.get_text_config(decoder=True)._attn_implementation == ATTENTION:
+        _switch(model, getattr(model, _PREVIOUS, None) or ("sdpa" if getattr(model, "_supports_sdpa", False) else "eager"))
+    return model
+
+
+def unsupported(model: Any) -> str | None:
+    """Why the model's attention cannot be replaced, or None if it can."""
+    if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
+        return "it is not a transformers model"
+    if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
+        return "its code computes attention itself and does not ask transformers' AttentionInterface"
+    return None
+
+
+def _switch(model: Any, implementation: str) -> None:
+    """Set the attention of the text model only; vision towers keep theirs."""
+    config = model.config
+    text = config.get_text_config(decoder=True)
+    key = next((k for k in config.sub_configs if getattr(config, k, None) is text), None)
+    model.set_attn_implementation(implementation if key is None else {key: implementation})

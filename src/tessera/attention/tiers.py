@@ -1,0 +1,127 @@
+"""One softmax over all tiers of a `tessera.Cache`, and what its associative memory adds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from tessera.associative.layer import TensorCacheLayer
+from tessera.attention.plain import Softmax
+from tessera.cache.lane import Part, Turn
+from tessera.cache.layer import Handle
+from tessera.cache.masks import LaneMask
+from tessera.kernels import Pages, dispatch
+
+
+def over_tiers(module: nn.Module, query: Tensor, handle: Handle, mask: Tensor | None, softmax: Softmax) -> Tensor:
+    """Attention to all that a layer of a cache holds; arguments as of `attention_forward`.
+
+    Returns (batch, tokens, heads, head_dim).
+    """
+    if softmax.dropout:
+        raise ValueError("attention dropout and tessera.Cache do not go together; call model.eval()")
+    scale = query.shape[-1] ** -0.5 if softmax.scaling is None else softmax.scaling
+    layer = handle.layer
+    turns = layer.open(mask)
+    batch, heads, tokens, dim = query.shape
+    out: Tensor | None = None
+    memory: TensorCacheLayer | None = getattr(module, "tensor_cache", None) if layer.policy.associative else None
+    added = None if memory is None else query.new_zeros((batch, tokens, memory.out.out_features))
+    for turn, seen in turns:
+        rows = turn.lane.rows
+        whole = len(rows) == batch
+        index = None if whole else torch.tensor(rows, device=query.device)
+        q = query if index is None else query.index_select(0, index)
+        if memory is not None and added is not None:
+            added[rows, turn.begin :] = _recall(memory, q[:, :, turn.begin :], turn).to(added.dtype)
+        part = _attend(q[:, :, turn.begin :], turn, seen, scale, softmax).to(query.dtype).transpose(1, 2)
+        if whole and not turn.begin:
+            out = part.contiguous()
+            break
+        if out is None:
+            out = query.new_zeros((batch, tokens, heads, dim))
+        if index is None:
+            out[:, turn.begin :] = part
+        else:
+            out[index, turn.begin :] = part
+    layer.close(turns)
+    if memory is not None:
+        memory.pending = added
+    return query.new_zeros((batch, tokens, heads, dim)) if out is None else out
+
+
+def _recall(memory: TensorCacheLayer, q: Tensor, turn: Turn) -> Tensor:
+    """What the associative memory adds for the queries of a turn, whose lane then knows the pairs that left as written.
+
+    q: (rows, heads, tokens, head_dim); returns (rows, tokens, hidden).
+    """
+    lane, window = turn.lane, memory.config.window
+    assert lane.memory is not None
+    places = torch.arange(turn.first, turn.first + turn.tokens, device=q.device)
+    leave = places - window
+    k, v = lane.pairs(turn, max(0, turn.first - window), max(0, turn.first + turn.tokens - window))
+    memory.memory.check_finite(k, v)
+    idle = turn.tokens - k.shape[2]
+    # The first tokens push nothing out, until the window is full.
+    k, v = pad(memory.plain(k, leave[None, idle:]), (0, 0, idle, 0)), pad(v, (0, 0, idle, 0))
+    live = (leave >= memory.config.sink).expand(len(lane.rows), -1)
+    query = memory.plain(q, places[None])
+    read, lane.memory.coming = memory.memory.advance(query, k, v, live, lane.memory.state_for(memory.memory, k))
+    return memory.project(read, query)
+
+
+def _attend(q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softmax: Softmax) -> Tensor:
+    """One softmax over all parts. q: (rows, q_heads, tokens, head_dim), as the result."""
+    if len(turn.parts) == 1 and mask is None and softmax.usual:
+        fused = _fused(q, turn, scale)
+        if fused is not None:
+            return fused
+    results = []
+    for part in turn.parts:
+        start, window = _rule(turn, part)
+        seen = None if mask is None else mask.columns(part.start, part.tokens)
+        if mask is not None and window is None:
+            start = None  # the mask says it all, and may say something else than causality
+        if isinstance(part.held, Pages):
+            results.append(dispatch.attend(q, part.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window))
+        else:
+            results.append(
+                dispatch.attend_exact(q, *part.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window)
+            )
+    if softmax.s_aux is not None:
+        lse = softmax.s_aux.float().view(1, -1, 1).expand(q.shape[:3])
+        results.append((torch.zeros_like(results[0][0]), lse))
+    return dispatch.merge(results)[0]
+
+
+def _rule(turn: Turn, part: Part) -> tuple[int | None, int | None]:
+    """The part's `start` and `window` for the kernels, None where they hide nothing."""
+    start, window = turn.first - part.start, part.window
+    if window is not None and start + turn.tokens - window <= 0:
+        window = None
+    if window is None and start >= part.tokens - 1:
+        return None, None
+    return start, window
+
+
+def _fused(q: Tensor, turn: Turn, scale: float) -> Tensor | None:
+    """PyTorch's own attention, where all that is read is one exact part with a rule that it knows, and many queries read it.
+
+    For a few queries that share keys it is slower than the kernel for them.
+    """
+    part = turn.parts[0]
+    if isinstance(part.held, Pages) or part.held[0].dtype != q.dtype or dispatch.exact_in_cpp(q, *part.held):
+        return None
+    k, v = part.held
+    start, window = _rule(turn, part)
+    if window is not None:
+        return None
+    rows, heads, tokens, dim = q.shape
+    if start is None and tokens == 1:
+        # The queries of a group become the query tokens of their key head, so keys are not repeated.
+        packed = q.reshape(rows, k.shape[1], heads // k.shape[1], dim)
+        return scaled_dot_product_attention(packed, k, v, scale=scale).reshape(rows, heads, 1, dim)
+    if start == 0 and tokens == part.tokens:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != k.shape[1])
+    return None
