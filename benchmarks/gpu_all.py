@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in one run of some minutes: first whether the kernels are right, then how fast they are.
 
 1. The Triton attention against the reference, on the shapes of the tests, on the device.
-2. One new token over a long cache: against scaled dot product attention in float16, at 4k to 128k tokens and batches of 1, 8
+2. The ways to look a codeword up, side by side.
+3. One new token over a long cache: against scaled dot product attention in float16, at 4k to 128k tokens and batches of 1, 8
    and 32, as far as the memory of the device goes.
-3. The same for a chunk of 64 new tokens.
-4. The memories on the device against their definitions on the CPU, forward and backward: the scan of a Tensor Cache, with the
+4. The same for a chunk of 64 new tokens.
+5. The memories on the device against their definitions on the CPU, forward and backward: the scan of a Tensor Cache, with the
    kernels of flash-linear-attention too where these are installed, and a Tensor Memory.
 
 Writes JSON after every step, so that a run that is cut short has left what it measured.
@@ -147,6 +148,19 @@ def speed(device: torch.device, batch: int, tokens: int, queries: int) -> dict[s
     return row
 
 
+def lookups(device: torch.device, tokens: int) -> list[dict[str, Any]]:
+    """Milliseconds of each way to look a codeword up, one new token, batches of one and of many."""
+    rows = []
+    for batch in (1, 8):
+        q = torch.randn(batch, HEADS, 1, DIM, device=device, dtype=torch.float16)
+        for spec in SPECS:
+            pages = pages_of(spec, batch, tokens, DIM, KV_HEADS, device)
+            for name in triton.LOOKUPS:
+                ms = timed(partial(triton.attend, q, pages, DIM**-0.5, lookup=name), device)
+                rows.append({"batch": batch, "tokens": tokens, "spec": spec, "lookup": name, "ms": ms})
+    return rows
+
+
 def memories(device: torch.device, tokens: int) -> list[dict[str, Any]]:
     """Rows of name, largest relative error of outputs and gradients against the definition, and milliseconds of both passes."""
     cases: dict[str, tuple[Any, list[Tensor], Any]] = {}
@@ -212,6 +226,10 @@ def main() -> int:
     if worst > 1e-2:
         console.print("The kernels are wrong; their speed does not matter.")
         return 1
+    record["lookups"] = lookups(device, 64 if options.smoke else 32768)
+    for row in record["lookups"]:
+        console.print(f"{row['spec']}, batch {row['batch']}, lookup {row['lookup']}: {row['ms']:.3f} ms")
+    save()
     table = Table("batch", "tokens", "new", "dense ms", *SPECS)
     cases = [(b, t, n) for n in (1, 64) for t in LENGTHS for b in BATCHES]
     for batch, tokens, queries in [(1, 256, 1)] if options.smoke else cases:

@@ -30,9 +30,9 @@ def check(codec: Any, shape: tuple[int, int, int, int], sizes: list[int], dim: i
     batch, heads, kv_heads, queries = shape
     pages = make_pages(codec, batch, kv_heads, sizes, dim)
     q = torch.randn(batch, heads, queries, dim)
-    splits = rule.pop("splits", None)
+    how = {name: rule.pop(name) for name in ("splits", "lookup") if name in rule}
     on_device = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in rule.items()}
-    out, lse = triton.attend(q.to(DEVICE), moved(pages), dim**-0.5, splits=splits, **on_device)
+    out, lse = triton.attend(q.to(DEVICE), moved(pages), dim**-0.5, **how, **on_device)
     wanted, wanted_lse = reference.attend(q, pages, dim**-0.5, **rule)
     assert relative(out.cpu(), wanted) < HALF
     assert torch.equal(lse.cpu() == -torch.inf, wanted_lse == -torch.inf)
@@ -43,6 +43,17 @@ def check(codec: Any, shape: tuple[int, int, int, int], sizes: list[int], dim: i
 @pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4"])
 def test_attention_equals_the_reference(spec: str) -> None:
     check(codecs.get(spec), (1, 4, 2, 1), [64, 65], 64)
+
+
+@pytest.mark.parametrize("lookup", triton.LOOKUPS)
+@pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:3.5", "hqmq:4"])
+def test_every_lookup_equals_the_reference(spec: str, lookup: str) -> None:
+    check(codecs.get(spec), (1, 4, 2, 1), [70], 64, lookup=lookup)
+
+
+def test_a_lookup_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="no lookup 'texture'; there are moves, words, halves"):
+        check(codecs.get("hqmq:4"), (1, 1, 1, 1), [64], 64, lookup="texture")
 
 
 @pytest.mark.parametrize(

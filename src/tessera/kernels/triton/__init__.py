@@ -19,6 +19,10 @@ from tessera.quaternion import units
 MAX_DIM = 256
 #: Query rows of a program at most; more are split among programs.
 ROWS = 64
+#: How a codeword is looked up. "moves": a word of its point, of 8 KiB for codes of 16 bits, whose bytes are then permuted and
+#: negated. "words": a word of the codeword itself, of 256 KiB. "halves": two words of two half-precision numbers each, 512 KiB,
+#: which need not be unpacked.
+LOOKUPS = ("moves", "words", "halves")
 #: Programs that are wanted at least, for each multiprocessor.
 WAVES = 4
 
@@ -64,12 +68,14 @@ def attend(
     start: int | None = None,
     window: int | None = None,
     splits: int | None = None,
+    lookup: str = LOOKUPS[0],
 ) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.reference.attend` in Triton.
 
     Args:
         q, pages, scale, mask, softcap, start, window: as there.
         splits: parts that the tokens are cut into; None: as many as keep the device busy.
+        lookup: one of `LOOKUPS`.
     """
     from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
 
@@ -86,7 +92,7 @@ def attend(
     unit = turned.abs().amax(-1).clamp(min=1e-30)
     turned = (turned / unit.unsqueeze(-1)).half()
     blocks = _block_table(pages, BLOCK, form.group)
-    tables = _tables(form, q.device)
+    tables = _tables(form, lookup, q.device)
 
     tile = min(ROWS, max(16, 1 << (rows - 1).bit_length()))
     tiles = -(-rows // tile)
@@ -126,8 +132,9 @@ def attend(
         WIDTH=max(16, 1 << (chunks - 1).bit_length()),
         ROWS=tile,
         BITS=form.bits,
+        LOOKUP=lookup,
         MOVE_BITS=form.move_bits,
-        FIELD=8 if tables[0].dtype == torch.int32 else 16,
+        FIELD=_field(form),
         CENTRED="centre" in pages.pages[0][0].tensors,
         ROTATED=rotation is not None,
         MASKED=mask is not None,
@@ -194,19 +201,32 @@ def _rotation(form: JointFormat, dim: int, device: torch.device) -> Tensor | Non
     return (torch.kron(form.dct, hadamard) * form.signs).T.contiguous().to(device)
 
 
+def _field(form: JointFormat) -> int:
+    """Bits that a component of a codeword takes."""
+    return 8 if form.points.abs().max() <= 127 else 16
+
+
 @cache
-def _tables(form: JointFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Points as words of four components, the moves' permutations and signs by bytes, and the scales."""
-    field = 8 if form.points.abs().max() <= 127 else 16
-    shifts = torch.arange(4) * field
-    words = ((form.points.long() & ((1 << field) - 1)) << shifts).sum(-1)
-    room = torch.zeros(1 << (form.bits - form.move_bits), dtype=torch.long)
-    room[: len(words)] = words
-    table = torch.where(room >= 1 << 31, room - (1 << 32), room).int() if field == 8 else room
+def _tables(form: JointFormat, lookup: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is looked up, the moves' permutations and signs by bytes, and the scales."""
+    if lookup not in LOOKUPS:
+        raise ValueError(f"no lookup {lookup!r}; there are {', '.join(LOOKUPS)}")
+    # As many rows as a code can name, zero where the codebook has none.
+    points = torch.zeros(1 << (form.bits - form.move_bits), 4, dtype=torch.long)
+    points[: len(form.points)] = form.points.long()
+    if lookup != "moves":
+        points = (points[:, form.permutation] * form.sign).flatten(0, 1)
+    table = points.half().view(torch.int32) if lookup == "halves" else _joined(points, _field(form))
     by_byte = torch.arange(4) * 8
     control = (form.permutation << by_byte).sum(-1).int()
     negate = ((form.sign < 0).long() << by_byte).sum(-1).int()
-    return table.to(device), control.to(device), negate.to(device), form.scales.to(device)
+    return table.contiguous().to(device), control.to(device), negate.to(device), form.scales.to(device)
+
+
+def _joined(points: Tensor, field: int) -> Tensor:
+    """(n, 4) integers -> (n,) words of four fields: int32, or int64 if a field has 16 bits."""
+    words = ((points & ((1 << field) - 1)) << (torch.arange(4) * field)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int() if field == 8 else words
 
 
 def _block_table(pages: Pages, block: int, group: int) -> Tensor:

@@ -44,8 +44,28 @@ def _component(word, control, negate, j: tl.constexpr, FIELD: tl.constexpr):
 
 
 @triton.jit
-def _look_up(codes, table, table_control, table_negate, MOVE_BITS: tl.constexpr, FIELD: tl.constexpr):
-    """The four components of each codeword, float16, of the shape of `codes`."""
+def _half(pairs, j: tl.constexpr):
+    """The half-precision number in the lower or upper half of words of 32 bits."""
+    return ((pairs >> (16 * j)) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _look_up(codes, table, table_control, table_negate, LOOKUP: tl.constexpr, MOVE_BITS: tl.constexpr, FIELD: tl.constexpr):
+    """The four components of each codeword, float16, of the shape of `codes`; by `LOOKUPS` of `tessera.kernels.triton`."""
+    if LOOKUP == "halves":
+        low = tl.load(table + 2 * codes)
+        high = tl.load(table + 2 * codes + 1)
+        return _half(low, 0), _half(low, 1), _half(high, 0), _half(high, 1)
+    if LOOKUP == "words":
+        word = tl.load(table + codes)
+        none = tl.zeros_like(codes)
+        control = none + 0x03020100
+        return (
+            _component(word, control, none, 0, FIELD),
+            _component(word, control, none, 1, FIELD),
+            _component(word, control, none, 2, FIELD),
+            _component(word, control, none, 3, FIELD),
+        )
     word = tl.load(table + (codes >> MOVE_BITS))
     move = codes & ((1 << MOVE_BITS) - 1)
     control = tl.load(table_control + move)
@@ -65,7 +85,7 @@ def attend_kernel(
     unit,  # (batch · kv_heads, rows) float32
     rotation,  # (dim, dim) float32, y = x @ rotation
     blocks,  # (blocks, 12) int64, see `tessera.kernels.triton`
-    table,  # (points,) int32 or int64, four components a word
+    table,  # what LOOKUP looks up
     table_control,
     table_negate,  # (moves,) int32
     scales,  # (256,) float32
@@ -91,8 +111,9 @@ def attend_kernel(
     WIDTH: tl.constexpr,  # CHUNKS, rounded up to what a dot product takes
     ROWS: tl.constexpr,  # of a program
     BITS: tl.constexpr,
+    LOOKUP: tl.constexpr,
     MOVE_BITS: tl.constexpr,
-    FIELD: tl.constexpr,  # bits of a component in `table`
+    FIELD: tl.constexpr,  # bits of a component in `table`, but with "halves"
     CENTRED: tl.constexpr,
     ROTATED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -144,7 +165,7 @@ def attend_kernel(
         seen = here[:, None] & real_chunk[None, :]
 
         codes = _codes(k_codes, token, chunk, row_bytes, seen, BITS)
-        k0, k1, k2, k3 = _look_up(codes, table, table_control, table_negate, MOVE_BITS, FIELD)
+        k0, k1, k2, k3 = _look_up(codes, table, table_control, table_negate, LOOKUP, MOVE_BITS, FIELD)
         a0, a1, a2, a3, a_unit = q0, q1, q2, q3, q_unit
         shift = tl.zeros((ROWS,), tl.float32)
         if CENTRED:
@@ -209,7 +230,7 @@ def attend_kernel(
         top = new
 
         codes = _codes(v_codes, token, chunk, row_bytes, seen, BITS)
-        v0, v1, v2, v3 = _look_up(codes, table, table_control, table_negate, MOVE_BITS, FIELD)
+        v0, v1, v2, v3 = _look_up(codes, table, table_control, table_negate, LOOKUP, MOVE_BITS, FIELD)
         length = tl.load(scales + tl.load(v_scale + token, mask=here, other=0))
         longest = tl.maximum(tl.max(length, axis=0), 1e-30)  # so that half precision holds the weights
         share = (weight * (length / longest)[None, :]).to(tl.float16)
