@@ -41,6 +41,7 @@ bench: install
 	$(BIN)/python benchmarks/long_run.py
 	$(BIN)/python benchmarks/language_scratch.py
 	$(BIN)/python benchmarks/language_memory.py
+	$(BIN)/python benchmarks/language_tuned.py
 	$(BIN)/python benchmarks/tensor_memory_cost.py
 	$(BIN)/python benchmarks/retention.py
 	$(BIN)/tessera compare --out docs/results/demo_memory --specs window:256 --specs "sink:4 + window:256" --specs "sink:4 + window:256 + tc" --protocol streaming

@@ -22,6 +22,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from tessera.evaluation.records import Comparison
@@ -145,6 +146,21 @@ def language() -> str:
     edges = data["edges"]
     head = ("attention", *(f"{a:,}–{b:,}" for a, b in itertools.pairwise(edges)), "beyond the window")
     cells = [(r["name"], *(f"{loss:.4f}" for loss in r["losses"]), f"{r['beyond']:.4f}") for r in data["rows"]]
+    return markdown_table(head, cells)
+
+
+def language_tuned() -> str:
+    """The demo model trained further under one attention each: losses by place, mean over seeds, and how far these lie apart."""
+    data = _load("language_tuned")
+    rows, edges = data["rows"], data["edges"]
+    cells = []
+    for name, steps in dict.fromkeys((r["arm"], r["steps"]) for r in rows):
+        own = [r for r in rows if (r["arm"], r["steps"]) == (name, steps)]
+        losses = [mean(r["losses"][i] for r in own) for i in range(len(edges) - 1)]
+        beyond = [r["beyond"] for r in own]
+        apart = f" ± {stdev(beyond):.4f}" if len(own) > 1 else ""
+        cells.append((name, str(steps), str(len(own)), *(f"{x:.4f}" for x in losses), f"{mean(beyond):.4f}{apart}"))
+    head = ("attention", "steps", "seeds", *(f"{a:,}–{b:,}" for a, b in itertools.pairwise(edges)), "beyond the window")
     return markdown_table(head, cells)
 
 
@@ -299,6 +315,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "encode": encode,
     "generation": generation,
     "language": language,
+    "language-tuned": language_tuned,
     "llamacpp": llamacpp,
     "overheads": overheads,
     "query-digits": query_digits,

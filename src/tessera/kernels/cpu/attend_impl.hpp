@@ -49,6 +49,21 @@ inline float inner(const float* x, const float* y, int count) {
     return sum;
 }
 
+// Inner products of x with four vectors that lie one behind the other.
+inline void inner_of_four(const float* x, const float* y, int count, float* to) {
+    Lanes part[4] = {};
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const Lanes a = load(x + i);
+        for (int j = 0; j < 4; ++j) part[j] += a * load(y + j * count + i);
+    }
+    for (int j = 0; j < 4; ++j) {
+        float sum = total(part[j]);
+        for (int k = i; k < count; ++k) sum += x[k] * y[j * count + k];
+        to[j] = sum;
+    }
+}
+
 inline bool finite(const float* x, int count) {
     int32_t broken = 0;
     for (int i = 0; i < count; ++i) {

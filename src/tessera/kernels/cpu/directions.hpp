@@ -26,31 +26,21 @@ class Directions {
 
     void read(const Unit& unit, float* to) const {
         const Side& side = *unit.side;
-        const int bits = book_.bits;
         const float* words = book_.words[side.role].data() + book_.head_words[side.role] * (unit.line % heads_);
         const int64_t bytes = book_.row_bytes(chunks_);
         const int radius_bits = book_.radius_bits;
-        const uint32_t ones = (uint32_t{1} << bits) - 1, radii = (uint32_t{1} << radius_bits) - 1, count = book_.count;
+        const uint32_t radii = (uint32_t{1} << radius_bits) - 1, count = book_.count;
         const float* levels = book_.levels.data();
-        // Chunks whose codes lie in four bytes of the row; the last few are read byte by byte.
-        const int plain = bytes < 4 ? 0 : int(std::min<int64_t>(chunks_, ((bytes - 3) * 8 + bits - 1) / bits));
         const uint8_t* row = unit.codes;
         for (int j = 0; j < unit.count; ++j, row += bytes, to += 4 * chunks_) {
             uint16_t half;
             std::memcpy(&half, side.scale.row(unit.line, unit.token + j, 2), 2);
             const float scale = half_to_float(half);
-            const auto put = [&](int k, uint32_t code) {
-                const uint32_t direction = std::min((code & ones) >> radius_bits, count);
+            each_code(row, book_.bits, chunks_, [=](int k, uint32_t code) {
+                const uint32_t direction = std::min(code >> radius_bits, count);
                 const Chunk chunk = load_chunk(words + 4 * size_t(direction)) * (levels[code & radii] * scale);
                 std::memcpy(to + 4 * k, &chunk, sizeof chunk);
-            };
-            int k = 0;
-            for (int bit = 0; k < plain; ++k, bit += bits) {
-                uint32_t code;
-                std::memcpy(&code, row + (bit >> 3), 4);
-                put(k, code >> (bit & 7));
-            }
-            for (; k < chunks_; ++k) put(k, code_at(row, bytes, int64_t(k) * bits));
+            });
             if (side.flags.data) put_kept(side, unit.line, unit.token + j, to);
         }
     }

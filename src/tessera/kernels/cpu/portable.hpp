@@ -33,8 +33,10 @@ class Loops {
                 reader_.read(unit, vectors_);
                 for (int r = 0; r < rows; ++r) {
                     const float* q = queries_ + size_t(r) * dim_;
-                    for (int j = 0; j < unit.count; ++j) scores[r * stride + j] = inner(q, vectors_ + size_t(j) * dim_, dim_);
-                    for (int j = unit.count; j < UNIT; ++j) scores[r * stride + j] = 0.0f;
+                    int j = 0;
+                    for (; j + 4 <= unit.count; j += 4) inner_of_four(q, vectors_ + size_t(j) * dim_, dim_, scores + r * stride + j);
+                    for (; j < unit.count; ++j) scores[r * stride + j] = inner(q, vectors_ + size_t(j) * dim_, dim_);
+                    for (; j < UNIT; ++j) scores[r * stride + j] = 0.0f;
                 }
             }
         }
@@ -43,18 +45,38 @@ class Loops {
         void add(const Unit* unit, int units, const float* weights, int stride, const float*, int rows, float* sum) {
             for (int u = 0; u < units; ++u) {
                 reader_.read(unit[u], vectors_);
-                for (int r = 0; r < rows; ++r) {
-                    float* to = sum + size_t(r) * dim_;
-                    for (int j = 0; j < unit[u].count; ++j) {
-                        const float weight = weights[r * stride + u * UNIT + j];
-                        const float* vector = vectors_ + size_t(j) * dim_;
-                        for (int c = 0; c < dim_; ++c) to[c] += weight * vector[c];
-                    }
-                }
+                const float* share = weights + u * UNIT;
+                int r = 0;
+                for (; r + 4 <= rows; r += 4) add_to<4>(share + r * stride, stride, unit[u].count, sum + size_t(r) * dim_);
+                for (; r < rows; ++r) add_to<1>(share + r * stride, stride, unit[u].count, sum + size_t(r) * dim_);
             }
         }
 
       private:
+        // sum[r] += weights[r] · vectors, for a few rows: a part of their sums stays in registers until all vectors are added.
+        template <int ROWS>
+        void add_to(const float* weights, int stride, int count, float* sum) const {
+            int c = 0;
+            for (; c + 2 * LANES <= dim_; c += 2 * LANES) {
+                Lanes part[ROWS][2];
+                for (int r = 0; r < ROWS; ++r)
+                    for (int i = 0; i < 2; ++i) part[r][i] = load(sum + size_t(r) * dim_ + c + i * LANES);
+                for (int j = 0; j < count; ++j) {
+                    const float* from = vectors_ + size_t(j) * dim_ + c;
+                    const Lanes low = load(from), high = load(from + LANES);
+                    for (int r = 0; r < ROWS; ++r) {
+                        part[r][0] += low * weights[r * stride + j];
+                        part[r][1] += high * weights[r * stride + j];
+                    }
+                }
+                for (int r = 0; r < ROWS; ++r)
+                    for (int i = 0; i < 2; ++i) store(sum + size_t(r) * dim_ + c + i * LANES, part[r][i]);
+            }
+            for (int r = 0; r < ROWS; ++r)
+                for (int j = 0; j < count; ++j)
+                    for (int i = c; i < dim_; ++i) sum[size_t(r) * dim_ + i] += weights[r * stride + j] * vectors_[size_t(j) * dim_ + i];
+        }
+
         Reader reader_;
         const int64_t bytes_;
         const int dim_;
@@ -62,16 +84,32 @@ class Loops {
     };
 };
 
-// The code that begins `bit` bits into a row of `bytes`, and whatever follows it: the lowest 25 bits can be relied on.
-inline uint32_t code_at(const uint8_t* row, int64_t bytes, int64_t bit) {
-    const int64_t byte = bit >> 3;
-    uint32_t wide = 0;
-    if (byte + 4 <= bytes) {
-        std::memcpy(&wide, row + byte, 4);
-    } else {
-        for (int i = 0; byte + i < bytes; ++i) wide |= uint32_t(row[byte + i]) << (8 * i);
+// Calls use(k, code) for each of `count` codes of up to 25 bits that lie one behind the other.
+template <class Use>
+inline __attribute__((always_inline)) void each_code(const uint8_t* row, int bits, int count, const Use& use) {
+    if (bits == 16) {
+        for (int k = 0; k < count; ++k) {
+            uint16_t code;
+            std::memcpy(&code, row + 2 * k, 2);
+            use(k, uint32_t(code));
+        }
+        return;
     }
-    return wide >> (bit & 7);
+    const uint32_t ones = (uint32_t{1} << bits) - 1;
+    const int bytes = (count * bits + 7) / 8;
+    // Codes that lie in four bytes of the row; the last few are read byte by byte.
+    const int plain = bytes < 4 ? 0 : std::min(count, ((bytes - 3) * 8 + bits - 1) / bits);
+    int k = 0, bit = 0;
+    for (; k < plain; ++k, bit += bits) {
+        uint32_t wide;
+        std::memcpy(&wide, row + (bit >> 3), 4);
+        use(k, wide >> (bit & 7) & ones);
+    }
+    for (; k < count; ++k, bit += bits) {
+        uint32_t wide = 0;
+        for (int i = 0; (bit >> 3) + i < bytes; ++i) wide |= uint32_t(row[(bit >> 3) + i]) << (8 * i);
+        use(k, wide >> (bit & 7) & ones);
+    }
 }
 
 // Vectors of a joint codebook.
@@ -90,7 +128,7 @@ class Points {
         const int dim = 4 * chunks_;
         const uint8_t* codes = unit.codes;
         for (int j = 0; j < unit.count; ++j, codes += bytes, to += dim) {
-            look_up(codes, bytes);
+            look_up(codes);
             const int8_t* high = reinterpret_cast<const int8_t*>(words_[0]);
             if (book_.parts == 1) {
                 for (int c = 0; c < dim; ++c) to[c] = float(high[c]) * book_.step;
@@ -102,14 +140,11 @@ class Points {
     }
 
   private:
-    void look_up(const uint8_t* codes, int64_t bytes) {
-        const uint32_t* table[2] = {book_.words[0].data(), book_.words[1].data()};
-        const uint32_t ones = (uint32_t{1} << book_.bits) - 1;
-        for (int k = 0; k < chunks_; ++k) {
-            const uint32_t code = code_at(codes, bytes, int64_t(k) * book_.bits) & ones;
-            words_[0][k] = table[0][code];
-            if (book_.parts == 2) words_[1][k] = table[1][code];
-        }
+    void look_up(const uint8_t* codes) {
+        const uint32_t *high = book_.words[0].data(), *low = book_.words[1].data();
+        uint32_t *to = words_[0], *rest = words_[1];
+        if (book_.parts == 1) each_code(codes, book_.bits, chunks_, [=](int k, uint32_t code) { to[k] = high[code]; });
+        else each_code(codes, book_.bits, chunks_, [=](int k, uint32_t code) { to[k] = high[code], rest[k] = low[code]; });
     }
 
     const Book& book_;
