@@ -150,7 +150,7 @@ def language() -> str:
 
 
 def language_tuned() -> str:
-    """The demo model trained further under one attention each: losses by place, mean over seeds, and how far these lie apart."""
+    """The demo model trained further under one attention each: losses by place, mean and spread over seeds."""
     data = _load("language_tuned")
     rows, edges = data["rows"], data["edges"]
     cells = []
