@@ -51,7 +51,7 @@ def test_every_run_of_every_plan_can_be_and_is_there_once() -> None:
         config = plans.config_of(job)
         assert plans.title(job)
         assert config.steps == job["steps"]
-    for name, fields in plans.MENDED:
+    for name, fields, _ in plans.MENDED:
         task = plans.TASKS[name](**fields)
         assert task.stateless == pytest.approx(task.chance)
         assert task.ceiling == 1
@@ -133,7 +133,14 @@ def test_tables_have_mean_and_spread_and_settings_beside_each_other(tmp_path: Pa
     assert lines == [("default", "0.625 ± 0.177"), ("the paper's", "0.300")]
     assert len(plans.diagnostics_tables(rows)) == 2
     assert len(plans.diagnostics_tables(rows[:2])) == 1
-    plot_diagnostics(rows, tmp_path / "all.png")
+    later = row("binding", {"delay": 64}, "memory", 0.9, delays=[0, 1024], by_delay={"0": 0.95, "1024": 0.5})
+    assert plans.delay_cells([*rows, later]) == (
+        ("task", "0 blank", "1,024 blank", "guessing"),
+        [(name, "0.950", "0.500", "0.250")],
+    )
+    assert (plans.cells([*rows, later]), plans.setting_cells([*rows, later])) == (plans.cells(rows), plans.setting_cells(rows))
+    assert len(plans.diagnostics_tables([*rows, later])) == 3
+    plot_diagnostics([*rows, later], tmp_path / "all.png")
     plot_diagnostics(rows[:2], tmp_path / "few.png")
     from matplotlib.image import imread
 
@@ -178,6 +185,14 @@ def test_what_cannot_be_is_refused_in_one_line(words: list[str], message: str, t
     assert code == 2
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("few")
+def test_a_model_is_measured_with_other_delays_than_it_was_trained_on() -> None:
+    fields = {"pairs": 1, "values": 2, "queries": 1, "delay": 2}
+    measured = plans.run(plans.job("binding", fields, steps=1, delays=(0, 2, 9)))
+    assert list(measured["by_delay"]) == ["0", "2", "9"]
+    assert measured["by_delay"]["2"] == measured["accuracy"]
 
 
 def test_a_job_of_nothing_that_is_there_is_refused(tmp_path: Path) -> None:
