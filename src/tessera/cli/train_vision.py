@@ -89,7 +89,7 @@ def video(
     heads: Heads = 4,
     batch: Batch = 16,
     micro_batch: MicroBatch = None,
-    steps: Steps = 300,
+    steps: Steps = 800,
     precision: Precision = "no",
     seed: Seed = 0,
     tensorboard: TensorBoard = True,
@@ -128,7 +128,9 @@ def video(
 def _memory(word: str) -> dict[str, Any] | None:
     from tessera.spatial import TensorMemoryConfig
 
-    known = {"none": None, "default": TensorMemoryConfig(), "paper": TensorMemoryConfig.paper()}
+    # Flat as pictures are.
+    grid = (8, 8)
+    known = {"none": None, "default": TensorMemoryConfig(grid=grid), "paper": TensorMemoryConfig.paper(grid=grid)}
     if word not in known:
         raise ValueError(f"memory must be one of {', '.join(known)}, got {word!r}")
     config = known[word]
