@@ -44,6 +44,7 @@ SETTINGS: dict[str, tuple[bool, dict[str, Any]]] = {
     "the paper's, sigma 0.3": (True, {"sigma_init": 0.3}),
     "the paper's, footprint": (True, {"update": "footprint"}),
     "the paper's, places agree": (True, {"coordinates": "agree"}),
+    "the paper's, light projection": (True, {"projection": "light"}),
     "the paper's, gates from the input": (True, {"gates": "input"}),
 }
 """Name -> whether it is the paper's setting, and what is changed: each of our improvements alone."""
@@ -57,8 +58,13 @@ ABLATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
     "grid 8x8x8": (False, {"grid": (8, 8, 8)}),
     "chunks of 2": (False, {"chunk": 2}),
     "chunks of 4": (False, {"chunk": 4}),
+    "chunks of 4, one read": (False, {"chunk": 4, "read": "chunk"}),
+    "every cell updated": (False, {"update": "all"}),
+    "sigma 1.31": (False, {"sigma_init": TensorMemoryConfig.paper().sigma_init}),
+    "forget bias 0": (False, {"forget_bias": 0.0}),
+    "full projection": (False, {"projection": "full"}),
 }
-"""The paper's ablations, on binding, of the default: one choice changed."""
+"""The paper's ablations, on binding, of the default, and ours: one choice changed."""
 
 DELAY, DELAYS = 64, (0, 64, 256, 1024)
 """Blank tokens before the question: of what a memory is trained on, and of what it is then measured on."""
