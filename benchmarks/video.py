@@ -51,7 +51,7 @@ ARMS: dict[str, tuple[str, TensorMemoryConfig | None]] = {
 
 
 @torch.no_grad()
-def by_stretch(model: Any, frames: int = FRAMES, count: int = STREAMS) -> list[float]:
+def by_stretch(model: Any, frames: int, count: int) -> list[float]:
     """Accuracy in each stretch of long streams, a frame at a time."""
     clips, targets = MovingDigits(frames).sample(count, Generator().manual_seed(1), held_out=True)
     state, said = None, []
@@ -74,12 +74,12 @@ def run(job: Job) -> Row:
         model: Any = ViT.from_pretrained(Path(folder) / "model").eval()
     row = {**job, "chance": found["chance"], "parameters": found["parameters"], "clips": found["score"]}
     if attention != "all":
-        row["streams"] = by_stretch(model)
+        row["streams"] = by_stretch(model, FRAMES, STREAMS)
     if memory is not None:
         row["gates"] = [float(layer.gate_logit.detach().sigmoid()) for layer in model.memory_layers.values()]
         for layer in model.memory_layers.values():
             layer.reads = False
-        row["reads off"] = by_stretch(model)
+        row["reads off"] = by_stretch(model, FRAMES, STREAMS)
     return row
 
 

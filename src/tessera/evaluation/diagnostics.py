@@ -265,9 +265,18 @@ def cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 def setting_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and lines of the table of settings: a line for each setting, a column for each task."""
     found = grouped(rows, "setting")
-    names = [name for name in {**SETTINGS, **ABLATIONS} if any(name in own for own in found.values())]
+    names = [name for name in SETTINGS if any(name in own for own in found.values())]
     return ("setting", *found), [
         (name, *(spread(own[name]) if name in own else "" for own in found.values())) for name in names
+    ]
+
+
+def ablation_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines of the table of ablations, beside the default."""
+    own = {task: found for task, found in grouped(rows, "setting").items() if ABLATIONS.keys() & found}
+    names = [name for name in ("default", *ABLATIONS) if any(name in found for found in own.values())]
+    return ("setting", *own), [
+        (name, *(spread(found[name]) if name in found else "" for found in own.values())) for name in names
     ]
 
 
@@ -286,10 +295,10 @@ def delay_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, .
 
 
 def diagnostics_tables(rows: Sequence[Row]) -> list[Table]:
-    """A table of kinds, one of settings where there are several, one of delays where they were measured."""
+    """A table of kinds; of settings where there are several, of ablations and of delays where they were measured."""
     made = []
-    for header, lines in (cells(rows), setting_cells(rows), delay_cells(rows)):
-        if not lines:
+    for header, lines in (cells(rows), setting_cells(rows), ablation_cells(rows), delay_cells(rows)):
+        if not lines or len(header) == 1:
             continue
         table = Table()
         for i, name in enumerate(header):
