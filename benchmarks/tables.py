@@ -278,8 +278,9 @@ def video() -> str:
     lines = []
     for arm in dict.fromkeys(r["arm"] for r in data["rows"]):
         own = [r for r in data["rows"] if r["arm"] == arm]
-        for name, key in ((arm, "streams"), (f"{arm}, its reads switched off", "reads off")):
-            if key == "reads off" and key not in own[0]:
+        ways = {arm: "streams", f"{arm}; each frame four times": "slow", f"{arm}; its reads switched off": "reads off"}
+        for name, key in ways.items():
+            if key != "streams" and key not in own[0]:
                 continue
             streams = zip(*(r[key] for r in own), strict=True) if key in own[0] else [[]] * len(stretches)
             clips = [r["clips"] for r in own] if key == "streams" else []

@@ -1,8 +1,9 @@
 """Two digits that pass behind a bar: which one is hidden now, in clips as trained on and in streams eight times as long.
 
 Every row is a small ViT, trained from nothing on clips of 16 frames, whose patches see the frame that they are in, the newest
-four, or the whole clip; with a Tensor Memory and without. Streams are read frame by frame with the state carried along. With
-a memory it is measured once more with the memory's reads switched off.
+four, or the whole clip; with a Tensor Memory and without. Streams are read frame by frame with the state carried along, once
+more with every frame shown four times, so that digits are hidden for longer than in training and than a window sees back, and
+with a memory also with its reads switched off.
 
 Runs are saved one by one; a plan that is cut short goes on where it was.
 
@@ -38,6 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STREAMS, FRAMES = 128, 128
 #: Stretches of a stream, in frames.
 EDGES = (0, 16, 32, 64, FRAMES)
+#: Times that each frame of a slow stream is shown.
+SLOW = 4
 #: A memory as flat as a picture.
 GRID = (8, 8)
 #: Name -> attention, and the memory.
@@ -51,13 +54,14 @@ ARMS: dict[str, tuple[str, TensorMemoryConfig | None]] = {
 
 
 @torch.no_grad()
-def by_stretch(model: Any, frames: int, count: int) -> list[float]:
-    """Accuracy in each stretch of long streams, a frame at a time."""
+def by_stretch(model: Any, frames: int, count: int, times: int = 1) -> list[float]:
+    """Accuracy in each stretch of long streams, a frame at a time and each so many times; the last answer to it counts."""
     clips, targets = MovingDigits(frames).sample(count, Generator().manual_seed(1), held_out=True)
     state, said = None, []
     for frame in clips.split(1, dim=1):
-        output = model(frame, state)
-        state = output.state
+        for _ in range(times):
+            output = model(frame, state)
+            state = output.state
         said.append(output.logits.argmax(-1))
     right, asked = torch.cat(said, dim=1) == targets, targets != IGNORED
     return [float(right[:, a:b][asked[:, a:b]].float().mean()) for a, b in itertools.pairwise(EDGES) if a < frames]
@@ -75,6 +79,7 @@ def run(job: Job) -> Row:
     row = {**job, "chance": found["chance"], "parameters": found["parameters"], "clips": found["score"]}
     if attention != "all":
         row["streams"] = by_stretch(model, FRAMES, STREAMS)
+        row["slow"] = by_stretch(model, FRAMES, STREAMS, SLOW)
     if memory is not None:
         row["gates"] = [float(layer.gate_logit.detach().sigmoid()) for layer in model.memory_layers.values()]
         for layer in model.memory_layers.values():

@@ -65,7 +65,7 @@ def test_streams_are_measured_by_stretch_and_saved_beside_clips(
         assert module.main() == 0
     rows = json.loads((tmp_path / "video.json").read_text())["rows"]
     assert [r["arm"] for r in rows] == ["frame, memory", "whole clip"]
-    assert [len(rows[0][name]) for name in ("streams", "reads off")] == [3, 3]
+    assert [len(rows[0][name]) for name in ("streams", "slow", "reads off")] == [3, 3, 3]
     assert "streams" not in rows[1]
     assert [r["ask"] for r in json.loads((tmp_path / "pictures.json").read_text())["rows"]] == ["label", "pixels"]
 
@@ -82,3 +82,10 @@ def test_a_stream_that_is_always_answered_rightly_has_every_stretch_right(benchm
     first, second, third = video.by_stretch(knows, 40, 8)
     assert (first, third) == (1, 0)
     assert 0 < second < 1
+
+    def says_it_late(frame: torch.Tensor, state: int | None) -> Any:
+        at = state or 0
+        said = knows(frame, at // 4).logits
+        return SimpleNamespace(logits=said if at % 4 == 3 else -said, state=at + 1)
+
+    assert video.by_stretch(says_it_late, 40, 8, 4) == [first, second, third]
