@@ -39,6 +39,7 @@ GRIDS: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, tuple[bool, dict[str, Any]]] = {
     "default": (False, {}),
     "default, gates from the input": (False, {"gates": "input"}),
+    "default, every cell updated": (False, {"update": "all"}),
     "the paper's": (True, {}),
     "the paper's, forget bias 3": (True, {"forget_bias": 3.0}),
     "the paper's, sigma 0.3": (True, {"sigma_init": 0.3}),
@@ -59,7 +60,6 @@ ABLATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
     "chunks of 2": (False, {"chunk": 2}),
     "chunks of 4": (False, {"chunk": 4}),
     "chunks of 4, one read": (False, {"chunk": 4, "read": "chunk"}),
-    "every cell updated": (False, {"update": "all"}),
     "sigma 1.31": (False, {"sigma_init": TensorMemoryConfig.paper().sigma_init}),
     "forget bias 0": (False, {"forget_bias": 0.0}),
     "full projection": (False, {"projection": "full"}),
