@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,12 +188,16 @@ def test_what_cannot_be_is_refused_in_one_line(words: list[str], message: str, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("few")
-def test_a_model_is_measured_with_other_delays_than_it_was_trained_on() -> None:
+def test_a_model_is_measured_with_other_delays_than_it_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "MEASURED", 64)
     fields = {"pairs": 1, "values": 2, "queries": 1, "delay": 2}
-    measured = plans.run(plans.job("binding", fields, steps=1, delays=(0, 2, 9)))
-    assert list(measured["by_delay"]) == ["0", "2", "9"]
-    assert measured["by_delay"]["2"] == measured["accuracy"]
+    config = replace(plans.config_of(plans.job("binding", fields, steps=1, delays=(0, 2, 9))), batch=2)
+    with tempfile.TemporaryDirectory() as folder:
+        model, found = train_diagnostic(config, Path(folder), show=False)
+    assert list(found["by_delay"]) == ["0", "2", "9"]
+    for delay, accuracy in found["by_delay"].items():
+        assert accuracy == training.measure(model, replace(config.task, delay=int(delay)), 16)
+    assert plans.key(plans.job("binding", fields, delays=(0, 2))) != plans.key(plans.job("binding", fields))
 
 
 def test_a_job_of_nothing_that_is_there_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tessera.training.loop import train
 from tessera.training.schedule import FORWARD_TOKENS, LoopConfig, Phase
 
 MEASURED = 512
-"""Sequences that a trained model is measured on, always the same ones."""
+"""Sequences that a trained model is measured on, always the same ones; with other delays a quarter of so many."""
 
 
 class Task(Protocol):
@@ -96,14 +96,15 @@ class DiagnosticConfig:
 
 
 @torch.no_grad()
-def measure(model: Backbone, task: Task) -> float:
-    """Accuracy of a model on `MEASURED` sequences."""
+def measure(model: Backbone, task: Task, count: int | None = None) -> float:
+    """Accuracy of a model on so many sequences; None: `MEASURED`."""
+    count = count or MEASURED
     device = model.head.weight.device
-    right, part = 0.0, max(1, min(MEASURED, FORWARD_TOKENS // task.length))
-    x, targets = task.sample(MEASURED, Generator().manual_seed(10**6))
+    right, part = 0.0, max(1, min(count, FORWARD_TOKENS // task.length))
+    x, targets = task.sample(count, Generator().manual_seed(10**6))
     for tokens, wanted in zip(x.split(part), targets.split(part), strict=True):
         right += accuracy(model(tokens.to(device)).logits, wanted.to(device)) * len(tokens)
-    return right / MEASURED
+    return right / count
 
 
 def train_diagnostic(config: DiagnosticConfig, out: Path, *, show: bool = True) -> tuple[Backbone, dict[str, Any]]:
@@ -128,7 +129,7 @@ def train_diagnostic(config: DiagnosticConfig, out: Path, *, show: bool = True) 
     began = time.monotonic()
     train(model, sample, config.loop(), out, show=show)
     model.eval()
-    by_delay = {str(delay): measure(model, replace(task, delay=delay)) for delay in config.delays}
+    by_delay = {str(delay): measure(model, replace(task, delay=delay), max(1, MEASURED // 4)) for delay in config.delays}
     return model, {
         "accuracy": measure(model, task),
         "chance": task.chance,
