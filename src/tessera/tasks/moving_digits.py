@@ -36,7 +36,6 @@ class MovingDigits:
         patch: side of the patches that frames are made for.
         step: places of digits, and what they move by, are multiples of so many pixels. As large as a patch and a digit, every
             digit is one patch; with 1 it must be known in all places between, which takes a small model far longer to learn.
-        hold: frames that a digit stays in each place. The more, the longer it is hidden.
         alone: share of the clips to learn from that show one digit, asked for in every frame from the first that shows it
             whole: what digits look like is learned from these. No model is measured on them.
         pictures: of digits; scikit-learn's unless given.
@@ -47,7 +46,6 @@ class MovingDigits:
     bar: int = 16
     patch: int = 8
     step: int = 8
-    hold: int = 1
     alone: float = 0.5
     pictures: Pictures = field(default_factory=load_digits)
 
@@ -64,8 +62,6 @@ class MovingDigits:
         columns = self._columns(torch.arange(0, self.size - digit + 1, self.step)) if self.step > 0 else ()
         if not all(bool(where.any()) for where in columns) or not columns:
             raise ValueError(f"with step {self.step} no digit comes to be whole behind the bar, and beside it; choose another")
-        if self.hold < 1:
-            raise ValueError(f"hold must be at least 1, got {self.hold}")
         if not 0 <= self.alone < 1:
             raise ValueError(f"alone is a share from 0 to less than 1, got {self.alone}")
         if self.patch < 1 or self.size % self.patch:
@@ -120,8 +116,7 @@ class MovingDigits:
         start = self.step * integers(room // self.step + 1, batch, 2, 2)
         across = (1 + integers(2, batch, 2)) * (2 * integers(2, batch, 2) - 1)
         speed = self.step * torch.stack((across, integers(5, batch, 2) - 2), dim=-1)
-        moves = (torch.arange(self.frames).view(1, -1, 1, 1) + integers(self.hold, batch, 1, 2, 1)) // self.hold
-        way = start.unsqueeze(1) + speed.unsqueeze(1) * moves
+        way = start.unsqueeze(1) + speed.unsqueeze(1) * torch.arange(self.frames).view(1, -1, 1, 1)
         # Off the border: a wave that rises to `room` and falls again.
         return own.pixels[rows, 0], own.labels[rows], room - (way % (2 * room) - room).abs()
 
@@ -164,5 +159,5 @@ class MovingDigits:
     @property
     def about(self) -> dict[str, Any]:
         """The task as JSON has it."""
-        shape = {name: getattr(self, name) for name in ("frames", "size", "bar", "patch", "step", "hold", "alone")}
+        shape = {name: getattr(self, name) for name in ("frames", "size", "bar", "patch", "step", "alone")}
         return {"task": "moving digits", **shape, "pictures": len(self.pictures.labels)}
