@@ -50,8 +50,8 @@ MEASURED, TOGETHER = 96, 16
 OFF = "its reads switched off"
 MEMORY = "with a Tensor Cache"
 GRID = "with a Tensor Memory"
-#: Chunks of four tokens: one by one, a step of training would cost several of those without a memory.
-GRID_CONFIG = TensorMemoryConfig(channels=32, chunk=4)
+#: Chunks of four tokens, and their footprint alone: a step of training shall cost less than three of those without a memory.
+GRID_CONFIG = TensorMemoryConfig(channels=32, chunk=4, update="footprint")
 #: Name -> attention, and width of the MLP where it is another.
 ARMS: dict[str, tuple[str, int]] = {
     "dense": ("dense", MLP),

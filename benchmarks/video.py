@@ -47,6 +47,7 @@ GRID = (8, 8)
 ARMS: dict[str, tuple[str, TensorMemoryConfig | None]] = {
     "frame": ("frame", None),
     "frame, memory": ("frame", TensorMemoryConfig(grid=GRID)),
+    "frame, memory that updates its footprint": ("frame", TensorMemoryConfig(grid=GRID, update="footprint")),
     "frame, the paper's memory": ("frame", TensorMemoryConfig.paper(grid=GRID)),
     "window:4": ("window:4", None),
     "whole clip": ("all", None),

@@ -38,8 +38,9 @@ GRIDS: dict[str, dict[str, Any]] = {
 
 SETTINGS: dict[str, tuple[bool, dict[str, Any]]] = {
     "default": (False, {}),
+    "default, footprint": (False, {"update": "footprint"}),
     "default, gates from the input": (False, {"gates": "input"}),
-    "default, every cell updated": (False, {"update": "all"}),
+    "default, footprint, gates from the input": (False, {"update": "footprint", "gates": "input"}),
     "the paper's": (True, {}),
     "the paper's, forget bias 3": (True, {"forget_bias": 3.0}),
     "the paper's, sigma 0.3": (True, {"sigma_init": 0.3}),
