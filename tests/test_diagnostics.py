@@ -136,9 +136,10 @@ def test_tables_have_mean_and_spread_and_settings_beside_each_other(tmp_path: Pa
     assert len(plans.diagnostics_tables(rows[:2])) == 1
     later = row("binding", {"delay": 64}, "memory", 0.9, delays=[0, 1024], by_delay={"0": 0.95, "1024": 0.5})
     assert plans.delay_cells([*rows, later]) == (
-        ("task", "0 blank", "1,024 blank", "guessing"),
-        [(name, "0.950", "0.500", "0.250")],
+        ("task", "setting", "0 blank", "1,024 blank", "guessing"),
+        [(name, "default", "0.950", "0.500", "0.250")],
     )
+    assert len(plans.delay_cells([later, {**later, "setting": "the paper's"}])[1]) == 2
     assert (plans.cells([*rows, later]), plans.setting_cells([*rows, later])) == (plans.cells(rows), plans.setting_cells(rows))
     assert len(plans.diagnostics_tables([*rows, later])) == 3
     plot_diagnostics([*rows, later], tmp_path / "all.png")

@@ -282,17 +282,17 @@ def ablation_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str
 
 
 def delay_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and lines of the table of delays: a line for each task, with the accuracy at each delay."""
-    found: dict[str, list[Row]] = {}
+    """Header and lines of the table of delays: a line for each task and setting, with the accuracy at each delay."""
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if "by_delay" in row:
-            found.setdefault(title({**row, "fields": {**row["fields"], "delay": 0}}), []).append(row)
+            found.setdefault((title({**row, "fields": {**row["fields"], "delay": 0}}), row["setting"]), []).append(row)
     delays = list(dict.fromkeys(delay for own in found.values() for delay in own[0]["by_delay"]))
     lines = [
-        (name, *(spread([{"accuracy": row["by_delay"][delay]} for row in own]) for delay in delays), f"{own[0]['chance']:.3f}")
+        (*name, *(spread([{"accuracy": row["by_delay"][delay]} for row in own]) for delay in delays), f"{own[0]['chance']:.3f}")
         for name, own in found.items()
     ]
-    return ("task", *(f"{int(delay):,} blank" for delay in delays), "guessing"), lines
+    return ("task", "setting", *(f"{int(delay):,} blank" for delay in delays), "guessing"), lines
 
 
 def diagnostics_tables(rows: Sequence[Row]) -> list[Table]:

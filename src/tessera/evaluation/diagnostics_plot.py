@@ -91,7 +91,7 @@ def _by_delay(rows: Sequence[Row]) -> dict[str, dict[int, list[float]]]:
     """Accuracy of the memory by delay, of tasks that were measured at several."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
-        for delay, accuracy in row.get("by_delay", {}).items():
+        for delay, accuracy in row.get("by_delay", {}).items() if row["setting"] == "default" else ():
             name = title({**row, "fields": {**row["fields"], "delay": 0}})
             found.setdefault(name, {}).setdefault(int(delay), []).append(accuracy)
     return found
