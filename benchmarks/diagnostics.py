@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from tessera.evaluation.diagnostics import DELAYS, PARTS, diagnostics, diagnostics_tables, full_plan, key
+from tessera.evaluation.diagnostics import PARTS, diagnostics, diagnostics_tables, full_plan, key
 from tessera.evaluation.diagnostics_plot import plot_diagnostics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,13 +32,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="models of each row")
     parser.add_argument("--steps", type=int, default=1000, help="of training, 32 sequences each")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the plan")
-    parser.add_argument("--delays", nargs="+", type=int, default=DELAYS, help="blank tokens before the question")
     parser.add_argument("--jobs", type=int, default=max(1, torch.get_num_threads()), help="models trained at once")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "diagnostics.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "images" / "diagnostics.png")
     options = parser.parse_args()
-    jobs = [] if options.draw else full_plan(options.seeds, options.steps, options.delays, options.parts)
+    jobs = [] if options.draw else full_plan(options.seeds, options.steps, options.parts)
     rows: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("training")

@@ -2,7 +2,8 @@
 
 Small GPTs of four layers learn Python source in sequences of eight windows. Every row is one model: its loss by place in the
 sequence, on modules that it never saw. The controls: a window that is longer by as many tokens as the matrices take bytes, an
-MLP that is wider by as many parameters as the memory has, and the memory's reads switched off when it is measured.
+MLP that is wider by as many parameters as the memory has, and the memory's reads switched off when it is measured. Beside
+the Tensor Cache stands a Tensor Memory, attached to the same window and trained with the model.
 
 Runs are saved one by one; a plan that is cut short goes on where it was. The data is read once into a folder of its own.
 
@@ -27,12 +28,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tessera.attachment import attachment, reading
+from tessera.attachment import attach, attachment, reading
 from tessera.evaluation.language import loss_by_distance
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import windows
 from tessera.files import write_json
 from tessera.models.gpt import GPT, GPTConfig
+from tessera.spatial import TensorMemoryConfig
 from tessera.training.corpus import Corpus
 from tessera.training.demo import shrink_branches
 from tessera.training.lm import prepare_lm
@@ -47,12 +49,16 @@ EDGES = (1, WINDOW, 2 * WINDOW, 4 * WINDOW, SEQUENCE)
 MEASURED, TOGETHER = 96, 16
 OFF = "its reads switched off"
 MEMORY = "with a Tensor Cache"
+GRID = "with a Tensor Memory"
+#: Chunks of four tokens, and their footprint alone: a step of training shall cost less than three of those without a memory.
+GRID_CONFIG = TensorMemoryConfig(channels=32, chunk=4, update="footprint")
 #: Name -> attention, and width of the MLP where it is another.
 ARMS: dict[str, tuple[str, int]] = {
     "dense": ("dense", MLP),
     "window": (f"window:{WINDOW}", MLP),
     "window + sinks": (f"sink:4 + window:{WINDOW}", MLP),
     MEMORY: (f"sink:4 + window:{WINDOW} + tc", MLP),
+    GRID: (f"sink:4 + window:{WINDOW}", MLP),
     # A float32 matrix of d x d is as large as d / 2 float32 pairs of a key and a value.
     "longer by the memory's bytes": (f"sink:4 + window:{WINDOW + DIM // 2}", MLP),
     "wider by the memory's parameters": (f"sink:4 + window:{WINDOW}", MLP + 43),
@@ -80,6 +86,9 @@ def build(arm: str, seed: int, vocabulary: int) -> GPT:
     )
     with torch.no_grad():
         shrink_branches(model, LAYERS)
+    if arm == GRID:
+        attach(model, GRID_CONFIG)
+        model.requires_grad_(True)
     return model
 
 
@@ -115,7 +124,7 @@ def run(arm: str, seed: int, steps: int, corpus: Corpus, ids: Tensor, vocabulary
     rows = [{**about, **measure(model, ids)}]
     if attachment(model) is not None:
         reading(model, False)
-        rows.append({**about, "arm": OFF, **measure(model, ids)})
+        rows.append({**about, "arm": OFF if arm == MEMORY else f"{arm}, {OFF}", **measure(model, ids)})
     return rows
 
 

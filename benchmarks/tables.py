@@ -20,7 +20,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -268,11 +268,46 @@ def retention(what: str) -> str:
 
 
 def diagnostics(what: str) -> str:
-    """Accuracy on the tasks that ask for a memory: by "kinds" of backbone, or by "settings" of the memory."""
-    from tessera.evaluation.diagnostics import cells, setting_cells
+    """Accuracy on the tasks that ask for a memory: by "kinds" of backbone, "settings" of the memory, its "ablations" or
+    "delays"."""
+    from tessera.evaluation.diagnostics import ablation_cells, cells, delay_cells, setting_cells
 
-    header, lines = (cells if what == "kinds" else setting_cells)(_load("diagnostics")["rows"])
-    return markdown_table(header, lines)
+    made = {"kinds": cells, "settings": setting_cells, "ablations": ablation_cells, "delays": delay_cells}[what]
+    return markdown_table(*made(_load("diagnostics")["rows"]))
+
+
+def pictures() -> str:
+    """Digits named and filled in, with a memory and without."""
+    rows = _load("pictures")["rows"]
+    cells = [
+        (arm, *(_spread([r["score"] for r in rows if (r["arm"], r["ask"]) == (arm, ask)]) for ask in ("label", "pixels")))
+        for arm in dict.fromkeys(r["arm"] for r in rows)
+    ]
+    return markdown_table(("", "named", "hidden pixels, share of the variance"), cells)
+
+
+def video() -> str:
+    """Which digit is hidden: clips, and streams by stretch."""
+    data = _load("video")
+    stretches = [f"frames {a + 1}–{b}" for a, b in itertools.pairwise(data["edges"])]
+    lines = []
+    for arm in dict.fromkeys(r["arm"] for r in data["rows"]):
+        own = [r for r in data["rows"] if r["arm"] == arm]
+        ways = {arm: "streams", f"{arm}; each frame four times": "slow", f"{arm}; its reads switched off": "reads off"}
+        for name, key in ways.items():
+            if key != "streams" and key not in own[0]:
+                continue
+            streams = zip(*(r[key] for r in own), strict=True) if key in own[0] else [[]] * len(stretches)
+            clips = [r["clips"] for r in own] if key == "streams" else []
+            lines.append((name, *(_spread(part) for part in (clips, *streams))))
+    return markdown_table(("patches see", "clips", *stretches), lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    if not values:
+        return ""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def resident_memory() -> str:
@@ -318,6 +353,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "language-tuned": language_tuned,
     "llamacpp": llamacpp,
     "overheads": overheads,
+    "pictures": pictures,
     "query-digits": query_digits,
     "recall": recall,
     "recall-limits": recall_limits,
@@ -327,6 +363,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "streams": streams,
     "tensor-memory-cost": tensor_memory_cost,
     "training": training,
+    "video": video,
 }
 
 

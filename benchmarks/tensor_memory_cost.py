@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ SIZES: tuple[tuple[int, int, int, dict[str, Any]], ...] = (
 )
 SETTINGS: dict[str, Callable[..., TensorMemoryConfig]] = {
     "the paper's": TensorMemoryConfig.paper,
-    "default": TensorMemoryConfig,
-    "gates from the input": lambda **size: TensorMemoryConfig(**size, gates="input"),
+    "footprint": partial(TensorMemoryConfig, update="footprint"),
+    "footprint, gates from the input": partial(TensorMemoryConfig, update="footprint", gates="input"),
 }
 PLAIN = "plain loop"
 

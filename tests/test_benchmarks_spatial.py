@@ -6,9 +6,11 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tessera.spatial import TensorMemoryConfig
 
@@ -45,3 +47,45 @@ def test_the_cost_of_every_form_is_written(benchmark: Any, tmp_path: Path, monke
         (s, f, w) for s in cost.SETTINGS for f in cost.forms() for w in ("forward", "backward")
     }
     assert all(r["times"] == 1 for r in rows if r["form"] == cost.PLAIN)
+
+
+def test_streams_are_measured_by_stretch_and_saved_beside_clips(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate", reason="the training extra is not installed")
+    pytest.importorskip("sklearn", reason="the vision extra (scikit-learn) is not installed")
+    video, pictures = benchmark("video"), benchmark("pictures")
+    monkeypatch.setattr(video, "ARMS", {name: video.ARMS[name] for name in ("frame, memory", "whole clip")})
+    monkeypatch.setattr(video, "FRAMES", 40)
+    monkeypatch.setattr(video, "STREAMS", 8)
+    monkeypatch.setattr(pictures, "ARMS", {"with a memory": pictures.ARMS["with a memory"]})
+    for module in (video, pictures):
+        path = tmp_path / f"{module.__name__}.json"
+        monkeypatch.setattr(sys, "argv", [path.stem, "--seeds", "1", "--steps", "1", "--json", str(path)])
+        assert module.main() == 0
+    rows = json.loads((tmp_path / "video.json").read_text())["rows"]
+    assert [r["arm"] for r in rows] == ["frame, memory", "whole clip"]
+    assert [len(rows[0][name]) for name in ("streams", "slow", "reads off")] == [3, 3, 3]
+    assert "streams" not in rows[1]
+    assert [r["ask"] for r in json.loads((tmp_path / "pictures.json").read_text())["rows"]] == ["label", "pixels"]
+
+
+def test_a_stream_that_is_always_answered_rightly_has_every_stretch_right(benchmark: Any) -> None:
+    video = benchmark("video")
+    _, targets = video.MovingDigits(40).sample(8, video.Generator().manual_seed(1), held_out=True)
+
+    def knows(frame: torch.Tensor, state: int | None) -> Any:
+        at = state or 0
+        logits = torch.nn.functional.one_hot(targets[:, at : at + 1].clamp(min=0), 10)
+        return SimpleNamespace(logits=logits if at < 20 else -logits, state=at + 1)
+
+    first, second, third = video.by_stretch(knows, 40, 8)
+    assert (first, third) == (1, 0)
+    assert 0 < second < 1
+
+    def says_it_late(frame: torch.Tensor, state: int | None) -> Any:
+        at = state or 0
+        said = knows(frame, at // 4).logits
+        return SimpleNamespace(logits=said if at % 4 == 3 else -said, state=at + 1)
+
+    assert video.by_stretch(says_it_late, 40, 8, 4) == [first, second, third]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def test_every_run_of_every_plan_can_be_and_is_there_once() -> None:
         config = plans.config_of(job)
         assert plans.title(job)
         assert config.steps == job["steps"]
-    for name, fields in plans.MENDED:
+    for name, fields, _ in plans.MENDED:
         task = plans.TASKS[name](**fields)
         assert task.stateless == pytest.approx(task.chance)
         assert task.ceiling == 1
@@ -133,7 +134,15 @@ def test_tables_have_mean_and_spread_and_settings_beside_each_other(tmp_path: Pa
     assert lines == [("default", "0.625 ± 0.177"), ("the paper's", "0.300")]
     assert len(plans.diagnostics_tables(rows)) == 2
     assert len(plans.diagnostics_tables(rows[:2])) == 1
-    plot_diagnostics(rows, tmp_path / "all.png")
+    later = row("binding", {"delay": 64}, "memory", 0.9, delays=[0, 1024], by_delay={"0": 0.95, "1024": 0.5})
+    assert plans.delay_cells([*rows, later]) == (
+        ("task", "setting", "0 blank", "1,024 blank", "guessing"),
+        [(name, "default", "0.950", "0.500", "0.250")],
+    )
+    assert len(plans.delay_cells([later, {**later, "setting": "the paper's"}])[1]) == 2
+    assert (plans.cells([*rows, later]), plans.setting_cells([*rows, later])) == (plans.cells(rows), plans.setting_cells(rows))
+    assert len(plans.diagnostics_tables([*rows, later])) == 3
+    plot_diagnostics([*rows, later], tmp_path / "all.png")
     plot_diagnostics(rows[:2], tmp_path / "few.png")
     from matplotlib.image import imread
 
@@ -178,6 +187,18 @@ def test_what_cannot_be_is_refused_in_one_line(words: list[str], message: str, t
     assert code == 2
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_measured_with_other_delays_than_it_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "MEASURED", 64)
+    fields = {"pairs": 1, "values": 2, "queries": 1, "delay": 2}
+    config = replace(plans.config_of(plans.job("binding", fields, steps=1, delays=(0, 2, 9))), batch=2)
+    with tempfile.TemporaryDirectory() as folder:
+        model, found = train_diagnostic(config, Path(folder), show=False)
+    assert list(found["by_delay"]) == ["0", "2", "9"]
+    for delay, accuracy in found["by_delay"].items():
+        assert accuracy == training.measure(model, replace(config.task, delay=int(delay)), 16)
+    assert plans.key(plans.job("binding", fields, delays=(0, 2))) != plans.key(plans.job("binding", fields))
 
 
 def test_a_job_of_nothing_that_is_there_is_refused(tmp_path: Path) -> None:

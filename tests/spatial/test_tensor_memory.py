@@ -190,7 +190,7 @@ def test_a_state_threaded_through_layers_shows_the_future_and_states_of_their_ow
 
 
 def test_cells_outside_the_footprint_are_kept_exactly() -> None:
-    memory = make(grid=(9, 9), chunk=1, sigma_init=0.2)
+    memory = make(grid=(9, 9), chunk=1, sigma_init=0.2, update="footprint")
     with torch.no_grad():
         memory.sigma_net.weight.zero_()
     x, _ = inputs(memory, 12)
@@ -208,7 +208,8 @@ def test_cells_outside_the_footprint_are_kept_exactly() -> None:
 @pytest.mark.parametrize("gates", ["state", "input"])
 @pytest.mark.parametrize("later", [8, 32, 128, 1024])
 def test_a_write_is_read_however_much_later_if_nothing_covers_it(later: int, gates: Any) -> None:
-    memory = TensorMemory(TensorMemoryConfig(channels=4, grid=(12, 12), sigma_init=0.1, anchored=True, gates=gates), DIM)
+    config = TensorMemoryConfig(channels=4, grid=(12, 12), update="footprint", sigma_init=0.1, anchored=True, gates=gates)
+    memory = TensorMemory(config, DIM)
     x, places = torch.randn(1, later + 1, DIM), torch.rand(1, later + 1, 2) - 1  # one quarter of the plane,
     places[:, 0] = 0.8  # the first token in another
     places[:, -1] = 0.8

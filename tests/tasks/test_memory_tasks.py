@@ -95,6 +95,14 @@ def test_whoever_follows_the_ball_knows_whether_it_is_back_where_it_should_be() 
     moved = (places[:, -1] != expected).any(-1)
     assert torch.equal(of_frames(targets, task)[:, -1], moved.long())
     assert seen[:, -1].all()
+    # Learned from is also where the ball is while hidden; nothing else differs.
+    same, hints = task.lesson(400, Generator().manual_seed(1))
+    assert torch.equal(same, x)
+    since = torch.arange(5, 8)
+    unseen = quadrant((places[:, 0, None] + velocity[:, None] * since[:, None]) % 16)
+    assert torch.equal(of_frames(hints, task)[:, 5:8], 2 + unseen)
+    hints.view(400, -1, task.frame)[:, 5:8] = IGNORED
+    assert torch.equal(hints, targets)
     assert (quadrant(places[:, -1]) != quadrant(expected))[moved].all()
     # The frame itself says nothing: both answers are there in every place as often.
     assert task.stateless == task.chance == 0.5

@@ -71,9 +71,17 @@ def test_the_same_seed_draws_the_same() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(frames=st.integers(2, 40), size=st.sampled_from([32, 40]), bar=st.integers(8, 16), seed=st.integers(0, 1000))
-def test_a_clip_asks_for_what_cannot_be_seen_and_has_been(frames: int, size: int, bar: int, seed: int) -> None:
-    task = MovingDigits(frames, size, bar, pictures=DIGITS)
+@given(
+    frames=st.integers(2, 40),
+    shape=st.one_of(
+        st.tuples(st.sampled_from([32, 40]), st.integers(8, 16), st.just(1)),
+        st.sampled_from([(32, 16, 8), (33, 16, 4), (64, 16, 8)]),
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_a_clip_asks_for_what_cannot_be_seen_and_has_been(frames: int, shape: tuple[int, int, int], seed: int) -> None:
+    size, bar, step = shape
+    task = MovingDigits(frames, size, bar, patch=1, step=step, pictures=DIGITS)
     pixels, labels, places = task.draw(6, torch.Generator().manual_seed(seed))
     clip, targets = task.render(pixels, places), task.targets(labels, places)
     assert clip.shape == (6, frames, 1, size, size)
@@ -99,12 +107,30 @@ def test_a_clip_asks_for_what_cannot_be_seen_and_has_been(frames: int, size: int
             assert any(shown)
 
 
-def test_digits_bounce_and_move_evenly() -> None:
-    _, _, places = MovingDigits(60, pictures=DIGITS).draw(20, torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("step", [1, 8])
+def test_digits_bounce_and_move_evenly(step: int) -> None:
+    _, _, places = MovingDigits(60, step=step, pictures=DIGITS).draw(20, torch.Generator().manual_seed(1))
     steps = places.diff(dim=1)
-    assert steps.abs().max() <= 2
+    assert steps.abs().max() == 2 * step
+    assert (places % step == 0).all()
     assert (steps[..., 0].amax(1) > 0).all()
     assert (steps[..., 0].amin(1) < 0).all()
+
+
+def test_some_clips_to_learn_from_show_one_digit_and_ask_for_it_once_seen() -> None:
+    task = MovingDigits(alone=0.25, pictures=DIGITS)
+    clip, targets = task.sample(8, torch.Generator().manual_seed(3))
+    _, labels, places = task.draw(8, torch.Generator().manual_seed(3))
+    left, right = task.edges
+    seen = (torch.cat((clip[..., :left], clip[..., right:]), -1) > 0).flatten(2).any(-1)
+    for row in range(2):
+        first = int(seen[row].int().argmax())
+        assert (targets[row, :first] == moving_digits.IGNORED).all()
+        assert (targets[row, first:] == labels[row, 0]).all()
+    assert torch.equal(targets[2:], task.targets(labels, places)[2:])
+    tested = task.sample(8, torch.Generator().manual_seed(3), held_out=True)[1]
+    _, labels, places = task.draw(8, torch.Generator().manual_seed(3), held_out=True)
+    assert torch.equal(tested, task.targets(labels, places))
 
 
 def test_clips_by_guessing_and_by_knowing() -> None:
@@ -165,6 +191,9 @@ def test_folders_of_pictures_and_of_frames_are_read(tmp_path: Path) -> None:
         (MovingDigits, {"bar": 7}, "bar of 7 columns hides no digit"),
         (MovingDigits, {"size": 24, "bar": 12}, "no room for a digit"),
         (MovingDigits, {"patch": 5}, "patch 5 does not divide"),
+        (MovingDigits, {"step": 0}, "with step 0 no digit"),
+        (MovingDigits, {"bar": 12}, "with step 8 no digit comes to be whole behind the bar"),
+        (MovingDigits, {"alone": 1.0}, "a share from 0 to less than 1, got 1.0"),
     ],
 )
 def test_tasks_that_cannot_be_are_refused(make: Any, fields: dict[str, Any], message: str) -> None:

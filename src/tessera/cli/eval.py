@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +11,10 @@ import typer
 
 from tessera.cli.errors import one_line_errors
 from tessera.cli.many import ManyValues
+from tessera.cli.options import Gap, HeadDim, Jobs, Out, Pairs, Rewrites, Steps
 
 app = typer.Typer(help="Measure memories: recall, diagnostics, capacity, language, streams.", no_args_is_help=True)
 
-Out = Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")]
 OUT = Path("results/eval")
 
 
@@ -29,14 +29,14 @@ def recall(
         list[str] | None,
         typer.Option("--methods", "--method", help="What is trained.  [default: four of them]"),
     ] = None,
-    pairs: Annotated[int, typer.Option(help="Pairs of a sequence.")] = 4,
-    gap: Annotated[int, typer.Option(help="Tokens of filler between the last pair and the first question.")] = 40,
-    dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
-    rewrites: Annotated[int, typer.Option(help="Keys that are given another value.")] = 0,
+    pairs: Pairs = 4,
+    gap: Gap = 40,
+    dim: HeadDim = 64,
+    rewrites: Rewrites = 0,
     seeds: Annotated[int, typer.Option(help="Models of each method.", min=1)] = 1,
-    steps: Annotated[int, typer.Option(help="Steps of training.", min=1)] = 200,
+    steps: Steps = 200,
     full: Annotated[bool, typer.Option("--full", help="The plan behind docs/results/recall.json instead: hours.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Models trained at once.  [default: one a core]", min=1)] = None,
+    jobs: Jobs = None,
     out: Out = OUT,
 ) -> None:
     """Train small models from nothing to recall pairs that have left their window, and see which do.
@@ -51,8 +51,6 @@ def recall(
 
         tessera eval recall --full --out results/recall
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from tessera.cli.quiet import quiet
 
     quiet()
@@ -67,13 +65,7 @@ def recall(
         else:
             plan = task.quick_plan(chosen, seeds, pairs=pairs, gap=gap, dim=dim, rewrites=rewrites, steps=steps)
         parts = task.recall(plan, path, jobs or len(_cores()))
-        rows: list[dict[str, Any]] = []
-        with Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=_status(), transient=True
-        ) as bar:
-            running = bar.add_task("", total=len(plan))
-            for rows in parts:
-                bar.update(running, completed=sum(task.key(job) in map(task.key, rows) for job in plan))
+        rows = _run(plan, parts, task.key)
     _show(task.recall_table(rows), path, lambda to: plot_recall(rows, to))
 
 
@@ -91,7 +83,7 @@ def diagnostics(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two tasks made so small that they take seconds.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The originals, delays and settings too: hours on a CPU.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Models trained at once.  [default: one a core]", min=1)] = None,
+    jobs: Jobs = None,
     out: Out = OUT,
 ) -> None:
     """Train small models with a Tensor Memory and without on tasks that cannot be done without one.
@@ -104,8 +96,6 @@ def diagnostics(
 
         tessera eval diagnostics --tasks binding map --kinds plain memory --seeds 3
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from tessera.cli.quiet import quiet as silent
 
     silent()
@@ -129,13 +119,7 @@ def diagnostics(
             plan = plans.default_plan(wanted, models, seeds, steps or 300)
         plan = [job for job in plan if job["task"] in wanted and job["kind"] in models]
         parts = plans.diagnostics(plan, path, jobs or len(_cores()))
-        rows: list[dict[str, Any]] = []
-        with Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=_status(), transient=True
-        ) as bar:
-            running = bar.add_task("", total=len(plan))
-            for rows in parts:
-                bar.update(running, completed=sum(plans.key(job) in map(plans.key, rows) for job in plan))
+        rows = _run(plan, parts, plans.key)
         if not rows:
             raise ValueError("there is nothing to measure: --quick has binding and no harm only")
     *tables, last = plans.diagnostics_tables(rows)
@@ -270,6 +254,19 @@ def streams(
             rows = measure.streams(wanted, tokens, dense, lambda: bar.advance(running))
         write_json(path, {"environment": environment(), "stream": rows})
     _show(measure.streams_table(rows), path, None)
+
+
+def _run(plan: Sequence[Any], parts: Iterable[list[dict[str, Any]]], key: Callable[[Any], object]) -> list[dict[str, Any]]:
+    """Go through a plan with a bar; returns the rows that there are in the end."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    rows: list[dict[str, Any]] = []
+    with Progress(*columns, console=_status(), transient=True) as bar:
+        running = bar.add_task("", total=len(plan))
+        for rows in parts:
+            bar.update(running, completed=sum(key(job) in map(key, rows) for job in plan))
+    return rows
 
 
 def _folder(out: Path) -> Path:

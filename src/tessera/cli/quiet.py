@@ -1,6 +1,8 @@
-"""Keeping the libraries' own bars and warnings out of a command's output."""
+"""What a command says: its own words, once, and not the libraries' bars and warnings."""
 
 from __future__ import annotations
+
+import typer
 
 
 def quiet() -> None:
@@ -9,3 +11,11 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def say(text: str) -> None:
+    """Print in the first process alone."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        typer.echo(text)

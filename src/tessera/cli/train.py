@@ -10,6 +10,7 @@ import typer
 from tessera.cli import train_new, train_vision
 from tessera.cli.errors import one_line_errors
 from tessera.cli.many import ManyValues
+from tessera.cli.options import Minutes, Resume, StepsOrMinutes
 
 app = typer.Typer(help="Train models and memories.", no_args_is_help=True)
 app.command("lm", cls=ManyValues)(train_new.lm)
@@ -28,12 +29,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory of the run: corpus, checkpoints, log, exported model.")] = Path(
         "runs/demo"
     ),
-    minutes: Annotated[float | None, typer.Option(help="Train for this long (default: 40).", min=0.01)] = None,
-    steps: Annotated[int | None, typer.Option(help="Train for this many steps instead.", min=1)] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume/--fresh", help="Go on from the newest checkpoint, or delete the run and start over."),
-    ] = True,
+    minutes: Annotated[float | None, typer.Option(help="Train for this long instead (default: 40).", min=0.01)] = None,
+    steps: StepsOrMinutes = None,
+    resume: Resume = True,
     tiny: Annotated[bool, typer.Option("--tiny", help="A model that learns nothing, to check the machinery.")] = False,
     install: Annotated[bool, typer.Option("--install", help="Also export into the installed package.")] = False,
 ) -> None:
@@ -79,12 +77,9 @@ def memory(
     objective: Annotated[str, typer.Option(help="kl: the dense model's predictions; ce: the text.")] = "kl",
     sequence: Annotated[int, typer.Option(help="Tokens of a training sequence.", min=2)] = 1280,
     batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
-    minutes: Annotated[float | None, typer.Option(help="Train for this long (default: 20).", min=0.01)] = None,
-    steps: Annotated[int | None, typer.Option(help="Train for this many steps instead.", min=1)] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume/--fresh", help="Go on from the newest checkpoint, or delete the run and start over."),
-    ] = True,
+    minutes: Minutes = None,
+    steps: StepsOrMinutes = None,
+    resume: Resume = True,
 ) -> None:
     """Attach a Tensor Cache to a model and train it, the model itself frozen.
 

@@ -8,16 +8,26 @@ from typing import Annotated
 import typer
 
 from tessera.cli.errors import one_line_errors
-
-Steps = Annotated[int | None, typer.Option(help="Train for this many steps.", min=1)]
-MicroBatch = Annotated[int | None, typer.Option(help="Sequences of a forward pass.  [default: 4096 tokens of them]", min=1)]
-Precision = Annotated[str, typer.Option(help="bf16 (autocast) or no.")]
-Seed = Annotated[int, typer.Option(help="Of the weights and of the order of the data.")]
-TensorBoard = Annotated[bool, typer.Option("--tensorboard/--no-tensorboard", help="Write the log for TensorBoard too.")]
-Resume = Annotated[
-    bool, typer.Option("--resume/--fresh", help="Go on from the newest checkpoint, or delete the run and start over.")
-]
-Rule = Annotated[str | None, typer.Option(help="Of a memory: outer, delta or wedge.  [default: delta]")]
+from tessera.cli.options import (
+    Batch,
+    Gap,
+    HeadDim,
+    Heads,
+    Hidden,
+    Layers,
+    MicroBatch,
+    Minutes,
+    Pairs,
+    Precision,
+    Resume,
+    Rewrites,
+    Rule,
+    Seed,
+    Steps,
+    StepsOrMinutes,
+    TensorBoard,
+)
+from tessera.cli.quiet import say
 
 
 def lm(
@@ -28,11 +38,11 @@ def lm(
         list[Path] | None, typer.Option(help="UTF-8 text files to learn from.  [default: installed Python source]")
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the run: corpus, checkpoints, log, model.")] = Path("runs/lm"),
-    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 256,
-    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 6,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 4,
+    hidden: Hidden = 256,
+    layers: Layers = 6,
+    heads: Heads = 4,
     kv_heads: Annotated[int, typer.Option(help="Key heads.")] = 2,
-    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    head_dim: HeadDim = 64,
     rule: Rule = None,
     vocabulary: Annotated[
         int | None,
@@ -42,10 +52,10 @@ def lm(
     segments: Annotated[
         int, typer.Option(help="Sequences of a document in a step, the state carried from each to the next.", min=1)
     ] = 1,
-    batch: Annotated[int, typer.Option(help="Sequences of a step, over all processes.", min=1)] = 16,
+    batch: Batch = 16,
     micro_batch: MicroBatch = None,
-    steps: Steps = None,
-    minutes: Annotated[float | None, typer.Option(help="Train for this long instead (default: 20).", min=0.01)] = None,
+    steps: StepsOrMinutes = None,
+    minutes: Minutes = None,
     precision: Precision = "no",
     seed: Seed = 0,
     tensorboard: TensorBoard = True,
@@ -84,7 +94,7 @@ def lm(
         memory = None if rule is None else {"rule": rule}
         config = LmConfig(spec, memory, hidden, layers, heads, kv_heads, head_dim, vocabulary, loop)
         state = train_lm(config, data or [], out, resume=resume)
-    _say(f"{state.step:,} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes; model in {out / 'model'}")
+    say(f"{state.step:,} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes; model in {out / 'model'}")
 
 
 def recall(
@@ -92,17 +102,17 @@ def recall(
         str, typer.Option(help='Attention: "dense", "window:16", "sink:4 + window:16", "infini:16", "window:16 + tc".')
     ] = "window:16 + tc",
     out: Annotated[Path, typer.Option(help="Directory of the run: log, model, recall.json.")] = Path("runs/recall"),
-    pairs: Annotated[int, typer.Option(help="Keys of a sequence, each with a value.")] = 16,
-    gap: Annotated[int, typer.Option(help="Tokens of filler between the last pair and the first question.")] = 64,
-    rewrites: Annotated[int, typer.Option(help="Keys that are given another value.")] = 0,
-    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 2,
-    heads: Annotated[int, typer.Option(help="Heads.")] = 2,
-    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
-    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 128,
+    pairs: Pairs = 16,
+    gap: Gap = 64,
+    rewrites: Rewrites = 0,
+    layers: Layers = 2,
+    heads: Heads = 2,
+    head_dim: HeadDim = 64,
+    hidden: Hidden = 128,
     rule: Rule = None,
-    batch: Annotated[int, typer.Option(help="Sequences of a step, over all processes.", min=1)] = 32,
+    batch: Batch = 32,
     micro_batch: MicroBatch = None,
-    steps: Annotated[int, typer.Option(help="Steps of training.", min=1)] = 600,
+    steps: Steps = 600,
     precision: Precision = "no",
     seed: Seed = 0,
     tensorboard: TensorBoard = True,
@@ -132,15 +142,7 @@ def recall(
     if "accuracy" not in found:
         return  # not the first process
     others = ", ".join(f"{value:.3f} at {name}" for name, value in found["by_gap"].items() if int(name) != gap)
-    _say(
+    say(
         f"accuracy {found['accuracy']:.3f} at the gap of {gap} that it was trained on (chance {found['chance']:.3f}); "
         f"at others: {others}\n{found['state_bytes'] / 1024:.0f} KiB kept for a sequence; model in {out / 'model'}"
     )
-
-
-def _say(text: str) -> None:
-    """Print in the first process alone."""
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
-        typer.echo(text)

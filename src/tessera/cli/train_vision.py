@@ -8,13 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from tessera.cli.errors import one_line_errors
-from tessera.cli.train_new import MicroBatch, Precision, Resume, Seed, TensorBoard, _say
-
-Memory = Annotated[str, typer.Option(help="Tensor Memory: none, default or paper.")]
-Hidden = Annotated[int, typer.Option(help="Width of the residual stream.")]
-Layers = Annotated[int, typer.Option(help="Layers.")]
-Heads = Annotated[int, typer.Option(help="Heads.")]
-Steps = Annotated[int, typer.Option(help="Steps of training.", min=1)]
+from tessera.cli.options import (
+    Batch,
+    Heads,
+    Hidden,
+    Layers,
+    MicroBatch,
+    Precision,
+    Resume,
+    Seed,
+    Steps,
+    TensorBoard,
+    TensorMemory,
+)
+from tessera.cli.quiet import say
 
 
 def image(
@@ -25,12 +32,12 @@ def image(
     share: Annotated[float, typer.Option(help="Of the patches that are hidden, for pixels.")] = 0.5,
     size: Annotated[int, typer.Option(help="Pixels along a side that pictures of a folder are made to have.", min=1)] = 32,
     patch: Annotated[int | None, typer.Option(help="Side of a patch.  [default: 2, with --data 4]", min=1)] = None,
-    memory: Memory = "default",
+    memory: TensorMemory = "default",
     out: Annotated[Path, typer.Option(help="Directory of the run: log, model, image.json, image.png.")] = Path("runs/image"),
     hidden: Hidden = 64,
     layers: Layers = 2,
     heads: Heads = 4,
-    batch: Annotated[int, typer.Option(help="Pictures of a step, over all processes.", min=1)] = 64,
+    batch: Batch = 64,
     micro_batch: MicroBatch = None,
     steps: Steps = 300,
     precision: Precision = "no",
@@ -75,14 +82,14 @@ def video(
     size: Annotated[int, typer.Option(help="Pixels along a side of a frame.", min=1)] = 32,
     patch: Annotated[int, typer.Option(help="Side of a patch.", min=1)] = 8,
     attention: Annotated[str, typer.Option(help='What a patch sees: "all", "frame", "window:4".')] = "frame",
-    memory: Memory = "default",
+    memory: TensorMemory = "default",
     out: Annotated[Path, typer.Option(help="Directory of the run: log, model, video.json, video.png.")] = Path("runs/video"),
     hidden: Hidden = 64,
     layers: Layers = 2,
     heads: Heads = 4,
-    batch: Annotated[int, typer.Option(help="Clips of a step, over all processes.", min=1)] = 16,
+    batch: Batch = 16,
     micro_batch: MicroBatch = None,
-    steps: Steps = 300,
+    steps: Steps = 800,
     precision: Precision = "no",
     seed: Seed = 0,
     tensorboard: TensorBoard = True,
@@ -121,7 +128,9 @@ def video(
 def _memory(word: str) -> dict[str, Any] | None:
     from tessera.spatial import TensorMemoryConfig
 
-    known = {"none": None, "default": TensorMemoryConfig(), "paper": TensorMemoryConfig.paper()}
+    # Flat as pictures are.
+    grid = (8, 8)
+    known = {"none": None, "default": TensorMemoryConfig(grid=grid), "paper": TensorMemoryConfig.paper(grid=grid)}
     if word not in known:
         raise ValueError(f"memory must be one of {', '.join(known)}, got {word!r}")
     config = known[word]
@@ -130,7 +139,7 @@ def _memory(word: str) -> dict[str, Any] | None:
 
 def _report(found: dict[str, Any], what: str, out: Path) -> None:
     if "score" in found:
-        _say(
+        say(
             f"{what} {found['score']:.3f} on what was held out (chance {found['chance']:.3f}, at most {found['ceiling']:.0f}); "
             f"{found['parameters']:,} parameters, {found['seconds']:.0f} seconds; model in {out / 'model'}"
         )

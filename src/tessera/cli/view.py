@@ -129,7 +129,7 @@ def _clip(task: str, steps: int, paper: bool, seed: int) -> tuple[list[Trace], s
     from tessera.evaluation.view import follow_backbone
     from tessera.training.diagnostics import train_diagnostic
 
-    fields = next((own for name, own in plans.MENDED if name == task), {})
+    fields = next((own for name, own, _ in plans.MENDED if name == task), {})
     job = plans.job(task, fields, "memory", "the paper's" if paper else "default", steps=steps, seed=seed)
     # Few steps, so long ones.
     config = plans.config_of({**job, "rate": 3.0})

@@ -38,12 +38,15 @@ GRIDS: dict[str, dict[str, Any]] = {
 
 SETTINGS: dict[str, tuple[bool, dict[str, Any]]] = {
     "default": (False, {}),
+    "default, footprint": (False, {"update": "footprint"}),
     "default, gates from the input": (False, {"gates": "input"}),
+    "default, footprint, gates from the input": (False, {"update": "footprint", "gates": "input"}),
     "the paper's": (True, {}),
     "the paper's, forget bias 3": (True, {"forget_bias": 3.0}),
     "the paper's, sigma 0.3": (True, {"sigma_init": 0.3}),
     "the paper's, footprint": (True, {"update": "footprint"}),
     "the paper's, places agree": (True, {"coordinates": "agree"}),
+    "the paper's, light projection": (True, {"projection": "light"}),
     "the paper's, gates from the input": (True, {"gates": "input"}),
 }
 """Name -> whether it is the paper's setting, and what is changed: each of our improvements alone."""
@@ -57,11 +60,15 @@ ABLATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
     "grid 8x8x8": (False, {"grid": (8, 8, 8)}),
     "chunks of 2": (False, {"chunk": 2}),
     "chunks of 4": (False, {"chunk": 4}),
+    "chunks of 4, one read": (False, {"chunk": 4, "read": "chunk"}),
+    "sigma 1.31": (False, {"sigma_init": TensorMemoryConfig.paper().sigma_init}),
+    "forget bias 0": (False, {"forget_bias": 0.0}),
+    "full projection": (False, {"projection": "full"}),
 }
-"""The paper's ablations, on binding, of the default: one choice changed."""
+"""The paper's ablations, on binding, of the default, and ours: one choice changed."""
 
-DELAYS = (0, 16, 64, 256, 1024)
-"""Blank tokens before the question, in the full plan."""
+DELAY, DELAYS = 64, (0, 64, 256, 1024)
+"""Blank tokens before the question: of what a memory is trained on, and of what it is then measured on."""
 
 _ASKED = {"last": "in the middle", "hidden": "asked while hidden", "back": "asked when back"}
 
@@ -78,8 +85,9 @@ def job(
     attention: str = ALONE,
     steps: int = 300,
     seed: int = 0,
+    delays: Sequence[int] = (),
 ) -> Job:
-    """A run; `fields` are the task's."""
+    """A run; `fields` are the task's, and the model is measured with `delays` too."""
     return {
         "task": task,
         "fields": fields,
@@ -88,17 +96,18 @@ def job(
         "setting": setting,
         "steps": steps,
         "seed": seed,
+        **({"delays": list(delays)} if delays else {}),
     }
 
 
-MENDED: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("occlusion", {"patch": 16}),
-    ("occlusion", {"patch": 16, "ask": "back"}),
-    ("map", {"queries": 16}),
-    ("binding", {}),
-    ("no harm", {"rule": "given", "symbols": 8, "steps": 16}),
+MENDED: tuple[tuple[str, dict[str, Any], int], ...] = (
+    ("occlusion", {"patch": 16}, 1),
+    ("occlusion", {"patch": 16, "ask": "back"}, 2),
+    ("map", {"queries": 16}, 1),
+    ("binding", {}, 1),
+    ("no harm", {"rule": "given", "symbols": 8, "steps": 16}, 1),
 )
-"""The tasks that cannot be done without a memory, in the sizes of the plans."""
+"""The tasks that cannot be done without a memory, in the sizes of the plans, and how many times a plan's steps each takes."""
 
 
 def quick_plan(kinds: Sequence[str] = ("plain", "memory"), seeds: int = 1, steps: int = 80) -> list[Job]:
@@ -120,9 +129,9 @@ def default_plan(
 ) -> list[Job]:
     """Every mended task without a delay, every kind."""
     return [
-        job(task, fields, kind, steps=steps, seed=seed)
+        job(task, fields, kind, steps=times * steps, seed=seed)
         for seed in range(seeds)
-        for task, fields in MENDED
+        for task, fields, times in MENDED
         if task in tasks
         for kind in kinds
     ]
@@ -136,29 +145,25 @@ ORIGINALS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 """The tasks as the paper has them."""
 
-PARTS = ("kinds", "settings", "delays", "originals")
+PARTS = ("kinds", "settings", "ablations", "delays", "originals")
 """Of the full plan."""
 
 
-def full_plan(seeds: int = 3, steps: int = 1000, delays: Sequence[int] = DELAYS, parts: Sequence[str] = PARTS) -> list[Job]:
-    """The mended tasks with every kind, every setting of the memory and every delay; the originals with whole attention."""
+def full_plan(seeds: int = 3, steps: int = 1000, parts: Sequence[str] = PARTS) -> list[Job]:
+    """The mended tasks with every kind and every setting of the memory, with ablations, and with delays; then the originals
+    with whole attention."""
     found: list[Job] = []
     for seed in range(seeds):
         own: dict[str, list[Job]] = {
-            "kinds": [job(t, f, k, steps=steps, seed=seed) for t, f in MENDED for k in KINDS],
+            "kinds": [job(t, f, k, steps=n * steps, seed=seed) for t, f, n in MENDED for k in KINDS],
             "settings": [
-                job(t, f, "memory", setting, steps=steps, seed=seed)
-                for t, f in MENDED
-                for setting in {**SETTINGS, **(ABLATIONS if t == "binding" else {})}
+                job(t, f, "memory", setting, steps=n * steps, seed=seed)
+                for t, f, n in MENDED
+                for setting in SETTINGS
                 if setting != "default"
             ],
-            "delays": [
-                job(t, {**f, "delay": delay}, k, steps=steps, seed=seed)
-                for delay in delays
-                if delay
-                for t, f in MENDED
-                for k in ("plain", "memory")
-            ],
+            "ablations": [job("binding", {}, "memory", setting, steps=steps, seed=seed) for setting in ABLATIONS],
+            "delays": [job(t, {**f, "delay": DELAY}, steps=n * steps, seed=seed, delays=DELAYS) for t, f, n in MENDED],
             "originals": [job(t, f, k, attention="whole", steps=steps, seed=seed) for t, f in ORIGINALS for k in KINDS],
         }
         found += [each for part in parts for each in own[part]]
@@ -180,7 +185,9 @@ def config_of(job: Job) -> DiagnosticConfig:
     make = TensorMemoryConfig.paper if paper else TensorMemoryConfig
     memory = make(**{**GRIDS[job["task"]], **changes})
     backbone = BackboneConfig(task.features, task.classes, job["kind"], job["attention"], task.frame, memory=memory)
-    return DiagnosticConfig(task, backbone, steps=job["steps"], rate=job.get("rate", 1.0), seed=job["seed"])
+    return DiagnosticConfig(
+        task, backbone, steps=job["steps"], rate=job.get("rate", 1.0), seed=job["seed"], delays=tuple(job.get("delays", ()))
+    )
 
 
 def run(job: Job) -> Row:
@@ -192,7 +199,7 @@ def run(job: Job) -> Row:
 def key(job: Job) -> str:
     """What tells one run from another."""
     names = ("task", "fields", "attention", "kind", "setting", "steps", "seed")
-    return json.dumps([*(job[name] for name in names), job.get("rate", 1.0)], sort_keys=True)
+    return json.dumps([*(job[name] for name in names), job.get("rate", 1.0), job.get("delays", [])], sort_keys=True)
 
 
 def diagnostics(jobs: Sequence[Job], path: Path, processes: int = 1) -> Iterator[list[Row]]:
@@ -224,10 +231,12 @@ def title(row: Row) -> str:
 
 
 def grouped(rows: Sequence[Row], by: str) -> dict[str, dict[str, list[Row]]]:
-    """Rows by title of the task, then by "kind" or "setting"; of settings those tasks alone of which there are several."""
+    """Rows by title of the task, then by "kind" or "setting", those of delays left out; of settings those tasks alone of
+    which there are several."""
     found: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        if (by == "setting" and row["kind"] != "memory") or (by == "kind" and row["setting"] != "default"):
+        other = row["kind"] != "memory" if by == "setting" else row["setting"] != "default"
+        if other or "by_delay" in row:
             continue
         found.setdefault(f"{title(row)}|{row['steps']}", {}).setdefault(row[by], []).append(row)
     counts = [name.rpartition("|")[0] for name in found]
@@ -257,17 +266,40 @@ def cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 def setting_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and lines of the table of settings: a line for each setting, a column for each task."""
     found = grouped(rows, "setting")
-    names = [name for name in {**SETTINGS, **ABLATIONS} if any(name in own for own in found.values())]
+    names = [name for name in SETTINGS if any(name in own for own in found.values())]
     return ("setting", *found), [
         (name, *(spread(own[name]) if name in own else "" for own in found.values())) for name in names
     ]
 
 
+def ablation_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines of the table of ablations, beside the default."""
+    own = {task: found for task, found in grouped(rows, "setting").items() if ABLATIONS.keys() & found}
+    names = [name for name in ("default", *ABLATIONS) if any(name in found for found in own.values())]
+    return ("setting", *own), [
+        (name, *(spread(found[name]) if name in found else "" for found in own.values())) for name in names
+    ]
+
+
+def delay_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines of the table of delays: a line for each task and setting, with the accuracy at each delay."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if "by_delay" in row:
+            found.setdefault((title({**row, "fields": {**row["fields"], "delay": 0}}), row["setting"]), []).append(row)
+    delays = list(dict.fromkeys(delay for own in found.values() for delay in own[0]["by_delay"]))
+    lines = [
+        (*name, *(spread([{"accuracy": row["by_delay"][delay]} for row in own]) for delay in delays), f"{own[0]['chance']:.3f}")
+        for name, own in found.items()
+    ]
+    return ("task", "setting", *(f"{int(delay):,} blank" for delay in delays), "guessing"), lines
+
+
 def diagnostics_tables(rows: Sequence[Row]) -> list[Table]:
-    """A table of kinds, and one of settings where there are several."""
+    """A table of kinds; of settings where there are several, of ablations and of delays where they were measured."""
     made = []
-    for header, lines in (cells(rows), setting_cells(rows)):
-        if not lines:
+    for header, lines in (cells(rows), setting_cells(rows), ablation_cells(rows), delay_cells(rows)):
+        if not lines or len(header) == 1:
             continue
         table = Table()
         for i, name in enumerate(header):

@@ -91,11 +91,10 @@ def _by_delay(rows: Sequence[Row]) -> dict[str, dict[int, list[float]]]:
     """Accuracy of the memory by delay, of tasks that were measured at several."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
-        if (row["kind"], row["setting"]) == ("memory", "default"):
-            fields = {**row["fields"], "delay": 0}
-            name = title({**row, "fields": fields}) if "delay" in TASKS[row["task"]].__dataclass_fields__ else ""
-            found.setdefault(name, {}).setdefault(row["fields"].get("delay", 0), []).append(row["accuracy"])
-    return {name: own for name, own in found.items() if len(own) > 1}
+        for delay, accuracy in row.get("by_delay", {}).items() if row["setting"] == "default" else ():
+            name = title({**row, "fields": {**row["fields"], "delay": 0}})
+            found.setdefault(name, {}).setdefault(int(delay), []).append(accuracy)
+    return found
 
 
 def _lines(axis: Any, delays: dict[str, dict[int, list[float]]]) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.files import read_utf8
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -125,18 +127,7 @@ def read_text(files: Sequence[str | os.PathLike[str]] = ()) -> tuple[str, str]:
         from tessera.models import heldout_text
 
         return heldout_text(), "standard-library modules held out of the demo model's training"
-    parts = []
-    for file in map(Path, files):
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no text file {file}")
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is no UTF-8 text (byte {error.start})") from error
-        if not text.strip():
-            raise ValueError(f"{file} is empty")
-        parts.append(text)
-    return "\n\n".join(parts), ", ".join(Path(f).name for f in files)
+    return "\n\n".join(map(read_utf8, files)), ", ".join(Path(f).name for f in files)
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:

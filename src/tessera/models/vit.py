@@ -27,8 +27,9 @@ class ViTConfig(PreTrainedConfig):
         num_channels: of a pixel.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as in transformers' ViT.
         classes: what a frame may be; 0: every patch is given its pixels instead.
-        positions: "learned" for each patch of a frame, or "sincos". Frames are numbered by sines and cosines, without end.
-        attention: what a patch sees. "all": every frame of the clip; "frame": its own; "window:4": the newest four.
+        positions: "learned" for each patch of a frame, or "sincos". Frames are numbered by sines and cosines.
+        attention: what a patch sees. "all": every frame of the clip; "frame": its own; "window:4": the newest four, which are
+            then numbered from 0 to 3 and from 0 again, so that a stream far longer than what was trained on has no new number.
         memory: fields of `TensorMemoryConfig`, or None. With attention "all" the state goes from layer to layer; otherwise
             every layer has its own, and no output depends on a later frame.
     """
@@ -238,6 +239,8 @@ class ViT(PreTrainedModel):
             both = torch.cat((rows[:, None].expand(-1, len(side), -1), columns[None].expand(len(side), -1, -1)), dim=-1)
             x = x + both.flatten(0, 1).to(x.dtype)
         times = torch.arange(before, before + frames, device=x.device)
+        if window is not None:
+            times %= window
         x = (x + waves(times, config.hidden_size)[:, None].to(x.dtype)).flatten(1, 2)
         windows, memories = [], []
         threaded: TensorMemoryState | None = None

@@ -34,13 +34,19 @@ class MovingDigits:
         size: pixels along each side of a frame.
         bar: columns in the middle behind which digits pass.
         patch: side of the patches that frames are made for.
+        step: places of digits, and what they move by, are multiples of so many pixels. As large as a patch and a digit, every
+            digit is one patch; with 1 it must be known in all places between, which takes a small model far longer to learn.
+        alone: share of the clips to learn from that show one digit, asked for in every frame from the first that shows it
+            whole: what digits look like is learned from these. No model is measured on them.
         pictures: of digits; scikit-learn's unless given.
     """
 
     frames: int = 16
     size: int = 32
-    bar: int = 12
+    bar: int = 16
     patch: int = 8
+    step: int = 8
+    alone: float = 0.5
     pictures: Pictures = field(default_factory=load_digits)
 
     def __post_init__(self) -> None:
@@ -53,6 +59,11 @@ class MovingDigits:
             raise ValueError(
                 f"beside a bar of {self.bar} columns frames of {self.size} have no room for a digit, which has {digit}"
             )
+        columns = self._columns(torch.arange(0, self.size - digit + 1, self.step)) if self.step > 0 else ()
+        if not all(bool(where.any()) for where in columns) or not columns:
+            raise ValueError(f"with step {self.step} no digit comes to be whole behind the bar, and beside it; choose another")
+        if not 0 <= self.alone < 1:
+            raise ValueError(f"alone is a share from 0 to less than 1, got {self.alone}")
         if self.patch < 1 or self.size % self.patch:
             raise ValueError(f"patch {self.patch} does not divide frames of {self.size} pixels a side")
         object.__setattr__(self, "_parts", self.pictures.split())
@@ -81,7 +92,12 @@ class MovingDigits:
     def sample(self, batch: int, generator: Generator | None = None, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """Draw clips, (batch, frames, 1, size, size), and what is hidden, (batch, frames) int64, `IGNORED` where not asked."""
         pixels, labels, places = self.draw(batch, generator, held_out)
-        return self.render(pixels, places), self.targets(labels, places)
+        targets = self.targets(labels, places)
+        if not held_out and (single := round(self.alone * batch)):
+            pixels[:single, 1] = 0
+            known = self._columns(places[:single, :, 0, 0])[1].int().cumsum(1) > 0
+            targets[:single] = torch.where(known, labels[:single, :1], IGNORED)
+        return self.render(pixels, places), targets
 
     def draw(self, batch: int, generator: Generator | None = None, held_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Digits (batch, 2, digit, digit), labels (batch, 2), and where they are, (batch, frames, 2, (x, y)) of the corner."""
@@ -96,11 +112,10 @@ class MovingDigits:
         others = torch.rand((batch, len(own.labels)), generator=generator)
         second = others.masked_fill(own.labels == own.labels[first].unsqueeze(1), -1).argmax(1)
         rows = torch.stack((first, second), dim=1)
-        room, (left, right) = self.size - self.digit, self.edges
-        beside = torch.tensor([x for x in range(room + 1) if x + self.digit <= left or x >= right])
-        start = torch.stack((beside[integers(len(beside), batch, 2)], integers(room + 1, batch, 2)), dim=-1)
+        room = (self.size - self.digit) // self.step * self.step
+        start = self.step * integers(room // self.step + 1, batch, 2, 2)
         across = (1 + integers(2, batch, 2)) * (2 * integers(2, batch, 2) - 1)
-        speed = torch.stack((across, integers(5, batch, 2) - 2), dim=-1)
+        speed = self.step * torch.stack((across, integers(5, batch, 2) - 2), dim=-1)
         way = start.unsqueeze(1) + speed.unsqueeze(1) * torch.arange(self.frames).view(1, -1, 1, 1)
         # Off the border: a wave that rises to `room` and falls again.
         return own.pixels[rows, 0], own.labels[rows], room - (way % (2 * room) - room).abs()
@@ -120,14 +135,17 @@ class MovingDigits:
 
     def targets(self, labels: Tensor, places: Tensor) -> Tensor:
         """What is asked in each frame, (batch, frames)."""
-        (left, right), x = self.edges, places[..., 0]
-        hidden = (x >= left) & (x + self.digit <= right)
-        seen = (x + self.digit <= left) | (x >= right)
+        hidden, seen = self._columns(places[..., 0])
         overlap = ((places[:, :, 0] - places[:, :, 1]).abs() < self.digit).all(-1)
         known = (seen & ~overlap.unsqueeze(-1)).int().cumsum(1) > 0
         alone = hidden & ~hidden.flip(-1) & known
         label = (labels.unsqueeze(1) * alone).sum(-1)
         return torch.where(alone.any(-1), label, IGNORED)
+
+    def _columns(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether digits whose first columns are x are whole behind the bar, and whole beside it."""
+        left, right = self.edges
+        return (x >= left) & (x + self.digit <= right), (x + self.digit <= left) | (x >= right)
 
     def test(self) -> tuple[Tensor, Tensor]:
         """`TESTED` clips of digits that are held out, and what is asked, always the same."""
@@ -141,5 +159,5 @@ class MovingDigits:
     @property
     def about(self) -> dict[str, Any]:
         """The task as JSON has it."""
-        shape = {"frames": self.frames, "size": self.size, "bar": self.bar, "patch": self.patch}
+        shape = {name: getattr(self, name) for name in ("frames", "size", "bar", "patch", "step", "alone")}
         return {"task": "moving digits", **shape, "pictures": len(self.pictures.labels)}

@@ -31,8 +31,8 @@ class Occlusion:
         hidden: frames that do not show the ball.
         hide: hidden frames are at the "end", or in the "middle" as in the original.
         ask: "hidden": the quadrant in each hidden frame; "back": in one more frame the ball is back, half of the time half a
-            world away from where it should be, and asked is whether it is; "last": the quadrant in the last frame, as in the
-            original.
+            world away from where it should be, and asked is whether it is (see also `lesson`); "last": the quadrant in the
+            last frame, as in the original.
         delay: blank frames before the hidden ones in which the world stands still.
         patch: pixels along a side of a token.
     """
@@ -75,8 +75,8 @@ class Occlusion:
 
     @property
     def classes(self) -> int:
-        """Answers that there are: four quadrants; or where it should be, and not."""
-        return 2 if self.ask == "back" else 4
+        """Answers that there are: four quadrants; with "back" in front of them where it should be, and not."""
+        return 6 if self.ask == "back" else 4
 
     @property
     def length(self) -> int:
@@ -118,12 +118,22 @@ class Occlusion:
 
     def sample(self, batch: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw clips: tokens, (batch, length, features), and targets, (batch, length) int64, at the last tokens of frames."""
+        return self._draw(batch, generator, self._asked())
+
+    def lesson(self, batch: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """What to learn from: `sample`, with "back" also the quadrant in each hidden frame, as answers 2 to 5.
+
+        One bit a clip, right only for whoever follows the ball and compares, hardly says in which direction to learn.
+        """
+        return self._draw(batch, generator, (self._hidden() if self.ask == "back" else []) + self._asked())
+
+    def _draw(self, batch: int, generator: Generator | None, asked: list[int]) -> tuple[Tensor, Tensor]:
         start = torch.randint(SIZE, (batch, 2), generator=generator)
         velocity = VELOCITIES[torch.randint(len(VELOCITIES), (batch,), generator=generator)]
         shifts = self._shifts()
         moved = torch.randint(1, 4, (batch,), generator=generator) * torch.randint(2, (batch,), generator=generator)
         moved = moved % len(shifts)
-        places, quadrant = self._places(start, velocity, shifts[moved])
+        places, answers = self._places(start, velocity, shifts[moved])
         steps = places.shape[1]
         ball = one_hot(places, SIZE).float()
         ball = (ball + ball.roll(1, -1)) * self._visible()[:, None, None]
@@ -134,32 +144,38 @@ class Occlusion:
         still = torch.tensor(self._clock()).diff(prepend=torch.tensor([-1])) == 0
         which = torch.eye(self.frame).expand(batch, steps, -1, -1)
         tokens = torch.cat((cut, which, still[:, None, None].float().expand(batch, -1, self.frame, 1)), dim=-1)
-        answers = (moved > 0).long()[:, None].expand(-1, steps) if self.ask == "back" else quadrant
+        if self.ask == "back":
+            answers = answers + 2
+            answers[:, -1] = moved > 0
         targets = torch.full((batch, steps, self.frame), IGNORED)
-        asked = self._asked()
         targets[:, asked, -1] = answers[:, asked]
         return tokens.flatten(1, 2), targets.flatten(1)
 
     def _clock(self) -> list[int]:
         """The time of the world in each frame."""
-        before = self.frames - self.hidden if self.hide == "end" else (self.frames - self.hidden) // 2
+        before = self._before()
         after = self.frames - before + (self.ask == "back")
         return [*range(before), *[before - 1] * self.delay, *range(before, before + after)]
 
+    def _before(self) -> int:
+        """Frames before the first without the ball."""
+        shown = self.frames - self.hidden
+        return shown if self.hide == "end" else shown // 2
+
     def _visible(self) -> Tensor:
         """Whether each frame shows the ball, (frames,) bool."""
-        steps = len(self._clock())
-        before = self.frames - self.hidden if self.hide == "end" else (self.frames - self.hidden) // 2
-        shown = torch.ones(steps, dtype=torch.bool)
+        before = self._before()
+        shown = torch.ones(len(self._clock()), dtype=torch.bool)
         shown[before : before + self.delay + self.hidden] = False
         return shown
 
     def _asked(self) -> list[int]:
         """Frames in which there is a question."""
-        steps = len(self._clock())
-        if self.ask != "hidden":
-            return [steps - 1]
-        first = int((~self._visible()).nonzero()[0]) + self.delay
+        return self._hidden() if self.ask == "hidden" else [len(self._clock()) - 1]
+
+    def _hidden(self) -> list[int]:
+        """Frames in which the ball moves unseen."""
+        first = self._before() + self.delay
         return list(range(first, first + self.hidden))
 
     def _shifts(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +17,11 @@ from tessera.training.loop import train
 from tessera.training.schedule import FORWARD_TOKENS, LoopConfig, Phase
 
 MEASURED = 512
-"""Sequences that a trained model is measured on, always the same ones."""
+"""Sequences that a trained model is measured on, always the same ones; with other delays a quarter of so many."""
 
 
 class Task(Protocol):
-    """What the tasks have in common."""
+    """What the tasks have in common. One with a method `lesson`, like `sample`, is learned from that."""
 
     @property
     def features(self) -> int:
@@ -71,6 +71,8 @@ class DiagnosticConfig:
     """Learning rates, in those of long runs."""
     seed: int = 0
     """Of the model and of the sequences."""
+    delays: tuple[int, ...] = ()
+    """Delays of the task that the trained model is measured with too."""
 
     def __post_init__(self) -> None:
         for name in ("features", "classes", "frame"):
@@ -94,14 +96,15 @@ class DiagnosticConfig:
 
 
 @torch.no_grad()
-def measure(model: Backbone, task: Task) -> float:
-    """Accuracy of a model on `MEASURED` sequences."""
+def measure(model: Backbone, task: Task, count: int | None = None) -> float:
+    """Accuracy of a model on so many sequences; None: `MEASURED`."""
+    count = count or MEASURED
     device = model.head.weight.device
-    right, part = 0.0, max(1, min(MEASURED, FORWARD_TOKENS // task.length))
-    x, targets = task.sample(MEASURED, Generator().manual_seed(10**6))
+    right, part = 0.0, max(1, min(count, FORWARD_TOKENS // task.length))
+    x, targets = task.sample(count, Generator().manual_seed(10**6))
     for tokens, wanted in zip(x.split(part), targets.split(part), strict=True):
         right += accuracy(model(tokens.to(device)).logits, wanted.to(device)) * len(tokens)
-    return right / MEASURED
+    return right / count
 
 
 def train_diagnostic(config: DiagnosticConfig, out: Path, *, show: bool = True) -> tuple[Backbone, dict[str, Any]]:
@@ -109,7 +112,7 @@ def train_diagnostic(config: DiagnosticConfig, out: Path, *, show: bool = True) 
 
     Returns:
         The model, and ``accuracy``, ``chance``, ``stateless``, ``ceiling``, ``parameters``, ``gates`` (of a memory, in each
-        layer), ``seconds``.
+        layer), ``seconds``; with delays ``by_delay``, the accuracy at each.
 
     Raises:
         ValueError: if ``out`` holds a run of another recipe.
@@ -117,13 +120,16 @@ def train_diagnostic(config: DiagnosticConfig, out: Path, *, show: bool = True) 
     task = config.task
     claim(out, {"task": type(task).__name__, **asdict(config)})
     model = build_backbone(config.backbone, config.seed)
+    draw = getattr(task, "lesson", task.sample)
 
     def sample(seed: tuple[int, ...], batch: int, _: int) -> tuple[Tensor, Tensor]:
-        return task.sample(batch, Generator().manual_seed(hash(seed) % (1 << 31)))
+        tokens, targets = draw(batch, Generator().manual_seed(hash(seed) % (1 << 31)))
+        return tokens, targets
 
     began = time.monotonic()
     train(model, sample, config.loop(), out, show=show)
     model.eval()
+    by_delay = {str(delay): measure(model, replace(task, delay=delay), max(1, MEASURED // 4)) for delay in config.delays}
     return model, {
         "accuracy": measure(model, task),
         "chance": task.chance,
@@ -132,4 +138,5 @@ def train_diagnostic(config: DiagnosticConfig, out: Path, *, show: bool = True) 
         "parameters": parameters(model),
         "gates": [float(gate) for gate in model.gates()],
         "seconds": time.monotonic() - began,
+        **({"by_delay": by_delay} if by_delay else {}),
     }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
-from tessera.files import atomic_path
+from tessera.files import atomic_path, read_utf8
 from tessera.models.gpt import GPT, GPTConfig, read_attention
 from tessera.training.checkpoints import RunState, claim
 from tessera.training.corpus import Corpus, SourceFile, training_files
@@ -125,14 +125,13 @@ def prepare_lm(vocabulary: int | None, data: Sequence[Path], out: Path) -> tuple
     """
     from tokenizers import Tokenizer
 
-    from tessera.evaluation.sources import read_text
     from tessera.models import demo_path, heldout_text
 
     words, corpus, rest = out / "tokenizer.json", out / "corpus", out / "held_out.txt"
     if words.is_file() and rest.is_file() and (corpus / "corpus.json").is_file():
         return Tokenizer.from_file(str(words)), Corpus(corpus), rest.read_text(encoding="utf-8")
     if data:
-        whole = [(path.name, read_text([path])[0]) for path in data]
+        whole = [(path.name, read_utf8(path)) for path in data]
         files = [SourceFile("data", name, text[: len(text) - len(text) // HELD_OUT]) for name, text in whole]
         held_out = "\n\n".join(text[len(text) - len(text) // HELD_OUT :] for _, text in whole)
     else:
