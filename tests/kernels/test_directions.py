@@ -153,6 +153,8 @@ def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     pages.decode()
     with pytest.raises(pytest.fail.Exception, match="the definition ran"):
         dispatch.attend(torch.randn(1, 1, 1, 64), pages, 0.1, backend="reference")
+    monkeypatch.setattr(dispatch, "reference_nearest_directions", lambda *_: pytest.fail("the definition ran"))
+    codec_of("hqmq:s96_r4").encode(torch.randn(1, 1, 3, 64))
 
 
 @pytest.mark.parametrize("heads", [1, 3])
