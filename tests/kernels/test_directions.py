@@ -171,6 +171,32 @@ def test_search_finds_the_directions_of_the_reference(heads: int, size: int) -> 
     assert dispatch.nearest_directions(chunks[:, :, :0], turns)[0].shape == (2, 3, 0, 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 2, 600, 64)
+    wanted = HQMQ(25, 4, None, radius="chi").encode(x).decode()
+    try:
+        torch.set_default_dtype(dtype)
+        got = HQMQ(25, 4, None, radius="chi").encode(x).decode()
+        uniform = HQMQ(25, 3).encode(x).decode()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, wanted)
+    assert torch.equal(uniform, HQMQ(25, 3).encode(x).decode())
+
+
+def test_pages_of_other_codecs_roles_or_layers_are_refused() -> None:
+    x = torch.randn(1, 1, 8, 64)
+    codec = codec_of("hqmq:s24_r2")
+    keys, values = codec.encode(x, "key"), codec.encode(x)
+    with pytest.raises(ValueError, match="beside one of"):
+        Pages([(keys, codecs.get("hqmq:4").encode(x))])
+    with pytest.raises(ValueError, match="beside one of"):
+        Pages([(keys, codec.encode(x, layer=1))])
+    with pytest.raises(ValueError, match="are given as keys: encode them with the role 'key'"):
+        Pages([(values, values)])
+
+
 def test_chunks_of_zeros_have_the_same_direction_everywhere() -> None:
     turns = right_matrix(conjugate(torch.nn.functional.normalize(torch.randn(1, 24, 4), dim=-1)))
     chunks = torch.zeros(1, 1, 2, 3, 4)

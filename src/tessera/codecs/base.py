@@ -202,6 +202,10 @@ class Packed:
                 shape = (batch, heads, tokens if layout == "token" else groups, *model[name].shape[3:])
             else:
                 raise ValueError(f"field {name!r} does not belong to {self.describe()}")
+            if name == "flags" and tensor.dtype == torch.uint8 and _set_bits(tensor)[..., -(-dim // 4) :].any():
+                raise ValueError(
+                    f"field 'flags' of {self.describe()} is damaged: it has bits for more than {-(-dim // 4)} chunks"
+                )
             if tuple(tensor.shape) != shape or tensor.dtype != model[name].dtype:
                 raise ValueError(
                     f"field {name!r} of shape {tuple(tensor.shape)}, {tensor.dtype}, does not fit {self.describe()}: "

@@ -207,7 +207,7 @@ class HQMQ(Codec):
     def levels(self) -> Tensor:
         """What radius codes stand for, as shares of a vector's scale: (2^b_r,) float32."""
         if self.radius == "uniform":
-            return torch.arange(2**self.radius_bits) / (2**self.radius_bits - 1)
+            return torch.arange(2**self.radius_bits, dtype=torch.float32) / (2**self.radius_bits - 1)
         return chi_levels(self.radius_bits)
 
     def _decode(self, packed: Packed) -> Tensor:
@@ -242,7 +242,7 @@ def _check_codebook(book: Tensor) -> None:
 
 @lru_cache(maxsize=64)
 def _format(codec: HQMQ, dim: int) -> ProductFormat:
-    dct, signs = rotation_factors(dim) if codec.rotate else (torch.ones(1, 1), torch.ones(0))
+    dct, signs = rotation_factors(dim) if codec.rotate else (torch.ones(1, 1).float(), torch.ones(0).float())
     return ProductFormat(codec.code_bits, codec.radius_bits, codec.levels(), codec.directions, dct, signs)
 
 

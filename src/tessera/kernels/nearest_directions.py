@@ -25,7 +25,7 @@ def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         (batch, heads, tokens, n), int64 and float32.
     """
     codes = torch.empty(chunks.shape[:-1], dtype=torch.long, device=chunks.device)
-    best = torch.empty(chunks.shape[:-1], device=chunks.device)
+    best = torch.empty(chunks.shape[:-1], dtype=torch.float32, device=chunks.device)
     for head in range(chunks.shape[1]):
         turn = turns[head if len(turns) > 1 else 0]
         flat = chunks[:, head].reshape(-1, 4).to(turn.dtype)

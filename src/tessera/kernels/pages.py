@@ -54,7 +54,8 @@ class Pages:
     """Packed keys and values, (batch, kv_heads, tokens, head_dim) in all. Immutable.
 
     Args:
-        pages: at least one pair of keys and values of one codec, of equal shapes; only tokens may differ from page to page.
+        pages: at least one pair of keys and values of one codec and layer, each encoded as what it is, of equal shapes; only
+            tokens may differ from page to page.
         before: pages whose first ones may be the same objects; what is known of these is taken over.
 
     Attributes:
@@ -73,8 +74,12 @@ class Pages:
         for keys, values in self.pages[same:]:
             if keys.shape != values.shape:
                 raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} differ in shape")
-            if (keys.shape[:2], keys.shape[3]) != (first.shape[:2], first.shape[3]) or keys.codec != first.codec:
-                raise ValueError(f"a page of {keys.describe()} beside one of {first.describe()}")
+            for packed, role in ((keys, "key"), (values, "value")):
+                alike = (packed.shape[:2], packed.shape[3], packed.codec, packed.layer)
+                if alike != (first.shape[:2], first.shape[3], first.codec, first.layer):
+                    raise ValueError(f"a page of {packed.describe()} beside one of {first.describe()}")
+                if packed.role != role:
+                    raise ValueError(f"{packed.describe()}, are given as {role}s: encode them with the role {role!r}")
         self.starts = (0, *accumulate(keys.tokens for keys, _ in self.pages))
         self.shape = (*first.shape[:2], self.starts[-1], first.shape[3])
         self.memo: dict[Any, Any] = {}

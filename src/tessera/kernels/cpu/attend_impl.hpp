@@ -96,18 +96,16 @@ inline float exponentials(float* x, int count, float most) {
     return total(lanes);
 }
 
-// The same, each times a length that is not negative afterwards; `high` becomes the largest of these, `all` their sum.
-inline float exponentials(float* x, const float* length, int count, float most, float& high, float& all) {
-    Lanes lanes = {}, highest = {}, stretched = {};
+// The same, each times a length that is not negative afterwards; `high` becomes the largest of them.
+inline float exponentials(float* x, const float* length, int count, float most, float& high) {
+    Lanes lanes = {}, highest = {};
     for (int i = 0; i < count; i += LANES) {
         const Lanes y = exp_negative(load(x + i) - most), z = y * load(length + i);
         store(x + i, z);
         lanes += y;
-        stretched += z;
         highest = z > highest ? z : highest;
     }
     high = largest(highest);
-    all = total(stretched);
     return total(lanes);
 }
 
@@ -209,7 +207,7 @@ struct Worker {
         const int64_t line = int64_t(b) * p.kv_heads + head, wanted = line * group * p.q_tokens + row;
         if (set != wanted) set_queries(rows, nullptr);
         set = wanted;
-        float shift[TILE], high[TILE], all[TILE] = {};  // of a row the largest weight of a block, and the sum of all so far
+        float shift[TILE], high[TILE];  // high: a row's largest weight
         Segment segments[BLOCK / UNIT];
         Unit units[BLOCK / UNIT];
         alignas(64) float k_length[BLOCK], v_length[BLOCK];
@@ -285,15 +283,13 @@ struct Worker {
                     continue;
                 }
                 const float keep = top[r] == NONE ? 0.0f : exp_negative(top[r] - most);
-                float sum_of_weights;
-                total[r] = total[r] * keep + exponentials(line_scores, v_length, width, most, high[r], sum_of_weights);
-                all[r] = all[r] * keep + sum_of_weights;
+                total[r] = total[r] * keep + exponentials(line_scores, v_length, width, most, high[r]);
                 top[r] = most;
                 if (keep != 1.0f)
                     for (int c = 0; c < dim; ++c) sum[size_t(r) * dim + c] *= keep;
             }
 
-            isa.add(units, width / UNIT, scores, BLOCK, high, all, rows, sum);
+            isa.add(units, width / UNIT, scores, BLOCK, high, rows, sum);
         }
     }
 

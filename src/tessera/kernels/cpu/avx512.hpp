@@ -1,6 +1,6 @@
 // The inner loops of attend_impl.hpp with AVX-512 and its dot product of bytes (VNNI).
 //
-// Queries and softmax weights are written as one to three 8-bit digits, codewords are 8-bit integers, and products are
+// Queries are written as one to three 8-bit digits and softmax weights as two or three, codewords are 8-bit integers, and products are
 // added up exactly in 32 bits. Codewords come as planes, component j of 64 chunks in one register: for keys, sixteen chunks
 // of a vector lie side by side, so that a dot product of bytes adds over chunks; for values, four vectors' bytes do, so that
 // it adds over tokens. A decoder (avx512_permute.hpp, avx512_lookup.hpp) makes the planes from the codes as they lie.
@@ -126,22 +126,11 @@ class Avx512 {
             }
         }
 
-        // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them; high[r]: the largest weight;
-        // all[r]: the sum of weights so far, these among them.
-        [[gnu::noinline]] void add(const Unit* unit, int units, const float* weights, int stride, const float* high, const float* all, int rows,
-                                   float* sum) {
-            for (int r = 0; r < rows; r += 2) {
-                const int end = std::min(r + 2, rows);
-                // Rounding errors are shares of the largest weight: where that counts little in the whole, one digit will do.
-                bool minor = limbs_ <= 2;
-                for (int i = r; i < end; ++i) minor = minor && high[i] * MINOR <= all[i];
-                const int digits = minor ? 1 : std::max(2, limbs_);
-                weight_limbs_[r / 2] = int8_t(digits);
-                for (int i = r; i < end; ++i) {
-                    if (digits == 1) set_weights<1>(weights + i * stride, units * UNIT, high[i], i);
-                    else if (digits == 2) set_weights<2>(weights + i * stride, units * UNIT, high[i], i);
-                    else set_weights<3>(weights + i * stride, units * UNIT, high[i], i);
-                }
+        // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them; high[r]: the largest weight.
+        [[gnu::noinline]] void add(const Unit* unit, int units, const float* weights, int stride, const float* high, int rows, float* sum) {
+            for (int r = 0; r < rows; ++r) {
+                if (limbs_ <= 2) set_weights<2>(weights + r * stride, units * UNIT, high[r], r);
+                else set_weights<3>(weights + r * stride, units * UNIT, high[r], r);
             }
             const int64_t bytes = book_.row_bytes(chunks_);
             for (int s = 0; s < spans_; ++s) {
@@ -160,8 +149,7 @@ class Avx512 {
                     }
                 }
                 for (int r = 0; r < rows; r += 2) {
-                    if (weight_limbs_[r / 2] == 1) add_rows<1>(s, r, rows - r, units, sum);
-                    else if (weight_limbs_[r / 2] == 2) add_rows<2>(s, r, rows - r, units, sum);
+                    if (limbs_ <= 2) add_rows<2>(s, r, rows - r, units, sum);
                     else add_rows<3>(s, r, rows - r, units, sum);
                 }
             }
@@ -170,7 +158,6 @@ class Avx512 {
       private:
         static constexpr int AHEAD = 4;        // units that are fetched before they are needed
         static constexpr float BASE = 254.0f;  // of a query's digits, which lie in [-127, 127]
-        static constexpr float MINOR = 64.0f;  // the share of the whole that a minor weight is less than, inverted
 
         // The codes of UNIT tokens, whatever they are where there are fewer: those have no weight.
         const uint8_t* whole(const uint8_t* codes, int count) {
@@ -179,7 +166,7 @@ class Avx512 {
             return partial_;
         }
 
-        // Where a weight counts, at least two digits: many small ones, each rounded to nothing, would be missed beside it.
+        // At least two digits: many small weights, each rounded to nothing, would be missed beside a large one.
         template <int LIMBS>
         void set_weights(const float* w, int count, float most, int r) {
             constexpr int MOST = (1 << (8 * LIMBS)) - 1;
@@ -323,7 +310,6 @@ class Avx512 {
         __m512i planes_;          // puts the components of 16 chunks next to each other
         int32_t bias_[TILE * 3] = {};
         float worth_[TILE * 3] = {}, share_[TILE] = {};
-        int8_t weight_limbs_[TILE / 2] = {};  // of two rows
     };
 };
 

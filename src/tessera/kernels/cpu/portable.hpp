@@ -42,7 +42,7 @@ class Loops {
         }
 
         // sum[r] += weights[r] · the vectors of the units.
-        void add(const Unit* unit, int units, const float* weights, int stride, const float*, const float*, int rows, float* sum) {
+        void add(const Unit* unit, int units, const float* weights, int stride, const float*, int rows, float* sum) {
             for (int u = 0; u < units; ++u) {
                 reader_.read(unit[u], vectors_);
                 const float* share = weights + u * UNIT;
