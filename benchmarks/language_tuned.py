@@ -51,7 +51,7 @@ MEASURED = 32
 BATCH = 2
 OFF = "reads switched off"
 MEMORY = "with a Tensor Cache"
-SHIPPED = "the same, begun with the memory that ships"
+SHIPPED = "with the Tensor Cache that ships"
 WIDER = "wider by the memory's parameters"
 SINKS = f"sink:4 + window:{WINDOW}"
 #: Name -> attention. A float32 matrix of d x d is as large as d / 2 float32 pairs of a key and a value; d is 64.
