@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tessera.attachment import attach, attachment, reading
-from tessera.evaluation.language import loss_by_distance
+from stretches import with_and_without
+from tessera.attachment import attach
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import windows
 from tessera.files import write_json
@@ -47,7 +47,6 @@ SEQUENCE = 8 * WINDOW
 EDGES = (1, WINDOW, 2 * WINDOW, 4 * WINDOW, SEQUENCE)
 #: Sequences of held-out text that a model is measured on, so many at once.
 MEASURED, TOGETHER = 96, 16
-OFF = "its reads switched off"
 MEMORY = "with a Tensor Cache"
 GRID = "with a Tensor Memory"
 #: Chunks of four tokens, and their footprint alone: a step of training shall cost less than three of those without a memory.
@@ -92,20 +91,6 @@ def build(arm: str, seed: int, vocabulary: int) -> GPT:
     return model
 
 
-@torch.no_grad()
-def measure(model: GPT, ids: Tensor) -> dict[str, Any]:
-    """Losses by stretch, and over all that lies beyond the window and beyond four."""
-    parts = [
-        [
-            *loss_by_distance(model, part, None, EDGES),
-            *(loss_by_distance(model, part, None, (a, SEQUENCE))[0] for a in EDGES[:2]),
-        ]
-        for part in ids.split(TOGETHER)
-    ]
-    *losses, whole, beyond = (sum(values) / len(values) for values in zip(*parts, strict=True))
-    return {"losses": losses, "all": whole, "beyond": beyond}
-
-
 def run(arm: str, seed: int, steps: int, corpus: Corpus, ids: Tensor, vocabulary: int) -> list[dict[str, Any]]:
     """Train one model and measure it; with a memory also without its reads."""
     model = build(arm, seed, vocabulary)
@@ -120,12 +105,7 @@ def run(arm: str, seed: int, steps: int, corpus: Corpus, ids: Tensor, vocabulary
     with tempfile.TemporaryDirectory() as folder:
         train(model, corpus.sample, loop, Path(folder))
     about = {"arm": arm, "seed": seed, "steps": steps, "parameters": sum(p.numel() for p in model.parameters())}
-    model.eval()
-    rows = [{**about, **measure(model, ids)}]
-    if attachment(model) is not None:
-        reading(model, False)
-        rows.append({**about, "arm": OFF if arm == MEMORY else f"{arm}, {OFF}", **measure(model, ids)})
-    return rows
+    return with_and_without(model, about, ids, EDGES, TOGETHER)
 
 
 def main() -> int:

@@ -29,9 +29,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tessera.attachment import attachment, reading
+from stretches import with_and_without
+from tessera.attachment import attachment
 from tessera.evaluation import load
-from tessera.evaluation.language import loss_by_distance
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import windows
 from tessera.files import write_json
@@ -49,7 +49,6 @@ EDGES = (1, WINDOW, 2 * WINDOW, 4 * WINDOW, SEQUENCE)
 #: Sequences of held-out text that a model is measured on.
 MEASURED = 32
 BATCH = 2
-OFF = "reads switched off"
 MEMORY = "with a Tensor Cache"
 SHIPPED = "with the Tensor Cache that ships"
 WIDER = "wider by the memory's parameters"
@@ -91,19 +90,6 @@ def build(arm: str, seed: int) -> GPT:
     return model
 
 
-@torch.no_grad()
-def measure(model: GPT, ids: Tensor) -> dict[str, Any]:
-    """Losses by stretch, over all, beyond the window and beyond four windows."""
-    parts = [loss_by_distance(model, part, None, EDGES) for part in ids.split(4)]
-    losses = [sum(values) / len(values) for values in zip(*parts, strict=True)]
-    sizes = [b - a for a, b in itertools.pairwise(EDGES)]
-
-    def over(first: int) -> float:
-        return sum(x * n for x, n in zip(losses[first:], sizes[first:], strict=True)) / sum(sizes[first:])
-
-    return {"losses": losses, "all": over(0), "beyond": over(1), "far": over(3)}
-
-
 def run(arm: str, seed: int, steps: int, corpus: Corpus, ids: Tensor) -> list[dict[str, Any]]:
     """Train one model and measure it; with a memory also without its reads."""
     model = build(arm, seed)
@@ -121,12 +107,7 @@ def run(arm: str, seed: int, steps: int, corpus: Corpus, ids: Tensor) -> list[di
         )
         with tempfile.TemporaryDirectory() as folder:
             train(model, corpus.sample, loop, Path(folder))
-    model.eval()
-    rows = [{**about, **measure(model, ids)}]
-    if attachment(model) is not None:
-        reading(model, False)
-        rows.append({**about, "arm": f"{arm}, {OFF}", **measure(model, ids)})
-    return rows
+    return with_and_without(model, about, ids, EDGES, 4)
 
 
 def main() -> int:

@@ -1,0 +1,45 @@
+"""What the benchmarks of language share: a trained model's losses by stretch, with what is attached to it and without."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera.attachment import attachment, reading
+from tessera.evaluation.language import loss_by_distance
+
+
+@torch.no_grad()
+def measure(model: Any, ids: Tensor, edges: Sequence[int], together: int) -> dict[str, Any]:
+    """Losses by stretch, over all, beyond the first stretch, which is the window's, and beyond the third.
+
+    Args:
+        model: a causal language model.
+        ids: (count, tokens), each sequence read from the beginning.
+        edges: of the stretches, the last being the length of the sequences.
+        together: sequences of a call.
+    """
+    parts = [loss_by_distance(model, part, None, edges) for part in ids.split(together)]
+    losses = [sum(values) / len(values) for values in zip(*parts, strict=True)]
+    sizes = [b - a for a, b in itertools.pairwise(edges)]
+
+    def over(first: int) -> float:
+        return sum(x * n for x, n in zip(losses[first:], sizes[first:], strict=True)) / sum(sizes[first:])
+
+    return {"losses": losses, "all": over(0), "beyond": over(1), "far": over(3)}
+
+
+def with_and_without(
+    model: Any, about: dict[str, Any], ids: Tensor, edges: Sequence[int], together: int
+) -> list[dict[str, Any]]:
+    """A row of a model, and one with its reads switched off where a memory is attached."""
+    model.eval()
+    rows = [{**about, **measure(model, ids, edges, together)}]
+    if attachment(model) is not None:
+        reading(model, False)
+        rows.append({**about, "arm": f"{about['arm']}, reads switched off", **measure(model, ids, edges, together)})
+    return rows
