@@ -28,13 +28,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stretches import with_and_without
+from stretches import GRID, GRID_CONFIG, with_and_without
 from tessera.attachment import attach
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import windows
 from tessera.files import write_json
 from tessera.models.gpt import GPT, GPTConfig
-from tessera.spatial import TensorMemoryConfig
 from tessera.training.corpus import Corpus
 from tessera.training.demo import shrink_branches
 from tessera.training.lm import prepare_lm
@@ -48,9 +47,6 @@ EDGES = (1, WINDOW, 2 * WINDOW, 4 * WINDOW, SEQUENCE)
 #: Sequences of held-out text that a model is measured on, so many at once.
 MEASURED, TOGETHER = 96, 16
 MEMORY = "with a Tensor Cache"
-GRID = "with a Tensor Memory"
-#: Chunks of four tokens, and their footprint alone: a step of training shall cost less than three of those without a memory.
-GRID_CONFIG = TensorMemoryConfig(channels=32, chunk=4, update="footprint")
 #: Name -> attention, and width of the MLP where it is another.
 ARMS: dict[str, tuple[str, int]] = {
     "dense": ("dense", MLP),

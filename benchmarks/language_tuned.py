@@ -3,7 +3,8 @@
 The demo model was trained dense. Every row is that model, all of its weights trained further under one attention in sequences
 of eight windows, and its loss by place in the sequence on modules that it never saw. The controls: the dense model trained as
 much, a window that is longer by as many tokens as the matrices take bytes, an MLP that is wider by as many parameters as the
-memory has, and the memory's reads switched off when it is measured.
+memory has, and the memory's reads switched off when it is measured. Beside the Tensor Cache stands a Tensor Memory, attached to
+the same window and trained with the model.
 
 Runs are saved one by one; a plan that is cut short goes on where it was. The data is read once into a folder of its own.
 
@@ -29,8 +30,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stretches import with_and_without
-from tessera.attachment import attachment
+from stretches import GRID, GRID_CONFIG, with_and_without
+from tessera.attachment import attach, attachment
 from tessera.evaluation import load
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import windows
@@ -63,6 +64,7 @@ ARMS = {
     "longer by the memory's bytes": f"sink:4 + window:{WINDOW + 32}",
     WIDER: SINKS,
     "Infini-attention": f"infini:{WINDOW}",
+    GRID: SINKS,
 }
 
 
@@ -82,6 +84,9 @@ def build(arm: str, seed: int) -> GPT:
             if "down_proj" in name:
                 own[name].zero_()  # the new channels say nothing yet
             own[name][tuple(map(slice, weight.shape))] = weight.float()
+    if arm == GRID:
+        attach(model, GRID_CONFIG)
+        model.requires_grad_(True)
     if arm == SHIPPED:
         tensors, memory = load_file(demo_memory_path()), attachment(model)
         assert memory is not None

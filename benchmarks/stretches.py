@@ -11,6 +11,11 @@ from torch import Tensor
 
 from tessera.attachment import attachment, reading
 from tessera.evaluation.language import loss_by_distance
+from tessera.spatial import TensorMemoryConfig
+
+GRID = "with a Tensor Memory"
+#: Chunks of four tokens, and their footprint alone: a step of training shall cost less than three of those without a memory.
+GRID_CONFIG = TensorMemoryConfig(channels=32, chunk=4, update="footprint")
 
 
 @torch.no_grad()
