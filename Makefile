@@ -36,14 +36,19 @@ bench: install
 	$(BIN)/python benchmarks/decode_attention.py
 	$(BIN)/python benchmarks/query_digits.py
 	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/triton_static.py
 	$(BIN)/python benchmarks/capacity.py
 	$(BIN)/python benchmarks/associative_cost.py
 	$(BIN)/python benchmarks/long_run.py
+	$(BIN)/python benchmarks/recall.py
 	$(BIN)/python benchmarks/language_scratch.py
 	$(BIN)/python benchmarks/language_memory.py
 	$(BIN)/python benchmarks/language_tuned.py
 	$(BIN)/python benchmarks/tensor_memory_cost.py
 	$(BIN)/python benchmarks/retention.py
+	$(BIN)/python benchmarks/diagnostics.py --steps 300
+	$(BIN)/python benchmarks/pictures.py
+	$(BIN)/python benchmarks/video.py
 	$(BIN)/tessera compare --out docs/results/demo_memory --specs window:256 --specs "sink:4 + window:256" --specs "sink:4 + window:256 + tc" --protocol streaming
 	$(BIN)/python benchmarks/tables.py
 

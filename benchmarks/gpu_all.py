@@ -93,7 +93,7 @@ def pages_of(spec: str, batch: int, tokens: int, dim: int, kv_heads: int, device
 def correctness(device: torch.device, smoke: bool) -> list[dict[str, Any]]:
     """Relative errors against the reference."""
     rows = []
-    for spec in ("hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4"):
+    for spec in ("hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4", "hqmq:5"):
         for batch, heads, kv_heads, queries, tokens, dim in (
             (2, 8, 2, 1, 1000, 64),
             (1, 28, 4, 1, 2048, 128),
@@ -109,9 +109,12 @@ def correctness(device: torch.device, smoke: bool) -> list[dict[str, Any]]:
             moved = Pages([(keys.to(device), values.to(device)) for keys, values in pages.pages])
             q = torch.randn(batch, heads, queries, dim)
             rule = {"start": tokens - queries, "window": tokens // 2}
-            for name, options in (("all", {}), ("window", rule), ("capped", {"softcap": 5.0})):
-                wanted, wanted_lse = reference.attend(q, pages, dim**-0.5, **options)  # type: ignore[arg-type]
-                out, lse = triton.attend(q.to(device), moved, dim**-0.5, **options)  # type: ignore[arg-type]
+            rules: dict[str, dict[str, Any]] = {"all": {}, "window": rule, "capped": {"softcap": 5.0}}
+            names = [name for name in triton.LOOKUPS if name != "held" or spec != "hqmq:5"]
+            ways = [(name, way, None) for name, way in rules.items()] + [(name, {}, name) for name in names]
+            for name, options, lookup in ways:
+                wanted, wanted_lse = reference.attend(q, pages, dim**-0.5, **options)
+                out, lse = triton.attend(q.to(device), moved, dim**-0.5, **options, lookup=lookup)
                 rows.append(
                     {
                         "spec": spec,

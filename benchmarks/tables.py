@@ -100,6 +100,17 @@ def encode() -> str:
     return markdown_table(head, cells)
 
 
+def triton_static() -> str:
+    """What the Triton attention compiles to."""
+    rows = _load("triton_static")["rows"]
+    counts = ("registers", "spilled", "shared", "instructions", "while dense is read", "while codes are read")
+    cells = [
+        (f"`{r['spec']}`", str(r["dim"]), str(r["rows"]), r["lookup"], str(r["warps"]), *(f"{r[count]:,}" for count in counts))
+        for r in rows
+    ]
+    return markdown_table(("codec", "head_dim", "rows", "lookup", "warps", *counts), cells)
+
+
 def generation() -> str:
     """A step of a whole model, by cache and length."""
     cells = [
@@ -362,6 +373,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "scan": scan,
     "streams": streams,
     "tensor-memory-cost": tensor_memory_cost,
+    "triton-static": triton_static,
     "training": training,
     "video": video,
 }

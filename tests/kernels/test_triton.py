@@ -40,7 +40,7 @@ def check(codec: Any, shape: tuple[int, int, int, int], sizes: list[int], dim: i
     assert torch.allclose(lse.cpu()[seen], wanted_lse[seen], atol=2e-2, rtol=1e-3)
 
 
-@pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4"])
+@pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4", "hqmq:4.5", "hqmq:5"])
 def test_attention_equals_the_reference(spec: str) -> None:
     check(codecs.get(spec), (1, 4, 2, 1), [64, 65], 64)
 
@@ -51,14 +51,30 @@ def test_every_lookup_equals_the_reference(spec: str, lookup: str) -> None:
     check(codecs.get(spec), (1, 4, 2, 1), [70], 64, lookup=lookup)
 
 
+@pytest.mark.parametrize("lookup", ["signs", "halves"])
+def test_points_wider_than_bytes_are_looked_up(lookup: str) -> None:
+    check(codecs.get("hqmq:5"), (1, 2, 1, 1), [70], 64, lookup=lookup)
+
+
+def test_points_that_shared_memory_does_not_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match="shared memory holds up to 2048 points of bytes; a code of 20 bits has 32768"):
+        check(codecs.get("hqmq:5"), (1, 1, 1, 1), [64], 64, lookup="held")
+
+
 def test_a_lookup_that_there_is_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="no lookup 'texture'; there are moves, words, halves"):
+    with pytest.raises(ValueError, match="no lookup 'texture'; there are moves, held, signs, halves"):
         check(codecs.get("hqmq:4"), (1, 1, 1, 1), [64], 64, lookup="texture")
 
 
 @pytest.mark.parametrize(
     ("shape", "sizes", "dim"),
-    [((2, 2, 1, 3), [100], 80), ((1, 3, 1, 7), [64, 5], 96), ((1, 2, 2, 1), [130], 128), ((1, 2, 1, 40), [70], 20)],
+    [
+        ((2, 2, 1, 3), [100], 80),
+        ((1, 3, 1, 7), [64, 5], 96),
+        ((1, 2, 2, 1), [130], 128),
+        ((1, 2, 1, 40), [70], 20),
+        ((1, 2, 1, 2), [40], 256),
+    ],
 )
 def test_odd_shapes_equal_the_reference(shape: tuple[int, int, int, int], sizes: list[int], dim: int) -> None:
     check(codecs.get("hqmq:4"), shape, sizes, dim)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache, partial
+from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +21,16 @@ from tessera.quaternion import units
 MAX_DIM = 256
 #: Query rows of a program at most; more are split among programs.
 ROWS = 64
-#: How a codeword is looked up. "moves": a word of its point, of 8 KiB for codes of 16 bits, whose bytes are then permuted and
-#: negated. "words": a word of the codeword itself, of 256 KiB. "halves": two words of two half-precision numbers each, 512 KiB,
-#: which need not be unpacked.
-LOOKUPS = ("moves", "words", "halves")
+#: How a codeword is looked up, and the size of the table for codes of 16 bits. "moves": a point, in 8 KiB, whose components are
+#: then exchanged and negated. "held": the same, from shared memory. "signs": a point whose components have been exchanged, in
+#: 64 KiB, which are then negated. "halves": the codeword itself, in 512 KiB.
+LOOKUPS = ("moves", "held", "signs", "halves")
+#: Most points that shared memory shall hold.
+HELD = 2048
+#: Of a row of the table of blocks, see `_block_table`.
+COLUMNS = 14
+#: What a kernel's integers are worth, as fractions of half-precision numbers without an exponent.
+FRACTION = 2.0**24
 #: Programs that are wanted at least, for each multiprocessor.
 WAVES = 4
 
@@ -68,14 +76,14 @@ def attend(
     start: int | None = None,
     window: int | None = None,
     splits: int | None = None,
-    lookup: str = LOOKUPS[0],
+    lookup: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.reference.attend` in Triton.
 
     Args:
         q, pages, scale, mask, softcap, start, window: as there.
         splits: parts that the tokens are cut into; None: as many as keep the device busy.
-        lookup: one of `LOOKUPS`.
+        lookup: one of `LOOKUPS`; None: "held" where shared memory holds the points, else "moves".
     """
     from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
 
@@ -87,12 +95,13 @@ def attend(
     group, lines = heads // kv_heads, batch * kv_heads
     rows = group * tokens
     query = (q.detach().float() * scale).reshape(lines, rows, dim).contiguous()
-    rotation = _rotation(form, dim, q.device)
-    turned = query if rotation is None else query @ rotation
+    rotation, halved = _rotation(form, dim, q.device)
+    turned = query @ rotation
     unit = turned.abs().amax(-1).clamp(min=1e-30)
     turned = (turned / unit.unsqueeze(-1)).half()
-    blocks = _block_table(pages, BLOCK, form.group)
-    tables = _tables(form, lookup, q.device)
+    blocks, align = _block_table(pages, BLOCK, form.group)
+    lookup = lookup or ("held" if _fits(form) else "moves")
+    table, moves, scales = _tables(form, lookup, q.device)
 
     tile = min(ROWS, max(16, 1 << (rows - 1).bit_length()))
     tiles = -(-rows // tile)
@@ -104,19 +113,20 @@ def attend(
     out = torch.empty((splits, lines, rows, dim), device=q.device, dtype=torch.float32)
     lse = torch.empty((splits, lines, rows), device=q.device, dtype=torch.float32)
     mask, strides = strided(mask)
-    chunks = dim // 4
     attend_kernel[(lines, splits, tiles)](
         query,
         turned,
         unit,
-        query if rotation is None else rotation,
+        halved,
         blocks,
-        *tables,
+        table,
+        moves,
+        scales,
         query if mask is None else mask.view(torch.uint8),
         out,
         lse,
         *strides,
-        form.step,
+        form.step * FRACTION,
         softcap or 0.0,
         start or 0,
         window or 0,
@@ -127,27 +137,46 @@ def attend(
         group,
         rows,
         tokens,
-        -(-chunks * form.bits // 8),
-        CHUNKS=chunks,
-        WIDTH=max(16, 1 << (chunks - 1).bit_length()),
-        ROWS=tile,
-        BITS=form.bits,
-        LOOKUP=lookup,
-        MOVE_BITS=form.move_bits,
-        FIELD=_field(form),
+        **options(form, dim, tile, lookup, align),
         CENTRED="centre" in pages.pages[0][0].tensors,
-        ROTATED=rotation is not None,
         MASKED=mask is not None,
         PLACED=start is not None,
         WINDOWED=start is not None and window is not None,
         CAPPED=bool(softcap),
-        BLOCK=BLOCK,
     )
     whole, lse = merge(list(zip(out.unbind(), lse.unbind(), strict=True)))
-    whole = whole * form.value_gain
-    if rotation is not None:
-        whole = whole @ rotation.T
+    whole = (whole * form.value_gain) @ rotation.T
     return whole.view(batch, heads, tokens, dim), lse.view(batch, heads, tokens)
+
+
+def options(form: JointFormat, dim: int, rows: int, lookup: str, align: int) -> dict[str, Any]:
+    """What `attend_kernel` is compiled for, and how, but for what is seen.
+
+    Args:
+        form, dim: of keys and values.
+        rows: of a program.
+        lookup: one of `LOOKUPS`.
+        align: divides all addresses of codes and centres.
+    """
+    from tessera.kernels.triton.attend_kernel import BLOCK, SLICE
+
+    chunks = dim // 4
+    return {
+        "COLUMNS": COLUMNS,
+        "CHUNKS": chunks,
+        "WIDTH": max(16, 1 << (chunks - 1).bit_length()),
+        "ROWS": rows,
+        "BITS": form.bits,
+        "ALIGN": align,
+        "LOOKUP": lookup,
+        "MOVE_BITS": form.move_bits,
+        "FIELD": _field(form),
+        "POINTS": 1 << (form.bits - form.move_bits),
+        "BLOCK": BLOCK,
+        "SLICE": SLICE,
+        "num_warps": 8 if rows > 16 or dim > 128 else 4,
+        "num_stages": 1,  # with more, what is looked up is brought in ahead by way of shared memory, which it fills
+    }
 
 
 def nearest(x: Tensor, index: CellIndex) -> Tensor:
@@ -190,63 +219,101 @@ def _index_tables(index: CellIndex) -> tuple[Tensor, ...]:
     return tuple(t.to(device).contiguous() for t in (first, count, points, codes, units(), *group))
 
 
+def column_order(dim: int) -> list[int]:
+    """The kernel's order of channels: components 0 and 1 of every chunk, then 2 and 3 of every chunk."""
+    return [4 * chunk + part + j for part in (0, 2) for chunk in range(dim // 4) for j in (0, 1)]
+
+
 @cache
-def _rotation(form: JointFormat, dim: int, device: torch.device) -> Tensor | None:
-    """(dim, dim), x @ it is the rotated x; None if the codec does not rotate."""
-    if not form.signs.numel():
-        return None
-    hadamard = torch.ones(1, 1)
-    while len(hadamard) * len(form.dct) < dim:
-        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard) / 2**0.5
-    return (torch.kron(form.dct, hadamard) * form.signs).T.contiguous().to(device)
+def _rotation(form: JointFormat, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(dim, dim), x @ it is the rotated x in the kernel's order of channels; in float32 and in float16."""
+    matrix = torch.eye(dim)
+    if form.signs.numel():
+        hadamard = torch.ones(1, 1)
+        while len(hadamard) * len(form.dct) < dim:
+            hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard) / 2**0.5
+        matrix = (torch.kron(form.dct, hadamard) * form.signs).T
+    matrix = matrix[:, column_order(dim)].contiguous().to(device)
+    return matrix, matrix.half()
 
 
 def _field(form: JointFormat) -> int:
-    """Bits that a component of a codeword takes."""
+    """Bits that a component of a point takes: a sign and seven, or more."""
     return 8 if form.points.abs().max() <= 127 else 16
 
 
+def _fits(form: JointFormat) -> bool:
+    """Whether shared memory holds the points."""
+    return _field(form) == 8 and 1 << (form.bits - form.move_bits) <= HELD
+
+
 @cache
-def _tables(form: JointFormat, lookup: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is looked up, the moves' permutations and signs by bytes, and the scales."""
+def _tables(form: JointFormat, lookup: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What is looked up, the moves, and the scales.
+
+    A move is the word of `_moves`. A point is four bytes in the order 0, 2, 1, 3 of its components, each a sign and seven bits,
+    or, where these do not suffice and where nothing but signs is left to do, four half-precision numbers.
+    """
     if lookup not in LOOKUPS:
         raise ValueError(f"no lookup {lookup!r}; there are {', '.join(LOOKUPS)}")
     # As many rows as a code can name, zero where the codebook has none.
     points = torch.zeros(1 << (form.bits - form.move_bits), 4, dtype=torch.long)
     points[: len(form.points)] = form.points.long()
-    if lookup != "moves":
-        points = (points[:, form.permutation] * form.sign).flatten(0, 1)
-    table = points.half().view(torch.int32) if lookup == "halves" else _joined(points, _field(form))
-    by_byte = torch.arange(4) * 8
-    control = (form.permutation << by_byte).sum(-1).int()
-    negate = ((form.sign < 0).long() << by_byte).sum(-1).int()
-    return table.contiguous().to(device), control.to(device), negate.to(device), form.scales.to(device)
+    if lookup == "held" and not _fits(form):
+        raise ValueError(f"shared memory holds up to {HELD} points of bytes; a code of {form.bits} bits has {len(points)}")
+    if lookup == "halves":
+        table = _pairs((points[:, form.permutation] * form.sign).flatten(0, 1))
+    elif lookup == "signs":
+        places = torch.arange(4)
+        table = _pairs(points[:, places ^ places[:, None]].flatten(0, 1))
+    elif _field(form) > 8:
+        table = _pairs(points)
+    else:
+        bytes_ = points.abs() | (points < 0).long() << 7
+        table = (bytes_[:, [0, 2, 1, 3]] << torch.arange(4) * 8).sum(-1).to(torch.uint32).view(torch.int32)
+    return table.contiguous().to(device), _moves(form).to(device), form.scales.to(device)
 
 
-def _joined(points: Tensor, field: int) -> Tensor:
-    """(n, 4) integers -> (n,) words of four fields: int32, or int64 if a field has 16 bits."""
-    words = ((points & ((1 << field) - 1)) << (torch.arange(4) * field)).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int() if field == 8 else words
+def _pairs(points: Tensor) -> Tensor:
+    """(n, 4) integers -> (n,) int64 of four half-precision numbers each, integer / `FRACTION`, the first in the lowest bits."""
+    return (points / FRACTION).half().view(torch.int64).squeeze(-1)
 
 
-def _block_table(pages: Pages, block: int, group: int) -> Tensor:
-    """Where the kernel finds each block of tokens: (blocks, 12) int64.
+def _moves(form: JointFormat) -> Tensor:
+    """A word for each move, int32: which of the exchanges x ^ a of components it is in bits 0 and 1, a & 2 in bit 3 once more;
+    where it negates, the sign bits of the first pair's halves, and one lower those of the second's.
+    """
+    exchange = form.permutation[:, 0]
+    if not torch.equal(form.permutation, torch.arange(4) ^ exchange[:, None]):
+        raise ValueError("the kernel knows moves that exchange components by pairs alone")
+    negated = (form.sign < 0).long()
+    signs = (negated << torch.tensor([15, 31, 14, 30])).sum(-1)
+    return (exchange | (exchange & 2) << 2 | signs).to(torch.uint32).view(torch.int32)
 
-    Columns: addresses of key codes, key scales, key centres, value codes and value scales of its first token; in the same
-    order the distances from one key head to the next in bytes; number of tokens; place of the first.
+
+def _block_table(pages: Pages, block: int, group: int) -> tuple[Tensor, int]:
+    """Where the kernel finds each block of tokens, (blocks, `COLUMNS`) int64; and what divides addresses of codes and centres.
+
+    Columns: addresses of key codes, key scales, key centres, the largest exponents in these, value codes and value scales of
+    its first token; in the same order the distances from one key head to the next in bytes; number of tokens; place of the
+    first.
     """
     if "triton" not in pages.memo:
         notes = pages.notes("triton", partial(_block_rows, block=block, group=group))
         table = torch.cat([rows for rows, _ in notes])
         blocks = torch.tensor([len(rows) for rows, _ in notes])
         table[:, -1] += torch.tensor(pages.starts[:-1]).repeat_interleave(blocks)
-        pages.memo["triton"] = table.to(pages.pages[0][0].device)
+        row_bytes = pages.pages[0][0].tensors["codes"].shape[-1]
+        align = gcd(16, row_bytes, *table[:, [0, 2, 4, 6, 8, 10]].flatten().tolist())
+        pages.memo["triton"] = table.to(pages.pages[0][0].device), align
     return pages.memo["triton"]
 
 
 def _block_rows(keys: Coded, values: Coded, block: int, group: int) -> tuple[Tensor, list[Tensor | None]]:
     """One page's rows, places counted from its first token; and the tensors that they point to, which may be copies."""
-    fields = [keys.tensors["codes"], keys.tensors["scale"], keys.tensors.get("centre")]
+    centre = keys.tensors.get("centre")
+    fields = [keys.tensors["codes"], keys.tensors["scale"], centre]
+    fields += [None if centre is None else (centre & 15).amax(-1, keepdim=True).byte()]
     fields += [values.tensors["codes"], values.tensors["scale"]]
     kept = [None if field is None else field.contiguous() for field in fields]
     strides = [0 if field is None else field.stride(1) * field.element_size() for field in kept]
@@ -255,7 +322,8 @@ def _block_rows(keys: Coded, values: Coded, block: int, group: int) -> tuple[Ten
     while token < keys.tokens:
         # A block never crosses from one group into the next.
         size = min(block, keys.tokens - token, block - (keys.offset + token) % block)
-        first = [token, token, (keys.offset + token) // group, token, token]
+        at = (keys.offset + token) // group
+        first = [token, token, at, at, token, token]
         addresses = [0 if f is None else f.data_ptr() + n * step for f, n, step in zip(kept, first, steps, strict=True)]
         rows.append([*addresses, *strides, size, token])
         token += size

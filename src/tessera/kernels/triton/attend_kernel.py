@@ -4,8 +4,10 @@ Flash-decoding: the tokens are split among programs, each of which goes through 
 softmax and leaves a partial result and its log-sum-exp; `merge` of the reference joins them. A program serves all query
 rows (query heads of a group, query tokens) of one key head, so a codeword is looked up once for all of them.
 
-A codeword's four components are kept in four tiles instead of being interleaved: component j of chunk c meets number
-4 c + j of the query.
+A codeword's components are two pairs of half-precision numbers, each pair a word of 32 bits, which is what a tensor core takes.
+Their integers stand as they are in the fractions of these numbers, which have no exponent then: n is worth n · 2^-24, and
+nothing has to be converted. All first pairs make one tile and all second pairs another, so the channels of queries and results
+are in the order of `tessera.kernels.triton.column_order`.
 """
 
 from __future__ import annotations
@@ -15,87 +17,181 @@ import triton.language as tl
 
 #: Tokens of a block: never more than share the means of their key channels.
 BLOCK = 64
+#: Channels whose queries are widened at once.
+SLICE = 32
 
 
 @triton.jit
-def _codes(base, tokens, chunks, row_bytes, seen, BITS: tl.constexpr):
-    """Codes (tokens, chunks) of packed rows that begin at `base`."""
+def _codes(base, seen, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """Codes (BLOCK, WIDTH) of the rows `seen`, packed one behind the other from the address `base` on.
+
+    ALIGN divides the address and the bytes of a row.
+    """
+    ROW_BYTES: tl.constexpr = (CHUNKS * BITS + 7) // 8
+    tokens = tl.arange(0, BLOCK)
+    chunks = tl.arange(0, WIDTH)
+    if BITS == 8:
+        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), ALIGN) + tokens[:, None] * ROW_BYTES
+        return tl.load(row + chunks[None, :], mask=seen[:, None] & (chunks < CHUNKS)[None, :], other=0).to(tl.int32)
     if BITS == 16:
-        place = (base + tokens[:, None] * row_bytes).to(tl.pointer_type(tl.uint16)) + chunks[None, :]
-        return tl.load(place, mask=seen, other=0).to(tl.int32)
+        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
+        return tl.load(row + chunks[None, :], mask=seen[:, None] & (chunks < CHUNKS)[None, :], other=0).to(tl.int32)
+    if BITS == 12 and CHUNKS % 4 == 0 and ALIGN % 2 == 0:
+        # Three halves of words hold four codes.
+        four = tl.arange(0, WIDTH // 4)
+        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
+        inside = seen[:, None] & (4 * four < CHUNKS)[None, :]
+        low = tl.load(row + 3 * four[None, :], mask=inside, other=0).to(tl.int32)
+        middle = tl.load(row + 3 * four[None, :] + 1, mask=inside, other=0).to(tl.int32)
+        high = tl.load(row + 3 * four[None, :] + 2, mask=inside, other=0).to(tl.int32)
+        early = tl.join(low & 0xFFF, (low >> 12) | ((middle & 0xFF) << 4))
+        late = tl.join((middle >> 8) | ((high & 0xF) << 8), high >> 4)
+        return tl.reshape(tl.permute(tl.join(early, late), (0, 1, 3, 2)), (BLOCK, WIDTH))
+    seen = seen[:, None] & (chunks < CHUNKS)[None, :]
     bit = chunks * BITS
+    if BITS <= 17 and ALIGN % 2 == 0:
+        # Two halves of a word hold a code wherever it begins. Beyond the row nothing may be read.
+        half = bit >> 4
+        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
+        inside = seen & (half + 1 < ROW_BYTES // 2)[None, :]
+        wide = tl.load(row + half[None, :], mask=seen, other=0).to(tl.int32)
+        wide |= tl.load(row + (half + 1)[None, :], mask=inside, other=0).to(tl.int32) << 16
+        return (wide >> (bit & 15)[None, :]) & ((1 << BITS) - 1)
     byte = bit >> 3
-    row = base + tokens[:, None] * row_bytes
+    row = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), ALIGN) + tokens[:, None] * ROW_BYTES
     wide = tl.load(row + byte[None, :], mask=seen, other=0).to(tl.int32)
-    # A code may end in the byte it begins in, or up to three later; beyond the row nothing may be read.
+    # A code may end in the byte it begins in, or up to three later.
     for i in tl.static_range(1, (BITS + 14) // 8):
-        inside = seen & (byte + i < row_bytes)[None, :]
+        inside = seen & (byte + i < ROW_BYTES)[None, :]
         wide |= tl.load(row + (byte + i)[None, :], mask=inside, other=0).to(tl.int32) << (8 * i)
     return (wide >> (bit & 7)[None, :]) & ((1 << BITS) - 1)
 
 
 @triton.jit
-def _component(word, control, negate, j: tl.constexpr, FIELD: tl.constexpr):
-    """Component j, moved: fields of FIELD bits of `word`."""
-    shift = ((control >> (8 * j)) & 255) * FIELD
-    half: tl.constexpr = 1 << (FIELD - 1)
-    value = (((word >> shift) & (2 * half - 1)) ^ half).to(tl.int32) - half
-    return tl.where(((negate >> (8 * j)) & 1) != 0, -value, value).to(tl.float16)
+def _swapped(pair):
+    """The halves of a word changed for each other."""
+    return (pair << 16) | ((pair >> 16) & 0xFFFF)
 
 
 @triton.jit
-def _half(pairs, j: tl.constexpr):
-    """The half-precision number in the lower or upper half of words of 32 bits."""
-    return ((pairs >> (16 * j)) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+def _signed(first, second, move):
+    """The pairs with the signs of a move; -0x7FFF8000 is the sign of either half."""
+    return first ^ (move & -0x7FFF8000), second ^ ((move << 1) & -0x7FFF8000)
 
 
 @triton.jit
-def _look_up(codes, table, table_control, table_negate, LOOKUP: tl.constexpr, MOVE_BITS: tl.constexpr, FIELD: tl.constexpr):
-    """The four components of each codeword, float16, of the shape of `codes`; by `LOOKUPS` of `tessera.kernels.triton`."""
+def _moved_bytes(point, move):
+    """The two pairs of a point whose components 0, 2, 1, 3 are the bytes of a word: a sign and seven bits each."""
+    point = tl.where((move & 1) != 0, _swapped(point), point)
+    first = point >> (move & 8)
+    second = point >> (~move & 8)
+    one = (first & 0x007F007F) | (((first << 8) ^ move) & -0x7FFF8000)
+    two = (second & 0x007F007F) | (((second << 8) ^ (move << 1)) & -0x7FFF8000)
+    return one, two
+
+
+@triton.jit
+def _moved_pairs(first, second, move):
+    """The same of a point whose pairs are two words."""
+    other = (move & 8) != 0
+    one, two = tl.where(other, second, first), tl.where(other, first, second)
+    turn = (move & 1) != 0
+    return _signed(tl.where(turn, _swapped(one), one), tl.where(turn, _swapped(two), two), move)
+
+
+@triton.jit
+def _tile(pairs, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Words of pairs (BLOCK, WIDTH) -> (BLOCK, 2 WIDTH) float16."""
+    low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.reshape(tl.join(low, high), (BLOCK, 2 * WIDTH))
+
+
+@triton.jit
+def _look_up(
+    codes,
+    table,
+    moves,
+    LOOKUP: tl.constexpr,
+    MOVE_BITS: tl.constexpr,
+    FIELD: tl.constexpr,
+    POINTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The first and the second pairs of the codewords, each (BLOCK, 2 WIDTH); by `LOOKUPS` of `tessera.kernels.triton`."""
+    number = codes & ((1 << MOVE_BITS) - 1)
+    point = codes >> MOVE_BITS
     if LOOKUP == "halves":
-        low = tl.load(table + 2 * codes)
-        high = tl.load(table + 2 * codes + 1)
-        return _half(low, 0), _half(low, 1), _half(high, 0), _half(high, 1)
-    if LOOKUP == "words":
-        word = tl.load(table + codes)
-        none = tl.zeros_like(codes)
-        control = none + 0x03020100
-        return (
-            _component(word, control, none, 0, FIELD),
-            _component(word, control, none, 1, FIELD),
-            _component(word, control, none, 2, FIELD),
-            _component(word, control, none, 3, FIELD),
-        )
-    word = tl.load(table + (codes >> MOVE_BITS))
-    move = codes & ((1 << MOVE_BITS) - 1)
-    control = tl.load(table_control + move)
-    negate = tl.load(table_negate + move)
-    return (
-        _component(word, control, negate, 0, FIELD),
-        _component(word, control, negate, 1, FIELD),
-        _component(word, control, negate, 2, FIELD),
-        _component(word, control, negate, 3, FIELD),
-    )
+        both = tl.load(table + codes)
+        one, two = both.to(tl.int32), (both >> 32).to(tl.int32)
+    elif LOOKUP == "signs":
+        move = tl.load(moves + number)
+        both = tl.load(table + (point * 4 + (move & 3)))
+        one, two = _signed(both.to(tl.int32), (both >> 32).to(tl.int32), move)
+    elif LOOKUP == "held":
+        held = tl.load(table + tl.arange(0, POINTS))
+        held_moves = tl.load(moves + tl.arange(0, 1 << MOVE_BITS))
+        word = tl.gather(held, tl.reshape(point, (BLOCK * WIDTH,)), 0)
+        move = tl.gather(held_moves, tl.reshape(number, (BLOCK * WIDTH,)), 0)
+        one, two = _moved_bytes(tl.reshape(word, (BLOCK, WIDTH)), tl.reshape(move, (BLOCK, WIDTH)))
+    elif FIELD == 8:
+        one, two = _moved_bytes(tl.load(table + point), tl.load(moves + number))
+    else:
+        both = tl.load(table + point)
+        one, two = _moved_pairs(both.to(tl.int32), (both >> 32).to(tl.int32), tl.load(moves + number))
+    return _tile(one, BLOCK, WIDTH), _tile(two, BLOCK, WIDTH)
+
+
+@triton.jit
+def _widened(
+    q,
+    rotation,
+    k_centre,
+    unit,
+    most,
+    first_row,
+    real_row,
+    pair,
+    real_pair,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """Rotated queries whose channels were first multiplied by a group's factors, over unit · 2^most."""
+    one = tl.zeros((ROWS, PAIRS), tl.float32)
+    two = tl.zeros((ROWS, PAIRS), tl.float32)
+    for part in range(0, dim, SLICE):
+        channel = part + tl.arange(0, SLICE)
+        real_channel = channel < dim
+        exponent = (tl.load(k_centre + channel, mask=real_channel, other=0) & 15).to(tl.float32)
+        wide = tl.load(q + first_row[:, None] + channel[None, :], mask=real_row[:, None] & real_channel[None, :], other=0.0)
+        wide = (wide * (tl.exp2(exponent - most)[None, :] / unit[:, None])).to(tl.float16)
+        turn = rotation + channel[:, None] * dim + pair[None, :]
+        real = real_channel[:, None] & real_pair[None, :]
+        one = tl.dot(wide, tl.load(turn, mask=real, other=0.0), one)
+        two = tl.dot(wide, tl.load(turn + dim // 2, mask=real, other=0.0), two)
+    return one.to(tl.float16), two.to(tl.float16)
 
 
 @triton.jit
 def attend_kernel(
     q,  # (batch · kv_heads, rows, dim) float32, times the scale
-    turned,  # the same rotated, less `unit`, float16
+    turned,  # the same rotated, less `unit`, its channels ordered, float16
     unit,  # (batch · kv_heads, rows) float32
-    rotation,  # (dim, dim) float32, y = x @ rotation
-    blocks,  # (blocks, 12) int64, see `tessera.kernels.triton`
+    rotation,  # (dim, dim) float16, y = x @ rotation, its columns ordered
+    blocks,  # (blocks, COLUMNS) int64, see `tessera.kernels.triton`
     table,  # what LOOKUP looks up
-    table_control,
-    table_negate,  # (moves,) int32
+    moves,  # (2^MOVE_BITS,) int32, see `tessera.kernels.triton`
     scales,  # (256,) float32
     mask,  # (batch, heads, queries, tokens) uint8
-    out,  # (splits, batch · kv_heads, rows, dim) float32
+    out,  # (splits, batch · kv_heads, rows, dim) float32, its channels ordered
     lse,  # (splits, batch · kv_heads, rows) float32
     mask_batch,
     mask_head,
     mask_query,
-    step,
+    step,  # 2^24 times that of the codebook
     softcap,
     start,
     window,
@@ -106,104 +202,79 @@ def attend_kernel(
     group,
     rows,
     q_tokens,
-    row_bytes,
+    COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,  # CHUNKS, rounded up to what a dot product takes
     ROWS: tl.constexpr,  # of a program
     BITS: tl.constexpr,
+    ALIGN: tl.constexpr,  # of codes and centres, in bytes
     LOOKUP: tl.constexpr,
     MOVE_BITS: tl.constexpr,
-    FIELD: tl.constexpr,  # bits of a component in `table`, but with "halves"
+    FIELD: tl.constexpr,  # bits of a point's component
+    POINTS: tl.constexpr,
     CENTRED: tl.constexpr,
-    ROTATED: tl.constexpr,
     MASKED: tl.constexpr,
     PLACED: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLICE: tl.constexpr,
 ):
     """One split of one key head, for one tile of rows."""
     dim: tl.constexpr = 4 * CHUNKS
     line = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    chunk = tl.arange(0, WIDTH)
-    channel = tl.arange(0, 4 * WIDTH)
+    pair = tl.arange(0, 2 * WIDTH)
     token = tl.arange(0, BLOCK)
     real_row = row < rows
-    real_chunk = chunk < CHUNKS
-    real = real_row[:, None] & real_chunk[None, :]
-    at = (line * rows + row)[:, None] * dim + 4 * chunk[None, :]
-    # Component j of every chunk of the rows.
+    real_pair = pair < 2 * CHUNKS
+    real = real_row[:, None] & real_pair[None, :]
+    first_row = (line * rows + row) * dim
+    at = first_row[:, None] + pair[None, :]
     q0 = tl.load(turned + at, mask=real, other=0.0)
-    q1 = tl.load(turned + at + 1, mask=real, other=0.0)
-    q2 = tl.load(turned + at + 2, mask=real, other=0.0)
-    q3 = tl.load(turned + at + 3, mask=real, other=0.0)
-    q_unit = tl.load(unit + line * rows + row, mask=real_row, other=0.0)
+    q1 = tl.load(turned + at + dim // 2, mask=real, other=0.0)
+    q_unit = tl.load(unit + line * rows + row, mask=real_row, other=1.0)
     place = start + row % q_tokens
     if CENTRED:
+        channel = tl.arange(0, 4 * WIDTH)
         real_channel = channel < dim
-        whole = (line * rows + row)[:, None] * dim + channel[None, :]
-        query = tl.load(q + whole, mask=real_row[:, None] & real_channel[None, :], other=0.0)
+        whole = real_row[:, None] & real_channel[None, :]
+        query = tl.load(q + first_row[:, None] + channel[None, :], mask=whole, other=0.0)
 
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    sum0 = tl.zeros((ROWS, WIDTH), tl.float32)
-    sum1 = tl.zeros((ROWS, WIDTH), tl.float32)
-    sum2 = tl.zeros((ROWS, WIDTH), tl.float32)
-    sum3 = tl.zeros((ROWS, WIDTH), tl.float32)
+    sum0 = tl.zeros((ROWS, 2 * WIDTH), tl.float32)
+    sum1 = tl.zeros((ROWS, 2 * WIDTH), tl.float32)
     for number in range(split * per_split, tl.minimum((split + 1) * per_split, block_count)):
         # Addresses and strides in bytes; the tokens of a block follow each other.
-        about = blocks + number * 12
-        k_codes = (tl.load(about) + line * tl.load(about + 5)).to(tl.pointer_type(tl.uint8))
-        k_scale = (tl.load(about + 1) + line * tl.load(about + 6)).to(tl.pointer_type(tl.uint8))
-        v_codes = (tl.load(about + 3) + line * tl.load(about + 8)).to(tl.pointer_type(tl.uint8))
-        v_scale = (tl.load(about + 4) + line * tl.load(about + 9)).to(tl.pointer_type(tl.uint8))
-        count = tl.load(about + 10)
-        first = tl.load(about + 11)
+        about = blocks + number * COLUMNS
+        k_codes = tl.load(about) + line * tl.load(about + 6)
+        k_scale = (tl.load(about + 1) + line * tl.load(about + 7)).to(tl.pointer_type(tl.uint8))
+        v_codes = tl.load(about + 4) + line * tl.load(about + 10)
+        v_scale = (tl.load(about + 5) + line * tl.load(about + 11)).to(tl.pointer_type(tl.uint8))
+        count = tl.load(about + 12)
+        first = tl.load(about + 13)
         here = token < count
-        seen = here[:, None] & real_chunk[None, :]
 
-        codes = _codes(k_codes, token, chunk, row_bytes, seen, BITS)
-        k0, k1, k2, k3 = _look_up(codes, table, table_control, table_negate, LOOKUP, MOVE_BITS, FIELD)
-        a0, a1, a2, a3, a_unit = q0, q1, q2, q3, q_unit
+        codes = _codes(k_codes, here, CHUNKS, WIDTH, BITS, ALIGN, BLOCK)
+        k0, k1 = _look_up(codes, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
+        a0, a1, a_unit = q0, q1, q_unit
         shift = tl.zeros((ROWS,), tl.float32)
         if CENTRED:
-            k_centre = (tl.load(about + 2) + line * tl.load(about + 7)).to(tl.pointer_type(tl.int16))
-            word = tl.load(k_centre + channel, mask=real_channel, other=0)
+            k_centre = (tl.load(about + 2) + line * tl.load(about + 8)).to(tl.pointer_type(tl.int16))
+            word = tl.load(tl.multiple_of(k_centre, ALIGN) + channel, mask=real_channel, other=0)
             mean = (word & -16).to(tl.float16, bitcast=True).to(tl.float32)
-            exponent = (word & 15).to(tl.float32)
             shift = tl.sum(query * mean[None, :], axis=1)
-            if tl.max(exponent, axis=0) > 0:
+            most = tl.load((tl.load(about + 3) + line * tl.load(about + 9)).to(tl.pointer_type(tl.uint8))).to(tl.float32)
+            if most > 0:
                 # Channels of this group were narrowed: widen the query's instead.
-                wide = query * tl.exp2(exponent)[None, :]
-                if ROTATED:
-                    turn = rotation + channel[:, None] * dim + 4 * chunk[None, :]
-                    part = real_channel[:, None] & real_chunk[None, :]
-                    w0 = tl.dot(wide, tl.load(turn, mask=part, other=0.0), input_precision="ieee")
-                    w1 = tl.dot(wide, tl.load(turn + 1, mask=part, other=0.0), input_precision="ieee")
-                    w2 = tl.dot(wide, tl.load(turn + 2, mask=part, other=0.0), input_precision="ieee")
-                    w3 = tl.dot(wide, tl.load(turn + 3, mask=part, other=0.0), input_precision="ieee")
-                else:
-                    factor = k_centre + 4 * chunk
-                    e0 = (tl.load(factor, mask=real_chunk, other=0) & 15).to(tl.float32)
-                    e1 = (tl.load(factor + 1, mask=real_chunk, other=0) & 15).to(tl.float32)
-                    e2 = (tl.load(factor + 2, mask=real_chunk, other=0) & 15).to(tl.float32)
-                    e3 = (tl.load(factor + 3, mask=real_chunk, other=0) & 15).to(tl.float32)
-                    w0 = tl.load(q + at, mask=real, other=0.0) * tl.exp2(e0)[None, :]
-                    w1 = tl.load(q + at + 1, mask=real, other=0.0) * tl.exp2(e1)[None, :]
-                    w2 = tl.load(q + at + 2, mask=real, other=0.0) * tl.exp2(e2)[None, :]
-                    w3 = tl.load(q + at + 3, mask=real, other=0.0) * tl.exp2(e3)[None, :]
-                most = tl.maximum(tl.maximum(tl.abs(w0), tl.abs(w1)), tl.maximum(tl.abs(w2), tl.abs(w3)))
-                a_unit = tl.maximum(tl.max(most, axis=1), 1e-30)
-                a0 = (w0 / a_unit[:, None]).to(tl.float16)
-                a1 = (w1 / a_unit[:, None]).to(tl.float16)
-                a2 = (w2 / a_unit[:, None]).to(tl.float16)
-                a3 = (w3 / a_unit[:, None]).to(tl.float16)
+                a0, a1 = _widened(
+                    q, rotation, k_centre, q_unit, most, first_row, real_row, pair, real_pair, dim, ROWS, 2 * WIDTH, SLICE
+                )
+                a_unit = q_unit * tl.exp2(most)
         scores = tl.dot(a0, tl.trans(k0))
         scores = tl.dot(a1, tl.trans(k1), scores)
-        scores = tl.dot(a2, tl.trans(k2), scores)
-        scores = tl.dot(a3, tl.trans(k3), scores)
         length = tl.load(scales + tl.load(k_scale + token, mask=here, other=0)) * step
         scores = scores * length[None, :] * a_unit[:, None] + shift[:, None]
         if CAPPED:
@@ -229,22 +300,18 @@ def attend_kernel(
         total = total * keep + tl.sum(weight, axis=1)
         top = new
 
-        codes = _codes(v_codes, token, chunk, row_bytes, seen, BITS)
-        v0, v1, v2, v3 = _look_up(codes, table, table_control, table_negate, LOOKUP, MOVE_BITS, FIELD)
+        codes = _codes(v_codes, here, CHUNKS, WIDTH, BITS, ALIGN, BLOCK)
+        v0, v1 = _look_up(codes, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
         length = tl.load(scales + tl.load(v_scale + token, mask=here, other=0))
         longest = tl.maximum(tl.max(length, axis=0), 1e-30)  # so that half precision holds the weights
         share = (weight * (length / longest)[None, :]).to(tl.float16)
         worth = longest * step
         sum0 = sum0 * keep[:, None] + tl.dot(share, v0) * worth
         sum1 = sum1 * keep[:, None] + tl.dot(share, v1) * worth
-        sum2 = sum2 * keep[:, None] + tl.dot(share, v2) * worth
-        sum3 = sum3 * keep[:, None] + tl.dot(share, v3) * worth
 
     whole_line = split.to(tl.int64) * lines + line
     norm = tl.where(total == 0, 1.0, total)[:, None]
-    to = (whole_line * rows + row)[:, None] * dim + 4 * chunk[None, :]
+    to = ((whole_line * rows + row) * dim)[:, None] + pair[None, :]
     tl.store(out + to, sum0 / norm, mask=real)
-    tl.store(out + to + 1, sum1 / norm, mask=real)
-    tl.store(out + to + 2, sum2 / norm, mask=real)
-    tl.store(out + to + 3, sum3 / norm, mask=real)
+    tl.store(out + to + dim // 2, sum1 / norm, mask=real)
     tl.store(lse + whole_line * rows + row, top + tl.log(total), mask=real_row)
