@@ -23,7 +23,7 @@ def test_the_attention_compiles_for_a_gpu_and_keeps_to_registers_and_shared_memo
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["spec"], row["rows"], row["lookup"]) for row in rows] == [("hqmq:4", 16, "held"), ("hqmq:4", 64, "held")]
+    assert [(row["spec"], row["rows"], row["lookup"]) for row in rows] == [("hqmq:4", 16, "held"), ("hqmq:4", 32, "held")]
     for row in rows:
         assert 0 < row["registers"] <= 255
         assert row["spilled"] < 256

@@ -19,8 +19,9 @@ from tessera.quaternion import units
 
 #: Longest head that the kernels know.
 MAX_DIM = 256
-#: Query rows of a program at most; more are split among programs.
-ROWS = 64
+#: Query rows of a program at most, by whether head_dim is over 128; more are split among programs. What these need stays in
+#: registers, and Triton 3.6 fails to compile 64.
+ROWS = {False: 32, True: 16}
 #: How a codeword is looked up, and the size of the table for codes of 16 bits. "moves": a point, in 8 KiB, whose components are
 #: then exchanged and negated. "held": the same, from shared memory. "signs": a point whose components have been exchanged, in
 #: 64 KiB, which are then negated. "halves": the codeword itself, in 512 KiB.
@@ -103,7 +104,7 @@ def attend(
     lookup = lookup or ("held" if _fits(form) else "moves")
     table, moves, scales = _tables(form, lookup, q.device)
 
-    tile = min(ROWS, max(16, 1 << (rows - 1).bit_length()))
+    tile = min(ROWS[dim > 128], max(16, 1 << (rows - 1).bit_length()))
     tiles = -(-rows // tile)
     if splits is None:
         wanted = WAVES * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
