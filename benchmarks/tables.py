@@ -297,13 +297,14 @@ def pictures() -> str:
     return markdown_table(("", "named", "hidden pixels, share of the variance"), cells)
 
 
-def video() -> str:
-    """Which digit is hidden: clips, and streams by stretch."""
+def video(stay: str) -> str:
+    """Which digit is hidden: clips, and streams by stretch, where digits stay hidden for so many frames in a place."""
     data = _load("video")
+    rows = [r for r in data["rows"] if r["stay"] == int(stay)]
     stretches = [f"frames {a + 1}–{b}" for a, b in itertools.pairwise(data["edges"])]
     lines = []
-    for arm in dict.fromkeys(r["arm"] for r in data["rows"]):
-        own = [r for r in data["rows"] if r["arm"] == arm]
+    for arm in dict.fromkeys(r["arm"] for r in rows):
+        own = [r for r in rows if r["arm"] == arm]
         ways = {arm: "streams", f"{arm}; each frame four times": "slow", f"{arm}; its reads switched off": "reads off"}
         for name, key in ways.items():
             if key != "streams" and key not in own[0]:

@@ -3,7 +3,8 @@
 Every row is a small ViT, trained from nothing on clips of 16 frames, whose patches see the frame that they are in, the newest
 four, or the whole clip; with a Tensor Memory and without. Streams are read frame by frame with the state carried along, once
 more with every frame shown four times, so that digits are hidden for longer than in training and than a window sees back, and
-with a memory also with its reads switched off.
+with a memory also with its reads switched off. Then the same where digits stay behind the bar for longer than a window sees
+back, in training too.
 
 Runs are saved one by one; a plan that is cut short goes on where it was.
 
@@ -52,12 +53,17 @@ ARMS: dict[str, tuple[str, TensorMemoryConfig | None]] = {
     "window:4": ("window:4", None),
     "whole clip": ("all", None),
 }
+#: Frames of a clip, for which a digit stays in a place behind the bar, and the arms.
+PLAN: tuple[tuple[int, int, tuple[str, ...]], ...] = (
+    (16, 1, tuple(ARMS)),
+    (24, 6, ("frame, memory", "frame, memory that updates its footprint", "window:4")),
+)
 
 
 @torch.no_grad()
-def by_stretch(model: Any, frames: int, count: int, times: int = 1) -> list[float]:
+def by_stretch(model: Any, task: MovingDigits, count: int, times: int = 1) -> list[float]:
     """Accuracy in each stretch of long streams, a frame at a time and each so many times; the last answer to it counts."""
-    clips, targets = MovingDigits(frames).sample(count, Generator().manual_seed(1), held_out=True)
+    clips, targets = task.sample(count, Generator().manual_seed(1), held_out=True)
     state, said = None, []
     for frame in clips.split(1, dim=1):
         for _ in range(times):
@@ -65,7 +71,7 @@ def by_stretch(model: Any, frames: int, count: int, times: int = 1) -> list[floa
             state = output.state
         said.append(output.logits.argmax(-1))
     right, asked = torch.cat(said, dim=1) == targets, targets != IGNORED
-    return [float(right[:, a:b][asked[:, a:b]].float().mean()) for a, b in itertools.pairwise(EDGES) if a < frames]
+    return [float(right[:, a:b][asked[:, a:b]].float().mean()) for a, b in itertools.pairwise(EDGES) if a < task.frames]
 
 
 def run(job: Job) -> Row:
@@ -73,19 +79,19 @@ def run(job: Job) -> Row:
     attention, memory = ARMS[job["arm"]]
     fields = None if memory is None else memory.to_dict()
     config = VisionConfig(attention=attention, memory=fields, batch=16, steps=job["steps"], seed=job["seed"])
-    task = MovingDigits()
+    task, stream = MovingDigits(job["frames"], stay=job["stay"]), MovingDigits(FRAMES, stay=job["stay"])
     with tempfile.TemporaryDirectory() as folder:
         found = train_vision(config, task, Path(folder), "video", show=False)
         model: Any = ViT.from_pretrained(Path(folder) / "model").eval()
     row = {**job, "chance": found["chance"], "parameters": found["parameters"], "clips": found["score"]}
     if attention != "all":
-        row["streams"] = by_stretch(model, FRAMES, STREAMS)
-        row["slow"] = by_stretch(model, FRAMES, STREAMS, SLOW)
+        row["streams"] = by_stretch(model, stream, STREAMS)
+        row["slow"] = by_stretch(model, stream, STREAMS, SLOW)
     if memory is not None:
         row["gates"] = [float(layer.gate_logit.detach().sigmoid()) for layer in model.memory_layers.values()]
         for layer in model.memory_layers.values():
             layer.reads = False
-        row["reads off"] = by_stretch(model, FRAMES, STREAMS)
+        row["reads off"] = by_stretch(model, stream, STREAMS)
     return row
 
 
@@ -97,19 +103,26 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "video.json")
     options = parser.parse_args()
     quiet()
-    jobs = [{"arm": arm, "seed": seed, "steps": options.steps} for seed in range(options.seeds) for arm in ARMS]
-    names = ("arm", "seed", "steps")
+    jobs = [
+        {"arm": arm, "frames": frames, "stay": stay, "seed": seed, "steps": options.steps}
+        for seed in range(options.seeds)
+        for frames, stay, arms in PLAN
+        for arm in arms
+    ]
+    names = ("arm", "frames", "stay", "seed", "steps")
     rows: list[Row] = []
-    about = {"edges": EDGES, "clip": MovingDigits().frames}
+    about = {"edges": EDGES}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("training", total=len(jobs))
         for rows in resume(jobs, options.json, run, lambda job: tuple(job[name] for name in names), about):
             progress.update(bar, completed=len(rows))
-    table = Table("attention", "seed", "clips", *(f"frames {a + 1}-{b}" for a, b in itertools.pairwise(EDGES)), "reads off")
+    table = Table(
+        "attention", "stay", "seed", "clips", *(f"frames {a + 1}-{b}" for a, b in itertools.pairwise(EDGES)), "reads off"
+    )
     for r in rows:
         streams = [f"{x:.3f}" for x in r.get("streams", [])] or [""] * (len(EDGES) - 1)
         off = f"{r['reads off'][-1]:.3f}" if "reads off" in r else ""
-        table.add_row(r["arm"], str(r["seed"]), f"{r['clips']:.3f}", *streams, off)
+        table.add_row(r["arm"], str(r["stay"]), str(r["seed"]), f"{r['clips']:.3f}", *streams, off)
     Console().print(table)
     Console().print(f"Saved {options.json}", highlight=False)
     return 0

@@ -55,7 +55,7 @@ def test_streams_are_measured_by_stretch_and_saved_beside_clips(
     pytest.importorskip("accelerate", reason="the training extra is not installed")
     pytest.importorskip("sklearn", reason="the vision extra (scikit-learn) is not installed")
     video, pictures = benchmark("video"), benchmark("pictures")
-    monkeypatch.setattr(video, "ARMS", {name: video.ARMS[name] for name in ("frame, memory", "whole clip")})
+    monkeypatch.setattr(video, "PLAN", ((8, 1, ("whole clip",)), (8, 2, ("frame, memory",))))
     monkeypatch.setattr(video, "FRAMES", 40)
     monkeypatch.setattr(video, "STREAMS", 8)
     monkeypatch.setattr(pictures, "ARMS", {"with a memory": pictures.ARMS["with a memory"]})
@@ -64,9 +64,9 @@ def test_streams_are_measured_by_stretch_and_saved_beside_clips(
         monkeypatch.setattr(sys, "argv", [path.stem, "--seeds", "1", "--steps", "1", "--json", str(path)])
         assert module.main() == 0
     rows = json.loads((tmp_path / "video.json").read_text())["rows"]
-    assert [r["arm"] for r in rows] == ["frame, memory", "whole clip"]
-    assert [len(rows[0][name]) for name in ("streams", "slow", "reads off")] == [3, 3, 3]
-    assert "streams" not in rows[1]
+    assert [(r["arm"], r["stay"]) for r in rows] == [("whole clip", 1), ("frame, memory", 2)]
+    assert [len(rows[1][name]) for name in ("streams", "slow", "reads off")] == [3, 3, 3]
+    assert "streams" not in rows[0]
     assert [r["ask"] for r in json.loads((tmp_path / "pictures.json").read_text())["rows"]] == ["label", "pixels"]
 
 
@@ -79,7 +79,7 @@ def test_a_stream_that_is_always_answered_rightly_has_every_stretch_right(benchm
         logits = torch.nn.functional.one_hot(targets[:, at : at + 1].clamp(min=0), 10)
         return SimpleNamespace(logits=logits if at < 20 else -logits, state=at + 1)
 
-    first, second, third = video.by_stretch(knows, 40, 8)
+    first, second, third = video.by_stretch(knows, video.MovingDigits(40), 8)
     assert (first, third) == (1, 0)
     assert 0 < second < 1
 
@@ -88,4 +88,4 @@ def test_a_stream_that_is_always_answered_rightly_has_every_stretch_right(benchm
         said = knows(frame, at // 4).logits
         return SimpleNamespace(logits=said if at % 4 == 3 else -said, state=at + 1)
 
-    assert video.by_stretch(says_it_late, 40, 8, 4) == [first, second, third]
+    assert video.by_stretch(says_it_late, video.MovingDigits(40), 8, 4) == [first, second, third]

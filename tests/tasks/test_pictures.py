@@ -77,11 +77,14 @@ def test_the_same_seed_draws_the_same() -> None:
         st.tuples(st.sampled_from([32, 40]), st.integers(8, 16), st.just(1)),
         st.sampled_from([(32, 16, 8), (33, 16, 4), (64, 16, 8)]),
     ),
+    stay=st.integers(1, 7),
     seed=st.integers(0, 1000),
 )
-def test_a_clip_asks_for_what_cannot_be_seen_and_has_been(frames: int, shape: tuple[int, int, int], seed: int) -> None:
+def test_a_clip_asks_for_what_cannot_be_seen_and_has_been(
+    frames: int, shape: tuple[int, int, int], stay: int, seed: int
+) -> None:
     size, bar, step = shape
-    task = MovingDigits(frames, size, bar, patch=1, step=step, pictures=DIGITS)
+    task = MovingDigits(frames, size, bar, patch=1, step=step, stay=stay, pictures=DIGITS)
     pixels, labels, places = task.draw(6, torch.Generator().manual_seed(seed))
     clip, targets = task.render(pixels, places), task.targets(labels, places)
     assert clip.shape == (6, frames, 1, size, size)
@@ -115,6 +118,19 @@ def test_digits_bounce_and_move_evenly(step: int) -> None:
     assert (places % step == 0).all()
     assert (steps[..., 0].amax(1) > 0).all()
     assert (steps[..., 0].amin(1) < 0).all()
+
+
+@pytest.mark.parametrize("stay", [2, 5])
+def test_digits_stay_behind_the_bar_and_move_on(stay: int) -> None:
+    task = MovingDigits(60, stay=stay, pictures=DIGITS)
+    _, _, places = task.draw(20, torch.Generator().manual_seed(1))
+    _, _, quick = MovingDigits(60, pictures=DIGITS).draw(20, torch.Generator().manual_seed(1))
+    left, right = task.edges
+    for row, which in ((row, which) for row in range(20) for which in range(2)):
+        wanted = []
+        for place in quick[row, :, which].tolist():
+            wanted += [place] * (stay if left <= place[0] <= right - 8 else 1)
+        assert places[row, :, which].tolist() == wanted[:60]
 
 
 def test_some_clips_to_learn_from_show_one_digit_and_ask_for_it_once_seen() -> None:

@@ -36,6 +36,7 @@ class MovingDigits:
         patch: side of the patches that frames are made for.
         step: places of digits, and what they move by, are multiples of so many pixels. As large as a patch and a digit, every
             digit is one patch; with 1 it must be known in all places between, which takes a small model far longer to learn.
+        stay: frames for which a digit stays in a place where it is whole behind the bar.
         alone: share of the clips to learn from that show one digit, asked for in every frame from the first that shows it
             whole: what digits look like is learned from these. No model is measured on them.
         pictures: of digits; scikit-learn's unless given.
@@ -46,6 +47,7 @@ class MovingDigits:
     bar: int = 16
     patch: int = 8
     step: int = 8
+    stay: int = 1
     alone: float = 0.5
     pictures: Pictures = field(default_factory=load_digits)
 
@@ -62,6 +64,8 @@ class MovingDigits:
         columns = self._columns(torch.arange(0, self.size - digit + 1, self.step)) if self.step > 0 else ()
         if not all(bool(where.any()) for where in columns) or not columns:
             raise ValueError(f"with step {self.step} no digit comes to be whole behind the bar, and beside it; choose another")
+        if self.stay < 1:
+            raise ValueError(f"a digit stays for one frame at least, got {self.stay}")
         if not 0 <= self.alone < 1:
             raise ValueError(f"alone is a share from 0 to less than 1, got {self.alone}")
         if self.patch < 1 or self.size % self.patch:
@@ -118,7 +122,13 @@ class MovingDigits:
         speed = self.step * torch.stack((across, integers(5, batch, 2) - 2), dim=-1)
         way = start.unsqueeze(1) + speed.unsqueeze(1) * torch.arange(self.frames).view(1, -1, 1, 1)
         # Off the border: a wave that rises to `room` and falls again.
-        return own.pixels[rows, 0], own.labels[rows], room - (way % (2 * room) - room).abs()
+        places = room - (way % (2 * room) - room).abs()
+        if self.stay > 1:
+            frames = 1 + (self.stay - 1) * self._columns(places[..., 0])[0].int()
+            left = frames.cumsum(1).transpose(1, 2).contiguous()  # when each place is left, by digit
+            now = torch.searchsorted(left, torch.arange(self.frames).expand(batch, 2, -1).contiguous(), right=True)
+            places = places.gather(1, now.transpose(1, 2).unsqueeze(-1).expand_as(places))
+        return own.pixels[rows, 0], own.labels[rows], places
 
     def render(self, pixels: Tensor, places: Tensor) -> Tensor:
         """What the camera sees, (batch, frames, 1, size, size)."""
@@ -159,5 +169,5 @@ class MovingDigits:
     @property
     def about(self) -> dict[str, Any]:
         """The task as JSON has it."""
-        shape = {name: getattr(self, name) for name in ("frames", "size", "bar", "patch", "step", "alone")}
+        shape = {name: getattr(self, name) for name in ("frames", "size", "bar", "patch", "step", "stay", "alone")}
         return {"task": "moving digits", **shape, "pictures": len(self.pictures.labels)}
