@@ -189,6 +189,26 @@ def test_what_cannot_be_is_refused_in_one_line(words: list[str], message: str, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_is_measured_with_delays_learns_from_all_up_to_the_longest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[int] = []
+    sample = Binding.sample
+
+    def watch(task: Binding, batch: int, generator: Any = None) -> Any:
+        drawn.append(task.delay)
+        return sample(task, batch, generator)
+
+    monkeypatch.setattr(training, "MEASURED", 4)
+    monkeypatch.setattr(Binding, "sample", watch)
+    fields = {"pairs": 1, "values": 2, "queries": 1, "delay": 3}
+    for delays, learned in (((0, 3, 9), {0, 1, 2, 3}), ((), {3})):
+        drawn.clear()
+        config = replace(plans.config_of(plans.job("binding", fields, steps=25, delays=delays)), batch=2)
+        training.train_diagnostic(config, tmp_path / str(len(delays)), show=False)
+        assert set(drawn[:25]) == learned
+
+
 def test_a_model_is_measured_with_other_delays_than_it_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "MEASURED", 64)
     fields = {"pairs": 1, "values": 2, "queries": 1, "delay": 2}

@@ -68,7 +68,7 @@ ABLATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
 """The paper's ablations, on binding, of the default, and ours: one choice changed."""
 
 DELAY, DELAYS = 64, (0, 64, 256, 1024)
-"""Blank tokens before the question: of what a memory is trained on, and of what it is then measured on."""
+"""Blank tokens before the question: of what a memory is trained on at most, and of what it is then measured on."""
 
 _ASKED = {"last": "in the middle", "hidden": "asked while hidden", "back": "asked when back"}
 
@@ -163,7 +163,11 @@ def full_plan(seeds: int = 3, steps: int = 1000, parts: Sequence[str] = PARTS) -
                 if setting != "default"
             ],
             "ablations": [job("binding", {}, "memory", setting, steps=steps, seed=seed) for setting in ABLATIONS],
-            "delays": [job(t, {**f, "delay": DELAY}, steps=n * steps, seed=seed, delays=DELAYS) for t, f, n in MENDED],
+            "delays": [
+                job(t, {**f, "delay": DELAY}, setting=setting, steps=2 * n * steps, seed=seed, delays=DELAYS)
+                for t, f, n in MENDED
+                for setting in ("default", "default, footprint")
+            ],
             "originals": [job(t, f, k, attention="whole", steps=steps, seed=seed) for t, f in ORIGINALS for k in KINDS],
         }
         found += [each for part in parts for each in own[part]]

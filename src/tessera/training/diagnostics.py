@@ -72,7 +72,8 @@ class DiagnosticConfig:
     seed: int = 0
     """Of the model and of the sequences."""
     delays: tuple[int, ...] = ()
-    """Delays of the task that the trained model is measured with too."""
+    """Delays of the task that the trained model is measured with too. It then learns from every delay up to the task's: of one
+    long delay alone a model learns nothing, since at first nothing of what it was told is left to learn from."""
 
     def __post_init__(self) -> None:
         for name in ("features", "classes", "frame"):
@@ -120,10 +121,12 @@ def train_diagnostic(config: DiagnosticConfig, out: Path, *, show: bool = True) 
     task = config.task
     claim(out, {"task": type(task).__name__, **asdict(config)})
     model = build_backbone(config.backbone, config.seed)
-    draw = getattr(task, "lesson", task.sample)
 
     def sample(seed: tuple[int, ...], batch: int, _: int) -> tuple[Tensor, Tensor]:
-        tokens, targets = draw(batch, Generator().manual_seed(hash(seed) % (1 << 31)))
+        generator, drawn = Generator().manual_seed(hash(seed) % (1 << 31)), task
+        if config.delays:
+            drawn = replace(task, delay=int(torch.randint(task.delay + 1, (), generator=generator)))
+        tokens, targets = getattr(drawn, "lesson", drawn.sample)(batch, generator)
         return tokens, targets
 
     began = time.monotonic()
