@@ -14,7 +14,6 @@ from torch import Tensor
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, brute_force, reduction_tables
 from tessera.kernels.pages import Coded, Pages, strided
-from tessera.kernels.reference import merge
 from tessera.quaternion import units
 
 #: Longest head that the kernels know.
@@ -95,16 +94,13 @@ def attend(
     kv_heads = pages.shape[1]
     group, lines = heads // kv_heads, batch * kv_heads
     rows = group * tokens
-    query = (q.detach().float() * scale).reshape(lines, rows, dim).contiguous()
-    rotation, halved = _rotation(form, dim, q.device)
-    turned = query @ rotation
-    unit = turned.abs().amax(-1).clamp(min=1e-30)
-    turned = (turned / unit.unsqueeze(-1)).half()
+    rotation, halved, back = _rotations(form, dim, q.device)
+    query, turned, unit = _prepared(q, scale, rotation)
     blocks, align = _block_table(pages, BLOCK, form.group)
     lookup = lookup or ("held" if _fits(form) else "moves")
     table, moves, scales = _tables(form, lookup, q.device)
 
-    tile = min(ROWS[dim > 128], max(16, 1 << (rows - 1).bit_length()))
+    tile = min(ROWS[dim > 128], _power(rows))
     tiles = -(-rows // tile)
     if splits is None:
         wanted = WAVES * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
@@ -145,9 +141,59 @@ def attend(
         WINDOWED=start is not None and window is not None,
         CAPPED=bool(softcap),
     )
-    whole, lse = merge(list(zip(out.unbind(), lse.unbind(), strict=True)))
-    whole = (whole * form.value_gain) @ rotation.T
-    return whole.view(batch, heads, tokens, dim), lse.view(batch, heads, tokens)
+    whole, total = _joined(out.view(splits, -1, dim), lse.view(splits, -1))
+    return (whole @ back).view(batch, heads, tokens, dim), total.view(batch, heads, tokens)
+
+
+def _prepared(q: Tensor, scale: float, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first three arguments of the kernel, each a row of a head after the other."""
+    from tessera.kernels.triton.prepare_kernel import SLICE, TILE, prepare_kernel
+
+    dim, rows = q.shape[-1], q.numel() // q.shape[-1]
+    query = torch.empty((rows, dim), device=q.device, dtype=torch.float32)
+    turned, unit = torch.empty_like(query, dtype=torch.float16), query.new_empty(rows)
+    prepare_kernel[(-(-rows // TILE),)](
+        q.detach().contiguous(),
+        rotation,
+        query,
+        turned,
+        unit,
+        scale,
+        rows,
+        DIM=dim,
+        WIDTH=_power(dim),
+        TILE=TILE,
+        SLICE=SLICE,
+    )
+    return query, turned, unit
+
+
+def _joined(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """One softmax over all splits: (splits, rows, dim) and (splits, rows) -> (rows, dim) and (rows,)."""
+    from tessera.kernels.triton.join_kernel import TOGETHER, join_kernel
+
+    splits, rows, dim = out.shape
+    if splits == 1:
+        return out[0], lse[0]
+    whole, total = torch.empty_like(out[0]), torch.empty_like(lse[0])
+    join_kernel[(rows,)](
+        out,
+        lse,
+        whole,
+        total,
+        splits,
+        rows,
+        DIM=dim,
+        WIDTH=_power(dim),
+        SPLITS=_power(splits),
+        TOGETHER=TOGETHER,
+    )
+    return whole, total
+
+
+def _power(n: int) -> int:
+    """The power of two not less than n, 16 at least, which is what a dot product takes."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def options(form: JointFormat, dim: int, rows: int, lookup: str, align: int) -> dict[str, Any]:
@@ -165,7 +211,7 @@ def options(form: JointFormat, dim: int, rows: int, lookup: str, align: int) -> 
     return {
         "COLUMNS": COLUMNS,
         "CHUNKS": chunks,
-        "WIDTH": max(16, 1 << (chunks - 1).bit_length()),
+        "WIDTH": _power(chunks),
         "ROWS": rows,
         "BITS": form.bits,
         "ALIGN": align,
@@ -226,8 +272,9 @@ def column_order(dim: int) -> list[int]:
 
 
 @cache
-def _rotation(form: JointFormat, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(dim, dim), x @ it is the rotated x in the kernel's order of channels; in float32 and in float16."""
+def _rotations(form: JointFormat, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(dim, dim): x @ the first is the rotated x in the kernel's order of channels; the same in float16; x @ the third rotates
+    values back, and lengthens them as they must be."""
     matrix = torch.eye(dim)
     if form.signs.numel():
         hadamard = torch.ones(1, 1)
@@ -235,7 +282,7 @@ def _rotation(form: JointFormat, dim: int, device: torch.device) -> tuple[Tensor
             hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard) / 2**0.5
         matrix = (torch.kron(form.dct, hadamard) * form.signs).T
     matrix = matrix[:, column_order(dim)].contiguous().to(device)
-    return matrix, matrix.half()
+    return matrix, matrix.half(), (matrix.T * form.value_gain).contiguous()
 
 
 def _field(form: JointFormat) -> int:

@@ -1,8 +1,8 @@
 """Partial attention over packed keys and values on a GPU: `tessera.kernels.reference.attend` in Triton.
 
 Flash-decoding: the tokens are split among programs, each of which goes through its share block by block with an online
-softmax and leaves a partial result and its log-sum-exp; `merge` of the reference joins them. A program serves all query
-rows (query heads of a group, query tokens) of one key head, so a codeword is looked up once for all of them.
+softmax and leaves a partial result and its log-sum-exp; `join_kernel` joins them. A program serves all query rows (query heads
+of a group, query tokens) of one key head, so a codeword is looked up once for all of them.
 
 A codeword's components are two pairs of half-precision numbers, each pair a word of 32 bits, which is what a tensor core takes.
 Their integers stand as they are in the fractions of these numbers, which have no exponent then: n is worth n · 2^-24, and
@@ -175,7 +175,8 @@ def _widened(
     return one.to(tl.float16), two.to(tl.float16)
 
 
-@triton.jit
+# What changes from call to call is no reason to compile anew.
+@triton.jit(do_not_specialize=["mask_batch", "mask_head", "mask_query", "start", "window", "block_count", "per_split"])
 def attend_kernel(
     q,  # (batch · kv_heads, rows, dim) float32, times the scale
     turned,  # the same rotated, less `unit`, its channels ordered, float16
