@@ -160,17 +160,18 @@ def language() -> str:
     return markdown_table(head, cells)
 
 
-def language_tuned() -> str:
-    """The demo model trained further under one attention each: losses by place, mean and spread over seeds."""
-    data = _load("language_tuned")
+def language_trained(name: str) -> str:
+    """Models trained under one attention each, the demo model further ("tuned") or from "scratch": losses by place, mean and
+    spread over seeds."""
+    data = _load(f"language_{name}")
     rows, edges = data["rows"], data["edges"]
     cells = []
-    for name, steps in dict.fromkeys((r["arm"], r["steps"]) for r in rows):
-        own = [r for r in rows if (r["arm"], r["steps"]) == (name, steps)]
+    for arm, steps in dict.fromkeys((r["arm"], r["steps"]) for r in rows):
+        own = [r for r in rows if (r["arm"], r["steps"]) == (arm, steps)]
         losses = [mean(r["losses"][i] for r in own) for i in range(len(edges) - 1)]
         beyond = [r["beyond"] for r in own]
         apart = f" ± {stdev(beyond):.4f}" if len(own) > 1 else ""
-        cells.append((name, str(steps), str(len(own)), *(f"{x:.4f}" for x in losses), f"{mean(beyond):.4f}{apart}"))
+        cells.append((arm, str(steps), str(len(own)), *(f"{x:.4f}" for x in losses), f"{mean(beyond):.4f}{apart}"))
     head = ("attention", "steps", "seeds", *(f"{a:,}–{b:,}" for a, b in itertools.pairwise(edges)), "beyond the window")
     return markdown_table(head, cells)
 
@@ -279,12 +280,15 @@ def retention(what: str) -> str:
 
 
 def diagnostics(what: str) -> str:
-    """Accuracy on the tasks that ask for a memory: by "kinds" of backbone, "settings" of the memory, its "ablations" or
-    "delays"."""
-    from tessera.evaluation.diagnostics import ablation_cells, cells, delay_cells, setting_cells
+    """Accuracy on the tasks that ask for a memory: by "kinds" of backbone, on the paper's "originals" too, "settings" of the
+    memory, its "ablations" or "delays"."""
+    from tessera.evaluation.diagnostics import ALONE, ablation_cells, cells, delay_cells, setting_cells
 
-    made = {"kinds": cells, "settings": setting_cells, "ablations": ablation_cells, "delays": delay_cells}[what]
-    return markdown_table(*made(_load("diagnostics")["rows"]))
+    made = {"settings": setting_cells, "ablations": ablation_cells, "delays": delay_cells}.get(what, cells)
+    rows = _load("diagnostics")["rows"]
+    if what in ("kinds", "originals"):
+        rows = [r for r in rows if (r["attention"] == ALONE) == (what == "kinds")]
+    return markdown_table(*made(rows))
 
 
 def pictures() -> str:
@@ -362,7 +366,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "encode": encode,
     "generation": generation,
     "language": language,
-    "language-tuned": language_tuned,
+    "language-trained": language_trained,
     "llamacpp": llamacpp,
     "overheads": overheads,
     "pictures": pictures,
