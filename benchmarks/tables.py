@@ -111,8 +111,8 @@ def triton_static() -> str:
     return markdown_table(("codec", "head_dim", "rows", "lookup", "warps", *counts), cells)
 
 
-def generation() -> str:
-    """A step of a whole model, by cache and length."""
+def generation(tokens: str = "") -> str:
+    """A step of a whole model, by cache and length, or at one length."""
     cells = [
         (
             f"`{r['cache']}`",
@@ -123,6 +123,7 @@ def generation() -> str:
             size(r["peak_growth"]),
         )
         for r in _load("generation")["rows"]
+        if tokens in ("", str(r["tokens"]))
     ]
     return markdown_table(("cache", "tokens", "ms a step", "of them for the context", "tokens/s", "peak memory"), cells)
 
