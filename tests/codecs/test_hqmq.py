@@ -12,7 +12,7 @@ from codec_fixtures import ROLES, agreement, gaussian, nmse
 from quaternion_oracle import hurwitz_units, product
 from torch import Tensor
 
-from tessera.codecs import HQMQ, Role, get
+from tessera.codecs import HQMQ, Packed, Role, get
 from tessera.codecs.codebooks import DIRECTION_SIZES, optimised_secondary
 from tessera.codecs.hqmq import PAPER, chi_levels
 from tessera.codecs.outliers import FEW, RunningMedian
@@ -130,6 +130,14 @@ def test_med3x_keeps_chunks_beyond_three_medians_of_a_large_call() -> None:
     got = in_chunks(p.decode())
     np.testing.assert_allclose(got[sure], expected[sure], rtol=2e-6, atol=1e-5 * float(x.abs().max()))
     assert np.array_equal(got[out.numpy()], in_chunks(x)[out.numpy()].astype(np.float16).astype(float))
+
+
+def test_flags_for_more_chunks_than_there_are_are_refused() -> None:
+    packed = HQMQ.paper("s24_r2_med3").encode(torch.randn(1, 2, 3, 36))
+    tensors = {name: tensor.clone() for name, tensor in packed.tensors.items()}
+    tensors["flags"][0, 1, 2, 1] |= 2  # the ninth chunk is the last
+    with pytest.raises(ValueError, match=r"field 'flags' of .* is damaged: it has bits for more than 9 chunks"):
+        Packed.from_parts(packed.metadata(), tensors)
 
 
 def test_med3x_takes_a_running_median_where_calls_are_small() -> None:

@@ -277,9 +277,12 @@ def test_without_kernels_the_definition_runs_and_says_so_once(monkeypatch: pytes
     with pytest.warns(UserWarning, match="plain PyTorch, which is slow: no compiler was there"):
         without = dispatch.attend(q, pages, 0.1)[0]
     assert relative(with_kernels, without) < 1e-3
+    for spec in ("hqmq:4", "hqmq:s24_r2"):
+        dispatch._say_once.cache_clear()
+        with pytest.warns(UserWarning, match="the search for the nearest codeword runs in plain PyTorch"):
+            codecs.get(spec).encode(torch.randn(1, 1, 2, 64)).decode()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dispatch.attend(q, pages, 0.1)
         codecs.get("hqmq:4").encode(torch.randn(1, 1, 2, 64)).decode()
     with pytest.raises(ValueError, match="backend 'cpu' cannot run: no compiler was there"):
         dispatch.attend(q, pages, 0.1, backend="cpu")

@@ -117,6 +117,9 @@ def decode(packed: Coded, backend: str | None = None) -> Tensor | None:
     return cpu.decode(packed, level or None) if family in ("auto", "cpu") else None
 
 
+_SEARCH = "the search for the nearest codeword"
+
+
 def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = None) -> Tensor:
     """Codes of the nearest codewords: (n, 4) float32 -> (n,) integers.
 
@@ -135,6 +138,8 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
         return codes.to(x.device)[triton.nearest(x, index)]
     if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
         return cpu.nearest(x, index, codes)
+    if name == "auto" and x.device.type == "cpu" and cpu.MISSING is not None:
+        _say_once(_SEARCH, cpu.MISSING)
     return codes.to(x.device)[reference_nearest(x, index)]
 
 
@@ -143,8 +148,12 @@ def nearest_directions(chunks: Tensor, turns: Tensor, backend: str | None = None
 
     `backend`: see `attend`; there is no Triton kernel for it.
     """
-    if chosen(backend).partition(":")[0] in ("auto", "cpu") and chunks.device.type == "cpu" and cpu.MISSING is None:
-        return cpu.nearest_directions(chunks, turns)
+    name = chosen(backend)
+    if name.partition(":")[0] in ("auto", "cpu") and chunks.device.type == "cpu":
+        if cpu.MISSING is None:
+            return cpu.nearest_directions(chunks, turns)
+        if name == "auto":
+            _say_once(_SEARCH, cpu.MISSING)
     return reference_nearest_directions(chunks, turns)
 
 
