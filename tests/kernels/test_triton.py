@@ -100,6 +100,34 @@ def test_masks(shape: tuple[int, ...]) -> None:
     check(codecs.get("hqmq:4"), (2, 4, 2, 5), [64, 64], 64, mask=torch.rand(shape) > 0.4)
 
 
+def test_pages_that_begin_inside_a_group_and_pages_of_nothing() -> None:
+    codec = codecs.get("hqmq:4")
+    k, v = torch.randn(2, 2, 2, 200, 80).unbind(0)
+    k[..., 1] *= 30
+    keys, values = codec.encode(k, "key"), codec.encode(v)
+    cuts = [(0, 0), (5, 70), (70, 131), (140, 140), (150, 200)]
+    pages = Pages([(keys.slice(a, b), values.slice(a, b)) for a, b in cuts])
+    q = torch.randn(2, 4, 3, 80)
+    out, lse = triton.attend(q.to(DEVICE), moved(pages), 0.1, start=170, window=150)
+    wanted, wanted_lse = reference.attend(q, pages, 0.1, start=170, window=150)
+    assert relative(out.cpu(), wanted) < HALF
+    assert torch.allclose(lse.cpu(), wanted_lse, atol=2e-2, rtol=1e-3)
+    out, lse = triton.attend(q.to(DEVICE), moved(Pages(pages.pages[:1])), 0.1)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+def test_a_narrowed_channel_that_the_query_hardly_has_does_not_cost_the_others_their_digits() -> None:
+    codec = codecs.get("hqmq:4")
+    k, v = torch.randn(2, 1, 1, 64, 64).unbind(0)
+    k[..., 1] *= 30000
+    q = torch.randn(1, 1, 2, 64)
+    q[..., 1] *= 1e-6
+    pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
+    out, _ = triton.attend(q.to(DEVICE), moved(pages), 0.3)
+    assert relative(out.cpu(), reference.attend(q, pages, 0.3)[0]) < HALF
+
+
 def test_what_sees_nothing_is_zero() -> None:
     pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
     mask = torch.zeros(1, 1, 1, 64, dtype=torch.bool, device=DEVICE)

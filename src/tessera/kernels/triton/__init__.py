@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from math import gcd
 from typing import Any
@@ -47,6 +48,11 @@ def missing() -> str | None:
     if not torch.cuda.is_available() and not interpreted():
         return "there is no CUDA device"
     return None
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device: this makes the tensors' own the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def attend_refusal(q: Tensor, pages: Pages) -> str | None:
@@ -97,6 +103,8 @@ def attend(
     rotation, halved, back = _rotations(form, dim, q.device)
     query, turned, unit = _prepared(q, scale, rotation)
     blocks, align = _block_table(pages, BLOCK, form.group)
+    if len(blocks) == 0:
+        return torch.zeros(q.shape, device=q.device), torch.full(q.shape[:-1], -torch.inf, device=q.device)
     lookup = lookup or ("held" if _fits(form) else "moves")
     table, moves, scales = _tables(form, lookup, q.device)
 
@@ -110,37 +118,38 @@ def attend(
     out = torch.empty((splits, lines, rows, dim), device=q.device, dtype=torch.float32)
     lse = torch.empty((splits, lines, rows), device=q.device, dtype=torch.float32)
     mask, strides = strided(mask)
-    attend_kernel[(lines, splits, tiles)](
-        query,
-        turned,
-        unit,
-        halved,
-        blocks,
-        table,
-        moves,
-        scales,
-        query if mask is None else mask.view(torch.uint8),
-        out,
-        lse,
-        *strides,
-        form.step * FRACTION,
-        softcap or 0.0,
-        start or 0,
-        window or 0,
-        len(blocks),
-        per_split,
-        lines,
-        kv_heads,
-        group,
-        rows,
-        tokens,
-        **options(form, dim, tile, lookup, align),
-        CENTRED="centre" in pages.pages[0][0].tensors,
-        MASKED=mask is not None,
-        PLACED=start is not None,
-        WINDOWED=start is not None and window is not None,
-        CAPPED=bool(softcap),
-    )
+    with _on(q.device):
+        attend_kernel[(lines, splits, tiles)](
+            query,
+            turned,
+            unit,
+            halved,
+            blocks,
+            table,
+            moves,
+            scales,
+            query if mask is None else mask.view(torch.uint8),
+            out,
+            lse,
+            *strides,
+            form.step * FRACTION,
+            softcap or 0.0,
+            start or 0,
+            window or 0,
+            len(blocks),
+            per_split,
+            lines,
+            kv_heads,
+            group,
+            rows,
+            tokens,
+            **options(form, dim, tile, lookup, align),
+            CENTRED="centre" in pages.pages[0][0].tensors,
+            MASKED=mask is not None,
+            PLACED=start is not None,
+            WINDOWED=start is not None and window is not None,
+            CAPPED=bool(softcap),
+        )
     whole, total = _joined(out.view(splits, -1, dim), lse.view(splits, -1))
     return (whole @ back).view(batch, heads, tokens, dim), total.view(batch, heads, tokens)
 
@@ -152,19 +161,20 @@ def _prepared(q: Tensor, scale: float, rotation: Tensor) -> tuple[Tensor, Tensor
     dim, rows = q.shape[-1], q.numel() // q.shape[-1]
     query = torch.empty((rows, dim), device=q.device, dtype=torch.float32)
     turned, unit = torch.empty_like(query, dtype=torch.float16), query.new_empty(rows)
-    prepare_kernel[(-(-rows // TILE),)](
-        q.detach().contiguous(),
-        rotation,
-        query,
-        turned,
-        unit,
-        scale,
-        rows,
-        DIM=dim,
-        WIDTH=_power(dim),
-        TILE=TILE,
-        SLICE=SLICE,
-    )
+    with _on(q.device):
+        prepare_kernel[(-(-rows // TILE),)](
+            q.detach().contiguous(),
+            rotation,
+            query,
+            turned,
+            unit,
+            scale,
+            rows,
+            DIM=dim,
+            WIDTH=_power(dim),
+            TILE=TILE,
+            SLICE=SLICE,
+        )
     return query, turned, unit
 
 
@@ -176,18 +186,19 @@ def _joined(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     if splits == 1:
         return out[0], lse[0]
     whole, total = torch.empty_like(out[0]), torch.empty_like(lse[0])
-    join_kernel[(rows,)](
-        out,
-        lse,
-        whole,
-        total,
-        splits,
-        rows,
-        DIM=dim,
-        WIDTH=_power(dim),
-        SPLITS=_power(splits),
-        TOGETHER=TOGETHER,
-    )
+    with _on(out.device):
+        join_kernel[(rows,)](
+            out,
+            lse,
+            whole,
+            total,
+            splits,
+            rows,
+            DIM=dim,
+            WIDTH=_power(dim),
+            SPLITS=_power(splits),
+            TOGETHER=TOGETHER,
+        )
     return whole, total
 
 
@@ -235,21 +246,22 @@ def nearest(x: Tensor, index: CellIndex) -> Tensor:
     if len(x) == 0:
         return found.long()
     tables = _index_tables(index)
-    nearest_kernel[(-(-len(x) // BLOCK),)](
-        x,
-        index.roots,
-        index.children,
-        *tables,
-        found,
-        len(x),
-        ROOT,
-        index.radius**2,
-        *index.origin.tolist(),
-        *index.dims.tolist(),
-        DEPTH=index.depth,
-        CONJUGATIONS=index.conjugations,
-        BLOCK=BLOCK,
-    )
+    with _on(x.device):
+        nearest_kernel[(-(-len(x) // BLOCK),)](
+            x,
+            index.roots,
+            index.children,
+            *tables,
+            found,
+            len(x),
+            ROOT,
+            index.radius**2,
+            *index.origin.tolist(),
+            *index.dims.tolist(),
+            DEPTH=index.depth,
+            CONJUGATIONS=index.conjugations,
+            BLOCK=BLOCK,
+        )
     code = found.long()
     far = code < 0
     if far.any():
@@ -375,4 +387,4 @@ def _block_rows(keys: Coded, values: Coded, block: int, group: int) -> tuple[Ten
         addresses = [0 if f is None else f.data_ptr() + n * step for f, n, step in zip(kept, first, steps, strict=True)]
         rows.append([*addresses, *strides, size, token])
         token += size
-    return torch.tensor(rows), kept
+    return torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS), kept

@@ -33,7 +33,7 @@ def _codes(base, seen, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.const
     if BITS == 8:
         row = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), ALIGN) + tokens[:, None] * ROW_BYTES
         return tl.load(row + chunks[None, :], mask=seen[:, None] & (chunks < CHUNKS)[None, :], other=0).to(tl.int32)
-    if BITS == 16:
+    if BITS == 16 and ALIGN % 2 == 0:
         row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
         return tl.load(row + chunks[None, :], mask=seen[:, None] & (chunks < CHUNKS)[None, :], other=0).to(tl.int32)
     if BITS == 12 and CHUNKS % 4 == 0 and ALIGN % 2 == 0:
@@ -148,8 +148,6 @@ def _widened(
     q,
     rotation,
     k_centre,
-    unit,
-    most,
     first_row,
     real_row,
     pair,
@@ -159,20 +157,31 @@ def _widened(
     PAIRS: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """Rotated queries whose channels were first multiplied by a group's factors, over unit · 2^most."""
+    """Queries whose channels are multiplied by a group's factors, rotated, over the largest of each row; and that."""
+    most = tl.full((ROWS,), 1e-30, tl.float32)
+    for part in range(0, dim, SLICE):
+        wide = _slice(q, k_centre, part, first_row, real_row, dim, SLICE)
+        most = tl.maximum(most, tl.max(tl.abs(wide), axis=1))
     one = tl.zeros((ROWS, PAIRS), tl.float32)
     two = tl.zeros((ROWS, PAIRS), tl.float32)
     for part in range(0, dim, SLICE):
+        wide = (_slice(q, k_centre, part, first_row, real_row, dim, SLICE) / most[:, None]).to(tl.float16)
         channel = part + tl.arange(0, SLICE)
-        real_channel = channel < dim
-        exponent = (tl.load(k_centre + channel, mask=real_channel, other=0) & 15).to(tl.float32)
-        wide = tl.load(q + first_row[:, None] + channel[None, :], mask=real_row[:, None] & real_channel[None, :], other=0.0)
-        wide = (wide * (tl.exp2(exponent - most)[None, :] / unit[:, None])).to(tl.float16)
         turn = rotation + channel[:, None] * dim + pair[None, :]
-        real = real_channel[:, None] & real_pair[None, :]
+        real = (channel < dim)[:, None] & real_pair[None, :]
         one = tl.dot(wide, tl.load(turn, mask=real, other=0.0), one)
         two = tl.dot(wide, tl.load(turn + dim // 2, mask=real, other=0.0), two)
-    return one.to(tl.float16), two.to(tl.float16)
+    return one.to(tl.float16), two.to(tl.float16), most
+
+
+@triton.jit
+def _slice(q, k_centre, part, first_row, real_row, dim: tl.constexpr, SLICE: tl.constexpr):
+    """Some channels of the queries, multiplied by their factors."""
+    channel = part + tl.arange(0, SLICE)
+    real = channel < dim
+    exponent = (tl.load(k_centre + channel, mask=real, other=0) & 15).to(tl.float32)
+    whole = tl.load(q + first_row[:, None] + channel[None, :], mask=real_row[:, None] & real[None, :], other=0.0)
+    return whole * tl.exp2(exponent)[None, :]
 
 
 # What changes from call to call is no reason to compile anew.
@@ -267,13 +276,11 @@ def attend_kernel(
             word = tl.load(tl.multiple_of(k_centre, ALIGN) + channel, mask=real_channel, other=0)
             mean = (word & -16).to(tl.float16, bitcast=True).to(tl.float32)
             shift = tl.sum(query * mean[None, :], axis=1)
-            most = tl.load((tl.load(about + 3) + line * tl.load(about + 9)).to(tl.pointer_type(tl.uint8))).to(tl.float32)
-            if most > 0:
+            if tl.load((tl.load(about + 3) + line * tl.load(about + 9)).to(tl.pointer_type(tl.uint8))) > 0:
                 # Channels of this group were narrowed: widen the query's instead.
-                a0, a1 = _widened(
-                    q, rotation, k_centre, q_unit, most, first_row, real_row, pair, real_pair, dim, ROWS, 2 * WIDTH, SLICE
+                a0, a1, a_unit = _widened(
+                    q, rotation, k_centre, first_row, real_row, pair, real_pair, dim, ROWS, 2 * WIDTH, SLICE
                 )
-                a_unit = q_unit * tl.exp2(most)
         scores = tl.dot(a0, tl.trans(k0))
         scores = tl.dot(a1, tl.trans(k1), scores)
         length = tl.load(scales + tl.load(k_scale + token, mask=here, other=0)) * step
@@ -290,7 +297,7 @@ def attend_kernel(
             visible &= (first + token)[None, :] > (place - window)[:, None]
         if MASKED:
             head = line % kv_heads * group + row // q_tokens
-            by_row = line // kv_heads * mask_batch + head * mask_head + row % q_tokens * mask_query
+            by_row = line // kv_heads * mask_batch + head.to(tl.int64) * mask_head + (row % q_tokens).to(tl.int64) * mask_query
             visible &= tl.load(mask + by_row[:, None] + (first + token)[None, :], mask=visible, other=0) != 0
         scores = tl.where(visible, scores, -float("inf"))
 
