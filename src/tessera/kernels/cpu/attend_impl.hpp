@@ -20,14 +20,6 @@ using namespace tessera;
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
-inline float largest(Lanes lanes) {
-    float x[LANES];
-    store(x, lanes);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int j = 0; j < width; ++j) x[j] = x[j + width] > x[j] ? x[j + width] : x[j];
-    return x[0];
-}
-
 // For a multiple of LANES; not less than `least`.
 inline float largest(const float* x, int count, float least) {
     Lanes most = Lanes{} + least;

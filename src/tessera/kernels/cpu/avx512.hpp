@@ -44,8 +44,14 @@ class Avx512 {
 
         void set_queries(const float* q, int rows) {
             for (int r = 0; r < rows; ++r, q += dim_) {
-                float most = 0;
-                for (int c = 0; c < dim_; ++c) most = std::max(most, std::fabs(q[c]));
+                Lanes highest = {};
+                int c = 0;
+                for (; c + LANES <= dim_; c += LANES) {
+                    const Lanes x = load(q + c), size = x < 0 ? -x : x;
+                    highest = size > highest ? size : highest;
+                }
+                float most = largest(highest);
+                for (; c < dim_; ++c) most = std::max(most, std::fabs(q[c]));
                 // A query of zeros, or of less than floats resolve, scores zero.
                 const float unit = most / 127.0f, inverse = most > 1e-30f ? 127.0f / most : 0.0f;
                 alignas(64) float rest[MAX_DIM];

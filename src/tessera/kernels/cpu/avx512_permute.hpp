@@ -39,30 +39,19 @@ class Permute {
             split[0] = part(spread(first, first + step, count), spread(first + 2 * step, first + 3 * step, count));
             split[1] = part(spread(second, second + step, count), spread(second + 2 * step, second + 3 * step, count));
         }
-        __mmask64 low[2], middle[2], high[2];
-        for (int v = 0; v < 2; ++v) {
-            low[v] = test(split[v].block, 1);
-            middle[v] = test(split[v].block, 2);
-            high[v] = test(split[v].block, 4);
-        }
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-            __m512i found[2][6];
+        for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) out[v][j] = split[v].point;
 #pragma GCC unroll 6
-            for (int t = 0; t < TABLES; ++t) {
+        for (int t = 0; t < TABLES; ++t) {
+            const __mmask64 here[2] = {test(split[0].block, 1 << t), test(split[1].block, 1 << t)};
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
                 const uint8_t* table = tables_ + (t * 4 + j) * 128;
                 const __m512i a = _mm512_load_si512(table), b = _mm512_load_si512(table + 64);
 #pragma GCC unroll 2
-                for (int v = 0; v < 2; ++v) found[v][t] = pick(split[v].point, a, b);
-            }
-#pragma GCC unroll 2
-            for (int v = 0; v < 2; ++v) {
-                __m512i* x = found[v];
-                if (TABLES > 1) x[0] = _mm512_mask_mov_epi8(x[0], low[v], x[1]);
-                if (TABLES > 3) x[2] = _mm512_mask_mov_epi8(x[2], low[v], x[3]);
-                if (TABLES > 5) x[4] = _mm512_mask_mov_epi8(x[4], low[v], x[5]);
-                if (TABLES > 2) x[0] = _mm512_mask_mov_epi8(x[0], middle[v], x[2]);
-                out[v][j] = TABLES > 4 ? _mm512_mask_mov_epi8(x[0], high[v], x[4]) : x[0];
+                for (int v = 0; v < 2; ++v) pick(out[v][j], here[v], a, b);
             }
         }
 #pragma GCC unroll 2
@@ -74,10 +63,11 @@ class Permute {
         __m512i point, move, block;
     };
 
-    // Bytes of a and b. As an instruction, since compilers prefer the form that overwrites a and load it again.
-    static inline __attribute__((always_inline)) __m512i pick(__m512i which, __m512i a, __m512i b) {
-        asm("vpermi2b %2, %1, %0" : "+v"(which) : "v"(a), "v"(b));
-        return which;
+    // Those bytes of x that `where` says are places in the table (a, b), and become what is there. As an instruction, since
+    // compilers prefer the form that overwrites a and load it again.
+    static inline __attribute__((always_inline)) void pick(__m512i& x, __mmask64 where, __m512i a, __m512i b) {
+        if (TABLES > 1) asm("vpermi2b %3, %2, %0%{%1%}" : "+v"(x) : "Yk"(where), "v"(a), "v"(b));
+        else asm("vpermi2b %2, %1, %0" : "+v"(x) : "v"(a), "v"(b));
     }
 
     static __mmask64 test(__m512i x, int bit) { return _mm512_test_epi8_mask(x, _mm512_set1_epi8(char(bit))); }
@@ -110,7 +100,7 @@ class Permute {
 
     static inline __attribute__((always_inline)) void move(const Split& split, __m512i x[4]) {
         if (TABLES > 4) {
-            const __mmask64 once = test(split.block, 8), twice = test(split.block, 16);
+            const __mmask64 once = test(split.block, 64), twice = test(split.block, 128);
             const __m512i a = x[1], b = x[2], c = x[3];
             x[1] = _mm512_mask_mov_epi8(_mm512_mask_mov_epi8(a, once, c), twice, b);
             x[2] = _mm512_mask_mov_epi8(_mm512_mask_mov_epi8(b, once, a), twice, c);

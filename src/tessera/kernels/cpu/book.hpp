@@ -37,7 +37,7 @@ struct Book {
     alignas(64) uint8_t bytes[2][BLOCKS][4][128] = {};
     // What is to be done for a move: bits 0, 1: component j comes from j ^ these; bit 2 + j: then its sign changes.
     alignas(64) uint8_t move_bytes[64] = {};
-    // What is to be done for points 128 b to 128 b + 127: bits 0 to 2: the table; bit 3: turn once; bit 4: turn twice.
+    // What is to be done for points 128 b to 128 b + 127: bit t: they are in table t; bit 6: turn once; bit 7: turn twice.
     alignas(64) uint8_t block_bytes[64] = {};
 
     Book(int bits, int move_bits, float step, const int16_t* points, int64_t count, const int64_t* permutation,
@@ -119,14 +119,14 @@ struct Book {
                 if (to[1 + j] != from[turn[j]]) turns = 0;
         }
         const int64_t room = int64_t{1} << (bits - move_bits), needed = turns / SIZE + (count - 3 * turns + SIZE - 1) / SIZE;
-        if (needed > BLOCKS) return;
-        blocks = int(needed);
         const int named = int((room + SIZE - 1) / SIZE);  // blocks that a code can name
+        if (needed > BLOCKS || needed + 2 * turns / SIZE < named) return;
+        blocks = int(needed);
         for (int b = 0; b < 64; ++b) {
             const int block = b % named, once = int(turns / SIZE);
             const int times = block < 3 * once ? block / once : 0;
             const int table = block < 3 * once ? block % once : block - 2 * once;
-            block_bytes[b] = uint8_t(table | (times == 1 ? 8 : 0) | (times == 2 ? 16 : 0));
+            block_bytes[b] = uint8_t(1 << table | (times == 1 ? 64 : 0) | (times == 2 ? 128 : 0));
             if (times == 0 && table < blocks)
                 for (int i = 0; i < SIZE; ++i) {
                     const int64_t point = (int64_t(block) * SIZE + i) % room;

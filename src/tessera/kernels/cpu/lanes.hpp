@@ -1,6 +1,8 @@
 // TESSERA_LANES numbers side by side. Included by one file for each instruction set, in a namespace of its own: code compiled
 // for one must not be merged with another's by the linker.
 
+#pragma once
+
 #include <cstdint>
 #include <cstring>
 
@@ -19,12 +21,22 @@ inline Lanes load(const float* x) {
 
 inline void store(float* x, Lanes lanes) { std::memcpy(x, &lanes, sizeof lanes); }
 
+// One number out of all lanes, by halves.
+template <int WIDTH, class Join>
+inline float joined(Lanes x, Join join) {
+    Lanes other;
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; ++j) other[j] = x[j ^ WIDTH];
+    if constexpr (WIDTH == 1) return join(x, other)[0];
+    else return joined<WIDTH / 2>(join(x, other), join);
+}
+
 inline float total(Lanes lanes) {
-    float x[LANES];
-    store(x, lanes);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int j = 0; j < width; ++j) x[j] += x[j + width];
-    return x[0];
+    return joined<LANES / 2>(lanes, [](Lanes a, Lanes b) { return a + b; });
+}
+
+inline float largest(Lanes lanes) {
+    return joined<LANES / 2>(lanes, [](Lanes a, Lanes b) { return a > b ? a : b; });
 }
 
 // e^x for x <= 0, to 1e-7 and 1e-7 of |x|; 0 below -87. As 2^n times a polynomial for 2^r that is 1 at r = 0.

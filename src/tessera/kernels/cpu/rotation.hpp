@@ -4,17 +4,22 @@
 #include <cmath>
 
 #include "attend.hpp"
+#include "lanes.hpp"
 
 namespace {
 
-// Sums and differences of the numbers that lie HALF apart in groups of 2 HALF, of 16. Compilers find the shuffles for this.
-template <int HALF>
-inline void butterflies(float* x) {
-    float other[16];
+// Sums and differences of the lanes that lie WIDTH apart, and then of those half as far apart, down to neighbours.
+template <int WIDTH>
+inline Lanes butterflies(Lanes x) {
+    Lanes other, sign;
 #pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) other[j] = x[j ^ HALF];
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) x[j] = (j & HALF ? -x[j] : x[j]) + other[j];
+    for (int j = 0; j < LANES; ++j) {
+        other[j] = x[j ^ WIDTH];
+        sign[j] = j & WIDTH ? -1.0f : 1.0f;
+    }
+    x = x * sign + other;
+    if constexpr (WIDTH > 1) x = butterflies<WIDTH / 2>(x);
+    return x;
 }
 
 // Hadamard matrix of each row of (rows, size), in place, orthonormal.
@@ -22,14 +27,9 @@ inline void hadamard(float* x, int rows, int size) {
     const float norm = 1.0f / std::sqrt(float(size));
     for (int r = 0; r < rows; ++r, x += size) {
         int half = 1;
-        if (size % 16 == 0) {
-            for (int i = 0; i < size; i += 16) {
-                butterflies<1>(x + i);
-                butterflies<2>(x + i);
-                butterflies<4>(x + i);
-                butterflies<8>(x + i);
-            }
-            half = 16;
+        if (size % LANES == 0) {
+            for (int i = 0; i < size; i += LANES) store(x + i, butterflies<LANES / 2>(load(x + i)));
+            half = LANES;
         }
         for (; half < size; half *= 2)
             for (int i = 0; i < size; i += 2 * half)
