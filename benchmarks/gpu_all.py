@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one run of some minutes: first whether the kernels are right, then how fast they are.
 
-1. The Triton attention against the reference, each case run twice, for what is not the same twice.
+1. The Triton attention and decoding against the reference, attention twice, for what is not the same twice.
 2. The ways to look a codeword up, side by side.
 3. One new token over a long cache: against scaled dot product attention in float16, at 4k to 128k tokens and batches of 1, 8
    and 32, as far as the memory of the device goes; called from Python, and replayed as a CUDA graph.
@@ -150,8 +150,11 @@ def correctness(
     wanted, wanted_lse = reference.attend(q, pages, dim**-0.5, **rule)
     out, lse = triton.attend(q.to(device), moved, dim**-0.5, **rule, lookup=lookup)
     again, _ = triton.attend(q.to(device), moved, dim**-0.5, **rule, lookup=lookup)
+    decoded = [triton.decode(packed) for packed in moved.pages[1]]
+    errors = [float((a.cpu() - b.decode()).norm() / b.decode().norm()) for a, b in zip(decoded, pages.pages[1], strict=True)]
     return {
         "relative_error": float((out.cpu() - wanted).norm() / wanted.norm()),
+        "decode_error": max(errors),
         "lse_error": float((lse.cpu() - wanted_lse).abs().max()),
         "same_again": torch.equal(out, again),
     }
@@ -159,7 +162,8 @@ def correctness(
 
 def right(row: dict[str, Any]) -> bool:
     """Whether a case ended, and ended well; no figure that is not a number is."""
-    return "error" not in row and row["relative_error"] <= WRONG and row["lse_error"] <= 0.1 and row["same_again"]
+    good = "error" not in row and row["same_again"]
+    return good and row["relative_error"] <= WRONG and row["lse_error"] <= 0.1 and row["decode_error"] <= 1e-4
 
 
 def dense_speed(q: Tensor, tokens: int) -> dict[str, dict[str, float]]:

@@ -128,6 +128,36 @@ def test_a_narrowed_channel_that_the_query_hardly_has_does_not_cost_the_others_t
     assert relative(out.cpu(), reference.attend(q, pages, 0.3)[0]) < HALF
 
 
+@pytest.mark.parametrize("role", ["key", "value"])
+@pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4", "hqmq:5"])
+def test_vectors_decode_as_the_codec_defines(spec: str, role: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = codecs.get(spec)
+    assert isinstance(codec, JointHQMQ)
+    x = torch.randn(2, 3, 150, 80)
+    x[..., 1] *= 30
+    x[0, 1, 7] = 0
+    packed = codec.encode(x, role).slice(5, 141)  # begins inside a group, and ends there
+    ran = []
+    real = triton.decode
+    monkeypatch.setattr(triton, "decode", lambda packed: ran.append(packed) or real(packed))
+    got = dispatch.decode(packed.to(DEVICE), backend="triton")
+    assert ran
+    assert got is not None
+    assert relative(got.cpu(), codec.decode_reference(packed)) < 1e-5
+
+
+def test_parts_are_merged_as_defined() -> None:
+    parts = [(torch.randn(2, 3, 5, 20), torch.randn(2, 3, 5)) for _ in range(3)]
+    parts[1][1][0] = -torch.inf
+    for _, lse in parts:
+        lse[1, 2] = -torch.inf
+    there = [(out.to(DEVICE), lse.to(DEVICE)) for out, lse in parts]
+    out, lse = dispatch.merge(there, backend="triton")
+    wanted, wanted_lse = reference.merge(parts)
+    assert torch.allclose(out.cpu(), wanted, atol=1e-6)
+    assert torch.allclose(lse.cpu(), wanted_lse, atol=1e-6)
+
+
 def test_what_sees_nothing_is_zero() -> None:
     pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
     mask = torch.zeros(1, 1, 1, 64, dtype=torch.bool, device=DEVICE)

@@ -103,17 +103,30 @@ def exact_in_cpp(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return chosen(None).partition(":")[0] in ("auto", "cpu") and cpu.attend_exact_refusal(q, k, v) is None
 
 
+def _in_triton(family: str, x: Tensor) -> bool:
+    """Whether Triton is to work on a tensor: on a GPU, and where it is asked for interpreted too."""
+    there = x.is_cuda or (family == "triton" and triton.interpreted())
+    return family in ("auto", "triton") and there and triton.missing() is None
+
+
 def merge(parts: Sequence[tuple[Tensor, Tensor]], backend: str | None = None) -> tuple[Tensor, Tensor]:
     """One softmax over the keys of all parts, see `tessera.kernels.reference.merge`. `backend`: see `attend`."""
-    plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad for part in parts for x in part)
-    if len(parts) > 1 and plain and cpu.MISSING is None and chosen(backend).partition(":")[0] in ("auto", "cpu"):
-        return cpu.merge(parts)
+    family = chosen(backend).partition(":")[0]
+    tensors = [x for part in parts for x in part]
+    if len(parts) > 1 and all(x.dtype == torch.float32 and not x.requires_grad for x in tensors):
+        devices = {x.device.type for x in tensors}
+        if devices == {"cpu"} and cpu.MISSING is None and family in ("auto", "cpu"):
+            return cpu.merge(parts)
+        if len(devices) == 1 and _in_triton(family, tensors[0]):
+            return triton.merge(parts)
     return reference.merge(parts)
 
 
 def decode(packed: Coded, backend: str | None = None) -> Tensor | None:
     """Decoded vectors in float32, or None where only the codec itself can decode them. `backend`: see `attend`."""
     family, _, level = chosen(backend).partition(":")
+    if _in_triton(family, packed.tensors["codes"]):
+        return triton.decode(packed)
     return cpu.decode(packed, level or None) if family in ("auto", "cpu") else None
 
 
@@ -132,9 +145,9 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
     name = chosen(backend)
     if name.startswith("cpu") and (cpu.MISSING is not None or x.device.type != "cpu"):
         raise ValueError(f"backend {name!r} cannot run: {cpu.MISSING or f'the chunks are on {x.device}'}")
-    if name == "triton" and (triton.missing() is not None or not (x.is_cuda or triton.interpreted())):
+    if name == "triton" and not _in_triton(name, x):
         raise ValueError(f"backend {name!r} cannot run: {triton.missing() or f'the chunks are on {x.device}'}")
-    if name == "triton" or (name == "auto" and x.is_cuda and triton.missing() is None):
+    if _in_triton(name, x):
         return codes.to(x.device)[triton.nearest(x, index)]
     if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
         return cpu.nearest(x, index, codes)

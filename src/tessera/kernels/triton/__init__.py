@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from math import gcd
@@ -105,7 +106,7 @@ def attend(
     blocks, align = _block_table(pages, BLOCK, form.group)
     if len(blocks) == 0:
         return torch.zeros(q.shape, device=q.device), torch.full(q.shape[:-1], -torch.inf, device=q.device)
-    lookup = lookup or ("held" if _fits(form) else "moves")
+    lookup = lookup or _lookup(form)
     table, moves, scales = _tables(form, lookup, q.device)
 
     tile = min(ROWS[dim > 128], _power(rows))
@@ -200,6 +201,58 @@ def _joined(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
             TOGETHER=TOGETHER,
         )
     return whole, total
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """`tessera.kernels.reference.merge` in Triton, for float32 results on the device."""
+    shape = parts[0][0].shape
+    out = torch.stack([out for out, _ in parts]).view(len(parts), -1, shape[-1])
+    lse = torch.stack([lse for _, lse in parts]).view(len(parts), -1)
+    if lse.shape[1] == 0:
+        return parts[0]
+    whole, total = _joined(out, lse)
+    return whole.view(shape), total.view(shape[:-1])
+
+
+def decode(packed: Coded) -> Tensor | None:
+    """What the vectors stand for, (batch, heads, tokens, head_dim) float32; None where there is no kernel for them."""
+    from tessera.kernels.triton.attend_kernel import BLOCK
+    from tessera.kernels.triton.decode_kernel import decode_kernel
+
+    batch, heads, tokens, dim = packed.shape
+    form = packed.codec.kernel_format(dim)
+    if not isinstance(form, JointFormat) or dim % 4 or dim > MAX_DIM:
+        return None
+    codes, scale = packed.tensors["codes"].contiguous(), packed.tensors["scale"].contiguous()
+    out = torch.empty(packed.shape, dtype=torch.float32, device=codes.device)
+    if out.numel():
+        lookup = _lookup(form)
+        table, moves, scales = _tables(form, lookup, codes.device)
+        align = gcd(16, codes.shape[-1], codes.data_ptr())
+        compiled = options(form, dim, 16, lookup, align)
+        kept = ("CHUNKS", "WIDTH", "BITS", "ALIGN", "LOOKUP", "MOVE_BITS", "FIELD", "POINTS", "BLOCK")
+        with _on(codes.device):
+            decode_kernel[(batch * heads, -(-tokens // BLOCK))](
+                codes,
+                scale,
+                table,
+                moves,
+                scales,
+                out,
+                tokens * codes.shape[-1],
+                tokens,
+                form.step * FRACTION,
+                tokens,
+                **{name: compiled[name] for name in kept},
+            )
+    out = out @ _rotations(form, dim, codes.device)[2]
+    if packed.role == "key":
+        out = out / form.value_gain
+        if "centre" in packed.tensors:
+            group = (packed.offset + torch.arange(tokens, device=codes.device)) // form.group
+            words = packed.tensors["centre"][:, :, group]
+            out = out * torch.exp2((words & 15).float()) + (words & -16).view(torch.float16).float()
+    return out
 
 
 def _power(n: int) -> int:
@@ -305,6 +358,11 @@ def _field(form: JointFormat) -> int:
 def _fits(form: JointFormat) -> bool:
     """Whether shared memory holds the points."""
     return _field(form) == 8 and 1 << (form.bits - form.move_bits) <= HELD
+
+
+def _lookup(form: JointFormat) -> str:
+    """The usual one."""
+    return "held" if _fits(form) else "moves"
 
 
 @cache
