@@ -116,6 +116,15 @@ def test_a_resumed_recall_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert set(found["by_gap"]) == {"0", "8"}
 
 
+def test_recall_begins_without_a_gap(tmp_path: Path) -> None:
+    what = RecallConfig(Recall(pairs=2, gap=8), "window:4", dim=16, layers=1, hidden=32, batch=4, steps=10, near=0.3)
+    assert [(until, task.gap) for until, task in what.tasks()] == [(0.3, 0), (1.0, 8)]
+    train_recall(what, tmp_path, show=False)
+    tokens = [json.loads(line)["tokens"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert tokens[-1] == 4 * (3 * 6 + 7 * 14)
+    assert [task.gap for _, task in replace(what, near=0.0).tasks()] == [8]
+
+
 def test_recall_learns_says_so_and_saves(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ("--pairs", 1, "--gap", 2, "--steps", 60, "--head-dim", 16, "--hidden", 64, "--layers", 1, "--batch", 32)

@@ -113,6 +113,7 @@ def recall(
     batch: Batch = 32,
     micro_batch: MicroBatch = None,
     steps: Steps = 600,
+    near: Annotated[float, typer.Option(help="Share of the steps, the first ones, without a gap.")] = 0.4,
     precision: Precision = "no",
     seed: Seed = 0,
     tensorboard: TensorBoard = True,
@@ -136,7 +137,20 @@ def recall(
         task = Recall(pairs=pairs, gap=gap, rewrites=rewrites, keys=max(64, pairs))
         memory = None if rule is None else {"rule": rule}
         config = RecallConfig(
-            task, spec, memory, head_dim, layers, heads, hidden, batch, micro_batch, steps, seed, precision, tensorboard
+            task=task,
+            attention=spec,
+            memory=memory,
+            dim=head_dim,
+            layers=layers,
+            heads=heads,
+            hidden=hidden,
+            batch=batch,
+            micro_batch=micro_batch,
+            steps=steps,
+            near=near,
+            seed=seed,
+            precision=precision,
+            tensorboard=tensorboard,
         )
         found = train_recall(config, out, resume=resume)
     if "accuracy" not in found:

@@ -39,14 +39,16 @@ those of the full plan ``gap`` and ``symbols``, the number of keys and of values
 
 
 def full_plan(seeds: int = 3, steps: int = 600) -> list[Job]:
-    """All runs: every method on 16 pairs with several seeds, the memories on more pairs, other widths, and rewritten keys."""
+    """All runs: every method on 16 pairs; most of them on more pairs, narrower heads, and rewritten keys."""
     base = {"pairs": 16, "dim": 64, "rewrites": 0, "steps": steps}
-    jobs = [{**base, "method": method, "seed": seed} for seed in range(seeds) for method in METHODS]
-    memories = ("Infini-attention", "Tensor Cache, delta", "Tensor Cache, outer")
-    jobs += [{**base, "method": m, "seed": 0, "rewrites": 8} for m in memories]
-    jobs += [{**base, "method": m, "seed": 0, "pairs": pairs} for pairs in (32, 64) for m in memories]
-    jobs += [{**base, "method": m, "seed": 0, "dim": dim} for dim in (16, 32) for m in memories]
-    return jobs
+    some = ("dense", "window + sinks", "Infini-attention", "Tensor Cache, outer", "Tensor Cache, delta")
+    others = [{"rewrites": 8}, {"dim": 32}, {"dim": 16}, {"pairs": 32}, {"pairs": 64}]
+    return [
+        {**base, **change, "method": method, "seed": seed}
+        for change, methods in (({}, METHODS), *((other, some) for other in others))
+        for seed in range(seeds)
+        for method in methods
+    ]
 
 
 QUICK_METHODS = ("dense", "window", "Infini-attention", "Tensor Cache, delta")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Generator, Tensor
@@ -51,6 +52,9 @@ class RecallConfig:
     """Sequences of a forward pass; see `Phase`."""
     steps: int = 600
     """Optimizer steps."""
+    near: float = 0.4
+    """Share of the steps, the first ones, in which there is no gap: a window reaches some of the pairs then, so that a model
+    learns to tell keys apart before it has to look for them in its memory. Without this it often never does."""
     seed: int = 0
     """Of the model and of the sequences."""
     precision: str = "no"
@@ -64,13 +68,20 @@ class RecallConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % 2:
             raise ValueError(f"dim must be even, for rotary positions; got {self.dim}")
+        if not 0 <= self.near < 1:
+            raise ValueError(f"near must lie in [0, 1), got {self.near}")
         read_attention(self.attention, self.memory)
         self.loop()
+
+    def tasks(self) -> list[tuple[float, Recall]]:
+        """What is learned, each until that progress; the last is the task itself."""
+        first = [(self.near, replace(self.task, gap=0))] if self.near and self.task.gap else []
+        return [*first, (1.0, self.task)]
 
     def loop(self) -> LoopConfig:
         """The schedule."""
         return LoopConfig(
-            phases=(Phase(1.0, self.task.length, self.batch, self.micro_batch),),
+            phases=tuple(Phase(until, task.length, self.batch, self.micro_batch) for until, task in self.tasks()),
             steps=self.steps,
             muon_lr=3e-3,
             adamw_lr=2e-3,
@@ -159,9 +170,11 @@ def train_recall(
     model = build_recall(config)
     found: dict[str, Any] = {}
 
-    def sample(seed: tuple[int, ...], batch: int, _: int) -> tuple[Tensor, Tensor]:
-        # With the zeros, as the runs in docs/results were drawn.
-        return task.sample(batch, Generator().manual_seed(hash((*seed, 0, 0)) % (1 << 31)))
+    tasks = {task.length: task for _, task in config.tasks()}
+
+    def sample(seed: tuple[int, ...], batch: int, length: int) -> tuple[Tensor, Tensor]:
+        generator = Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        return tasks[length - 1].sample(batch, generator)
 
     def at_end(moment: Moment) -> dict[str, float]:
         trained: Any = moment.model
