@@ -24,7 +24,7 @@ def test_names_are_these() -> None:
         *("reading", "save_memory", "tensor_cache"),
     ]
     assert models.__all__[:2] == ["ViT", "ViTConfig"]
-    assert kernels.__all__ == ["Pages", "attend", "merge"]
+    assert kernels.__all__ == ["Pages", "attend", "decode", "merge", "nearest", "nearest_directions"]
 
 
 def test_every_name_is_there() -> None:

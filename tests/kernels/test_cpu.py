@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_inputs import make_pages, relative
 
-from tessera import codecs
+from tessera import codecs, kernels
 from tessera.codecs import Packed
 from tessera.codecs.bits import pack_bits
 from tessera.codecs.codebooks import joint
@@ -347,3 +347,12 @@ def test_decoding_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TESSERA_BACKEND", "reference")
     with pytest.raises(pytest.fail.Exception, match="the definition ran"):
         packed.decode()
+
+
+@pytest.mark.parametrize("spec", ["hqmq:4", "hqmq:s96_r4_med3", "int:4"])
+def test_decoding_by_every_backend_is_the_definition(spec: str) -> None:
+    packed = codecs.get(spec).encode(torch.randn(2, 3, 70, 64), "key")
+    wanted = packed.codec.decode_reference(packed)
+    assert torch.equal(kernels.decode(packed, "reference"), wanted)
+    for backend in ("auto", *(f"cpu:{level}" for level in cpu.levels())):
+        assert relative(kernels.decode(packed, backend), wanted) < 1e-5

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tessera.codecs.bits import unpack_bits
 from tessera.files import atomic_path
+from tessera.kernels import dispatch
 from tessera.kernels.pages import Format
 
 Role = Literal["key", "value"]
@@ -272,7 +273,8 @@ class Codec(ABC):
         """(batch, kv_heads, tokens, head_dim) in the dtype that was encoded."""
         # An approximation of the largest half-precision numbers can lie beyond them.
         most = min(torch.finfo(packed.dtype).max, torch.finfo(torch.float32).max)
-        return self._decode(packed).clamp(-most, most).to(packed.dtype)
+        found = dispatch.decode(packed)
+        return (self.decode_reference(packed) if found is None else found).clamp(-most, most).to(packed.dtype)
 
     def kernel_format(self, dim: int) -> Format | None:
         """What kernels for vectors of `dim` numbers must know; None if there are no kernels for this codec."""
@@ -283,8 +285,8 @@ class Codec(ABC):
         """x: finite float32 (batch, kv_heads, tokens, head_dim) -> the tensors to keep."""
 
     @abstractmethod
-    def _decode(self, packed: Packed) -> Tensor:
-        """The approximation, in float32."""
+    def decode_reference(self, packed: Packed) -> Tensor:
+        """The definition of `decode`, in float32; where there are kernels for the codec these are used."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec!r})"

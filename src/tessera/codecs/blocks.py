@@ -61,7 +61,8 @@ class Blocks(Codec):
             codes = q.to(torch.int8).view(torch.uint8)
         return {"blocks": torch.cat((half.view(torch.uint8), codes), -1)}
 
-    def _decode(self, packed: Packed) -> Tensor:
+    def decode_reference(self, packed: Packed) -> Tensor:
+        """See `Codec`."""
         dim, blocks = packed.shape[-1], packed.tensors["blocks"]
         d = blocks[..., :2].contiguous().view(torch.float16).float()
         codes = blocks[..., 2:].contiguous()

@@ -41,7 +41,8 @@ class FP8(Codec):
         codes = x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
         return {"codes": codes, **tensors}
 
-    def _decode(self, packed: Packed) -> Tensor:
+    def decode_reference(self, packed: Packed) -> Tensor:
+        """See `Codec`."""
         x = packed.tensors["codes"].contiguous().view(torch.float8_e4m3fn).float()
         return x * (packed.tensors["most"].float() / FP8_MAX).unsqueeze(-1) if self.scaled else x
 

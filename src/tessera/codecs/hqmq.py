@@ -210,12 +210,8 @@ class HQMQ(Codec):
             return torch.arange(2**self.radius_bits, dtype=torch.float32) / (2**self.radius_bits - 1)
         return chi_levels(self.radius_bits)
 
-    def _decode(self, packed: Packed) -> Tensor:
-        fast = dispatch.decode(packed)
-        return self.decode_reference(packed) if fast is None else fast
-
     def decode_reference(self, packed: Packed) -> Tensor:
-        """The definition of `decode`, in float32."""
+        """See `Codec`."""
         heads, dim = packed.shape[1], packed.shape[3]
         codes = unpack_bits(packed.tensors["codes"], self.code_bits, -(-dim // 4))
         direction, code = codes >> self.radius_bits, codes & (2**self.radius_bits - 1)

@@ -79,12 +79,8 @@ class JointHQMQ(Codec):
         codes[live] = found.view(-1, codes.shape[-1]).int()
         return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
 
-    def _decode(self, packed: Packed) -> Tensor:
-        fast = dispatch.decode(packed)
-        return self.decode_reference(packed) if fast is None else fast
-
     def decode_reference(self, packed: Packed) -> Tensor:
-        """The definition of `decode`, in float32."""
+        """See `Codec`."""
         dim = packed.shape[-1]
         codes = unpack_bits(packed.tensors["codes"], self.code_bits, -(-dim // 4))
         words = _codewords(self.code_bits, packed.device)

@@ -43,7 +43,8 @@ class Int(Codec):
         q = (x / scale.float().clamp(min=HALF_LEAST)).round().clamp(-self.most, self.most)
         return {"codes": pack_bits(q.long() + self.most, self.bits), "scale": scale.squeeze(-1)}
 
-    def _decode(self, packed: Packed) -> Tensor:
+    def decode_reference(self, packed: Packed) -> Tensor:
+        """See `Codec`."""
         q = unpack_bits(packed.tensors["codes"], self.bits, packed.shape[-1]) - self.most
         return q * packed.tensors["scale"].float().unsqueeze(-1)
 
@@ -92,7 +93,8 @@ class Kivi(Codec):
         q = q.flatten(2, 3)[:, :, :tokens] if role == "key" else q.flatten(3)[..., :dim]
         return {"codes": pack_bits(q, self.bits), f"{role}_min": low, f"{role}_scale": scale}
 
-    def _decode(self, packed: Packed) -> Tensor:
+    def decode_reference(self, packed: Packed) -> Tensor:
+        """See `Codec`."""
         dim = packed.shape[-1]
         low, scale = (packed.tensors[f"{packed.role}_{name}"].float() for name in ("min", "scale"))
         if packed.role == "key":

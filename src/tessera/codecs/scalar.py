@@ -51,7 +51,8 @@ class Scalar(Codec):
         scale = norm.squeeze(-1) / levels[codes].norm(dim=-1)
         return {"codes": pack_bits(codes, self.bits), "scale": scale.clamp(max=HALF_MAX).half()}
 
-    def _decode(self, packed: Packed) -> Tensor:
+    def decode_reference(self, packed: Packed) -> Tensor:
+        """See `Codec`."""
         dim = packed.shape[-1]
         levels = normal_levels(self.bits).to(packed.device)
         x = levels[unpack_bits(packed.tensors["codes"], self.bits, dim)] * packed.tensors["scale"].float().unsqueeze(-1)

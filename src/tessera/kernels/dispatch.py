@@ -103,9 +103,9 @@ def exact_in_cpp(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return chosen(None).partition(":")[0] in ("auto", "cpu") and cpu.attend_exact_refusal(q, k, v) is None
 
 
-def _in_triton(family: str, x: Tensor) -> bool:
-    """Whether Triton is to work on a tensor: on a GPU, and where it is asked for interpreted too."""
-    there = x.is_cuda or (family == "triton" and triton.interpreted())
+def _in_triton(family: str, device: torch.device) -> bool:
+    """Whether Triton is to work on tensors of a device: on a GPU, and where it is asked for interpreted too."""
+    there = device.type == "cuda" or (family == "triton" and triton.interpreted())
     return family in ("auto", "triton") and there and triton.missing() is None
 
 
@@ -117,7 +117,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], backend: str | None = None) ->
         devices = {x.device.type for x in tensors}
         if devices == {"cpu"} and cpu.MISSING is None and family in ("auto", "cpu"):
             return cpu.merge(parts)
-        if len(devices) == 1 and _in_triton(family, tensors[0]):
+        if len(devices) == 1 and _in_triton(family, tensors[0].device):
             return triton.merge(parts)
     return reference.merge(parts)
 
@@ -125,7 +125,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], backend: str | None = None) ->
 def decode(packed: Coded, backend: str | None = None) -> Tensor | None:
     """Decoded vectors in float32, or None where only the codec itself can decode them. `backend`: see `attend`."""
     family, _, level = chosen(backend).partition(":")
-    if _in_triton(family, packed.tensors["codes"]):
+    if _in_triton(family, packed.device):
         return triton.decode(packed)
     return cpu.decode(packed, level or None) if family in ("auto", "cpu") else None
 
@@ -145,9 +145,9 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
     name = chosen(backend)
     if name.startswith("cpu") and (cpu.MISSING is not None or x.device.type != "cpu"):
         raise ValueError(f"backend {name!r} cannot run: {cpu.MISSING or f'the chunks are on {x.device}'}")
-    if name == "triton" and not _in_triton(name, x):
+    if name == "triton" and not _in_triton(name, x.device):
         raise ValueError(f"backend {name!r} cannot run: {triton.missing() or f'the chunks are on {x.device}'}")
-    if _in_triton(name, x):
+    if _in_triton(name, x.device):
         return codes.to(x.device)[triton.nearest(x, index)]
     if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
         return cpu.nearest(x, index, codes)

@@ -25,6 +25,9 @@ class KernelCodec(Protocol):
     def kernel_format(self, dim: int) -> Format | None:
         """What they must know of vectors of `dim` numbers; None if there are no kernels for them."""
 
+    def decode_reference(self, packed: Any) -> Tensor:
+        """What packed vectors stand for, in PyTorch: the definition, in float32."""
+
 
 class Coded(Protocol):
     """Coded keys or values as kernels read them; `tessera.codecs.Packed` is what they are."""
