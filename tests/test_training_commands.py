@@ -116,12 +116,17 @@ def test_a_resumed_recall_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert set(found["by_gap"]) == {"0", "8"}
 
 
-def test_recall_begins_without_a_gap(tmp_path: Path) -> None:
-    what = RecallConfig(Recall(pairs=2, gap=8), "window:4", dim=16, layers=1, hidden=32, batch=4, steps=10, near=0.3)
-    assert [(until, task.gap) for until, task in what.tasks()] == [(0.3, 0), (1.0, 8)]
+def test_recall_begins_near_and_small(tmp_path: Path) -> None:
+    what = RecallConfig(
+        Recall(pairs=20, gap=8, rewrites=18), "window:4", dim=16, layers=1, hidden=32, batch=4, steps=10, near=0.3
+    )
+    assert [(until, t.gap, t.pairs, t.rewrites, t.asked) for until, t in what.tasks()] == [
+        (0.3, 0, 16, 16, 16),
+        (1.0, 8, 20, 18, 20),
+    ]
     train_recall(what, tmp_path, show=False)
     tokens = [json.loads(line)["tokens"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert tokens[-1] == 4 * (3 * 6 + 7 * 14)
+    assert tokens[-1] == 4 * (3 * 80 + 7 * 104)
     assert [task.gap for _, task in replace(what, near=0.0).tasks()] == [8]
 
 

@@ -8,7 +8,7 @@ on and at others, and the bytes that it must keep for a sequence, at the length 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,10 @@ def full_plan(seeds: int = 3, steps: int = 600) -> list[Job]:
     """All runs: every method on 16 pairs; most of them on more pairs, narrower heads, and rewritten keys."""
     base = {"pairs": 16, "dim": 64, "rewrites": 0, "steps": steps}
     some = ("dense", "window + sinks", "Infini-attention", "Tensor Cache, outer", "Tensor Cache, delta")
-    others = [{"rewrites": 8}, {"dim": 32}, {"dim": 16}, {"pairs": 32}, {"pairs": 64}]
-    return [
-        {**base, **change, "method": method, "seed": seed}
-        for change, methods in (({}, METHODS), *((other, some) for other in others))
-        for seed in range(seeds)
-        for method in methods
-    ]
+    plan: list[tuple[dict[str, int], Iterable[str]]] = [({}, METHODS)]
+    plan += [(change, some) for change in ({"rewrites": 8}, {"dim": 32}, {"dim": 16}, {"pairs": 32}, {"pairs": 64})]
+    plan += [({"pairs": 128}, ("dense", "Tensor Cache, outer", "Tensor Cache, delta"))]
+    return [{**base, **change, "method": m, "seed": seed} for change, names in plan for seed in range(seeds) for m in names]
 
 
 QUICK_METHODS = ("dense", "window", "Infini-attention", "Tensor Cache, delta")

@@ -24,6 +24,9 @@ from tessera.training.schedule import LoopConfig, Phase
 GAPS = (0, 32, 64, 128, 256, 512)
 """Gaps that a trained model is measured on, beside its own."""
 
+NEAR_PAIRS = 16
+"""Pairs at most that a model begins with."""
+
 MEASURED, PART = 256, 32
 """Sequences that it is measured on at each gap, and how many of them at once."""
 
@@ -53,8 +56,9 @@ class RecallConfig:
     steps: int = 600
     """Optimizer steps."""
     near: float = 0.4
-    """Share of the steps, the first ones, in which there is no gap: a window reaches some of the pairs then, so that a model
-    learns to tell keys apart before it has to look for them in its memory. Without this it often never does."""
+    """Share of the steps, the first ones, in which there is no gap and there are 16 pairs at most: a window reaches many of
+    them, so that a model learns to tell keys apart before it has to look for them in its memory. Without this it often never
+    does."""
     seed: int = 0
     """Of the model and of the sequences."""
     precision: str = "no"
@@ -75,16 +79,18 @@ class RecallConfig:
 
     def tasks(self) -> list[tuple[float, Recall]]:
         """What is learned, each until that progress; the last is the task itself."""
-        first = [(self.near, replace(self.task, gap=0))] if self.near and self.task.gap else []
-        return [*first, (1.0, self.task)]
+        task, pairs = self.task, min(self.task.pairs, NEAR_PAIRS)
+        queries = None if task.queries is None else min(task.queries, pairs)
+        near = replace(task, gap=0, pairs=pairs, rewrites=min(task.rewrites, pairs), queries=queries)
+        return [*([(self.near, near)] if self.near and near.length < task.length else []), (1.0, task)]
 
     def loop(self) -> LoopConfig:
         """The schedule."""
         return LoopConfig(
             phases=tuple(Phase(until, task.length, self.batch, self.micro_batch) for until, task in self.tasks()),
             steps=self.steps,
-            muon_lr=3e-3,
-            adamw_lr=2e-3,
+            muon_lr=1.5e-3,
+            adamw_lr=8e-3,  # embeddings that tell keys apart come first, and slowly
             mixed_precision=self.precision,
             seed=self.seed,
             tensorboard=self.tensorboard,
