@@ -47,6 +47,7 @@ from tessera.codecs import Packed
 from tessera.evaluation.records import environment
 from tessera.files import write_json
 from tessera.kernels import Pages, reference, triton
+from tessera.kernels.triton.tables import LOOKUPS
 from tessera.spatial import TensorMemory, TensorMemoryConfig
 
 SPECS = ("hqmq:3", "hqmq:4")
@@ -128,7 +129,7 @@ def cases(smoke: bool) -> list[dict[str, Any]]:
     for rule in ({"start": tokens - 3}, {"start": tokens - 3, "window": tokens // 2}, {"softcap": 5.0}):
         found.append({"spec": "hqmq:4", "shape": several, "rule": rule, "lookup": None})
     for spec in ("hqmq:4", "hqmq:5"):
-        names = [name for name in triton.LOOKUPS if name != "held" or spec != "hqmq:5"]
+        names = [name for name in LOOKUPS if name != "held" or spec != "hqmq:5"]
         found += [{"spec": spec, "shape": shapes[0], "rule": {}, "lookup": name} for name in names]
     return found
 
@@ -267,7 +268,7 @@ def main() -> int:
     if any(row["lookup"] is None for row in wrong):
         console.print("The kernels are wrong; their speed does not matter.")
         return 1
-    good = [lookup for lookup in triton.LOOKUPS if lookup not in [row["lookup"] for row in wrong]]
+    good = [lookup for lookup in LOOKUPS if lookup not in [row["lookup"] for row in wrong]]
     for batch in (1, 8):
         for spec, lookup in itertools.product(SPECS, good):
             case = {"batch": batch, "tokens": 64 if options.smoke else 32768, "spec": spec, "lookup": lookup}

@@ -36,8 +36,8 @@ from triton.backends.compiler import GPUTarget
 from tessera import codecs
 from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.files import write_json
-from tessera.kernels.triton import LOOKUPS, options
 from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
+from tessera.kernels.triton.tables import LOOKUPS, options
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Compute capability, and of a multiprocessor: bytes of memory in a nanosecond, instructions in a nanosecond.

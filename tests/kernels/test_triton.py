@@ -13,6 +13,7 @@ from tessera.codecs.codebooks import joint
 from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.kernels import Pages, dispatch, reference, triton
 from tessera.kernels.nearest import build_index
+from tessera.kernels.triton.tables import LOOKUPS
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -45,7 +46,7 @@ def test_attention_equals_the_reference(spec: str) -> None:
     check(codecs.get(spec), (1, 4, 2, 1), [64, 65], 64)
 
 
-@pytest.mark.parametrize("lookup", triton.LOOKUPS)
+@pytest.mark.parametrize("lookup", LOOKUPS)
 @pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:3.5", "hqmq:4"])
 def test_every_lookup_equals_the_reference(spec: str, lookup: str) -> None:
     check(codecs.get(spec), (1, 4, 2, 1), [70], 64, lookup=lookup)

@@ -7,7 +7,7 @@ of a group, query tokens) of one key head, so a codeword is looked up once for a
 A codeword's components are two pairs of half-precision numbers, each pair a word of 32 bits, which is what a tensor core takes.
 Their integers stand as they are in the fractions of these numbers, which have no exponent then: n is worth n · 2^-24, and
 nothing has to be converted. All first pairs make one tile and all second pairs another, so the channels of queries and results
-are in the order of `tessera.kernels.triton.column_order`.
+are in the order of `tessera.kernels.triton.tables.column_order`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _look_up(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The first and the second pairs of the codewords, each (BLOCK, 2 WIDTH); by `LOOKUPS` of `tessera.kernels.triton`."""
+    """The first and the second pairs of the codewords, each (BLOCK, 2 WIDTH); by `tables.LOOKUPS`."""
     number = codes & ((1 << MOVE_BITS) - 1)
     point = codes >> MOVE_BITS
     if LOOKUP == "halves":
@@ -191,9 +191,9 @@ def attend_kernel(
     turned,  # the same rotated, less `unit`, its channels ordered, float16
     unit,  # (batch · kv_heads, rows) float32
     rotation,  # (dim, dim) float16, y = x @ rotation, its columns ordered
-    blocks,  # (blocks, COLUMNS) int64, see `tessera.kernels.triton`
+    blocks,  # (blocks, COLUMNS) int64, see `tessera.kernels.triton.tables`
     table,  # what LOOKUP looks up
-    moves,  # (2^MOVE_BITS,) int32, see `tessera.kernels.triton`
+    moves,  # (2^MOVE_BITS,) int32, see `tessera.kernels.triton.tables`
     scales,  # (256,) float32
     mask,  # (batch, heads, queries, tokens) uint8
     out,  # (splits, batch · kv_heads, rows, dim) float32, its channels ordered
