@@ -34,7 +34,7 @@ def recall(
     dim: HeadDim = 64,
     rewrites: Rewrites = 0,
     seeds: Annotated[int, typer.Option(help="Models of each method.", min=1)] = 1,
-    steps: Steps = 200,
+    steps: Steps = 300,
     full: Annotated[bool, typer.Option("--full", help="The plan behind docs/results/recall.json instead: hours.")] = False,
     jobs: Jobs = None,
     out: Out = OUT,

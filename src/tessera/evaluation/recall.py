@@ -59,7 +59,7 @@ def quick_plan(methods: Sequence[str] = QUICK_METHODS, seeds: int = 1, **task: i
         seeds: models of each.
         task: fields of a `Job` that are to differ.
     """
-    base = {"pairs": 4, "dim": 64, "rewrites": 0, "steps": 200, "gap": 40, "symbols": 16, **task}
+    base = {"pairs": 4, "dim": 64, "rewrites": 0, "steps": 300, "gap": 40, "symbols": 16, **task}
     return [{**base, "method": method, "seed": seed} for seed in range(seeds) for method in methods]
 
 
