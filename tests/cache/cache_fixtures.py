@@ -24,7 +24,7 @@ class Grouped(Codec):
         codes = (groups / scale.unsqueeze(3)).round().to(torch.int8)
         return {"codes": codes.view(batch, heads, -1, dim)[:, :, :tokens].contiguous(), "scale": scale}
 
-    def _decode(self, packed: Packed) -> Tensor:
+    def decode_reference(self, packed: Packed) -> Tensor:
         index = (torch.arange(packed.tokens) + packed.offset) // self.group
         return packed.tensors["codes"].float() * packed.tensors["scale"][:, :, index]
 
