@@ -53,7 +53,7 @@ def scan(
         )
         return reads[0] + reads[1], ends[0] + ends[1]
     g = g.clamp(min=_LEAST)
-    size = min(chunk, tokens)
+    size = -(-tokens // -(-tokens // chunk))  # as few chunks, all of a size, and little padding
     while size > 2 and float(_cut(g.detach(), 2, size).sum(-1).amin()) < 2 * _LEAST:
         size = (size + 1) // 2  # the factors of a decay must be within the range of float32
     # Chunks first, so that each lies in one piece; the query heads of a group become rows of their chunk.
