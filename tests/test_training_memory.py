@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import tessera
 from tessera.associative import TensorCacheConfig
-from tessera.attachment import attachment
+from tessera.attachment import attachment, tensor_cache
 from tessera.cli.app import app
 from tessera.evaluation.language import loss_by_distance
 from tessera.training.memory import MemoryTraining, train_memory
@@ -117,3 +117,16 @@ def test_the_command_trains_a_memory_that_a_cache_can_use(small_model: Path, sma
     wrong = CliRunner().invoke(app, [*arguments, "--rule", "oja", "--steps", "1"])
     assert wrong.exit_code != 0
     assert "rule must be one of" in wrong.output
+
+
+def test_the_command_takes_the_options_of_a_memory_and_draws_windows(
+    small_model: Path, small_text: Path, tmp_path: Path
+) -> None:
+    arguments = ["train", "memory", "--model", str(small_model), "--data", str(small_text), "--out", str(tmp_path / "run")]
+    options = ["--window", "6", "--windows", "6", "12", "--rates", "token", "--gate", "token", "--slots", "2", "--rotary"]
+    found = CliRunner().invoke(app, [*arguments, *options, "--batch", "2", "--steps", "3"])
+    assert found.exit_code == 0, found.output
+    assert f"{3 * 2 * 8 * 12:,} tokens" in found.output  # sequences of eight of the longest windows
+    model = tessera.load_memory(LlamaForCausalLM.from_pretrained(small_model), tmp_path / "run" / "memory.safetensors")
+    config = tensor_cache(model).config
+    assert (config.window, config.rates, config.gate, config.slots, config.rotary) == (6, "token", "token", 2, True)

@@ -10,7 +10,7 @@ import typer
 from tessera.cli import train_new, train_vision
 from tessera.cli.errors import one_line_errors
 from tessera.cli.many import ManyValues
-from tessera.cli.options import Minutes, Resume, StepsOrMinutes
+from tessera.cli.options import Minutes, Precision, Resume, Rule, Seed, StepsOrMinutes
 
 app = typer.Typer(help="Train models and memories.", no_args_is_help=True)
 app.command("lm", cls=ManyValues)(train_new.lm)
@@ -62,23 +62,40 @@ def demo(
     typer.echo(f"{state.step:,} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes; model in {out / 'model'}")
 
 
-@app.command()
+@app.command(cls=ManyValues)
 def memory(
     model: Annotated[str | None, typer.Option(help="Folder of a causal language model (default: the demo model).")] = None,
     data: Annotated[
-        list[Path] | None, typer.Option(help="Text files to learn from (default: installed Python source).")
+        list[Path] | None, typer.Option(help="UTF-8 text files to learn from.  [default: installed Python source]")
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the run: checkpoints, log, memory.safetensors.")] = Path(
         "runs/memory"
     ),
     window: Annotated[int, typer.Option(help="Tokens that attention sees.", min=1)] = 256,
+    windows: Annotated[
+        list[int] | None,
+        typer.Option(help="Draw the window of each step from these."),
+    ] = None,
     sink: Annotated[int, typer.Option(help="First tokens that attention sees for ever.", min=0)] = 4,
-    rule: Annotated[str, typer.Option(help="outer, delta or wedge.")] = "delta",
+    rule: Rule = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Decay and write rate of each head, or of each token: head or token.  [default: head]")
+    ] = None,
+    gate: Annotated[str | None, typer.Option(help="A weight of the reads for each layer or token.  [default: layer]")] = None,
+    slots: Annotated[int | None, typer.Option(help="Matrices of each head.  [default: 1]", min=1)] = None,
+    rotary: Annotated[
+        bool | None, typer.Option("--rotary/--no-rotary", help="Write and read with the rotary phase.  [default: without]")
+    ] = None,
     objective: Annotated[str, typer.Option(help="kl: the dense model's predictions; ce: the text.")] = "kl",
-    sequence: Annotated[int, typer.Option(help="Tokens of a training sequence.", min=2)] = 1280,
+    sequence: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a training sequence.  [default: eight windows, or the model's context]", min=2),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
     minutes: Minutes = None,
     steps: StepsOrMinutes = None,
+    precision: Precision = "no",
+    seed: Seed = 0,
     resume: Resume = True,
 ) -> None:
     """Attach a Tensor Cache to a model and train it, the model itself frozen.
@@ -89,8 +106,10 @@ def memory(
 
         tessera train memory --minutes 20
 
-        tessera train memory --model path/to/model --data book.txt --window 512 --sequence 2048
+        tessera train memory --model path/to/model --data book.txt --window 512 --rates token
     """
+    import torch
+
     import tessera
     from tessera.associative import TensorCacheConfig
     from tessera.evaluation import load
@@ -99,23 +118,27 @@ def memory(
 
     if minutes is not None and steps is not None:
         raise typer.BadParameter("give --minutes or --steps, not both")
+    options = {"rule": rule, "rates": rates, "gate": gate, "slots": slots, "rotary": rotary}
     with one_line_errors():
-        training = MemoryTraining(objective)  # type: ignore[arg-type]
-        config = TensorCacheConfig(window=window, sink=sink, rule=rule)  # type: ignore[arg-type]
+        training = MemoryTraining(objective, tuple(windows or ()))  # type: ignore[arg-type]
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        config = TensorCacheConfig(window=window, sink=sink, **given)
         source = load(model)
-        tessera.attach(source.model, config)
-        sample = _text_sampler(source, data or [], out)
+        longest = 8 * max(window, *training.windows, 1)
         loop = LoopConfig(
-            phases=(Phase(1.0, sequence, batch, 1 if batch % 2 else 2),),
+            phases=(Phase(1.0, sequence or min(longest, source.context or longest), batch),),
             minutes=None if steps is not None else minutes or 20.0,
             steps=steps,
-            mixed_precision="no",
+            mixed_precision=precision,
             muon_lr=2e-3,
             adamw_lr=2e-3,
             warmup_steps=20,
+            seed=seed,
             tensorboard=True,
         )
-        state = train_memory(source.model, sample, loop, out, training, resume=resume)
+        torch.manual_seed(seed)
+        tessera.attach(source.model, config)
+        state = train_memory(source.model, _text_sampler(source, data or [], out), loop, out, training, resume=resume)
     typer.echo(f"{state.step:,} steps, {state.tokens:,} tokens, {state.seconds / 60:.1f} minutes; {out / 'memory.safetensors'}")
 
 
