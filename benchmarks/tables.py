@@ -21,13 +21,16 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from tessera.evaluation.recall import config_of
 from tessera.evaluation.records import Comparison
 from tessera.evaluation.table import markdown, markdown_table, size
 from tessera.files import atomic_path
+from tessera.training.recall import state_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -178,28 +181,56 @@ def language_trained(name: str) -> str:
 
 
 def recall() -> str:
-    """Accuracy of recall beyond the window, mean and range over seeds, and by gap."""
-    rows = [r for r in _load("recall")["rows"] if (r["pairs"], r["dim"], r["rewrites"]) == (16, 64, 0)]
-    gaps = list(rows[0]["by_gap"])
-    cells = []
-    for name in dict.fromkeys(r["method"] for r in rows):
-        own = [r for r in rows if r["method"] == name]
-        accuracy = [r["accuracy"] for r in own]
-        spread = f"{min(accuracy):.3f}–{max(accuracy):.3f}" if len(own) > 1 else f"{accuracy[0]:.3f}"
-        size_kb = own[0]["state_bytes"] / 1024
-        mean = sum(accuracy) / len(accuracy)
-        by_gap = [f"{sum(r['by_gap'][gap] for r in own) / len(own):.3f}" for gap in gaps]
-        cells.append((name, str(len(own)), spread, f"{size_kb:.0f}", f"{16 * mean / size_kb:.2f}", *by_gap))
-    head = ("attention", "seeds", "accuracy", "KiB kept", "pairs a KiB", *(f"gap {gap}" for gap in gaps))
+    """Accuracy of recall beyond the window, lowest and highest of the seeds, and the mean by gap."""
+    head, cells = ("attention", "seeds", "accuracy"), []
+    for name, own in _recall_by_method().items():
+        head = ("attention", "seeds", "accuracy", *(f"gap {gap}" for gap in own[0]["by_gap"]))
+        cells.append((name, str(len(own)), _range(own), *(f"{_at_gap(own, gap):.3f}" for gap in own[0]["by_gap"])))
+    return markdown_table(head, cells)
+
+
+def recall_state() -> str:
+    """Pairs recalled for each KiB that is kept, by gap."""
+    head, cells = ("attention",), []
+    for name, own in _recall_by_method().items():
+        config, gaps = config_of(own[0]), list(own[0]["by_gap"])
+        kept = [state_bytes(config, replace(config.task, gap=int(gap)).length) / 1024 for gap in gaps]
+        worth = [f"{config.task.pairs * _at_gap(own, gap) / kib:.3f}" for gap, kib in zip(gaps, kept, strict=True)]
+        sizes = f"{kept[0]:.0f}" if kept[0] == kept[-1] else f"{kept[0]:.0f}–{kept[-1]:.0f}"
+        head = ("attention", "KiB kept", *(f"gap {gap}" for gap in gaps))
+        cells.append((name, sizes, *worth))
     return markdown_table(head, cells)
 
 
 def recall_limits() -> str:
     """The same where it becomes hard: more pairs, narrower heads, rewritten keys."""
-    rows = [r for r in _load("recall")["rows"] if (r["pairs"], r["dim"], r["rewrites"]) != (16, 64, 0)]
-    rows.sort(key=lambda r: (r["rewrites"], r["pairs"], r["dim"], r["method"]))
-    cells = [(r["method"], str(r["pairs"]), str(r["dim"]), str(r["rewrites"]), f"{r['accuracy']:.3f}") for r in rows]
-    return markdown_table(("attention", "pairs", "d", "rewritten", "accuracy"), cells)
+    rows = _load("recall")["rows"]
+    tasks = list(dict.fromkeys((r["pairs"], r["dim"], r["rewrites"]) for r in rows))
+    found: dict[str, dict[tuple[int, ...], list[dict[str, Any]]]] = {}
+    for r in rows:
+        found.setdefault(r["method"], {}).setdefault((r["pairs"], r["dim"], r["rewrites"]), []).append(r)
+    head = [f"{pairs} pairs, d {dim}" + (f", {again} rewritten" if again else "") for pairs, dim, again in tasks]
+    cells = [(n, *(_range(own[t]) if t in own else "" for t in tasks)) for n, own in found.items() if len(own) > 1]
+    return markdown_table(("attention", *head), cells)
+
+
+def _recall_by_method() -> dict[str, list[dict[str, Any]]]:
+    """The runs of the task that all methods were trained on."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for r in _load("recall")["rows"]:
+        if (r["pairs"], r["dim"], r["rewrites"]) == (16, 64, 0):
+            found.setdefault(r["method"], []).append(r)
+    return found
+
+
+def _at_gap(rows: list[dict[str, Any]], gap: str) -> float:
+    return sum(r["by_gap"][gap] for r in rows) / len(rows)
+
+
+def _range(rows: list[dict[str, Any]]) -> str:
+    """Lowest and highest accuracy, as one number where they are the same."""
+    low, high = (f"{pick(r['accuracy'] for r in rows):.3f}" for pick in (min, max))
+    return low if low == high else f"{low}–{high}"
 
 
 def capacity(dim: str) -> str:
@@ -374,6 +405,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "query-digits": query_digits,
     "recall": recall,
     "recall-limits": recall_limits,
+    "recall-state": recall_state,
     "resident-memory": resident_memory,
     "retention": retention,
     "scan": scan,
