@@ -1,15 +1,16 @@
 """Language from nothing beyond a window of 64 tokens: which attention predicts best what lies farther back, at what cost.
 
-Small GPTs of four layers learn Python source in sequences of eight windows. Every row is one model: its loss by place in the
-sequence, on modules that it never saw. The controls: a window that is longer by as many tokens as the matrices take bytes, an
-MLP that is wider by as many parameters as the memory has, and the memory's reads switched off when it is measured. Beside
-the Tensor Cache stands a Tensor Memory, attached to the same window and trained with the model.
+Small GPTs of four layers learn text in sequences of eight windows: the files given, or Python source. Every row is one model:
+its loss by place in the sequence, on text that it never saw. The controls: a window that is longer by as many tokens as the
+matrices take bytes, an MLP that is wider by as many parameters as the memory has, and the memory's reads switched off when it
+is measured. Beside the Tensor Cache stands a Tensor Memory, attached to the same window and trained with the model.
 
 Runs are saved one by one; a plan that is cut short goes on where it was. The data is read once into a folder of its own.
 
 Example:
 
     python benchmarks/language_scratch.py
+    python benchmarks/language_scratch.py --data stories.txt --json stories.json
     python benchmarks/language_scratch.py --seeds 1 --steps 20   # to see that it runs
 """
 
@@ -109,17 +110,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600, help="of training, 8 sequences each")
+    parser.add_argument("--data", type=Path, nargs="+", default=(), help="UTF-8 text files  [default: installed Python source]")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "language_scratch", help="of the tokens")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_scratch.json")
     options = parser.parse_args()
-    tokenizer, corpus, text = prepare_lm(None, [], options.folder)
+    tokenizer, corpus, text = prepare_lm(None, options.data, options.folder)
     ids = windows(torch.tensor(tokenizer.encode(text).ids), SEQUENCE, MEASURED, corpus.bos)
     rows: list[dict[str, Any]] = json.loads(options.json.read_text())["rows"] if options.json.is_file() else []
     for seed, arm in itertools.product(range(options.seeds), ARMS):
         if any((r["arm"], r["seed"], r["steps"]) == (arm, seed, options.steps) for r in rows):
             continue
         rows += run(arm, seed, options.steps, corpus, ids, tokenizer.get_vocab_size())
-        write_json(options.json, {"environment": environment(), "window": WINDOW, "edges": EDGES, "rows": rows})
+        data = [path.name for path in options.data]
+        write_json(options.json, {"environment": environment(), "data": data, "window": WINDOW, "edges": EDGES, "rows": rows})
     table = Table("attention", "seed", "parameters", *(f"{a}–{b}" for a, b in itertools.pairwise(EDGES)), "beyond the window")
     for r in rows:
         losses = (f"{x:.4f}" for x in (*r["losses"], r["beyond"]))

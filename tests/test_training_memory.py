@@ -123,10 +123,25 @@ def test_the_command_takes_the_options_of_a_memory_and_draws_windows(
     small_model: Path, small_text: Path, tmp_path: Path
 ) -> None:
     arguments = ["train", "memory", "--model", str(small_model), "--data", str(small_text), "--out", str(tmp_path / "run")]
-    options = ["--window", "6", "--windows", "6", "12", "--rates", "token", "--gate", "token", "--slots", "2", "--rotary"]
+    options = [
+        "--window",
+        "6",
+        "--windows",
+        "6",
+        "12",
+        "--rates",
+        "token",
+        "--gate",
+        "token",
+        "--slots",
+        "2",
+        "--rotary",
+        "--raw-queries",
+    ]
     found = CliRunner().invoke(app, [*arguments, *options, "--batch", "2", "--steps", "3"])
     assert found.exit_code == 0, found.output
     assert f"{3 * 2 * 8 * 12:,} tokens" in found.output  # sequences of eight of the longest windows
     model = tessera.load_memory(LlamaForCausalLM.from_pretrained(small_model), tmp_path / "run" / "memory.safetensors")
     config = tensor_cache(model).config
-    assert (config.window, config.rates, config.gate, config.slots, config.rotary) == (6, "token", "token", 2, True)
+    assert (config.window, config.rates, config.gate, config.slots) == (6, "token", "token", 2)
+    assert (config.rotary, config.normalise_queries) == (True, False)

@@ -86,6 +86,10 @@ def memory(
     rotary: Annotated[
         bool | None, typer.Option("--rotary/--no-rotary", help="Write and read with the rotary phase.  [default: without]")
     ] = None,
+    normalise_queries: Annotated[
+        bool | None,
+        typer.Option("--normalise-queries/--raw-queries", help="Whether queries read at length 1.  [default: they do]"),
+    ] = None,
     objective: Annotated[str, typer.Option(help="kl: the dense model's predictions; ce: the text.")] = "kl",
     sequence: Annotated[
         int | None,
@@ -118,7 +122,14 @@ def memory(
 
     if minutes is not None and steps is not None:
         raise typer.BadParameter("give --minutes or --steps, not both")
-    options = {"rule": rule, "rates": rates, "gate": gate, "slots": slots, "rotary": rotary}
+    options = {
+        "rule": rule,
+        "rates": rates,
+        "gate": gate,
+        "slots": slots,
+        "rotary": rotary,
+        "normalise_queries": normalise_queries,
+    }
     with one_line_errors():
         training = MemoryTraining(objective, tuple(windows or ()))  # type: ignore[arg-type]
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
