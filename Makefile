@@ -42,6 +42,7 @@ bench: install
 	$(BIN)/python benchmarks/long_run.py
 	$(BIN)/python benchmarks/recall.py
 	$(BIN)/python benchmarks/language_scratch.py
+	$(BIN)/python benchmarks/memory_options.py
 	$(BIN)/python benchmarks/language_memory.py
 	$(BIN)/python benchmarks/language_tuned.py
 	$(BIN)/python benchmarks/tensor_memory_cost.py

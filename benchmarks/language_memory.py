@@ -1,11 +1,12 @@
 """Language beyond the window: the demo model's loss by distance from the start; see `tessera.evaluation.language`.
 
 The demo model was trained dense; its Tensor Cache was attached afterwards and trained with the model frozen
-(`tessera train memory`).
+(`tessera train memory`). Several memories are several seeds of one recipe; all else is measured once.
 
 Example:
 
     python benchmarks/language_memory.py
+    python benchmarks/language_memory.py --memory seed0/memory.safetensors seed1/memory.safetensors
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", type=Path, help="of the demo model  [default: the one that ships]")
+    parser.add_argument("--memory", type=Path, nargs="+", help="of the demo model  [default: the one that ships]")
     parser.add_argument("--windows", type=int, default=16, help="sequences of held-out text")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_memory.json")
     options = parser.parse_args()
-    source = load(memory=options.memory or demo_memory_path())
-    record = language(source, heldout_text(), tokens=options.tokens, count=options.windows)
-    write_json(options.json, record)
-    Console().print(language_table(record))
+    records = []
+    for memory in options.memory or [demo_memory_path()]:
+        record = language(load(memory=memory), heldout_text(), tokens=options.tokens, count=options.windows)
+        Console().print(language_table(record))
+        records.append(record)
+    about = {name: value for name, value in records[0].items() if name != "rows"}
+    write_json(options.json, {**about, "rows": [{**row, "seed": i} for i, r in enumerate(records) for row in r["rows"]]})
     Console().print(f"Saved {options.json}", highlight=False)
     return 0
 

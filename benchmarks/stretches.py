@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.attachment import attachment, reading
-from tessera.evaluation.language import loss_by_distance
+from tessera.evaluation.language import loss_by_distance, over_stretches
 from tessera.spatial import TensorMemoryConfig
 
 GRID = "with a Tensor Memory"
@@ -20,7 +19,7 @@ GRID_CONFIG = TensorMemoryConfig(channels=32, chunk=4, update="footprint")
 
 @torch.no_grad()
 def measure(model: Any, ids: Tensor, edges: Sequence[int], together: int) -> dict[str, Any]:
-    """Losses by stretch, over all, beyond the first stretch, which is the window's, and beyond the third.
+    """Losses by stretch and over several; see `over_stretches`.
 
     Args:
         model: a causal language model.
@@ -29,13 +28,7 @@ def measure(model: Any, ids: Tensor, edges: Sequence[int], together: int) -> dic
         together: sequences of a call.
     """
     parts = [loss_by_distance(model, part, None, edges) for part in ids.split(together)]
-    losses = [sum(values) / len(values) for values in zip(*parts, strict=True)]
-    sizes = [b - a for a, b in itertools.pairwise(edges)]
-
-    def over(first: int) -> float:
-        return sum(x * n for x, n in zip(losses[first:], sizes[first:], strict=True)) / sum(sizes[first:])
-
-    return {"losses": losses, "all": over(0), "beyond": over(1), "far": over(3)}
+    return over_stretches([sum(values) / len(values) for values in zip(*parts, strict=True)], edges)
 
 
 def with_and_without(

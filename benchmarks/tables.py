@@ -158,26 +158,36 @@ def llamacpp() -> str:
 def language() -> str:
     """Loss by distance from the start, with a memory behind the window and without."""
     data = _load("language_memory")
-    edges = data["edges"]
-    head = ("attention", *(f"{a:,}–{b:,}" for a, b in itertools.pairwise(edges)), "beyond the window")
-    cells = [(r["name"], *(f"{loss:.4f}" for loss in r["losses"]), f"{r['beyond']:.4f}") for r in data["rows"]]
-    return markdown_table(head, cells)
+    return _stretches(data["rows"], data["edges"], ("name",), ("attention",))
 
 
 def language_trained(name: str) -> str:
     """Models trained under one attention each, the demo model further ("tuned") or from "scratch": losses by place, mean and
     spread over seeds."""
     data = _load(f"language_{name}")
-    rows, edges = data["rows"], data["edges"]
+    return _stretches(data["rows"], data["edges"], ("arm", "steps"), ("attention", "steps"))
+
+
+def memory_options() -> str:
+    """Options of an attached Tensor Cache after a short training."""
+    data = _load("memory_options")
+    return _stretches(data["rows"], data["edges"], ("option", "steps"), ("option", "steps"))
+
+
+def _stretches(rows: list[dict[str, Any]], edges: list[int], by: tuple[str, ...], head: tuple[str, ...]) -> str:
+    """Losses by place in the sequence, over all, and beyond the window: mean of the seeds, and of the last their spread."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in rows:
+        found.setdefault(tuple(r[name] for name in by), []).append(r)
     cells = []
-    for arm, steps in dict.fromkeys((r["arm"], r["steps"]) for r in rows):
-        own = [r for r in rows if (r["arm"], r["steps"]) == (arm, steps)]
+    for what, own in found.items():
         losses = [mean(r["losses"][i] for r in own) for i in range(len(edges) - 1)]
         beyond = [r["beyond"] for r in own]
-        apart = f" ± {stdev(beyond):.4f}" if len(own) > 1 else ""
-        cells.append((arm, str(steps), str(len(own)), *(f"{x:.4f}" for x in losses), f"{mean(beyond):.4f}{apart}"))
-    head = ("attention", "steps", "seeds", *(f"{a:,}–{b:,}" for a, b in itertools.pairwise(edges)), "beyond the window")
-    return markdown_table(head, cells)
+        apart = f" ± {stdev(beyond):.4f}" if len(set(beyond)) > 1 else ""
+        numbers = (f"{x:.4f}" for x in (*losses, mean(r["all"] for r in own)))
+        cells.append((*map(str, what), str(len(own)), *numbers, f"{mean(beyond):.4f}{apart}"))
+    stretches = (f"{a:,}–{b:,}" for a, b in itertools.pairwise(edges))
+    return markdown_table((*head, "seeds", *stretches, "all", "beyond the window"), cells)
 
 
 def recall() -> str:
@@ -402,6 +412,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "llamacpp": llamacpp,
     "overheads": overheads,
     "pictures": pictures,
+    "memory-options": memory_options,
     "query-digits": query_digits,
     "recall": recall,
     "recall-limits": recall_limits,

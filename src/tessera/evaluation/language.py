@@ -45,6 +45,17 @@ def loss_by_distance(model: Any, windows: Tensor, spec: str | None, edges: Seque
     return [float(every[:, max(0, a - 1) : b - 1].mean()) for a, b in itertools.pairwise(edges)]
 
 
+def over_stretches(losses: Sequence[float], edges: Sequence[int]) -> dict[str, Any]:
+    """``losses`` by stretch, and their means over ``all``, ``beyond`` the first stretch, which is the window's, and ``far``:
+    beyond the third, four windows."""
+    sizes = [b - a for a, b in itertools.pairwise(edges)]
+
+    def over(first: int) -> float:
+        return sum(x * n for x, n in zip(losses[first:], sizes[first:], strict=True)) / sum(sizes[first:])
+
+    return {"losses": list(losses), "all": over(0), "beyond": over(1), "far": over(3)}
+
+
 def language(
     source: Source, text: str, *, tokens: int = 2048, count: int = 16, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
@@ -90,8 +101,7 @@ def language(
                 progress(number, len(specs))
             reading(model, "off" not in name)
             losses = loss_by_distance(model, ids, spec, edges)
-            beyond = loss_by_distance(model, ids, spec, (window, ids.shape[1]))[0]
-            rows.append({"name": name, "spec": spec, "losses": losses, "beyond": beyond})
+            rows.append({"name": name, "spec": spec, **over_stretches(losses, edges)})
     finally:
         reading(model, True)
     return {"environment": environment(), "edges": edges, "windows": len(ids), "rows": rows}
@@ -99,7 +109,8 @@ def language(
 
 def language_table(record: dict[str, Any]) -> Table:
     """Losses by stretch."""
-    table = Table("attention", *(f"tokens {a:,}–{b:,}" for a, b in itertools.pairwise(record["edges"])), "beyond the window")
+    stretches = (f"tokens {a:,}–{b:,}" for a, b in itertools.pairwise(record["edges"]))
+    table = Table("attention", *stretches, "all", "beyond the window")
     for row in record["rows"]:
-        table.add_row(row["name"], *(f"{loss:.4f}" for loss in row["losses"]), f"{row['beyond']:.4f}")
+        table.add_row(row["name"], *(f"{loss:.4f}" for loss in (*row["losses"], row["all"], row["beyond"])))
     return table
