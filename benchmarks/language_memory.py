@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tessera.evaluation import load
-from tessera.evaluation.language import language, language_table
+from tessera.evaluation.language import WITH_MEMORY, language, language_table
 from tessera.files import write_json
 from tessera.models import demo_memory_path, heldout_text
 
@@ -29,17 +29,18 @@ def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", type=Path, nargs="+", help="of the demo model  [default: the one that ships]")
-    parser.add_argument("--windows", type=int, default=16, help="sequences of held-out text")
+    parser.add_argument("--windows", type=int, default=103, help="sequences of held-out text")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_memory.json")
     options = parser.parse_args()
-    records = []
-    for memory in options.memory or [demo_memory_path()]:
-        record = language(load(memory=memory), heldout_text(), tokens=options.tokens, count=options.windows)
+    rows, about = [], {}
+    for seed, memory in enumerate(options.memory or [demo_memory_path()]):
+        names = [WITH_MEMORY] if seed else None
+        record = language(load(memory=memory), heldout_text(), tokens=options.tokens, count=options.windows, names=names)
         Console().print(language_table(record))
-        records.append(record)
-    about = {name: value for name, value in records[0].items() if name != "rows"}
-    write_json(options.json, {**about, "rows": [{**row, "seed": i} for i, r in enumerate(records) for row in r["rows"]]})
+        rows += [{**row, "seed": seed} for row in record.pop("rows")]
+        about = record
+    write_json(options.json, {**about, "rows": rows})
     Console().print(f"Saved {options.json}", highlight=False)
     return 0
 

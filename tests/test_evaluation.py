@@ -148,6 +148,13 @@ def test_picture_is_a_png(result: Comparison, tmp_path: Path) -> None:
     assert len(data) > 10_000
 
 
+def test_picture_of_windows_alone_shows_what_they_lose(result: Comparison, tmp_path: Path) -> None:
+    rows = [r for r in result.rows if r.spec in ("dense", "window:64")]
+    pareto(replace(result, rows=rows), tmp_path / "one.png")
+    pareto(replace(result, rows=[replace(r, kl=2 * r.kl + 1) for r in rows]), tmp_path / "other.png")
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+
+
 def test_every_kind_of_spec_has_a_method() -> None:
     assert method("sink:4 + hqmq:4 + recent:8") == method("hqmq:3.5_nocentre") == "HQMQ, Tessera's"
     assert method("hqmq:s96_r4_med3") == "HQMQ, the paper's"

@@ -19,6 +19,9 @@ from tessera.cache import Cache
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import Source, encode, windows
 
+WITH_MEMORY = "with the Tensor Cache"
+"""Name of the row that depends on what a memory has learned."""
+
 
 @torch.no_grad()
 def loss_by_distance(model: Any, windows: Tensor, spec: str | None, edges: Sequence[int], chunk: int = 256) -> list[float]:
@@ -57,7 +60,13 @@ def over_stretches(losses: Sequence[float], edges: Sequence[int]) -> dict[str, A
 
 
 def language(
-    source: Source, text: str, *, tokens: int = 2048, count: int = 16, progress: Callable[[int, int], None] | None = None
+    source: Source,
+    text: str,
+    *,
+    tokens: int = 2048,
+    count: int = 16,
+    names: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model that has a memory attached against itself without.
 
@@ -66,6 +75,7 @@ def language(
         text: to be predicted.
         tokens: of a sequence, at most the model's context.
         count: sequences to read, fewer if the text is shorter.
+        names: of the rows to measure; None: all.
         progress: called with (caches measured, caches in all).
 
     Returns:
@@ -91,9 +101,10 @@ def language(
         "window": f"window:{window}",
         "window + sinks": f"sink:{sink} + window:{window}",
         "the same, longer by the memory's bytes": f"sink:{sink} + window:{window + dim // 2}",
-        "with the Tensor Cache": f"sink:{sink} + window:{window} + tc",
+        WITH_MEMORY: f"sink:{sink} + window:{window} + tc",
         "its reads switched off": f"sink:{sink} + window:{window} + tc",
     }
+    specs = {name: spec for name, spec in specs.items() if names is None or name in names}
     rows: list[dict[str, Any]] = []
     try:
         for number, (name, spec) in enumerate(specs.items()):

@@ -1,11 +1,14 @@
-"""A comparison as a picture: what is lost against the bits that are kept, one line for each method."""
+"""A comparison as a picture: what is lost against the bits that are kept, one line for each method.
+
+Where nothing is compressed, as with windows alone, what is lost against the bytes that are kept, one point for each cache.
+"""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from tessera.evaluation.methods import method, short
+from tessera.evaluation.methods import method
 from tessera.evaluation.records import Comparison, Row
 from tessera.files import atomic_path
 
@@ -26,7 +29,7 @@ LEAST_KL = 1e-6
 
 
 def pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Draw perplexity and KL against true bits, a row of two pictures for each protocol, as PNG."""
+    """Draw perplexity and KL against true bits, or bytes, a row of two pictures for each protocol, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,7 +39,8 @@ def pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     figure, axes = plt.subplots(len(protocols), 2, figsize=(12, 4.6 * len(protocols)), squeeze=False, layout="constrained")
     shown: dict[str, Any] = {}
     for pair, protocol in zip(axes, protocols, strict=True):
-        rows = [row for row in comparison.rows if row.protocol == protocol and method(row.spec) not in ("exact", "window")]
+        rows = [row for row in comparison.rows if row.protocol == protocol and method(row.spec) != "exact"]
+        rows = [row for row in rows if method(row.spec) != "window"] or rows
         for axis, what in zip(pair, ("perplexity", "KL"), strict=True):
             shown |= _draw(axis, rows, what)
             axis.set_title(f"{protocol}: {what}", loc="left", fontsize=11)
@@ -52,15 +56,18 @@ def pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
 
 
 def _draw(axis: Any, rows: list[Row], what: str) -> dict[str, Any]:
-    """One picture. Returns the line of each method."""
+    """One picture. Returns the line of each method, or the point of each cache."""
     lines: dict[str, Any] = {}
-    for name in dict.fromkeys(method(row.spec) for row in rows):
-        points = sorted((row.codec_bits, _value(row, what), short(row.spec)) for row in rows if method(row.spec) == name)
-        colour, marker = STYLES.get(name, ("#444444", "."))
-        (lines[name],) = axis.plot(
-            [p[0] for p in points], [p[1] for p in points], color=colour, marker=marker, ms=6, lw=1.2, label=name
-        )
-    axis.set_xlabel("true bits per element of the compressed tier")
+    compressed = any(method(row.spec) != "window" for row in rows)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        name, at = (method(row.spec), row.codec_bits) if compressed else (row.spec, row.nbytes / 2**20)
+        points.setdefault(name, []).append((at, _value(row, what)))
+    for number, (name, own) in enumerate(points.items()):
+        colour, marker = STYLES.get(name, ("#444444", ".")) if compressed else list(STYLES.values())[number % len(STYLES)]
+        x, y = zip(*sorted(own), strict=True)
+        (lines[name],) = axis.plot(x, y, color=colour, marker=marker, ms=6 if compressed else 9, lw=1.2, label=name)
+    axis.set_xlabel("true bits per element of the compressed tier" if compressed else "MiB kept for a sequence")
     if what == "KL":
         axis.set_ylabel("KL to the exact cache (nats)")
         axis.set_yscale("log")
