@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -74,7 +74,9 @@ class State:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file."""
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.tensors().items()}
+        tensors = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors().items()
+        }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, {"tessera": self.KIND})
 
@@ -83,13 +85,36 @@ class State:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: if the file holds something else.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file holds something else, or a state that no stream can go on with.
         """
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("tessera") != cls.KIND:
-                raise ValueError(f"{os.fspath(path)} holds no state of {cls.OWNER}")
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("tessera") != cls.KIND:
+                    raise ValueError(f"{os.fspath(path)} holds no state of {cls.OWNER}")
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)} is no file of a state: {error}") from None
         named: dict[str, Any] = {field.name: found.pop(field.name, None) for field in fields(cls)}
         if found or any(tensor is None for name, tensor in named.items() if name not in cls.OPTIONAL):
             raise ValueError(f"{os.fspath(path)} is damaged: its tensors are not those of a state")
-        return cls(**named)
+        state = cls(**named)
+        try:
+            state.check()
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is damaged: {error}") from None
+        return state
+
+    def check(self) -> None:
+        """Look at what can be seen without knowing whose state this is.
+
+        Raises:
+            ValueError: if there are tensors without rows or of different numbers of them, or numbers that are not finite.
+        """
+        tensors = self.tensors()
+        rows = {name: tensor.shape[0] if tensor.ndim else None for name, tensor in tensors.items()}
+        if None in rows.values() or len(set(rows.values())) != 1:
+            raise ValueError(f"all tensors of a state have as many rows, got {rows}")
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{name} must be finite")

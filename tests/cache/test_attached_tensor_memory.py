@@ -299,3 +299,24 @@ def test_gpt2_whose_layers_are_blocks() -> None:
     ids = tokens(2, 30)
     found = logits(model, DynamicCache(config=model.config), ids, (20, 1, 9))
     torch.testing.assert_close(found, whole(model, ids), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", [None, "dense"])
+@torch.no_grad()
+def test_embeddings_that_are_not_finite_leave_the_cache_usable(spec: str | None) -> None:
+    model, ids = attached(), tokens(1, 12)
+    cache = DynamicCache(config=model.config) if spec is None else tessera.Cache(spec, model)
+    model(ids[:, :10], past_key_values=cache)
+    with pytest.raises(ValueError, match="inputs_embeds must be finite"):
+        model(inputs_embeds=torch.full((1, 2, model.config.hidden_size), torch.nan), past_key_values=cache)
+    torch.testing.assert_close(model(ids[:, 10:], past_key_values=cache).logits.float(), whole(model, ids)[:, 10:])
+
+
+@torch.no_grad()
+def test_a_cache_is_not_saved_without_what_the_memory_has_read(tmp_path: Path) -> None:
+    model = attached()
+    cache = tessera.Cache("dense", model)
+    model(tokens(1, 12), past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot hold its state"):
+        cache.save(tmp_path / "cache.safetensors")
+    assert not list(tmp_path.iterdir())

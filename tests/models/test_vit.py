@@ -179,3 +179,17 @@ def test_input_that_does_not_fit_is_refused() -> None:
         make("all")(clip(1), state)
     with pytest.raises(ValueError, match="classes=0"):
         make("all", classes=0)(clip(1))
+
+
+def test_a_state_that_does_not_fit_is_refused() -> None:
+    model, x = make("frame, memory"), clip(2)
+    state = model(x).state
+    for other, given, message in (
+        (model, clip(1, batch=3), r"\(2, 2, 0, 8\) does not fit: expected \(3, 2, patches, 8\)"),
+        (make("frame, memory", num_hidden_layers=2), x, "a state of 3 layers does not fit a model of 2"),
+        (make("frame"), x, "of a model with a memory in layer 0"),
+        (make("window, memory"), x, "of a model with a memory in layer 0"),
+        (model, x[:, :0], "one frame at least"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other(given, state)

@@ -312,6 +312,38 @@ def test_a_foreign_file_is_no_state(tmp_path: Path) -> None:
     save_file({"h": torch.zeros(1)}, tmp_path / "b.safetensors", {"tessera": "tensor_memory_state"})
     with pytest.raises(ValueError, match="is damaged"):
         TensorMemoryState.load(tmp_path / "b.safetensors")
+    (tmp_path / "c.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="is no file of a state"):
+        TensorMemoryState.load(tmp_path / "c.safetensors")
+
+
+def test_a_state_that_no_stream_can_go_on_with_is_not_loaded(tmp_path: Path) -> None:
+    h, waiting = torch.zeros(2, 3, 4), torch.zeros(2, 0, 7)
+    for bad, message in (
+        (TensorMemoryState(h * torch.nan, h, waiting), "h must be finite"),
+        (TensorMemoryState(h, h[:, :2], waiting), "h and c are"),
+        (TensorMemoryState(h[:, :0], h[:, :0], waiting), "h and c are"),
+        (TensorMemoryState(h[:, :, 0], h[:, :, 0], waiting), "h and c are"),
+        (TensorMemoryState(h, h, waiting[:1]), "as many rows"),
+        (TensorMemoryState(h[0, 0, 0], h, waiting), "as many rows"),
+    ):
+        bad.save(tmp_path / "state.safetensors")
+        with pytest.raises(ValueError, match=f"is damaged: .*{message}"):
+            TensorMemoryState.load(tmp_path / "state.safetensors")
+
+
+@pytest.mark.parametrize("name", ["coord_net.weight", "content_net.bias", "sigma_net.weight", "gates_weight", "gates_bias"])
+def test_weights_and_states_that_are_not_finite_are_refused(name: str) -> None:
+    memory = make()
+    x, _ = inputs(memory, 10)
+    _, state = memory(x)
+    broken = TensorMemoryState(state.h.masked_fill(state.h == state.h.max(), torch.nan), state.c, state.waiting)
+    with pytest.raises(ValueError, match="h of the state must be finite"):
+        memory(x, broken)
+    with torch.no_grad():
+        memory.get_parameter(name).view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match="training has diverged"):
+        memory(x, state)
 
 
 def test_the_state_is_float32_under_autocast_and_in_bfloat16() -> None:

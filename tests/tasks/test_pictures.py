@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -215,3 +216,49 @@ def test_folders_of_pictures_and_of_frames_are_read(tmp_path: Path) -> None:
 def test_tasks_that_cannot_be_are_refused(make: Any, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**fields, pictures=DIGITS)
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for frame in range(12):
+        picture(tmp_path / "label" / "clip" / f"frame{frame}.png", 20 * frame)
+    shades = read_clips(tmp_path, 12, 4).pixels[0, :, 0, 0, 0]
+    torch.testing.assert_close(shades, torch.arange(12) * 20 / 255)
+
+
+def test_what_is_no_picture_counts_for_nothing(tmp_path: Path) -> None:
+    for number in range(6):
+        picture(tmp_path / "shade" / f"{number}.png", 10)
+        picture(tmp_path / "other" / f"{number}.tif", 10)
+    for hidden in (tmp_path / ".git" / "0.png", tmp_path / "shade" / ".0.png"):
+        picture(hidden, 0)
+    (tmp_path / "shade" / "folder.png").mkdir()
+    (tmp_path / "empty").mkdir()
+    found = read_pictures(tmp_path, 4)
+    assert found.names == ("other", "shade")
+    assert len(found.labels) == 12
+
+
+def test_pictures_without_labels_can_be_filled_in_and_not_named(tmp_path: Path) -> None:
+    for number in range(6):
+        picture(tmp_path / "all" / f"{number}.png", 10 * number)
+    found = read_pictures(tmp_path / "all", 4)
+    assert found.names == ("all",)
+    assert len(Digits("pixels", pictures=found).test()[0]) == 1
+    with pytest.raises(ValueError, match="all pictures have the label 'all'"):
+        Digits(pictures=found)
+
+
+def test_sixteen_bits_and_turned_pictures_are_read_as_they_look(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_pictures(tmp_path, 4, channels=1).pixels.unique().mul(255).tolist() == [128]
+    half = Image.fromarray(np.repeat(np.array([[0, 255]], dtype=np.uint8), 8, axis=0).repeat(4, axis=1))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    half.save(tmp_path / "deep.png", exif=exif)
+    assert read_pictures(tmp_path, 8, channels=1).pixels[0, 0, 0].tolist() == [1.0] * 4 + [0.0] * 4
+
+
+@pytest.mark.parametrize(("size", "channels"), [(0, 3), (4, 4)])
+def test_pictures_of_an_impossible_form_are_refused(tmp_path: Path, size: int, channels: int) -> None:
+    with pytest.raises(ValueError, match="1 pixel a side at least and 1 or 3 channels"):
+        read_pictures(tmp_path, size, channels)

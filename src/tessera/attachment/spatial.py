@@ -85,7 +85,11 @@ class Plug:
 
     def begin(self, named: inspect.Signature, _: nn.Module, args: Any, kwargs: Any) -> None:
         """A causal model is called: note its mask, which layers get in another form."""
-        self.mask, self.real = named.bind_partial(*args, **kwargs).arguments.get("attention_mask"), None
+        given = named.bind_partial(*args, **kwargs).arguments
+        embeds = given.get("inputs_embeds")
+        if isinstance(embeds, Tensor) and not embeds.isfinite().all():
+            raise ValueError("inputs_embeds must be finite; a memory that has absorbed NaN or infinity never recovers")
+        self.mask, self.real = given.get("attention_mask"), None
         if self.mask is not None and not (isinstance(self.mask, Tensor) and self.mask.ndim == 2):
             raise ValueError(
                 "with a Tensor Memory the attention mask must be (batch, tokens), which says what is padding; got "

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.cache.layer import STREAMS
 from tessera.spatial.state import TensorMemoryState
 
 Run = Callable[[Tensor, TensorMemoryState | None], tuple[Tensor, TensorMemoryState]]
-
-#: Where a cache keeps its `Streams`.
-STREAMS = "_tessera_streams"
 
 
 class Stream:

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache as TransformersCache
 from tessera import codecs
 from tessera.cache import storage
 from tessera.cache.lane import Policy
-from tessera.cache.layer import ATTACHED, Link, TesseraLayer
+from tessera.cache.layer import ATTACHED, STREAMS, Link, TesseraLayer
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec, parse
 
@@ -152,7 +152,13 @@ class Cache(TransformersCache):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to a safetensors file; `path` is replaced only when the whole file is there."""
+        """Write everything to a safetensors file; `path` is replaced only when the whole file is there.
+
+        Raises:
+            ValueError: if a Tensor Memory has read along, whose state the file of a cache cannot hold.
+        """
+        if hasattr(self, STREAMS):
+            raise ValueError("a Tensor Memory has read along with this cache; the file of a cache cannot hold its state")
         storage.save(self.layers, self._describe(), path)
 
     def _describe(self) -> dict[str, str]:

@@ -19,6 +19,9 @@ ATTENTION = "tessera"
 #: Where a model keeps what `tessera.attach` did to it.
 ATTACHED = "_tessera_attachment"
 
+#: Where a cache, ours or transformers', has what an attached Tensor Memory has read of its sequences.
+STREAMS = "_tessera_streams"
+
 
 class Link:
     """What the layers of a cache share: the config of the model they serve, and what they know about its masks.

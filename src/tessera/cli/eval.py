@@ -77,9 +77,9 @@ def diagnostics(
     kinds: Annotated[
         list[str] | None, typer.Option("--kinds", "--kind", help="plain, wide, slots, memory.  [default: all]")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Models of each kind.", min=1)] = 1,
+    seeds: Annotated[int | None, typer.Option(help="Models of each kind.  [default: 1; --full 3]", min=1)] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Steps of training.  [default: 300; --quick 60, --full 1000]", min=1)
+        int | None, typer.Option(help="Steps of training.  [default: 300; --quick 80, --full 1000]", min=1)
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two tasks made so small that they take seconds.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The originals, delays and settings too: hours on a CPU.")] = False,
@@ -112,11 +112,11 @@ def diagnostics(
                 if word not in known:
                     raise ValueError(f"no {name} {word!r}; there are {', '.join(known)}")
         if full:
-            plan = plans.full_plan(seeds, steps or 1000)
+            plan = plans.full_plan(seeds or 3, steps or 1000)
         elif quick:
-            plan = plans.quick_plan(kinds or ("plain", "memory"), seeds, steps or 80)
+            plan = plans.quick_plan(kinds or ("plain", "memory"), seeds or 1, steps or 80)
         else:
-            plan = plans.default_plan(wanted, models, seeds, steps or 300)
+            plan = plans.default_plan(wanted, models, seeds or 1, steps or 300)
         plan = [job for job in plan if job["task"] in wanted and job["kind"] in models]
         parts = plans.diagnostics(plan, path, jobs or len(_cores()))
         rows = _run(plan, parts, plans.key)

@@ -200,6 +200,20 @@ class ViT(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Everything is started where it is made: a common rule for linear layers would undo what a memory starts with."""
 
+    def _check(self, state: ViTState, batch: int) -> None:
+        """Refuse what another model, or another number of streams, has left, before anything is computed."""
+        config, layers = self.config, len(self.blocks)
+        if len(state.windows) != layers or len(state.memories) != layers:
+            raise ValueError(f"a state of {len(state.windows)} layers does not fit a model of {layers}")
+        rows, heads, dim = batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        for index, (pair, memory) in enumerate(zip(state.windows, state.memories, strict=True)):
+            if not _fits(pair, (rows, heads, dim)):
+                shapes = " and ".join(str(tuple(x.shape)) for x in pair)
+                raise ValueError(f"a state of {shapes} does not fit: expected ({rows}, {heads}, patches, {dim})")
+            if (memory is None) == (str(index) in self.memory_layers):
+                other = "without" if memory is None else "with"
+                raise ValueError(f"the state is of a model {other} a memory in layer {index}")
+
     def forward(self, pixel_values: Tensor, state: ViTState | None = None, masked: Tensor | None = None) -> ViTOutput:
         """Images, whole clips, or the next frames of streams.
 
@@ -225,6 +239,10 @@ class ViT(PreTrainedModel):
         if (masked is not None) != (self.hidden is not None):
             raise ValueError("masked patches are for a model of pixels (classes=0), which needs them")
         batch, frames = clip.shape[:2]
+        if frames == 0:
+            raise ValueError("a call needs one frame at least, got none")
+        if state is not None:
+            self._check(state, batch)
         before = 0 if state is None else state.frames
         patches = to_patches(clip, config.patch_size).to(self.embed.weight.dtype)
         x = self.embed(patches)
@@ -265,6 +283,11 @@ class ViT(PreTrainedModel):
             logits = logits + (patches * seen).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True).clamp(min=1)
         new = None if window is None else ViTState(before + frames, tuple(windows), tuple(memories))
         return ViTOutput(logits=logits.squeeze(1) if single else logits, state=new)
+
+
+def _fits(pair: tuple[Tensor, Tensor], expected: tuple[int, ...]) -> bool:
+    """Whether keys and values are (batch, heads, any number of patches, head_dim)."""
+    return all(x.ndim == 4 and (*x.shape[:2], x.shape[3]) == expected for x in pair)
 
 
 def to_patches(clip: Tensor, size: int) -> Tensor:

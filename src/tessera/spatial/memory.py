@@ -194,6 +194,9 @@ class TensorMemory(nn.Module):
 
         Returns:
             what is read, (batch, steps, reads, channels); h and c at the end.
+
+        Raises:
+            ValueError: if the weights give numbers that are not finite.
         """
         config = self.config
         channels, axes = config.channels, len(config.grid)
@@ -213,6 +216,12 @@ class TensorMemory(nn.Module):
                 same = own.new_tensor([0.0, 1.0, 0.0]).expand(missing, channels, 3)
                 taps = torch.cat((same, own[:, channels:]))
         vectors[-1] = vectors[-1] * writes.content.unsqueeze(2)
+        # A kernel may take a place that is not a number for one of the grid's.
+        for what in (read_at, writes.at, vectors[-1], self.gates_weight, self.gates_bias):
+            if not what.isfinite().all():
+                raise ValueError(
+                    "the weights of this Tensor Memory give numbers that are not finite: its training has diverged"
+                )
         mask = (*[one] * missing, *factors) if config.update == "footprint" else None
         read = pad(positions(read_at, config.grid), (missing, 0))
         steps = Steps(tuple(vectors), mask, read)  # type: ignore[arg-type]
@@ -297,6 +306,8 @@ class TensorMemory(nn.Module):
                 raise ValueError(f"a state is kept in float32, got {name} in {tensor.dtype}")
             if tensor.device != x.device:
                 raise ValueError(f"the state is on {tensor.device} and the tokens on {x.device}; see TensorMemoryState.to")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} of the state must be finite; it cannot be gone on with")
         if state.waiting.ndim != 3 or state.waiting.shape[::2] != (batch, self.dim) or state.waiting.shape[1] >= config.chunk:
             raise ValueError(
                 f"a state in which {tuple(state.waiting.shape)} wait does not fit: "

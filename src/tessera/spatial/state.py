@@ -28,3 +28,10 @@ class TensorMemoryState(State):
     c: Tensor
     waiting: Tensor
     places: Tensor | None = None
+
+    def check(self) -> None:
+        """See `State.check`."""
+        super().check()
+        h, c = tuple(self.h.shape), tuple(self.c.shape)
+        if h != c or not 3 <= len(h) <= 5 or 0 in h[1:]:
+            raise ValueError(f"h and c are (batch, channels, one to three axes of cells), got {h} and {c}")

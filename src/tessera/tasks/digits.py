@@ -40,6 +40,8 @@ class Digits:
             raise ValueError(
                 f"hidden={self.hidden} hides {self.count} of {self.patches} patches; one must be hidden and one seen"
             )
+        if self.ask == "label" and len(self.pictures.names) < 2:
+            raise ValueError(f"all pictures have the label {self.pictures.names[0]!r}; there is nothing to tell apart")
         object.__setattr__(self, "_parts", self.pictures.split())
 
     @property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch import Tensor
 HELD_OUT = 5
 
 #: Endings of files that are taken for pictures.
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,27 +66,33 @@ def load_digits() -> Pictures:
 
 
 def read_pictures(folder: str | os.PathLike[str], size: int, channels: int = 3) -> Pictures:
-    """A folder of folders of pictures; the inner ones name the labels.
+    """A folder of folders of pictures, the inner ones of which name the labels; or a folder of pictures, which is their label.
+
+    Folders without pictures, and whatever has a name that begins with a dot, count for nothing.
 
     Args:
-        folder: such as "flowers", with "flowers/rose/1.jpg".
+        folder: such as "flowers", with "flowers/rose/1.jpg" or "flowers/1.jpg".
         size: that pictures are made to have, by cutting off what is longer and scaling.
         channels: 3, or 1 for grey.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if there are no pictures in it.
+        ValueError: if there are no pictures in it, or for a size or channels that pictures cannot have.
     """
-    labels = _folders(folder)
+    _check(size, channels)
+    labels = [inner for inner in _folders(folder) if _files(inner)] or [Path(folder)]
     found = [(path, label) for label, inner in enumerate(labels) for path in _files(inner)]
     if not found:
-        raise ValueError(f"{os.fspath(folder)} holds no pictures: expected a folder for each label, with {', '.join(ENDINGS)}")
+        raise ValueError(
+            f"{os.fspath(folder)} holds no pictures: expected {', '.join(ENDINGS)}, in a folder for each label or in none"
+        )
     pixels = torch.stack([_read(path, size, channels) for path, _ in found])
-    return Pictures(pixels, torch.tensor([label for _, label in found]), tuple(inner.name for inner in labels))
+    return Pictures(pixels, torch.tensor([label for _, label in found]), tuple(inner.resolve().name for inner in labels))
 
 
 def read_clips(folder: str | os.PathLike[str], frames: int, size: int, channels: int = 3) -> Pictures:
-    """A folder of folders of clips, each a folder of frames in the order of their names; the outer ones name the labels.
+    """A folder of folders of clips, each a folder of frames in the order of their names, numbers by value; the outer ones name
+    the labels.
 
     Args:
         folder: such as "actions", with "actions/jump/clip7/0001.png".
@@ -93,9 +101,12 @@ def read_clips(folder: str | os.PathLike[str], frames: int, size: int, channels:
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if there are no clips in it, or one is too short.
+        ValueError: if there are no clips in it, or one is too short; see `read_pictures` too.
     """
-    labels = _folders(folder)
+    _check(size, channels)
+    if frames < 1:
+        raise ValueError(f"a clip needs 1 frame at least, got {frames}")
+    labels = [outer for outer in _folders(folder) if _folders(outer)]
     clips, numbers = [], []
     for label, outer in enumerate(labels):
         for inner in _folders(outer):
@@ -113,11 +124,25 @@ def read_clips(folder: str | os.PathLike[str], frames: int, size: int, channels:
 def _folders(folder: str | os.PathLike[str]) -> list[Path]:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {os.fspath(folder)}")
-    return sorted(path for path in Path(folder).iterdir() if path.is_dir())
+    return _seen(path for path in Path(folder).iterdir() if path.is_dir())
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    return _seen(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
+
+
+def _seen(paths: Iterable[Path]) -> list[Path]:
+    """Those that are not hidden, in the order in which people number them: "2" before "10"."""
+
+    def parts(path: Path) -> list[tuple[int, int, str]]:
+        return [(0, int(t), t) if t.isdecimal() else (1, 0, t) for t in re.split(r"(\d+)", path.name) if t]
+
+    return sorted((path for path in paths if not path.name.startswith(".")), key=parts)
+
+
+def _check(size: int, channels: int) -> None:
+    if size < 1 or channels not in (1, 3):
+        raise ValueError(f"pictures have 1 pixel a side at least and 1 or 3 channels, got size {size} and {channels} channels")
 
 
 def _read(path: Path, size: int, channels: int) -> Tensor:
@@ -126,7 +151,10 @@ def _read(path: Path, size: int, channels: int) -> Tensor:
 
     try:
         with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # Pillow would cut all above 255 off
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            fitted = ImageOps.fit(upright.convert("L" if channels == 1 else "RGB"), (size, size))
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from None
     return torch.from_numpy(np.asarray(fitted, dtype=np.float32).copy() / 255).view(size, size, channels).permute(2, 0, 1)
