@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,32 @@ def test_the_command_trains_a_memory_that_a_cache_can_use(small_model: Path, sma
     wrong = CliRunner().invoke(app, [*arguments, "--rule", "oja", "--steps", "1"])
     assert wrong.exit_code != 0
     assert "rule must be one of" in wrong.output
+
+
+def test_parts_of_a_batch_learn_at_the_window_of_their_step(tmp_path: Path) -> None:
+    drawn = MemoryTraining("ce", windows=(4, 8, 20))
+    found = []
+    for name, micro in (("whole", 4), ("parts", 1)):
+        model = make()
+        train_memory(model, sample, replace(loop(8), phases=(Phase(1.0, 48, 4, micro),)), tmp_path / name, drawn)
+        found.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
+    train_memory(make(), sample, loop(2), tmp_path)
+    other = tessera.attach(tessera.detach(make()), TensorCacheConfig(window=8, sink=2, chunk=16, rule="outer"))
+    with pytest.raises(ValueError, match=r"another recipe \(memory differs\)"):
+        train_memory(other, sample, loop(4), tmp_path)
+    train_memory(other, sample, loop(4), tmp_path, resume=False)
+
+
+def test_a_model_with_dropout_is_its_own_teacher(tmp_path: Path) -> None:
+    model = make()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    train_memory(model, sample, loop(2), tmp_path)
 
 
 def test_the_command_takes_the_options_of_a_memory_and_draws_windows(

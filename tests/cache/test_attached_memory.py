@@ -251,6 +251,134 @@ def test_mistakes_leave_the_model_unchanged(tmp_path: Path) -> None:
         tessera.Cache("sink:3 + window:30 + tc", model)
 
 
-def test_chosen_layers_only() -> None:
-    model = tessera.attach(make(), TensorCacheConfig(window=24, layers=(-1,)))
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_chosen_layers_only(family: str) -> None:
+    config = TensorCacheConfig(**{**CONFIG.to_dict(), "layers": (-1,)})
+    model, ids = attached(family, config, num_hidden_layers=2), tokens(2, 120)
     assert sorted(attachment(model).layers) == [1]
+    with torch.no_grad():
+        whole = model(ids).logits
+    streamed = logits(model, tessera.Cache(SPEC, model), ids, (60, 1, 59))
+    torch.testing.assert_close(streamed, whole, rtol=1e-3, atol=1e-3)
+    tessera.detach(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, make(family, num_hidden_layers=2)(ids).logits)
+
+
+def test_layers_that_cannot_have_a_memory_are_refused() -> None:
+    for family, layers, message in (
+        ("gemma2", (0,), "layers names 0, which has a sliding window"),
+        ("llama", (), "names none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tessera.attach(make(family), TensorCacheConfig(layers=layers))
+    with pytest.raises(ValueError, match="gate_init must be finite"):
+        TensorCacheConfig(gate_init=float("nan"))
+
+
+@pytest.mark.parametrize("options", [{}, {"gate": "token", "rates": "token"}])
+def test_it_runs_in_half_precision_with_rates_in_float32(options: dict[str, Any]) -> None:
+    config = TensorCacheConfig(**{**CONFIG.to_dict(), **options})
+    model, ids = attached(config=config, dtype=torch.bfloat16), tokens(2, 80)
+    assert model(ids, labels=ids).loss.backward() is None
+    with torch.no_grad():
+        assert model(ids).logits.dtype == torch.bfloat16
+    found = model.generate(ids, past_key_values=tessera.Cache(SPEC, model), max_new_tokens=4, do_sample=False)
+    assert found.shape == (2, 84)
+    moved = attached(config=config).to(torch.bfloat16)
+    for layer in attachment(moved).layers.values():
+        assert layer.out.weight.dtype == torch.bfloat16
+        assert {p.dtype for p in layer.memory.parameters()} == {torch.float32}
+        assert torch.equal(layer.memory.decay_logit, attachment(model).layers[0].memory.decay_logit)
+    with torch.no_grad():
+        assert moved(ids).logits.isfinite().all()
+
+
+def test_padding_within_a_later_call_moves_no_position() -> None:
+    from transformers import DynamicCache
+
+    model = attached(config=TensorCacheConfig(**{**CONFIG.to_dict(), "window": 4, "sink": 0, "rule": "wedge"}))
+    ids, mask = tokens(2, 60), padding((0, 30), 60)
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = []
+    for cuts in ((20, 40), (40, 20), (60,)):
+        cache, parts, end = DynamicCache(config=model.config), [], 0
+        for n in cuts:
+            begin, end = end, end + n
+            with torch.no_grad():
+                given = {"attention_mask": mask[:, :end], "position_ids": places[:, begin:end], "past_key_values": cache}
+                parts.append(model(ids[:, begin:end], **given).logits)
+        found.append(torch.cat(parts, dim=1)[mask.bool()])
+    torch.testing.assert_close(found[0], found[2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[1], found[2], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_new_keys_that_are_not_finite_are_refused_at_once_and_nothing_is_lost() -> None:
+    model, ids = attached(), tokens(1, 70)
+    cache = tessera.Cache(SPEC, model)
+    model(ids[:, :60], past_key_values=cache)
+    with pytest.raises(ValueError, match="keys must be finite"):
+        model(inputs_embeds=torch.full((1, 2, model.config.hidden_size), torch.nan), past_key_values=cache)
+    found = model(ids[:, 60:], past_key_values=cache).logits
+    torch.testing.assert_close(found, model(ids).logits[:, 60:], rtol=1e-3, atol=1e-3)
+
+
+def test_a_memory_of_a_model_with_other_weights_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    tessera.save_memory(attached(), path)
+    other = make()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    with pytest.raises(ValueError, match="of the same shape with other weights"):
+        tessera.load_memory(other, path)
+    assert attachment(other) is None
+    assert attachment(tessera.load_memory(other, path, strict=False)) is not None
+    assert attachment(tessera.load_memory(make(dtype=torch.bfloat16), path)) is not None
+    broken = attached()
+    with torch.no_grad():
+        attachment(broken).layers[1].out.weight[0, 0] = torch.nan
+    tessera.save_memory(broken, path)
+    fresh = make()
+    with pytest.raises(ValueError, match="not finite"):
+        tessera.load_memory(fresh, path)
+    assert attachment(fresh) is None
+
+
+@pytest.mark.parametrize("change", [{"slots": 2}, {"slow": (0.99, 0.1)}, {"normalise_read": True}, {"rule": "outer"}])
+def test_a_cache_that_was_saved_with_another_memory_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    model = attached()
+    cache = tessera.Cache(SPEC, model)
+    logits(model, cache, tokens(1, 40), (40,))
+    cache.save(tmp_path / "cache.safetensors")
+    other = attached(config=TensorCacheConfig(**{**CONFIG.to_dict(), **change}))
+    with pytest.raises(ValueError, match="was saved with the memory"):
+        tessera.Cache.load(tmp_path / "cache.safetensors", other)
+
+
+def test_attention_that_knows_no_memory_is_not_used_unseen() -> None:
+    model = attached()
+    with pytest.raises(ValueError, match=r"take it away with tessera\.detach"):
+        tessera.disable(model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="was switched to 'sdpa'"):
+        model(tokens(1, 8))
+    tessera.enable(model)
+    model(tokens(1, 8))
+
+
+@pytest.mark.parametrize("what", ["enabled", "attached"])
+def test_a_cache_with_room_for_tokens_to_come_is_read_as_it_is_filled(what: str) -> None:
+    model = tessera.enable(make()) if what == "enabled" else attached()
+    ids, mask = tokens(2, 60), padding((0, 13), 60)
+    wanted = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, cache_implementation="static")
+    assert torch.equal(found, wanted)
+    from transformers import StaticCache
+
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache = StaticCache(config=model.config, max_cache_len=90)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split((40, 1, 19), dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-3, atol=1e-3)

@@ -150,9 +150,16 @@ def tensors(carry: Carry) -> list[torch.Tensor]:
 def test_a_state_without_bound_is_refused() -> None:
     with pytest.raises(ValueError, match="no bounded state to carry from segment to segment: layer 0 of it sees every token"):
         Carry(make("dense"))
-    some = tessera.attach(LlamaForCausalLM(LlamaConfig(**SIZES)), TensorCacheConfig(window=8, layers=(0,)))
-    with pytest.raises(ValueError, match="layer 1 of it sees every token"):
-        Carry(some)
+    with pytest.raises(ValueError, match="layer 0 of it sees every token"):
+        Carry(LlamaForCausalLM(LlamaConfig(**SIZES)))
+
+
+def test_layers_without_a_memory_are_carried_with_their_window() -> None:
+    model = tessera.attach(LlamaForCausalLM(LlamaConfig(**SIZES)).eval(), TensorCacheConfig(window=8, layers=(0,)))
+    ids, carry = torch.randint(1, 61, (2, 40)), Carry(model)
+    with torch.no_grad():
+        found = [model(part, past_key_values=carry).logits for part in ids.split((15, 25), dim=1)]
+        torch.testing.assert_close(torch.cat(found, dim=1), model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_is_refused() -> None:

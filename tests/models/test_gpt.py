@@ -133,3 +133,11 @@ def test_infini_has_no_tiers_for_a_cache() -> None:
     model = make("infini:8")
     with torch.no_grad(), pytest.raises(ValueError, match="keeps its own memory"):
         model(ids(), past_key_values=tessera.Cache("dense", model))
+
+
+def test_infini_refuses_padding_before_its_segments() -> None:
+    model, mask = make("infini:8"), torch.ones(2, 40, dtype=torch.int64)
+    tokens = torch.randint(1, 61, (2, 40))
+    mask[1, :13] = 0
+    with torch.no_grad(), pytest.raises(ValueError, match="without left padding"):
+        model(tokens, attention_mask=mask)

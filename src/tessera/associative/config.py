@@ -102,8 +102,12 @@ class TensorCacheConfig(Options):
             raise ValueError("rule 'delta' is stable for keys of length 1 at most; set normalise_keys, or take rule 'outer'")
         if self.write == "chunk_means" and self.rule != "outer":
             raise ValueError("write 'chunk_means' is there to be compared with rule 'outer'")
+        if not math.isfinite(self.gate_init):
+            raise ValueError(f"gate_init must be finite, got {self.gate_init!r}")
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
+            if not self.layers:
+                raise ValueError("layers names none; leave it out for all of them")
 
     @classmethod
     def paper(cls, **changes: Any) -> TensorCacheConfig:

@@ -65,12 +65,13 @@ class TensorCacheLayer(nn.Module):
         Returns:
             (batch, tokens, hidden).
         """
-        flat = read.transpose(1, 2).flatten(2)
+        # What was added is kept in float32, whatever the model's dtype.
+        flat = read.transpose(1, 2).flatten(2).to(self.out.weight.dtype)
         gate: Tensor = self.gate_logit
         if self.config.gate == "token":
-            gate = gate + query.transpose(1, 2).flatten(2) @ self.gate_weight.to(query.dtype)
+            gate = gate + query.transpose(1, 2).flatten(2).to(self.gate_weight.dtype) @ self.gate_weight
             gate = gate.unsqueeze(-1)
-        added = torch.sigmoid(gate).to(flat.dtype) * self.out(flat)
+        added = (torch.sigmoid(gate).to(flat.dtype) * self.out(flat)).to(read.dtype)
         return added if self.reads else added * 0
 
     def forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,15 @@ class TensorCache(nn.Module):
     def write_rate(self) -> Tensor:
         """η of each head, (heads,), likewise."""
         return torch.sigmoid(self.rate_logit.float())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move, but stay in float32: in half precision a slow decay would be none."""
+        kept = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters(recurse=False):
+            if parameter.dtype != torch.float32:
+                parameter.data = kept[name].to(parameter.device)
+        return self
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> TensorCacheState:
         """Nothing written and nothing seen. `like` gives the device and the dtype of pairs that wait."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tessera.associative.config import TensorCacheConfig
 from tessera.associative.layer import is_gate
 from tessera.attachment import associative, spatial
-from tessera.attachment.record import Attachment, attached, attachment
+from tessera.attachment.record import Attachment, alike, attached, attachment, sampled
 from tessera.cache.layer import ATTACHED
 from tessera.files import atomic_path
 from tessera.spatial.config import TensorMemoryConfig
@@ -94,21 +94,27 @@ def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write what was attached, and nothing else, as safetensors with its config."""
     done = attached(model)
     tensors = {f"{i}.{k}": v.detach().contiguous() for i, part in done.modules().items() for k, v in part.state_dict().items()}
-    header = {"tessera_memory": json.dumps({"kind": done.kind, "config": done.config.to_dict(), "model": done.shape})}
+    about = {"kind": done.kind, "config": done.config.to_dict(), "model": done.shape, "weights": sampled(model)}
+    header = {"tessera_memory": json.dumps(about)}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, header)
 
 
-def load_memory(model: M, path: str | os.PathLike[str]) -> M:
+def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) -> M:
     """Attach what `save_memory` wrote. Returns the model.
 
+    Args:
+        model: the one that the memory was trained for, in any precision.
+        path: of the file.
+        strict: refuse a model whose weights are others; without it, its shape alone must fit.
+
     Raises:
-        ValueError: if the file is damaged or was made for a model of another shape; the model is as it was.
+        ValueError: if the file is damaged or was made for another model; the model is as it was.
     """
     with _opened(path) as file:
         try:
             about = json.loads((file.metadata() or {})["tessera_memory"])
-            kind, fields, shape = about["kind"], about["config"], about["model"]
+            kind, fields, shape, weights = about["kind"], about["config"], about["model"], about["weights"]
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{os.fspath(path)} holds no memory that tessera.save_memory wrote") from None
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -117,6 +123,11 @@ def load_memory(model: M, path: str | os.PathLike[str]) -> M:
     own = _home(kind).shape_of(model)
     if shape != own:
         raise ValueError(f"this memory was trained for a model of shape {shape}; yours is {own}")
+    if strict and not alike(weights, sampled(model)):
+        raise ValueError(
+            f"{os.fspath(path)} was trained for a model of the same shape with other weights; load_memory(..., strict=False) "
+            "takes it nevertheless"
+        )
     attach(model, _CONFIGS[kind].from_dict(fields))
     try:
         _fill(attached(model), tensors, os.fspath(path))
@@ -147,6 +158,8 @@ def _fill(done: Attachment, tensors: dict[str, Tensor], path: str) -> None:
             if tensor is None or tensor.shape != own[name].shape:
                 where = "all layers" if place == "shared" else f"layer {place}"
                 raise ValueError(f"{path} is damaged: {name!r} of {where} is missing or of another shape")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path} is damaged: {name!r} has numbers that are not finite")
         module.load_state_dict(found)
     if tensors:
         raise ValueError(f"{path} is damaged: nothing here is called {min(tensors)!r}")

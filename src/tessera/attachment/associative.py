@@ -10,12 +10,14 @@ from tessera.associative.config import TensorCacheConfig
 from tessera.associative.layer import TensorCacheLayer
 from tessera.associative.rotary import phase_of
 from tessera.attachment.record import Attachment
-from tessera.attention import disable, enable, unsupported
+from tessera.attention import Limits, enable, restore, unsupported
 from tessera.cache.cache import read_config
 from tessera.cache.layer import ATTACHED, ATTENTION
 
 #: Where an attention module keeps its memory.
 MEMORY = "tensor_cache"
+#: Where one that gets none keeps what its attention sees.
+LIMITS = "limits"
 
 
 def add(model: Any, config: TensorCacheConfig) -> Attachment:
@@ -36,6 +38,10 @@ def add(model: Any, config: TensorCacheConfig) -> Attachment:
     enable(model)
     done = plug(model, config, layers, modules)
     done.enabled = enabled
+    for index, (_, window) in enumerate(shapes):
+        if window is None and index not in layers:
+            # Bounded like the others, though without a memory.
+            setattr(modules[index], LIMITS, Limits(config.window, config.sink))
     return done
 
 
@@ -44,8 +50,10 @@ def remove(model: nn.Module, done: Attachment) -> None:
     for module in model.modules():
         if isinstance(getattr(module, MEMORY, None), TensorCacheLayer):
             delattr(module, MEMORY)
+        elif isinstance(getattr(module, LIMITS, None), Limits):
+            delattr(module, LIMITS)
     if done.enabled:
-        disable(model)
+        restore(model)
 
 
 def plug(
@@ -98,12 +106,21 @@ def _chosen(config: TensorCacheConfig, whole: list[bool]) -> list[int]:
     wrong = [i for i in config.layers if not -count <= i < count]
     if wrong:
         raise ValueError(f"layers names {wrong[0]}, but the model has {count} layers")
+    sliding = [i for i in config.layers if not whole[i]]
+    if sliding:
+        raise ValueError(f"layers names {sliding[0]}, which has a sliding window of its own; a memory could give nothing back")
     return sorted({i % count for i in config.layers})
 
 
 def _add(module: nn.Module, _inputs: Any, output: Any) -> Any:
     """Hook behind an attention module: add what the memory contributed."""
     layer: TensorCacheLayer = getattr(module, MEMORY)
+    used = getattr(getattr(module, "config", None), "_attn_implementation", ATTENTION)
+    if used != ATTENTION:
+        raise RuntimeError(
+            f"the attention of this model was switched to {used!r}, which knows no Tensor Cache; tessera.enable(model) "
+            "switches it back, tessera.detach(model) takes the memory away"
+        )
     pending, layer.pending = layer.pending, None
     if pending is None:
         return output

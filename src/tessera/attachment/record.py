@@ -10,6 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from tessera.cache.layer import ATTACHED
 
+#: Numbers of each weight that a sample takes.
+SAMPLED = 4
+
 
 @dataclass
 class Attachment:
@@ -42,6 +45,26 @@ class Attachment:
         """All that was added, by the name that it has in a file."""
         named: dict[str, nn.Module] = {str(index): layer for index, layer in self.layers.items()}
         return named if self.shared is None else {"shared": self.shared, **named}
+
+
+def sampled(model: nn.Module) -> dict[str, list[float]]:
+    """A few numbers of every weight that a model has of itself, by name: what tells it from others of its shape."""
+    done = attachment(model)
+    added = () if done is None else {id(p) for module in done.modules().values() for p in module.parameters()}
+    found = {}
+    for name, p in model.named_parameters():
+        if id(p) not in added and p.is_floating_point() and p.numel() and not p.is_meta:
+            found[name] = p.detach().flatten()[:: max(1, p.numel() // SAMPLED)][:SAMPLED].tolist()
+    return found
+
+
+def alike(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
+    """Whether two samples are of one model, give or take the rounding of half precision."""
+    if one.keys() != other.keys() or any(len(one[name]) != len(other[name]) for name in one):
+        return False
+    pairs = [pair for name in one for pair in zip(one[name], other[name], strict=True)]
+    near = sum(abs(a - b) <= 0.02 * abs(a) + 1e-6 for a, b in pairs)
+    return near >= 0.9 * len(pairs)
 
 
 def attachment(model: nn.Module) -> Attachment | None:

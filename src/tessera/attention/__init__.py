@@ -2,6 +2,6 @@
 
 from tessera.attention.forward import attention_forward, mask_unless_causal
 from tessera.attention.plain import Limits
-from tessera.attention.switch import disable, enable, unsupported
+from tessera.attention.switch import disable, enable, restore, unsupported
 
-__all__ = ["Limits", "attention_forward", "disable", "enable", "mask_unless_causal", "unsupported"]
+__all__ = ["Limits", "attention_forward", "disable", "enable", "mask_unless_causal", "restore", "unsupported"]

@@ -19,6 +19,9 @@ from tessera.attention.tiers import over_tiers
 from tessera.cache.carry import Segment
 from tessera.cache.layer import ATTENTION, Handle
 
+#: What the mask of a cache with slots for tokens to come, as transformers' StaticCache, says of their number.
+ROOM = "_tessera_room"
+
 
 def attention_forward(
     module: nn.Module,
@@ -56,8 +59,11 @@ def attention_forward(
         if attention_mask is not None:
             raise ValueError("a Carry is for rows without padding; leave the attention mask out")
         return over_segment(module, key.layer, query, key.new, value.new, kwargs.get("position_ids"), softmax), None
+    room = 0 if isinstance(key, Handle) else getattr(attention_mask, ROOM, 0)
+    if room and attention_mask is not None:
+        key, value, attention_mask = key[:, :, :-room], value[:, :, :-room], attention_mask[..., :-room]
     if infini is not None:
-        return over_whole(module, infini, query, key, value, scaling, kwargs.get("position_ids")), None
+        return over_whole(module, infini, query, key, value, attention_mask, scaling, kwargs.get("position_ids")), None
     if not isinstance(key, Handle):
         limits = getattr(module, "limits", None) if memory is None else Limits(memory.config.window, memory.config.sink)
         if limits is not None:
@@ -89,12 +95,19 @@ def mask_unless_causal(
     That of the newest queries over everything seen before grows with what was seen, and would be made to say nothing.
     """
     causal = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
-    if causal and not torch.compiler.is_compiling():
-        newest = int(q_offset) + q_length == int(kv_offset) + kv_length
-        if newest and (attention_mask is None or bool(attention_mask.all())):
-            return None
-    rest = {"attention_mask": attention_mask, "local_size": local_size, "allow_is_causal_skip": allow_is_causal_skip}
-    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **rest, **kwargs)
+    room = 0 if torch.compiler.is_compiling() else int(kv_offset) + kv_length - int(q_offset) - q_length
+    if causal and not torch.compiler.is_compiling() and room == 0 and (attention_mask is None or bool(attention_mask.all())):
+        return None
+    # A mask that is left out is taken for that of the newest queries.
+    rest = {
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "allow_is_causal_skip": allow_is_causal_skip and not room,
+    }
+    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **rest, **kwargs)
+    if mask is not None and room > 0:
+        setattr(mask, ROOM, room)
+    return mask
 
 
 def _bottom_right(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:

@@ -14,12 +14,21 @@ from tessera.cache.layer import Handle
 
 
 def over_whole(
-    module: Any, infini: Infini, query: Tensor, key: Any, value: Any, scaling: float | None, position_ids: Tensor | None
+    module: Any,
+    infini: Infini,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    mask: Tensor | None,
+    scaling: float | None,
+    position_ids: Tensor | None,
 ) -> Tensor:
     """Infini-attention over whole sequences; (batch, tokens, heads, head_dim)."""
     if isinstance(key, Handle):
         raise ValueError("Infini-attention keeps its own memory; run this model without a tessera.Cache")
-    place, _ = places(query, key, None)
+    place, real = places(query, key, mask)
+    if not real.all():
+        raise ValueError("Infini-attention counts its segments from the first slot; give it rows without left padding")
     where = positions(query, place, position_ids)
     n, past = query.shape[2], key.shape[2] - query.shape[2]
     phase: Phase = module.infini_phase[0]

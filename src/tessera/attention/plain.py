@@ -58,7 +58,8 @@ def positions(query: Tensor, place: Tensor, position_ids: Tensor | None) -> Tens
     newest = position_ids.expand(batch, -1)
     if not past:
         return newest
-    return (newest[:, :1] - past + torch.arange(slots, device=place.device)).clamp(min=0)
+    # From the last slot, which is a token wherever padding is on the left.
+    return (place + (newest[:, -1:] - place[:, -1:])).clamp(min=0)
 
 
 def windowed(

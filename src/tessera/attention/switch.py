@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from tessera.cache.layer import ATTENTION
+from tessera.cache.layer import ATTACHED, ATTENTION
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,7 +38,19 @@ def enable(model: M) -> M:
 
 
 def disable(model: M) -> M:
-    """Give `model` back the attention it had before `enable`. Returns the model."""
+    """Give `model` back the attention it had before `enable`. Returns the model.
+
+    Raises:
+        ValueError: if a Tensor Cache is attached, which lives in Tessera's attention.
+    """
+    done = getattr(model, ATTACHED, None)
+    if done is not None and done.kind == "TensorCache":
+        raise ValueError("a Tensor Cache is attached to this model; take it away with tessera.detach(model)")
+    return restore(model)
+
+
+def restore(model: M) -> M:
+    """`disable`, whatever is attached."""
     config: Any = model.config
     if config.get_text_config(decoder=True)._attn_implementation == ATTENTION:
         _switch(model, getattr(model, _PREVIOUS, None) or ("sdpa" if getattr(model, "_supports_sdpa", False) else "eager"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any, Literal
 
@@ -45,8 +46,7 @@ class Cache(TransformersCache):
         self.prefill = prefill
         config = model_or_config.config if isinstance(model_or_config, nn.Module) else model_or_config
         text, layers = read_config(config)
-        if self.spec.associative:
-            self._check_memory(model_or_config)
+        self.memory = self._check_memory(model_or_config) if self.spec.associative else ""
         if isinstance(model_or_config, nn.Module):
             # Here and not above, because the attention function reads the cache's layers.
             from tessera.attention import enable, unsupported
@@ -67,8 +67,8 @@ class Cache(TransformersCache):
             ]
         )
 
-    def _check_memory(self, model: Any) -> None:
-        """Refuse "tc" without a memory that fits it."""
+    def _check_memory(self, model: Any) -> str:
+        """The config of the memory that "tc" names, as JSON; refuse it without one that fits."""
         done = getattr(model, ATTACHED, None)
         if done is None or done.kind != "TensorCache":
             raise ValueError(
@@ -80,6 +80,7 @@ class Cache(TransformersCache):
             raise ValueError(
                 f"the memory of this model was made for 'sink:{wanted[0]} + window:{wanted[1]} + tc', not {str(self.spec)!r}"
             )
+        return json.dumps(done.config.to_dict(), sort_keys=True)
 
     def __repr__(self) -> str:
         return f"Cache({str(self.spec)!r}, {len(self.layers)} layers, {self.get_seq_length()} tokens)"
@@ -162,7 +163,7 @@ class Cache(TransformersCache):
         storage.save(self.layers, self._describe(), path)
 
     def _describe(self) -> dict[str, str]:
-        return {"spec": str(self.spec), "prefill": self.prefill}
+        return {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model_or_config: Any) -> Cache:
@@ -173,6 +174,10 @@ class Cache(TransformersCache):
         """
         with storage.reading(path) as stored:
             cache = cls(stored.text("spec"), model_or_config, prefill=stored.text("prefill"))  # type: ignore[arg-type]
+            if stored.text("memory") != cache.memory:
+                raise ValueError(
+                    f"this cache was saved with the memory {stored.text('memory') or 'none'}; yours is {cache.memory or 'none'}"
+                )
             stored.fill(cache.layers)
         if isinstance(model_or_config, nn.Module):
             parameter = next(model_or_config.parameters(), None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from tessera.associative import TensorCache
 from tessera.cache.lane import RECORDED, Lane, Policy, Turn
 from tessera.cache.masks import LaneMask, MaskMemo, lane_mask, leading_pads
 from tessera.kernels import Pages
@@ -137,7 +138,8 @@ class TesseraLayer(CacheLayerMixin):
             two handles that Tessera's attention function understands; keys and values decoded if the model uses another.
 
         Raises:
-            ValueError: if they do not fit the model that the cache was made for, or its batch.
+            ValueError: if they do not fit the model that the cache was made for, or its batch, and for keys or values that are
+                not finite where a memory will absorb them.
             RuntimeError: in gradient mode.
         """
         self.settle_calls()
@@ -162,6 +164,8 @@ class TesseraLayer(CacheLayerMixin):
                 f"layer {self.index} was given keys {tuple(k.shape)} and values {tuple(v.shape)}, but this cache was made for "
                 f"a model with {expected}; make a cache for each model"
             )
+        if self.policy.associative:
+            TensorCache.check_finite(k, v)
         if self.is_initialized and k.shape[0] != self.batch:
             raise ValueError(
                 f"the cache holds {self.batch} rows and was given {k.shape[0]}; use cache.batch_repeat_interleave or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,10 +164,13 @@ def _text_sampler(source: Any, files: list[Path], out: Path) -> Any:
 
     tokenizer = source.tokenizer
     if not files:
+        from tessera.training.checkpoints import claim
+
         folder = out / "corpus"
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if bos is None or eos is None or len(tokenizer) > 1 << 16:
             raise ValueError("this model's tokenizer cannot be used on the default data; give text files with --data")
+        claim(folder, {"tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()})
         if (folder / "corpus.json").is_file():
             return Corpus(folder).sample
         return Corpus.build(folder, training_files(), tokenizer.backend_tokenizer, bos, eos).sample

@@ -8,17 +8,19 @@ nothing to learn. Windows may be drawn at random, so that the memory does not le
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from tessera.attachment import save_memory, tensor_cache
 from tessera.cache import Cache
-from tessera.training.checkpoints import RunState
+from tessera.training.checkpoints import RunState, claim
 from tessera.training.loop import Moment, Sampler, train
 from tessera.training.schedule import LoopConfig
 
@@ -71,7 +73,7 @@ def train_memory(
         resume, stop_at, on_checkpoint: see `train`.
 
     Raises:
-        ValueError: if nothing is attached, or sequences end within the window.
+        ValueError: if nothing is attached, sequences end within the window, or ``out`` holds a run of another recipe.
     """
     own = tensor_cache(model).config.window
     what = training or MemoryTraining()
@@ -80,14 +82,27 @@ def train_memory(
     if shortest <= max(windows):
         raise ValueError(f"sequences of {shortest} tokens end within a window of {max(windows)}; nothing lies behind it")
 
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    with processes.main_process_first():
+        if processes.is_main_process and not resume:
+            (out / "recipe.json").unlink(missing_ok=True)
+        budget = replace(config, steps=None, minutes=1.0)  # which may change
+        memory = tensor_cache(model).config.to_dict()
+        claim(out, {"memory": memory, "training": asdict(what), "loop": asdict(budget)})
+
+    def draw(seed: tuple[int, ...], batch: int, length: int) -> Any:
+        # Of a step, not of a part of its batch: so parts, processes and a run that goes on agree.
+        set_window(model, windows[int(np.random.SeedSequence((*seed, 1)).generate_state(1)[0]) % len(windows)])
+        return sample(seed, batch, length)
+
     def loss(student: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-        # By the tokens, which are drawn by step and seed: so a run that goes on draws what an uninterrupted one does.
-        window = windows[int(ids.sum()) % len(windows)]
-        set_window(student, window)
+        window = tensor_cache(student).config.window
         teacher: Tensor | None = None
         if what.objective == "kl":
+            student.eval()
             with torch.no_grad():
                 teacher = _logits(student(input_ids=ids, past_key_values=Cache("dense", student)))[:, window:]
+            student.train()
         found = _logits(student(input_ids=ids))[:, window:]
         if teacher is None:
             return cross_entropy(found.flatten(0, 1), targets[:, window:].flatten())
@@ -101,7 +116,7 @@ def train_memory(
         return {} if on_checkpoint is None else on_checkpoint(moment)
 
     try:
-        return train(model, sample, config, out, resume=resume, stop_at=stop_at, loss=loss, on_checkpoint=keep)
+        return train(model, draw, config, out, resume=resume, stop_at=stop_at, loss=loss, on_checkpoint=keep)
     finally:
         set_window(model, own)
 
