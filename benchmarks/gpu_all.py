@@ -4,13 +4,15 @@
 2. The ways to look a codeword up, side by side.
 3. One new token over a long cache: against scaled dot product attention in float16, at 4k to 128k tokens and batches of 1, 8
    and 32, as far as the memory of the device goes; called from Python, and replayed as a CUDA graph.
-4. The same for a chunk of 64 new tokens, and for keys with a channel so wide that it is narrowed.
-5. The memories on the device against their definitions on the CPU, forward and backward: the scan of a Tensor Cache, with the
+4. The same for 4, 16 and 64 new tokens, and for keys with a channel so wide that it is narrowed.
+5. The search for codewords against all of them, one by one.
+6. The memories on the device against their definitions on the CPU, forward and backward: the scan of a Tensor Cache, with the
    kernels of flash-linear-attention too where these are installed, and a Tensor Memory.
 
-Before every timed call other data goes through the device's cache, as that of other layers does. Writes JSON after every
-case, so that a run cut short has left what it measured; a case that fails leaves its error and the others go on. The tests say
-more about the kernels' corners: run `python -m pytest tests/kernels/test_triton.py` on the device as well.
+Whatever has not begun after `--minutes` is left out, and said to be. Before every timed call other data goes through the
+device's cache, as that of other layers does. Writes JSON after every case, so that a run cut short has left what it measured; a
+case that fails leaves its error and the others go on. The tests say more about the kernels' corners: run `python -m pytest
+tests/kernels/test_triton.py` on the device as well.
 
 Example:
 
@@ -44,9 +46,11 @@ from tessera.associative.recurrence import loop
 from tessera.associative.scan import scan
 from tessera.cache.tiers import PAGE
 from tessera.codecs import Packed
+from tessera.codecs.codebooks import joint
 from tessera.evaluation.records import environment
 from tessera.files import write_json
 from tessera.kernels import Pages, reference, triton
+from tessera.kernels.nearest import brute_force, build_index
 from tessera.kernels.triton.tables import LOOKUPS
 from tessera.spatial import TensorMemory, TensorMemoryConfig
 
@@ -198,6 +202,17 @@ def lookup_speed(device: torch.device, batch: int, tokens: int, spec: str, looku
     return {**both(partial(triton.attend, q, pages, DIM**-0.5, lookup=lookup), device)}
 
 
+def encoding(device: torch.device, spec: str, count: int) -> dict[str, Any]:
+    """The search for the codewords of `count` chunks: share of those no farther than the nearest, milliseconds, and ratio."""
+    book = joint(int(4 * float(spec.partition(":")[2])))
+    index = build_index(book.products.float() * book.step, book.conjugations).to(device)
+    x = torch.randn(count, 4, device=device)
+    found, wanted = triton.nearest(x, index), brute_force(x, index.words)
+    distance, least = ((x - index.words[code]).norm(dim=-1) for code in (found, wanted))
+    ms = {"ms": timed(partial(triton.nearest, x, index), device), "all_ms": timed(partial(brute_force, x, index.words), device)}
+    return {"right": float((distance <= least * (1 + 1e-5)).float().mean()), **ms, "times_all": ms["all_ms"] / ms["ms"]}
+
+
 def memories(device: torch.device, tokens: int) -> dict[str, tuple[Any, list[Tensor], Any]]:
     """Name -> what runs on the device, its inputs, and its definition."""
     found: dict[str, tuple[Any, list[Tensor], Any]] = {}
@@ -235,6 +250,7 @@ def main() -> int:
     """Run all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("docs/results/gpu.json"))
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing is begun")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that the script runs")
     options = parser.parse_args()
     why = triton.missing()
@@ -243,12 +259,15 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "interpreter"
     about = {"device": name, "triton": version("triton"), "environment": environment()}
-    record: dict[str, Any] = {**about, "correctness": [], "lookups": [], "speed": [], "memories": []}
+    record: dict[str, Any] = {**about, "correctness": [], "encoding": [], "lookups": [], "speed": [], "memories": []}
+    until = time.monotonic() + 60 * options.minutes
     console = Console()
 
     def attempt(part: str, case: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Add a row, with the error of a case that fails."""
         try:
+            if time.monotonic() > until:
+                raise TimeoutError(f"left out: {options.minutes:g} minutes were over")
             row = {**case, **run()}
         except Exception as error:
             row = {**case, "error": f"{type(error).__name__}: {error}"[:1000]}
@@ -274,8 +293,13 @@ def main() -> int:
             case = {"batch": batch, "tokens": 64 if options.smoke else 32768, "spec": spec, "lookup": lookup}
             row = attempt("lookups", case, lambda case=case: lookup_speed(device, **case))  # type: ignore[misc]
             console.print(f"{spec}, batch {batch}, lookup {lookup}: {row.get('graph_ms', row.get('ms', float('nan'))):.3f} ms")
+    for spec in SPECS:
+        case = {"spec": spec, "count": 200 if options.smoke else 1 << 20}
+        row = attempt("encoding", case, lambda case=case: encoding(device, **case))  # type: ignore[misc]
+        if "error" not in row:
+            console.print(f"{spec}: {row['right']:.2%} of the codewords are nearest, {row['times_all']:.0f}x all of them")
     table = Table("batch", "tokens", "new", "dense ms", *KEYS)
-    sizes = [(b, t, n) for n in (1, 64) for t in LENGTHS for b in BATCHES]
+    sizes = [(b, t, n) for n in (1, 64) for t in LENGTHS for b in BATCHES] + [(b, 32768, n) for n in (4, 16) for b in (1, 8)]
     for batch, tokens, queries in [(1, 64, 1)] if options.smoke else sizes:
         case = {"batch": batch, "tokens": tokens, "queries": queries}
         if device.type == "cuda" and 12 * batch * KV_HEADS * tokens * DIM > torch.cuda.mem_get_info()[0]:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from tessera.associative import TensorCache, TensorCacheConfig, TensorCacheState
+from tessera.associative.layer import TensorCacheLayer
+from tessera.attention import attention_forward
 
 HEADS, GROUP, DIM = 2, 3, 8
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -108,9 +110,31 @@ def test_every_pair_is_in_exactly_one_of_window_sinks_and_matrix(place: int, win
     k2[:, :, place] += 1
     v2[:, :, place] -= 1
     changed = ((memory(q, k2, v2)[0] - read).abs().amax((0, 1, 3)) > 1e-7).nonzero().flatten().tolist()
-    # Attention reads token `place` at steps place .. place + window - 1, and for ever if it is a sink.
     first = place + window + early
     assert changed == ([] if place < sink else list(range(first, 25)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(place=st.integers(0, 24), window=st.integers(1, 8), sink=st.integers(0, 4))
+def test_a_token_reaches_each_later_one_through_attention_or_memory_and_never_both(place: int, window: int, sink: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.tensor_cache = TensorCacheLayer(TensorCacheConfig(window=window, sink=sink, chunk=4), 4, 2, 8, 16)
+    nn.init.normal_(module.tensor_cache.out.weight)
+
+    def both(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        local, _ = attention_forward(module, q, k, v, None)
+        assert module.tensor_cache.pending is not None
+        return local[0].flatten(1), module.tensor_cache.pending[0]
+
+    q, k, v = torch.randn(1, 4, 25, 8), torch.randn(1, 2, 25, 8), torch.randn(1, 2, 25, 8)
+    before = both(k, v)
+    k[:, :, place], v[:, :, place] = torch.randn(2, 1, 2, 8)
+    by_attention, by_memory = ((a - b).abs().amax(1) > 1e-6 for a, b in zip(both(k, v), before, strict=True))
+    later = torch.arange(25) - place
+    near = (later >= 0) & ((later < window) | (place < sink))
+    assert by_attention.tolist() == near.tolist()
+    assert by_memory.tolist() == ((later >= 0) & ~near).tolist()
 
 
 def test_the_read_of_a_stored_key_is_its_value() -> None:
