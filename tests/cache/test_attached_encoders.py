@@ -10,6 +10,8 @@ import torch
 from transformers import (
     BertConfig,
     BertModel,
+    Dinov2Config,
+    Dinov2Model,
     VideoMAEConfig,
     VideoMAEForVideoClassification,
     ViTConfig,
@@ -181,3 +183,17 @@ def test_timm_refuses_what_is_no_plain_vit() -> None:
     model.set_grad_checkpointing(True)
     with pytest.raises(ValueError, match="gradient checkpointing"):
         tessera.attach(model, CONFIG)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_that_scale_what_they_add_can_have_one(scale: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in SIZES.items() if name != "intermediate_size"}
+    model = Dinov2Model(Dinov2Config(**sizes, layerscale_value=scale)).to(dtype).eval()
+    x = torch.randn(2, 3, 12, 12, dtype=dtype)
+    with torch.no_grad():
+        before = model(x).last_hidden_state
+        after = tessera.attach(model, CONFIG)(x).last_hidden_state
+        assert not torch.equal(after, before)
+        assert torch.equal(tessera.detach(model)(x).last_hidden_state, before)

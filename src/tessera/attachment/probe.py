@@ -58,11 +58,15 @@ def check_form(model: Any, layer: nn.Module, norm: nn.Module, causal: bool) -> N
         raise ValueError(
             f"tessera.attach: {name} has norms behind its attention, not before its MLP, where a memory would read"
         )
-    step = (seen["out"] - x).float().flatten()
-    alike = [cosine_similarity(step, part.float().flatten(), dim=0) for part in parts if part.shape == x.shape]
-    # Some layers add x within their last part.
-    within = any(torch.equal(part, seen["out"]) for part in parts if part.shape == x.shape)
-    if not within and (not alike or max(alike) < 0.99):
+    same = [part.float() for part in parts if part.shape == x.shape]
+    out, before = seen["out"].float(), x.float()
+    # Some layers add x within their last part, some scale what they add.
+    within = any(torch.equal(part, out) for part in same)
+    scaled = any(cosine_similarity((out - before).flatten(), part.flatten(), dim=0) > 0.99 for part in same)
+    # What a layer scale has made small is lost in the rounding of the sum.
+    rounding = 4 * torch.finfo(x.dtype).eps * before.abs().max()
+    added = any((before + part - out).abs().max() <= rounding for part in same)
+    if not (within or scaled or added):
         raise ValueError(
             f"tessera.attach: {name} does not return x + mlp(norm(x)), so nothing can be added to x behind attention"
         )
@@ -74,7 +78,8 @@ def _call(model: Any, causal: bool) -> None:
         model(input_ids=torch.tensor([[0, 1]], device=weight.device), use_cache=False)
         return
     if type(model).__module__.startswith("timm."):
-        shape, call = (3, *model.patch_embed.img_size), model
+        size = getattr(model.patch_embed, "img_size", None) or (4 * side for side in model.patch_embed.patch_size)
+        shape, call = (model.patch_embed.proj.in_channels, *size), model
     else:
         config = model.config
         sides = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size, config.image_size)
