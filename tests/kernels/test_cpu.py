@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
+import zipfile
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,6 +273,18 @@ def test_backends_are_chosen_forced_and_refused(monkeypatch: pytest.MonkeyPatch)
     assert len(ran) == 2
     with pytest.raises(ValueError, match="no kernel for q4_0"):
         dispatch.attend(q, other, 0.1, backend="cpu")
+
+
+@pytest.mark.slow
+def test_where_no_compiler_works_a_wheel_without_kernels_is_built(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(root)]
+    done = subprocess.run(command, env={**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "tessera/kernels/cpu/__init__.py" in names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 def test_without_kernels_the_definition_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
