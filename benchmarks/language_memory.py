@@ -19,6 +19,7 @@ from rich.console import Console
 
 from tessera.evaluation import load
 from tessera.evaluation.language import WITH_MEMORY, language, language_table
+from tessera.evaluation.language_plot import plot_language
 from tessera.files import write_json
 from tessera.models import demo_memory_path, heldout_text
 
@@ -29,9 +30,10 @@ def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", type=Path, nargs="+", help="of the demo model  [default: the one that ships]")
-    parser.add_argument("--windows", type=int, default=103, help="sequences of held-out text")
+    parser.add_argument("--windows", type=int, help="sequences of held-out text  [default: all]")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_memory.json")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "images" / "language_memory.png")
     options = parser.parse_args()
     rows, about = [], {}
     for seed, memory in enumerate(options.memory or [demo_memory_path()]):
@@ -41,7 +43,8 @@ def main() -> int:
         rows += [{**row, "seed": seed} for row in record.pop("rows")]
         about = record
     write_json(options.json, {**about, "rows": rows})
-    Console().print(f"Saved {options.json}", highlight=False)
+    plot_language(rows, about["edges"], options.plot)
+    Console().print(f"Saved {options.json} and {options.plot}", highlight=False)
     return 0
 
 

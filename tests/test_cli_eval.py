@@ -141,6 +141,9 @@ def test_language_is_measured_behind_the_window(tmp_path: Path) -> None:
     assert rows["with the Tensor Cache"]["beyond"] != pytest.approx(rows["window + sinks"]["beyond"], abs=1e-3)
     recorded = json.loads((Path(__file__).parent.parent / "docs" / "results" / "language_memory.json").read_text())
     assert record.keys() == recorded.keys()
+    assert is_picture(tmp_path / "language_memory.png")
+    with pytest.raises(ValueError, match="no row is 'dense', only window"):
+        plot_language([{"name": "window", "losses": [1.0]}], (1, 2), tmp_path / "none.png")
 
 
 def test_bounded_streams_do_not_grow(tmp_path: Path) -> None:

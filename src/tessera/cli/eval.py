@@ -175,7 +175,7 @@ def language(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 2048,
     windows: Annotated[int, typer.Option(help="Sequences to read.", min=1)] = 2,
-    full: Annotated[bool, typer.Option("--full", help="Sixteen sequences, as docs/results/language_memory.json has.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The whole text, as docs/results/language_memory.json has.")] = False,
     out: Out = OUT,
 ) -> None:
     """Loss by place in the sequence, with a Tensor Cache behind the window, without, and with its reads switched off.
@@ -194,6 +194,7 @@ def language(
     from tessera import evaluation
     from tessera.evaluation.language import language as measure
     from tessera.evaluation.language import language_table
+    from tessera.evaluation.language_plot import plot_language
     from tessera.files import write_json
     from tessera.models import demo_memory_path
 
@@ -209,11 +210,11 @@ def language(
                 source,
                 content,
                 tokens=tokens,
-                count=16 if full else windows,
+                count=None if full else windows,
                 progress=lambda done, steps: bar.update(running, completed=done, total=steps),
             )
         write_json(path, record)
-    _show(language_table(record), path, None)
+    _show(language_table(record), path, lambda to: plot_language(record["rows"], record["edges"], to))
 
 
 @app.command(cls=ManyValues)

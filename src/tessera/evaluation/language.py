@@ -19,6 +19,9 @@ from tessera.cache import Cache
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import Source, encode, windows
 
+TOGETHER = 16
+"""Sequences that are read at once."""
+
 WITH_MEMORY = "with the Tensor Cache"
 """Name of the row that depends on what a memory has learned."""
 
@@ -64,7 +67,7 @@ def language(
     text: str,
     *,
     tokens: int = 2048,
-    count: int = 16,
+    count: int | None = 16,
     names: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def language(
         source: the model and its tokenizer.
         text: to be predicted.
         tokens: of a sequence, at most the model's context.
-        count: sequences to read, fewer if the text is shorter.
+        count: sequences to read, fewer if the text is shorter; None: all of it.
         names: of the rows to measure; None: all.
         progress: called with (caches measured, caches in all).
 
@@ -111,7 +114,8 @@ def language(
             if progress is not None:
                 progress(number, len(specs))
             reading(model, "off" not in name)
-            losses = loss_by_distance(model, ids, spec, edges)
+            parts = [[loss * len(part) for loss in loss_by_distance(model, part, spec, edges)] for part in ids.split(TOGETHER)]
+            losses = [sum(values) / len(ids) for values in zip(*parts, strict=True)]
             rows.append({"name": name, "spec": spec, **over_stretches(losses, edges)})
     finally:
         reading(model, True)

@@ -135,13 +135,13 @@ def encode(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def windows(ids: Tensor, length: int, count: int, bos: int | None) -> Tensor:
+def windows(ids: Tensor, length: int, count: int | None, bos: int | None) -> Tensor:
     """Cut a text into windows that each begin as a text does.
 
     Args:
         ids: (tokens,) int64.
         length: tokens of a window, the first of them included.
-        count: windows at the most.
+        count: windows at the most; None: as many as there are.
         bos: token that begins a text, put before every window; None if the model has none.
 
     Returns:
