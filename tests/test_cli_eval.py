@@ -14,6 +14,7 @@ pytest.importorskip("accelerate", reason="the training extra is not installed")
 from tessera.cli import app
 from tessera.evaluation import recall
 from tessera.evaluation.capacity import SETTINGS, capacity, plot_capacity, recalled
+from tessera.evaluation.language_plot import plot_language
 from tessera.evaluation.recall_plot import STYLES, plot_recall
 from tessera.evaluation.streams import length
 from tessera.training import recall as training
