@@ -20,7 +20,8 @@ class TensorMemoryLayer(nn.Module):
         config: see `TensorMemoryConfig`.
         dim: width of the residual stream.
 
-    Parameters: `norm`; `gate_logit` (), started at `config.gate_init`, or at 0 where that is None.
+    Parameters: `norm`, one and zero at the start as `torch.nn.LayerNorm`'s; `gate_logit` (), started at `config.gate_init`, the
+    paper's -2, or at 0 where that is None, which is ours.
     """
 
     def __init__(self, config: TensorMemoryConfig, dim: int) -> None:

@@ -46,17 +46,21 @@ class TensorMemory(nn.Module):
         config: see `TensorMemoryConfig`.
         dim: of the tokens, E.
 
-    Parameters, as `torch.nn.Linear` starts them unless said otherwise:
+    Parameters, names and starts after the paper where no other source is given; as `torch.nn.Linear` starts them unless said
+    otherwise:
         coord_net: E -> n, the place of a read, before the tanh; with coordinates "separate" also `write_coord_net`. With
-            `anchored` zero at the start.
-        write_proj: chunk · E -> E; with projection "light" `write_weight` (chunk, E), 1 / chunk, and `write_bias` (E,), zero.
+            `anchored`, which is ours, zero at the start.
+        write_proj: chunk · E -> E; with projection "light", which is ours, `write_weight` (chunk, E), 1 / chunk, and
+            `write_bias` (E,), zero.
         content_net: E -> channels.
-        sigma_net: E -> 1; its bias such that sigma starts about `config.sigma_init` (the paper's 1.31 is a bias of 1).
+        sigma_net: E -> 1; its bias such that sigma starts about `config.sigma_init`: the paper's 1.31 is a bias of 1, 0.3 is
+            ours. Where the paper multiplies sigma by a scale besides, that is 1 here, for the bias can do the same.
         taps: (n, inputs, 3), the stencil, the identity at the start, without a bias, which would be one of the gates but for
             the border; with convolution "pointwise" none.
         gates_weight: (4 channels, inputs), rows i, f, o, g; Xavier uniform. inputs: 2 channels, what is written and h; or
-            channels with gates "input".
-        gates_bias: (4 channels,), zero but for the forget gate's, `config.forget_bias`.
+            channels with gates "input", which are ours.
+        gates_bias: (4 channels,), zero but for the forget gate's, `config.forget_bias`: 0 in the paper, 3 is ours, after what
+            LSTMs take (R. Jozefowicz and others, 2015, take 1).
         out_proj: channels -> E.
     """
 
