@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +39,47 @@ def test_their_definition_is_ours(rule: str) -> None:
         kernel = import_module("fla.ops.simple_gla.naive").naive_chunk_simple_gla
     x = inputs(50, 16)
     torch.testing.assert_close(fused_scan(*x, rule, kernel), loop(*x, rule), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kernels on a CPU. Triton's interpreter can time no variants, so the first of each is taken; and it counts loops in
+    plain integers, of which theirs want tensors."""
+    if torch.cuda.is_available():
+        pytest.skip("with a CUDA device the kernels themselves are tested")
+    if fused.missing():
+        pytest.skip(str(fused.missing()))
+    tl, tuner = import_module("triton.language"), import_module("triton.runtime.autotuner").Autotuner
+    run = tuner.run
+
+    def first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.configs = self.configs[:1]
+        return run(self, *args, **kwargs)
+
+    def number(x: Any) -> int:
+        return int(x.handle.data.item()) if hasattr(x, "handle") else int(getattr(x, "value", x))
+
+    def counted(*bounds: Any) -> Iterator[Any]:
+        return (tl.full((), i, tl.int32) for i in range(*map(number, bounds)))
+
+    monkeypatch.setattr(tuner, "run", first)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla.ops") and isinstance(module, ModuleType):
+            monkeypatch.setitem(vars(module), "range", counted)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_interpreted_kernels_are_the_loop_forward_and_backward(rule: str, tokens: int) -> None:
+    x = [t.requires_grad_() for t in inputs(tokens, 16)]
+    results = []
+    for form in (fused_scan, loop):
+        reads, end = form(*x, rule)
+        loss = (reads * torch.linspace(-1, 1, 16)).sum() + end.square().sum()
+        results.append((reads, end, *torch.autograd.grad(loss, x)))
+    for fast, slow in zip(*results, strict=True):
+        assert (fast - slow).norm() <= 1e-5 * slow.norm()
 
 
 @pytest.mark.gpu
