@@ -67,6 +67,10 @@ def attention_forward(
     if not isinstance(key, Handle):
         limits = getattr(module, "limits", None) if memory is None else Limits(memory.config.window, memory.config.sink)
         if limits is not None:
+            if torch.compiler.is_compiling() and attention_mask is not None and key.shape[2] > query.shape[2]:
+                raise ValueError(
+                    "a window over a cache of fixed length cannot be compiled; generate(..., disable_compile=True)"
+                )
             place, real = places(query, key, attention_mask)
             if memory is not None:
                 memory.pending, _ = memory(query, key, value, real, positions(query, place, kwargs.get("position_ids")))
