@@ -94,7 +94,7 @@ class State:
                     raise ValueError(f"{os.fspath(path)} holds no state of {cls.OWNER}")
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)} is no file of a state: {error}") from None
+            raise ValueError(f"{os.fspath(path)} holds no state of {cls.OWNER}: {error}") from None
         named: dict[str, Any] = {field.name: found.pop(field.name, None) for field in fields(cls)}
         if found or any(tensor is None for name, tensor in named.items() if name not in cls.OPTIONAL):
             raise ValueError(f"{os.fspath(path)} is damaged: its tensors are not those of a state")

@@ -313,7 +313,7 @@ def test_a_foreign_file_is_no_state(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is damaged"):
         TensorMemoryState.load(tmp_path / "b.safetensors")
     (tmp_path / "c.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="is no file of a state"):
+    with pytest.raises(ValueError, match="holds no state of a Tensor Memory: "):
         TensorMemoryState.load(tmp_path / "c.safetensors")
 
 

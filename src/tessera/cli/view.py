@@ -80,16 +80,11 @@ def view(
 
 
 def _state(path: Path) -> TensorMemoryState:
-    from safetensors import SafetensorError
-
     from tessera.spatial import TensorMemoryState
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no state at {path}")
-    try:
-        return TensorMemoryState.load(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} holds no state of a Tensor Memory: {error}") from error
+    return TensorMemoryState.load(path)
 
 
 def _stream(path: Path, weights: Path | None, channels: int, grid: str, paper: bool, seed: int) -> Trace:
