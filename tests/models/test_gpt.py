@@ -141,3 +141,15 @@ def test_infini_refuses_padding_before_its_segments() -> None:
     mask[1, :13] = 0
     with torch.no_grad(), pytest.raises(ValueError, match="without left padding"):
         model(tokens, attention_mask=mask)
+
+
+def test_rates_stay_in_float32_when_a_model_is_loaded_in_half_precision(tmp_path: Path) -> None:
+    model = make("sink:2 + window:8 + tc")
+    model.save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    found = {name: p for name, p in loaded.named_parameters() if "tensor_cache.memory" in name}
+    assert found
+    for name, p in found.items():
+        assert torch.equal(p, model.get_parameter(name)), name
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    assert loaded(ids()).logits.isfinite().all()

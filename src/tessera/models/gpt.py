@@ -39,6 +39,8 @@ class GPT(LlamaForCausalLM):
     """A causal language model: `generate`, `save_pretrained`, `from_pretrained`, the Auto classes."""
 
     config_class = GPTConfig
+    # In half precision a slow decay would be none.
+    _keep_in_fp32_modules_strict = ["tensor_cache.memory"]  # noqa: RUF012
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
