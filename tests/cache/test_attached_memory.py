@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cache_models import FAMILIES, logits, make, padding, tokens
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import tessera
 from tessera.associative import TensorCacheConfig
@@ -263,6 +266,31 @@ def test_chosen_layers_only(family: str) -> None:
     tessera.detach(model)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, make(family, num_hidden_layers=2)(ids).logits)
+
+
+def test_a_gpt_with_a_window_of_its_own_gets_it_back() -> None:
+    from tessera.models.gpt import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model, ids = GPT(GPTConfig("window:8", num_key_value_heads=2, head_dim=16, **sizes)).eval(), tokens(1, 60)
+    with torch.no_grad():
+        before = model(ids).logits
+        assert not torch.equal(tessera.attach(model, TensorCacheConfig(window=24, layers=(0,)))(ids).logits, before)
+        assert torch.equal(tessera.detach(model)(ids).logits, before)
+
+
+@pytest.mark.parametrize("weights", [None, [1], {"a": 1}, {"a": ["x"]}, {"a": [1.0]}])
+def test_a_memory_whose_header_is_damaged_is_refused(weights: Any, tmp_path: Path) -> None:
+    path, model = tmp_path / "m.safetensors", make()
+    tessera.save_memory(attached(), path)
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["tessera_memory"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, {"tessera_memory": json.dumps({**about, "weights": weights})})
+    with pytest.raises(ValueError, match=r"holds no memory|with other weights"):
+        tessera.load_memory(model, path)
+    assert attachment(model) is None
 
 
 def test_layers_that_cannot_have_a_memory_are_refused() -> None:

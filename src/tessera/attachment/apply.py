@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tessera.associative.config import TensorCacheConfig
 from tessera.associative.layer import is_gate
 from tessera.attachment import associative, spatial
-from tessera.attachment.record import Attachment, alike, attached, attachment, sampled
+from tessera.attachment.record import Attachment, alike, attached, attachment, read_sample, sampled
 from tessera.cache.layer import ATTACHED
 from tessera.files import atomic_path
 from tessera.spatial.config import TensorMemoryConfig
@@ -114,7 +114,7 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
     with _opened(path) as file:
         try:
             about = json.loads((file.metadata() or {})["tessera_memory"])
-            kind, fields, shape, weights = about["kind"], about["config"], about["model"], about["weights"]
+            kind, fields, shape, weights = about["kind"], about["config"], about["model"], read_sample(about["weights"])
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{os.fspath(path)} holds no memory that tessera.save_memory wrote") from None
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

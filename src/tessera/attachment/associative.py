@@ -41,6 +41,7 @@ def add(model: Any, config: TensorCacheConfig) -> Attachment:
     for index, (_, window) in enumerate(shapes):
         if window is None and index not in layers:
             # Bounded like the others, though without a memory.
+            done.limited.append((modules[index], getattr(modules[index], LIMITS, None)))
             setattr(modules[index], LIMITS, Limits(config.window, config.sink))
     return done
 
@@ -50,8 +51,11 @@ def remove(model: nn.Module, done: Attachment) -> None:
     for module in model.modules():
         if isinstance(getattr(module, MEMORY, None), TensorCacheLayer):
             delattr(module, MEMORY)
-        elif isinstance(getattr(module, LIMITS, None), Limits):
+    for module, before in done.limited:
+        if before is None:
             delattr(module, LIMITS)
+        else:
+            setattr(module, LIMITS, before)
     if done.enabled:
         restore(model)
 

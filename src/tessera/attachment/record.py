@@ -25,6 +25,7 @@ class Attachment:
         shared: what was added for all layers, or None.
         hooks: on the model's modules.
         frozen: parameters that learned before, and shall again.
+        limited: attention modules that were given a window without a memory, each with the limits that it had before, or None.
         enabled: whether the model's attention was switched.
     """
 
@@ -34,6 +35,7 @@ class Attachment:
     shared: nn.Module | None = None
     hooks: list[RemovableHandle] = field(default_factory=list)
     frozen: list[nn.Parameter] = field(default_factory=list)
+    limited: list[tuple[nn.Module, Any]] = field(default_factory=list)
     enabled: bool = False
 
     @property
@@ -55,6 +57,19 @@ def sampled(model: nn.Module) -> dict[str, list[float]]:
     for name, p in model.named_parameters():
         if id(p) not in added and p.is_floating_point() and p.numel() and not p.is_meta:
             found[name] = p.detach().flatten()[:: max(1, p.numel() // SAMPLED)][:SAMPLED].tolist()
+    return found
+
+
+def read_sample(found: Any) -> dict[str, list[float]]:
+    """What `sampled` made, read from JSON.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if not isinstance(found, dict) or not all(isinstance(numbers, list) for numbers in found.values()):
+        raise ValueError("a sample of weights is a table of lists")
+    if not all(isinstance(x, int | float) for numbers in found.values() for x in numbers):
+        raise ValueError("a sample of weights holds numbers")
     return found
 
 
