@@ -115,8 +115,8 @@ def test_a_memory_uses_the_kernels_where_they_can_be_used(monkeypatch: pytest.Mo
     memory = TensorCache(TensorCacheConfig(window=4, sink=0), 2, 16)
     q, k, v = torch.randn(3, 1, 2, 20, 16)
     expected, _ = memory(q, k, v)
-    monkeypatch.setattr("tessera.associative.memory.refusal", lambda *_: None)
-    monkeypatch.setattr("tessera.associative.memory.fused_scan", instead)
+    monkeypatch.setattr("tessera.associative.forms.fused_refusal", lambda *_: None)
+    monkeypatch.setattr("tessera.associative.forms.fused_scan", instead)
     found, _ = memory(q, k, v)
     assert used == ["kernel"]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

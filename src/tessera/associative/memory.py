@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax, logsigmoid, normalize, one_hot, pad
 
 from tessera.associative.config import Rule, TensorCacheConfig
-from tessera.associative.fused import fused_scan, refusal
+from tessera.associative.forms import recur
 from tessera.associative.recurrence import loop
 from tessera.associative.scan import scan
 from tessera.associative.state import TensorCacheState
@@ -187,9 +187,7 @@ class TensorCache(nn.Module):
                 if config.write == "chunk_means":
                     mean_k, mean_v, eta = _means(k, v, eta, config.chunk)
                     return scan(q, mean_k, mean_v, g, eta, a, rule, config.order, config.chunk)
-                if refusal(q, v, rule, config.order) is None:
-                    return fused_scan(q, k, v, g, eta, a, rule)
-                return scan(q, k, v, g, eta, a, rule, config.order, config.chunk)
+                return recur(q, k, v, g, eta, a, rule, config.order, config.chunk)
 
             read, a = run(decay, rate, state.a, v)
             changed: dict[str, Tensor] = {"a": a}

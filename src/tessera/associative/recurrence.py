@@ -13,6 +13,9 @@ v (batch, heads, tokens, d_v); g, eta (batch, heads, tokens); A (batch, heads, d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,6 +35,23 @@ def loop(
             reads.append(q_i @ state)
     empty = q.new_zeros((*q.shape[:4], v.shape[-1]))
     return (torch.stack(reads, dim=3) if reads else empty), state
+
+
+def wedge(
+    form: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    eta: Tensor,
+    state: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """The wedge rule by a form that knows the outer one. `rest`: what the form takes behind the rule."""
+    # Linear in what is written: k ⊗ v is written to one matrix, -v ⊗ k to another, and both are read.
+    there = form(q, k, v, g, eta, state, "outer", *rest)
+    back = form(q, v, -k, g, eta, torch.zeros_like(state), "outer", *rest)
+    return there[0] + back[0], there[1] + back[1]
 
 
 def write(state: Tensor, k: Tensor, v: Tensor, g: Tensor, eta: Tensor, rule: Rule) -> Tensor:

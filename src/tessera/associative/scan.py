@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from tessera.associative.config import Order, Rule
+from tessera.associative.recurrence import wedge
 
 #: The smallest logarithm of a token's decay: what is left of a matrix, 4e-18, is below the rounding of whatever is written.
 _LEAST = -40.0
@@ -45,13 +46,7 @@ def scan(
     if tokens == 0:
         return q.new_zeros((*q.shape[:4], v.shape[-1])), state
     if rule == "wedge":
-        # Linear in what is written: k ⊗ v is written to one matrix, -v ⊗ k to another, and both are read.
-        reads, ends = zip(
-            scan(q, k, v, g, eta, state, "outer", order, chunk),
-            scan(q, v, -k, g, eta, torch.zeros_like(state), "outer", order, chunk),
-            strict=True,
-        )
-        return reads[0] + reads[1], ends[0] + ends[1]
+        return wedge(scan, q, k, v, g, eta, state, order, chunk)
     g = g.clamp(min=_LEAST)
     size = -(-tokens // -(-tokens // chunk))  # as few chunks, all of a size, and little padding
     while size > 2 and float(_cut(g.detach(), 2, size).sum(-1).amin()) < 2 * _LEAST:

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attend.hpp"
+#include "absorb.hpp"
 #include "grid.hpp"
 #include "nearest.hpp"
 #include "threads.hpp"
@@ -292,6 +293,48 @@ void retreat(const std::string& level, const std::vector<int64_t>& shape, const 
     retreat_portable(s, d);
 }
 
+// given: q, k, v, decay, rate, state. See struct Absorb.
+Absorb absorb_given(const std::vector<int64_t>& shape, const std::vector<uintptr_t>& given, uintptr_t kept, uintptr_t fresh) {
+    if (shape.size() != 9 || given.size() != 6) throw nb::value_error("shapes that this kernel does not know");
+    const auto at = [&](int i) { return reinterpret_cast<const float*>(given[i]); };
+    Absorb s{};
+    s.heads = shape[0], s.tokens = shape[1], s.group = int(shape[2]), s.d_k = int(shape[3]), s.d_v = int(shape[4]);
+    s.delta = shape[5], s.read_first = shape[6], s.every = shape[7], s.threads = int(shape[8]);
+    s.q = at(0), s.k = at(1), s.v = at(2), s.decay = at(3), s.rate = at(4), s.state = at(5);
+    s.kept = reinterpret_cast<float*>(kept), s.fresh = reinterpret_cast<float*>(fresh);
+    return s;
+}
+
+// results: read, end.
+void absorb(const std::string& level, const std::vector<int64_t>& shape, const std::vector<uintptr_t>& given, uintptr_t kept,
+            uintptr_t fresh, const std::vector<uintptr_t>& results) {
+    if (results.size() != 2) throw nb::value_error("shapes that this kernel does not know");
+    Absorb s = absorb_given(shape, given, kept, fresh);
+    s.read = reinterpret_cast<float*>(results[0]), s.end = reinterpret_cast<float*>(results[1]);
+    nb::gil_scoped_release release;
+#if defined(TESSERA_X86)
+    if (level == "avx512" && has(AVX512)) return absorb_avx512(s);
+    if (level == "avx2" && has(AVX2)) return absorb_avx2(s);
+#endif
+    absorb_portable(s);
+}
+
+// kept, fresh: as `absorb` left them; grads: of read and end; results: gradients of what is given.
+void absorb_backward(const std::string& level, const std::vector<int64_t>& shape, const std::vector<uintptr_t>& given,
+                     uintptr_t kept, uintptr_t fresh, const std::vector<uintptr_t>& grads, const std::vector<uintptr_t>& results) {
+    if (grads.size() != 2 || results.size() != 6) throw nb::value_error("shapes that this kernel does not know");
+    const auto from = [&](int i) { return reinterpret_cast<const float*>(grads[i]); };
+    const auto at = [&](int i) { return reinterpret_cast<float*>(results[i]); };
+    const Absorb s = absorb_given(shape, given, kept, fresh);
+    const AbsorbGradients d{from(0), from(1), at(0), at(1), at(2), at(3), at(4), at(5)};
+    nb::gil_scoped_release release;
+#if defined(TESSERA_X86)
+    if (level == "avx512" && has(AVX512)) return absorb_backward_avx512(s, d);
+    if (level == "avx2" && has(AVX2)) return absorb_backward_avx2(s, d);
+#endif
+    absorb_backward_portable(s, d);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -315,4 +358,6 @@ NB_MODULE(_cpu, m) {
     m.def("nearest_directions", &nearest_directions);
     m.def("advance", &advance);
     m.def("retreat", &retreat);
+    m.def("absorb", &absorb);
+    m.def("absorb_backward", &absorb_backward);
 }

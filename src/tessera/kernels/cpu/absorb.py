@@ -1,0 +1,83 @@
+"""The recurrence of `tessera.associative.recurrence` in C++, forward and backward, for the outer and the delta rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tessera.kernels.cpu import MISSING, _cpu, levels
+
+#: Tokens between two matrices that are kept for backward: as many as let those between them stay in a core's cache.
+_EVERY = 32
+
+
+def refusal(*tensors: Tensor) -> str | None:
+    """Why `absorb` cannot be used, or None if it can."""
+    if MISSING is not None:
+        return MISSING
+    for x in tensors:
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return f"the kernel takes float32 on the CPU, not {x.dtype} on {x.device}"
+    return None
+
+
+def absorb(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    eta: Tensor,
+    state: Tensor,
+    delta: bool,
+    read_first: bool = False,
+    level: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`tessera.associative.recurrence.loop`; shapes as there. Forward columns go side by side, backward heads, a thread each.
+
+    Args:
+        q, k, v, g, eta, state: as there.
+        delta: the delta rule, not the outer one.
+        read_first: a query reads what was there before its token's write.
+        level: instruction set; None: the best there is.
+    """
+    if not q.numel() or not v.numel():
+        return q.new_zeros((*q.shape[:4], v.shape[-1])), state
+    found: tuple[Tensor, Tensor] = _Absorb.apply(level or levels()[-1], delta, read_first, q, k, v, g.exp(), eta, state)
+    return found
+
+
+class _Absorb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, level: str, delta: bool, read_first: bool, *given: Tensor) -> tuple[Tensor, Tensor]:
+        plain = [x.detach().contiguous() for x in given]
+        q, _, v, _, _, state = plain
+        batch, heads, group, tokens, d_k = q.shape
+        n, d_v = batch * heads, v.shape[-1]
+        ctx.level, ctx.shape = level, [n, tokens, group, d_k, d_v, delta, read_first, _EVERY, torch.get_num_threads()]
+        read, end = q.new_empty((batch, heads, group, tokens, d_v)), torch.empty_like(state)
+        kept, fresh = q.new_empty(0), v
+        if any(ctx.needs_input_grad):
+            kept = q.new_empty((n, -(-tokens // _EVERY), d_k, -(-d_v // 16) * 16))
+            fresh = torch.empty_like(v) if delta else v
+        left = [0, 0] if not kept.numel() else [kept.data_ptr(), fresh.data_ptr() if delta else 0]
+        _cpu.absorb(level, ctx.shape, _addresses(plain), *left, _addresses((read, end)))
+        ctx.save_for_backward(kept, fresh, *plain)
+        return read, end
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kept, fresh, *given = ctx.saved_tensors
+        found = [torch.empty_like(x) for x in given]
+        whole = [x.contiguous() for x in grads]
+        left = (kept.data_ptr(), fresh.data_ptr())
+        _cpu.absorb_backward(ctx.level, ctx.shape, _addresses(given), *left, _addresses(whole), _addresses(found))
+        return None, None, None, *found
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
