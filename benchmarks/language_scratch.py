@@ -110,6 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600, help="of training, 8 sequences each")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), help="that are trained")
     parser.add_argument("--data", type=Path, nargs="+", default=(), help="UTF-8 text files  [default: installed Python source]")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "language_scratch", help="of the tokens")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_scratch.json")
@@ -117,7 +118,7 @@ def main() -> int:
     tokenizer, corpus, text = prepare_lm(None, options.data, options.folder)
     ids = windows(torch.tensor(tokenizer.encode(text).ids), SEQUENCE, MEASURED, corpus.bos)
     rows: list[dict[str, Any]] = json.loads(options.json.read_text())["rows"] if options.json.is_file() else []
-    for seed, arm in itertools.product(range(options.seeds), ARMS):
+    for seed, arm in itertools.product(range(options.seeds), options.arms):
         if any((r["arm"], r["seed"], r["steps"]) == (arm, seed, options.steps) for r in rows):
             continue
         rows += run(arm, seed, options.steps, corpus, ids, tokenizer.get_vocab_size())

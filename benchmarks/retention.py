@@ -49,9 +49,9 @@ SETTINGS: dict[str, TensorMemoryConfig] = {
     "default": TensorMemoryConfig(),
     "default, forget bias 6": TensorMemoryConfig(forget_bias=6.0),
     "default, gates from the input": TensorMemoryConfig(gates="input"),
-    "default, footprint": TensorMemoryConfig(update="footprint"),
-    "default, footprint, forget bias 6": TensorMemoryConfig(update="footprint", forget_bias=6.0),
-    "default, footprint, gates from the input": TensorMemoryConfig(update="footprint", gates="input"),
+    "every cell": TensorMemoryConfig(update="all"),
+    "every cell, forget bias 6": TensorMemoryConfig(update="all", forget_bias=6.0),
+    "every cell, gates from the input": TensorMemoryConfig(update="all", gates="input"),
 }
 
 

@@ -323,10 +323,10 @@ def retention(what: str) -> str:
 
 def diagnostics(what: str) -> str:
     """Accuracy on the tasks that ask for a memory: by "kinds" of backbone, on the paper's "originals" too, "settings" of the
-    memory, its "ablations" or "delays"."""
-    from tessera.evaluation.diagnostics import ALONE, ablation_cells, cells, delay_cells, setting_cells
+    memory, its "ablations", "delays" or "gates"."""
+    from tessera.evaluation.diagnostics import ALONE, ablation_cells, cells, delay_cells, gate_cells, setting_cells
 
-    made = {"settings": setting_cells, "ablations": ablation_cells, "delays": delay_cells}.get(what, cells)
+    made = {"settings": setting_cells, "ablations": ablation_cells, "delays": delay_cells, "gates": gate_cells}.get(what, cells)
     rows = _load("diagnostics")["rows"]
     if what in ("kinds", "originals"):
         rows = [r for r in rows if (r["attention"] == ALONE) == (what == "kinds")]

@@ -40,8 +40,8 @@ SIZES: tuple[tuple[int, int, int, dict[str, Any]], ...] = (
 )
 SETTINGS: dict[str, Callable[..., TensorMemoryConfig]] = {
     "the paper's": TensorMemoryConfig.paper,
-    "footprint": partial(TensorMemoryConfig, update="footprint"),
-    "footprint, gates from the input": partial(TensorMemoryConfig, update="footprint", gates="input"),
+    "default": TensorMemoryConfig,
+    "gates from the input": partial(TensorMemoryConfig, gates="input"),
 }
 PLAIN = "plain loop"
 

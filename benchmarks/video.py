@@ -48,7 +48,7 @@ GRID = (8, 8)
 ARMS: dict[str, tuple[str, TensorMemoryConfig | None]] = {
     "frame": ("frame", None),
     "frame, memory": ("frame", TensorMemoryConfig(grid=GRID)),
-    "frame, memory that updates its footprint": ("frame", TensorMemoryConfig(grid=GRID, update="footprint")),
+    "frame, memory that updates every cell": ("frame", TensorMemoryConfig(grid=GRID, update="all")),
     "frame, the paper's memory": ("frame", TensorMemoryConfig.paper(grid=GRID)),
     "window:4": ("window:4", None),
     "whole clip": ("all", None),
@@ -56,7 +56,7 @@ ARMS: dict[str, tuple[str, TensorMemoryConfig | None]] = {
 #: Frames of a clip, for which a digit stays in a place behind the bar, and the arms.
 PLAN: tuple[tuple[int, int, tuple[str, ...]], ...] = (
     (16, 1, tuple(ARMS)),
-    (24, 6, ("frame, memory", "frame, memory that updates its footprint", "window:4")),
+    (24, 6, ("frame, memory", "frame, memory that updates every cell", "window:4")),
 )
 
 

@@ -42,7 +42,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def row(task: str, fields: dict[str, Any], kind: str, accuracy: float, **more: Any) -> dict[str, Any]:
     bounds = {"accuracy": accuracy, "chance": 0.25, "stateless": 0.25, "ceiling": 1.0}
-    return {**plans.job(task, fields, kind), **bounds, **more}
+    gates = [0.25, 0.5] if kind == "memory" else []
+    return {**plans.job(task, fields, kind), **bounds, "gates": gates, **more}
 
 
 def test_every_run_of_every_plan_can_be_and_is_there_once() -> None:
@@ -132,8 +133,11 @@ def test_tables_have_mean_and_spread_and_settings_beside_each_other(tmp_path: Pa
     header, lines = plans.setting_cells(rows)
     assert header == ("setting", name)
     assert lines == [("default", "0.625 ± 0.177"), ("the paper's", "0.300")]
-    assert len(plans.diagnostics_tables(rows)) == 2
-    assert len(plans.diagnostics_tables(rows[:2])) == 1
+    header, lines = plans.gate_cells(rows)
+    assert header == ("task", "layer 1", "layer 2", "at the start")
+    assert lines[0] == (name, "0.250 ± 0.000", "0.500 ± 0.000", "0.119")
+    assert len(plans.diagnostics_tables(rows)) == 3
+    assert len(plans.diagnostics_tables(rows[:1])) == 1
     later = row("binding", {"delay": 64}, "memory", 0.9, delays=[0, 1024], by_delay={"0": 0.95, "1024": 0.5})
     assert plans.delay_cells([*rows, later]) == (
         ("task", "setting", "0 blank", "1,024 blank", "guessing"),
@@ -141,7 +145,7 @@ def test_tables_have_mean_and_spread_and_settings_beside_each_other(tmp_path: Pa
     )
     assert len(plans.delay_cells([later, {**later, "setting": "the paper's"}])[1]) == 2
     assert (plans.cells([*rows, later]), plans.setting_cells([*rows, later])) == (plans.cells(rows), plans.setting_cells(rows))
-    assert len(plans.diagnostics_tables([*rows, later])) == 3
+    assert len(plans.diagnostics_tables([*rows, later])) == 4
     plot_diagnostics([*rows, later], tmp_path / "all.png")
     plot_diagnostics(rows[:2], tmp_path / "few.png")
     from matplotlib.image import imread
@@ -154,6 +158,27 @@ def test_tables_have_mean_and_spread_and_settings_beside_each_other(tmp_path: Pa
 def test_runs_of_other_lengths_are_not_averaged() -> None:
     rows = [row("map", {}, "memory", 0.6), row("map", {}, "memory", 0.8, steps=1000)]
     assert [line[4] for line in plans.cells(rows)[1]] == ["0.600", "0.800"]
+    rows += [
+        row("map", {}, "memory", 0.5, setting="every cell"),
+        row("map", {}, "memory", 0.9, setting="every cell", steps=1000),
+    ]
+    assert plans.setting_cells(rows)[1] == [
+        ("default, 300 steps", "0.600"),
+        ("default, 1,000 steps", "0.800"),
+        ("every cell, 300 steps", "0.500"),
+        ("every cell, 1,000 steps", "0.900"),
+    ]
+
+
+def test_an_anchored_memory_is_told_the_places_that_tokens_say() -> None:
+    config = plans.config_of(plans.job("map", {"queries": 2}, "memory", "anchored"))
+    model, asked = build_backbone(config.backbone), []
+    assert model.memory is not None
+    model.memory.register_forward_pre_hook(lambda _, arguments: asked.append(arguments[2]))
+    x, _ = config.task.sample(3)
+    model(x)
+    assert len(asked) == config.backbone.layers
+    torch.testing.assert_close(asked[0], x[..., 3:5])
 
 
 def test_measuring_in_parts_is_measuring_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

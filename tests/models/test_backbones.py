@@ -84,7 +84,7 @@ def test_everything_learns(kind: Any) -> None:
         ({"attention": "dense"}, "got 'dense'"),
         ({"width": 18}, "even multiple of the 2 heads, got 18"),
         ({"layers": 0}, "layers must be at least 1"),
-        ({"memory": TensorMemoryConfig(anchored=True)}, "anchored must be False"),
+        ({"memory": TensorMemoryConfig(anchored=True)}, "places have 0"),
     ],
 )
 def test_what_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:

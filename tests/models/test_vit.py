@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tessera.models import ViT, ViTConfig
 from tessera.models.vit import to_patches
+from tessera.models.vit_state import ViTState
 
 SIZES: dict[str, Any] = {
     "image_size": 6,
@@ -27,6 +29,9 @@ KINDS = {
     "all, memory": {"attention": "all", "memory": MEMORY},
     "frame": {"attention": "frame", "positions": "sincos"},
     "frame, memory": {"attention": "frame", "memory": MEMORY},
+    "all, anchored": {"attention": "all", "memory": {**MEMORY, "anchored": True}},
+    "frame, anchored": {"attention": "frame", "memory": {**MEMORY, "anchored": True}},
+    "window, anchored": {"attention": "window:3", "memory": {**MEMORY, "grid": (2, 3, 3), "anchored": True}},
     "window, memory": {"attention": "window:3", "memory": {**MEMORY, "every": 2}, "positions": "sincos"},
 }
 STREAMS = [name for name in KINDS if not name.startswith("all")]
@@ -162,7 +167,7 @@ def test_patches_are_cut_row_by_row() -> None:
         ({"attention": "window"}, "got 'window'"),
         ({"attention": "window:0"}, "got 'window:0'"),
         ({"attention": "frame", "memory": {"threaded": True}}, "would show frames to those before them"),
-        ({"memory": {"anchored": True}}, "place of every token"),
+        ({"memory": {"anchored": True, "grid": (4,)}}, "two or three axes"),
         ({"memory": {"chanels": 2}}, "has no 'chanels'"),
     ],
 )
@@ -179,6 +184,44 @@ def test_input_that_does_not_fit_is_refused() -> None:
         make("all")(clip(1), state)
     with pytest.raises(ValueError, match="classes=0"):
         make("all", classes=0)(clip(1))
+
+
+def test_patches_of_an_anchored_memory_are_where_they_are_in_their_frame() -> None:
+    model, asked = make("window, anchored"), []
+    model.memory.register_forward_pre_hook(lambda _, arguments: asked.append(arguments[2]))
+    logits(model, clip(4))
+    corners = [(-1, -1), (1, -1), (-1, 1), (1, 1)]  # two patches a side; x first
+    expected = torch.tensor([(x, y, t) for t in (-1, 0, 1, -1) for x, y in corners], dtype=torch.float32)
+    torch.testing.assert_close(asked[0], expected)
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_stream_goes_on_from_a_saved_state(kind: str, tmp_path: Path) -> None:
+    model, x = make(kind), clip()
+    with torch.no_grad():
+        model(x[:, :4]).state.save(tmp_path / "state.safetensors")
+        state = ViTState.load(tmp_path / "state.safetensors").to("cpu")
+        output = model(x[:, 4:], state)
+        torch.testing.assert_close(output.logits, logits(model, x)[:, 4:], rtol=1e-4, atol=1e-5)
+        second = model(x[1:, 4:], state.select(torch.tensor([1])))
+        torch.testing.assert_close(second.logits, output.logits[1:], rtol=1e-4, atol=1e-5)
+    assert state.nbytes == sum(t.numel() * t.element_size() for t in state.tensors().values())
+
+
+def test_files_that_hold_no_state_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="holds no state of a ViT"):
+        ViTState.load(path)
+    state = make("frame, memory")(clip(2)).state
+    tensors = {name: t.detach().contiguous() for name, t in state.tensors().items()}
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="holds no state of a ViT"):
+        ViTState.load(path)
+    for damage in ({"0.memory.h": torch.full_like(tensors["0.memory.h"], float("nan"))}, {"other": torch.zeros(2)}):
+        save_file({**tensors, **damage}, path, {"tessera": "vit_state", "frames": "2"})
+        with pytest.raises(ValueError, match="is damaged"):
+            ViTState.load(path)
 
 
 def test_a_state_that_does_not_fit_is_refused() -> None:

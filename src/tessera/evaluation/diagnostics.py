@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from tessera.evaluation.jobs import Job, Row, resume
-from tessera.models.backbones import KINDS, BackboneConfig
+from tessera.models.backbones import KINDS, OPEN_AT_FIRST, BackboneConfig
 from tessera.spatial import TensorMemoryConfig
 from tessera.tasks.binding import Binding
 from tessera.tasks.map_building import MapBuilding
@@ -38,9 +38,12 @@ GRIDS: dict[str, dict[str, Any]] = {
 
 SETTINGS: dict[str, tuple[bool, dict[str, Any]]] = {
     "default": (False, {}),
-    "default, footprint": (False, {"update": "footprint"}),
-    "default, gates from the input": (False, {"gates": "input"}),
-    "default, footprint, gates from the input": (False, {"update": "footprint", "gates": "input"}),
+    "every cell": (False, {"update": "all"}),
+    "gates from the input": (False, {"gates": "input"}),
+    "every cell, gates from the input": (False, {"update": "all", "gates": "input"}),
+    "anchored": (False, {"anchored": True}),
+    "chunks of 4": (False, {"chunk": 4}),
+    "chunks of 4, one read": (False, {"chunk": 4, "read": "chunk"}),
     "the paper's": (True, {}),
     "the paper's, forget bias 3": (True, {"forget_bias": 3.0}),
     "the paper's, sigma 0.3": (True, {"sigma_init": 0.3}),
@@ -59,8 +62,6 @@ ABLATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
     "grid 4x4x4": (False, {"grid": (4, 4, 4)}),
     "grid 8x8x8": (False, {"grid": (8, 8, 8)}),
     "chunks of 2": (False, {"chunk": 2}),
-    "chunks of 4": (False, {"chunk": 4}),
-    "chunks of 4, one read": (False, {"chunk": 4, "read": "chunk"}),
     "sigma 1.31": (False, {"sigma_init": TensorMemoryConfig.paper().sigma_init}),
     "forget bias 0": (False, {"forget_bias": 0.0}),
     "full projection": (False, {"projection": "full"}),
@@ -145,6 +146,9 @@ ORIGINALS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 """The tasks as the paper has them."""
 
+OF_ORIGINALS = "every cell"
+"""Setting of the memory on the originals: all cells are updated, as in the paper."""
+
 PARTS = ("kinds", "settings", "ablations", "delays", "originals")
 """Of the full plan."""
 
@@ -160,15 +164,20 @@ def full_plan(seeds: int = 3, steps: int = 1000, parts: Sequence[str] = PARTS) -
                 job(t, f, "memory", setting, steps=n * steps, seed=seed)
                 for t, f, n in MENDED
                 for setting in SETTINGS
-                if setting != "default"
+                # Tokens of the other tasks say no place.
+                if setting != "default" and (setting != "anchored" or hasattr(TASKS[t], "place"))
             ],
             "ablations": [job("binding", {}, "memory", setting, steps=steps, seed=seed) for setting in ABLATIONS],
             "delays": [
                 job(t, {**f, "delay": DELAY}, setting=setting, steps=2 * n * steps, seed=seed, delays=DELAYS)
                 for t, f, n in MENDED
-                for setting in ("default", "default, footprint")
+                for setting in ("default", "every cell")
             ],
-            "originals": [job(t, f, k, attention="whole", steps=steps, seed=seed) for t, f in ORIGINALS for k in KINDS],
+            "originals": [
+                job(t, f, k, OF_ORIGINALS if k == "memory" else "default", attention="whole", steps=steps, seed=seed)
+                for t, f in ORIGINALS
+                for k in KINDS
+            ],
         }
         found += [each for part in parts for each in own[part]]
     return found
@@ -188,7 +197,9 @@ def config_of(job: Job) -> DiagnosticConfig:
     paper, changes = settings[job["setting"]]
     make = TensorMemoryConfig.paper if paper else TensorMemoryConfig
     memory = make(**{**GRIDS[job["task"]], **changes})
-    backbone = BackboneConfig(task.features, task.classes, job["kind"], job["attention"], task.frame, memory=memory)
+    backbone = BackboneConfig(
+        task.features, task.classes, job["kind"], job["attention"], task.frame, getattr(task, "place", None), memory=memory
+    )
     return DiagnosticConfig(
         task, backbone, steps=job["steps"], rate=job.get("rate", 1.0), seed=job["seed"], delays=tuple(job.get("delays", ()))
     )
@@ -234,54 +245,82 @@ def title(row: Row) -> str:
     )
 
 
-def grouped(rows: Sequence[Row], by: str) -> dict[str, dict[str, list[Row]]]:
-    """Rows by title of the task, then by "kind" or "setting", those of delays left out; of settings those tasks alone of
-    which there are several."""
-    found: dict[str, dict[str, list[Row]]] = {}
+def by_kind(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Rows by title of the task, with the steps where there are several, then by kind; of memories the default alone, on the
+    originals `OF_ORIGINALS`; delays left out."""
+    found: dict[tuple[str, int], dict[str, list[Row]]] = {}
     for row in rows:
-        other = row["kind"] != "memory" if by == "setting" else row["setting"] != "default"
-        if other or "by_delay" in row:
-            continue
-        found.setdefault(f"{title(row)}|{row['steps']}", {}).setdefault(row[by], []).append(row)
-    counts = [name.rpartition("|")[0] for name in found]
-    named = {
-        (name.rpartition("|")[0] if counts.count(name.rpartition("|")[0]) == 1 else name.replace("|", ", steps: ")): own
-        for name, own in found.items()
+        wanted = OF_ORIGINALS if row["attention"] == "whole" else "default"
+        if (row["kind"] != "memory" or row["setting"] == wanted) and "by_delay" not in row:
+            found.setdefault((title(row), row["steps"]), {}).setdefault(row["kind"], []).append(row)
+    tasks = [task for task, _ in found]
+    return {task if tasks.count(task) == 1 else f"{task}, {steps:,} steps": own for (task, steps), own in found.items()}
+
+
+def by_setting(rows: Sequence[Row], settings: Iterable[str]) -> tuple[list[str], dict[str, dict[str, list[Row]]]]:
+    """Rows of a memory by title of the task, then by setting, with the plan's steps where there are several; delays, and tasks
+    of a single setting, left out. In front of them the names of all settings."""
+    found: dict[str, dict[tuple[str, int], list[Row]]] = {}
+    for row in rows:
+        if row["kind"] == "memory" and "by_delay" not in row:
+            times = next((n for task, fields, n in MENDED if (task, fields) == (row["task"], row["fields"])), 1)
+            found.setdefault(title(row), {}).setdefault((row["setting"], row["steps"] // times), []).append(row)
+    found = {task: own for task, own in found.items() if len({setting for setting, _ in own}) > 1}
+    steps = sorted({number for own in found.values() for _, number in own})
+    names = {
+        (setting, number): setting if len(steps) == 1 else f"{setting}, {number:,} steps"
+        for setting in settings
+        for number in steps
     }
-    return {name: own for name, own in named.items() if by == "kind" or len(own) > 1}
+    tasks = {task: {name: own[place] for place, name in names.items() if place in own} for task, own in found.items()}
+    return [name for name in names.values() if any(name in own for own in tasks.values())], tasks
 
 
-def spread(rows: Sequence[Row]) -> str:
-    """Mean accuracy ± standard deviation over the seeds; of one seed its accuracy."""
-    found = [row["accuracy"] for row in rows]
+def spread(found: Sequence[float]) -> str:
+    """Mean ± standard deviation over the seeds; of one seed the number."""
     return f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
+
+
+def _accuracy(rows: Sequence[Row]) -> str:
+    return spread([row["accuracy"] for row in rows])
 
 
 def cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and lines of the table of kinds: a line for each task."""
     lines = []
-    for name, own in grouped(rows, "kind").items():
+    for name, own in by_kind(rows).items():
         any_row = next(iter(own.values()))[0]
         bounds = (f"{any_row[bound]:.3f}" for bound in ("ceiling", "stateless", "chance"))
-        lines.append((name, *(spread(own[kind]) if kind in own else "" for kind in KINDS), *bounds))
+        lines.append((name, *(_accuracy(own[kind]) if kind in own else "" for kind in KINDS), *bounds))
     return ("task", *KINDS, "ceiling", "current frame", "guessing"), lines
 
 
 def setting_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and lines of the table of settings: a line for each setting, a column for each task."""
-    found = grouped(rows, "setting")
-    names = [name for name in SETTINGS if any(name in own for own in found.values())]
-    return ("setting", *found), [
-        (name, *(spread(own[name]) if name in own else "" for own in found.values())) for name in names
-    ]
+    return _settings_table(*by_setting(rows, SETTINGS))
 
 
 def ablation_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and lines of the table of ablations, beside the default."""
-    own = {task: found for task, found in grouped(rows, "setting").items() if ABLATIONS.keys() & found}
-    names = [name for name in ("default", *ABLATIONS) if any(name in found for found in own.values())]
-    return ("setting", *own), [
-        (name, *(spread(found[name]) if name in found else "" for found in own.values())) for name in names
+    tasks = {(title(row), row["steps"]) for row in rows if row["setting"] in ABLATIONS}
+    own = [row for row in rows if (title(row), row["steps"]) in tasks]
+    return _settings_table(*by_setting(own, ("default", *ABLATIONS)))
+
+
+def gate_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines of the table of gates: how far each layer of the default opens to its memory after training."""
+    lines = []
+    for name, own in by_kind(rows).items():
+        gates = [row["gates"] for row in own.get("memory", ())]
+        if gates:
+            lines.append((name, *(spread(layer) for layer in zip(*gates, strict=True)), f"{OPEN_AT_FIRST:.3f}"))
+    layers = len(lines[0]) - 2 if lines else 0
+    return ("task", *(f"layer {i + 1}" for i in range(layers)), "at the start"), lines
+
+
+def _settings_table(names: list[str], found: dict[str, dict[str, list[Row]]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    return ("setting", *found), [
+        (name, *(_accuracy(own[name]) if name in own else "" for own in found.values())) for name in names
     ]
 
 
@@ -293,16 +332,16 @@ def delay_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, .
             found.setdefault((title({**row, "fields": {**row["fields"], "delay": 0}}), row["setting"]), []).append(row)
     delays = list(dict.fromkeys(delay for own in found.values() for delay in own[0]["by_delay"]))
     lines = [
-        (*name, *(spread([{"accuracy": row["by_delay"][delay]} for row in own]) for delay in delays), f"{own[0]['chance']:.3f}")
+        (*name, *(spread([row["by_delay"][delay] for row in own]) for delay in delays), f"{own[0]['chance']:.3f}")
         for name, own in found.items()
     ]
     return ("task", "setting", *(f"{int(delay):,} blank" for delay in delays), "guessing"), lines
 
 
 def diagnostics_tables(rows: Sequence[Row]) -> list[Table]:
-    """A table of kinds; of settings where there are several, of ablations and of delays where they were measured."""
+    """A table of kinds; of settings where there are several, of ablations and of delays where they were measured; of gates."""
     made = []
-    for header, lines in (cells(rows), setting_cells(rows), ablation_cells(rows), delay_cells(rows)):
+    for header, lines in (cells(rows), setting_cells(rows), ablation_cells(rows), delay_cells(rows), gate_cells(rows)):
         if not lines or len(header) == 1:
             continue
         table = Table()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from tessera.evaluation.diagnostics import ABLATIONS, SETTINGS, TASKS, grouped, title
+from tessera.evaluation.diagnostics import ABLATIONS, SETTINGS, TASKS, by_kind, by_setting, title
 from tessera.evaluation.jobs import Row
 from tessera.files import atomic_path
 from tessera.models.backbones import KINDS
@@ -29,10 +29,9 @@ def plot_diagnostics(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kinds = grouped(rows, "kind")
-    settings = grouped(rows, "setting")
+    kinds = by_kind(rows)
+    names, settings = by_setting(rows, {**SETTINGS, **ABLATIONS})
     delays = _by_delay(rows)
-    names = [name for name in {**SETTINGS, **ABLATIONS} if any(name in own for own in settings.values())]
     tall = [0.5 + 0.42 * len(kinds), *([0.5 + 0.36 * len(names)] if settings else []), *([3.0] if delays else [])]
     figure, axes = pyplot.subplots(
         len(tall), 1, figsize=(10, sum(tall) + 1.2), height_ratios=tall, squeeze=False, layout="constrained"

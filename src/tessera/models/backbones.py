@@ -37,6 +37,8 @@ class BackboneConfig:
     """"whole", "window:W" (the newest W tokens, a token itself among them) or "frame" (of the current frame)."""
     frame: int = 1
     """Tokens of a frame."""
+    place: tuple[int, int] | None = None
+    """First number of a token that says its place, and the one behind the last; None: none does."""
     width: int = 64
     """Of the residual stream."""
     layers: int = 2
@@ -56,8 +58,9 @@ class BackboneConfig:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {self.kind!r}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width must be an even multiple of the {self.heads} heads, got {self.width}")
-        if self.memory.anchored:
-            raise ValueError("tokens of a backbone come without places: anchored must be False")
+        axes = 0 if self.place is None else self.place[1] - self.place[0]
+        if self.kind == "memory" and self.memory.anchored and axes != len(self.memory.grid):
+            raise ValueError(f"anchored=True on a grid of {len(self.memory.grid)} axes; the tokens' places have {axes}")
         self.window()
 
     def window(self) -> int | None:
@@ -143,11 +146,11 @@ class Layer(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, mask: Tensor, memory: TensorMemory | None) -> Tensor:
-        """x: (batch, tokens, width)."""
+    def forward(self, x: Tensor, mask: Tensor, memory: TensorMemory | None, places: Tensor | None) -> Tensor:
+        """x: (batch, tokens, width), places: (batch, tokens, axes of the grid), of an anchored memory."""
         x = x + self.attention(self.attention_norm(x), mask)
         if memory is not None:
-            read, _ = memory(self.memory_norm(x))
+            read, _ = memory(self.memory_norm(x), None, places)
             x = x + self.memory_logit.sigmoid() * read
         return x + self.down(gelu(self.up(self.mlp_norm(x))))
 
@@ -173,8 +176,11 @@ class Backbone(nn.Module):
     def forward(self, input_ids: Tensor) -> Answer:
         """input_ids: (batch, tokens, features), numbers in spite of the name, which `tessera.training.loop` calls by."""
         x, mask = self.embed(input_ids), self.mask(input_ids.shape[1], input_ids.device)
+        places = None
+        if self.config.place is not None and self.config.memory.anchored:
+            places = input_ids[..., slice(*self.config.place)].clamp(-1, 1)
         for layer in self.layers:
-            x = layer(x, mask, self.memory)
+            x = layer(x, mask, self.memory, places)
         return Answer(self.head(self.norm(x)))
 
     def gates(self) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from tessera.models.vit_state import ViTState
 from tessera.spatial.config import TensorMemoryConfig
 from tessera.spatial.layer import make_layers, make_memory
 from tessera.spatial.memory import TensorMemory
@@ -31,7 +32,9 @@ class ViTConfig(PreTrainedConfig):
         attention: what a patch sees. "all": every frame of the clip; "frame": its own; "window:4": the newest four, which are
             then numbered from 0 to 3 and from 0 again, so that a stream far longer than what was trained on has no new number.
         memory: fields of `TensorMemoryConfig`, or None. With attention "all" the state goes from layer to layer; otherwise
-            every layer has its own, and no output depends on a later frame.
+            every layer has its own, and no output depends on a later frame. Anchored, a patch is at its (x, y) in the frame,
+            with a grid of three axes at (x, y, t), where t is the frame's number, from the first to the last of the clip or of
+            the window.
     """
 
     model_type = "tessera_vit"
@@ -62,8 +65,8 @@ class ViTConfig(PreTrainedConfig):
         window = read_frames(attention)
         if memory is not None:
             known = TensorMemoryConfig.from_dict(memory)
-            if known.anchored:
-                raise ValueError("anchored=True needs the place of every token, which a ViT does not tell its memory")
+            if known.anchored and len(known.grid) == 1:
+                raise ValueError("anchored=True needs a grid of two or three axes, for the (x, y) or (x, y, t) of a patch")
             if known.threaded and window is not None:
                 raise ValueError(
                     f"threaded=True would show frames to those before them with attention {attention!r}; leave it out"
@@ -94,32 +97,6 @@ def read_frames(attention: str) -> int | None:
     if name != "window" or not count.isdigit() or int(count) < 1:
         raise ValueError(f"attention must be 'all', 'frame' or, as an example, 'window:4', got {attention!r}")
     return int(count)
-
-
-@dataclass(frozen=True, eq=False)
-class ViTState:
-    """What a stream of frames carries from one call to the next.
-
-    Attributes:
-        frames: so far.
-        windows: for each layer keys and values, (batch, heads, patches of the frames that are still seen, head_dim).
-        memories: for each layer the state of its memory, or None.
-    """
-
-    frames: int
-    windows: tuple[tuple[Tensor, Tensor], ...]
-    memories: tuple[TensorMemoryState | None, ...]
-
-    def detach(self) -> ViTState:
-        """The same without a graph."""
-        windows = tuple((k.detach(), v.detach()) for k, v in self.windows)
-        return ViTState(self.frames, windows, tuple(None if m is None else m.detach() for m in self.memories))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        kept = sum(x.numel() * x.element_size() for pair in self.windows for x in pair)
-        return kept + sum(m.nbytes for m in self.memories if m is not None)
 
 
 @dataclass
@@ -214,6 +191,21 @@ class ViT(PreTrainedModel):
                 other = "without" if memory is None else "with"
                 raise ValueError(f"the state is of a model {other} a memory in layer {index}")
 
+    def _places(self, times: Tensor, count: int) -> Tensor | None:
+        """Where patches are for an anchored memory, (tokens, axes of the grid), each axis from -1 to 1.
+
+        Args:
+            times: numbers of frames, (frames,), from 0 to `count` - 1.
+            count: of a clip or of a window; of one the only frame is in the middle.
+        """
+        if self.memory is None or not self.memory.config.anchored:
+            return None
+        side = self.config.image_size // self.config.patch_size
+        along = torch.linspace(-1, 1, side, device=times.device) if side > 1 else torch.zeros(1, device=times.device)
+        t = 2 * times / (count - 1) - 1 if count > 1 else torch.zeros_like(times, dtype=torch.float32)
+        t, y, x = (part.flatten() for part in torch.meshgrid(t, along, along, indexing="ij"))
+        return torch.stack((x, y, t)[: len(self.memory.config.grid)], dim=-1)
+
     def forward(self, pixel_values: Tensor, state: ViTState | None = None, masked: Tensor | None = None) -> ViTOutput:
         """Images, whole clips, or the next frames of streams.
 
@@ -260,6 +252,7 @@ class ViT(PreTrainedModel):
         if window is not None:
             times %= window
         x = (x + waves(times, config.hidden_size)[:, None].to(x.dtype)).flatten(1, 2)
+        places = self._places(times, frames if window is None else window)
         windows, memories = [], []
         threaded: TensorMemoryState | None = None
         for index, block in enumerate(self.blocks):
@@ -268,7 +261,7 @@ class ViT(PreTrainedModel):
             x, own = x + read, None
             if self.memory is not None and str(index) in self.memory_layers:
                 given = threaded if state is None else state.memories[index]
-                added, own = self.memory_layers[str(index)](self.memory, x, given)
+                added, own = self.memory_layers[str(index)](self.memory, x, given, places)
                 x = x + added
                 if self.threaded:
                     threaded = self.memory.flush(own)

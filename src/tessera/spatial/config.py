@@ -37,9 +37,9 @@ class TensorMemoryConfig(Options):
     write: Literal["gaussian", "nearest"] = "gaussian"
     """How far a write reaches: a "gaussian" about its place, or the "nearest" cell alone, through which no gradient finds the
     place."""
-    update: Literal["footprint", "all"] = "all"
-    """Cells that a step changes: "all", written or not, as in the paper; or those in the "footprint" of the write, by its
-    weight there, so that every other cell is kept exactly and costs nothing."""
+    update: Literal["footprint", "all"] = "footprint"
+    """Cells that a step changes: those in the "footprint" of the write, by its weight there, so that every other cell is kept
+    exactly and costs nothing; or "all", written or not, as in the paper."""
     coordinates: Literal["agree", "shared", "separate"] = "agree"
     """Where a chunk is written. "agree": at the mean of the places that it reads, which for one token is the same place.
     "shared": where the net that gives the place of reads puts the projected chunk (the paper's). "separate": where a net of its
@@ -90,6 +90,7 @@ class TensorMemoryConfig(Options):
     def paper(cls, **changes: Any) -> TensorMemoryConfig:
         """The paper's own setting, with `changes`."""
         setting: dict[str, Any] = {
+            "update": "all",
             "coordinates": "shared",
             "read": "chunk",
             "projection": "full",

@@ -31,20 +31,23 @@ class TensorMemoryLayer(nn.Module):
         #: Off: reads count for nothing, to measure what the memory is worth.
         self.reads = True
 
-    def forward(self, memory: TensorMemory, x: Tensor, state: TensorMemoryState | None) -> tuple[Tensor, TensorMemoryState]:
+    def forward(
+        self, memory: TensorMemory, x: Tensor, state: TensorMemoryState | None, places: Tensor | None = None
+    ) -> tuple[Tensor, TensorMemoryState]:
         """What is added to the residual stream.
 
         Args:
             memory: of all layers.
             x: (batch, tokens, dim).
             state: this layer's own, or, in a model that sees everything at once, what the layer before left.
+            places: of the tokens, for a memory that is anchored; see `TensorMemory.forward`.
 
         Returns:
             (batch, tokens, dim) in the dtype of `x`, and the new state.
         """
         norm = self.norm
         normed = layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-        read, state = memory(normed, state)
+        read, state = memory(normed, state, places)
         added = torch.sigmoid(self.gate_logit.float()) * read
         return (added if self.reads else added * 0).to(x.dtype), state
 

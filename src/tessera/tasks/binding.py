@@ -48,6 +48,9 @@ class Binding:
 
     frame = 1
     """Tokens of a frame."""
+    place = (3, 6)
+    """First number of a token that says its place, from -1 to 1 and the noise, and the one behind the last; a blank token's is
+    the middle."""
     ceiling = 1.0
     """Accuracy of the best answer; the value of the nearest place counts, whichever place the question was made from."""
 

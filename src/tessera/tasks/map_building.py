@@ -55,6 +55,8 @@ class MapBuilding:
     """Tokens of a frame."""
     classes = 2
     """Answers that there are."""
+    place = (3, 5)
+    """First number of a token that says its place, from -1 to 1, and the one behind the last; a blank token's is the middle."""
 
     @property
     def features(self) -> int:

@@ -1,0 +1,107 @@
+"""What a stream of frames through a `ViT` carries from one call to the next."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tessera.files import atomic_path
+from tessera.spatial.state import TensorMemoryState
+
+_KIND = "vit_state"
+
+
+@dataclass(frozen=True, eq=False)
+class ViTState:
+    """A value: methods return a new one.
+
+    Attributes:
+        frames: so far.
+        windows: for each layer keys and values, (batch, heads, patches of the frames that are still seen, head_dim).
+        memories: for each layer the state of its memory, or None.
+    """
+
+    frames: int
+    windows: tuple[tuple[Tensor, Tensor], ...]
+    memories: tuple[TensorMemoryState | None, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that there is, by name: ``0.k`` and ``0.v`` of the first layer, ``0.memory.h`` of its memory."""
+        found = {}
+        for layer, ((k, v), memory) in enumerate(zip(self.windows, self.memories, strict=True)):
+            found |= {f"{layer}.k": k, f"{layer}.v": v}
+            if memory is not None:
+                found |= {f"{layer}.memory.{name}": x for name, x in memory.tensors().items()}
+        return found
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> ViTState:
+        windows = tuple((change(k), change(v)) for k, v in self.windows)
+        memories = tuple(
+            None if m is None else replace(m, **{name: change(x) for name, x in m.tensors().items()}) for m in self.memories
+        )
+        return ViTState(self.frames, windows, memories)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.numel() * x.element_size() for x in self.tensors().values())
+
+    def detach(self) -> ViTState:
+        """The same without a graph."""
+        return self._map(lambda x: x.detach())
+
+    def to(self, device: torch.device | str) -> ViTState:
+        """The same on another device."""
+        return self._map(lambda x: x.to(device))
+
+    def select(self, rows: Tensor) -> ViTState:
+        """Stream i is stream rows[i] of this one. rows: (n,) int64."""
+        return self._map(lambda x: x.index_select(0, rows.to(x.device)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file."""
+        tensors = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in self.tensors().items()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, {"tessera": _KIND, "frames": str(self.frames)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ViTState:
+        """Read what `save` wrote; whether it fits a model is looked at when that goes on with it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file holds something else.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)} holds no state of a ViT: {error}") from None
+        if about.get("tessera") != _KIND:
+            raise ValueError(f"{os.fspath(path)} holds no state of a ViT")
+        windows, memories = [], []
+        try:
+            while f"{len(windows)}.k" in found:
+                layer = len(windows)
+                windows.append((found.pop(f"{layer}.k"), found.pop(f"{layer}.v")))
+                own = {f.name: found.pop(f"{layer}.memory.{f.name}", None) for f in fields(TensorMemoryState)}
+                present = {name: x for name, x in own.items() if x is not None}
+                memories.append(TensorMemoryState(**present) if present else None)
+            state = cls(int(about["frames"]), tuple(windows), tuple(memories))
+            if found or not windows:
+                raise ValueError("its tensors are not those of a state")
+            for memory in filter(None, state.memories):
+                memory.check()
+            rows = {x.shape[0] if x.ndim else None for x in state.tensors().values()}
+            if len(rows) != 1 or None in rows or not all(x.isfinite().all() for x in state.tensors().values()):
+                raise ValueError("all its tensors have as many rows and are finite")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)} is damaged: {error}") from None
+        return state
