@@ -13,10 +13,15 @@ from typer.testing import CliRunner
 
 pytest.importorskip("accelerate", reason="the training extra is not installed")
 
+import tessera
+from tessera.associative import TensorCacheConfig
+from tessera.attachment.apply import read_shared
 from tessera.cli import app
-from tessera.evaluation.view import follow, follow_backbone, read_stream, sizes
+from tessera.evaluation.view import follow, follow_backbone, follow_vit, read_stream, sizes
 from tessera.evaluation.view_plot import animate, plot_state, plot_trace
+from tessera.models import ViT, ViTConfig
 from tessera.models.backbones import BackboneConfig, build_backbone
+from tessera.models.gpt import GPT, GPTConfig
 from tessera.spatial import TensorMemory, TensorMemoryConfig
 from tessera.training import diagnostics as training
 
@@ -146,7 +151,7 @@ def test_streams_are_read_from_either_kind_of_file(tmp_path: Path) -> None:
         (["--state", "{tmp}/none"], "there is no state at"),
         (["--state", "{tmp}/x.npy"], "holds no state of a Tensor Memory"),
         (["--state", "{tmp}/two.safetensors"], "holds no state of a Tensor Memory"),
-        (["--state", "{tmp}/x.npy", "--task", "map"], "give one of --state, --stream and --task"),
+        (["--state", "{tmp}/x.npy", "--task", "map"], "give one of --state, --stream, --model and --task"),
         (["--stream", "{tmp}/none"], "there is no stream at"),
         (["--stream", "{tmp}/text.npy"], "holds no stream"),
         (["--stream", "{tmp}/two.safetensors"], "holds a, b; a stream is the tensor x"),
@@ -155,6 +160,9 @@ def test_streams_are_read_from_either_kind_of_file(tmp_path: Path) -> None:
         (["--stream", "{tmp}/x.npy", "--weights", "{tmp}/none"], "there are no weights at"),
         (["--weights", "{tmp}/x.npy"], "--weights are those of the memory of --stream"),
         (["--task", "maps"], "no task 'maps'"),
+        (["--model", "{tmp}/none"], "there is no model at"),
+        (["--clip", "{tmp}"], "--clip is what a --model sees"),
+        (["--stream", "{tmp}/x.npy", "--update", "some"], "update must be one of 'footprint', 'all'"),
         (["--stream", "{tmp}/x.npy", "--out", "{tmp}/x.npy"], "--out must be a folder"),
     ],
 )
@@ -169,3 +177,59 @@ def test_what_cannot_be_is_refused_in_one_line(words: list[str], message: str, t
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("attention", ["all", "frame"])
+@pytest.mark.parametrize("memory", [{"grid": (3, 3), "chunk": 3}, {"grid": (2, 3, 3), "anchored": True}])
+def test_every_layer_of_a_vit_is_followed(attention: str, memory: dict[str, Any]) -> None:
+    fields = {"image_size": 6, "patch_size": 3, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
+    model = ViT(ViTConfig(**fields, attention=attention, memory={"channels": 3, "gate_init": 1.0, **memory})).eval()
+    clip, ends = torch.rand(3, 1, 6, 6), []
+    for layer in model.memory_layers.values():
+        layer.register_forward_hook(lambda _, __, result: ends.append(result[1]))
+    traces = follow_vit(model, clip)
+    assert len(traces) == len(ends) == 3
+    for trace, end in zip(traces, ends, strict=True):
+        torch.testing.assert_close(trace.size[-1], end.h[0].detach().norm(dim=0))
+        assert trace.gate == pytest.approx(0.7311, abs=1e-3)
+    # The state goes from layer to layer where everything is seen at once.
+    assert bool(traces[1].size[0].any()) == (attention == "all")
+    with pytest.raises(ValueError, match="no memory to look at"):
+        follow_vit(ViT(ViTConfig(**fields)), clip)
+
+
+def test_a_trained_vit_is_drawn_on_digits_and_on_a_folder_of_frames(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    from PIL import Image
+
+    ViT(ViTConfig(image_size=32, patch_size=8, attention="frame", memory={"channels": 3, "grid": (4, 4)})).save_pretrained(
+        tmp_path / "model"
+    )
+    assert run("--model", tmp_path / "model", "--out", tmp_path / "digits")[0] == 0
+    assert frames(tmp_path / "digits" / "memory.gif") == 64  # of 16 frames of 16 patches every fourth step
+    (tmp_path / "clip").mkdir()
+    for i in range(2):
+        Image.new("L", (40, 40), 90 * i).save(tmp_path / "clip" / f"{i}.png")
+    assert run("--model", tmp_path / "model", "--clip", tmp_path / "clip", "--out", tmp_path / "folder")[0] == 0
+    assert frames(tmp_path / "folder" / "memory.gif") == 32
+
+
+def test_an_attached_memory_is_followed_as_it_was_saved(tmp_path: Path) -> None:
+    model = GPT(
+        GPTConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, head_dim=4)
+    )
+    tessera.attach(model, TensorMemoryConfig(channels=4, grid=(3, 5), chunk=2))
+    tessera.save_memory(model, tmp_path / "memory.safetensors")
+    x = torch.randn(8, 8)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    words = ("--stream", tmp_path / "x.safetensors", "--out", tmp_path / "out")
+    assert run(*words, "--weights", tmp_path / "memory.safetensors")[0] == 0
+    assert frames(tmp_path / "out" / "memory.gif") == 4
+    memory = read_shared(tmp_path / "memory.safetensors")
+    shared: Any = model.tensor_memory["shared"]
+    torch.testing.assert_close(follow(memory, x).size, follow(shared, x).size)
+    tessera.detach(model)
+    tessera.attach(model, TensorCacheConfig(window=4))
+    tessera.save_memory(model, tmp_path / "cache.safetensors")
+    code, _, err = run(*words, "--weights", tmp_path / "cache.safetensors")
+    assert (code, "holds a TensorCache, not a Tensor Memory" in err) == (2, True)

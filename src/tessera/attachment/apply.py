@@ -19,6 +19,7 @@ from tessera.attachment.record import Attachment, alike, attached, attachment, r
 from tessera.cache.layer import ATTACHED
 from tessera.files import atomic_path
 from tessera.spatial.config import TensorMemoryConfig
+from tessera.spatial.memory import TensorMemory
 
 M = TypeVar("M", bound=nn.Module)
 _CONFIGS: dict[str, Any] = {"TensorCache": TensorCacheConfig, "TensorMemory": TensorMemoryConfig}
@@ -111,15 +112,8 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
     Raises:
         ValueError: if the file is damaged or was made for another model; the model is as it was.
     """
-    with _opened(path) as file:
-        try:
-            about = json.loads((file.metadata() or {})["tessera_memory"])
-            kind, fields, shape, weights = about["kind"], about["config"], about["model"], read_sample(about["weights"])
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{os.fspath(path)} holds no memory that tessera.save_memory wrote") from None
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if kind not in _CONFIGS:
-        raise ValueError(f"{os.fspath(path)} holds a memory of kind {kind!r}, which this version does not know")
+    about, tensors = _read(path)
+    kind, fields, shape, weights = about["kind"], about["config"], about["model"], about["weights"]
     own = _home(kind).shape_of(model)
     if shape != own:
         raise ValueError(f"this memory was trained for a model of shape {shape}; yours is {own}")
@@ -135,6 +129,39 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
         detach(model)
         raise
     return model
+
+
+def read_shared(path: str | os.PathLike[str]) -> TensorMemory:
+    """The Tensor Memory of a file that `save_memory` wrote, by itself, without a model.
+
+    Raises:
+        ValueError: if the file is damaged, or of a memory of another kind.
+    """
+    about, tensors = _read(path)
+    if about["kind"] != "TensorMemory":
+        raise ValueError(f"{os.fspath(path)} holds a {about['kind']}, not a Tensor Memory")
+    own = {name.removeprefix("shared."): x for name, x in tensors.items() if name.startswith("shared.")}
+    try:
+        memory = TensorMemory(TensorMemoryConfig.from_dict(about["config"]), own["coord_net.weight"].shape[1])
+        memory.load_state_dict(own)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{os.fspath(path)} is damaged: {error}") from None
+    return memory
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says about its memory, and its tensors."""
+    with _opened(path) as file:
+        try:
+            about = json.loads((file.metadata() or {})["tessera_memory"])
+            found = {name: about[name] for name in ("kind", "config", "model")}
+            found["weights"] = read_sample(about["weights"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{os.fspath(path)} holds no memory that tessera.save_memory wrote") from None
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if found["kind"] not in _CONFIGS:
+        raise ValueError(f"{os.fspath(path)} holds a memory of kind {found['kind']!r}, which this version does not know")
+    return found, tensors
 
 
 def _home(kind: str) -> Any:

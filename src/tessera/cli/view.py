@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +20,17 @@ def view(
         Path | None, typer.Option(help="Tokens (tokens, dim), .npy or .safetensors, which a memory goes through.")
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Of the memory of --stream, safetensors.  [default: as they start]")
+        Path | None,
+        typer.Option(
+            help="Of the memory of --stream: its state_dict as safetensors, or what tessera.save_memory wrote, which says "
+            "what it is of.  [default: as they start]"
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a trained ViT with a memory, as in runs/video/model, which sees a clip.")
+    ] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="Folder of the frames that --model sees.  [default: digits that it was not trained on]")
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="occlusion, map, binding or no harm: a clip of it.  [default: occlusion]")
@@ -28,6 +38,9 @@ def view(
     steps: Annotated[int, typer.Option(help="Steps of training on the task, before the clip.", min=1)] = 100,
     channels: Annotated[int, typer.Option(help="Numbers in a cell of the memory of --stream.")] = 16,
     grid: Annotated[str, typer.Option(help="Its cells, along depth, height, width.")] = "6x6x6",
+    chunk: Annotated[int, typer.Option(help="Tokens that it writes together.", min=1)] = 1,
+    update: Annotated[str, typer.Option(help="footprint or all: cells that it updates.")] = "footprint",
+    gates: Annotated[str, typer.Option(help="state or input: what its gates see.")] = "state",
     paper: Annotated[bool, typer.Option("--paper", help="The paper's setting of a memory instead of the default.")] = False,
     sequence: Annotated[int, typer.Option(help="Of the state.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Of weights and of the clip.")] = 0,
@@ -42,15 +55,21 @@ def view(
         tessera view --state state.safetensors
 
         tessera view --stream tokens.npy --grid 8x8 --channels 32
+
+        tessera view --model runs/video/model
     """
 
     from tessera.cli.quiet import quiet
 
     quiet()
     with one_line_errors():
-        given = [name for name, value in (("state", state), ("stream", stream), ("task", task)) if value is not None]
+        sources = (("state", state), ("stream", stream), ("model", model), ("task", task))
+        given = [name for name, value in sources if value is not None]
         if len(given) > 1:
-            raise ValueError(f"give one of --state, --stream and --task, not {' and '.join('--' + name for name in given)}")
+            words = " and ".join("--" + name for name in given)
+            raise ValueError(f"give one of --state, --stream, --model and --task, not {words}")
+        if clip is not None and model is None:
+            raise ValueError("--clip is what a --model sees")
         if weights is not None and stream is None:
             raise ValueError("--weights are those of the memory of --stream")
         if out.exists() and not out.is_dir():
@@ -67,7 +86,12 @@ def view(
         else:
             if stream is not None:
                 title = f"{stream.name}, weights {'as they start' if weights is None else 'of ' + weights.name}"
-                traces = [_stream(stream, weights, channels, grid, paper, seed)]
+                fields = {"channels": channels, "grid": _grid(grid), "chunk": chunk, "gates": gates}
+                # The paper's own, unless another is asked for.
+                fields |= {} if paper and update == "footprint" else {"update": update}
+                traces = [_stream(stream, weights, fields, paper, seed)]
+            elif model is not None:
+                traces, title = _vit(model, clip, seed)
             else:
                 traces, title = _clip(task or "occlusion", steps, paper, seed)
             saved += [out / "trace.png", out / "memory.gif"]
@@ -87,31 +111,67 @@ def _state(path: Path) -> TensorMemoryState:
     return TensorMemoryState.load(path)
 
 
-def _stream(path: Path, weights: Path | None, channels: int, grid: str, paper: bool, seed: int) -> Trace:
+def _grid(words: str) -> tuple[int, ...]:
+    sizes = words.lower().split("x")
+    if not all(size.isdigit() for size in sizes):
+        raise ValueError(f"--grid is as in 6x6x6 or 8x8, got {words!r}")
+    return tuple(map(int, sizes))
+
+
+def _stream(path: Path, weights: Path | None, fields: dict[str, Any], paper: bool, seed: int) -> Trace:
     import torch
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
+    from tessera.attachment.apply import read_shared
     from tessera.evaluation.view import follow, read_stream
     from tessera.spatial import TensorMemory, TensorMemoryConfig
 
     x = read_stream(path)
-    words = grid.lower().split("x")
-    if not all(word.isdigit() for word in words):
-        raise ValueError(f"--grid is as in 6x6x6 or 8x8, got {grid!r}")
-    fields = {"channels": channels, "grid": tuple(map(int, words))}
-    config = TensorMemoryConfig.paper(**fields) if paper else TensorMemoryConfig(**fields)  # type: ignore[arg-type]
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        memory = TensorMemory(config, x.shape[1])
-    if weights is not None:
-        if not weights.is_file():
-            raise FileNotFoundError(f"there are no weights at {weights}")
-        try:
+    config = TensorMemoryConfig.paper(**fields) if paper else TensorMemoryConfig(**fields)
+    if weights is not None and not weights.is_file():
+        raise FileNotFoundError(f"there are no weights at {weights}")
+    try:
+        if weights is not None:
+            with safe_open(weights, "pt") as file:
+                saved = "tessera_memory" in (file.metadata() or {})
+            if saved:
+                return follow(read_shared(weights), x)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            memory = TensorMemory(config, x.shape[1])
+        if weights is not None:
             memory.load_state_dict(load_file(weights))
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{weights} does not fit this memory: {error}") from error
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{weights} does not fit this memory: {error}") from error
     return follow(memory, x)
+
+
+def _vit(folder: Path, clip: Path | None, seed: int) -> tuple[list[Trace], str]:
+    """A trained ViT on a clip; returns traces and a title."""
+    from torch import Generator
+
+    from tessera.evaluation.view import follow_vit
+    from tessera.models import ViT
+    from tessera.tasks.moving_digits import MovingDigits
+    from tessera.tasks.pictures import load_digits, read_frames
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no model at {folder}")
+    model = ViT.from_pretrained(folder).eval()
+    config = model.config
+    if clip is not None:
+        frames = read_frames(clip, config.image_size, config.num_channels)
+        title = f"{folder}: {len(frames)} frames of {clip.name}"
+    elif config.num_channels != 1:
+        raise ValueError(f"{folder} sees pictures in colour, and digits are grey; give it a --clip")
+    elif config.image_size == 8:
+        frames, title = load_digits().pixels[seed % 1797][None], f"{folder}: a digit"
+    else:
+        task = MovingDigits(size=config.image_size, patch=config.patch_size)
+        clips, _ = task.sample(1, Generator().manual_seed(seed), held_out=True)
+        frames, title = clips[0], f"{folder}: {task.frames} frames of moving digits"
+    return follow_vit(model, frames), title
 
 
 def _clip(task: str, steps: int, paper: bool, seed: int) -> tuple[list[Trace], str]:

@@ -1,6 +1,7 @@
 """What a Tensor Memory does, step by step: how much lies in each cell, where tokens write and read.
 
-`follow` goes through a stream with one memory, `follow_backbone` with every layer of a `tessera.models.backbones.Backbone`.
+`follow` goes through a stream with one memory, `follow_backbone` and `follow_vit` with every layer of a
+`tessera.models.backbones.Backbone` or of a `tessera.models.ViT` that has one.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera.models.backbones import Backbone
+from tessera.models.vit import ViT
 from tessera.spatial import TensorMemory, TensorMemoryState
 
 
@@ -55,20 +58,28 @@ def sizes(state: TensorMemoryState, row: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def follow(memory: TensorMemory, x: Tensor, gate: float | None = None) -> Trace:
+def follow(
+    memory: TensorMemory,
+    x: Tensor,
+    gate: float | None = None,
+    state: TensorMemoryState | None = None,
+    places: Tensor | None = None,
+) -> Trace:
     """Go through a stream, one step at a time.
 
     Args:
-        memory: whose places are not anchored.
+        memory: that is written and read.
         x: (tokens, dim); what is left of the last chunk is not written.
         gate: of the layer.
+        state: of one sequence, in which no token waits; None: the stream begins.
+        places: (tokens, n), of an anchored memory.
 
     Raises:
         ValueError: if there is not one whole chunk, or the tokens do not fit.
     """
     chunk = memory.config.chunk
-    if memory.config.anchored:
-        raise ValueError("a stream comes without places: anchored must be False")
+    if memory.config.anchored and places is None:
+        raise ValueError("a stream comes without places, and this memory is anchored")
     if x.ndim != 2 or x.shape[1] != memory.dim:
         raise ValueError(f"a stream is (tokens, {memory.dim}) for this memory, got {tuple(x.shape)}")
     steps = len(x) // chunk
@@ -77,12 +88,13 @@ def follow(memory: TensorMemory, x: Tensor, gate: float | None = None) -> Trace:
     device = memory.gates_bias.device
     tokens = x[: steps * chunk].float().to(device)[None]
     chunks = tokens.unflatten(1, (steps, chunk))
-    read = memory.coordinates(chunks)
-    writes = memory.writes(chunks, None, read)
-    state = memory.initial_state(1)
+    at = None if places is None else places[: steps * chunk].float().to(device).unflatten(0, (steps, chunk))
+    read = memory.coordinates(chunks, None if at is None else at[None])
+    writes = memory.writes(chunks, None if at is None else at[None], read)
+    state = memory.initial_state(1) if state is None else state
     found = [sizes(state)]
-    for part in tokens.split(chunk, dim=1):
-        _, state = memory(part, state)
+    for step in range(steps):
+        _, state = memory(chunks[:, step], state, None if at is None else at[step])
         found.append(sizes(state))
     return Trace(torch.stack(found), writes.at[0].cpu(), writes.sigma[0].cpu(), read[0].cpu(), gate)
 
@@ -99,14 +111,45 @@ def follow_backbone(model: Backbone, x: Tensor) -> list[Trace]:
     """
     if model.memory is None:
         raise ValueError(f"a backbone of kind {model.config.kind!r} has no memory to look at")
-    given: list[Tensor] = []
-    hook = model.memory.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0][0]))
+    return _layers(model, model.memory, x[None], [float(gate) for gate in model.gates()])
+
+
+def follow_vit(model: ViT, clip: Tensor) -> list[Trace]:
+    """What the memory of every layer that has one does with one clip, patch by patch.
+
+    Args:
+        model: with a memory.
+        clip: (frames, channels, size, size).
+
+    Raises:
+        ValueError: if it has none, or the clip does not fit.
+    """
+    if model.memory is None:
+        raise ValueError("this ViT has no memory to look at")
+    layers: Any = model.memory_layers.values()
+    return _layers(model, model.memory, clip[None], [float(layer.gate_logit.detach().sigmoid()) for layer in layers])
+
+
+def _layers(model: nn.Module, memory: TensorMemory, x: Tensor, gates: list[float]) -> list[Trace]:
+    """Run a model on one sequence, and follow its memory in every layer, each with a gate. Between layers, what waits of a
+    chunk may be written by itself; such calls are none of a layer."""
+    given: list[tuple[Tensor, TensorMemoryState | None, Tensor | None]] = []
+    tokens = 0
+
+    def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        nonlocal tokens
+        here, state, places = (*arguments, None, None)[:3]
+        tokens = max(tokens, here.shape[1])
+        if here.shape[1] == tokens:
+            given.append((here[0], state, places[0] if places is not None and places.ndim == 3 else places))
+
+    hook = memory.register_forward_pre_hook(note)
     try:
         with torch.no_grad():
-            model(x[None])
+            model(x)
     finally:
         hook.remove()
-    return [follow(model.memory, tokens, float(gate)) for tokens, gate in zip(given, model.gates(), strict=True)]
+    return [follow(memory, own, gate, state, places) for (own, state, places), gate in zip(given, gates, strict=True)]
 
 
 def read_stream(path: str | os.PathLike[str]) -> Tensor:

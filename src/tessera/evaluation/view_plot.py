@@ -53,7 +53,7 @@ def plot_state(size: Tensor, path: str | os.PathLike[str], title: str = "") -> N
         axis.set(xticks=[0, plane.shape[1] - 1], yticks=sorted({0, plane.shape[0] - 1}))
         axis.set_title(f"z = {z}" if depth > 1 else "all cells", fontsize=9)
     space = figure.add_subplot(grid[:, columns:], projection="3d")
-    (_heights if depth == 1 else _cloud)(space, cells, top)
+    _in_space(space, cells, top)
     figure.colorbar(picture, ax=space, shrink=0.7, pad=0.12, label="|h|")
     if title:
         figure.suptitle(textwrap.fill(title, int(8 * figure.get_figwidth())), fontsize=10)
@@ -114,8 +114,8 @@ def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str
     _save(figure, path)
 
 
-def animate(traces: Sequence[Trace], path: str | os.PathLike[str], title: str = "", frames: int = 120, fps: int = 6) -> None:
-    """Draw a run as GIF: what lies where in every layer, the write and the reads of each step.
+def animate(traces: Sequence[Trace], path: str | os.PathLike[str], title: str = "", frames: int = 64, fps: int = 6) -> None:
+    """Draw a run as GIF: what lies where in every layer, the write and the reads of each step, and below it all cells in space.
 
     Args:
         traces: of each layer.
@@ -129,16 +129,22 @@ def animate(traces: Sequence[Trace], path: str | os.PathLike[str], title: str = 
 
     steps = traces[0].steps
     stride = math.ceil(steps / frames)
-    figure, grid = pyplot.subplots(1, len(traces), figsize=(3.4 * len(traces) + 0.4, 3.9), squeeze=False, layout="constrained")
+    layers = len(traces)
+    figure = pyplot.figure(figsize=(3.4 * layers + 0.4, 7.2))
+    flat = [figure.add_subplot(2, layers, 1 + i) for i in range(layers)]
+    solid = [figure.add_subplot(2, layers, 1 + layers + i, projection="3d") for i in range(layers)]
+    figure.subplots_adjust(left=0.12 / layers, right=1 - 0.06 / layers, top=0.86, bottom=0.06, hspace=0.12)
     tops = [max(float(trace.size.max()), 1e-9) for trace in traces]
     moments = list(range(stride, steps + 1, stride))
 
     def show(index: int) -> list[Any]:
         moment = moments[index]
-        for layer, (axis, trace, top) in enumerate(zip(grid[0], traces, tops, strict=True)):
+        for layer, (axis, space, trace, top) in enumerate(zip(flat, solid, traces, tops, strict=True)):
             axis.clear()
             _draw(axis, trace, moment, max(0, moment - stride), top)
-            axis.set_title(f"layer {layer + 1}" if len(traces) > 1 else "", fontsize=9)
+            axis.set_title(f"layer {layer + 1}" if layers > 1 else "", fontsize=9)
+            space.clear()
+            _in_space(space, _solid(trace.size[moment]), top)
         figure.suptitle(f"{textwrap.fill(title, int(9 * figure.get_figwidth()))}\nstep {moment} of {steps}".strip(), fontsize=8)
         return []
 
@@ -152,6 +158,10 @@ def _solid(size: Tensor) -> np.ndarray:
     """(*grid) with three axes, those that are missing in front with one cell."""
     found: np.ndarray = size.numpy()
     return found.reshape((1,) * (3 - found.ndim) + found.shape)
+
+
+def _in_space(space: Any, cells: np.ndarray, top: float) -> None:
+    (_heights if len(cells) == 1 else _cloud)(space, cells, top)
 
 
 def _cloud(space: Any, cells: np.ndarray, top: float) -> None:

@@ -33,7 +33,7 @@ class ViTState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that there is, by name: ``0.k`` and ``0.v`` of the first layer, ``0.memory.h`` of its memory."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for layer, ((k, v), memory) in enumerate(zip(self.windows, self.memories, strict=True)):
             found |= {f"{layer}.k": k, f"{layer}.v": v}
             if memory is not None:
@@ -86,7 +86,8 @@ class ViTState:
             raise ValueError(f"{os.fspath(path)} holds no state of a ViT: {error}") from None
         if about.get("tessera") != _KIND:
             raise ValueError(f"{os.fspath(path)} holds no state of a ViT")
-        windows, memories = [], []
+        windows: list[tuple[Tensor, Tensor]] = []
+        memories: list[TensorMemoryState | None] = []
         try:
             while f"{len(windows)}.k" in found:
                 layer = len(windows)

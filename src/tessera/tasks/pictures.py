@@ -121,6 +121,26 @@ def read_clips(folder: str | os.PathLike[str], frames: int, size: int, channels:
     return Pictures(torch.stack(clips), torch.tensor(numbers), tuple(outer.name for outer in labels))
 
 
+def read_frames(folder: str | os.PathLike[str], size: int, channels: int = 3) -> Tensor:
+    """The pictures of one folder as a clip, (frames, channels, size, size), in the order of their names, numbers by value.
+
+    Args:
+        folder: such as "clip7", with "clip7/0001.png".
+        size, channels: see `read_pictures`.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if there are no pictures in it; see `read_pictures` too.
+    """
+    _check(size, channels)
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {os.fspath(folder)}")
+    files = _files(Path(folder))
+    if not files:
+        raise ValueError(f"{os.fspath(folder)} holds no frames: expected {', '.join(ENDINGS)}")
+    return torch.stack([_read(path, size, channels) for path in files])
+
+
 def _folders(folder: str | os.PathLike[str]) -> list[Path]:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {os.fspath(folder)}")
