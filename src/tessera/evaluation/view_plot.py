@@ -133,7 +133,7 @@ def animate(traces: Sequence[Trace], path: str | os.PathLike[str], title: str = 
     figure = pyplot.figure(figsize=(3.4 * layers + 0.4, 7.2))
     flat = [figure.add_subplot(2, layers, 1 + i) for i in range(layers)]
     solid = [figure.add_subplot(2, layers, 1 + layers + i, projection="3d") for i in range(layers)]
-    figure.subplots_adjust(left=0.12 / layers, right=1 - 0.06 / layers, top=0.86, bottom=0.06, hspace=0.12)
+    figure.subplots_adjust(left=0.12 / layers, right=1 - 0.12 / layers, top=0.86, bottom=0.06, hspace=0.25)
     tops = [max(float(trace.size.max()), 1e-9) for trace in traces]
     moments = list(range(stride, steps + 1, stride))
 
