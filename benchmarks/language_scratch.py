@@ -88,13 +88,13 @@ def build(arm: str, seed: int, vocabulary: int) -> GPT:
     return model
 
 
-def run(arm: str, seed: int, steps: int, corpus: Corpus, ids: Tensor, vocabulary: int) -> list[dict[str, Any]]:
+def run(arm: str, seed: int, steps: int, precision: str, corpus: Corpus, ids: Tensor, vocabulary: int) -> list[dict[str, Any]]:
     """Train one model and measure it; with a memory also without its reads."""
     model = build(arm, seed, vocabulary)
     loop = LoopConfig(
         phases=(Phase(1.0, SEQUENCE, 8),),
         steps=steps,
-        mixed_precision="no",
+        mixed_precision=precision,
         warmup_steps=min(50, 1 + steps // 10),
         checkpoint_seconds=1e9,
         seed=seed,
@@ -111,6 +111,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600, help="of training, 8 sequences each")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), help="that are trained")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of training, in parts that bear it")
     parser.add_argument("--data", type=Path, nargs="+", default=(), help="UTF-8 text files  [default: installed Python source]")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "language_scratch", help="of the tokens")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_scratch.json")
@@ -121,9 +122,9 @@ def main() -> int:
     for seed, arm in itertools.product(range(options.seeds), options.arms):
         if any((r["arm"], r["seed"], r["steps"]) == (arm, seed, options.steps) for r in rows):
             continue
-        rows += run(arm, seed, options.steps, corpus, ids, tokenizer.get_vocab_size())
-        data = [path.name for path in options.data]
-        write_json(options.json, {"environment": environment(), "data": data, "window": WINDOW, "edges": EDGES, "rows": rows})
+        rows += run(arm, seed, options.steps, options.precision, corpus, ids, tokenizer.get_vocab_size())
+        about = {"data": [path.name for path in options.data], "precision": options.precision, "window": WINDOW, "edges": EDGES}
+        write_json(options.json, {"environment": environment(), **about, "rows": rows})
     table = Table("attention", "seed", "parameters", *(f"{a}–{b}" for a, b in itertools.pairwise(EDGES)), "beyond the window")
     for r in rows:
         losses = (f"{x:.4f}" for x in (*r["losses"], r["beyond"]))

@@ -86,7 +86,8 @@ def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str
             if column == 0:
                 axis.set_ylabel(f"layer {row + 1}\ny" if layers > 1 or gates else "y", fontsize=9)
             before = moment
-        figure.colorbar(picture, ax=figure.axes[-len(moments) :], shrink=0.8, pad=0.01, label="|h|, the most along z")
+        label = "|h|, the most along z" if len(_solid(trace.size[0])) > 1 else "|h|"
+        figure.colorbar(picture, ax=figure.axes[-len(moments) :], shrink=0.8, pad=0.01, label=label)
     width = 4 if gates else 6
     axis = figure.add_subplot(grid[layers, :width])
     for row, trace in enumerate(traces):
