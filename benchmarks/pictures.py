@@ -31,6 +31,7 @@ GRID = (8, 8)
 ARMS: dict[str, TensorMemoryConfig | None] = {
     "without a memory": None,
     "with a memory": TensorMemoryConfig(grid=GRID),
+    "with one whose patches are anchored": TensorMemoryConfig(grid=GRID, anchored=True),
     "with the paper's": TensorMemoryConfig.paper(grid=GRID),
 }
 ASKED = ("label", "pixels")
