@@ -1,4 +1,4 @@
-"""Kernels: attention over packed keys and values, what these stand for, and the search that packs them.
+"""Kernels: attention over packed keys and values, what these stand for, the search that packs them, recurrences of memories.
 
 Each is defined in PyTorch and implemented in C++ and Triton; `tessera.kernels.dispatch` chooses. All take `backend`: one of
 `tessera.kernels.dispatch.BACKENDS`, or None for what the environment variable TESSERA_BACKEND says, or else the fastest.
