@@ -170,6 +170,15 @@ def test_runs_of_other_lengths_are_not_averaged() -> None:
     ]
 
 
+def test_delays_of_runs_of_other_lengths_or_other_delays_stand_apart() -> None:
+    short = row("map", {"delay": 4}, "memory", 0.2, delays=[0, 4], by_delay={"0": 0.2, "4": 0.3})
+    long = row("map", {"delay": 4}, "memory", 0.9, steps=1000, delays=[0, 16], by_delay={"0": 0.9, "16": 0.8})
+    header, lines = plans.delay_cells([short, long])
+    assert header[2:] == ("0 blank", "4 blank", "16 blank", "guessing")
+    assert [line[2:5] for line in lines] == [("0.200", "0.300", ""), ("0.900", "", "0.800")]
+    assert lines[1][0].endswith("1,000 steps")
+
+
 def test_an_anchored_memory_is_told_the_places_that_tokens_say() -> None:
     config = plans.config_of(plans.job("map", {"queries": 2}, "memory", "anchored"))
     model, asked = build_backbone(config.backbone), []

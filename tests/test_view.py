@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -119,6 +120,13 @@ def test_a_stream_goes_through_a_memory_of_given_weights(tmp_path: Path) -> None
     given = pixels(tmp_path / "out" / "state.png")
     assert run(*words)[0] == 0
     assert not np.array_equal(given, pixels(tmp_path / "out" / "state.png"))
+    assert run(*words, "--update", "all")[0] == 0
+    every = pixels(tmp_path / "out" / "state.png")
+    assert run(*words, "--paper")[0] == 0
+    papers = pixels(tmp_path / "out" / "state.png")
+    assert run(*words, "--paper", "--update", "footprint")[0] == 0
+    other = pixels(tmp_path / "out" / "state.png")
+    assert not any(np.array_equal(*pair) for pair in ((every, papers), (papers, other)))
     code, _, err = run(*words, "--weights", tmp_path / "weights.safetensors", "--paper")
     assert code == 2
     assert "does not fit this memory" in err
@@ -192,6 +200,7 @@ def test_every_layer_of_a_vit_is_followed(attention: str, memory: dict[str, Any]
     for trace, end in zip(traces, ends, strict=True):
         torch.testing.assert_close(trace.size[-1], end.h[0].detach().norm(dim=0))
         assert trace.gate == pytest.approx(0.7311, abs=1e-3)
+        assert trace.gate_at_first == pytest.approx(trace.gate)
     # The state goes from layer to layer where everything is seen at once.
     assert bool(traces[1].size[0].any()) == (attention == "all")
     with pytest.raises(ValueError, match="no memory to look at"):
@@ -214,6 +223,29 @@ def test_a_trained_vit_is_drawn_on_digits_and_on_a_folder_of_frames(tmp_path: Pa
     assert frames(tmp_path / "folder" / "memory.gif") == 32
 
 
+def test_a_model_of_pixels_sees_all_of_them() -> None:
+    memory = {"channels": 3, "grid": (3, 3)}
+    model = ViT(ViTConfig(image_size=6, patch_size=3, hidden_size=16, num_attention_heads=2, classes=0, memory=memory)).eval()
+    assert follow_vit(model, torch.rand(1, 1, 6, 6))[0].steps == 4
+
+
+def test_models_that_cannot_be_looked_at_are_refused_in_one_line(tmp_path: Path) -> None:
+    GPTConfig(vocab_size=8).save_pretrained(tmp_path / "gpt")
+    ViTConfig(image_size=16, memory={"channels": 2, "grid": (2, 2)}).save_pretrained(tmp_path / "empty")
+    ViT(ViTConfig(image_size=16, patch_size=4, memory={"channels": 2, "grid": (2, 2)})).save_pretrained(tmp_path / "small")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text((tmp_path / "small" / "config.json").read_text())
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"nothing")
+    for name, message in (
+        ("gpt", "holds no ViT of Tessera: it is a"),
+        ("empty", "holds no ViT of Tessera"),
+        ("damaged", "holds no ViT of Tessera"),
+        ("small", "give it a --clip"),
+    ):
+        code, _, err = run("--model", tmp_path / name, "--out", tmp_path / "out")
+        assert (code, message in err, err.count("\n")) == (2, True, 1)
+
+
 def test_an_attached_memory_is_followed_as_it_was_saved(tmp_path: Path) -> None:
     model = GPT(
         GPTConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, head_dim=4)
@@ -231,5 +263,10 @@ def test_an_attached_memory_is_followed_as_it_was_saved(tmp_path: Path) -> None:
     tessera.detach(model)
     tessera.attach(model, TensorCacheConfig(window=4))
     tessera.save_memory(model, tmp_path / "cache.safetensors")
+    with safe_open(tmp_path / "memory.safetensors", "pt") as file:
+        found, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({**found, "shared.sigma_net.bias": torch.full((1,), float("nan"))}, tmp_path / "nan.safetensors", header)
+    with pytest.raises(ValueError, match="not finite"):
+        read_shared(tmp_path / "nan.safetensors")
     code, _, err = run(*words, "--weights", tmp_path / "cache.safetensors")
     assert (code, "holds a TensorCache, not a Tensor Memory" in err) == (2, True)

@@ -97,3 +97,25 @@ def test_what_the_kernel_cannot_do_the_scan_does_or_an_error_says_why() -> None:
     torch.testing.assert_close(recur(*x, "delta"), loop(*x, "delta"), rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="cannot run"):
         recur(*x, "delta", backend="cpu")
+
+
+@built
+@pytest.mark.parametrize(("place", "name"), [(1, "k"), (2, "v"), (3, "g"), (4, "eta"), (5, "state")])
+def test_shapes_that_do_not_fit_are_refused(place: int, name: str) -> None:
+    x = [t.detach() for t in inputs(2, 2, 1, 9, 8, 8)]
+    x[place] = x[place][:1]
+    with pytest.raises(ValueError, match=f"{name} .* does not fit queries"):
+        recur(*x, "delta", backend="cpu")
+
+
+@built
+def test_what_is_not_asked_for_needs_no_gradient() -> None:
+    x = [t.detach() for t in inputs(1, 2, 1, 40, 8, 8)]
+    with torch.inference_mode():
+        state = x[5] + 1
+    rate = x[4].clone().requires_grad_()
+    results = []
+    for form in (recur, loop):
+        read, _ = form(*x[:4], rate, state.clone() if form is loop else state, "delta")
+        results.append(torch.autograd.grad(read.sum(), rate)[0])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)

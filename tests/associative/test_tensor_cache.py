@@ -285,3 +285,10 @@ def test_bad_input_is_refused_and_the_state_unharmed() -> None:
         memory.step(q[:, :, :1], k[:, :, :1], None, state)
     assert torch.equal(state.a, before)
     assert TensorCacheConfig.from_dict(memory.config.to_dict()) == memory.config
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    memory = TensorCache(TensorCacheConfig(window=4), 2, 8)
+    q = torch.randn(1, 2, 20, 8)
+    with pytest.raises(ValueError, match=r"real \(1, 10\) does not fit: expected \(1, 20\)"):
+        memory(q, q, q, real=torch.ones(1, 10, dtype=torch.bool))

@@ -210,6 +210,8 @@ def test_a_stream_goes_on_from_a_saved_state(kind: str, tmp_path: Path) -> None:
 
 def test_files_that_hold_no_state_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
+    with pytest.raises(ValueError, match="is a folder"):
+        ViTState.load(tmp_path)
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no state of a ViT"):
         ViTState.load(path)

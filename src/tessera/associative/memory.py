@@ -115,6 +115,8 @@ class TensorCache(nn.Module):
             raise ValueError(f"there are {tokens} queries and {k.shape[2]} keys; the parallel form takes as many of each")
         if real is None:
             real = torch.ones((batch, tokens), dtype=torch.bool, device=q.device)
+        if tuple(real.shape) != (batch, tokens):
+            raise ValueError(f"real {tuple(real.shape)} does not fit: expected ({batch}, {tokens}), a word for each token")
         number = state.seen[:, None] + real.cumsum(1) - 1
         live = torch.cat((state.live, real & (number >= self.config.sink)), dim=1)
         k, v = torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2)

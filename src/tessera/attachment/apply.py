@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tessera.associative.config import TensorCacheConfig
 from tessera.associative.layer import is_gate
 from tessera.attachment import associative, spatial
-from tessera.attachment.record import Attachment, alike, attached, attachment, read_sample, sampled
+from tessera.attachment.record import alike, attached, attachment, read_sample, sampled
 from tessera.cache.layer import ATTACHED
 from tessera.files import atomic_path
 from tessera.spatial.config import TensorMemoryConfig
@@ -124,7 +124,7 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
         )
     attach(model, _CONFIGS[kind].from_dict(fields))
     try:
-        _fill(attached(model), tensors, os.fspath(path))
+        _fill(attached(model).modules(), tensors, os.fspath(path))
     except ValueError:
         detach(model)
         raise
@@ -140,12 +140,12 @@ def read_shared(path: str | os.PathLike[str]) -> TensorMemory:
     about, tensors = _read(path)
     if about["kind"] != "TensorMemory":
         raise ValueError(f"{os.fspath(path)} holds a {about['kind']}, not a Tensor Memory")
-    own = {name.removeprefix("shared."): x for name, x in tensors.items() if name.startswith("shared.")}
+    own = {name: x for name, x in tensors.items() if name.startswith("shared.")}
     try:
-        memory = TensorMemory(TensorMemoryConfig.from_dict(about["config"]), own["coord_net.weight"].shape[1])
-        memory.load_state_dict(own)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{os.fspath(path)} is damaged: {error}") from None
+        memory = TensorMemory(TensorMemoryConfig.from_dict(about["config"]), own["shared.coord_net.weight"].shape[1])
+    except (IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{os.fspath(path)} is damaged: {error!r}") from None
+    _fill({"shared": memory}, own, os.fspath(path))
     return memory
 
 
@@ -177,8 +177,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise ValueError(f"{os.fspath(path)} holds no memory that tessera.save_memory wrote: {error}") from None
 
 
-def _fill(done: Attachment, tensors: dict[str, Tensor], path: str) -> None:
-    for place, module in done.modules().items():
+def _fill(modules: Mapping[str, nn.Module], tensors: dict[str, Tensor], path: str) -> None:
+    for place, module in modules.items():
         own = module.state_dict()
         found = {name: tensors.pop(f"{place}.{name}", None) for name in own}
         for name, tensor in found.items():

@@ -39,7 +39,9 @@ def view(
     channels: Annotated[int, typer.Option(help="Numbers in a cell of the memory of --stream.")] = 16,
     grid: Annotated[str, typer.Option(help="Its cells, along depth, height, width.")] = "6x6x6",
     chunk: Annotated[int, typer.Option(help="Tokens that it writes together.", min=1)] = 1,
-    update: Annotated[str, typer.Option(help="footprint or all: cells that it updates.")] = "footprint",
+    update: Annotated[
+        str | None, typer.Option(help="footprint or all: cells that it updates.  [default: footprint, with --paper all]")
+    ] = None,
     gates: Annotated[str, typer.Option(help="state or input: what its gates see.")] = "state",
     paper: Annotated[bool, typer.Option("--paper", help="The paper's setting of a memory instead of the default.")] = False,
     sequence: Annotated[int, typer.Option(help="Of the state.", min=0)] = 0,
@@ -87,8 +89,7 @@ def view(
             if stream is not None:
                 title = f"{stream.name}, weights {'as they start' if weights is None else 'of ' + weights.name}"
                 fields = {"channels": channels, "grid": _grid(grid), "chunk": chunk, "gates": gates}
-                # The paper's own, unless another is asked for.
-                fields |= {} if paper and update == "footprint" else {"update": update}
+                fields |= {} if update is None else {"update": update}
                 traces = [_stream(stream, weights, fields, paper, seed)]
             elif model is not None:
                 traces, title = _vit(model, clip, seed)
@@ -149,16 +150,23 @@ def _stream(path: Path, weights: Path | None, fields: dict[str, Any], paper: boo
 
 def _vit(folder: Path, clip: Path | None, seed: int) -> tuple[list[Trace], str]:
     """A trained ViT on a clip; returns traces and a title."""
+    from safetensors import SafetensorError
     from torch import Generator
 
     from tessera.evaluation.view import follow_vit
-    from tessera.models import ViT
+    from tessera.models import ViT, ViTConfig
     from tessera.tasks.moving_digits import MovingDigits
     from tessera.tasks.pictures import load_digits, read_frames
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no model at {folder}")
-    model = ViT.from_pretrained(folder).eval()
+    try:
+        kind = ViTConfig.get_config_dict(folder)[0].get("model_type")
+        if kind != ViTConfig.model_type:
+            raise ValueError(f"it is a {kind}")
+        model = ViT.from_pretrained(folder).eval()
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{folder} holds no ViT of Tessera: {error}") from None
     config = model.config
     if clip is not None:
         frames = read_frames(clip, config.image_size, config.num_channels)
@@ -166,9 +174,13 @@ def _vit(folder: Path, clip: Path | None, seed: int) -> tuple[list[Trace], str]:
     elif config.num_channels != 1:
         raise ValueError(f"{folder} sees pictures in colour, and digits are grey; give it a --clip")
     elif config.image_size == 8:
-        frames, title = load_digits().pixels[seed % 1797][None], f"{folder}: a digit"
+        held_out = load_digits().split()[1].pixels
+        frames, title = held_out[seed % len(held_out)][None], f"{folder}: a digit"
     else:
-        task = MovingDigits(size=config.image_size, patch=config.patch_size)
+        try:
+            task = MovingDigits(size=config.image_size, patch=config.patch_size)
+        except ValueError as error:
+            raise ValueError(f"{folder} cannot see moving digits ({error}); give it a --clip") from None
         clips, _ = task.sample(1, Generator().manual_seed(seed), held_out=True)
         frames, title = clips[0], f"{folder}: {task.frames} frames of moving digits"
     return follow_vit(model, frames), title

@@ -276,8 +276,24 @@ def by_setting(rows: Sequence[Row], settings: Iterable[str]) -> tuple[list[str],
     return [name for name in names.values() if any(name in own for own in tasks.values())], tasks
 
 
+def by_delay(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows measured at several delays by title of the task, with the steps where there are several, and setting."""
+    found: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        if "by_delay" in row:
+            name = title({**row, "fields": {**row["fields"], "delay": 0}})
+            found.setdefault((name, row["steps"], row["setting"]), []).append(row)
+    steps = {task: {number for name, number, _ in found if name == task} for task, _, _ in found}
+    return {
+        (task if len(steps[task]) == 1 else f"{task}, {number:,} steps", setting): own
+        for (task, number, setting), own in found.items()
+    }
+
+
 def spread(found: Sequence[float]) -> str:
-    """Mean ± standard deviation over the seeds; of one seed the number."""
+    """Mean ± standard deviation over the seeds; of one seed the number; of none nothing."""
+    if not found:
+        return ""
     return f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
 
 
@@ -326,13 +342,14 @@ def _settings_table(names: list[str], found: dict[str, dict[str, list[Row]]]) ->
 
 def delay_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and lines of the table of delays: a line for each task and setting, with the accuracy at each delay."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if "by_delay" in row:
-            found.setdefault((title({**row, "fields": {**row["fields"], "delay": 0}}), row["setting"]), []).append(row)
-    delays = list(dict.fromkeys(delay for own in found.values() for delay in own[0]["by_delay"]))
+    found = by_delay(rows)
+    delays = sorted({delay for own in found.values() for row in own for delay in row["by_delay"]}, key=int)
     lines = [
-        (*name, *(spread([row["by_delay"][delay] for row in own]) for delay in delays), f"{own[0]['chance']:.3f}")
+        (
+            *name,
+            *(spread([row["by_delay"][d] for row in own if d in row["by_delay"]]) for d in delays),
+            f"{own[0]['chance']:.3f}",
+        )
         for name, own in found.items()
     ]
     return ("task", "setting", *(f"{int(delay):,} blank" for delay in delays), "guessing"), lines

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from tessera.evaluation.diagnostics import ABLATIONS, SETTINGS, TASKS, by_kind, by_setting, title
+from tessera.evaluation.diagnostics import ABLATIONS, SETTINGS, TASKS, by_delay, by_kind, by_setting
 from tessera.evaluation.jobs import Row
 from tessera.files import atomic_path
 from tessera.models.backbones import KINDS
@@ -89,9 +89,8 @@ def _by_setting(axis: Any, settings: dict[str, dict[str, list[Row]]], names: lis
 def _by_delay(rows: Sequence[Row]) -> dict[str, dict[int, list[float]]]:
     """Accuracy of the memory by delay, of tasks that were measured at several."""
     found: dict[str, dict[int, list[float]]] = {}
-    for row in rows:
-        for delay, accuracy in row.get("by_delay", {}).items() if row["setting"] == "default" else ():
-            name = title({**row, "fields": {**row["fields"], "delay": 0}})
+    for (name, setting), own in by_delay(rows).items():
+        for delay, accuracy in (pair for row in own for pair in row["by_delay"].items() if setting == "default"):
             found.setdefault(name, {}).setdefault(int(delay), []).append(accuracy)
     return found
 

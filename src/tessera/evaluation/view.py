@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tessera.models.backbones import Backbone
+from tessera.models.backbones import OPEN_AT_FIRST, Backbone
 from tessera.models.vit import ViT
 from tessera.spatial import TensorMemory, TensorMemoryState
 
@@ -32,6 +34,7 @@ class Trace:
         sigma: (steps,), how far writes reach.
         read: (steps, reads, n), places.
         gate: how far the layer opens to what is read, from 0 to 1; None: there is no layer.
+        gate_at_first: before training.
     """
 
     size: Tensor
@@ -39,6 +42,7 @@ class Trace:
     sigma: Tensor
     read: Tensor
     gate: float | None = None
+    gate_at_first: float | None = None
 
     @property
     def steps(self) -> int:
@@ -111,7 +115,7 @@ def follow_backbone(model: Backbone, x: Tensor) -> list[Trace]:
     """
     if model.memory is None:
         raise ValueError(f"a backbone of kind {model.config.kind!r} has no memory to look at")
-    return _layers(model, model.memory, x[None], [float(gate) for gate in model.gates()])
+    return _layers(partial(model, x[None]), model.memory, [float(gate) for gate in model.gates()], OPEN_AT_FIRST)
 
 
 def follow_vit(model: ViT, clip: Tensor) -> list[Trace]:
@@ -127,10 +131,15 @@ def follow_vit(model: ViT, clip: Tensor) -> list[Trace]:
     if model.memory is None:
         raise ValueError("this ViT has no memory to look at")
     layers: Any = model.memory_layers.values()
-    return _layers(model, model.memory, clip[None], [float(layer.gate_logit.detach().sigmoid()) for layer in layers])
+    run: Any = model
+    gates = [float(layer.gate_logit.detach().sigmoid()) for layer in layers]
+    at_first = float(torch.tensor(float(model.memory.config.gate_init or 0)).sigmoid())
+    # A model of pixels sees all of them.
+    seen = {"masked": torch.zeros(1, len(clip), model.config.patches, dtype=torch.bool)} if model.config.classes == 0 else {}
+    return _layers(partial(run, clip[None], **seen), model.memory, gates, at_first)
 
 
-def _layers(model: nn.Module, memory: TensorMemory, x: Tensor, gates: list[float]) -> list[Trace]:
+def _layers(run: Callable[[], Any], memory: TensorMemory, gates: list[float], at_first: float) -> list[Trace]:
     """Run a model on one sequence, and follow its memory in every layer, each with a gate. Between layers, what waits of a
     chunk may be written by itself; such calls are none of a layer."""
     given: list[tuple[Tensor, TensorMemoryState | None, Tensor | None]] = []
@@ -146,10 +155,13 @@ def _layers(model: nn.Module, memory: TensorMemory, x: Tensor, gates: list[float
     hook = memory.register_forward_pre_hook(note)
     try:
         with torch.no_grad():
-            model(x)
+            run()
     finally:
         hook.remove()
-    return [follow(memory, own, gate, state, places) for (own, state, places), gate in zip(given, gates, strict=True)]
+    return [
+        replace(follow(memory, own, gate, state, places), gate_at_first=at_first)
+        for (own, state, places), gate in zip(given, gates, strict=True)
+    ]
 
 
 def read_stream(path: str | os.PathLike[str]) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tessera.evaluation.view import Trace
 from tessera.files import atomic_path
-from tessera.models.backbones import OPEN_AT_FIRST
 
 #: Colours of writes and of reads, which stand out from the map of |h|. After Okabe and Ito.
 WRITE, READ = "#D55E00", "#56B4E9"
@@ -102,9 +101,11 @@ def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str
         names = [f"layer {i + 1}" for i in range(len(gates))]
         bars = axis.bar(names, gates, color=[f"C{i}" for i in range(len(gates))], width=0.6)
         axis.bar_label(bars, [f"{gate:.2f}" for gate in gates], fontsize=9)
-        axis.axhline(OPEN_AT_FIRST, color="0.4", lw=1, ls="--")
+        at_first = traces[0].gate_at_first
+        if at_first is not None:
+            axis.axhline(at_first, color="0.4", lw=1, ls="--")
         axis.set(ylim=(0, 1))
-        axis.set_title("gates (dashed: at the start)", fontsize=9)
+        axis.set_title("gates" if at_first is None else "gates (dashed: at the start)", fontsize=9)
     handles = [
         pyplot.Line2D([], [], color=WRITE, marker="x", ls="", ms=6, mew=1.6),
         pyplot.Line2D([], [], color=READ, marker="o", ls="", ms=7, mfc="none", mew=1.4),

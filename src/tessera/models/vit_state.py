@@ -78,6 +78,8 @@ class ViTState:
             FileNotFoundError: if there is no such file.
             ValueError: if the file holds something else.
         """
+        if os.path.isdir(path):
+            raise ValueError(f"{os.fspath(path)} is a folder, and holds no state of a ViT")
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}

@@ -43,7 +43,19 @@ def absorb(
         delta: the delta rule, not the outer one.
         read_first: a query reads what was there before its token's write.
         level: instruction set; None: the best there is.
+
+    There is no second derivative.
+
+    Raises:
+        ValueError: for shapes that do not fit each other.
     """
+    batch, heads, _, tokens, d_k = q.shape
+    d_v = v.shape[-1]
+    pairs, one = (batch, heads, tokens), (batch, heads, d_k, d_v)
+    expected = {"k": (k, (*pairs, d_k)), "v": (v, (*pairs, d_v)), "g": (g, pairs), "eta": (eta, pairs), "state": (state, one)}
+    for name, (x, shape) in expected.items():
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} {tuple(x.shape)} does not fit queries {tuple(q.shape)}: expected {shape}")
     if not q.numel() or not v.numel():
         return q.new_zeros((*q.shape[:4], v.shape[-1])), state
     found: tuple[Tensor, Tensor] = _Absorb.apply(level or levels()[-1], delta, read_first, q, k, v, g.exp(), eta, state)
@@ -65,17 +77,19 @@ class _Absorb(torch.autograd.Function):
             fresh = torch.empty_like(v) if delta else v
         left = [0, 0] if not kept.numel() else [kept.data_ptr(), fresh.data_ptr() if delta else 0]
         _cpu.absorb(level, ctx.shape, _addresses(plain), *left, _addresses((read, end)))
-        ctx.save_for_backward(kept, fresh, *plain)
+        ctx.save_for_backward(kept, fresh, *plain[:5])
         return read, end
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept, fresh, *given = ctx.saved_tensors
-        found = [torch.empty_like(x) for x in given]
+        batch, heads, _, _, d_k = given[0].shape
+        found = [*(torch.empty_like(x) for x in given), kept.new_empty((batch, heads, d_k, given[2].shape[-1]))]
         whole = [x.contiguous() for x in grads]
         left = (kept.data_ptr(), fresh.data_ptr())
-        _cpu.absorb_backward(ctx.level, ctx.shape, _addresses(given), *left, _addresses(whole), _addresses(found))
+        # The state at first is the first of those that were kept.
+        _cpu.absorb_backward(ctx.level, ctx.shape, [*_addresses(given), 0], *left, _addresses(whole), _addresses(found))
         return None, None, None, *found
 
 
