@@ -116,14 +116,22 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "language_scratch", help="of the tokens")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_scratch.json")
     options = parser.parse_args()
+    about = {
+        "data": [path.name for path in options.data],
+        "precision": options.precision,
+        "window": WINDOW,
+        "edges": list(EDGES),
+    }
+    saved: dict[str, Any] = json.loads(options.json.read_text()) if options.json.is_file() else {**about, "rows": []}
+    rows: list[dict[str, Any]] = saved["rows"]
+    if any(saved.get(name) != value for name, value in about.items()):
+        parser.error(f"{options.json} holds runs of other data or precision; give another --json")
     tokenizer, corpus, text = prepare_lm(None, options.data, options.folder)
     ids = windows(torch.tensor(tokenizer.encode(text).ids), SEQUENCE, MEASURED, corpus.bos)
-    rows: list[dict[str, Any]] = json.loads(options.json.read_text())["rows"] if options.json.is_file() else []
     for seed, arm in itertools.product(range(options.seeds), options.arms):
         if any((r["arm"], r["seed"], r["steps"]) == (arm, seed, options.steps) for r in rows):
             continue
         rows += run(arm, seed, options.steps, options.precision, corpus, ids, tokenizer.get_vocab_size())
-        about = {"data": [path.name for path in options.data], "precision": options.precision, "window": WINDOW, "edges": EDGES}
         write_json(options.json, {"environment": environment(), **about, "rows": rows})
     table = Table("attention", "seed", "parameters", *(f"{a}–{b}" for a, b in itertools.pairwise(EDGES)), "beyond the window")
     for r in rows:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from tessera.associative import TensorCache, TensorCacheConfig, forms
 from tessera.associative.config import Order, Rule
 from tessera.associative.forms import recur
 from tessera.associative.recurrence import loop
-from tessera.kernels import cpu
+from tessera.kernels import cpu, dispatch
 
 built = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 SHAPES = [
@@ -90,6 +93,35 @@ def test_a_memory_runs_the_kernel_and_by_wish_the_scan(monkeypatch: pytest.Monke
     slow, _ = memory(q, k, v)
     assert ran == ["absorb", "scan"]
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+
+
+def test_without_kernels_the_scan_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs(1, 2, 1, 20, 8, 8)
+    monkeypatch.setattr(cpu, "MISSING", "no compiler was there")
+    dispatch.say_once.cache_clear()
+    with pytest.warns(UserWarning, match="Tensor Cache runs in plain PyTorch, which is slow: no compiler was there"):
+        found = recur(*x, "delta")
+    torch.testing.assert_close(found, loop(*x, "delta"), rtol=1e-4, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recur(*x, "delta")
+    dispatch.say_once.cache_clear()
+
+
+@built
+def test_without_a_graph_nothing_is_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, kept = inputs(1, 2, 1, 40, 8, 8), []
+    kernel = forms.cpu_absorb._cpu.absorb
+
+    def note(level: str, shape: list[int], given: list[int], segments: int, *rest: Any) -> None:
+        kept.append(segments != 0)
+        kernel(level, shape, given, segments, *rest)
+
+    monkeypatch.setattr(forms.cpu_absorb._cpu, "absorb", note)
+    recur(*x, "delta", backend="cpu")
+    with torch.no_grad():
+        recur(*x, "delta", backend="cpu")
+    assert kept == [True, False]
 
 
 def test_what_the_kernel_cannot_do_the_scan_does_or_an_error_says_why() -> None:

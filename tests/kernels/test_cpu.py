@@ -292,12 +292,12 @@ def test_without_kernels_the_definition_runs_and_says_so_once(monkeypatch: pytes
     q = torch.randn(1, 1, 1, 64)
     with_kernels = dispatch.attend(q, pages, 0.1)[0]
     monkeypatch.setattr(cpu, "MISSING", "no compiler was there")
-    dispatch._say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     with pytest.warns(UserWarning, match="plain PyTorch, which is slow: no compiler was there"):
         without = dispatch.attend(q, pages, 0.1)[0]
     assert relative(with_kernels, without) < 1e-3
     for spec in ("hqmq:4", "hqmq:s24_r2"):
-        dispatch._say_once.cache_clear()
+        dispatch.say_once.cache_clear()
         with pytest.warns(UserWarning, match="the search for the nearest codeword runs in plain PyTorch"):
             codecs.get(spec).encode(torch.randn(1, 1, 2, 64)).decode()
     with warnings.catch_warnings():

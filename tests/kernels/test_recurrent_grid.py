@@ -148,11 +148,11 @@ def test_a_stencil_of_a_product_is_a_product_of_stencils() -> None:
 def test_the_slow_form_says_once_that_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "MISSING", "no compiler")
     monkeypatch.setattr(dispatch.cpu_grid, "refusal", lambda *_: "no compiler")
-    dispatch._say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     memory = TensorMemory(TensorMemoryConfig(channels=2, grid=(2, 2)), 4)
     with pytest.warns(UserWarning, match="Tensor Memory runs in plain PyTorch, which is slow: no compiler"):
         memory(torch.randn(1, 2, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         memory(torch.randn(1, 2, 4))
-    dispatch._say_once.cache_clear()
+    dispatch.say_once.cache_clear()

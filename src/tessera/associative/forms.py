@@ -9,8 +9,9 @@ from tessera.associative.fused import fused_scan
 from tessera.associative.fused import refusal as fused_refusal
 from tessera.associative.recurrence import wedge
 from tessera.associative.scan import scan
+from tessera.kernels import cpu
 from tessera.kernels.cpu import absorb as cpu_absorb
-from tessera.kernels.dispatch import chosen
+from tessera.kernels.dispatch import chosen, say_once
 
 
 def recur(
@@ -36,6 +37,8 @@ def recur(
     Raises:
         ValueError: if the kernel in C++ is asked for and cannot do it, saying why.
     """
+    if rule == "wedge":
+        return wedge(recur, q, k, v, g, eta, state, order, chunk, backend)
     name = chosen(backend)
     family, _, level = name.partition(":")
     if family in ("auto", "triton") and fused_refusal(q, v, rule, order) is None:
@@ -43,9 +46,9 @@ def recur(
     if family in ("auto", "cpu"):
         why = cpu_absorb.refusal(q, k, v, g, eta, state)
         if why is None:
-            if rule == "wedge":
-                return wedge(recur, q, k, v, g, eta, state, order, chunk, backend)
             return cpu_absorb.absorb(q, k, v, g, eta, state, rule == "delta", order == "read_first", level or None)
         if family == "cpu":
             raise ValueError(f"backend {name!r} cannot run: {why}")
+        if q.device.type == "cpu" and cpu.MISSING is not None:
+            say_once("the recurrence of a Tensor Cache", cpu.MISSING)
     return scan(q, k, v, g, eta, state, rule, order, chunk)

@@ -72,7 +72,7 @@ def attend(
     if family == "auto":
         why = triton.missing() if q.is_cuda else cpu.MISSING
         if why is not None:
-            _say_once("attention over the compressed cache", why)
+            say_once("attention over the compressed cache", why)
     return reference.attend(q, pages, scale, mask, softcap, start=start, window=window)
 
 
@@ -152,7 +152,7 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
     if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
         return cpu.nearest(x, index, codes)
     if name == "auto" and x.device.type == "cpu" and cpu.MISSING is not None:
-        _say_once(_SEARCH, cpu.MISSING)
+        say_once(_SEARCH, cpu.MISSING)
     return codes.to(x.device)[reference_nearest(x, index)]
 
 
@@ -166,7 +166,7 @@ def nearest_directions(chunks: Tensor, turns: Tensor, backend: str | None = None
         if cpu.MISSING is None:
             return cpu.nearest_directions(chunks, turns)
         if name == "auto":
-            _say_once(_SEARCH, cpu.MISSING)
+            say_once(_SEARCH, cpu.MISSING)
     return reference_nearest_directions(chunks, turns)
 
 
@@ -189,12 +189,13 @@ def advance(h: Tensor, c: Tensor, steps: Steps, gates: Gates, backend: str | Non
         if family == "cpu":
             raise ValueError(f"backend {name!r} cannot run: {why}")
         if h.device.type == "cpu" and cpu.MISSING is not None:
-            _say_once("the recurrence of a Tensor Memory", cpu.MISSING)
+            say_once("the recurrence of a Tensor Memory", cpu.MISSING)
     if family == "triton" and (triton.missing() is not None or not h.is_cuda):
         raise ValueError(f"backend {name!r} cannot run: {triton.missing() or f'the grid is on {h.device}'}")
     return reference_advance(h, c, steps, gates, compiled=family == "triton")
 
 
 @cache
-def _say_once(what: str, why: str) -> None:
+def say_once(what: str, why: str) -> None:
+    """Warn that something runs in plain PyTorch, and why; of the same thing once."""
     warnings.warn(f"{what} runs in plain PyTorch, which is slow: {why}", stacklevel=4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +61,26 @@ FEW_ROWS = 64
 def levels() -> tuple[str, ...]:
     """Instruction sets that this processor and this build have, the best last; none if the kernels are not built."""
     return () if _cpu is None else tuple(_cpu.levels())
+
+
+def float32_refusal(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why a kernel that takes float32 on the CPU cannot be used, or None if it can."""
+    if MISSING is not None:
+        return MISSING
+    for x in tensors:
+        if x is not None and (x.device.type != "cpu" or x.dtype != torch.float32):
+            return f"the kernel takes float32 on the CPU, not {x.dtype} on {x.device}"
+    return None
+
+
+def tracked(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """As a graph is to see them: where none is made, none needs a gradient, and a kernel keeps nothing for backward."""
+    return [x if x is None or torch.is_grad_enabled() else x.detach() for x in tensors]
+
+
+def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Where they lie, for a kernel; 0 for None."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def attend_refusal(q: Tensor, pages: Pages) -> str | None:

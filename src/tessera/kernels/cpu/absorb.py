@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tessera.kernels.cpu import MISSING, _cpu, levels
+from tessera.kernels.cpu import _cpu, addresses, float32_refusal, levels, tracked
 
 #: Tokens between two matrices that are kept for backward: as many as let those between them stay in a core's cache.
 _EVERY = 32
@@ -17,12 +16,7 @@ _EVERY = 32
 
 def refusal(*tensors: Tensor) -> str | None:
     """Why `absorb` cannot be used, or None if it can."""
-    if MISSING is not None:
-        return MISSING
-    for x in tensors:
-        if x.device.type != "cpu" or x.dtype != torch.float32:
-            return f"the kernel takes float32 on the CPU, not {x.dtype} on {x.device}"
-    return None
+    return float32_refusal(tensors)
 
 
 def absorb(
@@ -58,7 +52,8 @@ def absorb(
             raise ValueError(f"{name} {tuple(x.shape)} does not fit queries {tuple(q.shape)}: expected {shape}")
     if not q.numel() or not v.numel():
         return q.new_zeros((*q.shape[:4], v.shape[-1])), state
-    found: tuple[Tensor, Tensor] = _Absorb.apply(level or levels()[-1], delta, read_first, q, k, v, g.exp(), eta, state)
+    given = tracked((q, k, v, g.exp(), eta, state))
+    found: tuple[Tensor, Tensor] = _Absorb.apply(level or levels()[-1], delta, read_first, *given)
     return found
 
 
@@ -76,7 +71,7 @@ class _Absorb(torch.autograd.Function):
             kept = q.new_empty((n, -(-tokens // _EVERY), d_k, -(-d_v // 16) * 16))
             fresh = torch.empty_like(v) if delta else v
         left = [0, 0] if not kept.numel() else [kept.data_ptr(), fresh.data_ptr() if delta else 0]
-        _cpu.absorb(level, ctx.shape, _addresses(plain), *left, _addresses((read, end)))
+        _cpu.absorb(level, ctx.shape, addresses(plain), *left, addresses((read, end)))
         ctx.save_for_backward(kept, fresh, *plain[:5])
         return read, end
 
@@ -89,9 +84,5 @@ class _Absorb(torch.autograd.Function):
         whole = [x.contiguous() for x in grads]
         left = (kept.data_ptr(), fresh.data_ptr())
         # The state at first is the first of those that were kept.
-        _cpu.absorb_backward(ctx.level, ctx.shape, [*_addresses(given), 0], *left, _addresses(whole), _addresses(found))
+        _cpu.absorb_backward(ctx.level, ctx.shape, addresses((*given, None)), *left, addresses(whole), addresses(found))
         return None, None, None, *found
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [x.data_ptr() for x in tensors]

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tessera.kernels.cpu import MISSING, _cpu, levels
+from tessera.kernels.cpu import _cpu, addresses, float32_refusal, levels, tracked
 from tessera.kernels.grid import Gates, Steps
 
 
 def refusal(h: Tensor, steps: Steps, gates: Gates) -> str | None:
     """Why `advance` cannot be used, or None if it can."""
-    if MISSING is not None:
-        return MISSING
-    for x in (h, *steps.tensors(), *gates.tensors()):
-        if x is not None and (x.device.type != "cpu" or x.dtype != torch.float32):
-            return f"the kernel takes float32 on the CPU, not {x.dtype} on {x.device}"
-    return None
+    return float32_refusal((h, *steps.tensors(), *gates.tensors()))
 
 
 def advance(
@@ -36,7 +30,7 @@ def advance(
     count = steps.read.shape[1]
     if not count or not len(h):
         return h.new_zeros((*steps.read.shape[:3], h.shape[1])), h, c
-    given = (h, c, *steps.tensors(), *gates.tensors())
+    given = tracked((h, c, *steps.tensors(), *gates.tensors()))
     every = every or math.isqrt(count)
     return _Advance.apply(level or levels()[-1], every, gates.see_state, *given)
 
@@ -56,7 +50,7 @@ class _Advance(torch.autograd.Function):
         kept = None
         if any(ctx.needs_input_grad):
             kept = h.new_empty((batch, -(-steps // every), 2, h[0, 0].numel(), -(-channels // 16) * 16))
-        _cpu.advance(level, ctx.shape, _addresses(plain), _addresses((out, new_h, new_c, kept)))
+        _cpu.advance(level, ctx.shape, addresses(plain), addresses((out, new_h, new_c, kept)))
         ctx.save_for_backward(kept, *plain)
         return out, new_h, new_c
 
@@ -69,9 +63,5 @@ class _Advance(torch.autograd.Function):
         # Each sequence has weights' gradients of its own: sums in a fixed order.
         found = [None if x is None else torch.empty_like(x) for x in given[:9]]
         found += [None if x is None else x.new_empty((batch, *x.shape)) for x in given[9:]]
-        _cpu.retreat(ctx.level, ctx.shape, _addresses(given), kept.data_ptr(), _addresses(whole), _addresses(found))
+        _cpu.retreat(ctx.level, ctx.shape, addresses(given), kept.data_ptr(), addresses(whole), addresses(found))
         return None, None, None, *found[:9], *(None if x is None else x.sum(0) for x in found[9:])
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]

@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "attend.hpp"
 #include "absorb.hpp"
+#include "attend.hpp"
 #include "grid.hpp"
 #include "nearest.hpp"
 #include "threads.hpp"
