@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from tessera.associative import TensorCache, TensorCacheConfig, TensorCacheState
-from tessera.associative.layer import TensorCacheLayer
+from tessera.associative.layer import MemoryCall, TensorCacheLayer
 from tessera.attention import attention_forward
 
 HEADS, GROUP, DIM = 2, 3, 8
@@ -123,9 +123,10 @@ def test_a_token_reaches_each_later_one_through_attention_or_memory_and_never_bo
     nn.init.normal_(module.tensor_cache.out.weight)
 
     def both(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        local, _ = attention_forward(module, q, k, v, None)
-        assert module.tensor_cache.pending is not None
-        return local[0].flatten(1), module.tensor_cache.pending[0]
+        call = MemoryCall(module.tensor_cache, None, None, 0)
+        local, _ = attention_forward(module, q, k, v, None, memory_call=call)
+        assert call.added is not None
+        return local[0].flatten(1), call.added[0]
 
     q, k, v = torch.randn(1, 4, 25, 8), torch.randn(1, 2, 25, 8), torch.randn(1, 2, 25, 8)
     before = both(k, v)

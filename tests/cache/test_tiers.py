@@ -156,11 +156,11 @@ def test_steps_that_pack_nothing_keep_the_view_that_kernels_know() -> None:
 
 def lane_of(text: str, sliding: int | None = None) -> Lane:
     spec = parse(text)
-    return Lane(Policy.of(spec, codecs.get(spec.codec) if spec.codec else None, sliding), 0, [0, 1], 0)
+    return Lane(Policy.of(spec, codecs.get(spec.codec) if spec.codec else None, sliding), 0, [0, 1])
 
 
 def feed(lane: Lane, count: int, spare: int = 0) -> None:
-    lane.dismiss(lane.admit(*pair(count, start=lane.length), False), spare)
+    lane.dismiss(lane.admit(*pair(count, start=lane.length), False, hold=spare))
 
 
 @pytest.mark.parametrize("recent", [0, 1, 63, 64, 100])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,15 +47,21 @@ class TensorCacheLayer(nn.Module):
         nn.init.zeros_(self.out.weight)
         # In a tuple, so that the model's module is not taken for a part of this one.
         self._phase = (phase,)
-        #: What the attention function leaves for the hook behind the module: (batch, tokens, hidden).
-        self.pending: Tensor | None = None
         #: Off: reads count for nothing, to measure what the memory is worth.
         self.reads = True
 
-    def plain(self, x: Tensor, positions: Tensor) -> Tensor:
+    @property
+    def unrotates(self) -> bool:
+        """Whether it must know the rotary positions of what it is given."""
+        return self._phase[0] is not None
+
+    def plain(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """`x` as the memory wants it: without its rotary phase unless `config.rotary`."""
         phase = self._phase[0]
-        return x if phase is None else phase.remove(x, positions)
+        if phase is None:
+            return x
+        assert positions is not None
+        return phase.remove(x, positions)
 
     def project(self, read: Tensor, query: Tensor) -> Tensor:
         """What is added to the output of the attention module.
@@ -75,15 +83,15 @@ class TensorCacheLayer(nn.Module):
         return added if self.reads else added * 0
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, positions: Tensor, state: TensorCacheState | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, positions: Tensor | None, state: TensorCacheState | None = None
     ) -> tuple[Tensor, TensorCacheState]:
         """The contribution of whole sequences, or of the next part of them.
 
         Args:
             q: (batch, heads, n, head_dim) of the newest n tokens.
             k, v: (batch, kv_heads, tokens >= n, head_dim).
-            real: (batch, tokens) bool, False for padding.
-            positions: (batch or 1, tokens) int64, the rotary positions.
+            real: (batch, tokens) bool, False for padding before the first token.
+            positions: (batch or 1, tokens) int64, the rotary positions; None where `unrotates` is False.
             state: what was before; None: the sequences begin.
 
         Returns:
@@ -91,9 +99,49 @@ class TensorCacheLayer(nn.Module):
         """
         n, past = q.shape[2], k.shape[2] - q.shape[2]
         k = self.plain(k, positions)
-        query = self.plain(q, positions[:, past:])
+        query = self.plain(q, None if positions is None else positions[:, past:])
         if past:
             nothing = k.new_zeros((k.shape[0], k.shape[1], past, k.shape[3]))
             _, state = self.memory(nothing, k[:, :, :past], v[:, :, :past], state, real[:, :past])
         read, state = self.memory(query, k[:, :, past:], v[:, :, past:], state, real[:, past : past + n])
         return self.project(read, query), state
+
+
+class MemoryCall:
+    """One call of an attention module that has a memory.
+
+    Made by the hook before the module, passed on to the attention function as a keyword argument, and read by the hook behind
+    the module: what belongs to a call is kept by nothing else, so that calls may run side by side.
+
+    Args:
+        memory: of the module.
+        positions: (batch or 1, tokens) int64, rotary positions of the call's tokens, or None.
+        cache: that the module was given, or None.
+        layer: index of the module's layer.
+
+    Attributes:
+        added: what the attention function leaves for the hook behind the module, (batch, tokens, hidden), or None.
+        taken: the attention function has been given this.
+    """
+
+    def __init__(self, memory: TensorCacheLayer, positions: Any, cache: Any, layer: int) -> None:
+        self.memory, self.positions, self.cache, self.layer = memory, positions, cache, layer
+        self.added: Tensor | None = None
+        self.taken = False
+
+    def positions_of(self, query: Tensor) -> Tensor | None:
+        """Positions (batch or 1, tokens) of the queries (batch, heads, tokens, head_dim); None where nobody needs them.
+
+        Raises:
+            ValueError: if the model gave none, or several for each token.
+        """
+        if not self.memory.unrotates:
+            return None
+        found = self.positions
+        if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[1] != query.shape[2]:
+            got = tuple(found.shape) if isinstance(found, Tensor) else found
+            raise ValueError(
+                f"the model gave its attention position_ids {got} for {query.shape[2]} tokens, by which a Tensor Cache cannot "
+                "take the rotary phase off; use TensorCacheConfig(rotary=True), which leaves it on"
+            )
+        return found

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tessera.associative.config import TensorCacheConfig
-from tessera.associative.layer import TensorCacheLayer
+from tessera.associative.layer import MemoryCall, TensorCacheLayer
 from tessera.associative.rotary import phase_of
 from tessera.attachment.record import Attachment
 from tessera.attention import Limits, enable, restore, unsupported
@@ -16,6 +16,8 @@ from tessera.cache.layer import ATTACHED, ATTENTION
 
 #: Where an attention module keeps its memory.
 MEMORY = "tensor_cache"
+#: The keyword argument by which `MemoryCall` reaches the attention function.
+CALL = "memory_call"
 #: Where one that gets none keeps what its attention sees.
 LIMITS = "limits"
 
@@ -67,7 +69,8 @@ def plug(
     done = Attachment(config, shape_of(model), dict(layers))
     for index, layer in layers.items():
         setattr(modules[index], MEMORY, layer)
-        done.hooks.append(modules[index].register_forward_hook(_add))
+        done.hooks.append(modules[index].register_forward_pre_hook(_begin, with_kwargs=True))
+        done.hooks.append(modules[index].register_forward_hook(_add, with_kwargs=True))
     setattr(model, ATTACHED, done)
     return done
 
@@ -116,18 +119,29 @@ def _chosen(config: TensorCacheConfig, whole: list[bool]) -> list[int]:
     return sorted({i % count for i in config.layers})
 
 
-def _add(module: nn.Module, _inputs: Any, output: Any) -> Any:
-    """Hook behind an attention module: add what the memory contributed."""
-    layer: TensorCacheLayer = getattr(module, MEMORY)
+def _begin(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Hook before an attention module: what belongs to the call goes along with it."""
     used = getattr(getattr(module, "config", None), "_attn_implementation", ATTENTION)
     if used != ATTENTION:
         raise RuntimeError(
             f"the attention of this model was switched to {used!r}, which knows no Tensor Cache; tessera.enable(model) "
             "switches it back, tessera.detach(model) takes the memory away"
         )
-    pending, layer.pending = layer.pending, None
-    if pending is None:
+    call = MemoryCall(getattr(module, MEMORY), kwargs.get("position_ids"), kwargs.get("past_key_values"), int(module.layer_idx))
+    return args, {**kwargs, CALL: call}
+
+
+def _add(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Hook behind an attention module: add what the memory contributed."""
+    call: MemoryCall = kwargs[CALL]
+    if not call.taken:
+        raise RuntimeError(
+            "the attention of this model does not hand its keyword arguments on to transformers' AttentionInterface, so its "
+            "Tensor Cache was not read; take it away with tessera.detach(model)"
+        )
+    added = call.added
+    if added is None:
         return output
     if isinstance(output, tuple):
-        return (output[0] + pending.to(output[0].dtype), *output[1:])
-    return output + pending.to(output.dtype)
+        return (output[0] + added.to(output[0].dtype), *output[1:])
+    return output + added.to(output.dtype)

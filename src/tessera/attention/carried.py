@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.associative.layer import TensorCacheLayer
+from tessera.associative.layer import MemoryCall
 from tessera.associative.rotary import Phase
 from tessera.attention.plain import Limits, Softmax, windowed
 from tessera.cache.carry import CarriedLayer
+from tessera.cache.masks import documents
 
 
 def over_segment(
@@ -21,6 +22,7 @@ def over_segment(
     value: Tensor,
     position_ids: Tensor | None,
     softmax: Softmax,
+    call: MemoryCall | None,
 ) -> Tensor:
     """The next segment of documents whose state `layer` carries on; (batch, tokens, heads, head_dim)."""
     batch, n = query.shape[0], query.shape[2]
@@ -31,14 +33,12 @@ def over_segment(
         plain = phase.remove(query, positions), phase.remove(key, positions)
         out, layer.infini = module.infini(query, key, value, *plain, softmax.scaling, layer.infini)
         return out.transpose(1, 2).contiguous()
-    memory: TensorCacheLayer | None = getattr(module, "tensor_cache", None)
-    limits = module.limits if memory is None else Limits(memory.config.window, memory.config.sink)
-    if memory is not None:
+    limits = module.limits if call is None else Limits(call.memory.config.window, call.memory.config.sink)
+    if call is not None:
         real = torch.ones((batch, n), dtype=torch.bool, device=query.device)
-        memory.pending, layer.memory = memory(query, key, value, real, positions, layer.memory)
+        call.added, layer.memory = call.memory(query, key, value, real, positions, layer.memory)
     key, value = layer.joined(key, value)
     # By slot instead of place: what was carried begins with the sinks, and all behind them are neighbours.
-    slots = torch.arange(key.shape[2], device=query.device).expand(batch, -1)
-    out = windowed(module, limits, query, key, value, slots, slots >= 0, softmax)
+    out = windowed(module, limits, query, key, value, None, documents(None, query, key.shape[2]), softmax)
     layer.keep(key, value, limits.sink, limits.window)
     return out

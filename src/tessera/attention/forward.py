@@ -11,13 +11,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from tessera.associative.infini import Infini
-from tessera.associative.layer import TensorCacheLayer
+from tessera.associative.layer import MemoryCall
 from tessera.attention.carried import over_segment
 from tessera.attention.infini import over_whole
-from tessera.attention.plain import Limits, Softmax, dense, places, positions, windowed
+from tessera.attention.past import tokens_so_far
+from tessera.attention.plain import Limits, Softmax, dense, recalled, windowed
 from tessera.attention.tiers import over_tiers
 from tessera.cache.carry import Segment
 from tessera.cache.layer import ATTENTION, Handle
+from tessera.cache.masks import by_lengths, check_absorbed, documents
 
 #: What the mask of a cache with slots for tokens to come, as transformers' StaticCache, says of their number.
 ROOM = "_tessera_room"
@@ -33,6 +35,7 @@ def attention_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    memory_call: MemoryCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What models call instead of their own attention.
@@ -47,39 +50,69 @@ def attention_forward(
         scaling: of the scores; None: head_dim ** -0.5.
         softcap: scores become softcap · tanh(score / softcap).
         s_aux: (q_heads,) logits of sinks that take part in the softmax and give nothing.
+        memory_call: of a module with a Tensor Cache, which leaves there what it adds to the module's output.
         kwargs: the rest that models pass; the window is in the mask already.
 
     Returns:
         (batch, tokens, q_heads, head_dim) and no weights.
     """
-    memory: TensorCacheLayer | None = getattr(module, "tensor_cache", None)
+    if memory_call is not None:
+        memory_call.taken = True
     infini: Infini | None = getattr(module, "infini", None)
     softmax = Softmax(dropout, scaling, softcap, s_aux)
+    lengths = kwargs.get("cu_seq_lens_q")
     if isinstance(key, Segment):
-        if attention_mask is not None:
-            raise ValueError("a Carry is for rows without padding; leave the attention mask out")
-        return over_segment(module, key.layer, query, key.new, value.new, kwargs.get("position_ids"), softmax), None
-    room = 0 if isinstance(key, Handle) else getattr(attention_mask, ROOM, 0)
+        if attention_mask is not None or lengths is not None:
+            raise ValueError("a Carry is for rows without padding or packed documents; leave the attention mask out")
+        return over_segment(
+            module, key.layer, query, key.new, value.new, kwargs.get("position_ids"), softmax, memory_call
+        ), None
+    if isinstance(key, Handle):
+        if infini is not None:
+            raise ValueError("Infini-attention keeps its own memory; run this model without a tessera.Cache")
+        if lengths is not None:
+            raise ValueError("packed documents given by cu_seq_lens_q are for calls without a cache; use_cache=False")
+        return over_tiers(module, query, key, attention_mask, softmax, memory_call), None
+    room = getattr(attention_mask, ROOM, 0)
     if room and attention_mask is not None:
         key, value, attention_mask = key[:, :, :-room], value[:, :, :-room], attention_mask[..., :-room]
+    limits: Limits | None = getattr(module, "limits", None)
+    if memory_call is not None:
+        limits = Limits(memory_call.memory.config.window, memory_call.memory.config.sink)
+    if lengths is not None and (infini is not None or limits is not None):
+        attention_mask = by_lengths(lengths, attention_mask, query.shape[0], query.shape[2], key.shape[2])
     if infini is not None:
         return over_whole(module, infini, query, key, value, attention_mask, scaling, kwargs.get("position_ids")), None
-    if not isinstance(key, Handle):
-        limits = getattr(module, "limits", None) if memory is None else Limits(memory.config.window, memory.config.sink)
-        if limits is not None:
-            if torch.compiler.is_compiling() and attention_mask is not None and key.shape[2] > query.shape[2]:
-                raise ValueError(
-                    "a window over a cache of fixed length cannot be compiled; generate(..., disable_compile=True)"
-                )
-            place, real = places(query, key, attention_mask)
-            if memory is not None:
-                memory.pending, _ = memory(query, key, value, real, positions(query, place, kwargs.get("position_ids")))
-            return windowed(module, limits, query, key, value, place, real, softmax), None
-        attention_mask = _bottom_right(module, query, key) if attention_mask is None else attention_mask
-        if softmax.usual:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-        return dense(module, query, key, value, attention_mask, softmax), None
-    return over_tiers(module, query, key, attention_mask, softmax), None
+    if limits is not None:
+        return _bounded(module, limits, query, key, value, attention_mask, softmax, memory_call), None
+    attention_mask = _bottom_right(module, query, key) if attention_mask is None else attention_mask
+    if softmax.usual:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return dense(module, query, key, value, attention_mask, softmax), None
+
+
+def _bounded(
+    module: nn.Module,
+    limits: Limits,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    softmax: Softmax,
+    call: MemoryCall | None,
+) -> Tensor:
+    """Attention to a window and sinks, and what a Tensor Cache adds to it, over plain keys and values."""
+    if torch.compiler.is_compiling() and mask is not None and key.shape[2] > query.shape[2]:
+        raise ValueError("a window over a cache of fixed length cannot be compiled; generate(..., disable_compile=True)")
+    if call is None:
+        of = documents(mask, query, key.shape[2])
+    else:
+        past = tokens_so_far(call, query, key.shape[2], mask)
+        of = past.documents
+        if mask is not None:
+            check_absorbed(mask, of, limits.window, limits.sink)
+        call.added = recalled(call.memory, query, key, value, of, past.positions)
+    return windowed(module, limits, query, key, value, mask, of, softmax)
 
 
 def mask_unless_causal(

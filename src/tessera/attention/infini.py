@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tessera.associative.infini import Infini
 from tessera.associative.rotary import Phase
-from tessera.attention.plain import places, positions
 from tessera.cache.layer import Handle
+from tessera.cache.masks import documents
 
 
 def over_whole(
@@ -26,11 +26,17 @@ def over_whole(
     """Infini-attention over whole sequences; (batch, tokens, heads, head_dim)."""
     if isinstance(key, Handle):
         raise ValueError("Infini-attention keeps its own memory; run this model without a tessera.Cache")
-    place, real = places(query, key, mask)
-    if not real.all():
-        raise ValueError("Infini-attention counts its segments from the first slot; give it rows without left padding")
-    where = positions(query, place, position_ids)
-    n, past = query.shape[2], key.shape[2] - query.shape[2]
+    batch, n, slots = query.shape[0], query.shape[2], key.shape[2]
+    past = slots - n
+    if not documents(mask, query, slots).single:
+        raise ValueError(
+            "Infini-attention counts its segments from the first slot; give it rows of one document without padding"
+        )
+    where = torch.arange(slots, device=query.device).expand(batch, -1)
+    if position_ids is not None:
+        # What came before is taken to have had the positions before them.
+        where = where + (position_ids[:, :1] - past)
+        where = torch.cat((where[:, :past].clamp(min=0), position_ids.expand(batch, -1)), dim=1)
     phase: Phase = module.infini_phase[0]
     plain_q, plain_k = phase.remove(query, where[:, past:]), phase.remove(key, where)
     if past:

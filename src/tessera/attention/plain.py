@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
-from tessera.cache.masks import boolean
+from tessera.associative.layer import TensorCacheLayer
+from tessera.cache.masks import Documents, boolean
 
 
 class Limits(NamedTuple):
@@ -39,60 +40,57 @@ class Softmax(NamedTuple):
         return self.softcap is None and self.s_aux is None
 
 
-def places(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """For each slot its place in its row, padding not counted, and whether it is none: (batch, slots) int64 and bool."""
-    batch, slots = query.shape[0], key.shape[2]
-    real = torch.ones((batch, slots), dtype=torch.bool, device=query.device)
-    if mask is not None:
-        # A slot that no query of this call sees is padding, if it lies before all that some query sees.
-        real = boolean(mask).any(dim=(1, 2)).expand(batch, -1).cumsum(1) > 0
-    return torch.arange(slots, device=query.device)[None] - (slots - real.sum(1))[:, None], real
-
-
-def positions(query: Tensor, place: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Rotary positions of all slots, (batch, slots), from those of the newest."""
-    batch, slots = place.shape
-    past = slots - query.shape[2]
-    if position_ids is None:
-        return place.clamp(min=0)
-    newest = position_ids.expand(batch, -1)
-    if not past:
-        return newest
-    # From the last slot, which is a token wherever padding is on the left.
-    return (place + (newest[:, -1:] - place[:, -1:])).clamp(min=0)
-
-
 def windowed(
     module: nn.Module,
     limits: Limits,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    place: Tensor,
-    real: Tensor,
+    mask: Tensor | None,
+    of: Documents,
     softmax: Softmax,
 ) -> Tensor:
     """Attention to a window and to sinks over plain tensors, differentiable; only what lies near is computed.
 
-    Returns (batch, tokens, heads, head_dim).
+    A query sees of its own document the first `limits.sink` tokens and those that are no older than its window, and of these
+    what the mask shows it, be it later.
+
+    Args:
+        module: the model's attention module.
+        limits: the window and the sinks.
+        query: (batch, heads, tokens, head_dim).
+        key, value: (batch, kv_heads, slots, head_dim).
+        mask: (batch or 1, heads or 1, tokens, slots); None: causal.
+        of: the documents of all slots.
+        softmax: how scores become weights.
+
+    Returns:
+        (batch, tokens, heads, head_dim).
     """
     n, slots = query.shape[2], key.shape[2]
     past, window = slots - n, limits.window
-    pads = int((place[:, -1:] + 1 - slots).abs().max())
+    plain = mask is None and of.single
+    shown = None if mask is None else boolean(mask)
     out = []
     for a in range(0, n, window):
         b = min(a + window, n)
-        begin = max(0, past + a - window + 1)
-        columns = torch.arange(begin, past + b, device=query.device)
-        if begin:
-            # The sinks of every row lie among the first slots that are not padding.
-            columns = torch.cat((torch.arange(min(begin, pads + limits.sink), device=query.device), columns))
-        distance = torch.arange(past + a, past + b, device=query.device)[:, None] - columns
-        near = (distance >= 0) & (distance < window)
-        sinks = (distance >= 0) & (place[:, None, columns] < limits.sink)
-        seen = ((near | sinks) & real[:, None, columns])[:, None]
-        # A padding query sees nothing; it is given itself, for a softmax over nothing is NaN.
-        seen = seen | ((distance == 0) & ~real[:, past + a : past + b, None])[:, None]
+        newest = torch.arange(past + a, past + b, device=query.device)
+        columns = torch.arange(past + b if plain else slots, device=query.device)
+        if plain:
+            begin = max(0, past + a - window + 1)
+            # The sinks, and what lies near.
+            columns = torch.cat((columns[: min(begin, limits.sink)], columns[begin:]))
+            distance = newest[:, None] - columns
+            seen = ((distance >= 0) & ((distance < window) | (columns < limits.sink)))[None, None]
+        else:
+            number, place = of.number[:, None, newest, None], of.place[:, None, newest, None]
+            keys = of.number[:, None, None], of.place[:, None, None]
+            seen = (number == keys[0]) & (number >= 0) & ((keys[1] > place - window) | (keys[1] < limits.sink))
+            seen = seen & (columns <= newest[:, None] if shown is None else shown[:, :, a:b])
+            columns = seen.any(dim=(0, 1, 2)).nonzero().flatten()
+            # A padding query sees nothing; it is given something, for a softmax over nothing is NaN.
+            columns = columns if len(columns) else newest[:1]
+            seen = seen[..., columns] | (number < 0)
         q, k, v = query[:, :, a:b], key[:, :, columns], value[:, :, columns]
         if softmax.usual:
             drop = softmax.dropout if module.training else 0.0
@@ -104,6 +102,56 @@ def windowed(
         else:
             out.append(dense(module, q, k, v, seen, softmax))
     return torch.cat(out, dim=1).contiguous()
+
+
+def recalled(
+    memory: TensorCacheLayer, query: Tensor, key: Tensor, value: Tensor, of: Documents, positions: Tensor | None
+) -> Tensor:
+    """What a Tensor Cache adds for the newest tokens of whole rows, differentiable; each document by itself, without padding.
+
+    Args:
+        memory: of the layer.
+        query: (batch, heads, n, head_dim).
+        key, value: (batch, kv_heads, slots, head_dim).
+        of: the documents of all slots.
+        positions: (batch, slots), where the memory needs them.
+
+    Returns:
+        (batch, n, hidden).
+    """
+    batch, n = query.shape[0], query.shape[2]
+    slots = key.shape[2]
+    if of.single:
+        real = torch.ones((batch, slots), dtype=torch.bool, device=query.device)
+        return memory(query, key, value, real, positions)[0]
+    # One row for each document that a new token belongs to, its tokens at the end.
+    rows, at = (of.number >= 0).nonzero(as_tuple=True)
+    begins = of.place[rows, at] == 0
+    which = begins.long().cumsum(0) - 1
+    length = which.bincount()
+    asked = which.new_zeros(len(length)).index_add(0, which, (at >= slots - n).long()) > 0
+    number = (asked.long().cumsum(0) - 1)[which]
+    kept = asked[which]
+    rows, at, number = rows[kept], at[kept], number[kept]
+    if not len(rows):
+        return query.new_zeros((batch, n, memory.out.out_features))
+    most = int(length[asked].max())
+    column = most - length[asked][number] + of.place[rows, at]
+    real = torch.zeros((int(asked.sum()), most), dtype=torch.bool, device=query.device)
+    real[number, column] = True
+
+    def by_document(x: Tensor) -> Tensor:
+        """(batch, heads, slots, head_dim) -> (documents, heads, tokens, head_dim)."""
+        table = x.new_zeros((*real.shape, x.shape[1], x.shape[3]))
+        return table.index_put((number, column), x[rows, :, at]).transpose(1, 2)
+
+    where = None
+    if positions is not None:
+        where = positions.new_zeros(real.shape).index_put((number, column), positions[rows, at])
+    added, _ = memory(by_document(pad(query, (0, 0, slots - n, 0))), by_document(key), by_document(value), real, where)
+    new = at >= slots - n
+    out = added.new_zeros((batch, n, added.shape[2]))
+    return out.index_put((rows[new], at[new] - (slots - n)), added[number[new], column[new]])
 
 
 def dense(

@@ -6,15 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from tessera.associative.layer import TensorCacheLayer
+from tessera.associative.layer import MemoryCall, TensorCacheLayer
 from tessera.attention.plain import Softmax
 from tessera.cache.lane import Part, Turn
 from tessera.cache.layer import Handle
-from tessera.cache.masks import LaneMask
+from tessera.cache.masks import GroupMask, Runs
 from tessera.kernels import Pages, dispatch
 
 
-def over_tiers(module: nn.Module, query: Tensor, handle: Handle, mask: Tensor | None, softmax: Softmax) -> Tensor:
+def over_tiers(
+    module: nn.Module, query: Tensor, handle: Handle, mask: Tensor | None, softmax: Softmax, call: MemoryCall | None
+) -> Tensor:
     """Attention to all that a layer of a cache holds; arguments as of `attention_forward`.
 
     Returns (batch, tokens, heads, head_dim).
@@ -23,32 +25,38 @@ def over_tiers(module: nn.Module, query: Tensor, handle: Handle, mask: Tensor | 
         raise ValueError("attention dropout and tessera.Cache do not go together; call model.eval()")
     scale = query.shape[-1] ** -0.5 if softmax.scaling is None else softmax.scaling
     layer = handle.layer
-    turns = layer.open(mask)
+    memory = call.memory if call is not None and layer.policy.associative else None
+    positions = None if memory is None or call is None else call.positions_of(query)
+    turns = layer.open(mask, positions)
     batch, heads, tokens, dim = query.shape
     out: Tensor | None = None
-    memory: TensorCacheLayer | None = getattr(module, "tensor_cache", None) if layer.policy.associative else None
     added = None if memory is None else query.new_zeros((batch, tokens, memory.out.out_features))
     for turn, seen in turns:
         rows = turn.lane.rows
         whole = len(rows) == batch
         index = None if whole else torch.tensor(rows, device=query.device)
-        q = query if index is None else query.index_select(0, index)
+        q = turn.queries.of(query if index is None else query.index_select(0, index), 0, 2)
         if memory is not None and added is not None:
-            added[rows, turn.begin :] = _recall(memory, q[:, :, turn.begin :], turn).to(added.dtype)
-        part = _attend(q[:, :, turn.begin :], turn, seen, scale, softmax).to(query.dtype).transpose(1, 2)
-        if whole and not turn.begin:
+            _put(added, _recall(memory, q, turn), rows, turn.queries)
+        part = _attend(q, turn, seen, scale, softmax).to(query.dtype).transpose(1, 2)
+        if whole and turn.tokens == tokens:
             out = part.contiguous()
             break
         if out is None:
             out = query.new_zeros((batch, tokens, heads, dim))
-        if index is None:
-            out[:, turn.begin :] = part
-        else:
-            out[index, turn.begin :] = part
+        _put(out, part, rows, turn.queries)
     layer.close(turns)
-    if memory is not None:
-        memory.pending = added
+    if call is not None:
+        call.added = added
     return query.new_zeros((batch, tokens, heads, dim)) if out is None else out
+
+
+def _put(into: Tensor, part: Tensor, rows: list[int], queries: Runs) -> None:
+    """Write what some rows and queries have got into (batch, tokens, ...)."""
+    at = 0
+    for first, size in queries.runs:
+        into[rows, first : first + size] = part[:, at : at + size].to(into.dtype)
+        at += size
 
 
 def _recall(memory: TensorCacheLayer, q: Tensor, turn: Turn) -> Tensor:
@@ -58,20 +66,34 @@ def _recall(memory: TensorCacheLayer, q: Tensor, turn: Turn) -> Tensor:
     """
     lane, window = turn.lane, memory.config.window
     assert lane.memory is not None
-    places = torch.arange(turn.first, turn.first + turn.tokens, device=q.device)
-    leave = places - window
-    k, v = lane.pairs(turn, max(0, turn.first - window), max(0, turn.first + turn.tokens - window))
+    begin, end = lane.memory.written, turn.first + turn.tokens
+    k, v = lane.pairs(turn, max(0, begin - window), max(0, end - window))
     memory.memory.check_finite(k, v)
-    idle = turn.tokens - k.shape[2]
+    # What left at earlier queries, which might have been taken back, has not been written yet; those read nothing now.
+    late = turn.first - begin
+    at = lane.memory.places(turn.first, end, end)
+    if at is not None:
+        q = memory.plain(q, at)
+    # Sinks, whose positions may not be known any more, are never written.
+    at = lane.memory.places(max(0, begin - window), max(0, end - window), end)
+    if at is not None:
+        k = memory.plain(k, at)
+    live = (torch.arange(begin, end, device=q.device) - window >= memory.config.sink).expand(len(lane.rows), -1)
     # The first tokens push nothing out, until the window is full.
-    k, v = pad(memory.plain(k, leave[None, idle:]), (0, 0, idle, 0)), pad(v, (0, 0, idle, 0))
-    live = (leave >= memory.config.sink).expand(len(lane.rows), -1)
-    query = memory.plain(q, places[None])
-    read, lane.memory.coming = memory.memory.advance(query, k, v, live, lane.memory.state_for(memory.memory, k))
-    return memory.project(read, query)
+    idle = end - begin - k.shape[2]
+    k, v = pad(k, (0, 0, idle, 0)), pad(v, (0, 0, idle, 0))
+    before = lane.memory.state_for(memory.memory, k)
+    read, after = memory.memory.advance(pad(q, (0, 0, late, 0)), k, v, live, before)
+    keep = max(begin, end - turn.hold)
+    if keep < end:
+        few = keep - begin
+        unasked = q.new_zeros((*q.shape[:2], few, q.shape[3]))
+        _, after = memory.memory.advance(unasked, k[:, :, :few], v[:, :, :few], live[:, :few], before)
+    lane.memory.propose(after, keep)
+    return memory.project(read[:, :, late:], q)
 
 
-def _attend(q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softmax: Softmax) -> Tensor:
+def _attend(q: Tensor, turn: Turn, mask: GroupMask | None, scale: float, softmax: Softmax) -> Tensor:
     """One softmax over all parts. q: (rows, q_heads, tokens, head_dim), as the result."""
     if len(turn.parts) == 1 and mask is None and softmax.usual:
         fused = _fused(q, turn, scale)
@@ -80,9 +102,13 @@ def _attend(q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softmax:
     results = []
     for part in turn.parts:
         start, window = _rule(turn, part)
-        seen = None if mask is None else mask.columns(part.start, part.tokens)
-        if mask is not None and window is None:
-            start = None  # the mask says it all, and may say something else than causality
+        seen = None
+        if mask is not None:
+            # The mask may say something else than causality, so a window only hides what is older than it.
+            seen = mask.columns(part.start, part.tokens)
+            if window is not None and not turn.lane.policy.masked:
+                seen = seen & _newer(turn, part, window, q.device)
+            start = window = None
         if isinstance(part.held, Pages):
             results.append(dispatch.attend(q, part.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window))
         else:
@@ -93,6 +119,12 @@ def _attend(q: Tensor, turn: Turn, mask: LaneMask | None, scale: float, softmax:
         lse = softmax.s_aux.float().view(1, -1, 1).expand(q.shape[:3])
         results.append((torch.zeros_like(results[0][0]), lse))
     return dispatch.merge(results)[0]
+
+
+def _newer(turn: Turn, part: Part, window: int, device: torch.device) -> Tensor:
+    """Whether a key of the part lies within the window of a query, or behind it: (queries, tokens) bool."""
+    query = torch.arange(turn.first, turn.first + turn.tokens, device=device)[:, None]
+    return torch.arange(part.start, part.start + part.tokens, device=device) > query - window
 
 
 def _rule(turn: Turn, part: Part) -> tuple[int | None, int | None]:

@@ -59,10 +59,11 @@ class Cache(TransformersCache):
                 )
             enable(model_or_config)
         codec = None if self.spec.codec is None else codecs.get(self.spec.codec)
-        link = Link(text, prefill, self.spec.bounded)
+        link = Link(text, prefill, self.spec.bounded, len(layers) - 1)
+        given = getattr(model_or_config, ATTACHED).layers if self.spec.associative else ()
         super().__init__(
             layers=[
-                TesseraLayer(i, Policy.of(self.spec, codec, sliding), shape, sliding, link)
+                TesseraLayer(i, Policy.of(self.spec, codec, sliding, i in given), shape, sliding, link)
                 for i, (shape, sliding) in enumerate(layers)
             ]
         )
@@ -102,6 +103,8 @@ class Cache(TransformersCache):
                 f"the layers of this cache have seen {sorted({layer.seen for layer in self.layers})} tokens: a call stopped "
                 "half-way, or the model has fewer layers than the one it was made for; call cache.reset()"
             )
+        if layer_idx == 0:
+            self.layers[0].link.masks.forget()
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -1,13 +1,15 @@
-"""A lane: the tiers of those batch rows that have equal left padding, and a token's way through them."""
+"""A lane: the tiers of those batch rows whose tokens came in the same slots, and a token's way through them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tessera.associative import TensorCache, TensorCacheState
+from tessera.cache.masks import Runs
 from tessera.cache.spec import BLOCK, Spec
 from tessera.cache.tiers import PAGE, CodecTier, ExactTier
 from tessera.codecs import Codec
@@ -28,6 +30,8 @@ class Policy:
         limit: number of tokens that the codec holds at most; None: no limit.
         window: a query sees only this many newest tokens, itself included, and the sinks; None: all that are kept.
         associative: what leaves the window is written into the model's associative memory.
+        masked: the window is that of the model's own layer, so that the model's mask has it already.
+        by_document: a document that the mask sets apart begins anew, as it would alone; the window and the sinks are its own.
     """
 
     sink: int
@@ -36,10 +40,19 @@ class Policy:
     limit: int | None
     window: int | None
     associative: bool = False
+    masked: bool = False
+    by_document: bool = False
 
     @staticmethod
-    def of(spec: Spec, codec: Codec | None, sliding: int | None) -> Policy:
-        """The policy of a layer whose own attention window is `sliding` tokens (None: it sees everything)."""
+    def of(spec: Spec, codec: Codec | None, sliding: int | None, memory: bool = True) -> Policy:
+        """What a layer keeps.
+
+        Args:
+            spec: of the cache.
+            codec: of the spec, or None.
+            sliding: tokens that the layer's own attention sees; None: all.
+            memory: whether "tc" has given the layer an associative memory.
+        """
         window = min((w for w in (spec.window, sliding) if w is not None), default=None)
         if spec.associative and sliding is not None:
             window = sliding  # a layer that forgets by itself is bounded already; it gets no memory and stays as it is
@@ -48,10 +61,12 @@ class Policy:
         recent: int | None = None if spec.dense else spec.recent
         if window is not None:
             recent = window - 1 if spec.window is not None or recent is None else min(recent, window - 1)
-        associative = spec.associative and sliding is None
+        associative = spec.associative and sliding is None and memory
         if associative:
             recent = window  # the pair that leaves at a step is still needed, to be written
-        return Policy(sink, recent, codec, spec.codec_limit, window, associative)
+        masked = sliding is not None and window == sliding
+        by_document = spec.window is not None and sliding is None
+        return Policy(sink, recent, codec, spec.codec_limit, window, associative, masked, by_document)
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,9 @@ class Part:
     window: int | None = None
 
 
+NONE = Runs()
+
+
 @dataclass(frozen=True)
 class Turn:
     """One call's share of a lane.
@@ -81,7 +99,8 @@ class Turn:
         tokens: new tokens, which are also the queries.
         parts: what the queries read, each up to its own place.
         pending: the new keys and values if the lane has not taken them in yet.
-        begin: slots of padding in this call before the first token.
+        queries: which of the call's tokens these are.
+        hold: so many of the newest tokens may still be taken back, so they are neither packed, dropped nor written for good.
     """
 
     lane: Lane
@@ -89,56 +108,102 @@ class Turn:
     tokens: int
     parts: list[Part]
     pending: tuple[Tensor, Tensor] | None
-    begin: int = 0
+    queries: Runs = NONE
+    hold: int = 0
 
 
 class LaneMemory:
-    """The associative memory of a lane's rows."""
+    """The associative memory of a lane's rows.
+
+    Attributes:
+        state: what has been written for good, or None.
+        written: the queries of all places before this one have had what left at them written into `state`.
+        positions: (rows, n) int64, rotary positions of the newest n tokens of the lane; None: nobody needs them.
+    """
 
     def __init__(self) -> None:
         self.state: TensorCacheState | None = None
-        self.coming: TensorCacheState | None = None  # of a call that has not ended yet
+        self.written = 0
+        self.positions: Tensor | None = None
+        self._coming: tuple[TensorCacheState, int] | None = None  # of a call that has not ended yet
 
     def state_for(self, memory: TensorCache, pairs: Tensor) -> TensorCacheState:
         """What has been written, or a state with nothing in it. pairs: (rows, ...)."""
         return memory.initial_state(pairs.shape[0], pairs[:, :, :0]) if self.state is None else self.state
 
+    def propose(self, state: TensorCacheState, written: int) -> None:
+        """What `state` and `written` shall be when the call ends."""
+        self._coming = replace(state.detach(), seen=torch.full_like(state.seen, written)), written
+
     def commit(self) -> None:
         """The call has ended: what it wrote counts."""
-        if self.coming is not None:
-            self.state, self.coming = self.coming.detach(), None
+        if self._coming is not None:
+            (self.state, self.written), self._coming = self._coming, None
+
+    def note(self, positions: Tensor | None) -> None:
+        """Positions of the tokens that come, (rows, n)."""
+        if positions is not None:
+            known = self.positions
+            self.positions = positions if known is None else torch.cat((known.to(positions.device), positions), dim=1)
+
+    def places(self, begin: int, end: int, length: int) -> Tensor | None:
+        """Positions of the places [begin, end) of a lane of `length` tokens, (rows, n); 0 where they are not known."""
+        if self.positions is None:
+            return None
+        first = length - self.positions.shape[1]
+        known = self.positions[:, max(0, begin - first) : max(0, end - first)]
+        return torch.nn.functional.pad(known, (end - begin - known.shape[1], 0))
+
+    def keep(self, tokens: int) -> None:
+        """Forget the positions of all but the newest `tokens`."""
+        if self.positions is not None and self.positions.shape[1] > tokens:
+            self.positions = self.positions[:, self.positions.shape[1] - tokens :].clone()
+
+    def forget(self, tokens: int, rest: int) -> None:
+        """Forget the newest `tokens`; `rest` remain in the lane."""
+        self.written = min(self.written, rest)
+        if self.positions is not None:
+            self.positions = self.positions[:, : max(0, self.positions.shape[1] - tokens)]
 
     def buffers(self) -> list[Tensor]:
-        """Every tensor that is held."""
+        """Every tensor of what has been written."""
         return [] if self.state is None else [t for t in self.state.tensors().values() if t.numel()]
 
     def select(self, index: Tensor) -> None:
         """Take rows by index."""
         self.state = None if self.state is None else self.state.select(index)
+        self.positions = None if self.positions is None else self.positions[index.to(self.positions.device)]
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""
         self.state = None if self.state is None else self.state.to(device)
+        self.positions = None if self.positions is None else self.positions.to(device)
 
 
 class Lane:
-    """Tokens of some batch rows from their first real token on.
+    """The tokens of some batch rows, without their padding.
 
-    Blocks of `BLOCK` tokens are counted from the end of the sinks, so what is packed together depends neither on padding nor
-    on how the calls were cut.
+    A token's place is its number among them. Blocks of `BLOCK` tokens are counted by place, from the end of the sinks, so what
+    is packed together depends neither on padding nor on how the calls were cut.
 
     Args:
         policy: what to keep.
         layer: index of the layer.
         rows: batch rows, ascending.
-        pad: slots of padding before the first token.
+        before: tokens of the rows' earlier documents, which are gone.
+
+    Attributes:
+        slots: of the tokens, by place; those of padding are not among them.
+        length: number of tokens up to now, dropped ones included.
+        dropped: how many tokens behind the sinks are gone.
     """
 
-    def __init__(self, policy: Policy, layer: int, rows: list[int], pad: int) -> None:
+    def __init__(self, policy: Policy, layer: int, rows: list[int], before: int = 0) -> None:
         self.policy = policy
         self.layer = layer
         self.rows = rows
-        self.pad = pad
+        self.before = before
+        self.slots = Runs()
         self.length = 0
         self.dropped = 0
         self.sink = ExactTier(room=max(1, policy.sink))
@@ -170,6 +235,9 @@ class Lane:
             drop: also forget what no later query sees and what exceeds the limit; without, everything is only packed.
             spare: this many tokens more stay exact.
         """
+        if self.memory is not None:
+            # What left at queries that may still be taken back is written later, so it is still needed.
+            spare = max(spare, self.length - self.memory.written)
         if self.policy.recent is not None:
             leave = max(0, self.recent.tokens - self.policy.recent - spare) // BLOCK * BLOCK
             if self.packed is None:
@@ -210,18 +278,25 @@ class Lane:
             count = max(count, max(0, min(unseen, packed)) // BLOCK * BLOCK)
         return count
 
-    def admit(self, k: Tensor, v: Tensor, packed: bool) -> Turn:
-        """Begin a call: what its queries read. k, v: (rows, kv_heads, n, head_dim) of the new tokens.
+    def admit(
+        self, k: Tensor, v: Tensor, packed: bool, queries: Runs = NONE, positions: Tensor | None = None, hold: int = 0
+    ) -> Turn:
+        """Begin a call: what its queries read.
 
         Args:
+            k, v: (rows, kv_heads, n, head_dim) of the new tokens.
             packed: pack what leaves `recent` before the queries read it, instead of after.
+            queries, hold: see `Turn`.
+            positions: (rows, n) rotary positions of the new tokens, where a memory needs them.
         """
         first, n = self.length, k.shape[2]
+        if self.memory is not None:
+            self.memory.note(positions)
         if packed or (n <= BLOCK and first):
             self.append(k, v)
             if packed:
                 self.settle(drop=False)
-            return Turn(self, first, n, self.parts(), None)
+            return Turn(self, first, n, self.parts(), None, queries, hold)
         # A long call is read where it lies and taken in afterwards, so it is never copied whole.
         parts, window = self.parts(), self.policy.window
         split = min(max(self.policy.sink - first, 0), n) if window is not None else 0
@@ -229,7 +304,7 @@ class Lane:
             parts.append(Part((k[:, :, :split], v[:, :, :split]), first, split))
         if split < n:
             parts.append(Part((k[:, :, split:], v[:, :, split:]), first + split, n - split, window))
-        return Turn(self, first, n, parts, (k, v))
+        return Turn(self, first, n, parts, (k, v), queries, hold)
 
     def pairs(self, turn: Turn, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the places [begin, end), which are all held exactly: (rows, kv_heads, end - begin, head_dim)."""
@@ -244,7 +319,7 @@ class Lane:
         assert k.shape[2] == end - begin
         return k, v
 
-    def dismiss(self, turn: Turn, spare: int = 0) -> None:
+    def dismiss(self, turn: Turn) -> None:
         """End a call: take in what has not been yet, pack, drop."""
         if self.memory is not None:
             self.memory.commit()
@@ -253,9 +328,11 @@ class Lane:
             step = turn.tokens if self.policy.recent is None else PAGE
             for a in range(0, turn.tokens, step):
                 self.append(k[:, :, a : a + step], v[:, :, a : a + step])
-                self.settle(spare=spare)
+                self.settle(spare=turn.hold)
         else:
-            self.settle(spare=spare)
+            self.settle(spare=turn.hold)
+        if self.memory is not None:
+            self.memory.keep(self.recent.tokens)
 
     def parts(self) -> list[Part]:
         """Everything held, in order."""
@@ -277,12 +354,15 @@ class Lane:
         Raises:
             ValueError: saying which.
         """
-        if self.memory is not None and n and self.memory.state is not None:
+        if self.before and n >= self.length:
+            raise ValueError(f"layer {self.layer} has dropped the document before this one; it cannot be cropped so far back")
+        if self.memory is not None and self.length - n < self.memory.written:
             assert self.policy.window is not None
-            if self.length - self.policy.window > self.policy.sink:
+            if self.memory.written - self.policy.window > self.policy.sink:
                 raise ValueError(
                     f"layer {self.layer} has written what left its window of {self.policy.window} tokens into its associative "
-                    f"memory, from which nothing can be taken back; the last {n} tokens cannot be forgotten"
+                    f"memory, from which nothing can be taken back, so the last {n} tokens cannot be forgotten; call "
+                    "cache.activate_past_recording() before the calls that may be cropped"
                 )
         if not self.dropped or not n:
             return
@@ -311,7 +391,10 @@ class Lane:
             left -= cut
         if left:
             self.sink.pop_back(left)
+        if self.memory is not None:
+            self.memory.forget(n, rest)
         self.length = rest
+        self.slots = self.slots.cut(0, rest)
 
     def select(self, index: Tensor) -> None:
         """Take rows of the lane by their place in it. index: (n,) int64."""
@@ -322,12 +405,22 @@ class Lane:
         if self.memory is not None:
             self.memory.select(index)
 
+    def taken(self, rows: list[int]) -> Lane:
+        """A lane of some of the rows; this one stays as it is."""
+        other = copy.copy(self)
+        for name in ("sink", "recent", "packed", "memory"):
+            setattr(other, name, copy.copy(getattr(self, name)))
+        other.rows = rows
+        other.select(torch.tensor([self.rows.index(row) for row in rows], dtype=torch.long))
+        return other
+
     def buffers(self) -> dict[str, list[Tensor]]:
         """Every tensor that is held, by tier."""
+        positions = None if self.memory is None else self.memory.positions
         return {
             "sink": self.sink.buffers(),
             "packed": [] if self.packed is None else self.packed.buffers(),
-            "recent": self.recent.buffers(),
+            "recent": [*self.recent.buffers(), *([] if positions is None else [positions])],
             "tc": [] if self.memory is None else self.memory.buffers(),
         }
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from tessera.associative import TensorCache
 from tessera.cache.lane import RECORDED, Lane, Policy, Turn
-from tessera.cache.masks import LaneMask, MaskMemo, lane_mask, leading_pads
+from tessera.cache.masks import GroupMask, MaskMemo, boolean, new_tokens
+from tessera.cache.shares import Share, shares
 from tessera.kernels import Pages
 
 #: Name of the attention function in transformers' `AttentionInterface`.
@@ -31,12 +31,14 @@ class Link:
         config: the very config object that the model's attention modules read.
         prefill: "exact" or "packed", see `Cache`.
         bounded: the spec drops tokens.
+        last: index of the last layer.
     """
 
-    def __init__(self, config: Any, prefill: str, bounded: bool) -> None:
+    def __init__(self, config: Any, prefill: str, bounded: bool, last: int) -> None:
         self.config = config
         self.prefill = prefill
         self.bounded = bounded
+        self.last = last
         self.masks = MaskMemo()
         self.warned = False
 
@@ -110,6 +112,8 @@ class TesseraLayer(CacheLayerMixin):
         self.is_sliding = sliding is not None
         self.is_croppable = policy.recent is None
         self.record_past = False
+        #: Who crops behind one call is expected to crop behind the next: "next" until that call, "now" until it is cropped.
+        self._hold: Literal["", "next", "now"] = ""
         self.dtype: torch.dtype | None = None
         self.device: torch.device | None = None
         self._empty()
@@ -146,6 +150,7 @@ class TesseraLayer(CacheLayerMixin):
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._hold = "now" if self._hold == "next" else ""
         self._staged = key_states.detach(), value_states.detach()
         self.seen += key_states.shape[2]
         if self.link.attached:
@@ -191,14 +196,18 @@ class TesseraLayer(CacheLayerMixin):
 
     # What the attention function calls
 
-    def open(self, mask: Tensor | None) -> list[tuple[Turn, LaneMask | None]]:
+    def open(self, mask: Tensor | None, positions: Tensor | None = None) -> list[tuple[Turn, GroupMask | None]]:
         """Sort the staged tokens into lanes.
 
         Args:
             mask: (batch or 1, heads or 1, queries, slots) as the model made it; None: causal, no padding.
+            positions: (batch or 1, queries) rotary positions of the new tokens, where a memory needs them.
 
         Returns:
-            for each lane what the queries of its rows read, and the lane's mask where one is needed.
+            for each lane what the queries of its rows read, and the mask as they see it where one is needed.
+
+        Raises:
+            ValueError: for a mask that shows what is no longer held, or hides what a memory has absorbed; nothing is changed.
         """
         if self._staged is None:
             raise RuntimeError(f"layer {self.index}: attention was called twice for one update of the cache")
@@ -206,20 +215,25 @@ class TesseraLayer(CacheLayerMixin):
         self._staged = None
         n = k.shape[2]
         before = self.seen - n
-        if mask is not None:
-            self._check_mask(mask, n)
+        try:
+            if mask is not None:
+                self._check_mask(mask, n)
+            said = None if mask is None else self.link.masks.ask(mask, "new tokens", lambda: new_tokens(mask))
+            found = shares(self.policy, self.index, self.lanes, self.waiting, said, n, before)
+            views = [self._view(mask, share) for share in found.shares]
+        except ValueError:
+            self.seen = before
+            raise
+        self.lanes, self.waiting = found.lanes, found.waiting
         turns = []
-        packed = self.link.prefill == "packed"
-        for lane in self.lanes:
-            turns.append(lane.admit(*self._rows(k, v, lane.rows, 0), packed))
-        for begin, rows in sorted(self._arrivals(mask, n).items()):
-            if begin == n:
-                continue
-            lane = Lane(self.policy, self.index, rows, before + begin)
-            self.lanes.append(lane)
-            turns.append(replace(lane.admit(*self._rows(k, v, rows, begin), packed), begin=begin))
-            self.waiting = [row for row in self.waiting if row not in rows]
-        return [(turn, self._lane_mask(mask, turn)) for turn in turns]
+        for share, view in zip(found.shares, views, strict=True):
+            lane, tokens = share.lane, share.tokens
+            keys, values = (tokens.of(self._rows(x, lane.rows), 0, 2) for x in (k, v))
+            own = None if positions is None else tokens.of(self._rows(positions.expand(self.batch, -1), lane.rows), 0, 1)
+            lane.slots = share.slots
+            packed, hold = self.link.prefill == "packed", RECORDED if self.record_past or self._hold == "now" else 0
+            turns.append((lane.admit(keys, values, packed, tokens, own, hold), view))
+        return turns
 
     def _check_mask(self, mask: Tensor, n: int) -> None:
         queries, slots = mask.shape[-2:]
@@ -230,35 +244,40 @@ class TesseraLayer(CacheLayerMixin):
                 f"queries and {self.seen} slots"
             )
 
-    def _arrivals(self, mask: Tensor | None, n: int) -> dict[int, list[int]]:
-        """The waiting rows by the number of padding slots before their first token; n if there is none yet."""
-        if not self.waiting:
-            return {}
-        if mask is None:
-            return {0: list(self.waiting)}
-        pads = leading_pads(mask, self.link.masks)
-        groups: dict[int, list[int]] = {}
-        for row in self.waiting:
-            groups.setdefault(pads[row if len(pads) > 1 else 0], []).append(row)
-        return groups
+    def _rows(self, x: Tensor, rows: list[int]) -> Tensor:
+        return x if len(rows) == self.batch else x.index_select(0, torch.tensor(rows, device=x.device))
 
-    def _rows(self, k: Tensor, v: Tensor, rows: list[int], begin: int) -> tuple[Tensor, Tensor]:
-        if len(rows) < self.batch:
-            index = torch.tensor(rows, device=k.device)
-            k, v = k.index_select(0, index), v.index_select(0, index)
-        return k[:, :, begin:], v[:, :, begin:]
-
-    def _lane_mask(self, mask: Tensor | None, turn: Turn) -> LaneMask | None:
+    def _view(self, mask: Tensor | None, share: Share) -> GroupMask | None:
+        """The mask as the rows of a share see it; None where positions alone say the same."""
         if mask is None:
             return None
-        shift = turn.lane.pad - (self.seen - mask.shape[-1])
-        return lane_mask(mask, self.link.masks, turn.lane.rows, turn.begin, shift, turn.first, self.sliding)
+        policy, first = self.policy, share.lane.length
+        memory = (policy.window or 0, policy.sink) if policy.associative else None
+        question = (tuple(share.lane.rows), share.tokens, share.slots, first, self.sliding, memory)
 
-    def close(self, turns: list[tuple[Turn, LaneMask | None]]) -> None:
+        def look() -> GroupMask | None:
+            view = GroupMask(boolean(mask), share.lane.rows, share.tokens, share.slots, self.seen)
+            if view.shows_others():
+                raise ValueError(
+                    f"layer {self.index}: the attention mask shows tokens that this cache no longer has: padding when they came"
+                    + (", or of a document before this one" if policy.by_document else "")
+                )
+            if memory is not None and not view.shows_all_before(first, *memory):
+                raise ValueError(
+                    f"layer {self.index}: the attention mask hides tokens that have left the window of {policy.window}, which the "
+                    "Tensor Cache has absorbed; it can hide padding and whole documents only. Use a cache without 'tc'"
+                )
+            return None if view.causal(first, self.sliding) else view
+
+        view: GroupMask | None = self.link.masks.ask(mask, question, look)
+        return view
+
+    def close(self, turns: list[tuple[Turn, GroupMask | None]]) -> None:
         """End the call: take in, pack, drop."""
-        spare = RECORDED if self.record_past else 0
         for turn, _ in turns:
-            turn.lane.dismiss(turn, spare)
+            turn.lane.dismiss(turn)
+        if self.index == self.link.last:
+            self.link.masks.forget()
 
     # For attention functions that are not ours
 
@@ -284,13 +303,14 @@ class TesseraLayer(CacheLayerMixin):
         for turn, _ in turns:
             rows = torch.tensor(turn.lane.rows, device=keys.device)
             for part in turn.parts:
-                a = turn.lane.pad + part.start - offset
-                skip = max(0, -a)
+                wanted = turn.lane.slots.cut(part.start, part.start + part.tokens)
+                skip = wanted.before(offset)
                 if skip < part.tokens:
-                    span = slice(a + skip, a + part.tokens)
+                    slots = wanted.cut(skip, part.tokens).index(keys.device) - offset
                     k, v = part.held.decode() if isinstance(part.held, Pages) else part.held
-                    keys[rows, :, span] = k[:, :, skip:].to(keys)
-                    values[rows, :, span] = v[:, :, skip:].to(keys)
+                    at = rows[:, None], slice(None), slots
+                    keys[at] = k[:, :, skip:].to(keys).transpose(1, 2)
+                    values[at] = v[:, :, skip:].to(keys).transpose(1, 2)
         self.close(turns)
         return keys, values
 
@@ -333,7 +353,11 @@ class TesseraLayer(CacheLayerMixin):
         self.select(torch.arange(self.batch)[torch.as_tensor(indices).cpu()])
 
     def activate_past_recording(self) -> None:
-        """Hold back packing and dropping until the next `crop`, for up to `RECORDED` tokens."""
+        """Hold back packing, dropping and writing for good until the next `crop`, for up to `RECORDED` tokens.
+
+        Behind a crop the next call is recorded likewise, so that one activation serves for call, crop, call, crop, as in
+        assisted generation. A call that is not cropped before the next one ends that.
+        """
         self.record_past = True
 
     def check_crop(self, tokens_to_remove: int) -> int:
@@ -346,7 +370,7 @@ class TesseraLayer(CacheLayerMixin):
         n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         n = min(n, self.seen)
         for lane in self.lanes:
-            lane.check_crop(min(n, lane.length))
+            lane.check_crop(lane.length - lane.slots.before(self.seen - n))
         return n
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -358,17 +382,20 @@ class TesseraLayer(CacheLayerMixin):
         n = self.check_crop(tokens_to_remove)
         if n:
             for lane in self.lanes:
-                lane.crop(min(n, lane.length))
+                lane.crop(lane.length - lane.slots.before(self.seen - n))
             self.seen -= n
             gone = [lane for lane in self.lanes if not lane.length]
             self.lanes = [lane for lane in self.lanes if lane.length]
             self.waiting = sorted([*self.waiting, *(row for lane in gone for row in lane.rows)])
+        self._hold = "next" if self.record_past or self._hold else ""
+        self.record_past = False
         for lane in self.lanes:
             lane.settle()
 
     def reset(self) -> None:
         """Forget everything."""
         self._empty()
+        self._hold = ""
 
     def offload(self) -> None:
         """Move to the CPU."""

@@ -1,27 +1,52 @@
-"""Reading the boolean masks that the model makes: where padding ends, and whether a lane needs its mask at all."""
+"""What an attention mask means: which new tokens are padding, where documents begin, and what a mask may say.
+
+This is the one place that reads masks; caches, windows and memories ask it. A mask is (batch or 1, heads or 1, queries, slots),
+True where a query sees a slot; its last columns are the slots of the call's own tokens, one for each query. None stands for
+plain causality.
+
+- A new token is *padding* if no query of its call sees it, itself included. Padding is never stored, counted or written.
+- A document *begins* at a token that sees no earlier slot, as rows of packed documents have it.
+"""
 
 from __future__ import annotations
 
+import re
 import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class MaskMemo:
-    """Answers about masks, kept while the mask lives: all layers of a call are given the same one."""
+    """Answers about the masks of one step: all layers of a step are given the same few.
+
+    Masks are known by identity, so nothing is remembered beyond the step: the next one may find the same buffer written anew.
+    """
 
     def __init__(self) -> None:
-        self._known: list[tuple[weakref.ref[Tensor], object, object]] = []
+        self._known: list[tuple[weakref.ref[Tensor], Hashable, Any]] = []
 
-    def get(self, mask: Tensor, question: object) -> object | None:
-        """The answer that was put, or None."""
-        self._known = [entry for entry in self._known if entry[0]() is not None][-64:]
-        return next((answer for ref, asked, answer in self._known if ref() is mask and asked == question), None)
+    def forget(self) -> None:
+        """A step begins."""
+        self._known = []
 
-    def put(self, mask: Tensor, question: object, answer: object) -> None:
-        """Remember an answer."""
-        self._known.append((weakref.ref(mask), question, answer))
+    def ask(self, mask: Tensor, question: Hashable, answer: Callable[[], Any]) -> Any:
+        """What `answer` returned when this was first asked about this mask."""
+        for known, asked, said in self._known:
+            if known() is mask and asked == question:
+                return said
+        said = answer()
+        self._known.append((weakref.ref(mask), question, said))
+        return said
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_known": []}  # weak references cannot be pickled, and no copy needs them
+
+    def __deepcopy__(self, memo: object) -> MaskMemo:
+        return MaskMemo()
 
 
 def boolean(mask: Tensor) -> Tensor:
@@ -40,65 +65,258 @@ def boolean(mask: Tensor) -> Tensor:
     return seen
 
 
-def leading_pads(mask: Tensor, memo: MaskMemo) -> list[int]:
-    """For each row of the mask how many of the call's slots come before its first real token (which sees itself)."""
-    known = memo.get(mask, "pads")
-    if known is None:
-        queries = mask.shape[-2]
-        itself = boolean(mask)[:, 0].diagonal(mask.shape[-1] - queries, -2, -1)
-        known = (itself.long().cumsum(-1) == 0).sum(-1).tolist()
-        memo.put(mask, "pads", known)
-    assert isinstance(known, list)
-    return known
+@dataclass(frozen=True)
+class NewTokens:
+    """What a mask says of the new tokens of its call, for each of its rows.
 
-
-class LaneMask:
-    """A mask as one lane sees it.
-
-    Args:
-        mask: (batch or 1, heads or 1, queries, slots); its last column is the newest slot.
-        rows: the lane's batch rows.
-        begin: queries of padding before the lane's first.
-        shift: column of the lane's place 0; may be negative.
+    Attributes:
+        real: for each row, one byte for each token: 1 for a token, 0 for padding.
+        begins: for each row, the numbers of the tokens at which a document begins.
     """
 
-    def __init__(self, mask: Tensor, rows: list[int], begin: int, shift: int) -> None:
-        mask = boolean(mask)
+    real: list[bytes]
+    begins: list[list[int]]
+
+
+def new_tokens(mask: Tensor) -> NewTokens:
+    """Read the mask of a call."""
+    seen = boolean(mask).any(1)
+    n, slots = seen.shape[-2:]
+    real = seen[..., slots - n :].any(-2)
+    earlier = seen & torch.ones((n, slots), dtype=torch.bool, device=mask.device).tril(slots - n - 1)
+    begins = real & ~earlier.any(-1)
+    both = torch.stack((real, begins)).cpu()
+    return NewTokens([bytes(row) for row in both[0].tolist()], [row.nonzero().flatten().tolist() for row in both[1]])
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Slots of a row, ascending, as (first slot, how many) each.
+
+    Rows without padding between their tokens have one run, so this stays small however long they grow.
+    """
+
+    runs: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of slots."""
+        return sum(size for _, size in self.runs)
+
+    @staticmethod
+    def marked(real: bytes) -> Runs:
+        """The slots that `real` marks."""
+        runs = [(match.start(), len(match.group())) for match in re.finditer(b"\x01+", real)]
+        return Runs(tuple(runs))
+
+    def joined(self, later: Runs, by: int) -> Runs:
+        """These and, behind them, `later` moved by so many slots."""
+        runs = [*self.runs]
+        for first, size in later.runs:
+            if runs and sum(runs[-1]) == first + by:
+                runs[-1] = (runs[-1][0], runs[-1][1] + size)
+            else:
+                runs.append((first + by, size))
+        return Runs(tuple(runs))
+
+    def before(self, slot: int) -> int:
+        """How many of these slots lie before `slot`."""
+        return sum(min(size, max(0, slot - first)) for first, size in self.runs)
+
+    def cut(self, begin: int, end: int) -> Runs:
+        """The slots of number `begin` to `end` - 1."""
+        kept, number = [], 0
+        for first, size in self.runs:
+            a, b = max(begin - number, 0), min(end - number, size)
+            if a < b:
+                kept.append((first + a, b - a))
+            number += size
+        return Runs(tuple(kept))
+
+    def between(self, begin: int, end: int) -> Runs:
+        """The slots of this that lie in [begin, end), which are not in it."""
+        gaps, at = [], begin
+        for first, size in (*self.runs, (end, 0)):
+            if at < min(first, end):
+                gaps.append((at, min(first, end) - at))
+            at = max(at, first + size)
+        return Runs(tuple(gaps))
+
+    def index(self, device: torch.device) -> Tensor:
+        """The slots themselves, (n,) int64."""
+        return torch.cat([torch.arange(first, first + size, device=device) for first, size in self.runs])
+
+    def of(self, tensor: Tensor, first: int, dim: int) -> Tensor:
+        """What a tensor whose `dim` counts the slots from `first` on has for these slots; nothing may lie before `first`."""
+        parts = [tensor.narrow(dim, slot - first, size) for slot, size in self.runs]
+        return parts[0] if len(parts) == 1 else torch.cat([tensor.narrow(dim, 0, 0), *parts], dim)
+
+
+class GroupMask:
+    """A mask as the rows that share their tiers see it.
+
+    Args:
+        mask: of the call, boolean; its last column is the newest slot.
+        rows: batch rows.
+        queries: which of the call's tokens the queries are.
+        slots: of all tokens of these rows up to now, by place.
+        seen: number of slots up to now.
+    """
+
+    def __init__(self, mask: Tensor, rows: list[int], queries: Runs, slots: Runs, seen: int) -> None:
         if mask.shape[0] > 1 and rows != list(range(mask.shape[0])):
             mask = mask[torch.tensor(rows, device=mask.device)]
-        self.mask = mask[:, :, begin:]
-        self.shift = shift
+        self.first = seen - mask.shape[-1]
+        self.mask = queries.of(mask, 0, -2)
+        self.slots, self.seen = slots, seen
 
     def columns(self, start: int, tokens: int) -> Tensor:
-        """The columns of the lane's places [start, start + tokens); places before the mask begins are hidden."""
-        a, b = start + self.shift, start + self.shift + tokens
-        part = self.mask[..., max(a, 0) : max(b, 0)]
-        return part if a >= 0 else torch.nn.functional.pad(part, (min(-a, tokens), 0), value=False)
+        """The columns of the places [start, start + tokens); slots before the mask begins are hidden."""
+        return self._columns(self.slots.cut(start, start + tokens))
 
-    def plain(self, first: int, sliding: int | None) -> bool:
-        """Whether it says no more than: no later token, and none outside the window of `sliding` tokens."""
-        queries, slots = self.mask.shape[-2:]
-        low = max(self.shift, 0)
-        query = torch.arange(first, first + queries, device=self.mask.device)[:, None]
-        place = torch.arange(low, slots, device=self.mask.device) - self.shift
+    def _columns(self, wanted: Runs) -> Tensor:
+        known = wanted.cut(wanted.before(self.first), wanted.count)
+        found = known.of(self.mask, self.first, -1) if known.runs else self.mask[..., :0]
+        return torch.nn.functional.pad(found, (wanted.count - known.count, 0), value=False)
+
+    def causal(self, first: int, sliding: int | None) -> bool:
+        """Whether it says no more than: no later token, and none outside the window of `sliding` tokens. first: place of the
+        first query."""
+        count = self.slots.count
+        query = torch.arange(first, first + self.mask.shape[-2], device=self.mask.device)[:, None]
+        place = torch.arange(count, device=self.mask.device)
         rule = place <= query
         if sliding is not None:
             rule &= place > query - sliding
-        return bool((self.mask[..., low:] == rule).all())
+        low = self.slots.before(self.first)
+        return bool((self.columns(low, count - low) == rule[:, low:]).all())
+
+    def shows_others(self) -> bool:
+        """Whether a query sees a slot that is none of these rows' tokens."""
+        others = self.slots.between(self.first, self.seen)
+        return bool(others.runs) and bool(self._columns(others).any())
+
+    def shows_all_before(self, first: int, window: int, sink: int) -> bool:
+        """Whether every query, the first at place `first`, sees all places older than its window, sinks left out."""
+        far = first + self.mask.shape[-2] - window
+        if far <= sink:
+            return True
+        place = torch.arange(sink, far, device=self.mask.device)
+        query = torch.arange(first, first + self.mask.shape[-2], device=self.mask.device)[:, None]
+        return bool((self.columns(sink, far - sink) | (place > query - window)).all())
 
 
-def lane_mask(
-    mask: Tensor | None, memo: MaskMemo, rows: list[int], begin: int, shift: int, first: int, sliding: int | None
-) -> LaneMask | None:
-    """The lane's mask, or None where positions alone say the same."""
+class Documents(NamedTuple):
+    """Which document every slot of a batch belongs to, as whole tensors, for attention that keeps no tiers.
+
+    Attributes:
+        number: (batch, slots) int64, of the document, counted within its row; -1 for padding.
+        place: (batch, slots) int64, of a token in its document.
+        single: every row is one document without padding, which needs no looking at the tensors.
+    """
+
+    number: Tensor
+    place: Tensor
+    single: bool
+
+    def select(self, rows: Tensor) -> Documents:
+        """Row i of the new batch is row rows[i] of this one. rows: (n,) int64."""
+        rows = rows.to(self.number.device)
+        return Documents(self.number[rows], self.place[rows], self.single)
+
+    def first(self, slots: int) -> Documents:
+        """Of the first `slots` slots."""
+        return Documents(self.number[:, :slots], self.place[:, :slots], self.single)
+
+
+def by_lengths(lengths: Tensor, mask: Tensor | None, batch: int, queries: int, slots: int) -> Tensor:
+    """The mask of a row of packed documents whose ends are given as kernels for packed attention want them.
+
+    Args:
+        lengths: (documents + 1,) where documents begin, and at last the end, as in the keyword argument `cu_seq_lens_q`.
+        mask: of the call, which counts too, or None.
+        batch, queries, slots: of the call.
+
+    Raises:
+        ValueError: for several rows, or another number of tokens.
+    """
+    if batch != 1 or queries != slots or lengths.ndim != 1 or int(lengths[-1]) != queries:
+        raise ValueError(
+            f"cu_seq_lens_q must end at the tokens of one row without a cache: got {lengths.tolist()} for {batch} rows of "
+            f"{queries} tokens and {slots} slots"
+        )
+    place = torch.arange(queries, device=lengths.device)
+    number = torch.searchsorted(lengths.contiguous(), place, right=True)
+    packed = ((number[:, None] == number) & (place[:, None] >= place))[None, None]
+    return packed if mask is None else packed & boolean(mask)
+
+
+def documents(mask: Tensor | None, query: Tensor, slots: int, before: Documents | None = None) -> Documents:
+    """Sort the slots of a call into documents.
+
+    Args:
+        mask: of the call; None: plain causality.
+        query: (batch, heads, tokens, head_dim) of the call.
+        slots: all up to now.
+        before: what was found out about the slots before the call; None: those that the mask shows are one document.
+
+    Raises:
+        ValueError: if the mask shows what was padding when it came.
+    """
+    batch, queries = query.shape[0], query.shape[2]
+    past = slots - queries
     if mask is None:
-        return None
-    question = (tuple(rows), begin, shift, first, sliding)
-    plain = memo.get(mask, question)
-    if plain is True:
-        return None
-    view = LaneMask(mask, rows, begin, shift)
-    if plain is None:
-        plain = view.plain(first, sliding)
-        memo.put(mask, question, plain)
-    return None if plain else view
+        if before is None or before.single:
+            place = torch.arange(slots, device=query.device).expand(batch, -1)
+            return Documents(torch.zeros_like(place), place, True)
+        new = before.number.amax(1, keepdim=True).clamp(min=0).expand(-1, queries)
+        return _placed(torch.cat((before.number, new), dim=1))
+    seen = boolean(mask).any(1).expand(batch, -1, -1)
+    real = seen[..., past:].any(1)
+    if before is None:
+        old = seen[..., :past].any(1).long() - 1
+    else:
+        old = before.number.to(mask.device)
+        if ((old < 0)[:, None] & seen[..., :past]).any():
+            raise ValueError("the attention mask shows slots that were padding when they came; padding stays padding")
+    earlier = seen & torch.ones((queries, slots), dtype=torch.bool, device=mask.device).tril(past - 1)
+    begins = real & ~earlier.any(-1)
+    last = old.amax(1, keepdim=True) if past else old.new_full((batch, 1), -1)
+    new = (last + begins.cumsum(1)).masked_fill(~real, -1)
+    return _placed(torch.cat((old, new), dim=1))
+
+
+def _placed(number: Tensor) -> Documents:
+    count = (number >= 0).cumsum(1) - 1
+    before = torch.nn.functional.pad(number, (1, -1), value=-1).cummax(1).values
+    place = count - count.masked_fill(number <= before, 0).cummax(1).values
+    return Documents(number, place, bool((number == 0).all()))
+
+
+def check_absorbed(mask: Tensor, of: Documents, window: int, sink: int) -> None:
+    """Refuse a mask that a memory behind a window cannot follow: it reads whole what has left the window of its document.
+
+    Args:
+        mask: of the call.
+        of: the documents of all slots.
+        window: tokens that a query sees itself.
+        sink: first tokens of a document that it sees too.
+
+    Raises:
+        ValueError: naming what the mask may not do.
+    """
+    seen, n = boolean(mask), mask.shape[-2]
+    number, place = of.number[:, None, None], of.place[:, None, None]
+    own, at = (x[:, None, -n:, None] for x in of[:2])
+    same, real = (own == number) & (own >= 0), own >= 0
+    if (seen & real & ~same).any():
+        raise ValueError(
+            "the attention mask shows a token another document than its own; a Tensor Cache begins anew with each document, so "
+            "run such rows without one (tessera.detach)"
+        )
+    absorbed = same & (place <= at - window) & (place >= sink)
+    if (absorbed & ~seen).any():
+        raise ValueError(
+            f"the attention mask hides tokens that have left the window of {window}, and the Tensor Cache has absorbed them; "
+            "it can hide padding and whole documents only, so run such rows without one (tessera.detach)"
+        )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tessera.associative import TensorCacheState
 from tessera.cache.lane import Lane
+from tessera.cache.masks import Runs
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import PAGE, ExactTier
 from tessera.codecs import Packed
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 #: Rows, kv_heads and head_dim.
 Size = tuple[int, int, int]
 
-#: Changes when a reader of the older form would misread the newer.
-FORMAT = 1
+#: Changes when a reader of the older form would misread the newer. The first form knew padding before the first token only.
+FORMAT = 2
 
 
 def save(layers: Sequence[TesseraLayer], about: dict[str, str], path: str | os.PathLike[str]) -> None:
@@ -36,7 +37,7 @@ def save(layers: Sequence[TesseraLayer], about: dict[str, str], path: str | os.P
     described = []
     for layer in layers:
         layer.settle_calls()
-        lanes = [_put_lane(lane, f"{layer.index}.{i}", tensors) for i, lane in enumerate(layer.lanes)]
+        lanes = [_put_lane(lane, layer.seen, f"{layer.index}.{i}", tensors) for i, lane in enumerate(layer.lanes)]
         described.append(
             {
                 "shape": list(layer.shape),
@@ -53,7 +54,7 @@ def save(layers: Sequence[TesseraLayer], about: dict[str, str], path: str | os.P
         save_file(tensors, temporary, header)
 
 
-def _put_lane(lane: Lane, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _put_lane(lane: Lane, seen: int, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for name, tier in (("sink", lane.sink), ("recent", lane.recent)):
         if tier.tokens:
             tensors[f"{prefix}.{name}.keys"] = tier.keys.contiguous()
@@ -64,10 +65,21 @@ def _put_lane(lane: Lane, prefix: str, tensors: dict[str, Tensor]) -> dict[str, 
             for field, tensor in packed.tensors.items():
                 tensors[f"{prefix}.page{number}.{role}.{field}"] = tensor.contiguous()
         pages.append([packed.metadata() for packed in page])
-    if lane.memory is not None and lane.memory.state is not None:
-        for name, tensor in lane.memory.state.tensors().items():
+    if lane.memory is not None:
+        for name, tensor in ({} if lane.memory.state is None else lane.memory.state.tensors()).items():
             tensors[f"{prefix}.tc.{name}"] = tensor.contiguous()
-    return {"rows": lane.rows, "pad": lane.pad, "length": lane.length, "dropped": lane.dropped, "pages": pages}
+        if lane.memory.positions is not None:
+            tensors[f"{prefix}.positions"] = lane.memory.positions.contiguous()
+    return {
+        "rows": lane.rows,
+        "slots": lane.slots.runs,
+        "before": lane.before,
+        # What follows from the rest is written too, so that a damaged number is found.
+        "padding": seen - lane.before - lane.length,
+        "gaps": [size for _, size in lane.slots.between(0, seen).runs],
+        "dropped": lane.dropped,
+        "pages": pages,
+    }
 
 
 class Stored:
@@ -126,8 +138,10 @@ class Stored:
             raise ValueError(f"the header is damaged: layer {layer.index} holds rows {rows} of {layer.batch}")
 
     def _lane(self, layer: TesseraLayer, about: dict[str, Any], prefix: str, dtype: torch.dtype) -> Lane:
-        lane = Lane(layer.policy, layer.index, _rows(about, "rows", layer.batch), _count(about, "pad"))
-        lane.length, lane.dropped = _count(about, "length"), _count(about, "dropped")
+        older = self._header["format"] == 1
+        lane = Lane(layer.policy, layer.index, _rows(about, "rows", layer.batch), 0 if older else _count(about, "before"))
+        lane.slots = Runs(((_count(about, "pad"), _count(about, "length")),)) if older else _slots(about, layer.seen)
+        lane.length, lane.dropped = lane.slots.count, _count(about, "dropped")
         size: Size = (len(lane.rows), *layer.shape)
         self._exact(lane.sink, f"{prefix}.sink", size, dtype)
         self._exact(lane.recent, f"{prefix}.recent", size, dtype)
@@ -147,9 +161,16 @@ class Stored:
             lane.packed.put([*lane.packed.pages, (keys, values)])
         if lane.memory is not None:
             lane.memory.state = self._memory(f"{prefix}.tc.", size)
+            lane.memory.written = lane.length if older else _written(lane)
+            if older or f"{prefix}.positions" in self._left:
+                lane.memory.positions = self._positions(lane, f"{prefix}.positions", older)
         held = lane.sink.tokens + lane.dropped + lane.held["packed"] + lane.recent.tokens
         sink = min(lane.policy.sink, lane.length)
-        if held != lane.length or lane.pad + lane.length != layer.seen or lane.sink.tokens != sink:
+        padding = _count(about, "pad" if older else "padding")
+        if not older and about.get("gaps") != [size for _, size in lane.slots.between(0, layer.seen).runs]:
+            raise ValueError(f"the header is damaged: 'gaps' is {about.get('gaps')!r} between {about.get('slots')!r}")
+        fits = lane.slots.before(layer.seen) == lane.length and layer.seen == lane.length + lane.before + padding
+        if held != lane.length or not lane.length or not fits or lane.sink.tokens != sink:
             raise ValueError(f"the file is damaged: layer {layer.index} should hold {lane.length} tokens and holds {held}")
         return lane
 
@@ -191,6 +212,18 @@ class Stored:
             raise ValueError(f"the file is damaged: {prefix} holds tensors that do not fit together")
         return state
 
+    def _positions(self, lane: Lane, name: str, older: bool) -> Tensor:
+        if older:
+            # The first form took a token's place for its position.
+            places = torch.arange(lane.length - lane.recent.tokens, lane.length)
+            return places.expand(len(lane.rows), -1)
+        found = self._take(name)
+        if found.dtype != torch.long or found.shape[:1] != (len(lane.rows),) or found.ndim != 2 or (found < 0).any():
+            raise ValueError(f"the file is damaged: {name} is {found.dtype} of shape {tuple(found.shape)}")
+        if found.shape[1] != lane.recent.tokens:
+            raise ValueError(f"the file is damaged: {name} is of {found.shape[1]} tokens, not {lane.recent.tokens}")
+        return found
+
     def _take(self, name: str) -> Tensor:
         if name not in self._left:
             raise ValueError(f"the file is damaged: it lacks {name!r}")
@@ -219,9 +252,9 @@ def reading(path: str | os.PathLike[str]) -> Iterator[Stored]:
             header = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{os.fspath(path)}: the header is damaged: {error}") from None
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
+        if not isinstance(header, dict) or header.get("format") not in range(1, FORMAT + 1):
             found = header.get("format") if isinstance(header, dict) else None
-            raise ValueError(f"{os.fspath(path)} has format {found!r}; this version reads format {FORMAT}")
+            raise ValueError(f"{os.fspath(path)} has format {found!r}; this version reads formats 1 to {FORMAT}")
         try:
             yield Stored(file, header)
         except ValueError as error:
@@ -240,6 +273,28 @@ def _count(table: dict[str, Any], key: str) -> int:
     if value < 0:
         raise ValueError(f"the header is damaged: {key!r} is {value}")
     return value
+
+
+def _written(lane: Lane) -> int:
+    """Up to which query pairs have been written, which the state knows."""
+    if lane.memory is None or lane.memory.state is None:
+        return 0
+    found: list[int] = lane.memory.state.seen.unique().tolist()
+    if len(found) != 1 or not 0 <= found[0] <= lane.length:
+        raise ValueError(f"the file is damaged: a memory has been written to up to {found} of {lane.length} tokens")
+    return found[0]
+
+
+def _slots(table: dict[str, Any], seen: int) -> Runs:
+    runs: list[Any] = _typed(table, "slots", list)
+    end = 0
+    for run in runs:
+        if not isinstance(run, list) or [type(number) for number in run] != [int, int]:
+            raise ValueError(f"the header is damaged: a run of slots is {run!r}")
+        if run[0] < end or run[1] < 1 or sum(run) > seen:
+            raise ValueError(f"the header is damaged: slots {run!r} behind {end} of {seen}")
+        end = sum(run)
+    return Runs(tuple((first, size) for first, size in runs))
 
 
 def _rows(table: dict[str, Any], key: str, batch: int) -> list[int]:
