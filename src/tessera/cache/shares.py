@@ -59,10 +59,12 @@ def shares(
             groups.setdefault(_pattern(said, row, n, policy.by_document), []).append(row)
         for (real, begins), members in groups.items():
             own = lane if lane is None or len(members) == len(rows) else lane.taken(members)
+            tokens_before = 0 if own is None else own.before + own.slots.count
             for begin, tokens in _documents(Runs.marked(real), begins, own is None):
                 if own is None or begin:
-                    own = Lane(policy, layer, members, 0 if own is None else own.before + found.shares[-1].slots.count)
+                    own = Lane(policy, layer, members, tokens_before)
                 found.shares.append(Share(own, tokens, own.slots.joined(tokens, before)))
+                tokens_before += tokens.count
             if own is None:
                 found.waiting.extend(members)
             else:

@@ -1,0 +1,461 @@
+"""What a mask shows or hides is honoured exactly, or refused: packed documents, two-way spans, padding anywhere, buffers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cache_models import VOCAB, make, relative, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache, Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration
+
+import tessera
+from tessera.associative import TensorCacheConfig
+from tessera.cache.masks import Runs, documents, new_tokens
+
+MEMORY = TensorCacheConfig(window=24, sink=3, chunk=16, decay=(10, 1000))
+TC = "sink:3 + window:24 + tc"
+#: Every kind of spec: exact, bounded, lossy.
+SPECS = ["dense", "sink:3 + window:24", "window:24", "sink:4 + hqmq:4 + recent:16", "q4_0@128 + recent:64"]
+
+
+def attached(family: str = "llama", config: TensorCacheConfig = MEMORY, **changes: Any) -> Any:
+    """A model with a Tensor Cache that matters."""
+    model = tessera.attach(make(family, **changes), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "tensor_cache.out" in name:
+                p.normal_(0, 0.3)
+    return model
+
+
+def model_for(spec: str) -> Any:
+    return attached() if "tc" in spec else make()
+
+
+def cache_for(spec: str, model: Any) -> Any:
+    return DynamicCache(config=model.config) if spec == "transformers" else tessera.Cache(spec, model)
+
+
+def packed(lengths: tuple[int, ...]) -> Tensor:
+    """(1, 1, slots, slots): documents of these lengths, each causal and by itself."""
+    number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return ((number[:, None] == number) & torch.ones(len(number), len(number), dtype=torch.bool).tril())[None, None]
+
+
+def positions(lengths: tuple[int, ...]) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+LENGTHS = (50, 7, 40)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [512, 24])
+def test_a_memory_begins_anew_with_each_packed_document(window: int) -> None:
+    model, ids = attached(config=TensorCacheConfig(window=window, sink=3, chunk=16)), tokens(1, sum(LENGTHS))
+    alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(LENGTHS, 1)], dim=1)
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    places, every = positions(LENGTHS), torch.ones_like(ids)
+    given: list[dict[str, Any]] = [
+        {"position_ids": places},
+        {"position_ids": places, "attention_mask": packed(LENGTHS)},
+        {"position_ids": places, "attention_mask": torch.zeros(1, 1, 97, 97).masked_fill(~packed(LENGTHS), -torch.inf)},
+        {"position_ids": places, "attention_mask": every, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends},
+    ]
+    for how in given:
+        close(model(ids, use_cache=False, **how).logits, alone)
+    for cache in (tessera.Cache(f"sink:3 + window:{window} + tc", model), DynamicCache(config=model.config)):
+        close(model(ids, past_key_values=cache, position_ids=places, attention_mask=packed(LENGTHS)).logits, alone)
+    two = model(ids.expand(2, -1), use_cache=False, position_ids=torch.cat((positions((97,)), places)))
+    close(two.logits[1:], alone)
+    close(two.logits[:1], model(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["sink:3 + window:24", TC])
+def test_a_cache_begins_anew_with_a_document_in_a_later_call(spec: str) -> None:
+    model, first, second = model_for(spec), tokens(1, 40), tokens(1, 45)
+    plain = make() if "tc" not in spec else model
+    cache = tessera.Cache(spec, model)
+    model(first, past_key_values=cache)
+    mask = packed((40, 45))
+    found = []
+    for a, b in ((40, 70), (70, 71), (71, 85)):
+        given = {"attention_mask": mask[:, :, a:b, :b], "position_ids": torch.arange(a - 40, b - 40)[None]}
+        found.append(model(second[:, a - 40 : b - 40], past_key_values=cache, **given).logits)
+    fresh = tessera.Cache(spec, plain)
+    close(torch.cat(found, dim=1), plain(second, past_key_values=fresh).logits)
+    with pytest.raises(ValueError, match="has dropped the document before this one"):
+        cache.crop(-45)
+    assert cache.get_seq_length() == 85
+
+
+@torch.no_grad()
+def test_learning_from_packed_rows_is_learning_from_each_document() -> None:
+    model, ids = attached(), tokens(1, sum(LENGTHS))
+    with torch.enable_grad():
+        model(ids, use_cache=False, position_ids=positions(LENGTHS)).logits.square().sum().backward()
+        wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        for part in ids.split(LENGTHS, 1):
+            model(part, use_cache=False).logits.square().sum().backward()
+    assert wanted
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert relative(p.grad, wanted[name]) < 1e-3, name
+
+
+def vision(kind: str, **changes: Any) -> Any:
+    """A small model whose image tokens see each other both ways."""
+    text = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        **changes,
+    }
+    eyes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    model_class = Gemma3ForConditionalGeneration if kind == "gemma3" else PaliGemmaForConditionalGeneration
+    if kind == "gemma3":
+        text |= {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16}
+        more: dict[str, Any] = {"mm_tokens_per_image": 4, "image_token_index": 90}
+    else:
+        text |= {"model_type": "gemma"}
+        more = {"image_token_index": 90, "projection_dim": 64}
+        eyes |= {"projection_dim": 64, "num_image_tokens": 4}
+    config = model_class.config_class(text_config=text, vision_config=eyes, **more)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = model_class(config).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(0, 0.1)
+    return model
+
+
+def seeing(model: Any, cache: Any, ids: Tensor, **more: Any) -> Tensor:
+    given = {"pixel_values": torch.ones(1, 3, 28, 28), "token_type_ids": (ids == 90).long()}
+    found: Tensor = model(input_ids=ids, past_key_values=cache, **given, **more).logits
+    return found
+
+
+def image_row(at: int, count: int) -> Tensor:
+    ids = torch.randint(3, 80, (1, count))
+    ids[0, at : at + 4] = 90
+    return ids
+
+
+@torch.no_grad()
+def test_image_tokens_see_each_other_in_a_call_longer_than_the_sliding_window() -> None:
+    model, ids = vision("gemma3"), image_row(20, 60)
+    wanted = seeing(model, DynamicCache(config=model.config), ids)
+    cache = tessera.Cache("dense", model)
+    close(seeing(model, cache, ids), wanted)
+    assert relative(seeing(model, tessera.Cache("sink:4 + q8_0 + recent:16", model), ids), wanted) < 0.02
+    text = torch.randint(3, 80, (1, 9))
+    other = DynamicCache(config=model.config)
+    seeing(model, other, ids)
+    close(model(text, past_key_values=cache).logits, model(text, past_key_values=other).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma"])
+@pytest.mark.parametrize("spec", [None, "transformers", "sink:3 + window:64 + tc"])
+def test_two_way_spans_stay_two_way_with_a_memory_behind_a_long_window(kind: str, spec: str | None) -> None:
+    model, ids = vision(kind), image_row(20 if kind == "gemma3" else 0, 60)
+    wanted = seeing(model, None, ids, use_cache=False)
+    tessera.attach(model, TensorCacheConfig(window=64, sink=3))
+    cache = None if spec is None else cache_for(spec, model)
+    close(seeing(model, cache, ids, use_cache=spec is not None), wanted)
+
+
+@torch.no_grad()
+def test_calls_with_and_without_a_cache_agree_on_two_way_spans_beyond_the_window() -> None:
+    model, ids = vision("gemma3"), image_row(30, 90)
+    tessera.attach(model, TensorCacheConfig(window=16, sink=3))
+    for name, p in model.named_parameters():
+        if "tensor_cache.out" in name:
+            p.normal_(0, 0.3)
+    whole = seeing(model, None, ids, use_cache=False)
+    close(seeing(model, tessera.Cache("sink:3 + window:16 + tc", model), ids), whole)
+    close(seeing(model, DynamicCache(config=model.config), ids), whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_prefix_seen_both_ways_is_seen_so_through_every_cache(spec: str) -> None:
+    """The window only bounds how far back is seen."""
+    model, ids = make(), tokens(1, 60)
+    mask = torch.ones(60, 60, dtype=torch.bool).tril()
+    mask[:12, :12] = True
+    if "window" in spec:
+        place = torch.arange(60)
+        sink = 3 if "sink" in spec else 0
+        seen = mask & ((place > place[:, None] - 24) | (place < sink))
+    else:
+        seen = mask
+    wanted = make()(ids, attention_mask=seen[None, None], use_cache=False).logits
+    found = model(ids, attention_mask=mask[None, None], past_key_values=tessera.Cache(spec, model)).logits
+    close(found, wanted)
+
+
+def padded_calls(model: Any, spec: str, ids: Tensor, mask: Tensor, cuts: tuple[int, ...]) -> Tensor:
+    """Logits of all slots, with the right positions. mask: (rows, slots)."""
+    cache, found, end = cache_for(spec, model), [], 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    for n in cuts:
+        begin, end = end, end + n
+        given = {"attention_mask": mask[:, :end], "position_ids": places[:, begin:end], "past_key_values": cache}
+        found.append(model(ids[:, begin:end], **given).logits)
+    return torch.cat(found, dim=1)
+
+
+def rows_with_padding() -> Tensor:
+    """(4, 120): padding on the left, on the right of the first turn, in the middle of a call, and nowhere."""
+    mask = torch.ones(4, 120, dtype=torch.long)
+    mask[0, :13] = 0
+    mask[1, 41:60] = 0
+    mask[2, 70:85] = 0
+    mask[2, 20:23] = 0
+    return mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", [*SPECS, TC, "transformers"])
+def test_padding_anywhere_is_as_if_it_were_not_there(spec: str) -> None:
+    model = attached() if spec == "transformers" else model_for(spec)
+    ids, mask = tokens(4, 120), rows_with_padding()
+    near = 1e-5 if "hqmq" not in spec and "q4_0" not in spec else 2e-3
+    for cuts in ((120,), (60, 60), (60, 1, 30, 1, 28)):
+        found = padded_calls(model, spec, ids, mask, cuts)
+        other = padded_calls(model, spec, torch.where(mask.bool(), ids, 5), mask, cuts)
+        for row in range(4):
+            real = mask[row].bool()
+            assert torch.equal(found[row, real], other[row, real])
+            ends = real.cumsum(0)[torch.tensor(cuts).cumsum(0) - 1].tolist()
+            own = tuple(b - a for a, b in zip([0, *ends], ends, strict=False) if b > a)
+            alone = padded_calls(model, spec, ids[row : row + 1, real], torch.ones(1, int(real.sum())), own)
+            assert relative(found[row, real], alone[0]) < near, (row, cuts)
+
+
+@torch.no_grad()
+def test_padding_is_not_kept() -> None:
+    model, mask = make(), rows_with_padding()
+    cache = tessera.Cache("dense", model)
+    model(tokens(4, 120), attention_mask=mask, past_key_values=cache)
+    assert sum(cache.layers[0].held().values()) == int(mask.sum())
+
+
+@torch.no_grad()
+def test_rows_with_gaps_are_saved_copied_reordered_and_cropped(tmp_path: Path) -> None:
+    for spec in ("dense", TC):
+        model, ids, mask = model_for(spec), tokens(4, 140), torch.cat((rows_with_padding(), torch.ones(4, 20)), 1).long()
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        caches = [tessera.Cache(spec, model) for _ in range(3)]
+        for cache in caches:
+            model(ids[:, :70], attention_mask=mask[:, :70], position_ids=places[:, :70], past_key_values=cache)
+            cache.activate_past_recording()
+            model(ids[:, 70:110], attention_mask=mask[:, :110], position_ids=places[:, 70:110], past_key_values=cache)
+            cache.crop(-20)
+            model(ids[:, 90:120], attention_mask=mask[:, :120], position_ids=places[:, 90:120], past_key_values=cache)
+        caches[1].save(tmp_path / "cache.safetensors")
+        caches[1] = tessera.Cache.load(tmp_path / "cache.safetensors", model)
+        order = torch.tensor([2, 0, 3, 1])
+        caches[2].reorder_cache(order)
+        rows = [torch.arange(4), torch.arange(4), order]
+        wanted = padded_calls(model, spec, ids, mask, (140,))[:, 120:]
+        for cache, row in zip(caches, rows, strict=True):
+            given = {"attention_mask": mask[row], "position_ids": places[row, 120:]}
+            close(model(ids[row, 120:], past_key_values=cache, **given).logits, wanted[row])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["dense", TC])
+def test_a_mask_buffer_that_is_written_anew_is_read_anew(spec: str) -> None:
+    model = model_for(spec)
+    ids, cache, buffer = tokens(1, 40), tessera.Cache(spec, model), torch.zeros(1, 1, 40, 40, dtype=torch.bool)
+    for inference in (False, True):
+        for pads in (0, 25, 3):
+            with torch.inference_mode(inference), torch.no_grad():
+                buffer = buffer.clone() if inference else buffer
+                buffer.copy_(torch.ones(40, 40).tril().bool() & (torch.arange(40) >= pads))
+                cache.reset()
+                found = model(ids, attention_mask=buffer, past_key_values=cache).logits
+                close(found[:, pads:], model(ids, attention_mask=buffer.clone(), use_cache=False).logits[:, pads:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cached", ["tessera", "transformers", None])
+def test_a_mask_that_a_memory_cannot_follow_is_refused_and_nothing_is_lost(cached: str | None) -> None:
+    model, ids = attached(), tokens(1, 80)
+    hidden = torch.ones(80, 80, dtype=torch.bool).tril()
+    hidden[60:, 10:15] = False  # long behind the window
+    across = packed((40, 40))[0, 0].clone()
+    across[70:, :40] = True  # a question to all documents
+    for mask, why in ((hidden, "hides tokens that have left the window"), (across, "mask shows")):
+        cache = None if cached is None else cache_for(TC if cached == "tessera" else cached, model)
+        with pytest.raises(ValueError, match=why):
+            model(ids, attention_mask=mask[None, None], past_key_values=cache, use_cache=cached is not None)
+        if cached == "tessera":
+            close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_padding_that_is_shown_later_is_refused() -> None:
+    for spec in ("dense", "window:24", TC):
+        model, ids = model_for(spec), tokens(1, 50)
+        cache = tessera.Cache(spec, model)
+        mask = torch.ones(1, 50, dtype=torch.long)
+        mask[:, 30:40] = 0
+        model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache)
+        shown = torch.ones(1, 1, 10, 50, dtype=torch.bool).tril(40)
+        with pytest.raises(ValueError, match="shows tokens that this cache no longer has"):
+            model(ids[:, 40:], attention_mask=shown, past_key_values=cache)
+        assert cache.get_seq_length() == 40
+        model(ids[:, 40:], attention_mask=mask, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_packed_documents_by_length_need_no_cache() -> None:
+    model, ids = attached(), tokens(1, 20)
+    ends = torch.tensor([0, 8, 20])
+    with pytest.raises(ValueError, match="are for calls without a cache"):
+        model(ids, cu_seq_lens_q=ends, past_key_values=tessera.Cache("dense", model))
+    with pytest.raises(ValueError, match="must end at the tokens of one row"):
+        model(ids.expand(2, -1), cu_seq_lens_q=ends, use_cache=False)
+
+
+# Positions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gap", "restart", "backwards", "rows"])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_cached_uncached_and_streamed_reads_agree_for_any_positions(kind: str, rotary: bool) -> None:
+    model = attached(config=TensorCacheConfig(**{**MEMORY.to_dict(), "rotary": rotary}))
+    ids, place = tokens(2, 90), torch.arange(90)
+    where = {
+        "gap": torch.where(place < 37, place, place + 200),
+        "restart": torch.where(place < 37, place, place - 37),
+        "backwards": 300 - place,
+        "rows": torch.stack((place * 2, torch.where(place < 50, place + 9, place + 77))),
+    }[kind]
+    where = where.expand(2, -1)
+    mask = torch.ones_like(ids)
+    whole = model(ids, position_ids=where, attention_mask=mask, use_cache=False).logits
+    for make_cache in (lambda: tessera.Cache(TC, model), lambda: DynamicCache(config=model.config)):
+        for cuts in ((90,), (30, 60), (50, 1, 1, 38)):
+            cache, found, end = make_cache(), [], 0
+            for n in cuts:
+                begin, end = end, end + n
+                given = {"position_ids": where[:, begin:end], "attention_mask": mask[:, :end]}
+                found.append(model(ids[:, begin:end], past_key_values=cache, **given).logits)
+            close(torch.cat(found, dim=1), whole)
+
+
+@torch.no_grad()
+def test_what_is_known_of_a_cache_of_transformers_follows_its_rows_and_its_length() -> None:
+    model, ids = attached(), tokens(2, 80)
+    where = torch.stack((torch.arange(80) * 2, torch.arange(80) + 50))
+    order = torch.tensor([1, 0, 1])
+    wanted = model(ids[order], position_ids=where[order], attention_mask=torch.ones(3, 80), use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :60], position_ids=where[:, :60], past_key_values=cache)
+    cache.crop(-20)
+    cache.batch_select_indices(order)
+    close(model(ids[order, 40:], position_ids=where[order, 40:], past_key_values=cache).logits, wanted[:, 40:])
+    cache.batch_repeat_interleave(2)
+    twice = order.repeat_interleave(2)
+    more = model(ids[twice, :5], position_ids=where[twice, :5] + 200, past_key_values=cache).logits
+    close(more[::2], more[1::2])
+
+
+@torch.no_grad()
+def test_a_cache_that_was_filled_without_the_memory_is_refused() -> None:
+    model, ids = make(), tokens(1, 40)
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    tessera.attach(model, MEMORY)
+    with pytest.raises(ValueError, match="was filled without the memory"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+# Reading masks
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> tuple[list[int], list[bool]]:
+    """The document of each slot, and whether it is padding."""
+    count = draw(st.integers(1, 12))
+    begins = draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    pads = draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    number, numbers = 0, []
+    for begin in begins:
+        number += begin
+        numbers.append(number)
+    return numbers, pads
+
+
+@settings(max_examples=100, deadline=None)
+@given(drawn=masks(), cut=st.integers(0, 11))
+def test_documents_and_padding_are_read_from_the_mask_whole_and_in_parts(drawn: tuple[list[int], list[bool]], cut: int) -> None:
+    numbers, pads = torch.tensor(drawn[0]), torch.tensor(drawn[1])
+    count = len(numbers)
+    seen = ((numbers[:, None] == numbers) & ~pads & torch.ones(count, count, dtype=torch.bool).tril())[None, None]
+    real = (~pads).nonzero().flatten().tolist()
+    begins = [slot for slot in real if not any(numbers[other] == numbers[slot] for other in real if other < slot)]
+    said = new_tokens(seen)
+    assert list(said.real[0]) == [int(not pad) for pad in pads]
+    assert said.begins[0] == begins
+    query = torch.zeros(1, 1, count, 4)
+    of = documents(seen, query, count)
+    for slot in range(count):
+        if slot in real:
+            assert of.number[0, slot] == sum(begin <= slot for begin in begins) - 1
+            assert of.place[0, slot] == sum(other < slot and numbers[other] == numbers[slot] for other in real)
+        else:
+            assert of.number[0, slot] == -1
+    cut = min(cut, count)
+    if cut:
+        before = documents(seen[:, :, :cut, :cut], query[:, :, :cut], cut)
+        parts = documents(seen[:, :, cut:], query[:, :, cut:], count, before) if cut < count else before
+        assert torch.equal(parts.number, of.number)
+        assert torch.equal(parts.place[:, real], of.place[:, real])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.booleans(), max_size=20), st.lists(st.booleans(), max_size=20), st.integers(0, 40), st.integers(0, 40))
+def test_runs_are_the_slots_that_they_stand_for(first: list[bool], later: list[bool], a: int, b: int) -> None:
+    runs = Runs.marked(bytes(first)).joined(Runs.marked(bytes(later)), len(first))
+    slots = [i for i, one in enumerate([*first, *later]) if one]
+
+    def listed(runs: Runs) -> list[int]:
+        return [slot + i for slot, size in runs.runs for i in range(size)]
+
+    assert listed(runs) == slots
+    assert runs.count == len(slots)
+    assert listed(runs.cut(a, b)) == slots[a:b]
+    assert runs.before(a) == sum(slot < a for slot in slots)
+    assert listed(runs.between(a, b)) == [slot for slot in range(a, b) if slot not in slots]
+    if slots:
+        assert runs.index(torch.device("cpu")).tolist() == slots
+        assert runs.of(torch.arange(41), 0, 0).tolist() == slots
