@@ -240,8 +240,8 @@ def test_what_was_recorded_and_cropped_leaves_no_trace_at_all(spec: str, family:
     plain, cropped = tessera.Cache(spec, model), tessera.Cache(spec, model)
     logits(model, plain, ids, (200,))
     logits(model, cropped, ids, (200,))
-    cropped.activate_past_recording()
     for _ in range(3):
+        cropped.activate_past_recording()
         logits(model, cropped, wrong, (40, 50))
         cropped.crop(-90)
     assert cropped.report() == plain.report()
