@@ -53,7 +53,7 @@ class Infini(nn.Module):
         if segment < 1:
             raise ValueError(f"a segment needs at least 1 token, got {segment}")
         self.segment = segment
-        self.mix_logit = nn.Parameter(torch.zeros(heads))
+        self.mix_logit = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
 
     def forward(
         self,
@@ -76,7 +76,7 @@ class Infini(nn.Module):
         batch, heads, tokens, dim = q.shape
         kv_heads = k.shape[1]
         if state is None:
-            m = torch.zeros((batch, kv_heads, dim, v.shape[-1]), device=q.device)
+            m = torch.zeros((batch, kv_heads, dim, v.shape[-1]), dtype=torch.float32, device=q.device)
             state = InfiniState(m, m.new_zeros((batch, kv_heads, dim, 1)), k[:, :, :0], plain_k[:, :, :0], v[:, :, :0])
         m, z, seg_k, seg_plain, seg_v = state.m, state.z, state.k, state.plain_k, state.v
         mix = torch.sigmoid(self.mix_logit.float()).view(1, heads, 1, 1)

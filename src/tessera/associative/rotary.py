@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tessera.devices import device_of
+
 
 class Phase:
     """The rotary embedding of one layer of a transformers model, inverted.
@@ -53,8 +55,8 @@ def phase_of(model: Any, attention: nn.Module, head_dim: int) -> Phase:
         index = getattr(attention, "layer_idx", None)
         phase = Phase(rotary, None if types is None or index is None else types[index])
         positions = torch.arange(3, 7)[None]
-        device = next((b.device for b in rotary.buffers()), torch.device("cpu"))
-        x = torch.randn(1, 1, 4, head_dim, device=device)
+        device = device_of(rotary) or device_of(attention) or torch.device("cpu")
+        x = torch.randn(1, 1, 4, head_dim, dtype=torch.float32, device=device)
         try:
             cos, sin = phase.tables(positions.to(device), x)
             own = x if cos.shape[-1] <= head_dim else x[..., :0]

@@ -248,7 +248,8 @@ class Codec(ABC):
         """Pack keys or values.
 
         Args:
-            x: (batch, kv_heads, tokens, head_dim), float32, bfloat16 or float16; any number of tokens.
+            x: (batch, kv_heads, tokens, head_dim), float32, bfloat16 or float16; any number of tokens. Autocast changes
+                nothing.
             role: "key" or "value"; some codecs treat them differently.
             layer: index of the layer, for codebooks drawn per layer.
 
@@ -267,14 +268,20 @@ class Codec(ABC):
             bad = int((~torch.isfinite(wide)).sum())
             raise ValueError(f"{self.spec}: {bad} of {wide.numel()} {role}s of layer {layer} are NaN or infinite")
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
-        return Packed(self, self._encode(wide.clamp(-HUGE, HUGE), role, layer), shape, x.dtype, role, layer)
+        # Autocast would round the products with a rotation or a codebook to half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            tensors = self._encode(wide.clamp(-HUGE, HUGE), role, layer)
+        return Packed(self, tensors, shape, x.dtype, role, layer)
 
     def decode(self, packed: Packed) -> Tensor:
-        """(batch, kv_heads, tokens, head_dim) in the dtype that was encoded."""
+        """(batch, kv_heads, tokens, head_dim) in the dtype that was encoded, the same under autocast as without."""
+        if 0 in packed.shape:
+            return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
         # An approximation of the largest half-precision numbers can lie beyond them.
         most = min(torch.finfo(packed.dtype).max, torch.finfo(torch.float32).max)
-        found = dispatch.decode(packed)
-        return (self.decode_reference(packed) if found is None else found).clamp(-most, most).to(packed.dtype)
+        with torch.autocast(packed.device.type, enabled=False):
+            found = dispatch.decode(packed)
+            return (self.decode_reference(packed) if found is None else found).clamp(-most, most).to(packed.dtype)
 
     def kernel_format(self, dim: int) -> Format | None:
         """What kernels for vectors of `dim` numbers must know; None if there are no kernels for this codec."""

@@ -232,13 +232,13 @@ class HQMQ(Codec):
 def _check_codebook(book: Tensor) -> None:
     if book.ndim not in (2, 3) or book.shape[-1] != 4 or not book.is_floating_point():
         raise ValueError(f"a codebook must be floating point, (S, 4) or (heads, S, 4); got {tuple(book.shape)}, {book.dtype}")
-    if not torch.allclose(book.float().norm(dim=-1), torch.ones(()), atol=1e-3):
+    if not torch.allclose(book.float().norm(dim=-1), torch.ones((), dtype=torch.float32), atol=1e-3):
         raise ValueError("a codebook must hold unit quaternions")
 
 
 @lru_cache(maxsize=64)
 def _format(codec: HQMQ, dim: int) -> ProductFormat:
-    dct, signs = rotation_factors(dim) if codec.rotate else (torch.ones(1, 1).float(), torch.ones(0).float())
+    dct, signs = rotation_factors(dim) if codec.rotate else (torch.ones(1, 1, dtype=torch.float32), torch.ones(0, dtype=torch.float32))
     return ProductFormat(codec.code_bits, codec.radius_bits, codec.levels(), codec.directions, dct, signs)
 
 

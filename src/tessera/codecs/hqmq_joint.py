@@ -98,7 +98,7 @@ class JointHQMQ(Codec):
 def _format(code_bits: int, rotated_dim: int, group: int) -> JointFormat:
     book = joint(code_bits)
     permutation, sign = book.moves
-    dct, signs = rotation_factors(rotated_dim) if rotated_dim else (torch.ones(1, 1), torch.ones(0))
+    dct, signs = rotation_factors(rotated_dim) if rotated_dim else (torch.ones(1, 1, dtype=torch.float32), torch.ones(0, dtype=torch.float32))
     return JointFormat(
         bits=code_bits,
         move_bits=(len(sign) - 1).bit_length(),
