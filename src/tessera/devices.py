@@ -1,7 +1,7 @@
 """Where a module computes and what its weights are, also when accelerate keeps them elsewhere between calls.
 
-`device_map` and `cpu_offload` of accelerate leave parameters on the device "meta" and hooks on the modules, each with the device
-that the weights are brought to for a call and, where they are offloaded, a table of the weights themselves.
+`device_map` and `cpu_offload` of accelerate leave parameters on the device "meta" and hooks on the modules, each with the
+device that the weights are brought to for a call and, where they are offloaded, a table of the weights themselves.
 """
 
 from __future__ import annotations
@@ -26,6 +26,20 @@ def device_of(module: nn.Module) -> torch.device | None:
             if not tensor.is_meta:
                 return tensor.device
     return None
+
+
+def layer_devices(model: Any, count: int) -> list[torch.device | None]:
+    """The device that each of `count` layers of a decoder computes on, see `device_of`; the model's where none is told."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    found: dict[int, torch.device] = {}
+    for module in decoder.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and index not in found:
+            device = device_of(module)
+            if device is not None:
+                found[index] = device
+    rest = device_of(model)
+    return [found.get(index, rest) for index in range(count)]
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Parameter]]:

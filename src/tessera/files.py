@@ -66,19 +66,19 @@ def open_tensors(path: str | os.PathLike[str], what: str) -> Iterator[TensorFile
 
     Args:
         path: of the file.
-        what: what it should be, for messages, as "no saved cache".
+        what: what is said of it if that fails, as "is no saved cache".
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is a folder or no safetensors file, or, within the block, if a tensor of it cannot be read.
     """
     if os.path.isdir(path):
-        raise ValueError(f"{os.fspath(path)} is {what}: it is a folder")
+        raise ValueError(f"{os.fspath(path)} {what}: it is a folder")
     try:
         with safe_open(path, "pt") as file:
             yield TensorFile(file)
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is {what}: {brief(error)}") from None
+        raise ValueError(f"{os.fspath(path)} {what}: {brief(error)}") from None
 
 
 def read_json(text: str) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import elu, scaled_dot_product_attention
 
-from tessera.state import State
+from tessera.state import MODEL_DTYPES, State
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +32,22 @@ class InfiniState(State):
 
     OWNER: ClassVar[str] = "Infini-attention"
     KIND: ClassVar[str] = "infini_state"
+    DTYPES: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {name: MODEL_DTYPES for name in ("k", "plain_k", "v")}
 
     m: Tensor
     z: Tensor
     k: Tensor
     plain_k: Tensor
     v: Tensor
+
+    def check(self) -> None:
+        """See `State.check`."""
+        super().check()
+        if self.m.ndim != 4 or self.k.ndim != 4 or 0 in self.m.shape[1:]:
+            raise ValueError(f"m {tuple(self.m.shape)} and k {tuple(self.k.shape)} are no matrices and keys of heads")
+        batch, heads, dim, width = self.m.shape
+        pairs = (batch, heads, self.k.shape[2])
+        self.check_shapes(z=(batch, heads, dim, 1), k=(*pairs, dim), plain_k=(*pairs, dim), v=(*pairs, width))
 
 
 class Infini(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax, logsigmoid, normalize, one_hot, pad

@@ -41,9 +41,9 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
     Memory between attention and MLP of its layers; see `tessera.attachment.spatial`. At first it adds nothing, unless
     `config.gate_init` says otherwise. What it has read stays with the cache that is passed on, whichever that is.
 
-    What is added is in float32 and stays so, whatever the model's dtype and torch's default. It is put where its layer computes,
-    also in a model that accelerate spreads over devices or offloads; a Tensor Memory's weights, which all layers share, and its
-    states are where the first layer computes.
+    What is added is in float32 and stays so, whatever the model's dtype and torch's default. It is put where its layer
+    computes, also in a model that accelerate spreads over devices or offloads; a Tensor Memory's weights, which all layers
+    share, and its states are where the first layer computes.
 
     Args:
         model: see above; or one that peft has wrapped.
@@ -123,13 +123,13 @@ def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: if nothing is attached, or if parts of it were replaced by what cannot be merged; nothing is written.
     """
     done = attached(model)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for place, part in done.modules().items():
         found = _merged(part)
         if strange := sorted(found.keys() ^ done.names[place]):
             raise ValueError(
-                f"tessera.save_memory: {strange[0]!r} of {_where(place)} of the memory was added or taken away since tessera.attach, "
-                "and no file could be loaded again; undo that first, for adapters of peft with merge_and_unload()"
+                f"tessera.save_memory: {strange[0]!r} of {_where(place)} of the memory was added or taken away since "
+                "tessera.attach, so a file could not be loaded again; undo that first, for peft with merge_and_unload()"
             )
         tensors |= {f"{place}.{name}": tensor.detach().contiguous() for name, tensor in found.items()}
     about = {"kind": done.kind, "config": done.config.to_dict(), "model": done.shape, "weights": sampled(model)}
@@ -217,7 +217,7 @@ def read_shared(path: str | os.PathLike[str]) -> TensorMemory:
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a file says about its memory, its config made, and its tensors."""
     name = os.fspath(path)
-    with open_tensors(path, "no memory that tessera.save_memory wrote") as file:
+    with open_tensors(path, "holds no memory that tessera.save_memory wrote") as file:
         try:
             about = read_json(file.metadata["tessera_memory"])
             found = {key: about[key] for key in ("kind", "config", "model")}
@@ -254,7 +254,8 @@ def _skeleton(config: Any, shape: dict[str, Any], path: str) -> dict[str, nn.Mod
             chosen = [i for i, (_, _, window) in enumerate(every) if window is None]
             if config.layers is not None:
                 chosen = sorted({i % len(every) for i in config.layers})
-            return {str(i): TensorCacheLayer(config, shape["heads"], *every[i][:2], shape["hidden"]) for i in chosen}
+            sizes = {i: (shape["heads"], every[i][0], every[i][1], shape["hidden"]) for i in chosen}
+            return {str(i): TensorCacheLayer(config, *size) for i, size in sizes.items()}
     except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} is damaged: its config is none: {brief(error)}") from None
 

@@ -118,7 +118,7 @@ def read_sample(found: Any) -> dict[str, list[float]]:
 def alike(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
     """Whether two samples are of one model, give or take the rounding of half precision."""
     common = one.keys() & other.keys()
-    if (one or other) and not common or any(len(one[name]) != len(other[name]) for name in common):
+    if ((one or other) and not common) or any(len(one[name]) != len(other[name]) for name in common):
         return False
     for table, rest in ((one, other), (other, one)):
         # Of tied weights a model may name one or both, depending on how it was loaded.

@@ -16,6 +16,7 @@ from tessera.cache.lane import Policy
 from tessera.cache.layer import ATTACHED, STREAMS, Link, TesseraLayer
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec, parse
+from tessera.devices import layer_devices
 
 Prefill = Literal["exact", "packed"]
 
@@ -136,9 +137,9 @@ class Cache(TransformersCache):
                 sizes[tier] = sizes.get(tier, 0) + sum(t.numel() * t.element_size() for t in tensors)
             for tier, count in layer.held().items():
                 tokens[tier] = tokens.get(tier, 0) + 2 * count * heads * dim
-            if layer.dtype is not None:
+            if layer.dtype is not None and layer.value_dtype is not None:
                 kept = layer.seen if layer.sliding is None else min(layer.seen, layer.sliding - 1)
-                dense += 2 * layer.batch * kept * heads * dim * layer.dtype.itemsize
+                dense += layer.batch * kept * heads * dim * (layer.dtype.itemsize + layer.value_dtype.itemsize)
         nbytes, elements = sum(sizes.values()), sum(tokens.values())
         return CacheReport(
             spec=str(self.spec),
@@ -167,9 +168,12 @@ class Cache(TransformersCache):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model_or_config: Any) -> Cache:
-        """Read what `save` wrote, onto the device of the model (the CPU if only a config is given).
+        """Read what `save` wrote, each layer onto the device that its layer of the model computes on.
+
+        That is the CPU if only a config is given. What is loaded follows the keys that the model gives later.
 
         Raises:
+            FileNotFoundError: if there is no such file.
             ValueError: if the file is damaged, or was made for another model.
         """
         with storage.reading(path) as stored:
@@ -180,9 +184,9 @@ class Cache(TransformersCache):
                 )
             stored.fill(cache.layers)
         if isinstance(model_or_config, nn.Module):
-            parameter = next(model_or_config.parameters(), None)
-            if parameter is not None:
-                cache.to(parameter.device)
+            for layer, device in zip(cache.layers, layer_devices(model_or_config, len(cache.layers)), strict=True):
+                if device is not None:
+                    layer.to(device)
         return cache
 
 

@@ -87,7 +87,7 @@ class TensorMemory(Float32Module):
             self.write_bias = nn.Parameter(torch.zeros(dim, dtype=torch.float32))
         self.content_net = _net(dim, channels)
         self.sigma_net = _net(dim, 1)
-        nn.init.constant_(self.sigma_net.bias, math.log(math.expm1(config.sigma_init - SIGMA_LEAST)))
+        nn.init.constant_(self.sigma_net.bias, _before_softplus(config.sigma_init - SIGMA_LEAST))
         inputs = channels if config.gates == "input" else 2 * channels
         if config.convolution == "factorised":
             self.taps = nn.Parameter(torch.tensor([0.0, 1.0, 0.0], dtype=torch.float32).repeat(axes, inputs, 1))
@@ -326,6 +326,11 @@ class TensorMemory(Float32Module):
         if (state.places is not None) != config.anchored:
             raise ValueError("the state is of a Tensor Memory with other options")
         return state, places
+
+
+def _before_softplus(y: float) -> float:
+    """x with softplus(x) = y, without overflow."""
+    return y + math.log(-math.expm1(-y))
 
 
 def _net(inputs: int, outputs: int) -> nn.Linear:
