@@ -337,7 +337,9 @@ def other_tensors(content: bytes, rng: random.Random) -> bytes:
         elif x.dtype == torch.int64:
             tensors[name] = torch.full_like(x, rng.choice((-1, 2**62, -(2**63))))
         else:
-            tensors[name] = -x if x.dtype != torch.bool else ~x
+            tensors[name] = (
+                ~x if x.dtype == torch.bool else -x if x.dtype in (torch.float32, torch.int16) else x.flip(0) if x.ndim else x
+            )
     return save(tensors, about)
 
 

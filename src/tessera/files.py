@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-#: Characters of a file that a message repeats at most.
-SHOWN = 200
+#: Characters of a file that a message repeats at most, and those of a message that may do so.
+SHOWN, WHOLE = 200, 1000
 
 
 @contextmanager
@@ -36,11 +36,11 @@ def write_json(path: str | os.PathLike[str], record: object) -> None:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def brief(found: object) -> str:
-    """An error, or what a file holds, for a message: in one line of moderate length."""
+def brief(found: object, most: int = SHOWN) -> str:
+    """An error, or what a file holds, for a message: in one line of `most` characters or little more."""
     text = str(found) if isinstance(found, BaseException | str) else repr(found)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class TensorFile:

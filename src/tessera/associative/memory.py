@@ -14,6 +14,7 @@ from tessera.associative.forms import recur
 from tessera.associative.recurrence import loop
 from tessera.associative.scan import scan
 from tessera.associative.state import TensorCacheState
+from tessera.kernels.precision import join
 from tessera.modules import Float32Module
 
 
@@ -112,7 +113,7 @@ class TensorCache(Float32Module):
             raise ValueError(f"real {tuple(real.shape)} does not fit: expected ({batch}, {tokens}), a word for each token")
         number = state.seen[:, None] + real.cumsum(1) - 1
         live = torch.cat((state.live, real & (number >= self.config.sink)), dim=1)
-        k, v = torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2)
+        k, v = join((state.k, k), 2), join((state.v, v), 2)
         window, held = self.config.window, state.k.shape[2]
         # The first tokens push nothing out, until the window is full.
         idle = min(tokens, max(0, window - held))

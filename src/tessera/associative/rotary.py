@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.devices import device_of
+from tessera.kernels.precision import join
 
 
 class Phase:
@@ -37,7 +38,7 @@ class Phase:
         first, second = turned.chunk(2, dim=-1)
         # Some models scale the rotation; cos² + sin² is the square of that.
         back = (turned * cos - torch.cat((-second, first), dim=-1) * sin) / (cos.square() + sin.square())
-        return torch.cat((back.to(x.dtype), rest), dim=-1)
+        return join((back.to(x.dtype), rest), -1)
 
 
 def phase_of(model: Any, attention: nn.Module, head_dim: int) -> Phase:

@@ -18,7 +18,7 @@ from tessera.attachment import associative, spatial
 from tessera.attachment.record import Attachment, alike, attached, attachment, bare, read_sample, sampled, wrapped
 from tessera.cache.layer import ATTACHED
 from tessera.devices import device_of
-from tessera.files import atomic_path, brief, open_tensors, read_json
+from tessera.files import WHOLE, atomic_path, brief, open_tensors, read_json
 from tessera.spatial.config import TensorMemoryConfig
 from tessera.spatial.layer import make_layers, make_memory
 from tessera.spatial.memory import TensorMemory
@@ -186,7 +186,7 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
     try:
         attach(model, config)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{file}: {brief(error, WHOLE)}") from None
     for place, module in attached(bare(model)).modules().items():
         module.load_state_dict({name: tensors[f"{place}.{name}"] for name in module.state_dict()})
     return model

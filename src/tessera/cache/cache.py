@@ -116,8 +116,13 @@ class Cache(TransformersCache):
         """Older name of `get_max_length`."""
         return self.layers[layer_idx].get_max_length()
 
-    def to(self, device: torch.device | str) -> Cache:
-        """Move all tiers to a device."""
+    def to(self, device: torch.device | str | int | None, non_blocking: bool = False) -> Cache:
+        """Move all tiers to a device; None: leave them. They come back when a model on another device goes on with them.
+
+        `non_blocking` is what accelerate says of everything that it hands to a model, and means nothing here.
+        """
+        if device is None:
+            return self
         for layer in self.layers:
             layer.to(device)
         return self
@@ -139,7 +144,9 @@ class Cache(TransformersCache):
                 tokens[tier] = tokens.get(tier, 0) + 2 * count * heads * dim
             if layer.dtype is not None and layer.value_dtype is not None:
                 kept = layer.seen if layer.sliding is None else min(layer.seen, layer.sliding - 1)
-                dense += layer.batch * kept * heads * dim * (layer.dtype.itemsize + layer.value_dtype.itemsize)
+                # It keeps values in the dtype of the keys, unless theirs is wider.
+                wider = torch.promote_types(layer.dtype, layer.value_dtype)
+                dense += layer.batch * kept * heads * dim * (layer.dtype.itemsize + wider.itemsize)
         nbytes, elements = sum(sizes.values()), sum(tokens.values())
         return CacheReport(
             spec=str(self.spec),

@@ -392,10 +392,11 @@ class TesseraLayer(CacheLayerMixin):
         if self.device is not None:
             self.to(self.device)
 
-    def to(self, device: torch.device | str) -> None:
+    def to(self, device: torch.device | str | int) -> None:
         """Move to another device."""
         self.settle_calls()
-        self.held_on = torch.device(device)
+        device = torch.device(device)
+        self.held_on = device
         for lane in self.lanes:
             lane.to(device)
 

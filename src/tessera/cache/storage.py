@@ -18,7 +18,7 @@ from tessera.cache.lane import Lane, Policy
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import PAGE, ExactTier
 from tessera.codecs import Packed
-from tessera.files import TensorFile, atomic_path, brief, open_tensors, read_json
+from tessera.files import WHOLE, TensorFile, atomic_path, brief, open_tensors, read_json
 
 if TYPE_CHECKING:
     from tessera.cache.layer import TesseraLayer
@@ -260,7 +260,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[Stored]:
         try:
             yield Stored(file, header)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{name}: {brief(error, WHOLE)}") from None
 
 
 def _may_drop(policy: Policy, length: int, sink: int) -> int:

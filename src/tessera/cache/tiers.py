@@ -8,6 +8,7 @@ from torch import Tensor
 from tessera.cache.spec import BLOCK
 from tessera.codecs import Codec, Packed
 from tessera.kernels import Pages
+from tessera.kernels.precision import join
 
 #: Tokens of a page of packed tokens at most.
 PAGE = 1024
@@ -95,7 +96,7 @@ class ExactTier:
     def push_front(self, k: Tensor, v: Tensor) -> None:
         """Put tokens before the oldest."""
         if self.tokens:
-            k, v = torch.cat([k, self.keys], dim=2), torch.cat([v, self.values], dim=2)
+            k, v = join([k, self.keys], 2), join([v, self.values], 2)
         size = self._round(k.shape[2])
         self.tokens = k.shape[2]
         self._keys, self._values = self._moved(k, size), self._moved(v, size)

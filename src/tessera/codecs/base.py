@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tessera.codecs.bits import unpack_bits
-from tessera.files import atomic_path, brief, open_tensors
+from tessera.files import WHOLE, atomic_path, brief, open_tensors
 from tessera.kernels import dispatch
 from tessera.kernels.pages import Format
+from tessera.kernels.precision import join, no_autocast
 
 Role = Literal["key", "value"]
 
@@ -144,7 +145,7 @@ class Packed:
                     f"group and the right one begins {right.offset} tokens into one"
                 )
         tensors = {
-            name: torch.cat([p.tensors[name] for p in parts], dim=0 if layout == "ragged" else 2)
+            name: join([p.tensors[name] for p in parts], 0 if layout == "ragged" else 2)
             for name, layout in first.codec.fields.items()
             if name in first.tensors
         }
@@ -247,7 +248,7 @@ class Packed:
             try:
                 return Packed.from_parts(file.metadata, {name: file.get(name) for name in file.names}, codec)
             except ValueError as error:
-                raise ValueError(f"{os.fspath(path)}: {error}") from None
+                raise ValueError(f"{os.fspath(path)}: {brief(error, WHOLE)}") from None
 
 
 class Codec(ABC):
@@ -294,7 +295,7 @@ class Codec(ABC):
             raise ValueError(f"{self.spec}: {bad} of {wide.numel()} {role}s of layer {layer} are NaN or infinite")
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         # Autocast would round the products with a rotation or a codebook to half precision.
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             tensors = self._encode(wide.clamp(-HUGE, HUGE), role, layer)
         return Packed(self, tensors, shape, x.dtype, role, layer)
 
@@ -304,7 +305,7 @@ class Codec(ABC):
             return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
         # An approximation of the largest half-precision numbers can lie beyond them.
         most = min(torch.finfo(packed.dtype).max, torch.finfo(torch.float32).max)
-        with torch.autocast(packed.device.type, enabled=False):
+        with no_autocast(packed.device):
             found = dispatch.decode(packed)
             return (self.decode_reference(packed) if found is None else found).clamp(-most, most).to(packed.dtype)
 

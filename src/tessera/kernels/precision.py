@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +14,25 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which autocast does not round what is computed on a device."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()  # as for "meta", where nothing is computed
+    return torch.autocast(device.type, enabled=False)
+
+
 def without_autocast(kernel: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
     """The same function of a tensor, with autocast off for the tensor's device: it would round products to half precision."""
 
     @wraps(kernel)
     def run(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             return kernel(x, *args, **kwargs)
 
     return run
+
+
+def join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Tensors one behind the other in the widest of their dtypes; autocast to one half precision refuses to join the other."""
+    with no_autocast(parts[0].device):
+        return torch.cat(list(parts), dim)
