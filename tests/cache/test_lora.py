@@ -28,6 +28,12 @@ WRAPPED = {
     "TensorCache": {"out"},
     "TensorMemory": {"coord_net", "write_coord_net", "write_proj", "content_net", "sigma_net", "out_proj"},
 }
+#: Ways in which LoRA may compute what it adds.
+WAYS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rs": {"r": 3, "lora_alpha": 7, "use_rslora": True},
+}
 
 
 def attached(config: Any) -> Any:
