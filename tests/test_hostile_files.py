@@ -447,3 +447,158 @@ def test_hostile_files_are_refused_or_hold_something_valid(kinds: dict[str, Kind
 def test_ten_thousand_hostile_files_are_refused_or_hold_something_valid(kinds: dict[str, Kind], tmp_path: Path) -> None:
     met = fuzz(kinds, tmp_path, seed=1, count=10_000)
     assert met["refused"] > 5000
+
+
+# Lies of which each part fits the others
+
+Lie = Callable[[dict[str, Any], dict[str, Tensor]], None]
+
+
+def told(content: bytes, key: str, lie: Callable[[Any, dict[str, Tensor]], None]) -> bytes:
+    """A file whose words under `key` (JSON; all of them where it is empty) and tensors are changed."""
+    from safetensors.torch import load, save
+
+    about, tensors = split(content)[0]["__metadata__"], load(content)
+    words = json.loads(about[key]) if key else about
+    lie(words, tensors)
+    return save(tensors, {**about, key: json.dumps(words)} if key else words)
+
+
+def everywhere(**changes: Any) -> Lie:
+    """In every layer of a cache: numbers are added, everything else replaces."""
+
+    def lie(words: dict[str, Any], _: dict[str, Tensor]) -> None:
+        for layer in words["layers"]:
+            for table in (layer, *layer["lanes"]):
+                for name, value in changes.items():
+                    if name in table:
+                        table[name] = table[name] + value if isinstance(value, int) else value
+
+    return lie
+
+
+def without(part: str) -> Lie:
+    def lie(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if part in name]:
+            del tensors[name]
+
+    return lie
+
+
+def twice(part: str) -> Lie:
+    """Two matrices where the memory has one."""
+
+    def lie(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if part in name and name.endswith((".a", ".slow", ".z")):
+                tensors[name] = torch.cat((tensors[name], tensors[name]), 1)
+
+    return lie
+
+
+def config(**changes: Any) -> Lie:
+    return lambda words, _: words["config"].update(changes)
+
+
+def no_tokens(shape: tuple[int, ...]) -> Lie:
+    """Nothing packed, in absurd dimensions that multiply to nothing."""
+
+    def lie(words: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        words["shape"] = ",".join(map(str, shape))
+        for name, (rest, dtype) in codecs.get(words["codec"]).kept(shape[1], shape[3], words["role"]).items():
+            tensors[name] = torch.zeros((*shape[:3], *rest), dtype=dtype)
+
+    return lie
+
+
+CACHE, MEMORY = "tessera_cache", "tessera_memory"
+LIES: list[tuple[str, str, Lie]] = [
+    ("cache-dense", CACHE, everywhere(batch=10**12)),
+    ("cache-dense", CACHE, everywhere(seen=10**13, pad=10**13)),
+    ("cache-dense", CACHE, everywhere(seen=10**9, length=10**9, dropped=10**9)),
+    ("cache-dense", CACHE, everywhere(seen=7, length=7, dropped=7)),
+    ("cache-window", CACHE, everywhere(seen=-7, length=-7, dropped=-7)),
+    ("cache-window", CACHE, everywhere(seen=10**13, length=10**13, dropped=10**13)),
+    ("cache-kivi", CACHE, everywhere(dtype="float64")),
+    ("cache-kivi", CACHE, everywhere(rows=[0, 0])),
+    ("cache-kivi", CACHE, everywhere(rows=[0, 1, 2])),
+    ("cache-kivi", CACHE, everywhere(rows=list(range(100_000)))),
+    ("cache-tc", CACHE, without(".tc.")),
+    ("cache-tc", CACHE, without(".tc.slow")),
+    ("cache-tc", CACHE, twice(".tc.")),
+    ("packed-kivi:2-key", "", lambda words, _: words.update(shape="1000000000000,2,65,36")),
+    ("packed-kivi:2-key", "", lambda words, _: words.update(shape="2,2,65," + "9" * 400)),
+    ("packed-kivi:2-key", "", lambda words, _: words.update(offset="32")),
+    ("packed-hqmq:3-key", "", lambda words, _: words.update(layer=str(10**30))),
+    ("packed-hqmq:3-key", "", lambda words, x: x.update(codes=torch.full_like(x["codes"], 255))),
+    ("packed-hqmq:3-key", "", lambda words, x: x.update(centre=torch.full_like(x["centre"], 0x7C00))),
+    ("packed-hqmq:s24_r3_med3-key", "", lambda words, x: x.update(codes=torch.full_like(x["codes"], 255))),
+    ("packed-q4_0-key", "", lambda words, x: x.update(blocks=torch.full_like(x["blocks"], 255))),
+    ("packed-fp8-key", "", lambda words, x: x.update(codes=torch.full_like(x["codes"], 255))),
+    ("packed-scalar:3-key", "", lambda words, x: x.update(scale=torch.full_like(x["scale"], float("inf")))),
+    ("memory-tc", MEMORY, config(slots=10**12)),
+    ("memory-tc", MEMORY, config(slots=10**30)),
+    ("memory-tc", MEMORY, config(window=10**12, sink="x")),
+    ("memory-tc", MEMORY, config(decay=[1e-320, 1.0])),
+    ("memory-tc", MEMORY, config(decay=[1, 10**400])),
+    ("memory-tc", MEMORY, config(layers=["0"])),
+    ("memory-tc", MEMORY, config(layers=[0.5])),
+    ("memory-tc", MEMORY, config(layers=[10**12])),
+    ("memory-tc", MEMORY, config(normalise_keys="yes")),
+    ("memory-tc", MEMORY, lambda words, _: words.update(config=[["window", 3]])),
+    ("memory-tc", MEMORY, lambda words, _: words.update(kind=["TensorCache"])),
+    ("memory-tc", MEMORY, lambda words, _: words.update(weights={name: [10**400] for name in words["weights"]})),
+    ("memory-tm", MEMORY, config(channels=10**9)),
+    ("memory-tm", MEMORY, config(chunk=10**12)),
+    ("memory-tm", MEMORY, config(grid=[10**5, 10**5])),
+    ("memory-tm", MEMORY, config(every=10**12)),
+    ("memory-tm", MEMORY, config(sigma_init=1e308, forget_bias=10**400)),
+    ("state-tc", "", lambda words, x: x.update(seen=x["seen"] + 2**62)),
+    ("state-tc", "", lambda words, x: x.update(seen=-x["seen"])),
+    ("state-tc", "", lambda words, x: x.update(a=x["a"].double())),
+    ("state-tc", "", lambda words, x: x.update(a=x["a"][:, :3].clone())),
+    ("state-tc", "", lambda words, x: x.update(live=x["live"][:, :1].clone())),
+    ("state-tm", "", lambda words, x: x.update(waiting=x["waiting"][:, :1].clone())),
+    ("state-tm", "", lambda words, x: x.update(places=x["places"].repeat(1, 1, 2))),
+    ("state-tm", "", lambda words, x: x.update(h=x["h"].long())),
+    ("state-infini", "", lambda words, x: x.update(k=x["k"][..., :-1].clone())),
+    ("state-infini", "", lambda words, x: x.update(m=x["m"].half())),
+    ("state-vit", "", lambda words, x: words.update(frames=str(-1))),
+    ("state-vit", "", lambda words, x: words.update(frames="9" * 5000)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(LIES)))
+def test_a_lie_is_refused_even_if_all_its_parts_fit(number: int, kinds: dict[str, Kind], tmp_path: Path) -> None:
+    name, key, lie = LIES[number]
+    path = tmp_path / "hostile"
+    path.write_bytes(told(kinds[name].path.read_bytes(), key, lie))
+    assert outcome(kinds[name], path) != "loaded"
+
+
+@pytest.mark.parametrize("shape", [(0, 10**12, 3, 36), (2, 10**6, 0, 36), (2, 2, 0, 10**9), (10**12, 2, 0, 8)])
+@pytest.mark.parametrize("spec", CODECS)
+def test_nothing_in_absurd_dimensions_takes_no_memory(
+    spec: str, shape: tuple[int, ...], kinds: dict[str, Kind], tmp_path: Path
+) -> None:
+    kind = kinds[f"packed-{spec}-value"]
+    path = tmp_path / "hostile"
+
+    def lie(words: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        no_tokens(shape)(words, tensors)
+        words["offset"] = "0"
+        if "kept" in tensors:
+            tensors["kept"] = torch.zeros((0, 4), dtype=torch.float16)
+
+    path.write_bytes(told(kind.path.read_bytes(), "", lie))
+    used = Kind(kind.path, kind.load, lambda packed: packed.decode().shape == shape or pytest.fail("another shape"))
+    assert outcome(used, path) == "loaded"
+
+
+def test_a_folder_and_a_file_that_is_not_there_are_told_apart(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for kind in kinds.values():
+        with pytest.raises(ValueError, match="folder"):
+            kind.load(tmp_path / "folder")
+        with pytest.raises(FileNotFoundError):
+            kind.load(tmp_path / "nothing")

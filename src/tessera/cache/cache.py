@@ -34,6 +34,9 @@ class Cache(TransformersCache):
             For measuring: where a codec encodes tokens in groups, a query reads tokens of its group whose common mean was
             taken over later tokens too, so that a later token can change an earlier result, by less than the codec's error.
 
+    Keys and values stay in the dtypes that the model gives them in, each in its own. Where a later call gives a wider one, as
+    after a call under autocast, a tier is widened to it; nothing is rounded. Packing is the same under autocast as without.
+
     Raises:
         ValueError: for a spec with a mistake, or a model that this cache cannot serve, saying why.
     """

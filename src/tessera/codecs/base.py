@@ -177,9 +177,9 @@ class Packed:
         try:
             spec, role = metadata["codec"], metadata["role"]
             shape = tuple(int(n) for n in metadata["shape"].split(","))
-            dtype, layer, offset = getattr(torch, metadata["dtype"]), int(metadata["layer"]), int(metadata["offset"])
+            dtype, layer, offset = metadata["dtype"], int(metadata["layer"]), int(metadata["offset"])
             revision = int(metadata.get("revision", "1"))  # the first did not say
-        except (KeyError, ValueError, AttributeError) as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(f"this is no packed cache: its header lacks or garbles {brief(error)}") from None
         if codec is None:
             codec = get(spec)
@@ -189,13 +189,12 @@ class Packed:
             raise ValueError(
                 f"this was encoded by revision {revision} of {spec!r}; this version reads revision {codec.revision}"
             )
+        names = {str(x).removeprefix("torch."): x for x in DTYPES}
         if role not in ("key", "value") or len(shape) != 4 or min(shape) < 0 or shape[3] == 0 or max(shape) > MOST:
             raise ValueError(f"this is no packed cache: role {brief(role)!r}, shape {brief(shape)}")
-        if dtype not in DTYPES or not 0 <= layer <= MOST or not 0 <= offset < codec.group:
-            raise ValueError(
-                f"this is no packed cache: dtype {brief(metadata['dtype'])!r}, layer {brief(layer)}, offset {brief(offset)}"
-            )
-        packed = Packed(codec, dict(tensors), shape, dtype, role, layer, offset)  # type: ignore[arg-type]
+        if dtype not in names or not 0 <= layer <= MOST or not 0 <= offset < codec.group:
+            raise ValueError(f"this is no packed cache: dtype {brief(dtype)!r}, layer {brief(layer)}, offset {brief(offset)}")
+        packed = Packed(codec, dict(tensors), shape, names[dtype], role, layer, offset)  # type: ignore[arg-type]
         packed._check()
         return packed
 

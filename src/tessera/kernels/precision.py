@@ -16,9 +16,10 @@ R = TypeVar("R")
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A block in which autocast does not round what is computed on a device."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()  # as for "meta", where nothing is computed
-    return torch.autocast(device.type, enabled=False)
+    # Entering a block of autocast takes longer than looking; and there is none for "meta", where nothing is computed.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def without_autocast(kernel: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
