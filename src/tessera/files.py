@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one; reading text."""
+"""Writing files so that a reader never sees half of one; reading files that may be damaged, or made to do harm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+#: Characters of a file that a message repeats at most, and those of a message that may do so.
+SHOWN, WHOLE = 200, 1000
 
 
 @contextmanager
@@ -27,6 +34,67 @@ def write_json(path: str | os.PathLike[str], record: object) -> None:
     """Write a record as JSON, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def brief(found: object, most: int = SHOWN) -> str:
+    """An error, or what a file holds, for a message: in one line of `most` characters or little more."""
+    text = str(found) if isinstance(found, BaseException | str) else repr(found)
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+class TensorFile:
+    """An open safetensors file, to be read in the block of `open_tensors`."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.metadata: dict[str, str] = file.metadata() or {}
+        self.names: list[str] = list(file.keys())
+
+    def get(self, name: str) -> Tensor:
+        """A tensor by its name; its size is that of its bytes in the file."""
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except (TypeError, RuntimeError, OverflowError, AttributeError) as error:  # no shape or dtype of torch's
+            raise SafetensorError(f"tensor {name!r} cannot be read: {error}") from None
+        return tensor
+
+
+@contextmanager
+def open_tensors(path: str | os.PathLike[str], what: str) -> Iterator[TensorFile]:
+    """Open a safetensors file.
+
+    Args:
+        path: of the file.
+        what: what is said of it if that fails, as "is no saved cache".
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder or no safetensors file, or, within the block, if a tensor of it cannot be read.
+    """
+    if os.path.isdir(path):
+        raise ValueError(f"{os.fspath(path)} {what}: it is a folder")
+    try:
+        with safe_open(path, "pt") as file:
+            yield TensorFile(file)
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} {what}: {brief(error)}") from None
+
+
+def read_json(text: str) -> Any:
+    """What a text of JSON says.
+
+    Raises:
+        ValueError: if it is none, is nested too deeply, or holds NaN or infinity, which JSON does not have.
+    """
+
+    def refuse(word: str) -> NoReturn:
+        raise ValueError(f"{word} is no number of JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_utf8(path: str | os.PathLike[str]) -> str:

@@ -24,10 +24,16 @@ class Options:
         Raises:
             ValueError: naming a field that there is none of, or a value that cannot be.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a {cls.__name__} is made from a table, got a {type(values).__name__}")
         names = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(names))
         if unknown:
             raise ValueError(f"a {cls.__name__} has no {unknown[0]!r}; it has {', '.join(names)}")
+        for field in fields(cls):
+            given = values.get(field.name, field.default)
+            if isinstance(field.default, bool) and not isinstance(given, bool):
+                raise ValueError(f"{field.name} must be true or false, got {given!r}")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def check_words(self, words: Mapping[str, Sequence[str]]) -> None:

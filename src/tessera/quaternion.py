@@ -44,7 +44,7 @@ def conjugate(q: Tensor) -> Tensor:
 
 @cache
 def _units() -> Tensor:
-    axes = torch.eye(4)
+    axes = torch.eye(4, dtype=torch.float32)
     signed = torch.stack((axes, -axes), dim=1).reshape(8, 4)
     bits = torch.arange(16)[:, None] >> torch.tensor([3, 2, 1, 0]) & 1
     halves = 0.5 - bits.float()

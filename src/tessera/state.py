@@ -7,13 +7,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tessera.files import atomic_path
+from tessera.files import atomic_path, brief, open_tensors
 
 S = TypeVar("S", bound="State")
+
+#: What keys and values of a model may be in.
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +27,14 @@ class State:
         KIND: what files of it say they are.
         OPTIONAL: fields that may be None.
         UNMARKED: fields that `reset` leaves alone.
+        DTYPES: what the fields may be in that are not float32 always.
     """
 
     OWNER: ClassVar[str]
     KIND: ClassVar[str]
     OPTIONAL: ClassVar[frozenset[str]] = frozenset()
     UNMARKED: ClassVar[frozenset[str]] = frozenset()
+    DTYPES: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that there is, by name."""
@@ -88,13 +92,10 @@ class State:
             FileNotFoundError: if there is no such file.
             ValueError: if the file holds something else, or a state that no stream can go on with.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("tessera") != cls.KIND:
-                    raise ValueError(f"{os.fspath(path)} holds no state of {cls.OWNER}")
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)} holds no state of {cls.OWNER}: {error}") from None
+        with open_tensors(path, f"holds no state of {cls.OWNER}") as file:
+            if file.metadata.get("tessera") != cls.KIND:
+                raise ValueError(f"{os.fspath(path)} holds no state of {cls.OWNER}")
+            found = {name: file.get(name) for name in file.names}
         named: dict[str, Any] = {field.name: found.pop(field.name, None) for field in fields(cls)}
         if found or any(tensor is None for name, tensor in named.items() if name not in cls.OPTIONAL):
             raise ValueError(f"{os.fspath(path)} is damaged: its tensors are not those of a state")
@@ -102,19 +103,34 @@ class State:
         try:
             state.check()
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} is damaged: {error}") from None
+            raise ValueError(f"{os.fspath(path)} is damaged: {brief(error)}") from None
         return state
 
     def check(self) -> None:
         """Look at what can be seen without knowing whose state this is.
 
         Raises:
-            ValueError: if there are tensors without rows or of different numbers of them, or numbers that are not finite.
+            ValueError: if there are tensors without rows or of different numbers of them, of another dtype than they can have,
+                or with numbers that are not finite.
         """
         tensors = self.tensors()
         rows = {name: tensor.shape[0] if tensor.ndim else None for name, tensor in tensors.items()}
         if None in rows.values() or len(set(rows.values())) != 1:
             raise ValueError(f"all tensors of a state have as many rows, got {rows}")
         for name, tensor in tensors.items():
+            wanted = self.DTYPES.get(name, (torch.float32,))
+            if tensor.dtype not in wanted:
+                raise ValueError(f"{name} must be in {' or '.join(map(str, wanted))}, got {tensor.dtype}")
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{name} must be finite")
+
+    def check_shapes(self, **wanted: tuple[int, ...]) -> None:
+        """Refuse fields that are there and not of these shapes.
+
+        Raises:
+            ValueError: naming the field, its shape and what it would be.
+        """
+        for name, shape in wanted.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} of {tuple(tensor.shape)} does not fit the others: it would be {shape}")

@@ -96,8 +96,8 @@ class TensorCacheConfig(Options):
             _open_unit("slow write rate", self.slow[1])
         if not math.isfinite(self.value_scale) or self.value_scale <= 0:
             raise ValueError(f"value_scale must be positive, got {self.value_scale!r}")
-        if self.slot_noise < 0:
-            raise ValueError(f"slot_noise must not be negative, got {self.slot_noise!r}")
+        if not 0 <= self.slot_noise < math.inf:
+            raise ValueError(f"slot_noise must be finite and not negative, got {self.slot_noise!r}")
         if self.rule == "delta" and not self.normalise_keys:
             raise ValueError("rule 'delta' is stable for keys of length 1 at most; set normalise_keys, or take rule 'outer'")
         if self.write == "chunk_means" and self.rule != "outer":
@@ -108,6 +108,8 @@ class TensorCacheConfig(Options):
             object.__setattr__(self, "layers", tuple(self.layers))
             if not self.layers:
                 raise ValueError("layers names none; leave it out for all of them")
+            if any(not isinstance(i, int) or isinstance(i, bool) for i in self.layers):
+                raise ValueError(f"layers holds whole numbers, got {self.layers!r}")
 
     @classmethod
     def paper(cls, **changes: Any) -> TensorCacheConfig:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import elu, scaled_dot_product_attention
 
-from tessera.state import State
+from tessera.state import MODEL_DTYPES, State
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +32,22 @@ class InfiniState(State):
 
     OWNER: ClassVar[str] = "Infini-attention"
     KIND: ClassVar[str] = "infini_state"
+    DTYPES: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {name: MODEL_DTYPES for name in ("k", "plain_k", "v")}
 
     m: Tensor
     z: Tensor
     k: Tensor
     plain_k: Tensor
     v: Tensor
+
+    def check(self) -> None:
+        """See `State.check`."""
+        super().check()
+        if self.m.ndim != 4 or self.k.ndim != 4 or 0 in self.m.shape[1:]:
+            raise ValueError(f"m {tuple(self.m.shape)} and k {tuple(self.k.shape)} are no matrices and keys of heads")
+        batch, heads, dim, width = self.m.shape
+        pairs = (batch, heads, self.k.shape[2])
+        self.check_shapes(z=(batch, heads, dim, 1), k=(*pairs, dim), plain_k=(*pairs, dim), v=(*pairs, width))
 
 
 class Infini(nn.Module):
@@ -53,7 +63,7 @@ class Infini(nn.Module):
         if segment < 1:
             raise ValueError(f"a segment needs at least 1 token, got {segment}")
         self.segment = segment
-        self.mix_logit = nn.Parameter(torch.zeros(heads))
+        self.mix_logit = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
 
     def forward(
         self,
@@ -76,7 +86,7 @@ class Infini(nn.Module):
         batch, heads, tokens, dim = q.shape
         kv_heads = k.shape[1]
         if state is None:
-            m = torch.zeros((batch, kv_heads, dim, v.shape[-1]), device=q.device)
+            m = torch.zeros((batch, kv_heads, dim, v.shape[-1]), dtype=torch.float32, device=q.device)
             state = InfiniState(m, m.new_zeros((batch, kv_heads, dim, 1)), k[:, :, :0], plain_k[:, :, :0], v[:, :, :0])
         m, z, seg_k, seg_plain, seg_v = state.m, state.z, state.k, state.plain_k, state.v
         mix = torch.sigmoid(self.mix_logit.float()).view(1, heads, 1, 1)

@@ -11,6 +11,7 @@ from tessera.associative.config import TensorCacheConfig
 from tessera.associative.memory import TensorCache
 from tessera.associative.rotary import Phase
 from tessera.associative.state import TensorCacheState
+from tessera.modules import Float32Module
 
 
 def is_gate(name: str) -> bool:
@@ -19,7 +20,7 @@ def is_gate(name: str) -> bool:
     return last.endswith("_logit") or last in ("gate_weight", "rate_weight", "slow_share")
 
 
-class TensorCacheLayer(nn.Module):
+class TensorCacheLayer(Float32Module):
     """y = W_o local + sigmoid(gate) · W_tc heads(read); W_tc starts at zero, so that at first nothing changes.
 
     Args:
@@ -40,10 +41,10 @@ class TensorCacheLayer(nn.Module):
         super().__init__()
         self.config = config
         self.memory = TensorCache(config, kv_heads, head_dim)
-        self.gate_logit = nn.Parameter(torch.tensor(config.gate_init))
+        self.gate_logit = nn.Parameter(torch.tensor(config.gate_init, dtype=torch.float32))
         if config.gate == "token":
-            self.gate_weight = nn.Parameter(torch.zeros(heads * head_dim))
-        self.out = nn.Linear(heads * head_dim, hidden, bias=False)
+            self.gate_weight = nn.Parameter(torch.zeros(heads * head_dim, dtype=torch.float32))
+        self.out = nn.Linear(heads * head_dim, hidden, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.out.weight)
         # In a tuple, so that the model's module is not taken for a part of this one.
         self._phase = (phase,)

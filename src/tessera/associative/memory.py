@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,8 @@ from tessera.associative.forms import recur
 from tessera.associative.recurrence import loop
 from tessera.associative.scan import scan
 from tessera.associative.state import TensorCacheState
+from tessera.kernels.precision import join
+from tessera.modules import Float32Module
 
 
 def logit(p: float) -> float:
@@ -22,7 +23,7 @@ def logit(p: float) -> float:
     return math.log(p) - math.log1p(-p)
 
 
-class TensorCache(nn.Module):
+class TensorCache(Float32Module):
     """The associative memory of one attention layer (arXiv 2605.22884, section on the method).
 
     Args:
@@ -40,16 +41,18 @@ class TensorCache(nn.Module):
         if num_heads < 1 or head_dim < 1:
             raise ValueError(f"a Tensor Cache needs heads and a head_dim, got {num_heads} and {head_dim}")
         self.config, self.num_heads, self.head_dim = config, num_heads, head_dim
-        self.decay_logit = nn.Parameter(torch.tensor([logit(decay) for decay in config.decays(num_heads)]))
-        self.rate_logit = nn.Parameter(torch.full((num_heads,), logit(config.write_rate)))
+        decays = torch.tensor([logit(decay) for decay in config.decays(num_heads)], dtype=torch.float32)
+        self.decay_logit = nn.Parameter(decays)
+        self.rate_logit = nn.Parameter(torch.full_like(decays, logit(config.write_rate)))
         if config.rates == "token":
-            self.rate_weight = nn.Parameter(torch.zeros(num_heads, 2, 2 * head_dim))
+            self.rate_weight = nn.Parameter(decays.new_zeros(num_heads, 2, 2 * head_dim))
         if config.slow is not None:
-            self.slow_decay_logit = nn.Parameter(torch.full((num_heads,), logit(config.slow[0])))
-            self.slow_rate_logit = nn.Parameter(torch.full((num_heads,), logit(config.slow[1])))
-            self.slow_share = nn.Parameter(torch.zeros(num_heads))
+            self.slow_decay_logit = nn.Parameter(torch.full_like(decays, logit(config.slow[0])))
+            self.slow_rate_logit = nn.Parameter(torch.full_like(decays, logit(config.slow[1])))
+            self.slow_share = nn.Parameter(torch.zeros_like(decays))
         if config.slots > 1:
-            self.slot_keys = nn.Parameter(normalize(torch.randn(num_heads, config.slots, head_dim), dim=-1))
+            directions = torch.randn(num_heads, config.slots, head_dim, dtype=torch.float32)
+            self.slot_keys = nn.Parameter(normalize(directions, dim=-1))
 
     def extra_repr(self) -> str:
         """For printing."""
@@ -65,25 +68,16 @@ class TensorCache(nn.Module):
         """η of each head, (heads,), likewise."""
         return torch.sigmoid(self.rate_logit.float())
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move, but stay in float32: in half precision a slow decay would be none."""
-        kept = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, parameter in self.named_parameters(recurse=False):
-            if parameter.dtype != torch.float32:
-                parameter.data = kept[name].to(parameter.device)
-        return self
-
     def initial_state(self, batch: int, like: Tensor | None = None) -> TensorCacheState:
         """Nothing written and nothing seen. `like` gives the device and the dtype of pairs that wait."""
         device = self.decay_logit.device if like is None else like.device
         dtype = self.decay_logit.dtype if like is None else like.dtype
         matrices = (batch, self.num_heads * self.config.slots, self.head_dim)
-        a = torch.zeros((*matrices, self.head_dim), device=device)
+        a = torch.zeros((*matrices, self.head_dim), dtype=torch.float32, device=device)
         return TensorCacheState(
             a=a,
             slow=torch.zeros_like(a) if self.config.slow else None,
-            z=torch.zeros((*matrices, 1), device=device) if self.config.normalise_read else None,
+            z=a.new_zeros((*matrices, 1)) if self.config.normalise_read else None,
             k=torch.zeros((batch, self.num_heads, 0, self.head_dim), device=device, dtype=dtype),
             v=torch.zeros((batch, self.num_heads, 0, self.head_dim), device=device, dtype=dtype),
             live=torch.zeros((batch, 0), device=device, dtype=torch.bool),
@@ -119,7 +113,7 @@ class TensorCache(nn.Module):
             raise ValueError(f"real {tuple(real.shape)} does not fit: expected ({batch}, {tokens}), a word for each token")
         number = state.seen[:, None] + real.cumsum(1) - 1
         live = torch.cat((state.live, real & (number >= self.config.sink)), dim=1)
-        k, v = torch.cat((state.k, k), dim=2), torch.cat((state.v, v), dim=2)
+        k, v = join((state.k, k), 2), join((state.v, v), 2)
         window, held = self.config.window, state.k.shape[2]
         # The first tokens push nothing out, until the window is full.
         idle = min(tokens, max(0, window - held))

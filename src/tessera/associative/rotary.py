@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tessera.devices import device_of
+from tessera.kernels.precision import join
+
 
 class Phase:
     """The rotary embedding of one layer of a transformers model, inverted.
@@ -35,7 +38,7 @@ class Phase:
         first, second = turned.chunk(2, dim=-1)
         # Some models scale the rotation; cos² + sin² is the square of that.
         back = (turned * cos - torch.cat((-second, first), dim=-1) * sin) / (cos.square() + sin.square())
-        return torch.cat((back.to(x.dtype), rest), dim=-1)
+        return join((back.to(x.dtype), rest), -1)
 
 
 def phase_of(model: Any, attention: nn.Module, head_dim: int) -> Phase:
@@ -53,8 +56,8 @@ def phase_of(model: Any, attention: nn.Module, head_dim: int) -> Phase:
         index = getattr(attention, "layer_idx", None)
         phase = Phase(rotary, None if types is None or index is None else types[index])
         positions = torch.arange(3, 7)[None]
-        device = next((b.device for b in rotary.buffers()), torch.device("cpu"))
-        x = torch.randn(1, 1, 4, head_dim, device=device)
+        device = device_of(rotary) or device_of(attention) or torch.device("cpu")
+        x = torch.randn(1, 1, 4, head_dim, dtype=torch.float32, device=device)
         try:
             cos, sin = phase.tables(positions.to(device), x)
             own = x if cos.shape[-1] <= head_dim else x[..., :0]

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tessera.associative.config import TensorCacheConfig
-from tessera.associative.layer import is_gate
+from tessera.associative.layer import TensorCacheLayer, is_gate
 from tessera.attachment import associative, spatial
-from tessera.attachment.record import alike, attached, attachment, read_sample, sampled
+from tessera.attachment.record import Attachment, alike, attached, attachment, bare, read_sample, sampled, wrapped
 from tessera.cache.layer import ATTACHED
-from tessera.files import atomic_path
+from tessera.devices import device_of
+from tessera.files import WHOLE, atomic_path, brief, open_tensors, read_json
 from tessera.spatial.config import TensorMemoryConfig
+from tessera.spatial.layer import make_layers, make_memory
 from tessera.spatial.memory import TensorMemory
 
 M = TypeVar("M", bound=nn.Module)
 _CONFIGS: dict[str, Any] = {"TensorCache": TensorCacheConfig, "TensorMemory": TensorMemoryConfig}
+#: What weights may be kept in; they are read into float32.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: bool = True) -> M:
@@ -37,8 +41,12 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
     Memory between attention and MLP of its layers; see `tessera.attachment.spatial`. At first it adds nothing, unless
     `config.gate_init` says otherwise. What it has read stays with the cache that is passed on, whichever that is.
 
+    What is added is in float32 and stays so, whatever the model's dtype and torch's default. It is put where its layer
+    computes, also in a model that accelerate spreads over devices or offloads; a Tensor Memory's weights, which all layers
+    share, and its states are where the first layer computes.
+
     Args:
-        model: see above.
+        model: see above; or one that peft has wrapped.
         config: of the memory.
         freeze: only what is added learns.
 
@@ -50,19 +58,32 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
     """
     if not isinstance(config, TensorCacheConfig | TensorMemoryConfig):
         raise TypeError(f"tessera.attach takes a TensorCacheConfig or a TensorMemoryConfig, got {type(config).__name__}")
-    if attachment(model) is not None:
-        raise ValueError(f"{type(model).__name__} has a memory attached already; call tessera.detach(model) first")
-    own = [p for p in model.parameters() if p.requires_grad and freeze]
+    whole = bare(model)
+    if attachment(whole) is not None:
+        raise ValueError(f"{type(whole).__name__} has a memory attached already; call tessera.detach(model) first")
+    own = [p for p in whole.parameters() if p.requires_grad and freeze]
     # Whatever may fail does so before anything is changed.
-    done = associative.add(model, config) if isinstance(config, TensorCacheConfig) else spatial.add(model, config)
+    done = associative.add(whole, config) if isinstance(config, TensorCacheConfig) else spatial.add(whole, config)
     done.frozen = own
     for p in own:
         p.requires_grad_(False)
-    device = next(model.parameters()).device
-    for module in done.modules().values():
-        # Rates and matrices are computed in float32 whatever the model's dtype, so they are kept in it.
-        module.to(device)
+    _place(whole, done)
     return model
+
+
+def _place(model: nn.Module, done: Attachment) -> None:
+    """Put what was added where it is to compute."""
+    if done.kind == "TensorCache":
+        layers = associative.attention_modules(model, len(done.shape["layers"]))
+    else:
+        layers = spatial.find(model).layers
+    for index, module in done.layers.items():
+        device = device_of(layers[index])
+        if device is not None:
+            module.to(device)
+    first = device_of(layers[min(done.layers)])
+    if done.shared is not None and first is not None:
+        done.shared.to(first)
 
 
 def detach(model: M) -> M:
@@ -71,13 +92,14 @@ def detach(model: M) -> M:
     Raises:
         ValueError: if nothing is attached.
     """
-    done = attached(model)
+    whole = bare(model)
+    done = attached(whole)
     for hook in done.hooks:
         hook.remove()
-    _home(done.kind).remove(model, done)
+    _home(done.kind).remove(whole, done)
     for p in done.frozen:
         p.requires_grad_(True)
-    delattr(model, ATTACHED)
+    delattr(whole, ATTACHED)
     return model
 
 
@@ -92,13 +114,48 @@ def memory_parameters(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write what was attached, and nothing else, as safetensors with its config."""
+    """Write what was attached, and nothing else, as safetensors with its config.
+
+    Adapters that peft has put around parts of the memory, as LoRA does with target_modules="all-linear", are merged into the
+    weights that are written, so that the file holds what the memory computes now; the memory in the model keeps them apart.
+
+    Raises:
+        ValueError: if nothing is attached, or if parts of it were replaced by what cannot be merged; nothing is written.
+    """
     done = attached(model)
-    tensors = {f"{i}.{k}": v.detach().contiguous() for i, part in done.modules().items() for k, v in part.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for place, part in done.modules().items():
+        found = _merged(part)
+        if strange := sorted(found.keys() ^ done.names[place]):
+            raise ValueError(
+                f"tessera.save_memory: {strange[0]!r} of {_where(place)} of the memory was added or taken away since "
+                "tessera.attach, so a file could not be loaded again; undo that first, for peft with merge_and_unload()"
+            )
+        tensors |= {f"{place}.{name}": tensor.detach().contiguous() for name, tensor in found.items()}
     about = {"kind": done.kind, "config": done.config.to_dict(), "model": done.shape, "weights": sampled(model)}
     header = {"tessera_memory": json.dumps(about)}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, header)
+
+
+def _merged(part: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a part of a memory under their own names, with what adapters around them add."""
+    found = part.state_dict()
+    for place in wrapped(part):
+        copy: Any = deepcopy(part.get_submodule(place))
+        try:
+            if not getattr(copy, "disable_adapters", False):
+                copy.merge(safe_merge=True)
+            elif copy.merged:
+                copy.unmerge()
+            core = copy.get_base_layer().state_dict()
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"tessera.save_memory: the {type(copy).__name__} around {place!r} cannot be merged into it: {brief(error)}"
+            ) from None
+        found = {name: tensor for name, tensor in found.items() if not name.startswith(f"{place}.")}
+        found |= {f"{place}.{name}": tensor for name, tensor in core.items()}
+    return found
 
 
 def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) -> M:
@@ -110,24 +167,28 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
         strict: refuse a model whose weights are others; without it, its shape alone must fit.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged or was made for another model; the model is as it was.
     """
+    file = os.fspath(path)
     about, tensors = _read(path)
-    kind, fields, shape, weights = about["kind"], about["config"], about["model"], about["weights"]
-    own = _home(kind).shape_of(model)
+    kind, shape = about["kind"], about["model"]
+    own = _home(kind).shape_of(bare(model))
     if shape != own:
-        raise ValueError(f"this memory was trained for a model of shape {shape}; yours is {own}")
-    if strict and not alike(weights, sampled(model)):
+        raise ValueError(f"{file}: this memory was trained for a model of shape {brief(shape)}; yours is {own}")
+    if strict and not alike(about["weights"], sampled(model)):
         raise ValueError(
-            f"{os.fspath(path)} was trained for a model of the same shape with other weights; load_memory(..., strict=False) "
+            f"{file} was trained for a model of the same shape with other weights; load_memory(..., strict=False) "
             "takes it nevertheless"
         )
-    attach(model, _CONFIGS[kind].from_dict(fields))
+    config = about["config"]
+    _check(_skeleton(config, own, file), tensors, file)
     try:
-        _fill(attached(model).modules(), tensors, os.fspath(path))
-    except ValueError:
-        detach(model)
-        raise
+        attach(model, config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {brief(error, WHOLE)}") from None
+    for place, module in attached(bare(model)).modules().items():
+        module.load_state_dict({name: tensors[f"{place}.{name}"] for name in module.state_dict()})
     return model
 
 
@@ -135,32 +196,42 @@ def read_shared(path: str | os.PathLike[str]) -> TensorMemory:
     """The Tensor Memory of a file that `save_memory` wrote, by itself, without a model.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, or of a memory of another kind.
     """
+    file = os.fspath(path)
     about, tensors = _read(path)
     if about["kind"] != "TensorMemory":
-        raise ValueError(f"{os.fspath(path)} holds a {about['kind']}, not a Tensor Memory")
+        raise ValueError(f"{file} holds a {about['kind']}, not a Tensor Memory")
     own = {name: x for name, x in tensors.items() if name.startswith("shared.")}
-    try:
-        memory = TensorMemory(TensorMemoryConfig.from_dict(about["config"]), own["shared.coord_net.weight"].shape[1])
-    except (IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"{os.fspath(path)} is damaged: {error!r}") from None
-    _fill({"shared": memory}, own, os.fspath(path))
+    probe = own.get("shared.coord_net.weight")
+    if probe is None or probe.ndim != 2:
+        raise ValueError(f"{file} is damaged: 'coord_net.weight' of all layers is missing or of another shape")
+    config, dim = about["config"], probe.shape[1]
+    _check({"shared": _skeleton(config, {"hidden": dim, "layers": config.every}, file)["shared"]}, own, file)
+    memory = TensorMemory(config, dim)
+    memory.load_state_dict({name.removeprefix("shared."): tensor for name, tensor in own.items()})
     return memory
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file says about its memory, and its tensors."""
-    with _opened(path) as file:
+    """What a file says about its memory, its config made, and its tensors."""
+    name = os.fspath(path)
+    with open_tensors(path, "holds no memory that tessera.save_memory wrote") as file:
         try:
-            about = json.loads((file.metadata() or {})["tessera_memory"])
-            found = {name: about[name] for name in ("kind", "config", "model")}
+            about = read_json(file.metadata["tessera_memory"])
+            found = {key: about[key] for key in ("kind", "config", "model")}
             found["weights"] = read_sample(about["weights"])
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{os.fspath(path)} holds no memory that tessera.save_memory wrote") from None
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if found["kind"] not in _CONFIGS:
-        raise ValueError(f"{os.fspath(path)} holds a memory of kind {found['kind']!r}, which this version does not know")
+            raise ValueError(f"{name} holds no memory that tessera.save_memory wrote") from None
+        tensors = {key: file.get(key) for key in file.names}
+    kind = found["kind"]
+    if not isinstance(kind, str) or kind not in _CONFIGS:
+        raise ValueError(f"{name} holds a memory of kind {brief(kind)!r}, which this version does not know")
+    try:
+        found["config"] = _CONFIGS[kind].from_dict(found["config"])
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{name} is damaged: its config is none: {brief(error)}") from None
     return found, tensors
 
 
@@ -168,25 +239,39 @@ def _home(kind: str) -> Any:
     return associative if kind == "TensorCache" else spatial
 
 
-@contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+def _where(place: str) -> str:
+    return "all layers" if place == "shared" else f"layer {place}"
+
+
+def _skeleton(config: Any, shape: dict[str, Any], path: str) -> dict[str, nn.Module]:
+    """What `attach` would add to a model of this shape, without memory for its weights, which a file may lie about."""
     try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} holds no memory that tessera.save_memory wrote: {error}") from None
+        with torch.device("meta"):
+            if isinstance(config, TensorMemoryConfig):
+                layers = make_layers(config, shape["hidden"], shape["layers"])
+                return {"shared": make_memory(config, shape["hidden"]), **{str(i): layer for i, layer in layers.items()}}
+            every = shape["layers"]
+            chosen = [i for i, (_, _, window) in enumerate(every) if window is None]
+            if config.layers is not None:
+                chosen = sorted({i % len(every) for i in config.layers})
+            sizes = {i: (shape["heads"], every[i][0], every[i][1], shape["hidden"]) for i in chosen}
+            return {str(i): TensorCacheLayer(config, *size) for i, size in sizes.items()}
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{path} is damaged: its config is none: {brief(error)}") from None
 
 
-def _fill(modules: Mapping[str, nn.Module], tensors: dict[str, Tensor], path: str) -> None:
+def _check(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], path: str) -> None:
+    """Refuse tensors that are not those of the modules."""
+    strange = set(tensors)
     for place, module in modules.items():
-        own = module.state_dict()
-        found = {name: tensors.pop(f"{place}.{name}", None) for name in own}
-        for name, tensor in found.items():
-            if tensor is None or tensor.shape != own[name].shape:
-                where = "all layers" if place == "shared" else f"layer {place}"
-                raise ValueError(f"{path} is damaged: {name!r} of {where} is missing or of another shape")
+        for name, own in module.state_dict().items():
+            tensor = tensors.get(f"{place}.{name}")
+            strange.discard(f"{place}.{name}")
+            if tensor is None or tensor.shape != own.shape:
+                raise ValueError(f"{path} is damaged: {name!r} of {_where(place)} is missing or of another shape")
+            if tensor.dtype not in _DTYPES:
+                raise ValueError(f"{path} is damaged: {name!r} of {_where(place)} is of {tensor.dtype}")
             if not tensor.isfinite().all():
                 raise ValueError(f"{path} is damaged: {name!r} has numbers that are not finite")
-        module.load_state_dict(found)
-    if tensors:
-        raise ValueError(f"{path} is damaged: nothing here is called {min(tensors)!r}")
+    if strange:
+        raise ValueError(f"{path} is damaged: nothing here is called {brief(min(strange))!r}")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from tessera.devices import device_of
+
 
 def check_form(model: Any, layer: nn.Module, norm: nn.Module, causal: bool) -> None:
     """Run the model once, on two tokens or an empty image, and see that x + f(norm(x)) is what the layer returns.
@@ -73,9 +75,9 @@ def check_form(model: Any, layer: nn.Module, norm: nn.Module, causal: bool) -> N
 
 
 def _call(model: Any, causal: bool) -> None:
-    weight = next(p for p in model.parameters() if p.is_floating_point())
+    dtype, device = next(p.dtype for p in model.parameters() if p.is_floating_point()), device_of(model)
     if causal:
-        model(input_ids=torch.tensor([[0, 1]], device=weight.device), use_cache=False)
+        model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
         return
     if type(model).__module__.startswith("timm."):
         size = getattr(model.patch_embed, "img_size", None) or (4 * side for side in model.patch_embed.patch_size)
@@ -86,4 +88,4 @@ def _call(model: Any, causal: bool) -> None:
         shape, call = (config.num_channels, *sides), model.base_model
         if hasattr(config, "num_frames"):
             shape = (config.num_frames, *shape)
-    call(torch.randn(1, *shape, device=weight.device, dtype=weight.dtype))
+    call(torch.randn(1, *shape, device=device, dtype=dtype))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tessera.cache.layer import ATTACHED
+from tessera.devices import weights
 
 #: Numbers of each weight that a sample takes.
 SAMPLED = 4
@@ -27,6 +28,7 @@ class Attachment:
         frozen: parameters that learned before, and shall again.
         limited: attention modules that were given a window without a memory, each with the limits that it had before, or None.
         enabled: whether the model's attention was switched.
+        names: of the tensors of each of `modules`, before anything has wrapped a part of it.
     """
 
     config: Any
@@ -37,6 +39,10 @@ class Attachment:
     frozen: list[nn.Parameter] = field(default_factory=list)
     limited: list[tuple[nn.Module, Any]] = field(default_factory=list)
     enabled: bool = False
+    names: dict[str, frozenset[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = {place: frozenset(module.state_dict()) for place, module in self.modules().items()}
 
     @property
     def kind(self) -> str:
@@ -49,15 +55,51 @@ class Attachment:
         return named if self.shared is None else {"shared": self.shared, **named}
 
 
+def bare(model: Any) -> Any:
+    """The model itself where peft has wrapped it."""
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
+
+
+def wrapped(module: nn.Module) -> dict[str, str]:
+    """The parts of a module around which something, as a LoRA of peft, was put: where that is, and where the part is in it."""
+    found: dict[str, str] = {}
+    for place, part in module.named_modules():
+        core, inner = place, getattr(part, "base_layer", None)
+        while isinstance(inner, nn.Module):
+            core, inner = f"{core}.base_layer", getattr(inner, "base_layer", None)
+        if core != place and not any(place.startswith(f"{outer}.") for outer in found):
+            found[place] = core
+    return found
+
+
 def sampled(model: nn.Module) -> dict[str, list[float]]:
-    """A few numbers of every weight that a model has of itself, by name: what tells it from others of its shape."""
+    """A few numbers of every weight that a model has of itself, by name: what tells it from others of its shape.
+
+    Adapters around its layers do not count, and weights that are offloaded are read where they are.
+    """
+    model = bare(model)
     done = attachment(model)
     added = () if done is None else {id(p) for module in done.modules().values() for p in module.parameters()}
+    cores = wrapped(model)
     found = {}
-    for name, p in model.named_parameters():
-        if id(p) not in added and p.is_floating_point() and p.numel() and not p.is_meta:
-            found[name] = p.detach().flatten()[:: max(1, p.numel() // SAMPLED)][:SAMPLED].tolist()
+    for name, tensor, parameter in weights(model):
+        own = _own_name(name, cores)
+        if own is not None and id(parameter) not in added and _can_be_read(tensor):
+            found[own] = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED)][:SAMPLED].tolist()
     return found
+
+
+def _own_name(name: str, cores: dict[str, str]) -> str | None:
+    """What a weight is called where nothing is wrapped; None for a weight of what wraps it."""
+    place = next((place for place in cores if name.startswith(f"{place}.")), None)
+    if place is None:
+        return name
+    core = cores[place]
+    return place + name[len(core) :] if name.startswith(f"{core}.") else None
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta
 
 
 def read_sample(found: Any) -> dict[str, list[float]]:
@@ -68,18 +110,30 @@ def read_sample(found: Any) -> dict[str, list[float]]:
     """
     if not isinstance(found, dict) or not all(isinstance(numbers, list) for numbers in found.values()):
         raise ValueError("a sample of weights is a table of lists")
-    if not all(isinstance(x, int | float) for numbers in found.values() for x in numbers):
+    if not all(isinstance(x, int | float) and abs(x) < 1e300 for numbers in found.values() for x in numbers):
         raise ValueError("a sample of weights holds numbers")
     return found
 
 
 def alike(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
     """Whether two samples are of one model, give or take the rounding of half precision."""
-    if one.keys() != other.keys() or any(len(one[name]) != len(other[name]) for name in one):
+    common = one.keys() & other.keys()
+    if ((one or other) and not common) or any(len(one[name]) != len(other[name]) for name in common):
         return False
-    pairs = [pair for name in one for pair in zip(one[name], other[name], strict=True)]
-    near = sum(abs(a - b) <= 0.02 * abs(a) + 1e-6 for a, b in pairs)
-    return near >= 0.9 * len(pairs)
+    for table, rest in ((one, other), (other, one)):
+        # Of tied weights a model may name one or both, depending on how it was loaded.
+        if not all(any(_near(table[name], own) for own in rest.values()) for name in table.keys() - common):
+            return False
+    pairs = [pair for name in common for pair in zip(one[name], other[name], strict=True)]
+    return sum(_close(a, b) for a, b in pairs) >= 0.9 * len(pairs)
+
+
+def _near(one: list[float], other: list[float]) -> bool:
+    return len(one) == len(other) and all(_close(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 0.02 * abs(a) + 1e-6
 
 
 def attachment(model: nn.Module) -> Attachment | None:

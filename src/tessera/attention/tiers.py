@@ -146,6 +146,8 @@ def _fused(q: Tensor, turn: Turn, scale: float) -> Tensor | None:
     if isinstance(part.held, Pages) or part.held[0].dtype != q.dtype or dispatch.exact_in_cpp(q, *part.held):
         return None
     k, v = part.held
+    if v.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        return None
     start, window = _rule(turn, part)
     if window is not None:
         return None

@@ -16,6 +16,7 @@ from tessera.cache.lane import Policy
 from tessera.cache.layer import ATTACHED, STREAMS, Link, TesseraLayer
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec, parse
+from tessera.devices import layer_devices
 
 Prefill = Literal["exact", "packed"]
 
@@ -32,6 +33,9 @@ class Cache(TransformersCache):
             is packed first and attended to in that form, also by the call's own queries. The cache's contents are the same.
             For measuring: where a codec encodes tokens in groups, a query reads tokens of its group whose common mean was
             taken over later tokens too, so that a later token can change an earlier result, by less than the codec's error.
+
+    Keys and values stay in the dtypes that the model gives them in, each in its own. Where a later call gives a wider one, as
+    after a call under autocast, a tier is widened to it; nothing is rounded. Packing is the same under autocast as without.
 
     Raises:
         ValueError: for a spec with a mistake, or a model that this cache cannot serve, saying why.
@@ -118,8 +122,13 @@ class Cache(TransformersCache):
         """Older name of `get_max_length`."""
         return self.layers[layer_idx].get_max_length()
 
-    def to(self, device: torch.device | str) -> Cache:
-        """Move all tiers to a device."""
+    def to(self, device: torch.device | str | int | None, non_blocking: bool = False) -> Cache:
+        """Move all tiers to a device; None: leave them. They come back when a model on another device goes on with them.
+
+        `non_blocking` is what accelerate says of everything that it hands to a model, and means nothing here.
+        """
+        if device is None:
+            return self
         for layer in self.layers:
             layer.to(device)
         return self
@@ -139,9 +148,11 @@ class Cache(TransformersCache):
                 sizes[tier] = sizes.get(tier, 0) + sum(t.numel() * t.element_size() for t in tensors)
             for tier, count in layer.held().items():
                 tokens[tier] = tokens.get(tier, 0) + 2 * count * heads * dim
-            if layer.dtype is not None:
+            if layer.dtype is not None and layer.value_dtype is not None:
                 kept = layer.seen if layer.sliding is None else min(layer.seen, layer.sliding - 1)
-                dense += 2 * layer.batch * kept * heads * dim * layer.dtype.itemsize
+                # It keeps values in the dtype of the keys, unless theirs is wider.
+                wider = torch.promote_types(layer.dtype, layer.value_dtype)
+                dense += layer.batch * kept * heads * dim * (layer.dtype.itemsize + wider.itemsize)
         nbytes, elements = sum(sizes.values()), sum(tokens.values())
         return CacheReport(
             spec=str(self.spec),
@@ -170,9 +181,12 @@ class Cache(TransformersCache):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model_or_config: Any) -> Cache:
-        """Read what `save` wrote, onto the device of the model (the CPU if only a config is given).
+        """Read what `save` wrote, each layer onto the device that its layer of the model computes on.
+
+        That is the CPU if only a config is given. What is loaded follows the keys that the model gives later.
 
         Raises:
+            FileNotFoundError: if there is no such file.
             ValueError: if the file is damaged, or was made for another model.
         """
         with storage.reading(path) as stored:
@@ -183,9 +197,9 @@ class Cache(TransformersCache):
                 )
             stored.fill(cache.layers)
         if isinstance(model_or_config, nn.Module):
-            parameter = next(model_or_config.parameters(), None)
-            if parameter is not None:
-                cache.to(parameter.device)
+            for layer, device in zip(cache.layers, layer_devices(model_or_config, len(cache.layers)), strict=True):
+                if device is not None:
+                    layer.to(device)
         return cache
 
 

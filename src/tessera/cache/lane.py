@@ -14,6 +14,7 @@ from tessera.cache.spec import BLOCK, Spec
 from tessera.cache.tiers import PAGE, CodecTier, ExactTier
 from tessera.codecs import Codec
 from tessera.kernels import Pages
+from tessera.kernels.precision import join
 
 #: While a cache records its past, this many more tokens stay exact, so that a crop of as many leaves no trace.
 RECORDED = 512
@@ -315,7 +316,7 @@ class Lane:
             if not isinstance(part.held, Pages) and (a < b or not keys):
                 keys.append(part.held[0][:, :, a : max(a, b)])
                 values.append(part.held[1][:, :, a : max(a, b)])
-        k, v = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        k, v = join(keys, 2), join(values, 2)
         assert k.shape[2] == end - begin
         return k, v
 

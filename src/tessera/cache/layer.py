@@ -114,8 +114,10 @@ class TesseraLayer(CacheLayerMixin):
         self.record_past = False
         #: Who crops behind one call is expected to crop behind the next: "next" until that call, "now" until it is cropped.
         self._hold: Literal["", "next", "now"] = ""
-        self.dtype: torch.dtype | None = None
+        self.dtype: torch.dtype | None = None  # of keys, the widest so far
+        self.value_dtype: torch.dtype | None = None
         self.device: torch.device | None = None
+        self.held_on: torch.device | None = None  # elsewhere than `device` while offloaded
         self._empty()
 
     def _empty(self) -> None:
@@ -129,8 +131,9 @@ class TesseraLayer(CacheLayerMixin):
     # What the model calls
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Learn batch size, dtype and device."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        """Learn batch size, dtypes and device."""
+        self.dtype, self.value_dtype = key_states.dtype, value_states.dtype
+        self.device = self.held_on = key_states.device
         self.batch = key_states.shape[0]
         self.waiting = list(range(self.batch))
         self.is_initialized = True
@@ -151,11 +154,21 @@ class TesseraLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._hold = "now" if self._hold == "next" else ""
+        self._follow(key_states, value_states)
         self._staged = key_states.detach(), value_states.detach()
         self.seen += key_states.shape[2]
         if self.link.attached:
             return Handle(self, "key"), Handle(self, "value")
         return self._materialise()
+
+    def _follow(self, k: Tensor, v: Tensor) -> None:
+        """Go where the newest keys are; tokens in a wider dtype than those before are not narrowed to theirs."""
+        assert self.dtype is not None
+        assert self.value_dtype is not None
+        self.dtype, self.value_dtype = torch.promote_types(self.dtype, k.dtype), torch.promote_types(self.value_dtype, v.dtype)
+        if self.held_on != k.device:
+            self.to(k.device)
+            self.device = k.device
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
@@ -264,8 +277,8 @@ class TesseraLayer(CacheLayerMixin):
                 )
             if memory is not None and not view.shows_all_before(first, *memory):
                 raise ValueError(
-                    f"layer {self.index}: the attention mask hides tokens that have left the window of {policy.window}, which the "
-                    "Tensor Cache has absorbed; it can hide padding and whole documents only. Use a cache without 'tc'"
+                    f"layer {self.index}: the attention mask hides tokens that have left the window of {policy.window}, which "
+                    "the Tensor Cache has absorbed; it can hide padding and whole documents only. Use a cache without 'tc'"
                 )
             return None if view.causal(first, self.sliding) else view
 
@@ -299,7 +312,7 @@ class TesseraLayer(CacheLayerMixin):
         offset = 0 if self.sliding is None else max(self.seen - first.tokens - self.sliding + 1, 0)
         size = (self.batch, self.shape[0], self.seen - offset, self.shape[1])
         keys = torch.zeros(size, dtype=self.dtype, device=self.device)
-        values = torch.zeros_like(keys)
+        values = torch.zeros_like(keys, dtype=self.value_dtype)
         for turn, _ in turns:
             rows = torch.tensor(turn.lane.rows, device=keys.device)
             for part in turn.parts:
@@ -310,7 +323,7 @@ class TesseraLayer(CacheLayerMixin):
                     k, v = part.held.decode() if isinstance(part.held, Pages) else part.held
                     at = rows[:, None], slice(None), slots
                     keys[at] = k[:, :, skip:].to(keys).transpose(1, 2)
-                    values[at] = v[:, :, skip:].to(keys).transpose(1, 2)
+                    values[at] = v[:, :, skip:].to(values).transpose(1, 2)
         self.close(turns)
         return keys, values
 
@@ -406,9 +419,11 @@ class TesseraLayer(CacheLayerMixin):
         if self.device is not None:
             self.to(self.device)
 
-    def to(self, device: torch.device | str) -> None:
+    def to(self, device: torch.device | str | int) -> None:
         """Move to another device."""
         self.settle_calls()
+        device = torch.device(device)
+        self.held_on = device
         for lane in self.lanes:
             lane.to(device)
 

@@ -6,29 +6,35 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tessera.associative import TensorCacheState
-from tessera.cache.lane import Lane
+from tessera.associative import TensorCacheConfig, TensorCacheState
+from tessera.cache.lane import Lane, Policy
 from tessera.cache.masks import Runs
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import PAGE, ExactTier
 from tessera.codecs import Packed
-from tessera.files import atomic_path
+from tessera.files import WHOLE, TensorFile, atomic_path, brief, open_tensors, read_json
 
 if TYPE_CHECKING:
     from tessera.cache.layer import TesseraLayer
 
 #: Rows, kv_heads and head_dim.
 Size = tuple[int, int, int]
+#: Of keys and of values.
+Dtypes = tuple[torch.dtype, torch.dtype]
 
 #: Changes when a reader of the older form would misread the newer. The first form knew padding before the first token only.
 FORMAT = 2
+#: No cache has seen more tokens, or batches of more rows.
+MOST = 1 << 40
+#: What keys and values may be in, by the names that headers use.
+DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 def save(layers: Sequence[TesseraLayer], about: dict[str, str], path: str | os.PathLike[str]) -> None:
@@ -38,20 +44,34 @@ def save(layers: Sequence[TesseraLayer], about: dict[str, str], path: str | os.P
     for layer in layers:
         layer.settle_calls()
         lanes = [_put_lane(lane, layer.seen, f"{layer.index}.{i}", tensors) for i, lane in enumerate(layer.lanes)]
-        described.append(
-            {
-                "shape": list(layer.shape),
-                "sliding": layer.sliding,
-                "seen": layer.seen,
-                "batch": layer.batch,
-                "waiting": layer.waiting,
-                "dtype": None if layer.dtype is None else str(layer.dtype).removeprefix("torch."),
-                "lanes": lanes,
-            }
-        )
+        dtype, value_dtype = held_dtypes(layer)
+        about_layer: dict[str, Any] = {
+            "shape": list(layer.shape),
+            "sliding": layer.sliding,
+            "seen": layer.seen,
+            "batch": layer.batch,
+            "waiting": layer.waiting,
+            "dtype": str(dtype).removeprefix("torch.") if layer.is_initialized else None,
+            "lanes": lanes,
+        }
+        if layer.is_initialized and value_dtype != dtype:
+            about_layer["value_dtype"] = str(value_dtype).removeprefix("torch.")
+        described.append(about_layer)
     header = {"tessera_cache": json.dumps({"format": FORMAT, **about, "layers": described})}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, header)
+
+
+def held_dtypes(layer: TesseraLayer) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """The widest dtypes of keys and of values that a layer holds; what it was given last where it holds none."""
+    widest: list[torch.dtype | None] = []
+    for role, rest in enumerate((layer.dtype, layer.value_dtype)):
+        held = [
+            *(tier.buffers()[role].dtype for lane in layer.lanes for tier in (lane.sink, lane.recent) if tier.tokens),
+            *(page[role].dtype for lane in layer.lanes if lane.packed is not None for page in lane.packed.pages),
+        ]
+        widest.append(reduce(torch.promote_types, held) if held else rest)
+    return widest[0], widest[1]
 
 
 def _put_lane(lane: Lane, seen: int, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -85,10 +105,10 @@ def _put_lane(lane: Lane, seen: int, prefix: str, tensors: dict[str, Tensor]) ->
 class Stored:
     """An open file, its header read and found to be of the right form."""
 
-    def __init__(self, file: Any, header: dict[str, Any]) -> None:
+    def __init__(self, file: TensorFile, header: dict[str, Any]) -> None:
         self._file = file
         self._header = header
-        self._left = set(file.keys())
+        self._left = set(file.names)
 
     def text(self, key: str) -> str:
         """What was saved about the cache."""
@@ -109,88 +129,106 @@ class Stored:
             if (about.get("shape"), about.get("sliding")) != (list(layer.shape), layer.sliding):
                 raise ValueError(
                     f"this cache was saved from a model whose layer {layer.index} has (kv_heads, head_dim) = "
-                    f"{about.get('shape')} and sliding window {about.get('sliding')}; "
+                    f"{brief(about.get('shape'))} and sliding window {brief(about.get('sliding'))}; "
                     f"yours has {list(layer.shape)} and {layer.sliding}"
                 )
             self._fill(layer, about)
+        if len({(layer.seen, layer.batch) for layer in layers}) > 1:
+            raise ValueError("the header is damaged: its layers have seen different numbers of tokens or rows")
         if self._left:
-            raise ValueError(f"the file is damaged: its header does not mention {sorted(self._left)[:3]}")
+            raise ValueError(f"the file is damaged: its header does not mention {brief(sorted(self._left)[:3])}")
 
     def _fill(self, layer: TesseraLayer, about: dict[str, Any]) -> None:
         layer.seen = _count(about, "seen")
         layer.batch = _count(about, "batch")
         layer.waiting = _rows(about, "waiting", layer.batch)
-        if about.get("dtype") is None:
-            if layer.seen:
-                raise ValueError("the header is damaged: tokens without a dtype")
+        lanes = _typed(about, "lanes", list)
+        if not layer.batch:
+            # Nothing has been given to it, or it was reset.
+            if layer.seen or lanes:
+                raise ValueError("the header is damaged: tokens without rows")
             return
-        dtype = getattr(torch, _typed(about, "dtype", str), None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"the header is damaged: dtype {about.get('dtype')!r}")
-        layer.dtype, layer.device, layer.is_initialized = dtype, torch.device("cpu"), True
-        for number, entry in enumerate(_typed(about, "lanes", list)):
+        dtypes = _dtype(about, "dtype"), _dtype(about, "value_dtype" if "value_dtype" in about else "dtype")
+        layer.dtype, layer.value_dtype = dtypes
+        layer.device = layer.held_on = torch.device("cpu")
+        layer.is_initialized = True
+        for number, entry in enumerate(lanes):
             if not isinstance(entry, dict):
                 raise ValueError("the header is damaged: a lane is no table")
-            layer.lanes.append(self._lane(layer, entry, f"{layer.index}.{number}", dtype))
+            layer.lanes.append(self._lane(layer, entry, f"{layer.index}.{number}", dtypes))
         rows = sorted([*layer.waiting, *(row for lane in layer.lanes for row in lane.rows)])
         # The lengths first: a damaged header may name a batch that no list can hold.
         if len(rows) != layer.batch or rows != list(range(layer.batch)):
-            raise ValueError(f"the header is damaged: layer {layer.index} holds rows {rows} of {layer.batch}")
+            raise ValueError(f"the header is damaged: layer {layer.index} holds rows {brief(rows)} of {layer.batch}")
+        if held_dtypes(layer) != dtypes:
+            raise ValueError(f"the file is damaged: layer {layer.index} holds {held_dtypes(layer)} and not {dtypes}")
 
-    def _lane(self, layer: TesseraLayer, about: dict[str, Any], prefix: str, dtype: torch.dtype) -> Lane:
+    def _lane(self, layer: TesseraLayer, about: dict[str, Any], prefix: str, dtypes: Dtypes) -> Lane:
         older = self._header["format"] == 1
         lane = Lane(layer.policy, layer.index, _rows(about, "rows", layer.batch), 0 if older else _count(about, "before"))
         lane.slots = Runs(((_count(about, "pad"), _count(about, "length")),)) if older else _slots(about, layer.seen)
         lane.length, lane.dropped = lane.slots.count, _count(about, "dropped")
+        if not lane.rows or not lane.length:
+            raise ValueError("the header is damaged: a lane without rows or tokens")
         size: Size = (len(lane.rows), *layer.shape)
-        self._exact(lane.sink, f"{prefix}.sink", size, dtype)
-        self._exact(lane.recent, f"{prefix}.recent", size, dtype)
+        self._exact(lane.sink, f"{prefix}.sink", size, dtypes)
+        self._exact(lane.recent, f"{prefix}.recent", size, dtypes)
         pages = _typed(about, "pages", list)
         if pages and lane.packed is None:
             raise ValueError("the header is damaged: packed tokens without a codec")
+        held = []
         for number, page in enumerate(pages):
-            assert lane.packed is not None
             if not isinstance(page, list) or len(page) != 2 or not all(isinstance(one, dict) for one in page):
                 raise ValueError("the header is damaged: a page is no pair of tables")
             keys, values = (
                 self._packed(metadata, f"{prefix}.page{number}.{role}.", lane, role, size, dtype)
-                for metadata, role in zip(page, ("keys", "values"), strict=True)
+                for metadata, role, dtype in zip(page, ("keys", "values"), dtypes, strict=True)
             )
             if keys.tokens != values.tokens:
                 raise ValueError(f"the header is damaged: page {number} has {keys.tokens} keys and {values.tokens} values")
-            lane.packed.put([*lane.packed.pages, (keys, values)])
+            held.append((keys, values))
+        if lane.packed is not None and held:
+            lane.packed.put(held)
         if lane.memory is not None:
             lane.memory.state = self._memory(f"{prefix}.tc.", size)
             lane.memory.written = lane.length if older else _written(lane)
             if older or f"{prefix}.positions" in self._left:
                 lane.memory.positions = self._positions(lane, f"{prefix}.positions", older)
-        held = lane.sink.tokens + lane.dropped + lane.held["packed"] + lane.recent.tokens
+        count = lane.sink.tokens + lane.dropped + lane.held["packed"] + lane.recent.tokens
         sink = min(lane.policy.sink, lane.length)
         padding = _count(about, "pad" if older else "padding")
-        if not older and about.get("gaps") != [size for _, size in lane.slots.between(0, layer.seen).runs]:
-            raise ValueError(f"the header is damaged: 'gaps' is {about.get('gaps')!r} between {about.get('slots')!r}")
+        gaps = [size for _, size in lane.slots.between(0, layer.seen).runs]
+        if not older and about.get("gaps") != gaps:
+            raise ValueError(f"the header is damaged: 'gaps' is {brief(about.get('gaps'))}, not {brief(gaps)}")
         fits = lane.slots.before(layer.seen) == lane.length and layer.seen == lane.length + lane.before + padding
-        if held != lane.length or not lane.length or not fits or lane.sink.tokens != sink:
-            raise ValueError(f"the file is damaged: layer {layer.index} should hold {lane.length} tokens and holds {held}")
+        if count != lane.length or not fits or lane.sink.tokens != sink:
+            raise ValueError(f"the file is damaged: layer {layer.index} should hold {lane.length} tokens and holds {count}")
+        if lane.dropped > _may_drop(lane.policy, lane.length, sink):
+            raise ValueError(f"the file is damaged: layer {layer.index} lacks tokens that its next query would see")
+        if lane.memory is not None and lane.memory.state is None and lane.dropped:
+            raise ValueError(f"the file is damaged: layer {layer.index} lacks the memory of what it dropped")
         return lane
 
-    def _exact(self, tier: ExactTier, prefix: str, size: Size, dtype: torch.dtype) -> None:
+    def _exact(self, tier: ExactTier, prefix: str, size: Size, dtypes: Dtypes) -> None:
         if f"{prefix}.keys" not in self._left:
             return
         keys, values = self._take(f"{prefix}.keys"), self._take(f"{prefix}.values")
         good = (size[0], size[1], keys.shape[2] if keys.ndim == 4 else -1, size[2])
-        if tuple(keys.shape) != good or keys.shape != values.shape or {keys.dtype, values.dtype} != {dtype}:
+        if tuple(keys.shape) != good or keys.shape != values.shape:
             raise ValueError(f"the file is damaged: {prefix} has shapes {tuple(keys.shape)} and {tuple(values.shape)}")
+        for tensor, dtype in zip((keys, values), dtypes, strict=True):
+            if not _within(tensor.dtype, dtype):
+                raise ValueError(f"the file is damaged: {prefix} is in {tensor.dtype} where the header says {dtype}")
         tier.append(keys, values)
 
     def _packed(self, metadata: dict[str, Any], prefix: str, lane: Lane, role: str, size: Size, dtype: torch.dtype) -> Packed:
         assert lane.packed is not None
         tensors = {name[len(prefix) :]: self._take(name) for name in sorted(self._left) if name.startswith(prefix)}
         if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError(f"the header is damaged: {metadata} describes no {role}")
+            raise ValueError(f"the header is damaged: {brief(metadata)} describes no {role}")
         packed = Packed.from_parts(metadata, tensors, lane.packed.codec)
-        place = (packed.role, packed.layer, packed.offset, packed.dtype)
-        if place != (role[:-1], lane.layer, 0, dtype):
+        place = (packed.role, packed.layer, packed.offset)
+        if place != (role[:-1], lane.layer, 0) or not _within(packed.dtype, dtype):
             raise ValueError(f"the header is damaged: {packed.describe()} in place of {role} of layer {lane.layer}")
         good = (size[0], size[1], packed.tokens, size[2])
         if packed.shape != good or packed.tokens % BLOCK or not 0 < packed.tokens <= PAGE:
@@ -203,13 +241,15 @@ class Stored:
             return None
         try:
             state = TensorCacheState(**{"slow": None, "z": None, **found})  # type: ignore[arg-type]
-        except TypeError:
-            raise ValueError(f"the file is damaged: {prefix} holds {sorted(found)}") from None
-        shape = tuple(state.a.shape)
-        if state.a.dtype != torch.float32 or len(shape) != 4 or (shape[0], *shape[2:]) != (size[0], size[2], size[2]):
-            raise ValueError(f"the file is damaged: {prefix}a is {state.a.dtype} of shape {shape}")
-        if any(tensor.shape[:1] != state.a.shape[:1] or not tensor.isfinite().all() for tensor in state.tensors().values()):
-            raise ValueError(f"the file is damaged: {prefix} holds tensors that do not fit together")
+            state.check()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the file is damaged: {prefix[:-1]} is no state: {brief(error)}") from None
+        # The cache was made for the same memory, or this would not be read.
+        config = TensorCacheConfig.from_dict(read_json(self.text("memory")))
+        rows, heads, dim = size
+        good = (rows, heads * config.slots, dim, dim), (rows, heads, 0, dim), config.slow is None, not config.normalise_read
+        if (tuple(state.a.shape), tuple(state.k.shape), state.slow is None, state.z is None) != good:
+            raise ValueError(f"the file is damaged: {prefix[:-1]} is the state of another memory")
         return state
 
     def _positions(self, lane: Lane, name: str, older: bool) -> Tensor:
@@ -228,8 +268,7 @@ class Stored:
         if name not in self._left:
             raise ValueError(f"the file is damaged: it lacks {name!r}")
         self._left.remove(name)
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
+        return self._file.get(name)
 
 
 @contextmanager
@@ -240,38 +279,57 @@ def reading(path: str | os.PathLike[str]) -> Iterator[Stored]:
         FileNotFoundError: if there is none.
         ValueError: if it is something else.
     """
-    try:
-        file = safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is no saved cache: {error}") from None
-    with file:
-        text = (file.metadata() or {}).get("tessera_cache")
+    name = os.fspath(path)
+    with open_tensors(path, "is no saved cache") as file:
+        text = file.metadata.get("tessera_cache")
         if text is None:
-            raise ValueError(f"{os.fspath(path)} is no saved cache: it has no 'tessera_cache' header")
+            raise ValueError(f"{name} is no saved cache: it has no 'tessera_cache' header")
         try:
-            header = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{os.fspath(path)}: the header is damaged: {error}") from None
+            header = read_json(text)
+        except ValueError as error:
+            raise ValueError(f"{name}: the header is damaged: {brief(error)}") from None
         if not isinstance(header, dict) or header.get("format") not in range(1, FORMAT + 1):
             found = header.get("format") if isinstance(header, dict) else None
-            raise ValueError(f"{os.fspath(path)} has format {found!r}; this version reads formats 1 to {FORMAT}")
+            raise ValueError(f"{name} has format {brief(found)}; this version reads formats 1 to {FORMAT}")
         try:
             yield Stored(file, header)
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
+            raise ValueError(f"{name}: {brief(error, WHOLE)}") from None
+
+
+def _may_drop(policy: Policy, length: int, sink: int) -> int:
+    """Tokens behind the sinks that a layer may have dropped after `length` tokens."""
+    if policy.limit is not None:
+        return max(0, length - sink)
+    if policy.window is None:
+        return 0
+    # The next query sees the window - 1 tokens before it; a memory is still to be given the one before these.
+    return max(0, length - policy.window + (0 if policy.associative else 1) - sink)
+
+
+def _within(dtype: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether `wide` holds all numbers of `dtype`: tokens of earlier calls may be in a narrower one than the layer's."""
+    return dtype in DTYPES.values() and torch.promote_types(dtype, wide) == wide
+
+
+def _dtype(table: dict[str, Any], key: str) -> torch.dtype:
+    found = DTYPES.get(_typed(table, key, str))
+    if found is None:
+        raise ValueError(f"the header is damaged: {key!r} is {brief(table[key])!r}")
+    return found
 
 
 def _typed(table: dict[str, Any], key: str, kind: type) -> Any:
     value = table.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"the header is damaged: {key!r} is {value!r}")
+        raise ValueError(f"the header is damaged: {key!r} is {brief(value)}")
     return value
 
 
 def _count(table: dict[str, Any], key: str) -> int:
     value: int = _typed(table, key, int)
-    if value < 0:
-        raise ValueError(f"the header is damaged: {key!r} is {value}")
+    if not 0 <= value <= MOST:
+        raise ValueError(f"the header is damaged: {key!r} is {brief(value)}")
     return value
 
 
@@ -280,8 +338,14 @@ def _written(lane: Lane) -> int:
     if lane.memory is None or lane.memory.state is None:
         return 0
     found: list[int] = lane.memory.state.seen.unique().tolist()
-    if len(found) != 1 or not 0 <= found[0] <= lane.length:
-        raise ValueError(f"the file is damaged: a memory has been written to up to {found} of {lane.length} tokens")
+    assert lane.policy.window is not None
+    unwritten = lane.length - found[0] + lane.policy.window
+    if (
+        len(found) != 1
+        or not 0 <= found[0] <= lane.length
+        or lane.recent.tokens < min(unwritten, lane.length - lane.sink.tokens)
+    ):
+        raise ValueError(f"the file is damaged: a memory has been written to up to {brief(found)} of {lane.length} tokens")
     return found[0]
 
 
@@ -290,9 +354,9 @@ def _slots(table: dict[str, Any], seen: int) -> Runs:
     end = 0
     for run in runs:
         if not isinstance(run, list) or [type(number) for number in run] != [int, int]:
-            raise ValueError(f"the header is damaged: a run of slots is {run!r}")
+            raise ValueError(f"the header is damaged: a run of slots is {brief(run)}")
         if run[0] < end or run[1] < 1 or sum(run) > seen:
-            raise ValueError(f"the header is damaged: slots {run!r} behind {end} of {seen}")
+            raise ValueError(f"the header is damaged: slots {brief(run)} behind {end} of {seen}")
         end = sum(run)
     return Runs(tuple((first, size) for first, size in runs))
 
@@ -300,7 +364,7 @@ def _slots(table: dict[str, Any], seen: int) -> Runs:
 def _rows(table: dict[str, Any], key: str, batch: int) -> list[int]:
     rows: list[int] = _typed(table, key, list)
     if any(not isinstance(row, int) or isinstance(row, bool) or not 0 <= row < batch for row in rows):
-        raise ValueError(f"the header is damaged: {key!r} is {rows!r} in a batch of {batch}")
+        raise ValueError(f"the header is damaged: {key!r} is {brief(rows)} in a batch of {batch}")
     if rows != sorted(set(rows)):
-        raise ValueError(f"the header is damaged: {key!r} is {rows!r}")
+        raise ValueError(f"the header is damaged: {key!r} is {brief(rows)}")
     return rows

@@ -8,13 +8,14 @@ from torch import Tensor
 from tessera.cache.spec import BLOCK
 from tessera.codecs import Codec, Packed
 from tessera.kernels import Pages
+from tessera.kernels.precision import join
 
 #: Tokens of a page of packed tokens at most.
 PAGE = 1024
 
 
 class ExactTier:
-    """Keys and values as they came.
+    """Keys and values as they came; where later ones have a wider dtype, all are widened to it, so that none is rounded.
 
     They lie at the front of a buffer with a little room behind them, so that a step of one token writes one token.
 
@@ -57,10 +58,10 @@ class ExactTier:
     def _write(self, buffer: Tensor | None, new: Tensor, need: int) -> Tensor:
         # A buffer made in inference mode may not be written to outside of it.
         locked = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if buffer is None or buffer.shape[2] < need or locked:
-            grown = new.new_empty((*new.shape[:2], self._round(need), new.shape[3]))
+        dtype = new.dtype if buffer is None else torch.promote_types(buffer.dtype, new.dtype)
+        if buffer is None or buffer.shape[2] < need or buffer.dtype != dtype or locked:
+            grown = new.new_empty((*new.shape[:2], self._round(need), new.shape[3]), dtype=dtype)
             if buffer is not None:
-                grown = grown.to(buffer.dtype)
                 grown[:, :, : self.tokens] = buffer[:, :, : self.tokens]
             buffer = grown
         buffer[:, :, self.tokens : need] = new
@@ -95,7 +96,7 @@ class ExactTier:
     def push_front(self, k: Tensor, v: Tensor) -> None:
         """Put tokens before the oldest."""
         if self.tokens:
-            k, v = torch.cat([k, self.keys], dim=2), torch.cat([v, self.values], dim=2)
+            k, v = join([k, self.keys], 2), join([v, self.values], 2)
         size = self._round(k.shape[2])
         self.tokens = k.shape[2]
         self._keys, self._values = self._moved(k, size), self._moved(v, size)

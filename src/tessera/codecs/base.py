@@ -6,18 +6,19 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import pairwise
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tessera.codecs.bits import unpack_bits
-from tessera.files import atomic_path
+from tessera.files import WHOLE, atomic_path, brief, open_tensors
 from tessera.kernels import dispatch
 from tessera.kernels.pages import Format
+from tessera.kernels.precision import join, no_autocast
 
 Role = Literal["key", "value"]
 
@@ -28,6 +29,12 @@ Layout = Literal["token", "group", "ragged"]
 
 #: Larger magnitudes saturate before they are encoded: their squares would overflow, and no codec keeps a scale that large.
 HUGE = 2.0**48
+#: No model has more tokens, heads, numbers in a head, or layers.
+MOST = 1 << 40
+#: Tokens whose codes are looked at together.
+PART = 256
+#: What keys and values may be in.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,10 @@ class Packed:
 
     @staticmethod
     def cat(parts: list[Packed]) -> Packed:
-        """Join along the tokens. Each part but the last must end with a whole group, each but the first begin with one."""
+        """Join along the tokens. Each part but the last must end with a whole group, each but the first begin with one.
+
+        Where dtypes differ, the widest is that of the whole, so that nothing is rounded further when it is decoded.
+        """
         first = parts[0]
         for left, right in pairwise(parts):
             same = (left.codec, left.shape[:2], left.shape[3], left.role, left.layer)
@@ -135,12 +145,13 @@ class Packed:
                     f"group and the right one begins {right.offset} tokens into one"
                 )
         tensors = {
-            name: torch.cat([p.tensors[name] for p in parts], dim=0 if layout == "ragged" else 2)
+            name: join([p.tensors[name] for p in parts], 0 if layout == "ragged" else 2)
             for name, layout in first.codec.fields.items()
             if name in first.tensors
         }
         shape = (*first.shape[:2], sum(p.tokens for p in parts), first.shape[3])
-        return replace(first, tensors=tensors, shape=shape)
+        dtype = reduce(torch.promote_types, (p.dtype for p in parts))
+        return replace(first, tensors=tensors, shape=shape, dtype=dtype)
 
     def describe(self) -> str:
         """One line for error messages."""
@@ -166,10 +177,10 @@ class Packed:
         try:
             spec, role = metadata["codec"], metadata["role"]
             shape = tuple(int(n) for n in metadata["shape"].split(","))
-            dtype, layer, offset = getattr(torch, metadata["dtype"]), int(metadata["layer"]), int(metadata["offset"])
+            dtype, layer, offset = metadata["dtype"], int(metadata["layer"]), int(metadata["offset"])
             revision = int(metadata.get("revision", "1"))  # the first did not say
-        except (KeyError, ValueError, AttributeError) as error:
-            raise ValueError(f"this is no packed cache: its header lacks or garbles {error}") from None
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"this is no packed cache: its header lacks or garbles {brief(error)}") from None
         if codec is None:
             codec = get(spec)
         elif codec.spec != spec:
@@ -178,40 +189,42 @@ class Packed:
             raise ValueError(
                 f"this was encoded by revision {revision} of {spec!r}; this version reads revision {codec.revision}"
             )
-        if role not in ("key", "value") or len(shape) != 4 or min(shape) < 0 or shape[3] == 0:
-            raise ValueError(f"this is no packed cache: role {role!r}, shape {shape}")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or layer < 0 or not 0 <= offset < codec.group:
-            raise ValueError(f"this is no packed cache: dtype {metadata['dtype']!r}, layer {layer}, offset {offset}")
-        packed = Packed(codec, dict(tensors), shape, dtype, role, layer, offset)  # type: ignore[arg-type]
+        names = {str(x).removeprefix("torch."): x for x in DTYPES}
+        if role not in ("key", "value") or len(shape) != 4 or min(shape) < 0 or shape[3] == 0 or max(shape) > MOST:
+            raise ValueError(f"this is no packed cache: role {brief(role)!r}, shape {brief(shape)}")
+        if dtype not in names or not 0 <= layer <= MOST or not 0 <= offset < codec.group:
+            raise ValueError(f"this is no packed cache: dtype {brief(dtype)!r}, layer {brief(layer)}, offset {brief(offset)}")
+        packed = Packed(codec, dict(tensors), shape, names[dtype], role, layer, offset)  # type: ignore[arg-type]
         packed._check()
         return packed
 
     def _check(self) -> None:
-        """Refuse tensors that do not fit the shape, as a damaged file would have."""
+        """Refuse tensors that do not fit the shape, or that no encoding leaves, as a damaged file would have."""
         batch, heads, tokens, dim = self.shape
-        # Packing no tokens shows which tensors there must be, their dtypes and the rest of their shapes.
-        model = self.codec._encode(torch.zeros(1, heads, 0, dim), self.role, self.layer)
-        if missing := set(model) - set(self.tensors):
+        wanted = self.codec.kept(heads, dim, self.role)
+        if missing := set(wanted) - set(self.tensors):
             raise ValueError(f"field {min(missing)!r} of {self.describe()} is missing")
-        groups = -(-(self.offset + tokens) // self.codec.group)
+        groups = -(-(self.offset + tokens) // self.codec.group) if tokens else 0
         # The ragged field last: its length is the number of bits set in "flags", which has been checked by then.
         for name, tensor in sorted(self.tensors.items(), key=lambda item: self.codec.fields.get(item[0]) == "ragged"):
-            layout = self.codec.fields.get(name)
+            if name not in wanted:
+                raise ValueError(f"field {brief(name)!r} does not belong to {self.describe()}")
+            rest, dtype = wanted[name]
+            layout = self.codec.fields[name]
             if layout == "ragged":
-                shape = (int(_set_bits(self.tensors["flags"]).sum()), *model[name].shape[1:])
-            elif layout is not None and name in model:
-                shape = (batch, heads, tokens if layout == "token" else groups, *model[name].shape[3:])
+                shape = (int(_set_bits(self.tensors["flags"]).sum()), *rest)
             else:
-                raise ValueError(f"field {name!r} does not belong to {self.describe()}")
-            if name == "flags" and tensor.dtype == torch.uint8 and _set_bits(tensor)[..., -(-dim // 4) :].any():
+                shape = (batch, heads, tokens if layout == "token" else groups, *rest)
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(
+                    f"field {name!r} of shape {tuple(tensor.shape)}, {tensor.dtype}, does not fit {self.describe()}: "
+                    f"it would be {shape}, {dtype}"
+                )
+            if name == "flags" and _set_bits(tensor)[..., -(-dim // 4) :].any():
                 raise ValueError(
                     f"field 'flags' of {self.describe()} is damaged: it has bits for more than {-(-dim // 4)} chunks"
                 )
-            if tuple(tensor.shape) != shape or tensor.dtype != model[name].dtype:
-                raise ValueError(
-                    f"field {name!r} of shape {tuple(tensor.shape)}, {tensor.dtype}, does not fit {self.describe()}: "
-                    f"it would be {shape}, {model[name].dtype}"
-                )
+        self.codec.check(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file."""
@@ -220,9 +233,21 @@ class Packed:
 
     @staticmethod
     def load(path: str | os.PathLike[str], codec: Codec | None = None) -> Packed:
-        """Read what `save` wrote."""
-        with safe_open(path, "pt") as file:
-            return Packed.from_parts(file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}, codec)  # noqa: SIM118
+        """Read what `save` wrote.
+
+        Args:
+            path: of the file.
+            codec: what encoded it, where the spec in the file alone does not define it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged, holds something else, or was encoded by another codec.
+        """
+        with open_tensors(path, "is no packed cache") as file:
+            try:
+                return Packed.from_parts(file.metadata, {name: file.get(name) for name in file.names}, codec)
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(path)}: {brief(error, WHOLE)}") from None
 
 
 class Codec(ABC):
@@ -248,7 +273,8 @@ class Codec(ABC):
         """Pack keys or values.
 
         Args:
-            x: (batch, kv_heads, tokens, head_dim), float32, bfloat16 or float16; any number of tokens.
+            x: (batch, kv_heads, tokens, head_dim), float32, bfloat16 or float16; any number of tokens. Autocast changes
+                nothing.
             role: "key" or "value"; some codecs treat them differently.
             layer: index of the layer, for codebooks drawn per layer.
 
@@ -267,18 +293,43 @@ class Codec(ABC):
             bad = int((~torch.isfinite(wide)).sum())
             raise ValueError(f"{self.spec}: {bad} of {wide.numel()} {role}s of layer {layer} are NaN or infinite")
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
-        return Packed(self, self._encode(wide.clamp(-HUGE, HUGE), role, layer), shape, x.dtype, role, layer)
+        # Autocast would round the products with a rotation or a codebook to half precision.
+        with no_autocast(x.device):
+            tensors = self._encode(wide.clamp(-HUGE, HUGE), role, layer)
+        return Packed(self, tensors, shape, x.dtype, role, layer)
 
     def decode(self, packed: Packed) -> Tensor:
-        """(batch, kv_heads, tokens, head_dim) in the dtype that was encoded."""
+        """(batch, kv_heads, tokens, head_dim) in the dtype that was encoded, the same under autocast as without."""
+        if 0 in packed.shape:
+            return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
         # An approximation of the largest half-precision numbers can lie beyond them.
         most = min(torch.finfo(packed.dtype).max, torch.finfo(torch.float32).max)
-        found = dispatch.decode(packed)
-        return (self.decode_reference(packed) if found is None else found).clamp(-most, most).to(packed.dtype)
+        with no_autocast(packed.device):
+            found = dispatch.decode(packed)
+            return (self.decode_reference(packed) if found is None else found).clamp(-most, most).to(packed.dtype)
 
     def kernel_format(self, dim: int) -> Format | None:
         """What kernels for vectors of `dim` numbers must know; None if there are no kernels for this codec."""
         return None
+
+    def kept(self, heads: int, dim: int, role: Role) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What `encode` keeps of vectors of `dim` numbers: by field the shape behind what `fields` says, and the dtype.
+
+        Raises:
+            ValueError: if the codec is for another number of heads.
+        """
+        none = self._encode(torch.zeros(1, 1, 0, dim, dtype=torch.float32), role, 0)
+        return {name: (tuple(x.shape[1 if self.fields[name] == "ragged" else 3 :]), x.dtype) for name, x in none.items()}
+
+    def check(self, packed: Packed) -> None:
+        """Look for what no encoding leaves in tensors of the right shapes.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        for name, x in packed.tensors.items():
+            if x.is_floating_point() and not x.isfinite().all():
+                raise ValueError(f"field {name!r} of {packed.describe()} is damaged: it has numbers that are not finite")
 
     @abstractmethod
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
@@ -301,6 +352,20 @@ class Codec(ABC):
 def group_index(packed: Packed) -> Tensor:
     """For each token the number of its group among the kept ones: (tokens,) int64."""
     return (torch.arange(packed.tokens, device=packed.device) + packed.offset) // packed.codec.group
+
+
+def check_codes(packed: Packed, bits: int, count: int) -> None:
+    """Refuse codes of chunks of four numbers, `bits` each, that are not less than `count`.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if count == 1 << bits:
+        return
+    chunks = -(-packed.shape[3] // 4)
+    for part in packed.tensors["codes"].split(PART, dim=2):
+        if part.numel() and int(unpack_bits(part, bits, chunks).max()) >= count:
+            raise ValueError(f"field 'codes' of {packed.describe()} is damaged: it has codes that no codeword has")
 
 
 def _set_bits(bitmap: Tensor) -> Tensor:

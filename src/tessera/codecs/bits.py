@@ -21,6 +21,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     Returns:
         (..., ceil(n · bits / 8)) uint8.
     """
+    if not codes.numel():
+        # Without tables for n integers, of which there are none.
+        return codes.new_zeros((*codes.shape[:-1], packed_bytes(codes.shape[-1], bits)), dtype=torch.uint8)
     if bits == 8:
         return codes.to(torch.uint8)
     if bits == 16:
@@ -41,6 +44,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(data: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack_bits`: (..., bytes) uint8 -> (..., count) int64."""
+    if not data.numel():
+        return data.new_zeros((*data.shape[:-1], count), dtype=torch.long)
     if bits == 8:
         return data[..., :count].long()
     if bits == 16:

@@ -43,6 +43,15 @@ class Blocks(Codec):
         self.bits, self.rotate = bits, rotate
         self.spec = f"q{bits}_0" + ("" if rotate else ":norot")
 
+    def kept(self, heads: int, dim: int, role: Role) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """See `Codec`."""
+        return {"blocks": ((-(-dim // BLOCK), 2 + BLOCK * self.bits // 8), torch.uint8)}
+
+    def check(self, packed: Packed) -> None:
+        """See `Codec`."""
+        if not packed.tensors["blocks"][..., :2].contiguous().view(torch.float16).isfinite().all():
+            raise ValueError(f"field 'blocks' of {packed.describe()} is damaged: it has scales that are not finite")
+
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
         if self.rotate:
             x = x @ rotation(x.shape[-1], device=x.device).T

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import os
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
+from numpy.typing import NDArray
 from torch import Tensor
 
+from tessera.files import brief
 from tessera.quaternion import UNITS, conjugate, hamilton, left_matrix, right_matrix, units
 
 #: Numbers of unit secondaries that are shipped. 5, 10, 21, 42, 85, 170 fill 7 to 12 bits; the paper's are beside them.
@@ -21,6 +29,9 @@ JOINT_BITS = (8, 10, 12, 14, 16, 18, 20)
 TABLE = 128
 
 _DATA = Path(__file__).parent / "data"
+
+#: Shape and dtype of an array.
+Wanted = tuple[tuple[int, ...], np.dtype[Any]]
 
 
 def joint_path(bits: int) -> Path:
@@ -60,8 +71,21 @@ def random_secondary(size: int, heads: int, layer: int, role: str, seed: int) ->
 
 @cache
 def _direction_tables() -> dict[int, Tensor]:
-    with np.load(direction_path()) as file:
-        return {int(name[1:]): torch.from_numpy(file[name]) for name in file.files}
+    return read_directions(direction_path())
+
+
+def read_directions(path: str | os.PathLike[str]) -> dict[int, Tensor]:
+    """Unit secondaries from a file that `make_codebooks` wrote: by number S, (S, 4) float32.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or holds something else.
+    """
+    found = read_arrays(path, {f"s{size}": ((size, 4), np.dtype(np.float32)) for size in DIRECTION_SIZES})
+    for name, book in found.items():
+        if not np.allclose(np.linalg.norm(book.astype(np.float64), axis=1), 1, atol=1e-3):
+            raise ValueError(f"{os.fspath(path)} is damaged: {name!r} does not hold unit quaternions")
+    return {int(name[1:]): torch.from_numpy(book) for name, book in found.items()}
 
 
 def optimised_secondary(size: int) -> Tensor:
@@ -193,6 +217,64 @@ def joint(bits: int) -> JointCodebook:
     """The shipped joint codebook of 2^bits codewords at the most."""
     if bits not in JOINT_BITS:
         raise ValueError(f"no joint codebook of {bits} bits; there are {', '.join(map(str, JOINT_BITS))}")
-    with np.load(joint_path(bits)) as file:
-        base, step, nmse = torch.from_numpy(file["secondary"]), float(file["step"]), float(file["nmse"])
-    return JointCodebook(bits, base, step, joint_shape(bits)[1], nmse)
+    return read_joint(joint_path(bits), bits)
+
+
+def read_joint(path: str | os.PathLike[str], bits: int) -> JointCodebook:
+    """A joint codebook of `bits` bits from a file that `make_codebooks` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or holds something else.
+    """
+    size, conjugations, largest = joint_shape(bits)
+    number = np.dtype(np.float32)
+    wanted: dict[str, Wanted] = {"secondary": ((size, 4), np.dtype(np.int16)), "step": ((), number), "nmse": ((), number)}
+    found = read_arrays(path, wanted)
+    base, step, nmse = found["secondary"], float(found["step"]), float(found["nmse"])
+    # Kernels keep the numbers in as few bits as the largest needs, and halves of even sums are whole.
+    if np.abs(base.astype(np.int64)).max() > largest or (base.sum(axis=1) % 2).any():
+        raise ValueError(f"{os.fspath(path)} is damaged: its numbers are not in the lattice, or are larger than {largest}")
+    if not 0 < step < 1 or not 0 <= nmse < 1:
+        raise ValueError(f"{os.fspath(path)} is damaged: its step is {step} and its error {nmse}")
+    return JointCodebook(bits, torch.from_numpy(base), step, conjugations, nmse)
+
+
+def read_arrays(path: str | os.PathLike[str], wanted: Mapping[str, Wanted]) -> dict[str, NDArray[Any]]:
+    """The arrays of an ``.npz`` file whose shapes and dtypes are known: nothing else is taken into memory.
+
+    Args:
+        path: of the file.
+        wanted: shape and dtype of every array that there must be, by name; no other may be there.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or holds something else, Python objects among it.
+    """
+    name = os.fspath(path)
+    found: dict[str, NDArray[Any]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sorted(archive.namelist()) != sorted(f"{key}.npy" for key in wanted):
+                raise ValueError(f"it holds {brief(archive.namelist())}")
+            for key, (shape, dtype) in wanted.items():
+                with archive.open(f"{key}.npy") as member:
+                    found[key] = _read_array(member, shape, dtype)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # an archive whose bytes were changed raises whatever zipfile, zlib and numpy's parser come to
+        raise ValueError(f"{name} is damaged: {brief(error)}") from None
+    return found
+
+
+def _read_array(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if npy.read_magic(member) != (1, 0):
+        raise ValueError("an array of another version of the format")
+    header = npy.read_array_header_1_0(member)
+    if header != (shape, False, dtype):
+        raise ValueError(f"an array of shape {brief(header[0])} and dtype {brief(header[2])} instead of {shape} and {dtype}")
+    size = math.prod(shape) * dtype.itemsize
+    data = member.read(size + 1)  # and beyond the end, where the checksum is looked at
+    if len(data) != size:
+        raise ValueError(f"an array of {len(data)} bytes or more instead of {size}")
+    return np.frombuffer(data, dtype).reshape(shape).copy()

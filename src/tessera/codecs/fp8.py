@@ -31,6 +31,12 @@ class FP8(Codec):
         self.scaled = scaled
         self.spec = "fp8:scaled" if scaled else "fp8"
 
+    def check(self, packed: Packed) -> None:
+        """See `Codec`."""
+        super().check(packed)
+        if bool((packed.tensors["codes"] & 127 == 127).any()):
+            raise ValueError(f"field 'codes' of {packed.describe()} is damaged: it has numbers that are not finite")
+
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
         tensors = {}
         if self.scaled:

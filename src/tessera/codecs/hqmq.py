@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tessera.codecs.base import Codec, Layout, Packed, Role
-from tessera.codecs.bits import pack_bits, unpack_bits
+from tessera.codecs.base import Codec, Layout, Packed, Role, check_codes
+from tessera.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.codecs.chunks import from_chunks, to_chunks
 from tessera.codecs.codebooks import optimised_secondary, random_secondary
 from tessera.codecs.hqmq_joint import JointHQMQ
@@ -149,6 +149,21 @@ class HQMQ(Codec):
         """Forget the running median of the rule "paper"."""
         self._running.clear()
 
+    def kept(self, heads: int, dim: int, role: Role) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """See `Codec`."""
+        if isinstance(self.codebook, Tensor):
+            self.secondaries(heads, role, 0)  # says for how many heads the codebook is
+        chunks = -(-dim // 4)
+        codes = {"codes": ((packed_bytes(chunks, self.code_bits),), torch.uint8), "scale": ((), torch.float16)}
+        if self.outliers is None:
+            return codes
+        return {**codes, "flags": ((packed_bytes(chunks, 1),), torch.uint8), "kept": ((4,), torch.float16)}
+
+    def check(self, packed: Packed) -> None:
+        """See `Codec`."""
+        super().check(packed)
+        check_codes(packed, self.code_bits, UNITS * self.secondary << self.radius_bits)
+
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
         if self.rotate:
             x = x @ rotation(x.shape[-1], device=x.device).T
@@ -232,13 +247,15 @@ class HQMQ(Codec):
 def _check_codebook(book: Tensor) -> None:
     if book.ndim not in (2, 3) or book.shape[-1] != 4 or not book.is_floating_point():
         raise ValueError(f"a codebook must be floating point, (S, 4) or (heads, S, 4); got {tuple(book.shape)}, {book.dtype}")
-    if not torch.allclose(book.float().norm(dim=-1), torch.ones(()), atol=1e-3):
+    if not torch.allclose(book.float().norm(dim=-1), torch.ones((), dtype=torch.float32), atol=1e-3):
         raise ValueError("a codebook must hold unit quaternions")
 
 
 @lru_cache(maxsize=64)
 def _format(codec: HQMQ, dim: int) -> ProductFormat:
-    dct, signs = rotation_factors(dim) if codec.rotate else (torch.ones(1, 1).float(), torch.ones(0).float())
+    dct, signs = (
+        rotation_factors(dim) if codec.rotate else (torch.ones(1, 1, dtype=torch.float32), torch.ones(0, dtype=torch.float32))
+    )
     return ProductFormat(codec.code_bits, codec.radius_bits, codec.levels(), codec.directions, dct, signs)
 
 

@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 
 from tessera.codecs import logscale, precondition
-from tessera.codecs.base import Codec, Layout, Packed, Role, group_index
-from tessera.codecs.bits import pack_bits, unpack_bits
+from tessera.codecs.base import Codec, Layout, Packed, Role, check_codes, group_index
+from tessera.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.codecs.chunks import from_chunks, to_chunks
 from tessera.codecs.codebooks import JOINT_BITS, joint, joint_shape
 from tessera.codecs.rotation import rotation, rotation_factors
 from tessera.kernels import dispatch
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import CellIndex, build_index
+from tessera.quaternion import UNITS
 
 #: Tokens that share the means of their key channels.
 GROUP = 64
@@ -62,6 +63,24 @@ class JointHQMQ(Codec):
     def kernel_format(self, dim: int) -> JointFormat:
         """See `JointFormat`."""
         return _format(self.code_bits, dim if self.rotate else 0, self.group)
+
+    def kept(self, heads: int, dim: int, role: Role) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """See `Codec`."""
+        fields = {
+            "codes": ((packed_bytes(-(-dim // 4), self.code_bits),), torch.uint8),
+            "scale": ((), torch.uint8),
+            "centre": ((dim,), torch.int16),
+        }
+        if not self.centre or role != "key":
+            del fields["centre"]
+        return fields
+
+    def check(self, packed: Packed) -> None:
+        """See `Codec`."""
+        count = UNITS * joint_shape(self.code_bits)[0] * (12 if joint_shape(self.code_bits)[1] else 1)
+        check_codes(packed, self.code_bits, count)
+        if "centre" in packed.tensors and not precondition.unpack(packed.tensors["centre"])[0].isfinite().all():
+            raise ValueError(f"field 'centre' of {packed.describe()} is damaged: it has numbers that are not finite")
 
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
         tensors = {}
@@ -98,7 +117,11 @@ class JointHQMQ(Codec):
 def _format(code_bits: int, rotated_dim: int, group: int) -> JointFormat:
     book = joint(code_bits)
     permutation, sign = book.moves
-    dct, signs = rotation_factors(rotated_dim) if rotated_dim else (torch.ones(1, 1), torch.ones(0))
+    dct, signs = (
+        rotation_factors(rotated_dim)
+        if rotated_dim
+        else (torch.ones(1, 1, dtype=torch.float32), torch.ones(0, dtype=torch.float32))
+    )
     return JointFormat(
         bits=code_bits,
         move_bits=(len(sign) - 1).bit_length(),

@@ -36,7 +36,7 @@ class RunningMedian:
         self.counts.scatter_add_(1, bins.cpu(), torch.ones_like(bins, device="cpu"))
         half = (self.counts.sum(1, keepdim=True) + 1) // 2
         middle = (self.counts.cumsum(1) >= half).int().argmax(1)
-        return torch.exp2((middle + 0.5) / self.STEPS + self.LOWEST).to(radii)
+        return torch.exp2((middle.float() + 0.5) / self.STEPS + self.LOWEST).to(radii)
 
 
 def median_over_call(radii: Tensor) -> Tensor:

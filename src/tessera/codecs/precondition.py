@@ -41,7 +41,7 @@ def fit(x: Tensor, group: int) -> Tensor:
     """
     tokens = x.shape[2]
     parts = split_groups(x, group)
-    real = torch.ones(tokens, device=x.device)
+    real = torch.ones(tokens, dtype=torch.float32, device=x.device)
     weight = torch.nn.functional.pad(real, (0, -tokens % group)).view(-1, group, 1)
     count = weight.sum(1)
     mean = ((parts * weight).sum(3) / count).clamp(-HALF_MAX, HALF_MAX)

@@ -47,5 +47,5 @@ def _rotation(dim: int, seed: int, device: torch.device) -> Tensor:
     dct, signs = (factor.double() for factor in rotation_factors(dim, seed))
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while len(hadamard) * len(dct) < dim:
-        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard) / 2**0.5
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard) / 2**0.5
     return (torch.kron(dct, hadamard) * signs).float().to(device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tessera.codecs.base import Codec, Layout, Packed, Role
-from tessera.codecs.bits import pack_bits, unpack_bits
+from tessera.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.codecs.lloyd_max import lloyd_max
 from tessera.codecs.registry import register
 from tessera.codecs.rotation import rotation
@@ -40,6 +40,10 @@ class Scalar(Codec):
             raise ValueError(f"scalar takes 2 to 6 bits, got {bits}")
         self.bits = bits
         self.spec = f"scalar:{bits}"
+
+    def kept(self, heads: int, dim: int, role: Role) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """See `Codec`."""
+        return {"codes": ((packed_bytes(dim, self.bits),), torch.uint8), "scale": ((), torch.float16)}
 
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
         dim = x.shape[-1]

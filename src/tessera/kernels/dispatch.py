@@ -18,6 +18,7 @@ from tessera.kernels.nearest import CellIndex
 from tessera.kernels.nearest import nearest as reference_nearest
 from tessera.kernels.nearest_directions import nearest_directions as reference_nearest_directions
 from tessera.kernels.pages import Coded, Pages
+from tessera.kernels.precision import without_autocast
 
 #: What TESSERA_BACKEND and `backend` may say.
 BACKENDS = ("auto", "reference", "cpu", *(f"cpu:{level}" for level in cpu.LEVELS), "triton")
@@ -39,6 +40,7 @@ def chosen(backend: str | None) -> str:
     return name
 
 
+@without_autocast
 def attend(
     q: Tensor,
     pages: Pages,
@@ -76,6 +78,7 @@ def attend(
     return reference.attend(q, pages, scale, mask, softcap, start=start, window=window)
 
 
+@without_autocast
 def attend_exact(
     q: Tensor,
     k: Tensor,
@@ -133,6 +136,7 @@ def decode(packed: Coded, backend: str | None = None) -> Tensor | None:
 _SEARCH = "the search for the nearest codeword"
 
 
+@without_autocast
 def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = None) -> Tensor:
     """Codes of the nearest codewords: (n, 4) float32 -> (n,) integers.
 
@@ -156,6 +160,7 @@ def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = No
     return codes.to(x.device)[reference_nearest(x, index)]
 
 
+@without_autocast
 def nearest_directions(chunks: Tensor, turns: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The best product of a unit and a secondary quaternion, see `tessera.kernels.nearest_directions`.
 
@@ -170,6 +175,7 @@ def nearest_directions(chunks: Tensor, turns: Tensor, backend: str | None = None
     return reference_nearest_directions(chunks, turns)
 
 
+@without_autocast
 def advance(h: Tensor, c: Tensor, steps: Steps, gates: Gates, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence of a grid of cells, see `tessera.kernels.grid.advance`.
 

@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv3d, grid_sample
 
+from tessera.kernels.precision import without_autocast
+
 #: Numbers that a segment may hold for each of its intermediate results.
 _SEGMENT = 1 << 22
 
@@ -100,6 +102,7 @@ def outer(vectors: Sequence[Tensor]) -> Tensor:
     return torch.einsum("btdc,bthc,btwc->btcdhw", *vectors)
 
 
+@without_autocast
 def advance(
     h: Tensor, c: Tensor, steps: Steps, gates: Gates, every: int | None = None, compiled: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:

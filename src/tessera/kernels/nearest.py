@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.kernels.precision import without_autocast
 from tessera.quaternion import UNITS, conjugate, group_table, hamilton, nearest_unit, units
 
 #: Cubes are inflated by this much (of a unit root mean square) in every comparison, far above float32 rounding.
@@ -52,7 +53,7 @@ def canonical_rotation(v: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def _rotation_units() -> Tensor:
     """For each of the twelve outcomes of `canonical_rotation` a unit g with turned = ḡ·v·g: (12,) int64."""
-    probe = torch.tensor([0.0, 0.3, 0.5, 0.7])
+    probe = torch.tensor([0.0, 0.3, 0.5, 0.7], dtype=torch.float32)
     table = []
     signs = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=torch.float32)
     all_units = units()
@@ -119,6 +120,7 @@ class CellIndex:
         return (length.cumsum(0) - length).int(), length.int(), points, self.codes[rows].int()
 
 
+@without_autocast
 def build_index(words: Tensor, conjugations: bool) -> CellIndex:
     """Index a codebook.
 
@@ -131,8 +133,8 @@ def build_index(words: Tensor, conjugations: bool) -> CellIndex:
     reach = int(radius // ROOT) + 1
     axis, signed = torch.arange(0, reach), torch.arange(-reach, reach)
     corner = torch.cartesian_prod(*((axis, axis, axis, signed) if conjugations else (axis, signed, signed, signed)))
-    corner = corner[_touches(corner * ROOT, ROOT, radius, conjugations)]
-    low, size = corner * ROOT, ROOT
+    corner = corner[_touches(corner.float() * ROOT, ROOT, radius, conjugations)]
+    low, size = corner.float() * ROOT, ROOT
     box, word = _prune_far(low, words)
 
     rows: list[tuple[Tensor, Tensor]] = []  # of each depth: number of the list within all lists, word
@@ -197,12 +199,17 @@ def _halve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     """Cut every cube into sixteen, each with its parent's list: (low, place among all parts, box, word, size)."""
     size /= 2
-    corners = torch.cartesian_prod(*[torch.tensor([0.0, size])] * 4)
+    corners = _corners(size)
     parts = (low[:, None] + corners).reshape(-1, 4)
     keep = _touches(parts, size, radius, conjugations)
     number = torch.where(keep, keep.cumsum(0) - 1, -1).view(-1, 16)[box]
     inherited = word[:, None].expand(-1, 16)[number >= 0]
     return parts[keep], torch.nonzero(keep).flatten(), number[number >= 0], inherited, size
+
+
+def _corners(size: float) -> Tensor:
+    """The sixteen corners of a cube at the origin, (16, 4) float32."""
+    return torch.cartesian_prod(*[torch.tensor([0.0, size], dtype=torch.float32)] * 4)
 
 
 def _prune_far(low: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,7 +234,7 @@ def _prune(low: Tensor, size: float, box: Tensor, word: Tensor, words: Tensor) -
     centre = low + size / 2
     w = words[word]
     distance = (centre[box] - w).square().sum(-1)
-    places = torch.cat((torch.full((1, 4), size / 2), torch.cartesian_prod(*[torch.tensor([0.0, size])] * 4)))
+    places = torch.cat((_corners(size).mean(0, keepdim=True), _corners(size)))
     for place in places:
         # From the centre to this place, the squared distance changes by -2 <place - centre, w> and a constant.
         here = distance - 2 * (w @ (place - size / 2)) + 2 * (centre @ (place - size / 2))[box]
@@ -241,7 +248,7 @@ def _prune(low: Tensor, size: float, box: Tensor, word: Tensor, words: Tensor) -
 
 def _best_of_box(distance: Tensor, box: Tensor, boxes: int) -> Tensor:
     """For each cube the position of its smallest distance. Every cube has at least one entry."""
-    least = torch.full((boxes,), torch.inf).scatter_reduce(0, box, distance, "amin")
+    least = distance.new_full((boxes,), torch.inf).scatter_reduce(0, box, distance, "amin")
     winners = torch.nonzero(distance == least[box]).flatten()
     best = torch.zeros(boxes, dtype=torch.long)
     best[box[winners]] = winners
@@ -252,6 +259,7 @@ def _flat(corner: Tensor, dims: Tensor) -> Tensor:
     return ((corner[..., 0] * dims[1] + corner[..., 1]) * dims[2] + corner[..., 2]) * dims[3] + corner[..., 3]
 
 
+@without_autocast
 def nearest(x: Tensor, index: CellIndex) -> Tensor:
     """Code of the nearest codeword.
 
@@ -336,6 +344,7 @@ def reduction_tables() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return product, product.argmin(1), _rotation_units(), _rotation_order(cpu), _rotation_number(cpu)
 
 
+@without_autocast
 def brute_force(x: Tensor, words: Tensor) -> Tensor:
     """The same by comparing every codeword, the definition: (n, 4), (m, 4) -> (n,) int64."""
     bias = words.square().sum(-1) / 2

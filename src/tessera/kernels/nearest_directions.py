@@ -8,12 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tessera.kernels.precision import without_autocast
 from tessera.quaternion import UNITS, nearest_unit, unit_projection
 
 #: Projections that are in memory at once.
 MANY = 1 << 22
 
 
+@without_autocast
 def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     """The best direction code s · 24 + p of every chunk, and the chunk's projection on it.
 

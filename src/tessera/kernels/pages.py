@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
+from tessera.kernels.precision import join
 from tessera.kernels.products import ProductFormat
 
 T = TypeVar("T")
@@ -133,7 +134,7 @@ class Pages:
             if a < b or (not keys and at + k.tokens == self.tokens):
                 keys.append(k.slice(a, b).decode())
                 values.append(v.slice(a, b).decode())
-        return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
+        return (keys[0], values[0]) if len(keys) == 1 else (join(keys, 2), join(values, 2))
 
 
 def _same(pages: Sequence[tuple[Coded, Coded]], others: Sequence[tuple[Coded, Coded]]) -> int:

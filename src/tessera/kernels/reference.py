@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels.pages import Pages
+from tessera.kernels.precision import without_autocast
 
 #: Scores that are in memory at once, in elements (4 bytes each).
 SCORES = 1 << 23
@@ -21,6 +22,7 @@ SCORES = 1 << 23
 FEW, MANY = 256, 1024
 
 
+@without_autocast
 def attend(
     q: Tensor,
     pages: Pages,
@@ -49,6 +51,7 @@ def attend(
     return _online(q, pages.decode, pages.shape, scale, mask, softcap, start, window)
 
 
+@without_autocast
 def attend_exact(
     q: Tensor,
     k: Tensor,

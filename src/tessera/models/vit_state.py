@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tessera.files import atomic_path
+from tessera.files import atomic_path, brief, open_tensors
 from tessera.spatial.state import TensorMemoryState
+from tessera.state import MODEL_DTYPES
 
 _KIND = "vit_state"
+#: No stream has seen more frames.
+MOST = 1 << 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +80,9 @@ class ViTState:
             FileNotFoundError: if there is no such file.
             ValueError: if the file holds something else.
         """
-        if os.path.isdir(path):
-            raise ValueError(f"{os.fspath(path)} is a folder, and holds no state of a ViT")
-        try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)} holds no state of a ViT: {error}") from None
+        with open_tensors(path, "holds no state of a ViT") as file:
+            about = file.metadata
+            found = {name: file.get(name) for name in file.names}
         if about.get("tessera") != _KIND:
             raise ValueError(f"{os.fspath(path)} holds no state of a ViT")
         windows: list[tuple[Tensor, Tensor]] = []
@@ -98,13 +95,16 @@ class ViTState:
                 present = {name: x for name, x in own.items() if x is not None}
                 memories.append(TensorMemoryState(**present) if present else None)
             state = cls(int(about["frames"]), tuple(windows), tuple(memories))
-            if found or not windows:
+            if found or not windows or not 0 <= state.frames <= MOST:
                 raise ValueError("its tensors are not those of a state")
             for memory in filter(None, state.memories):
                 memory.check()
-            rows = {x.shape[0] if x.ndim else None for x in state.tensors().values()}
-            if len(rows) != 1 or None in rows or not all(x.isfinite().all() for x in state.tensors().values()):
+            for k, v in windows:
+                if k.ndim != 4 or k.shape != v.shape or not {k.dtype, v.dtype} <= set(MODEL_DTYPES):
+                    raise ValueError("keys and values of a window are of equal shape (batch, heads, patches, head_dim)")
+            rows = {x.shape[0] for x in state.tensors().values()}
+            if len(rows) != 1 or not all(x.isfinite().all() for x in state.tensors().values()):
                 raise ValueError("all its tensors have as many rows and are finite")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} is damaged: {error}") from None
+            raise ValueError(f"{os.fspath(path)} is damaged: {brief(error)}") from None
         return state

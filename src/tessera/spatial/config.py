@@ -10,6 +10,8 @@ from tessera.options import Options, check_whole
 
 #: Least standard deviation of a write (the paper's).
 SIGMA_LEAST = 1e-4
+#: Numbers of h, and of c, in the state of a row at most: a gigabyte each.
+MOST = 1 << 28
 _WORDS = {
     "write": ("gaussian", "nearest"),
     "update": ("footprint", "all"),
@@ -77,6 +79,11 @@ class TensorMemoryConfig(Options):
         sizes += [("each axis of grid", size) for size in self.grid]
         for name, value in sizes:
             check_whole(name, value, 1)
+        if math.prod(self.grid) * self.channels > MOST:
+            raise ValueError(
+                f"a grid of {' x '.join(map(str, self.grid))} cells with {self.channels} channels holds more than {MOST} "
+                "numbers for every row; take fewer"
+            )
         self.check_words(_WORDS)
         for name, start in (("forget_bias", self.forget_bias), ("gate_init", self.gate_init)):
             if start is not None and not math.isfinite(start):

@@ -22,8 +22,10 @@ _EPSILON = 1e-6
 
 
 def centres(size: int, device: torch.device | None = None) -> Tensor:
-    """Centres of the cells along an axis, (size,)."""
-    return torch.linspace(-1, 1, size, device=device) if size > 1 else torch.zeros(1, device=device)
+    """Centres of the cells along an axis, (size,) float32."""
+    if size == 1:
+        return torch.zeros(1, dtype=torch.float32, device=device)
+    return torch.linspace(-1, 1, size, dtype=torch.float32, device=device)
 
 
 def gaussian(at: Tensor, sigma: Tensor, grid: tuple[int, ...], local: bool = False) -> tuple[Tensor, ...]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from tessera.modules import Float32Module
 from tessera.spatial.config import TensorMemoryConfig
 from tessera.spatial.memory import TensorMemory
 from tessera.spatial.state import TensorMemoryState
 
 
-class TensorMemoryLayer(nn.Module):
+class TensorMemoryLayer(Float32Module):
     """One layer's own: LayerNorm before the memory, sigmoid(gate) behind it.
 
     Args:
@@ -26,8 +27,8 @@ class TensorMemoryLayer(nn.Module):
 
     def __init__(self, config: TensorMemoryConfig, dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.gate_logit = nn.Parameter(torch.tensor(float(config.gate_init or 0)))
+        self.norm = nn.LayerNorm(dim, dtype=torch.float32)
+        self.gate_logit = nn.Parameter(torch.tensor(float(config.gate_init or 0), dtype=torch.float32))
         #: Off: reads count for nothing, to measure what the memory is worth.
         self.reads = True
 
@@ -47,8 +48,10 @@ class TensorMemoryLayer(nn.Module):
         """
         norm = self.norm
         normed = layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-        read, state = memory(normed, state, places)
-        added = torch.sigmoid(self.gate_logit.float()) * read
+        # In a model spread over several devices the memory of all layers, and its states, stay on one of them.
+        home = memory.device
+        read, state = memory(normed.to(home), state, None if places is None else places.to(home))
+        added = torch.sigmoid(self.gate_logit.float()) * read.to(x.device)
         return (added if self.reads else added * 0).to(x.dtype), state
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import linear, pad, softplus
 
 from tessera.kernels import dispatch
 from tessera.kernels.grid import Gates, Steps
+from tessera.modules import Float32Module
 from tessera.spatial.config import SIGMA_LEAST, TensorMemoryConfig
 from tessera.spatial.grid import gaussian, nearest, positions, sample, solid
 from tessera.spatial.reference import gate_inputs, update
@@ -39,7 +40,7 @@ class Writes:
 Recurrence = Callable[[Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-class TensorMemory(nn.Module):
+class TensorMemory(Float32Module):
     """The spatial memory of one layer (arXiv 2605.27686, section on the method).
 
     Args:
@@ -70,45 +71,50 @@ class TensorMemory(nn.Module):
             raise ValueError(f"a Tensor Memory needs tokens of a dim of at least 1, got {dim}")
         self.config, self.dim = config, dim
         axes, channels, chunk = len(config.grid), config.channels, config.chunk
-        self.coord_net = nn.Linear(dim, axes)
+        self.coord_net = _net(dim, axes)
         nets = [self.coord_net]
         if config.coordinates == "separate":
-            self.write_coord_net = nn.Linear(dim, axes)
+            self.write_coord_net = _net(dim, axes)
             nets.append(self.write_coord_net)
         if config.anchored:
             for net in nets:
                 nn.init.zeros_(net.weight)
                 nn.init.zeros_(net.bias)
         if config.projection == "full":
-            self.write_proj = nn.Linear(chunk * dim, dim)
+            self.write_proj = _net(chunk * dim, dim)
         else:
-            self.write_weight = nn.Parameter(torch.full((chunk, dim), 1 / chunk))
-            self.write_bias = nn.Parameter(torch.zeros(dim))
-        self.content_net = nn.Linear(dim, channels)
-        self.sigma_net = nn.Linear(dim, 1)
-        nn.init.constant_(self.sigma_net.bias, math.log(math.expm1(config.sigma_init - SIGMA_LEAST)))
+            self.write_weight = nn.Parameter(torch.full((chunk, dim), 1 / chunk, dtype=torch.float32))
+            self.write_bias = nn.Parameter(torch.zeros(dim, dtype=torch.float32))
+        self.content_net = _net(dim, channels)
+        self.sigma_net = _net(dim, 1)
+        nn.init.constant_(self.sigma_net.bias, _before_softplus(config.sigma_init - SIGMA_LEAST))
         inputs = channels if config.gates == "input" else 2 * channels
         if config.convolution == "factorised":
-            self.taps = nn.Parameter(torch.tensor([0.0, 1.0, 0.0]).repeat(axes, inputs, 1))
+            self.taps = nn.Parameter(torch.tensor([0.0, 1.0, 0.0], dtype=torch.float32).repeat(axes, inputs, 1))
         else:
             self.register_parameter("taps", None)
-        self.gates_weight = nn.Parameter(torch.empty(4 * channels, inputs))
+        self.gates_weight = nn.Parameter(torch.empty(4 * channels, inputs, dtype=torch.float32))
         nn.init.xavier_uniform_(self.gates_weight)
-        self.gates_bias = nn.Parameter(torch.zeros(4 * channels))
+        self.gates_bias = nn.Parameter(torch.zeros(4 * channels, dtype=torch.float32))
         nn.init.constant_(self.gates_bias[channels : 2 * channels], config.forget_bias)
-        self.out_proj = nn.Linear(channels, dim)
+        self.out_proj = _net(channels, dim)
 
     def extra_repr(self) -> str:
         """For printing."""
         config = self.config
         return f"channels={config.channels}, grid={config.grid}, chunk={config.chunk}, dim={self.dim}"
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.gates_bias.device
+
     def initial_state(self, batch: int, device: torch.device | None = None) -> TensorMemoryState:
         """Nothing written and nothing waiting."""
-        device = device or self.gates_bias.device
-        h = torch.zeros((batch, self.config.channels, *self.config.grid), device=device)
-        places = torch.zeros((batch, 0, len(self.config.grid)), device=device) if self.config.anchored else None
-        return TensorMemoryState(h, torch.zeros_like(h), torch.zeros((batch, 0, self.dim), device=device), places)
+        cells = (batch, self.config.channels, *self.config.grid)
+        h = torch.zeros(cells, dtype=torch.float32, device=device or self.device)
+        places = h.new_zeros((batch, 0, len(self.config.grid))) if self.config.anchored else None
+        return TensorMemoryState(h, torch.zeros_like(h), h.new_zeros((batch, 0, self.dim)), places)
 
     def forward(
         self, x: Tensor, state: TensorMemoryState | None = None, places: Tensor | None = None, backend: str | None = None
@@ -322,6 +328,18 @@ class TensorMemory(nn.Module):
         return state, places
 
 
-def _linear(net: nn.Linear, x: Tensor) -> Tensor:
-    """In float32 whatever the weights are kept in."""
-    return linear(x, net.weight.float(), net.bias.float())
+def _before_softplus(y: float) -> float:
+    """x with softplus(x) = y, without overflow."""
+    return y + math.log(-math.expm1(-y))
+
+
+def _net(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, dtype=torch.float32)
+
+
+def _linear(net: nn.Module, x: Tensor) -> Tensor:
+    """In float32 whatever the weights are kept in. What wraps a net, as LoRA does, computes its own part."""
+    if type(net) is nn.Linear:
+        return linear(x, net.weight.float(), net.bias.float())
+    out: Tensor = net(x)
+    return out

@@ -35,3 +35,6 @@ class TensorMemoryState(State):
         h, c = tuple(self.h.shape), tuple(self.c.shape)
         if h != c or not 3 <= len(h) <= 5 or 0 in h[1:]:
             raise ValueError(f"h and c are (batch, channels, one to three axes of cells), got {h} and {c}")
+        if self.waiting.ndim != 3 or not self.waiting.shape[2]:
+            raise ValueError(f"waiting is (batch, tokens, dim), got {tuple(self.waiting.shape)}")
+        self.check_shapes(places=(*self.waiting.shape[:2], len(h) - 2))

@@ -176,7 +176,7 @@ class Corpus:
         Raises:
             FileNotFoundError: if there is none in ``directory``.
         """
-        self.tokens: np.ndarray = np.load(directory / "tokens.npy", mmap_mode="r")
+        self.tokens: np.ndarray = np.load(directory / "tokens.npy", mmap_mode="r", allow_pickle=False)
         record = json.loads((directory / "corpus.json").read_text())
         self.spans = [Span(**span) for span in record["spans"]]
         self.bos: int = record["bos"]

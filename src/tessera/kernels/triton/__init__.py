@@ -102,7 +102,8 @@ def attend(
     query, turned, unit = _prepared(q, scale, rotation)
     blocks, align = block_table(pages, BLOCK, form.group)
     if len(blocks) == 0:
-        return torch.zeros(q.shape, device=q.device), torch.full(q.shape[:-1], -torch.inf, device=q.device)
+        none = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        return none, none.new_full(q.shape[:-1], -torch.inf)
     lookup = lookup or usual_lookup(form)
     table, moves, scales = tables(form, lookup, q.device)
 

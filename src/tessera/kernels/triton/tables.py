@@ -79,11 +79,11 @@ def column_order(dim: int) -> list[int]:
 def rotations(form: JointFormat, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(dim, dim): x @ the first is the rotated x in the kernel's order of channels; the same in float16; x @ the third rotates
     values back, and lengthens them as they must be."""
-    matrix = torch.eye(dim)
+    matrix = torch.eye(dim, dtype=torch.float32)
     if form.signs.numel():
-        hadamard = torch.ones(1, 1)
+        hadamard = torch.ones(1, 1, dtype=torch.float32)
         while len(hadamard) * len(form.dct) < dim:
-            hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard) / 2**0.5
+            hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32), hadamard) / 2**0.5
         matrix = (torch.kron(form.dct, hadamard) * form.signs).T
     matrix = matrix[:, column_order(dim)].contiguous().to(device)
     return matrix, matrix.half(), (matrix.T * form.value_gain).contiguous()
