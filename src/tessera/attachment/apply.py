@@ -20,6 +20,7 @@ from tessera.cache.layer import ATTACHED
 from tessera.files import atomic_path
 from tessera.spatial.config import TensorMemoryConfig
 from tessera.spatial.memory import TensorMemory
+from tessera.wrapped import unwrap_to_change, unwrap_to_read
 
 M = TypeVar("M", bound=nn.Module)
 _CONFIGS: dict[str, Any] = {"TensorCache": TensorCacheConfig, "TensorMemory": TensorMemoryConfig}
@@ -38,7 +39,8 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
     `config.gate_init` says otherwise. What it has read stays with the cache that is passed on, whichever that is.
 
     Args:
-        model: see above.
+        model: see above, by itself or adapted by peft. One that `DistributedDataParallel`, `DataParallel`, FSDP or
+            `torch.compile` has wrapped already is refused, because these do not notice what is added behind their back.
         config: of the memory.
         freeze: only what is added learns.
 
@@ -50,6 +52,7 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
     """
     if not isinstance(config, TensorCacheConfig | TensorMemoryConfig):
         raise TypeError(f"tessera.attach takes a TensorCacheConfig or a TensorMemoryConfig, got {type(config).__name__}")
+    outer, model = model, unwrap_to_change(model, "tessera.attach")
     if attachment(model) is not None:
         raise ValueError(f"{type(model).__name__} has a memory attached already; call tessera.detach(model) first")
     own = [p for p in model.parameters() if p.requires_grad and freeze]
@@ -62,7 +65,7 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
     for module in done.modules().values():
         # Rates and matrices are computed in float32 whatever the model's dtype, so they are kept in it.
         module.to(device)
-    return model
+    return outer
 
 
 def detach(model: M) -> M:
@@ -71,6 +74,7 @@ def detach(model: M) -> M:
     Raises:
         ValueError: if nothing is attached.
     """
+    outer, model = model, unwrap_to_change(model, "tessera.detach")
     done = attached(model)
     for hook in done.hooks:
         hook.remove()
@@ -78,7 +82,7 @@ def detach(model: M) -> M:
     for p in done.frozen:
         p.requires_grad_(True)
     delattr(model, ATTACHED)
-    return model
+    return outer
 
 
 def memory_parameters(model: nn.Module) -> list[dict[str, Any]]:
@@ -92,7 +96,12 @@ def memory_parameters(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write what was attached, and nothing else, as safetensors with its config."""
+    """Write what was attached, and nothing else, as safetensors with its config.
+
+    Raises:
+        ValueError: if nothing is attached, or the model is in a wrapper that has spread its parameters.
+    """
+    model = unwrap_to_read(model, "tessera.save_memory")
     done = attached(model)
     tensors = {f"{i}.{k}": v.detach().contiguous() for i, part in done.modules().items() for k, v in part.state_dict().items()}
     about = {"kind": done.kind, "config": done.config.to_dict(), "model": done.shape, "weights": sampled(model)}
@@ -112,6 +121,7 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
     Raises:
         ValueError: if the file is damaged or was made for another model; the model is as it was.
     """
+    outer, model = model, unwrap_to_change(model, "tessera.load_memory")
     about, tensors = _read(path)
     kind, fields, shape, weights = about["kind"], about["config"], about["model"], about["weights"]
     own = _home(kind).shape_of(model)
@@ -128,7 +138,7 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
     except ValueError:
         detach(model)
         raise
-    return model
+    return outer
 
 
 def read_shared(path: str | os.PathLike[str]) -> TensorMemory:

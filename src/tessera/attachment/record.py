@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tessera.cache.layer import ATTACHED
+from tessera.wrapped import unwrap
 
 #: Numbers of each weight that a sample takes.
 SAMPLED = 4
@@ -83,8 +84,8 @@ def alike(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
 
 
 def attachment(model: nn.Module) -> Attachment | None:
-    """What is attached to `model`, if anything."""
-    return getattr(model, ATTACHED, None)
+    """What is attached to `model`, which may be wrapped, if anything."""
+    return getattr(unwrap(model), ATTACHED, None)
 
 
 def attached(model: nn.Module) -> Attachment:

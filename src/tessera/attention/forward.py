@@ -22,6 +22,9 @@ from tessera.cache.layer import ATTENTION, Handle
 #: What the mask of a cache with slots for tokens to come, as transformers' StaticCache, says of their number.
 ROOM = "_tessera_room"
 
+#: torch.compile breaks its graph here: what tiers hold changes from call to call, and kernels are no part of a graph.
+_over_tiers = torch.compiler.disable(over_tiers)
+
 
 def attention_forward(
     module: nn.Module,
@@ -79,7 +82,7 @@ def attention_forward(
         if softmax.usual:
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return dense(module, query, key, value, attention_mask, softmax), None
-    return over_tiers(module, query, key, attention_mask, softmax), None
+    return _over_tiers(module, query, key, attention_mask, softmax), None
 
 
 def mask_unless_causal(
