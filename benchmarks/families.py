@@ -1,9 +1,9 @@
 """Try every causal family of transformers, built small, with a `tessera.Cache`, a Tensor Cache and a Tensor Memory.
 
 A family is served if its logits over prefill, a chunk and single steps, in a batch with left padding, are those of
-transformers' own `DynamicCache`, and stay within a bound where the cache quantises; it is refused if making the cache says why it cannot be.
-Memories are held to themselves: a text read in one call and the same text read in parts must give the same logits. Whatever
-is neither served nor refused is a fault, and makes the exit status 1.
+transformers' own `DynamicCache`, and stay within a bound where the cache quantises; it is refused if making the cache says why
+it cannot be. Memories are held to themselves: a text read in one call and the same text read in parts must give the same
+logits. Whatever is neither served nor refused is a fault, and makes the exit status 1.
 
 Example:
 
@@ -70,6 +70,23 @@ SIZES: dict[str, Any] = {
 }
 #: Of these, what the towers that read pictures and sound are given.
 TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layers", "depth")
+#: What some families need besides.
+EXTRA: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"layer_types": ["sliding_attention"] * 2},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
+#: Parameters of a model that is small enough.
+MOST = 20_000_000
 #: Settings of a layer pattern that have to fit the number of layers.
 PATTERNS = ("layer_types", "mlp_layer_types", "layers_block_type", "attention_types", "indexer_types")
 
@@ -114,15 +131,20 @@ def _small(text: Any) -> dict[str, Any]:
     for name, pattern in patterns.items():
         kinds = [next(x for x in pattern if str(x) == word) for word in dict.fromkeys(map(str, pattern))]
         sizes[name] = [kinds[i % len(kinds)] for i in range(layers)]
-    return sizes
+    return sizes | EXTRA.get(text.model_type, {})
 
 
 def small_model(kind: str, config: Any) -> Any:
     """A model with random weights large enough that attention matters, the same in every run."""
     names = {**modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    make = getattr(transformers, names[kind])
+    with torch.device("meta"):
+        size = sum(p.numel() for p in make(config).parameters())
+    if size > MOST:
+        raise ValueError(f"its smallest form here has {size:,} parameters")
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = getattr(transformers, names[kind])(config).eval().float()
+        model = make(config).eval().float()
         with torch.no_grad():
             for p in model.parameters():
                 if p.dim() > 1:
@@ -172,11 +194,11 @@ def walk(kind: str) -> dict[str, Any]:
         try:
             config = small_config(kind)
         except Exception as problem:
-            return row | {"cache": _outcome("not tried", f"no small config: {_line(problem)}")}
-        try:
-            tessera.Cache(PACKED, config)
-        except ValueError as reason:
-            row["cache"] = _outcome("refused", _line(reason))
+            refused = _refusal(lambda: CONFIG_MAPPING[kind]())
+            return row | {"cache": refused or _outcome("not tried", f"no small config: {_line(problem)}")}
+        refused = _refusal(lambda: config)
+        if refused:
+            row["cache"] = refused
         try:
             model = small_model(kind, config)
         except Exception as problem:
@@ -188,14 +210,29 @@ def walk(kind: str) -> dict[str, Any]:
             if not wanted.isfinite().all():
                 raise ValueError("logits that are not finite")
         except Exception as problem:
-            row.setdefault("cache", _outcome("not tried", f"does not run with DynamicCache: {_line(problem)}"))
+            why = _outcome("not tried", f"does not run with DynamicCache: {_line(problem)}")
+            row.setdefault("cache", _refusal(lambda: model) or why)
             return row
         row["own"] = error(wanted, whole)
         if "cache" not in row:
             row["cache"] = _tried(lambda: _cache(model, wanted))
-        row["tensor_cache"] = _tried(lambda: _tensor_cache(model))
-        row["tensor_memory"] = _tried(lambda: _tensor_memory(model))
+        if row["own"] < EXACT:
+            row["tensor_cache"] = _tried(lambda: _tensor_cache(model))
+            row["tensor_memory"] = _tried(lambda: _tensor_memory(model))
     return row
+
+
+def _refusal(make: Callable[[], Any]) -> dict[str, Any] | None:
+    """The outcome if a cache for a config or a model is refused."""
+    try:
+        given = make()
+    except Exception:
+        return None
+    try:
+        tessera.Cache(PACKED, given)
+    except ValueError as reason:
+        return _outcome("refused", _line(reason).partition(". tessera.Cache(spec")[0])
+    return None
 
 
 def _cache(model: Any, wanted: Tensor) -> dict[str, Any]:
@@ -203,7 +240,9 @@ def _cache(model: Any, wanted: Tensor) -> dict[str, Any]:
     try:
         tessera.Cache("dense", model)
     except ValueError as why:
-        outcome, given, reason = "decoded", model.config, _line(why)
+        if "tessera.Cache(spec, model.config) works" not in str(why):
+            return _outcome("refused", _line(why))
+        outcome, given, reason = "decoded", model.config, _line(why).partition(". tessera.Cache(spec")[0]
     same = error(logits(model, tessera.Cache("dense", given)), wanted)
     near = error(logits(model, tessera.Cache(PACKED, given)), wanted)
     if outcome == "served":

@@ -46,7 +46,8 @@ def unwrap_to_change(model: Any, what: str) -> Any:
         for kind in type(model).__mro__:
             if kind.__name__ in _FIXED:
                 raise ValueError(
-                    f"{what}: {type(outer).__name__} {_FIXED[kind.__name__]}; call {what} on the model itself, before it is wrapped"
+                    f"{what}: {type(outer).__name__} {_FIXED[kind.__name__]}; call {what} on the model itself, before it is "
+                    "wrapped"
                 )
         model = inner
     return model
@@ -74,8 +75,8 @@ def replaces_cache(model: Any) -> str | None:
         kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
         if getattr(kind, "value", kind) in ("PREFIX_TUNING", "CARTRIDGE"):
             return (
-                f"peft's {getattr(kind, 'value', kind)} begins every text with a DynamicCache of its own in place of the cache that "
-                "it is given; use prompt tuning or LoRA, or no tessera.Cache"
+                f"peft's {getattr(kind, 'value', kind)} begins every text with a DynamicCache of its own in place of the cache "
+                "that it is given; use prompt tuning or LoRA, or no tessera.Cache"
             )
     inner = _inner(model)
     return None if inner is None else replaces_cache(inner)

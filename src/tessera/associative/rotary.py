@@ -61,7 +61,7 @@ def phase_of(model: Any, attention: nn.Module, head_dim: int) -> Phase:
             turned = rotate(own, own, cos.squeeze(1), sin.squeeze(1))[0]
             if torch.allclose(phase.remove(turned, positions.to(device)), x, atol=1e-4):
                 return phase
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        except (RuntimeError, TypeError, ValueError, LookupError):
             pass
     raise ValueError(
         f"the rotary phase of {type(model).__name__} cannot be taken off: {why}. Use TensorCacheConfig(rotary=True), which "

@@ -11,7 +11,7 @@ from tessera.associative.layer import TensorCacheLayer
 from tessera.associative.rotary import phase_of
 from tessera.attachment.record import Attachment
 from tessera.attention import Limits, enable, restore, unsupported
-from tessera.cache.cache import read_config
+from tessera.cache.config import check_shapes, read_config
 from tessera.cache.layer import ATTACHED, ATTENTION
 
 #: Where an attention module keeps its memory.
@@ -26,6 +26,7 @@ def add(model: Any, config: TensorCacheConfig) -> Attachment:
     if why:
         raise ValueError(f"tessera.attach: {type(model).__name__} cannot be given a memory: {why}")
     text, shapes = read_config(model.config)
+    check_shapes(model, shapes)
     modules = attention_modules(model, len(shapes))
     chosen = _chosen(config, [window is None for _, window in shapes])
     heads = text.num_attention_heads

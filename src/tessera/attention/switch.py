@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from tessera.attention.source import touches, windowed
 from tessera.attention.weights import refuse_weights
 from tessera.cache.layer import ATTACHED, ATTENTION
 from tessera.wrapped import unwrap
@@ -69,6 +70,21 @@ def unsupported(model: Any) -> str | None:
         return "it is not a transformers model"
     if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
         return "its code computes attention itself and does not ask transformers' AttentionInterface"
+    text = model.config.get_text_config(decoder=True)
+    if text._attn_implementation == ATTENTION:
+        return None  # and was looked at when that was done
+    slides = getattr(text, "sliding_window", None) is not None and getattr(text, "layer_types", None) is None
+    for module in model.modules():
+        if not type(module).__name__.endswith("Attention"):
+            continue
+        what = touches(module)
+        if what is not None:
+            return f"its {type(module).__name__} computes with the cached keys or values itself ({what})"
+        if slides and hasattr(module, "layer_idx") and not windowed(module):
+            return (
+                f"its config has a sliding window ({text.sliding_window}), which {type(module).__name__} does not apply, so "
+                "what it computes depends on how a text is cut"
+            )
     return None
 
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from tessera import codecs
 from tessera.cache import storage
-from tessera.cache.config import read_config
+from tessera.cache.config import check_shapes, read_config
 from tessera.cache.lane import Policy
 from tessera.cache.layer import ATTACHED, STREAMS, Link, TesseraLayer
 from tessera.cache.report import CacheReport
@@ -68,6 +68,7 @@ class Cache(TransformersCache):
                     f"{type(model_or_config).__name__}: {why}. tessera.Cache(spec, model.config) works where keys and values "
                     "may be decoded for every call"
                 )
+            check_shapes(model_or_config, layers)
             enable(model_or_config)
         codec = None if self.spec.codec is None else codecs.get(self.spec.codec)
         link = Link(text, prefill, self.spec.bounded)
@@ -114,8 +115,8 @@ class Cache(TransformersCache):
             RuntimeError: always, saying so.
         """
         raise RuntimeError(
-            "tessera.Cache has no max_cache_len. peft's prefix tuning asks for it and would begin every text with a DynamicCache "
-            "of its own in place of this cache; use prompt tuning or LoRA, or no tessera.Cache"
+            "tessera.Cache has no max_cache_len. peft's prefix tuning asks for it and would begin every text with a "
+            "DynamicCache of its own in place of this cache; use prompt tuning or LoRA, or no tessera.Cache"
         )
 
     @torch.compiler.disable
