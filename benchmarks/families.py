@@ -70,23 +70,28 @@ SIZES: dict[str, Any] = {
 }
 #: Of these, what the towers that read pictures and sound are given.
 TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layers", "depth")
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+#: Rotary channels by time, height and width, which together are half of the head.
+_SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
 #: What some families need besides.
 EXTRA: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"layer_types": ["sliding_attention"] * 2},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4}},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4},
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text", "glm4v_text", "glm_ocr_text"), _SECTIONS),
+    "glm4v_moe_text": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
 #: Parameters of a model that is small enough.
-MOST = 20_000_000
+MOST = 80_000_000
 #: Settings of a layer pattern that have to fit the number of layers.
 PATTERNS = ("layer_types", "mlp_layer_types", "layers_block_type", "attention_types", "indexer_types")
 
@@ -121,6 +126,8 @@ def _small(text: Any) -> dict[str, Any]:
     for name in ("num_key_value_heads", "num_kv_heads"):
         if fields.get(name) is not None:
             sizes[name] = 4 if fields[name] == text.num_attention_heads else 2
+    if "head_dim" in fields:
+        sizes["head_dim"] = SIZES["head_dim"]
     if isinstance(fields.get("sliding_window"), int):
         sizes["sliding_window"] = 24
     patterns = {name: fields[name] for name in PATTERNS if isinstance(fields.get(name), list) and fields[name]}

@@ -313,9 +313,10 @@ def test_keys_and_values_are_read_as_a_dynamic_cache_gives_them(family: str) -> 
     logits(model, packed, ids, (130, 1, 19), mask)
     before = packed.report()
     with pytest.warns(UserWarning, match="decoded anew"):
-        for layer, wanted in zip(packed.layers, theirs.layers, strict=True):
-            assert layer.keys.shape == wanted.keys.shape
-            assert layer.values.dtype == wanted.values.dtype
+        read = list(packed)
+    for (keys, values, _), wanted in zip(read, theirs.layers, strict=True):
+        assert keys.shape == wanted.keys.shape
+        assert values.dtype == wanted.values.dtype
     assert packed.report() == before
     packed.reset()
     assert packed.layers[0].values is None
@@ -343,14 +344,16 @@ def test_a_spec_that_drops_tokens_has_no_keys_of_all_slots(spec: str) -> None:
     cache = tessera.Cache(spec, model)
     assert cache.layers[0].keys is None
     logits(model, cache, tokens(1, 30), (30,))
-    with pytest.raises(RuntimeError, match="drops tokens.*use a spec that keeps all"):
+    with pytest.raises(RuntimeError, match=r"drops tokens.*use a spec that keeps all"):
         cache.layers[0].keys  # noqa: B018
 
 
 # Crop
 
 
-@pytest.mark.parametrize("count", [-1.0, 1.5, "1", None, True, False, torch.tensor(-1.0), torch.tensor([-1, -2]), torch.tensor(True)])
+@pytest.mark.parametrize(
+    "count", [-1.0, 1.5, "1", None, True, False, torch.tensor(-1.0), torch.tensor([-1, -2]), torch.tensor(True)]
+)
 def test_a_crop_by_what_is_no_whole_number_is_refused_at_once(count: Any) -> None:
     model = make()
     cache = tessera.Cache("dense", model)

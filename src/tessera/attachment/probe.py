@@ -102,7 +102,7 @@ def _check_rows(model: Any, layer: nn.Module, norm: nn.Module) -> None:
     if not isinstance(given, Tensor) or given.shape != mask.shape:
         what = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(
-            f"tessera.attach: {type(model).__name__} gives its {type(owner).__name__} no mask of (batch, tokens) but {what}, so "
+            f"tessera.attach: {type(model).__name__} gives its {type(owner).__name__} no mask of (batch, tokens) but {what}; "
             "a memory could not tell what is padding"
         )
 
