@@ -91,7 +91,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 #: Parameters of a model that is small enough.
-MOST = 80_000_000
+MOST = 100_000_000
 #: Settings of a layer pattern that have to fit the number of layers.
 PATTERNS = ("layer_types", "mlp_layer_types", "layers_block_type", "attention_types", "indexer_types")
 

@@ -124,7 +124,7 @@ def test_attention_that_cannot_be_given_tiers_is_refused_and_served_from_its_con
     ("kind", "words"),
     [
         ("opt", r"OPTDecoderLayer gives its norm \(6, 64\) of two rows of three tokens"),
-        ("gemma3", "gives its Gemma3TextModel no mask of .batch, tokens. but dict"),
+        ("gemma3", "gives its Gemma3TextModel no mask of rows and tokens but a dict"),
     ],
 )
 def test_a_tensor_memory_that_could_not_tell_rows_or_padding_is_refused(kind: str, words: str) -> None:
@@ -133,6 +133,22 @@ def test_a_tensor_memory_that_could_not_tell_rows_or_padding_is_refused(kind: st
     with pytest.raises(ValueError, match=words):
         tessera.attach(model, TensorMemoryConfig(channels=4, grid=(3, 3)))
     assert torch.equal(families.logits(model, None, (families.TOKENS,)), before)
+
+
+def test_a_model_that_is_no_decoder_is_given_no_tensor_cache() -> None:
+    config = families.small_config("bert")
+    config.is_decoder = False
+    with pytest.raises(ValueError, match="is_decoder is False in its config, so its attention sees later tokens"):
+        tessera.attach(families.small_model("bert", config), TensorCacheConfig(window=32, rotary=True))
+
+
+def test_a_rotary_phase_of_several_positions_a_token_is_left_on_or_refused() -> None:
+    model = built("qwen2_vl")
+    with pytest.raises(ValueError, match=r"several positions each, of time, height and width.*rotary=True"):
+        tessera.attach(model, TensorCacheConfig(window=32))
+    tessera.attach(model, TensorCacheConfig(window=32, sink=4, rotary=True))
+    found = families.logits(model, tessera.Cache("sink:4 + window:32 + tc", model))
+    torch.testing.assert_close(found, families.logits(model, None, (families.TOKENS,)), atol=1e-4, rtol=1e-4)
 
 
 # Reading code

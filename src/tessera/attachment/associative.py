@@ -28,6 +28,11 @@ def add(model: Any, config: TensorCacheConfig) -> Attachment:
     text, shapes = read_config(model.config)
     check_shapes(model, shapes)
     modules = attention_modules(model, len(shapes))
+    if getattr(text, "is_decoder", None) is False:
+        raise ValueError(
+            f"tessera.attach: {type(model).__name__} cannot be given a memory: is_decoder is False in its config, so its "
+            "attention sees later tokens, which a window does not"
+        )
     chosen = _chosen(config, [window is None for _, window in shapes])
     heads = text.num_attention_heads
     layers = {}

@@ -100,10 +100,10 @@ def _check_rows(model: Any, layer: nn.Module, norm: nn.Module) -> None:
         )
     given = seen["mask"]
     if not isinstance(given, Tensor) or given.shape != mask.shape:
-        what = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        what = f"a tensor of {given.ndim} dimensions" if isinstance(given, Tensor) else f"a {type(given).__name__}"
         raise ValueError(
-            f"tessera.attach: {type(model).__name__} gives its {type(owner).__name__} no mask of (batch, tokens) but {what}; "
-            "a memory could not tell what is padding"
+            f"tessera.attach: {type(model).__name__} gives its {type(owner).__name__} no mask of rows and tokens but {what}; a "
+            "memory could not tell what is padding"
         )
 
 

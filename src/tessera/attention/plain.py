@@ -53,7 +53,8 @@ def positions(query: Tensor, place: Tensor, position_ids: Tensor | None) -> Tens
     """Rotary positions of all slots, (batch, slots), from those of the newest."""
     batch, slots = place.shape
     past = slots - query.shape[2]
-    if position_ids is None:
+    if position_ids is None or position_ids.ndim > 2:
+        # Several positions a token, of time, height and width: a memory that leaves the phase on needs none.
         return place.clamp(min=0)
     newest = position_ids.expand(batch, -1)
     if not past:
