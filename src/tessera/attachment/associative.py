@@ -28,7 +28,8 @@ def add(model: Any, config: TensorCacheConfig) -> Attachment:
     text, shapes = read_config(model.config)
     check_shapes(model, shapes)
     modules = attention_modules(model, len(shapes))
-    if getattr(text, "is_decoder", None) is False:
+    # Some decoders have the field and never read it; their attention is causal all the same.
+    if getattr(text, "is_decoder", None) is False and not all(getattr(module, "is_causal", True) for module in modules):
         raise ValueError(
             f"tessera.attach: {type(model).__name__} cannot be given a memory: is_decoder is False in its config, so its "
             "attention sees later tokens, which a window does not"
