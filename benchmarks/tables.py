@@ -361,6 +361,39 @@ def video(stay: str) -> str:
     return markdown_table(("patches see", "clips", *stretches), lines)
 
 
+#: Outcomes of the walk over families, in the words of the documents.
+_OUTCOMES = {"served": "served", "decoded": "served by decoding", "refused": "refused", "not tried": "not tried"}
+_PARTS = {"cache": "`tessera.Cache`", "tensor_cache": "Tensor Cache", "tensor_memory": "Tensor Memory"}
+
+
+def families(what: str) -> str:
+    """What became of the families of transformers: their "counts", or by outcome and cause for one of `_PARTS`."""
+    rows = _load("families")["rows"]
+    if what == "counts":
+        found = {part: [row[part]["outcome"] for row in rows if part in row] for part in _PARTS}
+        cells = [(name, *(str(found[part].count(outcome)) for outcome in _OUTCOMES)) for part, name in _PARTS.items()]
+        return markdown_table(("", *_OUTCOMES.values()), cells)
+    causes: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if what in row:
+            causes.setdefault((row[what]["outcome"], _cause(row[what])), []).append(row["family"])
+    order = sorted(causes, key=lambda pair: (list(_OUTCOMES).index(pair[0]), -len(causes[pair]), pair[1]))
+    cells = [(_OUTCOMES[pair[0]], pair[1], str(len(causes[pair])), ", ".join(causes[pair])) for pair in order]
+    return markdown_table(("outcome", "cause", "families", "which"), cells)
+
+
+def _cause(found: dict[str, str]) -> str:
+    """The reason without the names of the family and its classes."""
+    if found["outcome"] == "not tried":
+        return found["reason"].partition(":")[0]
+    reason = re.sub(r"^tessera\.\w+: |does not support [\w-]+: |^[\w-]+: | \((?:[^()]|\([^()]*\))*\)", "", found["reason"])
+    reason = re.sub(r"^tessera\.Cache |\w+ cannot be given a memory: ", "", reason)
+    reason = re.sub(r"\b[A-Z]\w*(Attention|Layer|LM|LMHeadModel|Generation|Model|Decoder|Block)\b", "it", reason)
+    reason = re.sub(r"\d+ stacks of \d+ layers", "no single stack of layers", reason)
+    reason = re.sub(r"of type '[^']+'(, '[^']+')*", "of another type", reason)
+    return re.sub(r"\bits it\b", "its attention", reason).strip()
+
+
 def _spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation over seeds."""
     if not values:
@@ -406,6 +439,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "decode-attention": decode_attention,
     "diagnostics": diagnostics,
     "encode": encode,
+    "families": families,
     "generation": generation,
     "language": language,
     "language-trained": language_trained,

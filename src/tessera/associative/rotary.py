@@ -51,7 +51,10 @@ def phase_of(model: Any, attention: nn.Module, head_dim: int) -> Phase:
     rotary = getattr(decoder, "rotary_emb", None)
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     why = "it has no rotary_emb" if rotary is None else "its rotation is written in a way that is not known here"
-    if rotary is not None and rotate is not None:
+    several = bool(getattr(rotary, "mrope_section", None))
+    if several:
+        why = "its tokens have several positions each, of time, height and width"
+    if rotary is not None and rotate is not None and not several:
         types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
         index = getattr(attention, "layer_idx", None)
         phase = Phase(rotary, None if types is None or index is None else types[index])
@@ -64,7 +67,7 @@ def phase_of(model: Any, attention: nn.Module, head_dim: int) -> Phase:
             turned = rotate(own, own, cos.squeeze(1), sin.squeeze(1))[0]
             if torch.allclose(phase.remove(turned, positions.to(device)), x, atol=1e-4):
                 return phase
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        except (RuntimeError, TypeError, ValueError, LookupError):
             pass
     raise ValueError(
         f"the rotary phase of {type(model).__name__} cannot be taken off: {why}. Use TensorCacheConfig(rotary=True), which "

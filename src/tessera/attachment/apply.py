@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from tessera.associative.config import TensorCacheConfig
 from tessera.associative.layer import TensorCacheLayer, is_gate
 from tessera.attachment import associative, spatial
-from tessera.attachment.record import Attachment, alike, attached, attachment, bare, read_sample, sampled, wrapped
+from tessera.attachment.record import Attachment, alike, attached, attachment, read_sample, sampled, wrapped
 from tessera.cache.layer import ATTACHED
 from tessera.devices import device_of
 from tessera.files import WHOLE, atomic_path, brief, open_tensors, read_json
 from tessera.spatial.config import TensorMemoryConfig
 from tessera.spatial.layer import make_layers, make_memory
 from tessera.spatial.memory import TensorMemory
+from tessera.wrapped import unwrap_to_change, unwrap_to_read
 
 M = TypeVar("M", bound=nn.Module)
 _CONFIGS: dict[str, Any] = {"TensorCache": TensorCacheConfig, "TensorMemory": TensorMemoryConfig}
@@ -46,7 +47,8 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
     share, and its states are where the first layer computes.
 
     Args:
-        model: see above; or one that peft has wrapped.
+        model: see above, by itself or adapted by peft. One that `DistributedDataParallel`, `DataParallel`, FSDP or
+            `torch.compile` has wrapped already is refused, because these do not notice what is added behind their back.
         config: of the memory.
         freeze: only what is added learns.
 
@@ -58,7 +60,7 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
     """
     if not isinstance(config, TensorCacheConfig | TensorMemoryConfig):
         raise TypeError(f"tessera.attach takes a TensorCacheConfig or a TensorMemoryConfig, got {type(config).__name__}")
-    whole = bare(model)
+    whole = unwrap_to_change(model, "tessera.attach")
     if attachment(whole) is not None:
         raise ValueError(f"{type(whole).__name__} has a memory attached already; call tessera.detach(model) first")
     own = [p for p in whole.parameters() if p.requires_grad and freeze]
@@ -92,7 +94,7 @@ def detach(model: M) -> M:
     Raises:
         ValueError: if nothing is attached.
     """
-    whole = bare(model)
+    whole = unwrap_to_change(model, "tessera.detach")
     done = attached(whole)
     for hook in done.hooks:
         hook.remove()
@@ -120,8 +122,10 @@ def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
     weights that are written, so that the file holds what the memory computes now; the memory in the model keeps them apart.
 
     Raises:
-        ValueError: if nothing is attached, or if parts of it were replaced by what cannot be merged; nothing is written.
+        ValueError: if nothing is attached, or if parts of it were replaced by what cannot be merged, or if the
+            model is in a wrapper that has spread its parameters; nothing is written.
     """
+    model = unwrap_to_read(model, "tessera.save_memory")
     done = attached(model)
     tensors: dict[str, Tensor] = {}
     for place, part in done.modules().items():
@@ -171,12 +175,13 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
         ValueError: if the file is damaged or was made for another model; the model is as it was.
     """
     file = os.fspath(path)
+    whole = unwrap_to_change(model, "tessera.load_memory")
     about, tensors = _read(path)
     kind, shape = about["kind"], about["model"]
-    own = _home(kind).shape_of(bare(model))
+    own = _home(kind).shape_of(whole)
     if shape != own:
         raise ValueError(f"{file}: this memory was trained for a model of shape {brief(shape)}; yours is {own}")
-    if strict and not alike(about["weights"], sampled(model)):
+    if strict and not alike(about["weights"], sampled(whole)):
         raise ValueError(
             f"{file} was trained for a model of the same shape with other weights; load_memory(..., strict=False) "
             "takes it nevertheless"
@@ -187,7 +192,7 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
         attach(model, config)
     except ValueError as error:
         raise ValueError(f"{file}: {brief(error, WHOLE)}") from None
-    for place, module in attached(bare(model)).modules().items():
+    for place, module in attached(whole).modules().items():
         module.load_state_dict({name: tensors[f"{place}.{name}"] for name in module.state_dict()})
     return model
 

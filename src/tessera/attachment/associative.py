@@ -11,7 +11,7 @@ from tessera.associative.layer import MemoryCall, TensorCacheLayer
 from tessera.associative.rotary import phase_of
 from tessera.attachment.record import Attachment
 from tessera.attention import Limits, enable, restore, unsupported
-from tessera.cache.cache import read_config
+from tessera.cache.config import check_shapes, read_config
 from tessera.cache.layer import ATTACHED, ATTENTION
 
 #: Where an attention module keeps its memory.
@@ -28,7 +28,14 @@ def add(model: Any, config: TensorCacheConfig) -> Attachment:
     if why:
         raise ValueError(f"tessera.attach: {type(model).__name__} cannot be given a memory: {why}")
     text, shapes = read_config(model.config)
+    check_shapes(model, shapes)
     modules = attention_modules(model, len(shapes))
+    # Some decoders have the field and never read it; their attention is causal all the same.
+    if getattr(text, "is_decoder", None) is False and not all(getattr(module, "is_causal", True) for module in modules):
+        raise ValueError(
+            f"tessera.attach: {type(model).__name__} cannot be given a memory: is_decoder is False in its config, so its "
+            "attention sees later tokens, which a window does not"
+        )
     chosen = _chosen(config, [window is None for _, window in shapes])
     heads = text.num_attention_heads
     layers = {}

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tessera.cache.layer import ATTACHED
 from tessera.devices import weights
+from tessera.wrapped import unwrap
 
 #: Numbers of each weight that a sample takes.
 SAMPLED = 4
@@ -55,11 +56,6 @@ class Attachment:
         return named if self.shared is None else {"shared": self.shared, **named}
 
 
-def bare(model: Any) -> Any:
-    """The model itself where peft has wrapped it."""
-    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
-
-
 def wrapped(module: nn.Module) -> dict[str, str]:
     """The parts of a module around which something, as a LoRA of peft, was put: where that is, and where the part is in it."""
     found: dict[str, str] = {}
@@ -77,7 +73,7 @@ def sampled(model: nn.Module) -> dict[str, list[float]]:
 
     Adapters around its layers do not count, and weights that are offloaded are read where they are.
     """
-    model = bare(model)
+    model = unwrap(model)
     done = attachment(model)
     added = () if done is None else {id(p) for module in done.modules().values() for p in module.parameters()}
     cores = wrapped(model)
@@ -137,8 +133,8 @@ def _close(a: float, b: float) -> bool:
 
 
 def attachment(model: nn.Module) -> Attachment | None:
-    """What is attached to `model`, if anything."""
-    return getattr(model, ATTACHED, None)
+    """What is attached to `model`, which may be wrapped, if anything."""
+    return getattr(unwrap(model), ATTACHED, None)
 
 
 def attached(model: nn.Module) -> Attachment:

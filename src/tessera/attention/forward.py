@@ -24,6 +24,9 @@ from tessera.cache.masks import by_lengths, check_absorbed, documents
 #: What the mask of a cache with slots for tokens to come, as transformers' StaticCache, says of their number.
 ROOM = "_tessera_room"
 
+#: torch.compile breaks its graph here: what tiers hold changes from call to call, and kernels are no part of a graph.
+_over_tiers = torch.compiler.disable(over_tiers)
+
 
 def attention_forward(
     module: nn.Module,
@@ -72,7 +75,7 @@ def attention_forward(
             raise ValueError("Infini-attention keeps its own memory; run this model without a tessera.Cache")
         if lengths is not None:
             raise ValueError("packed documents given by cu_seq_lens_q are for calls without a cache; use_cache=False")
-        return over_tiers(module, query, key, attention_mask, softmax, memory_call), None
+        return _over_tiers(module, query, key, attention_mask, softmax, memory_call), None
     room = getattr(attention_mask, ROOM, 0)
     if room and attention_mask is not None:
         key, value, attention_mask = key[:, :, :-room], value[:, :, :-room], attention_mask[..., :-room]

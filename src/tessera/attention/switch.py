@@ -6,7 +6,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from tessera.attention.source import touches, windowed
+from tessera.attention.weights import refuse_weights
 from tessera.cache.layer import ATTACHED, ATTENTION
+from tessera.wrapped import unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -17,11 +20,13 @@ _PREVIOUS = "_attention_before_tessera"
 def enable(model: M) -> M:
     """Route the attention of `model` (a transformers model) through Tessera. Returns the model; calling it again is harmless.
 
-    Without a `tessera.Cache` the model computes what it did before.
+    Without a `tessera.Cache` the model computes what it did before, but gives no attention weights: `output_attentions=True`
+    is refused at the call.
 
     Raises:
         ValueError: for a model that does not ask transformers' `AttentionInterface` for its attention.
     """
+    outer, model = model, unwrap(model)
     why = unsupported(model)
     if why:
         raise ValueError(f"tessera.enable: {type(model).__name__} cannot use Tessera's attention: {why}")
@@ -29,12 +34,13 @@ def enable(model: M) -> M:
     text = config.get_text_config(decoder=True)
     before = text._attn_implementation
     if before == ATTENTION:
-        return model
+        return outer
     _switch(model, ATTENTION)
     if text._attn_implementation != ATTENTION:
         raise ValueError(f"tessera.enable: {type(model).__name__} kept its attention {text._attn_implementation!r}")
     setattr(model, _PREVIOUS, before)
-    return model
+    refuse_weights(model)
+    return outer
 
 
 def disable(model: M) -> M:
@@ -43,7 +49,7 @@ def disable(model: M) -> M:
     Raises:
         ValueError: if a Tensor Cache is attached, which lives in Tessera's attention.
     """
-    done = getattr(model, ATTACHED, None)
+    done = getattr(unwrap(model), ATTACHED, None)
     if done is not None and done.kind == "TensorCache":
         raise ValueError("a Tensor Cache is attached to this model; take it away with tessera.detach(model)")
     return restore(model)
@@ -51,10 +57,11 @@ def disable(model: M) -> M:
 
 def restore(model: M) -> M:
     """`disable`, whatever is attached."""
+    outer, model = model, unwrap(model)
     config: Any = model.config
     if config.get_text_config(decoder=True)._attn_implementation == ATTENTION:
         _switch(model, getattr(model, _PREVIOUS, None) or ("sdpa" if getattr(model, "_supports_sdpa", False) else "eager"))
-    return model
+    return outer
 
 
 def unsupported(model: Any) -> str | None:
@@ -63,6 +70,21 @@ def unsupported(model: Any) -> str | None:
         return "it is not a transformers model"
     if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
         return "its code computes attention itself and does not ask transformers' AttentionInterface"
+    text = model.config.get_text_config(decoder=True)
+    if text._attn_implementation == ATTENTION:
+        return None  # and was looked at when that was done
+    slides = getattr(text, "sliding_window", None) is not None and getattr(text, "layer_types", None) is None
+    for module in model.modules():
+        if not type(module).__name__.endswith("Attention"):
+            continue
+        what = touches(module)
+        if what is not None:
+            return f"its {type(module).__name__} computes with the cached keys or values itself ({what})"
+        if slides and hasattr(module, "layer_idx") and not windowed(module):
+            return (
+                f"its config has a sliding window ({text.sliding_window}), which {type(module).__name__} does not apply, so "
+                "what it computes depends on how a text is cut"
+            )
     return None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -12,11 +14,13 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from tessera import codecs
 from tessera.cache import storage
+from tessera.cache.config import check_shapes, read_config
 from tessera.cache.lane import Policy
 from tessera.cache.layer import ATTACHED, STREAMS, Link, TesseraLayer
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec, parse
 from tessera.devices import layer_devices
+from tessera.wrapped import replaces_cache, unwrap
 
 Prefill = Literal["exact", "packed"]
 
@@ -26,9 +30,10 @@ class Cache(TransformersCache):
 
     Args:
         spec: tiers joined by `+`, such as "sink:4 + hqmq:4 + recent:128"; see `tessera.cache.spec.parse`.
-        model_or_config: the transformers model that the cache serves; its attention is routed through Tessera (see
-            `tessera.enable`; `tessera.disable` undoes it). Or the model's own config object: then nothing is switched, and as
-            long as the model uses another attention, keys and values are decoded for every call, with one warning.
+        model_or_config: the transformers model that the cache serves, by itself or wrapped (`DataParallel`,
+            `DistributedDataParallel`, peft, `torch.compile`); its attention is routed through Tessera (see `tessera.enable`;
+            `tessera.disable` undoes it). Or the model's own config object: then nothing is switched, and as long as the model
+            uses another attention, keys and values are decoded for every call, with one warning.
         prefill: "exact": the tokens of a call are attended to as they are, and packed after it. "packed": what leaves `recent`
             is packed first and attended to in that form, also by the call's own queries. The cache's contents are the same.
             For measuring: where a codec encodes tokens in groups, a query reads tokens of its group whose common mean was
@@ -48,7 +53,13 @@ class Cache(TransformersCache):
         if prefill not in ("exact", "packed"):
             raise ValueError(f"prefill must be 'exact' or 'packed', got {prefill!r}")
         self.prefill = prefill
-        config = model_or_config.config if isinstance(model_or_config, nn.Module) else model_or_config
+        refused = replaces_cache(model_or_config)
+        if refused:
+            raise ValueError(f"tessera.Cache: {refused}")
+        model_or_config = unwrap(model_or_config)
+        config = getattr(model_or_config, "config", None) if isinstance(model_or_config, nn.Module) else model_or_config
+        if config is None:
+            raise TypeError(f"expected a transformers model or its config, got {type(model_or_config).__name__}")
         text, layers = read_config(config)
         self.memory = self._check_memory(model_or_config) if self.spec.associative else ""
         if isinstance(model_or_config, nn.Module):
@@ -61,6 +72,7 @@ class Cache(TransformersCache):
                     f"{type(model_or_config).__name__}: {why}. tessera.Cache(spec, model.config) works where keys and values "
                     "may be decoded for every call"
                 )
+            check_shapes(model_or_config, layers)
             enable(model_or_config)
         codec = None if self.spec.codec is None else codecs.get(self.spec.codec)
         link = Link(text, prefill, self.spec.bounded, len(layers) - 1)
@@ -90,6 +102,29 @@ class Cache(TransformersCache):
     def __repr__(self) -> str:
         return f"Cache({str(self.spec)!r}, {len(self.layers)} layers, {self.get_seq_length()} tokens)"
 
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Keys, values and, of a sliding layer, its window for each layer, as `DynamicCache`; see `TesseraLayer.dense`."""
+        for layer in self.layers:
+            keys, values = layer.dense() or (None, None)
+            yield keys, values, None if layer.sliding is None else torch.tensor(layer.sliding)
+
+    def __copy__(self) -> Cache:
+        # A copy that shared its layers would take in what is given to the other.
+        return copy.deepcopy(self)
+
+    @property
+    def max_cache_len(self) -> int:
+        """Asked for by peft's prefix tuning only, which would leave this cache unused.
+
+        Raises:
+            RuntimeError: always, saying so.
+        """
+        raise RuntimeError(
+            "tessera.Cache has no max_cache_len. peft's prefix tuning asks for it and would begin every text with a "
+            "DynamicCache of its own in place of this cache; use prompt tuning or LoRA, or no tessera.Cache"
+        )
+
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Stage the new tokens of a layer; see `TesseraLayer.update`.
 
@@ -196,60 +231,9 @@ class Cache(TransformersCache):
                     f"this cache was saved with the memory {stored.text('memory') or 'none'}; yours is {cache.memory or 'none'}"
                 )
             stored.fill(cache.layers)
-        if isinstance(model_or_config, nn.Module):
-            for layer, device in zip(cache.layers, layer_devices(model_or_config, len(cache.layers)), strict=True):
+        model = unwrap(model_or_config)
+        if isinstance(model, nn.Module):
+            for layer, device in zip(cache.layers, layer_devices(model, len(cache.layers)), strict=True):
                 if device is not None:
                     layer.to(device)
         return cache
-
-
-def read_config(config: Any) -> tuple[Any, list[tuple[tuple[int, int], int | None]]]:
-    """What the cache must know of a model.
-
-    Returns:
-        the config of its text decoder, and for each layer (kv_heads, head_dim) and the window of its own attention or None.
-
-    Raises:
-        ValueError: for a model whose layers do not keep plain keys and values, saying why.
-    """
-    if not hasattr(config, "get_text_config"):
-        raise TypeError(f"expected a transformers model or its config, got {type(config).__name__}")
-    text = config.get_text_config(decoder=True)
-    name = getattr(text, "model_type", type(text).__name__)
-    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
-        raise ValueError(f"tessera.Cache does not support {name}: it is an encoder-decoder, whose decoder needs two caches")
-    if getattr(text, "is_heterogeneous", False):
-        raise ValueError(f"tessera.Cache does not support {name}: its layers differ in the shape of what they keep")
-    if getattr(text, "kv_lora_rank", None):
-        raise ValueError(
-            f"tessera.Cache does not support {name}: its multi-head latent attention keeps keys and values of different "
-            "shapes, made from a latent vector"
-        )
-    if getattr(text, "num_kv_shared_layers", None) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
-        raise ValueError(f"tessera.Cache does not support {name}: some of its layers read the keys and values of other layers")
-    count = getattr(text, "num_hidden_layers", None)
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        heads = 1  # Falcon counts its one key head nowhere
-    dim = getattr(text, "head_dim", None)
-    if dim is None and getattr(text, "hidden_size", None) and getattr(text, "num_attention_heads", None):
-        dim = text.hidden_size // text.num_attention_heads
-    if not isinstance(count, int) or not isinstance(heads, int) or not isinstance(dim, int):
-        raise ValueError(f"tessera.Cache does not support {name}: its config does not say how many keys a layer keeps")
-    sliding = getattr(text, "sliding_window", None)
-    types = getattr(text, "layer_types", None)
-    if types is None:
-        if getattr(text, "attention_chunk_size", None):
-            types = ["chunked_attention"] * count
-        else:
-            types = ["full_attention" if sliding is None else "sliding_attention"] * count
-    other = sorted(set(types) - {"full_attention", "sliding_attention"})
-    if other:
-        raise ValueError(
-            f"tessera.Cache does not support {name}: its layers of type {', '.join(map(repr, other))} keep something else than "
-            "keys and values of all tokens or of a sliding window"
-        )
-    for marker in ("ssm_state_size", "mamba_d_state", "linear_num_value_heads", "state_size"):
-        if getattr(text, marker, None):
-            raise ValueError(f"tessera.Cache does not support {name}: it has recurrent layers ({marker})")
-    return text, [((heads, dim), sliding if kind == "sliding_attention" else None) for kind in types]

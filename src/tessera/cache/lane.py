@@ -296,7 +296,7 @@ class Lane:
         if packed or (n <= BLOCK and first):
             self.append(k, v)
             if packed:
-                self.settle(drop=False)
+                self.settle(drop=False, spare=hold)
             return Turn(self, first, n, self.parts(), None, queries, hold)
         # A long call is read where it lies and taken in afterwards, so it is never copied whole.
         parts, window = self.parts(), self.policy.window

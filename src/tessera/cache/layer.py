@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from tessera.associative import TensorCache
+from tessera.cache.deferred import ATTENTION, Handle
+from tessera.cache.dense import assemble
 from tessera.cache.lane import RECORDED, Lane, Policy, Turn
 from tessera.cache.masks import GroupMask, MaskMemo, boolean, new_tokens
 from tessera.cache.shares import Share, shares
-from tessera.kernels import Pages
 
-#: Name of the attention function in transformers' `AttentionInterface`.
-ATTENTION = "tessera"
 #: Where a model keeps what `tessera.attach` did to it.
 ATTACHED = "_tessera_attachment"
 
@@ -41,6 +41,15 @@ class Link:
         self.last = last
         self.masks = MaskMemo()
         self.warned = False
+        self.read = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The memo is of masks of this process, by identity.
+        return {name: value for name, value in self.__dict__.items() if name != "masks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.masks = MaskMemo()
 
     def __deepcopy__(self, memo: object) -> Link:
         # A copied cache serves the same model, whose attention may be switched later.
@@ -62,31 +71,15 @@ class Link:
                 stacklevel=6,
             )
 
-
-class HandleError(AttributeError):
-    """Something other than Tessera's attention has touched a handle."""
-
-
-class Handle:
-    """Stands for the keys or values of a layer on their way from the cache to Tessera's attention function."""
-
-    __slots__ = ("layer", "role")
-
-    def __init__(self, layer: TesseraLayer, role: str) -> None:
-        self.layer = layer
-        self.role = role
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise HandleError(
-            f"the attention of this model uses the cached {self.role}s directly ({what}), so it cannot read Tessera's tiers. "
-            "Call tessera.disable(model) to have them decoded for it."
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        self._refuse(f".{name}")
-
-    def __getitem__(self, index: object) -> Any:
-        self._refuse("indexing")
+    def warn_read(self) -> None:
+        """Say once what it costs to read the cache as plain tensors."""
+        if not self.read:
+            self.read = True
+            warnings.warn(
+                "the keys and values of a tessera.Cache are decoded anew, whole, every time that they are read as tensors; "
+                "what is written into them changes nothing in the cache",
+                stacklevel=4,
+            )
 
 
 class TesseraLayer(CacheLayerMixin):
@@ -103,7 +96,7 @@ class TesseraLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(self, index: int, policy: Policy, shape: tuple[int, int], sliding: int | None, link: Link) -> None:
-        super().__init__()
+        # Not super().__init__(), which would set `keys` and `values`.
         self.index = index
         self.policy = policy
         self.shape = shape
@@ -170,6 +163,13 @@ class TesseraLayer(CacheLayerMixin):
             self.to(k.device)
             self.device = k.device
 
+    @property
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of keys and of values; there must have been some."""
+        assert self.dtype is not None
+        assert self.value_dtype is not None
+        return self.dtype, self.value_dtype
+
     def _check(self, k: Tensor, v: Tensor) -> None:
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise RuntimeError(
@@ -206,6 +206,49 @@ class TesseraLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         """The same by its older name."""
         return self.get_max_length()
+
+    # For libraries that read caches
+
+    @property
+    def keys(self) -> Tensor | None:
+        """What is held of the keys, decoded: see `dense`. None before the first tokens."""
+        held = self.dense()
+        return None if held is None else held[0]
+
+    @property
+    def values(self) -> Tensor | None:
+        """What is held of the values, decoded: see `dense`. None before the first tokens."""
+        held = self.dense()
+        return None if held is None else held[1]
+
+    def dense(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of all slots, or of those inside the window of a sliding layer, decoded and zero at padding.
+
+        They are copies, made anew by every call, each (batch, kv_heads, slots, head_dim).
+
+        Returns:
+            keys and values; None before the first tokens.
+
+        Raises:
+            RuntimeError: for a spec that drops tokens, of whose slots not all have a key.
+        """
+        if not self.is_initialized:
+            return None
+        if self.link.bounded:
+            raise RuntimeError(
+                "a cache whose spec drops tokens ('window', '@limit') has no keys and values of all its slots to be read as "
+                "tensors; use a spec that keeps all, such as 'sink:4 + hqmq:4 + recent:128'"
+            )
+        self.link.warn_read()
+        first = 0 if self.sliding is None else max(self.seen - self.sliding + 1, 0)
+        size = (self.batch, self.shape[0], self.seen - first, self.shape[1])
+        lanes = [(lane.rows, lane.slots, lane.parts()) for lane in self.lanes]
+        keys, values = assemble(lanes, size, first, self._dtypes, self.device)
+        if self._staged is not None:
+            # Within a call: where its padding ends is not known yet.
+            n = min(self._staged[0].shape[2], size[2])
+            keys[:, :, size[2] - n :], values[:, :, size[2] - n :] = (x[:, :, x.shape[2] - n :] for x in self._staged)
+        return keys, values
 
     # What the attention function calls
 
@@ -311,19 +354,8 @@ class TesseraLayer(CacheLayerMixin):
         first = turns[0][0]
         offset = 0 if self.sliding is None else max(self.seen - first.tokens - self.sliding + 1, 0)
         size = (self.batch, self.shape[0], self.seen - offset, self.shape[1])
-        keys = torch.zeros(size, dtype=self.dtype, device=self.device)
-        values = torch.zeros_like(keys, dtype=self.value_dtype)
-        for turn, _ in turns:
-            rows = torch.tensor(turn.lane.rows, device=keys.device)
-            for part in turn.parts:
-                wanted = turn.lane.slots.cut(part.start, part.start + part.tokens)
-                skip = wanted.before(offset)
-                if skip < part.tokens:
-                    slots = wanted.cut(skip, part.tokens).index(keys.device) - offset
-                    k, v = part.held.decode() if isinstance(part.held, Pages) else part.held
-                    at = rows[:, None], slice(None), slots
-                    keys[at] = k[:, :, skip:].to(keys).transpose(1, 2)
-                    values[at] = v[:, :, skip:].to(values).transpose(1, 2)
+        lanes = [(turn.lane.rows, turn.lane.slots, turn.parts) for turn, _ in turns]
+        keys, values = assemble(lanes, size, offset, self._dtypes, self.device)
         self.close(turns)
         return keys, values
 
@@ -377,8 +409,10 @@ class TesseraLayer(CacheLayerMixin):
         """How many slots `crop` will forget; refuses as it does.
 
         Raises:
+            TypeError: if it is no whole number.
             ValueError: if tokens would be needed again that have been dropped.
         """
+        tokens_to_remove = _whole(tokens_to_remove)
         self.settle_calls()
         n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         n = min(n, self.seen)
@@ -390,6 +424,7 @@ class TesseraLayer(CacheLayerMixin):
         """Forget the newest -`tokens_to_remove` slots; a positive number is the length that shall remain.
 
         Raises:
+            TypeError: if it is no whole number.
             ValueError: if tokens would be needed again that have been dropped; then nothing is forgotten.
         """
         n = self.check_crop(tokens_to_remove)
@@ -448,3 +483,14 @@ class TesseraLayer(CacheLayerMixin):
         if self._staged is not None:
             found["staged"] = self._staged[0].shape[0] * self._staged[0].shape[2]
         return found
+
+
+def _whole(number: Any) -> int:
+    """A number of tokens: an int, or what stands for one, such as a tensor of one element."""
+    truth = isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool
+    try:
+        if truth:
+            raise TypeError
+        return operator.index(number)
+    except TypeError:
+        raise TypeError(f"crop takes a whole number of tokens, such as -3, got {number!r}") from None

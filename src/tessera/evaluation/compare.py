@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from tessera.attachment import attachment
 from tessera.cache import Cache, CacheReport, Prefill
-from tessera.cache.cache import read_config
+from tessera.cache.config import read_config
 from tessera.cache.spec import parse
 from tessera.evaluation.records import Comparison, Row
 from tessera.evaluation.sources import Source, encode, windows

@@ -1,0 +1,37 @@
+"""Attention weights are never made, so a call that asks for them is refused instead of answered with nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tessera.cache.layer import ATTENTION
+
+#: Set on a model whose calls are looked at.
+_WATCHED = "_tessera_refuses_weights"
+
+
+def refuse_weights(model: nn.Module) -> None:
+    """Have the models within `model`, itself included, refuse `output_attentions` for as long as their attention is Tessera's.
+
+    A hook before the call, because not every family hands the flag on to its attention, and because there a cache would have
+    taken in tokens already.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and not getattr(part, _WATCHED, False):
+            part.register_forward_pre_hook(_look, with_kwargs=True)
+            setattr(part, _WATCHED, True)
+
+
+def _look(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+    config: Any = model.config
+    asked = kwargs.get("output_attentions")
+    if asked is None:
+        asked = getattr(config, "output_attentions", False)
+    if asked and config.get_text_config(decoder=True)._attn_implementation == ATTENTION:
+        raise ValueError(
+            f"{type(model).__name__} was asked for attention weights (output_attentions=True), which Tessera's attention never "
+            "makes; call tessera.disable(model) first, or tessera.detach(model) where a Tensor Cache is attached"
+        )

@@ -1,0 +1,93 @@
+"""What the cache gives a model in place of keys and values, on their way to Tessera's attention function."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from tessera.cache.layer import TesseraLayer
+
+#: Name of the attention function in transformers' `AttentionInterface`.
+ATTENTION = "tessera"
+
+
+class HandleError(AttributeError):
+    """Something other than Tessera's attention has touched a handle."""
+
+
+class Handle:
+    """Stands for the keys or values of a layer on their way from the cache to Tessera's attention function.
+
+    Whatever else touches it is told what to do: methods and attributes of tensors, and torch functions that are given it.
+
+    Args:
+        layer: of the cache, which has what the handle stands for.
+        role: "key" or "value".
+    """
+
+    __slots__ = ("layer", "role")
+
+    def __init__(self, layer: TesseraLayer, role: str) -> None:
+        self.layer = layer
+        self.role = role
+
+    def _refuse(self, what: str) -> NoReturn:
+        used = _attention_of_caller()
+        if used is None or used == ATTENTION:
+            raise HandleError(
+                f"the attention of this model uses the cached {self.role}s directly ({what}), so it cannot read Tessera's "
+                "tiers. Call tessera.disable(model) to have them decoded for it."
+            )
+        raise HandleError(
+            f"the attention of this model is {used!r}, which cannot read Tessera's tiers ({what} of the cached {self.role}s); "
+            "the cache was made for another model, or another copy of it. Call tessera.enable(model) on the one that is called."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        # Copying, compiling and inspecting ask for names of Python's own, also on an object whose slots are empty yet.
+        if name in Handle.__slots__ or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._refuse(f".{name}")
+
+    def __getitem__(self, index: object) -> Any:
+        self._refuse("indexing")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse torch functions that are given a handle, and operators between a tensor and a handle."""
+        found = _first(cls, (args, kwargs or {}))
+        name = getattr(function, "__name__", str(function))
+        if found is None:
+            raise HandleError(f"torch's {name} was given keys or values that only Tessera's attention can read")
+        found._refuse(name)
+
+
+def _first(kind: type[Handle], given: Any) -> Handle | None:
+    """The first handle among arguments, which may be in lists of them."""
+    if isinstance(given, kind):
+        return given
+    if isinstance(given, dict):
+        given = given.values()
+    elif not isinstance(given, list | tuple):
+        return None
+    return next((found for part in given if (found := _first(kind, part)) is not None), None)
+
+
+def _attention_of_caller() -> str | None:
+    """The attention that the module which touches a handle was told to use; None if no module is found.
+
+    The cache cannot tell, because it may be given to another model than the one it was made for.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        for name in ("self", "module"):
+            module = frame.f_locals.get(name)
+            if isinstance(module, nn.Module):
+                used = getattr(getattr(module, "config", None), "_attn_implementation", None)
+                if isinstance(used, str):
+                    return used
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
