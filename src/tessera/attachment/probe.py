@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+#: What a causal model is run on: rows that differ in their last token.
+ROWS_TOKENS = (2, 3)
+
 
 def check_form(model: Any, layer: nn.Module, norm: nn.Module, causal: bool) -> None:
-    """Run the model once, on two tokens or an empty image, and see that x + f(norm(x)) is what the layer returns.
+    """Run the model once, on two rows of tokens or an image of noise, and see that x + f(norm(x)) is what the layer returns.
 
     Args:
         model: see `tessera.attach`.
@@ -52,6 +55,13 @@ def check_form(model: Any, layer: nn.Module, norm: nn.Module, causal: bool) -> N
     name, x = type(layer).__name__, seen.get("x")
     if x is None or "out" not in seen:
         raise ValueError(f"tessera.attach: {name} did not use its norm between attention and MLP")
+    if causal and tuple(x.shape[:2]) != ROWS_TOKENS:
+        raise ValueError(
+            f"tessera.attach: {name} gives its norm {tuple(x.shape)} for {ROWS_TOKENS[0]} rows of {ROWS_TOKENS[1]} tokens, so "
+            "a memory could not tell the rows apart"
+        )
+    if causal and not torch.allclose(x[0, :-1].float(), x[1, :-1].float(), rtol=1e-2, atol=1e-3):
+        raise ValueError(f"tessera.attach: in {name} tokens see later ones, but a Tensor Memory reads one after the other")
     if x is seen["in"]:
         raise ValueError(f"tessera.attach: {name} computes attention and MLP side by side; there is nothing between them")
     if any(x is part for part in parts):
@@ -75,7 +85,7 @@ def check_form(model: Any, layer: nn.Module, norm: nn.Module, causal: bool) -> N
 def _call(model: Any, causal: bool) -> None:
     weight = next(p for p in model.parameters() if p.is_floating_point())
     if causal:
-        model(input_ids=torch.tensor([[0, 1]], device=weight.device), use_cache=False)
+        model(input_ids=torch.tensor([[0, 1, 0], [0, 1, 1]], device=weight.device), use_cache=False)
         return
     if type(model).__module__.startswith("timm."):
         size = getattr(model.patch_embed, "img_size", None) or (4 * side for side in model.patch_embed.patch_size)
