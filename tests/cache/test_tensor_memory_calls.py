@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache_models import FAMILIES, logits, make, padding, tokens
+from cache_models import logits, make, padding, tokens
 from test_attached_tensor_memory import CONFIG, NAMES, attached, excite, whole
 from transformers import (
     DynamicCache,
@@ -247,7 +247,8 @@ def packed(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     return positions, torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
 
 
-@pytest.mark.parametrize("family", [name for name in NAMES if name in FAMILIES])
+#: The attention of gpt-oss does not look at positions, and mixes packed documents by itself.
+@pytest.mark.parametrize("family", [name for name in NAMES if name != "gpt-oss"])
 @torch.no_grad()
 def test_packed_documents_are_each_what_they_are_alone(family: str) -> None:
     model = attached(family, TensorMemoryConfig(channels=4, grid=(3, 3, 3), chunk=3))
@@ -375,30 +376,30 @@ def test_images_of_a_vision_language_model_are_read_in_order_and_not_both_ways()
     close(model(text, token_type_ids=torch.zeros_like(text)).logits, model(text).logits)
 
 
-@torch.no_grad()
-def test_a_prefix_that_is_seen_both_ways_is_refused() -> None:
-    text = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = PaliGemmaConfig(
-        text_config={"model_type": "gemma", **text, "num_key_value_heads": 2, "head_dim": 16},
-        vision_config={"model_type": "siglip_vision_model", **vision, "image_size": 28, "patch_size": 14, "projection_dim": 64},
-        image_token_index=90,
-        projection_dim=64,
-    )
-    model = excite(tessera.attach(PaliGemmaForConditionalGeneration(config).eval(), CONFIG))
-    ids = torch.randint(3, 80, (1, 20))
-    ids[0, :4] = 90
-    with pytest.raises(ValueError, match=r"lets tokens see later ones.*leave token_type_ids out"):
-        model(input_ids=ids, pixel_values=torch.ones(1, 3, 28, 28), token_type_ids=torch.ones_like(ids))
-
-
 def test_models_whose_tokens_a_memory_cannot_read_in_order_are_refused_when_attached() -> None:
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     opt = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64))
-    both = Gemma3ForCausalLM(
-        Gemma3TextConfig(**sizes, intermediate_size=48, num_key_value_heads=2, head_dim=16, use_bidirectional_attention=True)
+    text = {**sizes, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16}
+    both = Gemma3ForCausalLM(Gemma3TextConfig(**text, use_bidirectional_attention=True))
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 32,
+    }
+    config = PaliGemmaConfig(
+        text_config={"model_type": "gemma", **text},
+        vision_config={"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14, **vision},
+        image_token_index=90,
+        projection_dim=32,
     )
-    for model, why in ((opt, "could not tell the rows apart"), (both, "tokens see later ones")):
+    prefix = PaliGemmaForConditionalGeneration(config)
+    for model, why in (
+        (opt, "could not tell the rows apart"),
+        (both, "tokens see later ones"),
+        (prefix, "tokens see later ones"),
+    ):
         with pytest.raises(ValueError, match=why):
             tessera.attach(model, CONFIG)
         assert attachment(model) is None
@@ -468,7 +469,9 @@ def test_a_crop_that_goes_back_too_far_is_refused_and_changes_nothing() -> None:
     model, ids = attached(), tokens(1, 300)
     cache = DynamicCache(config=model.config)
     logits(model, cache, ids[:, :290], (290,))
-    with pytest.raises(ValueError, match=r"from 290 to 190 tokens.*call cache\.activate_past_recording\(\) before the calls"):
+    with pytest.raises(
+        ValueError, match=r"from 290 to 190 tokens.*call cache\.activate_past_recording\(\) after its first call"
+    ):
         cache.crop(-100)
     assert cache.get_seq_length() == 290
     close(logits(model, cache, ids[:, 290:], (10,)), whole(model, ids)[:, 290:])

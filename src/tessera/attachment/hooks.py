@@ -192,7 +192,7 @@ class MemoryHooks:
         stream = streams.layer(index, rows, past)
         if index == self.first:
             streams.note(rows, past, count, tokens.real)
-        return stream.advance(run, x, tokens.real, streams.back(cache, index))
+        return stream.advance(run, x, tokens.real, streams.back(cache))
 
     def _threaded(self, visit: Visit, x: Tensor) -> Tensor:
         index, call = visit.index, visit.call

@@ -176,7 +176,7 @@ class Streams:
         owner: names the memory that they are of.
         layers: by index.
         kept: (batch, tokens so far) bool on the CPU, False for padding; None: there has been none.
-        recording: the cache was told that its newest tokens may have to be taken back.
+        recording: the newest tokens may have to be taken back, for the cache was told so, or has been cropped.
     """
 
     def __init__(self, owner: str) -> None:
@@ -215,11 +215,13 @@ class Streams:
         new = torch.ones(batch, count, dtype=torch.bool) if real is None else real
         self.kept = torch.cat((before, new), dim=1)
 
-    def back(self, cache: Any, index: int) -> int:
-        """So many tokens a layer must be able to take back. None while gradients are kept, which would be lost."""
+    def back(self, cache: Any) -> int:
+        """So many tokens the layers must be able to take back. None while gradients are kept, which would be lost."""
         if torch.is_grad_enabled():
             return 0
-        return RECORDED if self.recording or getattr(cache.layers[index], "record_past", False) else BACK
+        # Only some kinds of layers are told that the past is recorded.
+        recording = self.recording or any(getattr(layer, "record_past", False) for layer in cache.layers)
+        return RECORDED if recording else BACK
 
     def select(self, rows: Callable[[int], Tensor]) -> None:
         """Change the rows; `rows` gives, for a number of old ones, the old one of each new one."""
@@ -243,11 +245,13 @@ class Streams:
                 raise ValueError(
                     f"this cache cannot be cropped from {stream.seen} to {length} tokens, for its Tensor Memory goes back to "
                     f"{stream.earliest} at the earliest, and in gradient mode not at all: call cache.activate_past_recording() "
-                    f"before the calls, for up to {RECORDED} tokens, or begin with a new cache"
+                    f"after its first call, which keeps the newest {RECORDED} tokens from then on, or begin with a new cache"
                 )
 
     def crop(self, cache: Any, seen: dict[int, int]) -> None:
         """Follow a cache whose layers had `seen` tokens before it was cropped."""
+        # More drafts will follow.
+        self.recording = True
         for index, stream in list(self.layers.items()):
             length = int(cache.get_seq_length(index))
             if stream.seen != seen[index]:
