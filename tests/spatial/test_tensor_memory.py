@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def make(**options: Any) -> TensorMemory:
-    torch.manual_seed(0)
+    torch.manual_seed(torch.initial_seed())
     memory = TensorMemory(TensorMemoryConfig(**{"channels": 5, "grid": (3, 4, 5), "chunk": 3, **options}), DIM)
     with torch.no_grad():
         for name, p in memory.named_parameters():
@@ -53,8 +53,8 @@ def inputs(memory: TensorMemory, tokens: int, batch: int = 2) -> tuple[Tensor, T
 
 
 def compare(form: Any, memory: TensorMemory, tokens: int) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Outputs, and gradients of everything, the state before included."""
-    torch.manual_seed(5)
+    """Outputs, and gradients of everything, the state before included. What is drawn is drawn again by the next call."""
+    drawn = torch.get_rng_state()
     x, places = inputs(memory, tokens)
     shape = (2, memory.config.channels, *memory.config.grid)
     h, c = (torch.randn(shape).tanh().requires_grad_() for _ in range(2))
@@ -65,6 +65,7 @@ def compare(form: Any, memory: TensorMemory, tokens: int) -> tuple[list[Tensor],
     out, state = form(x, TensorMemoryState(h, c, waiting, held_places), places)
     results = [out, state.h, state.c]
     loss = sum((r * torch.randn_like(r)).sum() for r in results)
+    torch.set_rng_state(drawn)
     grads = torch.autograd.grad(loss, [x, h, c, waiting, *memory.parameters()], allow_unused=True)
     return [r.detach() for r in results], list(grads)
 
