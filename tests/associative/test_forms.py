@@ -50,7 +50,7 @@ def test_the_kernel_is_the_loop_forward_and_backward(shape: tuple[int, ...], rul
         loss = sum((y * torch.randn_like(y)).sum() for y in found)
         results.append((*found, *torch.autograd.grad(loss, x)))  # type: ignore[arg-type]
     for fast, slow in zip(*results, strict=True):
-        assert (fast - slow).norm() <= 1e-5 * slow.norm()
+        assert (fast - slow).norm() <= 1e-4 * slow.norm()
 
 
 @built

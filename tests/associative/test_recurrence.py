@@ -91,4 +91,5 @@ def test_strong_decays_are_those_of_the_loop(g: float, rule: str, order: str) ->
         results.append((reads, end, *grads[:3], grads[3] * (decays > -40), *grads[4:]))
     for fast, slow in zip(*results, strict=True):
         assert fast.isfinite().all()
-        assert (fast - slow).norm() <= 1e-4 * slow.norm()
+        # Where all is forgotten, a gradient may be nothing in one form and next to nothing in the other.
+        assert (fast - slow).norm() <= 1e-4 * slow.norm() + 1e-12

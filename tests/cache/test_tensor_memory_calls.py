@@ -356,7 +356,7 @@ def test_text_of_a_vision_language_model_is_read_with_its_padding() -> None:
     close(found[:1], model(ids[:1], use_cache=False).logits)
     close(found[1:, 7:], model(ids[1:, 7:], use_cache=False).logits)
     wanted = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, use_cache=False)
-    assert not torch.equal(wanted, tessera.detach(copy.deepcopy(model)).generate(ids, attention_mask=mask, max_new_tokens=5))
+    assert (found[0] - tessera.detach(copy.deepcopy(model))(ids[:1]).logits[0]).abs().max() > 0.1
     for how in ({}, {"cache_implementation": "static"}, {"past_key_values": tessera.Cache("dense", model)}):
         assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, **how), wanted)
 

@@ -94,8 +94,9 @@ def test_a_thousand_steps_stay_equal_to_rounding(gates: Any, backend: str) -> No
     x, _ = inputs(memory, 1000, 1)
     with torch.no_grad():
         (out, state), (wanted, end) = memory(x, backend=backend), memory.reference(x)
-    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state.c, end.c, rtol=1e-5, atol=1e-5)
+    # Some draws make a recurrence that enlarges rounding to 1e-4; a step that is lost or done twice makes 0.1.
+    torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(state.c, end.c, rtol=1e-3, atol=1e-3)
 
 
 def test_the_kernel_runs_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
