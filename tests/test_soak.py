@@ -71,4 +71,5 @@ def test_memory_is_flat_and_outputs_are_finite_over_a_long_stream(spec: str, att
     # What is packed in groups comes and goes, so the cache breathes, but within what it was while it was warmed up.
     few = len(held) // 4
     assert max(held[-few:]) <= max(held[:few])
-    assert max(resident[-few:]) - max(resident[:few]) < GROWTH, [size >> 20 for size in resident[::10]]
+    # The least of many looks, for what calls need for a moment comes and goes too.
+    assert min(resident[-few:]) - min(resident[:few]) < GROWTH, [size >> 20 for size in resident[::10]]

@@ -29,9 +29,9 @@ def attached(family: str = "llama", config: TensorMemoryConfig = CONFIG, **chang
 
 def excite(model: Any) -> Any:
     """The model, its memory with weights that matter."""
-    torch.manual_seed(7)
     shared = attachment(model).shared
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(7)
         shared.out_proj.weight.normal_(0, 2)
         shared.content_net.weight.normal_(0, 0.5)
         shared.coord_net.weight.normal_(0, 0.3)

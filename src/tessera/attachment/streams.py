@@ -23,7 +23,7 @@ from tessera.spatial.state import TensorMemoryState
 Run = Callable[[Tensor, TensorMemoryState | None], tuple[Tensor, TensorMemoryState]]
 Groups = list[tuple[Tensor, TensorMemoryState | None]]
 
-#: So many of the newest tokens a cache can be cropped by, and `RECORDED` while it records its past.
+#: So many of the newest tokens a cache can be cropped by, and `RECORDED` while it records its past or has been cropped.
 BACK = 64
 #: Tokens of short calls between two states that are kept, so that no more are read again than these and one call's.
 STRIDE = 16
@@ -104,15 +104,20 @@ class Stream:
         if back == 0:
             self.log = []
             return self._step(run, x, real)
-        n = max(0, x.shape[1] - back)
-        if n == 0:
-            self._note(x, real, back)
-            return self._step(run, x, real)
-        self.log = []
-        first = self._step(run, x[:, :n], None if real is None else real[:, :n])
-        x, real = x[:, n:], None if real is None else real[:, n:]
-        self._note(x, real, back)
-        return torch.cat((first, self._step(run, x, real)), dim=1)
+        count = x.shape[1]
+        # The first call of generation with drafts comes before anything says that there are any, and is of one sequence. What
+        # is kept beyond `back` for it goes with the next call.
+        kept = RECORDED if self.seen == 0 and self.batch == 1 else back
+        ends = sorted({max(0, count - kept), max(0, count - back), count} - {0})
+        parts = []
+        for start, stop in zip([0, *ends], ends, strict=False):
+            part, own = x[:, start:stop], None if real is None else real[:, start:stop]
+            if start < count - kept:
+                self.log = []
+            else:
+                self._note(part, own, kept)
+            parts.append(self._step(run, part, own))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _step(self, run: Run, x: Tensor, real: Tensor | None) -> Tensor:
         self.seen += x.shape[1]
@@ -245,7 +250,7 @@ class Streams:
                 raise ValueError(
                     f"this cache cannot be cropped from {stream.seen} to {length} tokens, for its Tensor Memory goes back to "
                     f"{stream.earliest} at the earliest, and in gradient mode not at all: call cache.activate_past_recording() "
-                    f"after its first call, which keeps the newest {RECORDED} tokens from then on, or begin with a new cache"
+                    f"after its first call, which keeps the newest {RECORDED} tokens from then on, draft fewer tokens, or begin anew"
                 )
 
     def crop(self, cache: Any, seen: dict[int, int]) -> None:
