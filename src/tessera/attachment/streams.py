@@ -250,7 +250,7 @@ class Streams:
                 raise ValueError(
                     f"this cache cannot be cropped from {stream.seen} to {length} tokens, for its Tensor Memory goes back to "
                     f"{stream.earliest} at the earliest, and in gradient mode not at all: call cache.activate_past_recording() "
-                    f"after its first call, which keeps the newest {RECORDED} tokens from then on, draft fewer tokens, or begin anew"
+                    f"after its first call, for {RECORDED} tokens from then on, draft fewer tokens, or begin with a new cache"
                 )
 
     def crop(self, cache: Any, seen: dict[int, int]) -> None:
