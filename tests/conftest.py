@@ -1,10 +1,21 @@
-"""Small real models on disk for the tests, and which tests need more than a CPU and some seconds."""
+"""The tests' random numbers, small real models on disk, and which tests need more than a CPU and some seconds.
+
+Every test has random inputs of its own, the same in every run: its name says where the global generators begin. A failing
+test says its seed; TESSERA_TEST_SEED=N changes the seeds of all, and lets Hypothesis try other examples. A helper that must
+draw the same twice within a test begins the test's sequence again: ``torch.manual_seed(torch.initial_seed())``.
+"""
 
 from __future__ import annotations
 
 import os
+import random
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +26,61 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if not torch.cuda.is_available():
     # Triton decides when it is imported whether it interprets, and other packages import it.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+SEED = os.environ.get("TESSERA_TEST_SEED", "")
+
+# Without a seed Hypothesis tries the same examples in every run.
+hypothesis.settings.register_profile("tessera", derandomize=not SEED, print_blob=True)
+hypothesis.settings.load_profile("tessera")
+
+
+def seed_of(test: str) -> int:
+    """Where the generators begin in the test with this node id."""
+    return zlib.crc32((SEED + test).encode())
+
+
+class TorchRandom:
+    """PyTorch's global generator as Hypothesis handles generators: every example begins where the test did."""
+
+    def __init__(self) -> None:
+        self.start = 0
+
+    def seed(self, n: int) -> None:
+        torch.manual_seed(self.start + n)
+
+    def getstate(self) -> Any:
+        return torch.get_rng_state()
+
+    def setstate(self, state: Any) -> None:
+        torch.set_rng_state(state)
+
+
+TORCH = TorchRandom()
+hypothesis.register_random(TORCH)  # type: ignore[arg-type]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if SEED and config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(zlib.crc32(SEED.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    seed = seed_of(request.node.nodeid)
+    TORCH.start = seed
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report: Any = yield
+    if report.failed:
+        report.sections.append((f"seed: {seed_of(item.nodeid)}", f"TESSERA_TEST_SEED={SEED or '(not set)'}"))
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

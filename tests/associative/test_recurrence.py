@@ -37,8 +37,9 @@ def test_the_scan_is_the_loop(rule: str, order: str, tokens: int, chunk: int) ->
 def test_gradients_of_the_scan_are_those_of_the_loop(rule: str, order: str) -> None:
     x = [t.requires_grad_() for t in inputs(50, rule)]
     grads = []
+    drawn = torch.get_rng_state()
     for form in (lambda: scan(*x, rule, order, 16), lambda: loop(*x, rule, order)):
-        torch.manual_seed(1)
+        torch.set_rng_state(drawn)
         reads, state = form()
         loss = (reads * torch.randn_like(reads)).sum() + (state * torch.randn_like(state)).sum()
         grads.append(torch.autograd.grad(loss, x))
@@ -90,4 +91,5 @@ def test_strong_decays_are_those_of_the_loop(g: float, rule: str, order: str) ->
         results.append((reads, end, *grads[:3], grads[3] * (decays > -40), *grads[4:]))
     for fast, slow in zip(*results, strict=True):
         assert fast.isfinite().all()
-        assert (fast - slow).norm() <= 1e-4 * slow.norm()
+        # Where all is forgotten, a gradient may be nothing in one form and next to nothing in the other.
+        assert (fast - slow).norm() <= 1e-4 * slow.norm() + 1e-12

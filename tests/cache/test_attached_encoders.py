@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,57 @@ def test_layers_that_scale_what_they_add_can_have_one(scale: float, dtype: torch
         after = tessera.attach(model, CONFIG)(x).last_hidden_state
         assert not torch.equal(after, before)
         assert torch.equal(tessera.detach(model)(x).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("name", ["vit", "timm"])
+def test_threads_that_share_an_encoder_compute_what_each_does_alone(name: str) -> None:
+    model, x = make(name)
+    tessera.attach(model, CONFIG)
+    inputs = [torch.randn_like(x) for _ in range(4)]
+    alone = [outputs(model, each) for each in inputs]
+    found: list[list[Any]] = [[] for _ in inputs]
+
+    def go(i: int) -> None:
+        try:
+            for _ in range(12):
+                found[i].append(outputs(model, inputs[i]))
+        except Exception as error:
+            found[i].append(error)
+
+    threads = [threading.Thread(target=go, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for each, own in zip(found, alone, strict=True):
+        assert all(isinstance(out, torch.Tensor) and torch.equal(out, own) for out in each), each
+
+
+@pytest.mark.parametrize("name", ["vit", "timm"])
+def test_a_call_of_an_encoder_within_another_and_one_that_stops_early_change_nothing(name: str) -> None:
+    model, x = make(name)
+    tessera.attach(model, CONFIG)
+    other = torch.randn_like(x)
+    wanted, other_wanted = outputs(model, x), outputs(model, other)
+    inner: list[Any] = []
+
+    def again(*_: Any) -> None:
+        if not inner:
+            inner.append(None)
+            inner[0] = outputs(model, other)
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("stopped")
+
+    hook = layers_of(model)[1].register_forward_pre_hook(again)
+    assert torch.equal(outputs(model, x), wanted)
+    assert torch.equal(inner[0], other_wanted)
+    hook.remove()
+    hook = layers_of(model)[2].register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        outputs(model, x)
+    hook.remove()
+    assert torch.equal(outputs(model, x), wanted)
+    # By itself a layer has no state to go on with.
+    with pytest.raises(ValueError, match="layer 1 ran without layer 0 before it"), torch.no_grad():
+        layers_of(model)[1](torch.randn(2, 10, 24))

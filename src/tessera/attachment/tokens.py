@@ -1,0 +1,224 @@
+"""What a call of a causal model says about its tokens: which are padding, and where documents begin that share a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.masking_utils import find_packed_sequence_indices
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens of one call.
+
+    Attributes:
+        shape: (rows, tokens); None: the call does not say, and a model that is called in this way will refuse it.
+        real: (rows, tokens) bool on the CPU, False for padding; None: there is none.
+        begins: (rows, tokens) bool on the CPU, True where a document begins behind another; None: every row is one document.
+    """
+
+    shape: tuple[int, int] | None = None
+    real: Tensor | None = None
+    begins: Tensor | None = None
+
+
+def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, past: int, window: int | None) -> Tokens:
+    """Read the arguments of a call.
+
+    Args:
+        given: arguments of the model's decoder by name.
+        cached: whether the call has a cache, or the model makes one.
+        kept: (rows, past) bool on the CPU, which tokens of earlier calls with the same cache were real; None: all.
+        past: tokens of a row in the earlier calls.
+        window: of the model's sliding layers, in tokens, or None.
+
+    Raises:
+        ValueError: for what a memory that reads one token after the other cannot follow, saying why and what to do.
+    """
+    embeds, ids = given.get("inputs_embeds"), given.get("input_ids")
+    source = ids if embeds is None else embeds
+    if not isinstance(source, Tensor) or source.ndim < 2:
+        return Tokens()
+    if embeds is not None and not source.isfinite().all():
+        raise ValueError("inputs_embeds must be finite; a memory that has absorbed NaN or infinity never recovers")
+    shape = source.shape[0], source.shape[1]
+    mask = given.get("attention_mask")
+    if isinstance(mask, dict):
+        # Made by what calls the decoder, for each type of layer; full ones see all that sliding ones do.
+        window = None if "full_attention" in mask else window
+        mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
+    begins = None
+    if mask is None:
+        if kept is not None:
+            raise ValueError(
+                "earlier calls with this cache had padding, and this one has no attention mask: pass the mask of all tokens, "
+                f"(batch, {past + shape[1]})"
+            )
+        real = None
+    elif isinstance(mask, Tensor) and mask.ndim == 2:
+        real = _read_padding(mask, shape, kept, past)
+    elif isinstance(mask, Tensor) and mask.ndim == 4:
+        real, begins = _read_square(mask, shape, kept, past, window)
+    else:
+        raise ValueError(
+            "with a Tensor Memory the attention mask must be (batch, tokens), which says what is padding, or "
+            f"(batch, 1, queries, tokens); got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+        )
+    begins = _join(begins, _read_lengths(given, shape), _read_numbers(given, shape))
+    if cached and begins is not None:
+        raise ValueError(PACKED)
+    if mask is None:
+        begins = _join(begins, _read_positions(given, shape, cached))
+    return Tokens(shape, real, begins)
+
+
+#: Why packed documents are refused where there is a cache, whose attention does not keep them apart.
+PACKED = "documents packed into one row are kept apart without a cache only: pass use_cache=False, or a row for each document"
+
+
+def _read_padding(mask: Tensor, shape: tuple[int, int], kept: Tensor | None, past: int) -> Tensor | None:
+    """(batch, tokens so far): which of the new tokens are real; None: all."""
+    rows, tokens = shape
+    if mask.shape[0] != rows or mask.shape[1] < past + tokens:
+        raise ValueError(
+            f"the attention mask {tuple(mask.shape)} does not fit {tokens} tokens of {rows} rows"
+            + (f" behind {past} of earlier calls: it must be ({rows}, {past + tokens})" if past else "")
+        )
+    told = mask[:, : past + tokens].bool().cpu()
+    if not _same(told[:, :past], kept):
+        raise ValueError(
+            "the attention mask hides other tokens of earlier calls than it did then, and a memory cannot forget what it has "
+            "read: pass the earlier mask with new columns behind it, or begin with a new cache"
+        )
+    real = told[:, past:]
+    return None if bool(real.all()) else real
+
+
+def _read_square(
+    mask: Tensor, shape: tuple[int, int], kept: Tensor | None, past: int, window: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(batch or 1, heads or 1, queries, slots): which tokens are real and where documents begin, if that is all it says."""
+    rows, tokens = shape
+    visible = _visible(mask)
+    if mask.shape[0] not in (1, rows) or mask.shape[2] != tokens or not bool((visible == visible[:, :1]).all()):
+        raise ValueError(
+            f"the attention mask {tuple(mask.shape)} does not fit {tokens} tokens of {rows} rows, or differs between heads; "
+            "pass one of (batch, tokens), which says what is padding"
+        )
+    visible = visible[:, 0].expand(rows, -1, -1)
+    # A cache of sliding layers alone has no columns for what lies before their window.
+    offset = 0 if window is None else max(0, past + tokens - visible.shape[2])
+    first = past - offset
+    if first < 0 or visible.shape[2] < first + tokens:
+        raise ValueError(f"the attention mask {tuple(mask.shape)} does not fit {tokens} tokens behind {past} of earlier calls")
+    real = visible[:, :, first : first + tokens].diagonal(0, 1, 2)
+    before = torch.ones(rows, past, dtype=torch.bool) if kept is None else kept
+    known = torch.cat((before[:, offset:], real), dim=1)
+    query = torch.arange(tokens)
+    # The real token before each, to see whether it belongs to the same document.
+    newest = torch.where(real, query, -1).cummax(dim=1).values
+    previous = pad(newest[:, :-1], (1, 0), value=-1)
+    sees = visible.gather(2, (first + previous.clamp(min=0))[..., None])[..., 0]
+    begins = real & (previous >= 0) & ~sees
+    if window is not None:
+        # What lies outside the window may belong to the same document all the same.
+        begins &= query - previous < window
+    document = pad(begins.cumsum(1), (first, 0))
+    slots = torch.arange(known.shape[1])
+    causal = slots <= first + query[:, None]
+    wanted = causal & known[:, None] & (document[:, first:, None] == document[:, None])
+    near = wanted if window is None else wanted & (slots > first + query[:, None] - window)
+    later = visible[:, :, : known.shape[1]] & ~causal
+    if bool((later | visible[:, :, known.shape[1] :].any(2, keepdim=True))[real].any()):
+        raise ValueError(
+            "this attention mask lets tokens see later ones, as token_type_ids let those of an image, but a Tensor Memory "
+            "reads one token after the other: leave token_type_ids out, or call tessera.detach(model)"
+        )
+    if not any(torch.equal(visible[:, :, : known.shape[1]][real], each[real]) for each in (wanted, near)):
+        raise ValueError(
+            "this attention mask hides more than padding and other documents, which a Tensor Memory cannot follow: pass one of "
+            "(batch, tokens), which says what is padding"
+        )
+    return None if bool(real.all()) else real, begins if bool(begins.any()) else None
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """Where a query sees a slot, on the CPU."""
+    mask = mask.detach().cpu()
+    if not mask.is_floating_point():
+        return mask.bool()
+    seen = mask == 0
+    if not bool((seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+        raise ValueError(
+            "this attention mask adds a bias to the scores, which a Tensor Memory cannot follow: pass one of (batch, tokens), "
+            "which says what is padding"
+        )
+    return seen
+
+
+def _read_positions(given: Mapping[str, Any], shape: tuple[int, int], cached: bool) -> Tensor | None:
+    """Where documents begin by the positions, as attention reads them where there is neither a mask nor a cache."""
+    positions = given.get("position_ids")
+    if not isinstance(positions, Tensor):
+        return None
+    if positions.ndim == 3 and len(positions) == 4:
+        # Of models with positions in several axes, the first are those of the text.
+        positions = positions[0]
+    if positions.ndim != 2 or positions.shape[1] != shape[1]:
+        return None
+    positions = positions.detach().cpu().expand(shape)
+    if cached:
+        if bool((positions.diff(dim=1) < 1).any()):
+            raise ValueError(PACKED)
+        return None
+    documents = find_packed_sequence_indices(positions)
+    return None if documents is None else _changes(documents)
+
+
+def _read_lengths(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """Where documents begin by the sums of their lengths that kernels for packed documents are given."""
+    sums = given.get("cu_seq_lens_q")
+    if sums is None:
+        return None
+    ends = torch.as_tensor(sums).detach().cpu().flatten().long()
+    other = given.get("cu_seq_lens_k")
+    alike = other is None or torch.equal(torch.as_tensor(other).detach().cpu().flatten().long(), ends)
+    rows, tokens = shape
+    whole = len(ends) > 1 and int(ends[0]) == 0 and int(ends[-1]) == tokens and bool((ends.diff() >= 0).all())
+    if rows != 1 or not alike or not whole:
+        raise ValueError(
+            f"cu_seq_lens_q must divide the {tokens} tokens of one row into documents, and cu_seq_lens_k be the same; "
+            f"got {ends.tolist()} for {rows} rows"
+        )
+    begins = torch.zeros(1, tokens + 1, dtype=torch.bool)
+    begins[0, ends[1:-1]] = True
+    return begins[:, :-1]
+
+
+def _read_numbers(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """Where documents begin by the number of each token's document."""
+    numbers = given.get("seq_idx")
+    if numbers is None:
+        return None
+    if tuple(numbers.shape) not in (shape, (1, shape[1])):
+        raise ValueError(f"seq_idx must be {shape}, the number of each token's document; got {tuple(numbers.shape)}")
+    return _changes(numbers.detach().cpu().expand(shape))
+
+
+def _changes(documents: Tensor) -> Tensor:
+    return pad(documents.diff(dim=1) != 0, (1, 0))
+
+
+def _join(*found: Tensor | None) -> Tensor | None:
+    """Where any of them says so; None: nowhere."""
+    joined = torch.stack([each for each in found if each is not None]).any(0) if any(x is not None for x in found) else None
+    return joined if joined is not None and bool(joined.any()) else None
+
+
+def _same(told: Tensor, kept: Tensor | None) -> bool:
+    return bool(told.all()) if kept is None else torch.equal(told, kept)
