@@ -323,17 +323,13 @@ class CacheMachine(RuleBasedStateMachine):
             return
         if self.kind.model == "tm" and slots:
             # What has been written cannot be taken back; a crop that is not refused makes the next call be.
-            self.refused("begin with a new cache")
+            with pytest.raises(ValueError, match="begin with a new cache"):
+                self.feed(self.cache, self.batch, 1)
             self.forget()
             return
         for layer in self.truth:
             layer.crop(slots)
         self.real, self.document = ([row[:rest] for row in rows] for rows in (self.real, self.document))
-
-    def refused(self, why: str) -> None:
-        with torch.no_grad(), pytest.raises(ValueError, match=why):
-            mask = torch.ones(self.batch, self.cache.get_seq_length() + 1, dtype=torch.long)
-            self.model(torch.full((self.batch, 1), 5), attention_mask=mask, past_key_values=self.cache)
 
     @then_a_call()
     def record(self) -> None:
@@ -401,13 +397,17 @@ class CacheMachine(RuleBasedStateMachine):
         """A copy and what it is of know nothing of each other."""
         twin = copy.deepcopy(self.cache)
         self.cache, other = (twin, self.cache) if go_on_with_the_copy else (self.cache, twin)
-        with torch.no_grad():
-            if self.kind.model:
-                self.model(torch.full((self.batch, n), 5), past_key_values=other)
-            else:
-                handles = other.update(*torch.ones(2, self.batch, 1, n, DIM).unbind(0), 0)
-                attention_forward(torch.nn.Module(), torch.ones(self.batch, 2, n, DIM), *handles, None)
+        self.feed(other, self.batch, n)
         other.reset()
+
+    @torch.no_grad()
+    def feed(self, cache: tessera.Cache, rows: int, n: int) -> None:
+        """A call whose results do not matter."""
+        if self.kind.model:
+            self.model(torch.full((rows, n), 5), past_key_values=cache)
+        else:
+            handles = cache.update(*torch.ones(2, rows, 1, n, DIM).unbind(0), 0)
+            attention_forward(torch.nn.Module(), torch.ones(rows, 2, n, DIM), *handles, None)
 
     @then_a_call()
     def move(self) -> None:
@@ -418,11 +418,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @then_a_call(n=st.integers(1, 70))
     def refuse_another_batch(self, n: int) -> None:
-        with torch.no_grad(), pytest.raises(ValueError, match=rf"{self.batch}\b"):
-            if self.kind.model:
-                self.model(torch.full((self.batch + 1, n), 5), past_key_values=self.cache)
-            else:
-                self.cache.update(*torch.ones(2, self.batch + 1, 1, n, DIM).unbind(0), 0)
+        with pytest.raises(ValueError, match=rf"{self.batch}\b"):
+            self.feed(self.cache, self.batch + 1, n)
 
     # What holds whatever has happened
 
