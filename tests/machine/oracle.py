@@ -23,7 +23,15 @@ RECORDED = 512
 
 @dataclass(frozen=True)
 class Rules:
-    """What a spec says, with the index of the layer, for codebooks that differ by layer."""
+    """What a spec says, for a layer.
+
+    Attributes:
+        sink, recent, codec, limit, window: as of `tessera.cache.spec.Spec`.
+        matrix: what leaves the window is written into a Tensor Cache.
+        packed_prefill: a call's queries read tokens that are to be quantised as they are afterwards.
+        sliding: slots that the layer's own attention sees, which the mask says; None: all.
+        layer: its index, for codebooks that differ by layer.
+    """
 
     sink: int
     recent: int
@@ -32,13 +40,17 @@ class Rules:
     window: int | None
     matrix: bool
     packed_prefill: bool
+    sliding: int | None = None
     layer: int = 0
 
     @staticmethod
-    def of(text: str, prefill: str = "exact", layer: int = 0) -> Rules:
+    def of(text: str, prefill: str = "exact", sliding: int | None = None, layer: int = 0) -> Rules:
         spec = parse(text)
         codec = None if spec.codec is None else codecs.get(spec.codec)
-        return Rules(spec.sink, spec.recent, codec, spec.codec_limit, spec.window, spec.associative, prefill == "packed", layer)
+        # Sinks are of no use to a layer that does not see them, nor are more exact tokens than it sees.
+        sink, recent = (spec.sink, spec.recent) if sliding is None else (0, min(spec.recent, sliding - 1))
+        packed = prefill == "packed"
+        return Rules(sink, recent, codec, spec.codec_limit, spec.window, spec.associative, packed, sliding, layer)
 
 
 @dataclass(frozen=True)
@@ -185,14 +197,18 @@ class LayerOracle:
 
     def _settle(self, row: Row, spare: int) -> Row:
         """What becomes of the oldest tokens once a call has ended."""
-        rules = self.rules
-        if rules.window is not None:
-            return replace(row, kept=max(row.kept, row.tokens - rules.window + 1 - spare))
         row = self._quantise(row, spare)
-        held = row.quantised - row.dropped
-        if rules.limit is not None and held > rules.limit:
-            row = replace(row, dropped=row.dropped - (rules.limit - held) // BLOCK * BLOCK)
-        return replace(row, kept=row.dropped)
+        held, limit = row.quantised - row.dropped, self.rules.limit
+        if limit is not None and held > limit:
+            row = replace(row, dropped=row.dropped - (limit - held) // BLOCK * BLOCK)
+        return replace(row, kept=max(row.kept, row.dropped, self._oldest(row.real) - spare))
+
+    def _oldest(self, real: tuple[bool, ...]) -> int:
+        """The place of the oldest token that a next query of such a row sees, sinks apart."""
+        rules, tokens = self.rules, sum(real)
+        if rules.sliding is not None:
+            return tokens - sum(real[max(0, len(real) - rules.sliding + 1) :])
+        return 0 if rules.window is None else tokens - rules.window + 1
 
     def _quantise(self, row: Row, spare: int) -> Row:
         """Whole blocks, counted from the end of the sinks, as soon as `recent` tokens remain behind them."""
@@ -214,14 +230,16 @@ class LayerOracle:
         return any(self._lost(row, slots) for row in self.rows)
 
     def _lost(self, row: Row, slots: int) -> bool:
-        rest, rules = row.tokens - sum(row.real[len(row.real) - slots :]), self.rules
+        real, rules = row.real[: len(row.real) - slots], self.rules
+        rest = sum(real)
         if rest == row.tokens:
             return False
         if rules.matrix and (row.begins[rest - 1] if rest else 0) != row.begins[-1]:
             return True
         if rules.matrix and row.matrices[-1][1] != (row.matrices[rest - 1][1] if rest else 0):
             return True
-        oldest = rest if rules.window is None else rest - rules.window + 1
+        # Of a codec's tokens nothing is needed again but what the crop itself uncovers.
+        oldest = rest if rules.limit is not None else self._oldest(real)
         return row.kept > rules.sink and oldest < row.kept
 
     def crop(self, slots: int) -> None:
@@ -255,13 +273,16 @@ class LayerOracle:
 
     def held(self) -> tuple[int, int]:
         """The fewest and the most tokens, of all rows together, that may be held."""
+        rules = self.rules
+        # Whole blocks are dropped; a pair that leaves the window at a step is still needed by a matrix; and a sliding window
+        # may be counted in slots or in tokens.
+        slack = 0 if rules.window is None else BLOCK + int(rules.matrix)
+        slack = slack if rules.sliding is None else 2 * BLOCK + rules.sliding
         least = most = 0
         for row in self.rows:
-            gone = row.dropped - self.rules.sink if self.rules.window is None else 0
-            least += row.tokens - max(gone, row.kept - self.rules.sink)
-            # A block is dropped as a whole; a pair that leaves the window at a step is still needed by a matrix.
-            slack = 0 if self.rules.window is None else BLOCK + (1 if self.rules.matrix else 0)
-            most += min(row.tokens, row.tokens - gone, row.tokens - (row.kept - self.rules.sink) + slack)
+            kept = row.tokens - (row.kept - rules.sink)
+            least += kept
+            most += min(row.tokens, kept + slack)
         return least, most
 
 
