@@ -184,7 +184,7 @@ class CacheMachine(RuleBasedStateMachine):
     def begin(self, rows: int, n: int, layout: Layout) -> None:
         kind = self.kind
         self.model = model_of(kind.model)
-        self.cache = tessera.Cache(kind.spec, self.model, prefill=kind.prefill)  # type: ignore[arg-type]
+        self.cache = self.new_cache()
         self.batch = rows
         done = attachment(self.model)
         layers, sliding = [], SLIDING if kind.model == "sliding" else None
@@ -324,8 +324,20 @@ class CacheMachine(RuleBasedStateMachine):
 
     # Everything else
 
-    @then_a_call(slots=st.integers(0, 90), by_length=st.booleans())
+    @then_a_call(slots=st.one_of(st.integers(0, 40), st.integers(40, 200)), by_length=st.booleans())
     def crop(self, slots: int, by_length: bool) -> None:
+        self.forget_newest(slots, by_length)
+
+    @then_a_call(draft=CALLS, slots=st.integers(0, 70), record=st.sampled_from((False, False, False, True)))
+    def speculate(self, draft: Call, slots: int, record: bool) -> None:
+        """Tokens that are tried, of which some are taken back."""
+        if record:
+            self.recording = True
+            self.again()
+        self.run(draft)
+        self.forget_newest(min(slots, draft[0]), False)
+
+    def forget_newest(self, slots: int, by_length: bool) -> None:
         slots = min(slots, self.slots)
         rest = self.slots - slots
         try:
@@ -335,18 +347,13 @@ class CacheMachine(RuleBasedStateMachine):
             return
         if self.kind.model == "tm" and slots:
             # What has been written cannot be taken back; a crop that is not refused makes the next call be.
-            with pytest.raises(ValueError, match="begin with a new cache"):
+            with pytest.raises(ValueError, match="cache"):
                 self.feed(self.cache, self.batch, 1)
             self.forget()
             return
         for layer in self.truth:
             layer.crop(slots)
         self.real, self.document = ([row[:rest] for row in rows] for rows in (self.real, self.document))
-
-    @then_a_call()
-    def record(self) -> None:
-        self.recording = True
-        self.again()
 
     def again(self) -> None:
         # A file does not say whether the past was recorded; whoever loads it says it again.
@@ -355,24 +362,24 @@ class CacheMachine(RuleBasedStateMachine):
         for layer in self.truth:
             layer.recording = self.recording
 
-    @then_a_call(order=st.permutations(range(MOST_ROWS)), doubled=st.integers(0, MOST_ROWS))
-    def reorder(self, order: list[int], doubled: int) -> None:
-        rows = [b if b < self.batch else doubled % self.batch for b in order][: self.batch]
-        self.cache.reorder_cache(torch.tensor(rows))
-        self.select(rows)
-
-    @then_a_call(times=st.integers(1, 2))
-    def repeat(self, times: int) -> None:
-        times = times if self.batch * times <= MOST_ROWS else 1
-        self.cache.batch_repeat_interleave(times)
-        self.select([b for b in range(self.batch) for _ in range(times)])
-
-    @then_a_call(rows=st.sets(st.integers(0, MOST_ROWS - 1), min_size=1), boolean=st.booleans())
-    def choose(self, rows: set[int], boolean: bool) -> None:
-        chosen = sorted({b % self.batch for b in rows})
-        index = torch.tensor(chosen)
-        marks = torch.zeros(self.batch, dtype=torch.bool).index_fill(0, index, True)
-        self.cache.batch_select_indices(marks if boolean else index)
+    @then_a_call(
+        how=st.sampled_from(("order", "repeat", "choose", "mark")),
+        rows=st.lists(st.integers(0, 59), min_size=1, max_size=MOST_ROWS),
+    )
+    def change_rows(self, how: str, rows: list[int]) -> None:
+        chosen = [row % self.batch for row in rows]
+        if how == "order":
+            chosen = (chosen * self.batch)[: self.batch]
+            self.cache.reorder_cache(torch.tensor(chosen))
+        elif how == "repeat":
+            times = 2 if self.batch * 2 <= MOST_ROWS else 1
+            chosen = [row for row in range(self.batch) for _ in range(times)]
+            self.cache.batch_repeat_interleave(times)
+        elif how == "choose":
+            self.cache.batch_select_indices(torch.tensor(chosen))
+        else:
+            chosen = sorted(set(chosen))
+            self.cache.batch_select_indices(torch.tensor([row in chosen for row in range(self.batch)]))
         self.select(chosen)
 
     def select(self, rows: list[int]) -> None:
@@ -381,9 +388,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.ahead = [self.ahead[b] for b in rows]
         self.batch = len(rows)
 
-    @then_a_call()
-    def reset(self) -> None:
+    @then_a_call(anew=st.booleans())
+    def reset(self, anew: bool) -> None:
+        """The cache is emptied, or another one is taken, which records nothing yet."""
+        if anew:
+            self.cache, self.recording = self.new_cache(), False
         self.forget()
+
+    def new_cache(self) -> tessera.Cache:
+        return tessera.Cache(self.kind.spec, self.model, prefill=self.kind.prefill)  # type: ignore[arg-type]
 
     def forget(self) -> None:
         self.cache.reset()
@@ -393,7 +406,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.recording = recording
         self.again()
 
-    @then_a_call()
+    @then_a_call(how=st.sampled_from(("file", "copy", "original", "device")), n=st.integers(1, 70))
+    def carry(self, how: str, n: int) -> None:
+        """What leaves a cache what it is."""
+        if how == "file":
+            self.save_and_load()
+        elif how == "device":
+            self.move()
+        else:
+            self.copy_it(how == "copy", n)
+
     def save_and_load(self) -> None:
         path = self.folder / "cache.safetensors"
         if self.kind.model == "tm":
@@ -404,29 +426,36 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = tessera.Cache.load(path, self.model)
         self.again()
 
-    @then_a_call(go_on_with_the_copy=st.booleans(), n=st.integers(1, 70))
-    def copy(self, go_on_with_the_copy: bool, n: int) -> None:
+    def copy_it(self, go_on_with_the_copy: bool, n: int) -> None:
         """A copy and what it is of know nothing of each other."""
         twin = copy.deepcopy(self.cache)
         self.cache, other = (twin, self.cache) if go_on_with_the_copy else (self.cache, twin)
-        self.feed(other, self.batch, n)
+        real, document = (
+            torch.tensor([row + [last] * n for row, last in zip(rows, lasts, strict=True)])
+            for rows, lasts in (
+                (self.real, [True] * self.batch),
+                (self.document, [row[-1] if row else 0 for row in self.document]),
+            )
+        )
+        slot = torch.arange(self.slots + n)
+        visible = (slot <= slot[-n:, None]) & real[:, None] & (document[:, -n:, None] == document[:, None])
+        self.feed(other, self.batch, n, self.mask(visible, real, document, Layout("no", "causal", "2d", "counted", ())))
         other.reset()
 
-    @torch.no_grad()
-    def feed(self, cache: tessera.Cache, rows: int, n: int) -> None:
-        """A call whose results do not matter."""
-        if self.kind.model:
-            self.model(torch.full((rows, n), 5), past_key_values=cache)
-        else:
-            handles = cache.update(*torch.ones(2, rows, 1, n, DIM).unbind(0), 0)
-            attention_forward(torch.nn.Module(), torch.ones(rows, 2, n, DIM), *handles, None)
-
-    @then_a_call()
     def move(self) -> None:
         for layer in self.cache.layers:
             layer.offload()
             layer.prefetch()
         self.cache.to("cpu")
+
+    @torch.no_grad()
+    def feed(self, cache: tessera.Cache, rows: int, n: int, mask: Tensor | None = None) -> None:
+        """A call whose results do not matter."""
+        if self.kind.model:
+            self.model(torch.full((rows, n), 5), attention_mask=mask, past_key_values=cache)
+        else:
+            handles = cache.update(*torch.ones(2, rows, 1, n, DIM).unbind(0), 0)
+            attention_forward(torch.nn.Module(), torch.ones(rows, 2, n, DIM), *handles, mask)
 
     @then_a_call(n=st.integers(1, 70))
     def refuse_another_batch(self, n: int) -> None:

@@ -64,8 +64,8 @@ class Row:
         quantised: the place up to which tokens behind the sinks are quantised.
         dropped: the place up to which tokens behind the sinks are gone.
         kept: the place from which on tokens behind the sinks are certain to be there.
-        begins: of each token, the place of the first token of its document.
-        matrices: of each token, the matrix (kv_heads, head_dim, head_dim) after its step, and the number of pairs written.
+        begins: for a matrix, of each token the place of the first token of its document.
+        matrices: likewise, the matrix (kv_heads, head_dim, head_dim) after its step, and the number of pairs written.
     """
 
     real: tuple[bool, ...]
@@ -134,7 +134,7 @@ class LayerOracle:
                 row = self._quantise(row, 0)
             if row.tokens > old:
                 seen = given.visible[b][new][:, torch.tensor(row.real)]
-                row = self._documents(row, seen, old)
+                row = self._documents(row, seen, old) if self.rules.matrix else row
                 out[b, new] = self._attend(row, given.q[b, :, new].float(), self._visible(row, seen, old))
                 if self.rules.matrix:
                     queries = (given.q if given.bare_q is None else given.bare_q)[b, :, new].float()
