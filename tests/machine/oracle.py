@@ -130,8 +130,9 @@ class LayerOracle:
                 v=torch.cat((row.v, given.v[b, :, new].float()), 1),
                 bare=torch.cat((row.bare, (given.k if given.bare_k is None else given.bare_k)[b, :, new].float()), 1),
             )
+            spare = RECORDED if self.recording else 0
             if self.rules.packed_prefill:
-                row = self._quantise(row, 0)
+                row = self._quantise(row, spare)
             if row.tokens > old:
                 seen = given.visible[b][new][:, torch.tensor(row.real)]
                 row = self._documents(row, seen, old) if self.rules.matrix else row
@@ -139,7 +140,7 @@ class LayerOracle:
                 if self.rules.matrix:
                     queries = (given.q if given.bare_q is None else given.bare_q)[b, :, new].float()
                     row, read[b, new] = self._recall(row, queries, old)
-            self.rows[b] = self._settle(row, RECORDED if self.recording else 0)
+            self.rows[b] = self._settle(row, spare)
         return out, read
 
     def _visible(self, row: Row, seen: Tensor, old: int) -> Tensor:
