@@ -1,0 +1,506 @@
+"""Any sequence of operations on a cache, with the oracle beside it: after every call both must say the same."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache as memoised
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from cache_models import VOCAB, make
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from oracle import Given, LayerOracle, LlamaOracle, Rules
+from torch import Tensor
+
+import tessera
+from tessera.associative import TensorCacheConfig
+from tessera.attachment import attachment
+from tessera.attention import attention_forward
+from tessera.spatial import TensorMemoryConfig
+
+#: Rows that a sequence may reach.
+MOST_ROWS = 4
+SLIDING = 24
+DIM = 16
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a sequence is run on.
+
+    Attributes:
+        spec, prefill: of the cache.
+        model: "" for keys and values of a model that is not there, given to the attention function directly; "plain" for a
+            Llama; "sliding" for one whose layers see `SLIDING` slots (a Mistral); "tc", "tc-rotary", "tc-wedge", "tc-paper" or
+            "tm" for a Llama with that memory.
+    """
+
+    spec: str
+    prefill: str = "exact"
+    model: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.model, self.spec, "" if self.prefill == "exact" else self.prefill)))
+
+    @property
+    def most_slots(self) -> int:
+        """Slots that a sequence may reach, so that an oracle that works token by token stays quick."""
+        return 160 if self.model == "tm" else 260 if self.model.startswith("tc") else 420
+
+    @property
+    def tolerance(self) -> float:
+        """Of the error of a token's result, over the root mean square of all. Rounding may change single codes."""
+        return 3e-3 if Rules.of(self.spec).codec is not None else 1e-3 if self.model.startswith("t") else 1e-5
+
+
+EXACT = [Kind(spec) for spec in ("dense", "window:20", "sink:2 + window:20", "sink:5 + window:64")]
+LOSSY = [
+    Kind(spec, prefill)
+    for spec in (
+        "sink:4 + hqmq:4 + recent:16",
+        "hqmq:3@128 + recent:16",
+        "kivi:4 + recent:32",
+        "sink:3 + int:4@64",
+        "q4_0",
+        "sink:70 + scalar:4 + recent:5",
+    )
+    for prefill in ("exact", "packed")
+]
+LLAMAS = [Kind(spec, model="plain") for spec in ("dense", "sink:2 + window:20")]
+SLIDING_LAYERS = [Kind(spec, model="sliding") for spec in ("dense", "sink:2 + hqmq:4 + recent:8")]
+TENSOR_CACHES = [
+    Kind("sink:2 + window:16 + tc", model="tc"),
+    Kind("sink:2 + window:16 + tc", model="tc-rotary"),
+    Kind("sink:2 + window:16 + tc", model="tc-wedge"),
+    Kind("window:16 + tc", model="tc-paper"),
+]
+TENSOR_MEMORIES = [Kind(spec, model="tm") for spec in ("dense", "sink:2 + window:20")]
+KINDS = [*EXACT, *LOSSY, *LLAMAS, *SLIDING_LAYERS, *TENSOR_CACHES, *TENSOR_MEMORIES]
+
+
+@memoised
+def model_of(name: str) -> Any:
+    """A Llama with the memory that `name` says, whose weights are random so that it matters."""
+    family = ("mistral", {"sliding_window": SLIDING}) if name == "sliding" else ("llama", {})
+    model = make(family[0], num_key_value_heads=1, num_hidden_layers=2 if name.startswith("t") else 1, **SIZES, **family[1])
+    if name.startswith("tc"):
+        options: dict[str, Any] = {"window": 16, "sink": 2, "chunk": 16, "decay": (10, 1000)}
+        config = {
+            "tc": TensorCacheConfig(**options),
+            "tc-rotary": TensorCacheConfig(**options, rotary=True),
+            "tc-wedge": TensorCacheConfig(**options, rule="wedge"),
+            "tc-paper": TensorCacheConfig.paper(window=16),
+        }[name]
+        tessera.attach(model, config)
+    elif name == "tm":
+        tessera.attach(model, TensorMemoryConfig(channels=4, grid=(3, 3), chunk=2))
+    tessera.enable(model)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(7)
+        done = attachment(model)
+        for layer in () if done is None else done.layers.values():
+            layer.gate_logit.fill_(1.0)
+            if name.startswith("tc"):
+                layer.out.weight.normal_(0, 0.3)
+        if name == "tm":
+            done.shared.out_proj.weight.normal_(0, 1)
+            done.shared.content_net.weight.normal_(0, 0.5)
+            done.shared.coord_net.weight.normal_(0, 0.3)
+    return model
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a call's mask and positions look like, whatever its length.
+
+    Attributes:
+        padding: where in each row the padding of this call is.
+        structure: "causal"; "packed": new documents begin within the call; "prefix": a span sees itself both ways.
+        form: how the mask is given: "none" if it says nothing, "2d" as the tokenizer does, "4d" bool, or "additive".
+        positions: "slots": left to the model; "counted" without padding; with a "gap"; or a "restart" at 0.
+        numbers: how long, where and how far, one for each row.
+    """
+
+    padding: str
+    structure: str
+    form: str
+    positions: str
+    numbers: tuple[int, ...]
+
+
+PADDINGS = ("no", "no", "left", "right", "middle")
+STRUCTURES = ("causal", "causal", "packed", "prefix")
+LAYOUTS = st.builds(
+    Layout,
+    st.sampled_from(PADDINGS),
+    st.sampled_from(STRUCTURES),
+    st.sampled_from(("none", "2d", "4d", "additive")),
+    st.sampled_from(("slots", "counted", "gap", "restart")),
+    st.tuples(*[st.integers(0, 80)] * MOST_ROWS),
+)
+
+
+Call = tuple[int, Layout]
+#: Short calls, among them single tokens.
+CALLS: st.SearchStrategy[Call] = st.tuples(st.one_of(st.just(1), st.integers(1, 70)), LAYOUTS)
+
+
+def then_a_call(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
+    """A rule after which a call is made, for what an operation did to a cache only a call tells."""
+
+    def decorate(operation: Callable[..., None]) -> Any:
+        def both(self: CacheMachine, call: Call, **drawn: Any) -> None:
+            operation(self, **drawn)
+            self.run(call)
+
+        both.__name__ = operation.__name__
+        return rule(call=CALLS, **strategies)(both)
+
+    return decorate
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """See the module. What is run, `kind`, a subclass says."""
+
+    kind: ClassVar[Kind]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.calls = 0
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.folder)
+
+    @initialize(rows=st.integers(1, 3), n=st.integers(1, 150), layout=LAYOUTS)
+    def begin(self, rows: int, n: int, layout: Layout) -> None:
+        kind = self.kind
+        self.model = model_of(kind.model)
+        self.cache = self.new_cache()
+        self.batch = rows
+        done = attachment(self.model)
+        layers, sliding = [], SLIDING if kind.model == "sliding" else None
+        for index in range(len(self.cache.layers)):
+            memory = done.layers[index] if done is not None and done.kind == "TensorCache" else None
+            layers.append(LayerOracle(Rules.of(kind.spec, kind.prefill, sliding, index), memory))
+        self.truth = LlamaOracle(self.model, layers, done if kind.model == "tm" else None)
+        self.begin_anew()
+        self.run((n, layout))
+
+    def begin_anew(self) -> None:
+        # Of each row: which slots are tokens, and of which document; and by how much positions run ahead of the count.
+        self.real: list[list[bool]] = [[] for _ in range(self.batch)]
+        self.document: list[list[int]] = [[] for _ in range(self.batch)]
+        self.ahead = [0] * self.batch
+        self.recording = self.rough = False
+
+    @property
+    def slots(self) -> int:
+        return len(self.real[0])
+
+    # Calls
+
+    @rule(calls=st.lists(CALLS, min_size=1, max_size=4), inference=st.booleans())
+    def call(self, calls: list[Call], inference: bool) -> None:
+        for n, layout in calls:
+            self.run((n, layout), inference=inference)
+
+    @rule(n=st.integers(65, 200), layout=LAYOUTS)
+    def long_call(self, n: int, layout: Layout) -> None:
+        self.run((n, layout))
+
+    @rule(call=CALLS, dtype=st.sampled_from(("half", "autocast")))
+    def call_in_half_precision(self, call: Call, dtype: str) -> None:
+        """As under autocast, where keys are in float32 and values in bfloat16, or with all of them in bfloat16."""
+        self.run(call, dtype)
+
+    def run(self, call: Call, dtype: str = "float32", inference: bool = False) -> None:
+        n, layout = call
+        if self.slots + n > self.kind.most_slots:
+            return
+        self.rough = self.rough or dtype != "float32"
+        visible, mask, positions = self.laid_out(n, layout)
+        self.calls += 1
+        torch.manual_seed(self.calls)
+        with torch.inference_mode() if inference else torch.no_grad():
+            found, wanted = (self.through_attention if not self.kind.model else self.through_model)(
+                n, visible, mask, positions, dtype
+            )
+        real = torch.tensor(self.real)[:, self.slots - n :]
+        if real.any():
+            error = (found.float() - wanted)[real].flatten(1).square().mean(1).sqrt().max()
+            error = float(error / wanted[real].square().mean().sqrt())
+            tolerance = max(self.kind.tolerance, 0.06 if self.rough else 0)
+            assert error < tolerance, f"a token's result is off by {error:.2g} of what is right"
+
+    def through_attention(
+        self, n: int, visible: Tensor, mask: Tensor | None, positions: Tensor | None, dtype: str
+    ) -> tuple[Tensor, Tensor]:
+        """Random queries, keys and values, given to the cache and to the attention function as a model would."""
+        q = torch.randn(self.batch, 2, n, DIM)
+        k, v = torch.randn(2, self.batch, 1, n, DIM).unbind(0)
+        if dtype == "half":
+            q, k, v = (x.bfloat16() for x in (q, k, v))
+        elif dtype == "autocast":
+            v = v.bfloat16()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "autocast"):
+            handles = self.cache.update(k, v, 0)
+            found, _ = attention_forward(torch.nn.Module(), q, *handles, mask)
+        return found, self.truth.layers[0].step(Given(q, k, v, visible))[0]
+
+    def through_model(
+        self, n: int, visible: Tensor, mask: Tensor | None, positions: Tensor | None, dtype: str
+    ) -> tuple[Tensor, Tensor]:
+        """Random tokens, through the model and through the oracle."""
+        ids = torch.randint(3, VOCAB, (self.batch, n))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != "float32"):
+            found = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache).logits
+        if positions is None:
+            positions = torch.arange(self.slots - n, self.slots).expand(self.batch, -1)
+        return found, self.truth.step(ids, positions, visible)
+
+    def laid_out(self, n: int, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Lengthen the rows by `n` slots.
+
+        Returns:
+            visible (batch, n, slots); the mask as it is given; positions (batch, n) as they are given.
+        """
+        numbers, past = layout.numbers, self.slots
+        spans = torch.zeros(self.batch, past + n, dtype=torch.long)
+        for b in range(self.batch):
+            length = min(numbers[b], n)
+            begin = {"left": 0, "right": n - length, "middle": numbers[-1 - b] % n}.get(layout.padding, n)
+            new = [not begin <= i < begin + length for i in range(n)]
+            last = self.document[b][-1] if past else 0
+            starts = {numbers[b] % n, numbers[-1 - b] % n} if self.structured(layout) == "packed" else set()
+            self.document[b] += [last + sum(start <= i for start in starts) for i in range(n)]
+            self.real[b] += new
+            if self.structured(layout) == "prefix":
+                begin = numbers[-1 - b] % n
+                spans[b, past + begin : past + begin + 12] = 1
+        real, document = torch.tensor(self.real), torch.tensor(self.document)
+        slot = torch.arange(past + n)
+        shown = (slot <= slot[past:, None]) | ((spans[:, past:, None] == spans[:, None]) & (spans[:, None] > 0))
+        shown = shown & (document[:, past:, None] == document[:, None])
+        if self.kind.model == "sliding":
+            shown = shown & (slot > slot[past:, None] - SLIDING)
+        visible = shown & real[:, past:, None] & real[:, None]
+        return visible, self.mask(visible, real, document, layout), self.positions(real, n, layout)
+
+    def structured(self, layout: Layout) -> str:
+        # A Tensor Memory is told of padding alone.
+        return "causal" if self.kind.model == "tm" else layout.structure
+
+    def mask(self, visible: Tensor, real: Tensor, document: Tensor, layout: Layout) -> Tensor | None:
+        # Forms that can say less are for masks that say no more.
+        causal = self.structured(layout) != "prefix" and not document.any()
+        if causal and bool(real.all()) and layout.form in ("none", "4d" if self.kind.model == "tm" else "none"):
+            return None
+        if self.kind.model and causal and (layout.form in ("none", "2d") or self.kind.model == "tm"):
+            return real.long()
+        visible = visible[:, :, self.cache.get_mask_sizes(visible.shape[1], 0)[1] :]
+        given = visible[:1] if bool((visible == visible[:1]).all()) else visible
+        if layout.form != "additive":
+            return given[:, None].clone()
+        return torch.zeros(given.shape).masked_fill(~given, torch.finfo(torch.float32).min)[:, None]
+
+    def positions(self, real: Tensor, n: int, layout: Layout) -> Tensor | None:
+        counted = real.long().cumsum(1)[:, self.slots - n :] - 1
+        if layout.positions == "slots" and not any(self.ahead) and bool(real.all()):
+            return None
+        if layout.positions == "gap":
+            self.ahead = [far + number for far, number in zip(self.ahead, layout.numbers, strict=False)]
+        if layout.positions == "restart":
+            self.ahead = [-int(counted[b, 0].clamp(min=0)) for b in range(self.batch)]
+        return (counted + torch.tensor(self.ahead)[:, None]).clamp(min=0)
+
+    # Everything else
+
+    @then_a_call(slots=st.one_of(st.integers(0, 40), st.integers(40, 200)), by_length=st.booleans())
+    def crop(self, slots: int, by_length: bool) -> None:
+        self.forget_newest(slots, by_length)
+
+    @then_a_call(draft=CALLS, slots=st.integers(0, 70), record=st.sampled_from((False, False, False, True)))
+    def speculate(self, draft: Call, slots: int, record: bool) -> None:
+        """Tokens that are tried, of which some are taken back."""
+        if record:
+            self.recording = True
+            self.again()
+        self.run(draft)
+        self.forget_newest(min(slots, draft[0]), False)
+
+    def forget_newest(self, slots: int, by_length: bool) -> None:
+        slots = min(slots, self.slots)
+        rest = self.slots - slots
+        try:
+            self.cache.crop(rest if by_length and rest else -slots)
+        except ValueError:
+            read = self.kind.model == "tm" and slots
+            assert read or any(layer.may_refuse(slots) for layer in self.truth), "what could be forgotten was not"
+            return
+        if self.kind.model == "tm" and slots and rest:
+            # What a Tensor Memory has read cannot be taken back; a crop that is not refused makes the next call be.
+            if any(any(row[rest:]) for row in self.real):
+                with pytest.raises(ValueError, match="cache"):
+                    self.feed(self.cache, self.batch, 1)
+            self.forget()
+            return
+        if not rest:
+            self.truth.states = []
+        for layer in self.truth:
+            layer.crop(slots)
+        self.real, self.document = ([row[:rest] for row in rows] for rows in (self.real, self.document))
+
+    def again(self) -> None:
+        # A file does not say whether the past was recorded; whoever loads it says it again.
+        if self.recording:
+            self.cache.activate_past_recording()
+        for layer in self.truth:
+            layer.recording = self.recording
+
+    @then_a_call(
+        how=st.sampled_from(("order", "repeat", "choose", "mark")),
+        rows=st.lists(st.integers(0, 59), min_size=1, max_size=MOST_ROWS),
+    )
+    def change_rows(self, how: str, rows: list[int]) -> None:
+        chosen = [row % self.batch for row in rows]
+        if how == "order":
+            chosen = (chosen * self.batch)[: self.batch]
+            self.cache.reorder_cache(torch.tensor(chosen))
+        elif how == "repeat":
+            times = 2 if self.batch * 2 <= MOST_ROWS else 1
+            chosen = [row for row in range(self.batch) for _ in range(times)]
+            self.cache.batch_repeat_interleave(times)
+        elif how == "choose":
+            self.cache.batch_select_indices(torch.tensor(chosen))
+        else:
+            chosen = sorted(set(chosen))
+            self.cache.batch_select_indices(torch.tensor([row in chosen for row in range(self.batch)]))
+        self.select(chosen)
+
+    def select(self, rows: list[int]) -> None:
+        self.truth.select(rows)
+        self.real, self.document = ([list(all_rows[b]) for b in rows] for all_rows in (self.real, self.document))
+        self.ahead = [self.ahead[b] for b in rows]
+        self.batch = len(rows)
+
+    @then_a_call(anew=st.booleans())
+    def reset(self, anew: bool) -> None:
+        """The cache is emptied, or another one is taken, which records nothing yet."""
+        if anew:
+            self.cache, self.recording = self.new_cache(), False
+        self.forget()
+
+    def new_cache(self) -> tessera.Cache:
+        return tessera.Cache(self.kind.spec, self.model, prefill=self.kind.prefill)  # type: ignore[arg-type]
+
+    def forget(self) -> None:
+        self.cache.reset()
+        self.truth.reset()
+        recording = self.recording
+        self.begin_anew()
+        self.recording = recording
+        self.again()
+
+    @then_a_call(how=st.sampled_from(("file", "copy", "original", "device")), n=st.integers(1, 70))
+    def carry(self, how: str, n: int) -> None:
+        """What leaves a cache what it is."""
+        if how == "file":
+            self.save_and_load()
+        elif how == "device":
+            self.move()
+        else:
+            self.copy_it(how == "copy", n)
+
+    def save_and_load(self) -> None:
+        path = self.folder / "cache.safetensors"
+        if self.kind.model == "tm":
+            with pytest.raises(ValueError, match="a Tensor Memory has read along"):
+                self.cache.save(path)
+            return
+        self.cache.save(path)
+        self.cache = tessera.Cache.load(path, self.model)
+        self.again()
+
+    def copy_it(self, go_on_with_the_copy: bool, n: int) -> None:
+        """A copy and what it is of know nothing of each other."""
+        twin = copy.deepcopy(self.cache)
+        self.cache, other = (twin, self.cache) if go_on_with_the_copy else (self.cache, twin)
+        real, document = (
+            torch.tensor([row + [last] * n for row, last in zip(rows, lasts, strict=True)])
+            for rows, lasts in (
+                (self.real, [True] * self.batch),
+                (self.document, [row[-1] if row else 0 for row in self.document]),
+            )
+        )
+        slot = torch.arange(self.slots + n)
+        visible = (slot <= slot[-n:, None]) & real[:, None] & (document[:, -n:, None] == document[:, None])
+        self.feed(other, self.batch, n, self.mask(visible, real, document, Layout("no", "causal", "2d", "counted", ())))
+        other.reset()
+
+    def move(self) -> None:
+        for layer in self.cache.layers:
+            layer.offload()
+            layer.prefetch()
+        self.cache.to("cpu")
+
+    @torch.no_grad()
+    def feed(self, cache: tessera.Cache, rows: int, n: int, mask: Tensor | None = None) -> None:
+        """A call whose results do not matter."""
+        if self.kind.model:
+            self.model(torch.full((rows, n), 5), attention_mask=mask, past_key_values=cache)
+        else:
+            handles = cache.update(*torch.ones(2, rows, 1, n, DIM).unbind(0), 0)
+            attention_forward(torch.nn.Module(), torch.ones(rows, 2, n, DIM), *handles, mask)
+
+    @then_a_call(n=st.integers(1, 70))
+    def refuse_another_batch(self, n: int) -> None:
+        with pytest.raises(ValueError, match=rf"{self.batch}\b"):
+            self.feed(self.cache, self.batch + 1, n)
+
+    # What holds whatever has happened
+
+    @invariant()
+    def the_length_is_right(self) -> None:
+        assert self.cache.get_seq_length() == self.slots
+
+    @invariant()
+    def every_token_is_held_once(self) -> None:
+        for layer, oracle in zip(self.cache.layers, self.truth, strict=True):
+            least, most = oracle.held()
+            held = sum(layer.held().values())
+            assert least <= held <= most, f"{held} tokens are held, which should be {least} to {most}"
+
+    @invariant()
+    def all_bytes_are_reported(self) -> None:
+        report = self.cache.report()
+        found: dict[int, Tensor] = {}
+        for layer in self.cache.layers:
+            tensors_in(layer, found, set())
+        assert report.nbytes == sum(report.tiers.values()) == sum(t.numel() * t.element_size() for t in found.values())
+        assert report.tokens == self.slots
+
+
+def tensors_in(thing: object, found: dict[int, Tensor], done: set[int]) -> None:
+    """Every tensor that can be reached, by its identity; a codec's tables and what the model owns are not the cache's."""
+    if id(thing) in done:
+        return
+    done.add(id(thing))
+    if isinstance(thing, Tensor):
+        found[id(thing)] = thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            tensors_in(value, found, done)
+    elif isinstance(thing, (list, tuple)):
+        for value in thing:
+            tensors_in(value, found, done)
+    elif type(thing).__module__.startswith("tessera.") and not isinstance(thing, tessera.codecs.Codec):
+        tensors_in(getattr(thing, "__dict__", {}), found, done)

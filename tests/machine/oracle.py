@@ -1,0 +1,373 @@
+"""What is right, computed slowly: every key and value of every row is kept, and each query is answered by the definition.
+
+Nothing here knows how the library stores or groups anything. A row is its real tokens in order; a token's place is the number
+of real tokens before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera import codecs
+from tessera.cache.spec import BLOCK, parse
+
+#: Tokens that a cache which records its past keeps exactly on top.
+RECORDED = 512
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a spec says, for a layer.
+
+    Attributes:
+        sink, recent, codec, limit, window: as of `tessera.cache.spec.Spec`.
+        matrix: what leaves the window is written into a Tensor Cache.
+        packed_prefill: a call's queries read tokens that are to be quantised as they are afterwards.
+        sliding: slots that the layer's own attention sees, which the mask says; None: all.
+        layer: its index, for codebooks that differ by layer.
+    """
+
+    sink: int
+    recent: int
+    codec: codecs.Codec | None
+    limit: int | None
+    window: int | None
+    matrix: bool
+    packed_prefill: bool
+    sliding: int | None = None
+    layer: int = 0
+
+    @staticmethod
+    def of(text: str, prefill: str = "exact", sliding: int | None = None, layer: int = 0) -> Rules:
+        spec = parse(text)
+        codec = None if spec.codec is None else codecs.get(spec.codec)
+        # Sinks are of no use to a layer that does not see them, nor are more exact tokens than it sees.
+        sink, recent = (spec.sink, spec.recent) if sliding is None else (0, min(spec.recent, sliding - 1))
+        packed = prefill == "packed"
+        return Rules(sink, recent, codec, spec.codec_limit, spec.window, spec.associative, packed, sliding, layer)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the batch as one layer knows it. Never changed in place, so that rows can be repeated freely.
+
+    Attributes:
+        real: of each slot, whether it is a token.
+        k, v: (kv_heads, tokens, head_dim) float32 of the real tokens, as they would be read now: quantised ones dequantised.
+        bare: the keys as the matrix is given them.
+        quantised: the place up to which tokens behind the sinks are quantised.
+        dropped: the place up to which tokens behind the sinks are gone.
+        kept: the place from which on tokens behind the sinks are certain to be there.
+        begins: for a matrix, of each token the place of the first token of its document.
+        matrices: likewise, the matrix (kv_heads, head_dim, head_dim) after its step, and the number of pairs written.
+    """
+
+    real: tuple[bool, ...]
+    k: Tensor
+    v: Tensor
+    bare: Tensor
+    quantised: int
+    dropped: int
+    kept: int
+    begins: tuple[int, ...] = ()
+    matrices: tuple[tuple[Tensor, int], ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.k.shape[1]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one call gives to a layer.
+
+    Attributes:
+        q: (batch, heads, n, head_dim); k, v: (batch, kv_heads, n, head_dim).
+        visible: (batch, n, slots) bool, all slots so far and the new ones; False everywhere for padding.
+        bare_q, bare_k: queries and keys as a Tensor Cache is asked and given them; None: as they are.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    visible: Tensor
+    bare_q: Tensor | None = None
+    bare_k: Tensor | None = None
+
+
+class LayerOracle:
+    """One attention layer. memory: the model's `TensorCacheLayer`, whose parameters are read, for a spec with "tc"."""
+
+    def __init__(self, rules: Rules, memory: Any = None) -> None:
+        self.rules = rules
+        self.memory = memory
+        self.rows: list[Row] = []
+        self.recording = False
+
+    def step(self, given: Given) -> tuple[Tensor, Tensor]:
+        """One call. Returns what attention and the matrix give, (batch, n, heads, head_dim) each, zero at padding."""
+        batch, heads, n, dim = given.q.shape
+        if not self.rows:
+            nothing = torch.zeros(given.k.shape[1], 0, dim)
+            at = self.rules.sink
+            self.rows = [Row((), nothing, nothing, nothing, at, at, at) for _ in range(batch)]
+        out, read = torch.zeros(2, batch, n, heads, dim).unbind(0)
+        for b in range(batch):
+            row, past = self.rows[b], len(self.rows[b].real)
+            # A slot is padding if no query of its own call sees it.
+            new = given.visible[b, :, past:].any(0)
+            old = row.tokens
+            row = replace(
+                row,
+                real=(*row.real, *new.tolist()),
+                k=torch.cat((row.k, given.k[b, :, new].float()), 1),
+                v=torch.cat((row.v, given.v[b, :, new].float()), 1),
+                bare=torch.cat((row.bare, (given.k if given.bare_k is None else given.bare_k)[b, :, new].float()), 1),
+            )
+            spare = RECORDED if self.recording else 0
+            if self.rules.packed_prefill:
+                row = self._quantise(row, spare)
+            if row.tokens > old:
+                seen = given.visible[b][new][:, torch.tensor(row.real)]
+                row = self._documents(row, seen, old) if self.rules.matrix else row
+                out[b, new] = self._attend(row, given.q[b, :, new].float(), self._visible(row, seen, old))
+                if self.rules.matrix:
+                    queries = (given.q if given.bare_q is None else given.bare_q)[b, :, new].float()
+                    row, read[b, new] = self._recall(row, queries, old)
+            self.rows[b] = self._settle(row, spare)
+        return out, read
+
+    def _visible(self, row: Row, seen: Tensor, old: int) -> Tensor:
+        """(queries, tokens): what the mask shows, less what the spec takes away. Its window bounds from below only."""
+        rules, place = self.rules, torch.arange(row.tokens)
+        query = place[old:, None]
+        if rules.window is not None:
+            sinks = place - torch.tensor(row.begins) < rules.sink if rules.matrix else place < rules.sink
+            seen = seen & ((place > query - rules.window) | sinks)
+        return seen & ~((place >= rules.sink) & (place < row.dropped))
+
+    @staticmethod
+    def _attend(row: Row, q: Tensor, seen: Tensor) -> Tensor:
+        """q: (heads, queries, head_dim) -> (queries, heads, head_dim), in float64."""
+        group = q.shape[0] // row.k.shape[0]
+        k, v = (x.double().repeat_interleave(group, 0) for x in (row.k, row.v))
+        scores = q.double() @ k.mT / math.sqrt(q.shape[-1])
+        return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ v).transpose(0, 1).float()
+
+    @staticmethod
+    def _documents(row: Row, seen: Tensor, old: int) -> Row:
+        """A token that sees none before it begins a document; another is of the document of the newest that it sees."""
+        begins = list(row.begins)
+        for place, sees in enumerate(seen, start=old):
+            before = sees[:place].nonzero().flatten()
+            begins.append(begins[int(before[-1])] if len(before) else place)
+        return replace(row, begins=tuple(begins))
+
+    def _recall(self, row: Row, q: Tensor, old: int) -> tuple[Row, Tensor]:
+        """Each token's own step of the recurrence: a pair leaves the window, the matrix takes it in, the query reads."""
+        assert self.rules.window is not None
+        config, memory = self.memory.config, self.memory.memory
+        decay, rate = (x.detach()[:, None, None] for x in (memory.decay, memory.write_rate))
+        if config.rule == "delta":
+            rate = torch.minimum(rate, decay)
+        if config.normalise_queries:
+            q = q / q.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        matrices, reads = list(row.matrices), []
+        for place in range(old, row.tokens):
+            begin, leaves = row.begins[place], place - self.rules.window
+            a, count = matrices[-1] if place > begin else (torch.zeros(*row.k.shape[::2], row.k.shape[2]), 0)
+            before = a
+            if leaves - begin >= self.rules.sink:
+                k, v = row.bare[:, leaves, :, None], row.v[:, leaves, None] * config.value_scale
+                if config.normalise_keys:
+                    k = k / k.norm(dim=1, keepdim=True).clamp(min=1e-12)
+                if config.rule == "delta":
+                    v = v - k.mT @ a
+                pair = k @ v
+                a, count = decay * a + rate * (pair - pair.mT if config.rule == "wedge" else pair), count + 1
+            matrices.append((a, count))
+            grouped = q[:, place - old].unflatten(0, (a.shape[0], -1))
+            reads.append((grouped @ (a if config.order == "write_first" else before)).flatten(0, 1))
+        return replace(row, matrices=tuple(matrices)), torch.stack(reads)
+
+    def _settle(self, row: Row, spare: int) -> Row:
+        """What becomes of the oldest tokens once a call has ended."""
+        row = self._quantise(row, spare)
+        held, limit = row.quantised - row.dropped, self.rules.limit
+        if limit is not None and held > limit:
+            row = replace(row, dropped=row.dropped - (limit - held) // BLOCK * BLOCK)
+        return replace(row, kept=max(row.kept, row.dropped, self._oldest(row.real) - spare))
+
+    def _oldest(self, real: tuple[bool, ...]) -> int:
+        """The place of the oldest token that a next query of such a row sees, sinks apart."""
+        rules, tokens = self.rules, sum(real)
+        if rules.sliding is not None:
+            return tokens - sum(real[max(0, len(real) - rules.sliding + 1) :])
+        return 0 if rules.window is None else tokens - rules.window + 1
+
+    def _quantise(self, row: Row, spare: int) -> Row:
+        """Whole blocks, counted from the end of the sinks, as soon as `recent` tokens remain behind them."""
+        rules = self.rules
+        if rules.codec is None:
+            return row
+        begin = row.quantised
+        count = max(0, row.tokens - begin - rules.recent - spare) // BLOCK * BLOCK
+        if not count:
+            return row
+        span = slice(begin, begin + count)
+        k, v = row.k.clone(), row.v.clone()
+        for x, role in ((k, "key"), (v, "value")):
+            x[:, span] = rules.codec.decode(rules.codec.encode(x[None, :, span], role, rules.layer))[0]  # type: ignore[arg-type]
+        return replace(row, k=k, v=v, quantised=begin + count)
+
+    def may_refuse(self, slots: int) -> bool:
+        """Whether the newest `slots` slots cannot be forgotten: what the next query would need is not certain to be there."""
+        return any(self._lost(row, slots) for row in self.rows)
+
+    def _lost(self, row: Row, slots: int) -> bool:
+        real, rules = row.real[: len(row.real) - slots], self.rules
+        rest = sum(real)
+        if rest == row.tokens:
+            return False
+        if rules.matrix and (row.begins[rest - 1] if rest else 0) != row.begins[-1]:
+            return True
+        if rules.matrix and row.matrices[-1][1] != (row.matrices[rest - 1][1] if rest else 0):
+            return True
+        # Of a codec's tokens nothing is needed again but what the crop itself uncovers.
+        oldest = rest if rules.limit is not None else self._oldest(real)
+        return row.kept > rules.sink and oldest < row.kept
+
+    def crop(self, slots: int) -> None:
+        """Forget the newest `slots` slots of every row."""
+        for b, row in enumerate(self.rows):
+            real = row.real[: len(row.real) - slots]
+            rest, sink = sum(real), self.rules.sink
+            # Of a block that is cut, what is left is no whole block any more: it is as exact tokens are, with what it lost.
+            whole = row.quantised if rest >= row.quantised else max(sink, sink + (rest - sink) // BLOCK * BLOCK)
+            cut = replace(
+                row,
+                real=real,
+                k=row.k[:, :rest],
+                v=row.v[:, :rest],
+                bare=row.bare[:, :rest],
+                quantised=whole,
+                dropped=min(row.dropped, whole),
+                kept=min(row.kept, max(rest, sink)),
+                begins=row.begins[:rest],
+                matrices=row.matrices[:rest],
+            )
+            self.rows[b] = self._settle(cut, 0)
+
+    def select(self, rows: list[int]) -> None:
+        """Row i becomes what row rows[i] was."""
+        self.rows = [self.rows[b] for b in rows] if self.rows else []
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.rows = []
+
+    def held(self) -> tuple[int, int]:
+        """The fewest and the most tokens, of all rows together, that may be held."""
+        rules = self.rules
+        # Whole blocks are dropped; a pair that leaves the window at a step is still needed by a matrix; and a sliding window
+        # may be counted in slots or in tokens.
+        slack = 0 if rules.window is None else BLOCK + int(rules.matrix)
+        slack = slack if rules.sliding is None else 2 * BLOCK + rules.sliding
+        least = most = 0
+        for row in self.rows:
+            kept = row.tokens - (row.kept - rules.sink)
+            least += kept
+            most += min(row.tokens, kept + slack)
+        return least, most
+
+
+@dataclass
+class LlamaOracle:
+    """A Llama from its weights, its attention by `LayerOracle`, and the memories that are attached to it.
+
+    Args:
+        model: a `LlamaForCausalLM` in float32; only its parameters are read.
+        layers: one for each of its layers.
+        tensor_memory: what is attached, for a Tensor Memory; its own `reference` is run on each row's real tokens.
+    """
+
+    model: Any
+    layers: list[LayerOracle]
+    tensor_memory: Any = None
+    #: Of each layer and row what the Tensor Memory has read.
+    states: list[list[Any]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """One call. ids, positions: (batch, n); visible: (batch, n, slots). Returns logits (batch, n, vocabulary)."""
+        config, body = self.model.config, self.model.model
+        batch, n = ids.shape
+        real = visible[:, :, visible.shape[2] - n :].any(1)
+        if self.tensor_memory is not None and not self.states:
+            self.states = [[None] * batch for _ in self.layers]
+        x = body.embed_tokens.weight[ids]
+        for index, (layer, oracle) in enumerate(zip(body.layers, self.layers, strict=True)):
+            h = _rms(x, layer.input_layernorm)
+            attention = layer.self_attn
+            q, k, v = (
+                (h @ linear.weight.T).view(batch, n, -1, config.head_dim).transpose(1, 2)
+                for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            turned_q, turned_k = (_rotated(y, positions, config) for y in (q, k))
+            # A matrix is given keys without their rotary phase, unless it is to keep it.
+            bare = (q, k) if oracle.memory is not None and not oracle.memory.config.rotary else (None, None)
+            out, read = oracle.step(Given(turned_q, turned_k, v, visible, *bare))
+            x = x + out.flatten(2) @ attention.o_proj.weight.T
+            if oracle.rules.matrix:
+                x = x + torch.sigmoid(oracle.memory.gate_logit) * (read.flatten(2) @ oracle.memory.out.weight.T)
+            if self.tensor_memory is not None:
+                x = x + self._remember(index, x, real)
+            h = _rms(x, layer.post_attention_layernorm)
+            mlp = layer.mlp
+            gate = torch.nn.functional.silu(h @ mlp.gate_proj.weight.T)
+            x = x + (gate * (h @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
+        return _rms(x, body.norm) @ self.model.lm_head.weight.T
+
+    def _remember(self, index: int, x: Tensor, real: Tensor) -> Tensor:
+        memory, own = self.tensor_memory.shared, self.tensor_memory.layers[index]
+        added = torch.zeros_like(x)
+        for b in range(len(x)):
+            if real[b].any():
+                read, self.states[index][b] = memory.reference(own.norm(x[b : b + 1, real[b]]), self.states[index][b])
+                added[b, real[b]] = torch.sigmoid(own.gate_logit) * read[0]
+        return added
+
+    def __iter__(self) -> Iterator[LayerOracle]:
+        return iter(self.layers)
+
+    def select(self, rows: list[int]) -> None:
+        """Row i becomes what row rows[i] was."""
+        for layer in self.layers:
+            layer.select(rows)
+        self.states = [[states[b] for b in rows] for states in self.states]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.states = []
+        for layer in self.layers:
+            layer.reset()
+
+
+def _rms(x: Tensor, norm: Any) -> Tensor:
+    return norm.weight * x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+
+
+def _rotated(x: Tensor, positions: Tensor, config: Any) -> Tensor:
+    """x: (batch, heads, n, head_dim); its halves turned by position · θ^(-2i / head_dim)."""
+    half = x.shape[-1] // 2
+    theta = config.rope_parameters["rope_theta"]
+    angle = positions[:, None, :, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
