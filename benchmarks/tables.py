@@ -382,6 +382,13 @@ def families(what: str) -> str:
     return markdown_table(("outcome", "cause", "families", "which"), cells)
 
 
+def reliability() -> str:
+    """How many tests hold each promise."""
+    rows = _load("reliability")["rows"]
+    cells = [(r["promise"], str(r["always"]), str(r["slow"]), ", ".join(f"`{path}`" for path in r["tests"])) for r in rows]
+    return markdown_table(("promise", "always", "slow", "in"), cells)
+
+
 def _cause(found: dict[str, str]) -> str:
     """The reason without the names of the family and its classes."""
     if found["outcome"] == "not tried":
@@ -440,6 +447,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "diagnostics": diagnostics,
     "encode": encode,
     "families": families,
+    "reliability": reliability,
     "generation": generation,
     "language": language,
     "language-trained": language_trained,

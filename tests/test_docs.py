@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,22 @@ def test_links_between_files_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_the_promises_name_tests_that_there_are(request: pytest.FixtureRequest) -> None:
+    spec = importlib.util.spec_from_file_location("reliability", ROOT / "benchmarks" / "reliability.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    noted = json.loads(module.OUT.read_text(encoding="utf-8"))["rows"]
+    assert [row["promise"] for row in noted] == [*module.PROMISES, "everything else"]
+    for places in module.PROMISES.values():
+        assert all((ROOT / place).exists() for place in places)
+    items = module.count_items(request.session.items)
+    if len({file for file, _ in items}) < 60:
+        pytest.skip("the counts can be compared where all tests are collected only")
+    for row, wanted in zip(noted, module.rows(items), strict=True):
+        # How many cases there are of kernels depends on the processor.
+        if "tests/kernels" not in row["tests"] and row["promise"] != "everything else":
+            assert row == wanted, "run python benchmarks/reliability.py, then python benchmarks/tables.py"
