@@ -355,6 +355,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         if not rest:
             self.truth.states = []
+        self.recording = False
         for layer in self.truth:
             layer.crop(slots)
         self.real, self.document = ([row[:rest] for row in rows] for rows in (self.real, self.document))
@@ -428,6 +429,8 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.cache.save(path)
         self.cache = tessera.Cache.load(path, self.model)
+        for layer in self.truth:
+            layer.expecting = ""
         self.again()
 
     def copy_it(self, go_on_with_the_copy: bool, n: int) -> None:

@@ -43,6 +43,11 @@ class Rules:
     sliding: int | None = None
     layer: int = 0
 
+    @property
+    def by_document(self) -> bool:
+        """A window is of a document: another one begins anew, with sinks of its own."""
+        return self.window is not None and self.sliding is None
+
     @staticmethod
     def of(text: str, prefill: str = "exact", sliding: int | None = None, layer: int = 0) -> Rules:
         spec = parse(text)
@@ -64,7 +69,7 @@ class Row:
         quantised: the place up to which tokens behind the sinks are quantised.
         dropped: the place up to which tokens behind the sinks are gone.
         kept: the place from which on tokens behind the sinks are certain to be there.
-        begins: for a matrix, of each token the place of the first token of its document.
+        begins: for a window, of each token the place of the first token of its document.
         matrices: likewise, the matrix (kv_heads, head_dim, head_dim) after its step, and the number of pairs written.
     """
 
@@ -109,10 +114,13 @@ class LayerOracle:
         self.memory = memory
         self.rows: list[Row] = []
         self.recording = False
+        #: Behind a crop of what was recorded: "next" until the next call, "now" until it is cropped or another one comes.
+        self.expecting = ""
 
     def step(self, given: Given) -> tuple[Tensor, Tensor]:
         """One call. Returns what attention and the matrix give, (batch, n, heads, head_dim) each, zero at padding."""
         batch, heads, n, dim = given.q.shape
+        self.expecting = "now" if self.expecting == "next" else ""
         if not self.rows:
             nothing = torch.zeros(given.k.shape[1], 0, dim)
             at = self.rules.sink
@@ -130,12 +138,12 @@ class LayerOracle:
                 v=torch.cat((row.v, given.v[b, :, new].float()), 1),
                 bare=torch.cat((row.bare, (given.k if given.bare_k is None else given.bare_k)[b, :, new].float()), 1),
             )
-            spare = RECORDED if self.recording else 0
+            spare = RECORDED if self.recording or self.expecting else 0
             if self.rules.packed_prefill:
                 row = self._quantise(row, spare)
             if row.tokens > old:
                 seen = given.visible[b][new][:, torch.tensor(row.real)]
-                row = self._documents(row, seen, old) if self.rules.matrix else row
+                row = self._documents(row, seen, old) if self.rules.by_document else row
                 out[b, new] = self._attend(row, given.q[b, :, new].float(), self._visible(row, seen, old))
                 if self.rules.matrix:
                     queries = (given.q if given.bare_q is None else given.bare_q)[b, :, new].float()
@@ -148,7 +156,7 @@ class LayerOracle:
         rules, place = self.rules, torch.arange(row.tokens)
         query = place[old:, None]
         if rules.window is not None:
-            sinks = place - torch.tensor(row.begins) < rules.sink if rules.matrix else place < rules.sink
+            sinks = place - torch.tensor(row.begins) < rules.sink if rules.by_document else place < rules.sink
             seen = seen & ((place > query - rules.window) | sinks)
         return seen & ~((place >= rules.sink) & (place < row.dropped))
 
@@ -235,7 +243,7 @@ class LayerOracle:
         rest = sum(real)
         if rest == row.tokens:
             return False
-        if rules.matrix and (row.begins[rest - 1] if rest else 0) != row.begins[-1]:
+        if rules.by_document and (row.begins[rest - 1] if rest else 0) != row.begins[-1]:
             return True
         if rules.matrix and row.matrices[-1][1] != (row.matrices[rest - 1][1] if rest else 0):
             return True
@@ -245,6 +253,8 @@ class LayerOracle:
 
     def crop(self, slots: int) -> None:
         """Forget the newest `slots` slots of every row."""
+        self.expecting = "next" if self.recording or self.expecting else ""
+        self.recording = False
         for b, row in enumerate(self.rows):
             real = row.real[: len(row.real) - slots]
             rest, sink = sum(real), self.rules.sink
@@ -271,6 +281,7 @@ class LayerOracle:
     def reset(self) -> None:
         """Forget everything."""
         self.rows = []
+        self.expecting = ""
 
     def held(self) -> tuple[int, int]:
         """The fewest and the most tokens, of all rows together, that may be held."""
@@ -281,9 +292,12 @@ class LayerOracle:
         slack = slack if rules.sliding is None else 2 * BLOCK + rules.sliding
         least = most = 0
         for row in self.rows:
-            kept = row.tokens - (row.kept - rules.sink)
+            # Of the documents before, nothing is.
+            begin = row.begins[-1] if rules.by_document and row.begins else 0
+            tokens = row.tokens - begin
+            kept = tokens - max(0, row.kept - rules.sink - begin)
             least += kept
-            most += min(row.tokens, kept + slack)
+            most += min(tokens, kept + slack)
         return least, most
 
 
