@@ -343,21 +343,13 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             self.cache.crop(rest if by_length and rest else -slots)
         except ValueError:
+            # A Tensor Memory keeps what it has read of so many tokens only.
             read = self.kind.model == "tm" and slots
             assert read or any(layer.may_refuse(slots) for layer in self.truth), "what could be forgotten was not"
             return
-        if self.kind.model == "tm" and slots and rest:
-            # What a Tensor Memory has read cannot be taken back; a crop that is not refused makes the next call be.
-            if any(any(row[rest:]) for row in self.real):
-                with pytest.raises(ValueError, match="cache"):
-                    self.feed(self.cache, self.batch, 1)
-            self.forget()
-            return
-        if not rest:
-            self.truth.states = []
         self.recording = False
-        for layer in self.truth:
-            layer.crop(slots)
+        with torch.no_grad():
+            self.truth.crop(slots)
         self.real, self.document = ([row[:rest] for row in rows] for rows in (self.real, self.document))
 
     def again(self) -> None:
@@ -466,7 +458,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @then_a_call(n=st.integers(1, 70))
     def refuse_another_batch(self, n: int) -> None:
-        with pytest.raises(ValueError, match=rf"{self.batch}\b"):
+        # A Tensor Memory that has seen padding asks for the mask first.
+        with pytest.raises(ValueError, match=rf"{self.batch}\b|had padding"):
             self.feed(self.cache, self.batch + 1, n)
 
     # What holds whatever has happened

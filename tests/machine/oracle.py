@@ -316,6 +316,8 @@ class LlamaOracle:
     tensor_memory: Any = None
     #: Of each layer and row what the Tensor Memory has read.
     states: list[list[Any]] = field(default_factory=list)
+    #: Likewise, what it was given: (1, tokens, dim).
+    read: list[list[Any]] = field(default_factory=list)
 
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
@@ -325,6 +327,7 @@ class LlamaOracle:
         real = visible[:, :, visible.shape[2] - n :].any(1)
         if self.tensor_memory is not None and not self.states:
             self.states = [[None] * batch for _ in self.layers]
+            self.read = [[None] * batch for _ in self.layers]
         x = body.embed_tokens.weight[ids]
         for index, (layer, oracle) in enumerate(zip(body.layers, self.layers, strict=True)):
             h = _rms(x, layer.input_layernorm)
@@ -353,7 +356,10 @@ class LlamaOracle:
         added = torch.zeros_like(x)
         for b in range(len(x)):
             if real[b].any():
-                read, self.states[index][b] = memory.reference(own.norm(x[b : b + 1, real[b]]), self.states[index][b])
+                given = own.norm(x[b : b + 1, real[b]])
+                read, self.states[index][b] = memory.reference(given, self.states[index][b])
+                old = self.read[index][b]
+                self.read[index][b] = given if old is None else torch.cat((old, given), 1)
                 added[b, real[b]] = torch.sigmoid(own.gate_logit) * read[0]
         return added
 
@@ -365,10 +371,21 @@ class LlamaOracle:
         for layer in self.layers:
             layer.select(rows)
         self.states = [[states[b] for b in rows] for states in self.states]
+        self.read = [[given[b] for b in rows] for given in self.read]
+
+    def crop(self, slots: int) -> None:
+        """Forget the newest `slots` slots of every row; a memory reads again what is left."""
+        for index, layer in enumerate(self.layers):
+            layer.crop(slots)
+            for b, given in enumerate(self.read[index] if self.read else ()):
+                tokens = layer.rows[b].tokens if layer.rows else 0
+                left = None if given is None or not tokens else given[:, :tokens]
+                self.read[index][b] = left
+                self.states[index][b] = None if left is None else self.tensor_memory.shared.reference(left)[1]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.states = []
+        self.states, self.read = [], []
         for layer in self.layers:
             layer.reset()
 

@@ -139,7 +139,7 @@ def test_infini_refuses_padding_before_its_segments() -> None:
     model, mask = make("infini:8"), torch.ones(2, 40, dtype=torch.int64)
     tokens = torch.randint(1, 61, (2, 40))
     mask[1, :13] = 0
-    with torch.no_grad(), pytest.raises(ValueError, match="without left padding"):
+    with torch.no_grad(), pytest.raises(ValueError, match="one document without padding"):
         model(tokens, attention_mask=mask)
 
 

@@ -231,7 +231,7 @@ class Streams:
     def select(self, rows: Callable[[int], Tensor]) -> None:
         """Change the rows; `rows` gives, for a number of old ones, the old one of each new one."""
         if self.kept is not None:
-            self.kept = self.kept[rows(len(self.kept))]
+            self.kept = _padded(self.kept[rows(len(self.kept))])
         for stream in self.layers.values():
             stream.select(rows(stream.batch))
 
@@ -266,7 +266,12 @@ class Streams:
             else:
                 del self.layers[index]
             if self.kept is not None:
-                self.kept = self.kept[:, :length]
+                self.kept = _padded(self.kept[:, :length])
+
+
+def _padded(kept: Tensor) -> Tensor | None:
+    """Which tokens were real, or None where all that are left were."""
+    return None if bool(kept.all()) else kept
 
 
 class _Along:

@@ -189,6 +189,8 @@ class GroupMask:
         if sliding is not None:
             rule &= place > query - sliding
         low = self.slots.before(self.first)
+        if sliding is not None and low > max(0, first - sliding + 1):
+            return False  # there is padding within the window, which is of slots: it hides more than one of places would
         return bool((self.columns(low, count - low) == rule[:, low:]).all())
 
     def shows_others(self) -> bool:
