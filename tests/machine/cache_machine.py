@@ -293,7 +293,10 @@ class CacheMachine(RuleBasedStateMachine):
         if self.kind.model == "sliding":
             shown = shown & (slot > slot[past:, None] - SLIDING)
         visible = shown & real[:, past:, None] & real[:, None]
-        return visible, self.mask(visible, real, document, layout), self.positions(real, n, layout)
+        mask, positions = self.mask(visible, real, document, layout), self.positions(real, n, layout)
+        if self.kind.model == "tm" and positions is not None and bool((positions.diff(dim=1) < 1).any()):
+            mask = real.long()  # without a mask such positions would stand for packed documents
+        return visible, mask, positions
 
     def structured(self, layout: Layout) -> str:
         # A Tensor Memory is told of padding alone.

@@ -289,6 +289,8 @@ class LayerOracle:
         # Whole blocks are dropped; a pair that leaves the window at a step is still needed by a matrix; and a sliding window
         # may be counted in slots or in tokens.
         slack = 0 if rules.window is None else BLOCK + int(rules.matrix)
+        if rules.matrix and (self.recording or self.expecting):
+            slack += RECORDED  # what left at tokens that may be taken back has not been written yet
         slack = slack if rules.sliding is None else 2 * BLOCK + rules.sliding
         least = most = 0
         for row in self.rows:

@@ -332,6 +332,10 @@ class TesseraLayer(CacheLayerMixin):
         """End the call: take in, pack, drop."""
         for turn, _ in turns:
             turn.lane.dismiss(turn)
+        if not self.record_past and not self._hold:
+            # Rows that had nothing but padding in this call may still hold back what could be taken back until now.
+            for lane in self.lanes:
+                lane.settle()
         if self.index == self.link.last:
             self.link.masks.forget()
 
