@@ -16,7 +16,7 @@ from transformers import AutoConfig, DynamicCache
 
 import tessera
 from tessera.associative import TensorCacheConfig
-from tessera.attention import switch
+from tessera.attention import switch, tiers
 from tessera.attention.source import touches, windowed
 from tessera.spatial import TensorMemoryConfig
 
@@ -66,8 +66,9 @@ def test_the_walk_notices_a_family_that_is_neither_served_nor_refused(monkeypatc
 
 
 def test_the_walk_notices_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switch, "windowed", lambda module: True)
-    row = families.walk("moshi")
+    right = tiers._attend
+    monkeypatch.setattr(tiers, "_attend", lambda *args: right(*args) * 1.01)
+    row = families.walk("llama")
     assert row["cache"]["outcome"] == "fault"
     assert "wrong numbers" in row["cache"]["reason"]
 
@@ -123,11 +124,11 @@ def test_attention_that_cannot_be_given_tiers_is_refused_and_served_from_its_con
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("opt", r"OPTDecoderLayer gives its norm \(6, 64\) of two rows of three tokens"),
-        ("gemma3", "gives its Gemma3TextModel no mask of rows and tokens but a dict"),
+        ("opt", r"OPTDecoderLayer gives its norm \(6, 64\) for 2 rows of 3 tokens"),
+        ("paligemma", "tokens see later ones"),
     ],
 )
-def test_a_tensor_memory_that_could_not_tell_rows_or_padding_is_refused(kind: str, words: str) -> None:
+def test_a_tensor_memory_that_could_not_tell_rows_or_later_tokens_is_refused(kind: str, words: str) -> None:
     model = built(kind)
     before = families.logits(model, None, (families.TOKENS,))
     with pytest.raises(ValueError, match=words):
