@@ -27,7 +27,7 @@ def over_tiers(
     layer = handle.layer
     memory = call.memory if call is not None and layer.policy.associative else None
     positions = None if memory is None or call is None else call.positions_of(query)
-    turns = layer.open(mask, positions)
+    turns = layer.open(mask, positions, query)
     batch, heads, tokens, dim = query.shape
     out: Tensor | None = None
     added = None if memory is None else query.new_zeros((batch, tokens, memory.out.out_features))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,11 +14,12 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from tessera import codecs
 from tessera.cache import storage
-from tessera.cache.config import check_shapes, read_config
+from tessera.cache.config import check_shapes, read_config, rotary_partner
 from tessera.cache.lane import Policy
 from tessera.cache.layer import ATTACHED, STREAMS, Link, TesseraLayer
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec, parse
+from tessera.codecs.key_stats import KeyStats, load_stats
 from tessera.devices import layer_devices
 from tessera.wrapped import replaces_cache, unwrap
 
@@ -48,7 +49,14 @@ class Cache(TransformersCache):
 
     layers: list[TesseraLayer]
 
-    def __init__(self, spec: str | Spec, model_or_config: Any, *, prefill: Prefill = "exact") -> None:
+    def __init__(
+        self,
+        spec: str | Spec,
+        model_or_config: Any,
+        *,
+        prefill: Prefill = "exact",
+        stats: str | os.PathLike[str] | Sequence[KeyStats | None] | None = None,
+    ) -> None:
         self.spec = parse(spec)
         if prefill not in ("exact", "packed"):
             raise ValueError(f"prefill must be 'exact' or 'packed', got {prefill!r}")
@@ -77,9 +85,16 @@ class Cache(TransformersCache):
         codec = None if self.spec.codec is None else codecs.get(self.spec.codec)
         link = Link(text, prefill, self.spec.bounded, len(layers) - 1)
         given = getattr(model_or_config, ATTACHED).layers if self.spec.associative else ()
+        known = _known_stats(stats, codec, layers)
         super().__init__(
             layers=[
-                TesseraLayer(i, Policy.of(self.spec, codec, sliding, i in given), shape, sliding, link)
+                TesseraLayer(
+                    i,
+                    Policy.of(self.spec, codec, sliding, i in given, known[i], rotary_partner(text, shape[1])),
+                    shape,
+                    sliding,
+                    link,
+                )
                 for i, (shape, sliding) in enumerate(layers)
             ]
         )
@@ -237,3 +252,32 @@ class Cache(TransformersCache):
                 if device is not None:
                     layer.to(device)
         return cache
+
+
+def _known_stats(
+    stats: str | os.PathLike[str] | Sequence[KeyStats | None] | None,
+    codec: codecs.Codec | None,
+    layers: Sequence[tuple[tuple[int, int], int | None]],
+) -> list[KeyStats | None]:
+    """For each layer the statistics that were given for it.
+
+    Raises:
+        ValueError: if the codec has no use for them, or they are of another model.
+    """
+    if stats is None:
+        return [None] * len(layers)
+    if codec is None or not codec.weighs:
+        what = "this spec has no codec" if codec is None else f"{codec.spec!r} has no use for them"
+        raise ValueError(f"stats are for codecs that see keys as queries do, such as 'hqmq:4'; {what}")
+    known = list(load_stats(stats)) if isinstance(stats, str | os.PathLike) else list(stats)
+    if len(known) != len(layers):
+        raise ValueError(f"these statistics are of a model of {len(known)} layers; yours has {len(layers)}")
+    for index, (found, (shape, _)) in enumerate(zip(known, layers, strict=True)):
+        if found is not None:
+            try:
+                found.check(*shape)
+            except ValueError as error:
+                raise ValueError(f"layer {index}: {error}") from None
+            if len(found.sizes) != 1:
+                raise ValueError(f"layer {index}: statistics of {len(found.sizes)} rows; those that are given are of one")
+    return known

@@ -90,3 +90,33 @@ def check_shapes(model: nn.Module, layers: list[tuple[tuple[int, int], int | Non
                 f"tessera.Cache does not support {type(model).__name__}: layer {index} makes keys of {widths[0]} and values of "
                 f"{widths[1]} numbers a token, where its config says {heads} heads of {dim}"
             )
+
+
+#: Families whose rotary embedding turns neighbouring channels into each other; the others turn channel i and i + half.
+NEIGHBOURS = frozenset(
+    ("chatglm", "codegen", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium", "llama4_text")
+)
+
+
+def rotary_partner(text: Any, dim: int) -> tuple[int, ...] | None:
+    """Of each channel of the keys the one that the rotary embedding turns it into, itself where it turns nothing.
+
+    Args:
+        text: config of the text decoder.
+        dim: head_dim.
+
+    Returns:
+        head_dim numbers; None if the config speaks of no rotary embedding.
+    """
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    if not rope and getattr(text, "rope_theta", None) is None and getattr(text, "rotary_dim", None) is None:
+        return None
+    share = (rope or {}).get("partial_rotary_factor") if isinstance(rope, dict) else None
+    share = share or getattr(text, "partial_rotary_factor", None) or getattr(text, "rotary_pct", None)
+    turned = getattr(text, "rotary_dim", None) or int(dim * (share or 1.0))
+    turned = min(dim, turned) // 2 * 2
+    if getattr(text, "model_type", "") in NEIGHBOURS:
+        first = [i ^ 1 for i in range(turned)]
+    else:
+        first = [(i + turned // 2) % turned for i in range(turned)]
+    return (*first, *range(turned, dim))

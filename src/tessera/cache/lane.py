@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from tessera.associative import TensorCache, TensorCacheState
+from tessera.cache.learning import LEARN, Learning
 from tessera.cache.masks import Runs
 from tessera.cache.spec import BLOCK, Spec
 from tessera.cache.tiers import PAGE, CodecTier, ExactTier
 from tessera.codecs import Codec
+from tessera.codecs.key_stats import KeyStats
 from tessera.kernels import Pages
 from tessera.kernels.precision import join
 
@@ -33,6 +35,8 @@ class Policy:
         associative: what leaves the window is written into the model's associative memory.
         masked: the window is that of the model's own layer, so that the model's mask has it already.
         by_document: a document that the mask sets apart begins anew, as it would alone; the window and the sinks are its own.
+        stats: how the codec is to see keys, if that was given; None: what the first tokens tell, if the codec weighs at all.
+        partner: of each channel of the keys the one that a rotary embedding turns it into; None: nowhere.
     """
 
     sink: int
@@ -43,9 +47,18 @@ class Policy:
     associative: bool = False
     masked: bool = False
     by_document: bool = False
+    stats: KeyStats | None = None
+    partner: tuple[int, ...] | None = None
 
     @staticmethod
-    def of(spec: Spec, codec: Codec | None, sliding: int | None, memory: bool = True) -> Policy:
+    def of(
+        spec: Spec,
+        codec: Codec | None,
+        sliding: int | None,
+        memory: bool = True,
+        stats: KeyStats | None = None,
+        partner: tuple[int, ...] | None = None,
+    ) -> Policy:
         """What a layer keeps.
 
         Args:
@@ -53,6 +66,7 @@ class Policy:
             codec: of the spec, or None.
             sliding: tokens that the layer's own attention sees; None: all.
             memory: whether "tc" has given the layer an associative memory.
+            stats, partner: see `Policy`.
         """
         window = min((w for w in (spec.window, sliding) if w is not None), default=None)
         if spec.associative and sliding is not None:
@@ -67,7 +81,7 @@ class Policy:
             recent = window  # the pair that leaves at a step is still needed, to be written
         masked = sliding is not None and window == sliding
         by_document = spec.window is not None and sliding is None
-        return Policy(sink, recent, codec, spec.codec_limit, window, associative, masked, by_document)
+        return Policy(sink, recent, codec, spec.codec_limit, window, associative, masked, by_document, stats, partner)
 
 
 @dataclass(frozen=True)
@@ -211,6 +225,11 @@ class Lane:
         self.recent = ExactTier()
         self.packed = None if policy.codec is None else CodecTier(policy.codec, layer)
         self.memory = LaneMemory() if policy.associative else None
+        #: While it is there nothing is packed; None: what there is to learn is known, or cannot be.
+        self.learning: Learning | None = None
+        if self.packed is not None and self.packed.codec.weighs:
+            self.packed.stats = policy.stats
+            self.learning = Learning() if policy.stats is None else None
 
     @property
     def held(self) -> dict[str, int]:
@@ -239,7 +258,7 @@ class Lane:
         if self.memory is not None:
             # What left at queries that may still be taken back is written later, so it is still needed.
             spare = max(spare, self.length - self.memory.written)
-        if self.policy.recent is not None:
+        if self.policy.recent is not None and self._learned(spare):
             leave = max(0, self.recent.tokens - self.policy.recent - spare) // BLOCK * BLOCK
             if self.packed is None:
                 if leave and drop:
@@ -251,6 +270,31 @@ class Lane:
             old = min(self._useless(self.packed.tokens, spare), self.packed.tokens)
             self.packed.drop_front(old)
             self.dropped += old
+
+    def learn(self, queries: Tensor | None, kv_heads: int) -> None:
+        """Take in the queries of tokens that come.
+
+        Args:
+            queries: (rows, q_heads, n, head_dim); None: whoever attends to them does not tell, so keys are packed as they are.
+            kv_heads: number of key heads.
+        """
+        if self.learning is not None and queries is None:
+            self.learning = None
+        elif self.learning is not None and queries is not None:
+            self.learning.note(queries, kv_heads)
+
+    def _learned(self, spare: int) -> bool:
+        """Whether blocks may be packed; fixes what has been learned once none of it will be taken back."""
+        if self.learning is None:
+            return True
+        enough = max(LEARN, self.policy.sink + BLOCK)
+        if self.length - spare < enough:
+            return False
+        assert self.packed is not None
+        # Sinks are not quantised, and are unlike the rest.
+        keys = self.recent.keys[:, :, : enough - self.policy.sink]
+        self.packed.stats, self.learning = self.learning.measure(keys, self.policy.partner), None
+        return True
 
     def _pack(self, leave: int, drop: bool, spare: int) -> None:
         assert self.packed is not None
@@ -280,7 +324,14 @@ class Lane:
         return count
 
     def admit(
-        self, k: Tensor, v: Tensor, packed: bool, queries: Runs = NONE, positions: Tensor | None = None, hold: int = 0
+        self,
+        k: Tensor,
+        v: Tensor,
+        packed: bool,
+        queries: Runs = NONE,
+        positions: Tensor | None = None,
+        hold: int = 0,
+        asked: Tensor | None = None,
     ) -> Turn:
         """Begin a call: what its queries read.
 
@@ -289,8 +340,10 @@ class Lane:
             packed: pack what leaves `recent` before the queries read it, instead of after.
             queries, hold: see `Turn`.
             positions: (rows, n) rotary positions of the new tokens, where a memory needs them.
+            asked: (rows, q_heads, n, head_dim) queries of the new tokens; None: they are not known.
         """
         first, n = self.length, k.shape[2]
+        self.learn(asked, k.shape[1])
         if self.memory is not None:
             self.memory.note(positions)
         if packed or (n <= BLOCK and first):
@@ -394,6 +447,8 @@ class Lane:
             self.sink.pop_back(left)
         if self.memory is not None:
             self.memory.forget(n, rest)
+        if self.learning is not None:
+            self.learning.cut(rest)
         self.length = rest
         self.slots = self.slots.cut(0, rest)
 
@@ -405,11 +460,13 @@ class Lane:
             self.packed.select(index)
         if self.memory is not None:
             self.memory.select(index)
+        if self.learning is not None:
+            self.learning.select(index)
 
     def taken(self, rows: list[int]) -> Lane:
         """A lane of some of the rows; this one stays as it is."""
         other = copy.copy(self)
-        for name in ("sink", "recent", "packed", "memory"):
+        for name in ("sink", "recent", "packed", "memory", "learning"):
             setattr(other, name, copy.copy(getattr(self, name)))
         other.rows = rows
         other.select(torch.tensor([self.rows.index(row) for row in rows], dtype=torch.long))
@@ -420,7 +477,10 @@ class Lane:
         positions = None if self.memory is None else self.memory.positions
         return {
             "sink": self.sink.buffers(),
-            "packed": [] if self.packed is None else self.packed.buffers(),
+            "packed": [
+                *([] if self.packed is None else self.packed.buffers()),
+                *([] if self.learning is None else self.learning.buffers()),
+            ],
             "recent": [*self.recent.buffers(), *([] if positions is None else [positions])],
             "tc": [] if self.memory is None else self.memory.buffers(),
         }
@@ -433,3 +493,5 @@ class Lane:
             self.packed.to(device)
         if self.memory is not None:
             self.memory.to(device)
+        if self.learning is not None:
+            self.learning.to(device)

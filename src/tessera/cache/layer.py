@@ -252,12 +252,15 @@ class TesseraLayer(CacheLayerMixin):
 
     # What the attention function calls
 
-    def open(self, mask: Tensor | None, positions: Tensor | None = None) -> list[tuple[Turn, GroupMask | None]]:
+    def open(
+        self, mask: Tensor | None, positions: Tensor | None = None, queries: Tensor | None = None
+    ) -> list[tuple[Turn, GroupMask | None]]:
         """Sort the staged tokens into lanes.
 
         Args:
             mask: (batch or 1, heads or 1, queries, slots) as the model made it; None: causal, no padding.
             positions: (batch or 1, queries) rotary positions of the new tokens, where a memory needs them.
+            queries: (batch, q_heads, queries, head_dim) of the new tokens; None: they are not known.
 
         Returns:
             for each lane what the queries of its rows read, and the mask as they see it where one is needed.
@@ -288,7 +291,10 @@ class TesseraLayer(CacheLayerMixin):
             own = None if positions is None else tokens.of(self._rows(positions.expand(self.batch, -1), lane.rows), 0, 1)
             lane.slots = share.slots
             packed, hold = self.link.prefill == "packed", RECORDED if self.record_past or self._hold == "now" else 0
-            turns.append((lane.admit(keys, values, packed, tokens, own, hold), view))
+            asked = None
+            if lane.learning is not None and queries is not None:
+                asked = tokens.of(self._rows(queries, lane.rows), 0, 2)
+            turns.append((lane.admit(keys, values, packed, tokens, own, hold, asked), view))
         return turns
 
     def _check_mask(self, mask: Tensor, n: int) -> None:

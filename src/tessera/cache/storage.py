@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from tessera.associative import TensorCacheConfig, TensorCacheState
 from tessera.cache.lane import Lane, Policy
+from tessera.cache.learning import LEARN
 from tessera.cache.masks import Runs
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import PAGE, ExactTier
 from tessera.codecs import Packed
+from tessera.codecs.key_stats import KeyStats
 from tessera.files import WHOLE, TensorFile, atomic_path, brief, open_tensors, read_json
 
 if TYPE_CHECKING:
@@ -29,8 +32,9 @@ Size = tuple[int, int, int]
 #: Of keys and of values.
 Dtypes = tuple[torch.dtype, torch.dtype]
 
-#: Changes when a reader of the older form would misread the newer. The first form knew padding before the first token only.
-FORMAT = 2
+#: Changes when a reader of the older form would misread the newer. The first form knew padding before the first token only, the
+#: first two no statistics of keys.
+FORMAT = 3
 #: No cache has seen more tokens, or batches of more rows.
 MOST = 1 << 40
 #: What keys and values may be in, by the names that headers use.
@@ -54,6 +58,8 @@ def save(layers: Sequence[TesseraLayer], about: dict[str, str], path: str | os.P
             "dtype": str(dtype).removeprefix("torch.") if layer.is_initialized else None,
             "lanes": lanes,
         }
+        if layer.policy.stats is not None:
+            tensors[f"{layer.index}.stats"] = layer.policy.stats.sizes.contiguous()
         if layer.is_initialized and value_dtype != dtype:
             about_layer["value_dtype"] = str(value_dtype).removeprefix("torch.")
         described.append(about_layer)
@@ -90,7 +96,17 @@ def _put_lane(lane: Lane, seen: int, prefix: str, tensors: dict[str, Tensor]) ->
             tensors[f"{prefix}.tc.{name}"] = tensor.contiguous()
         if lane.memory.positions is not None:
             tensors[f"{prefix}.positions"] = lane.memory.positions.contiguous()
+    stats = "none"
+    if lane.learning is not None:
+        stats = "learning"
+        if lane.learning.squares is not None:
+            tensors[f"{prefix}.learning"] = lane.learning.squares.contiguous()
+    elif lane.packed is not None and lane.packed.stats is not None:
+        stats = "own" if lane.policy.stats is None else "given"
+        if stats == "own":
+            tensors[f"{prefix}.stats"] = lane.packed.stats.sizes.contiguous()
     return {
+        "stats": stats,
         "rows": lane.rows,
         "slots": lane.slots.runs,
         "before": lane.before,
@@ -142,6 +158,8 @@ class Stored:
         layer.seen = _count(about, "seen")
         layer.batch = _count(about, "batch")
         layer.waiting = _rows(about, "waiting", layer.batch)
+        if f"{layer.index}.stats" in self._left:
+            layer.policy = replace(layer.policy, stats=self._stats(f"{layer.index}.stats", layer, 1))
         lanes = _typed(about, "lanes", list)
         if not layer.batch:
             # Nothing has been given to it, or it was reset.
@@ -170,12 +188,13 @@ class Stored:
         lane.length, lane.dropped = lane.slots.count, _count(about, "dropped")
         if not lane.rows or not lane.length:
             raise ValueError("the header is damaged: a lane without rows or tokens")
+        self._learned(lane, layer, prefix, "none" if self._header["format"] < 3 else _typed(about, "stats", str))
         size: Size = (len(lane.rows), *layer.shape)
         self._exact(lane.sink, f"{prefix}.sink", size, dtypes)
         self._exact(lane.recent, f"{prefix}.recent", size, dtypes)
         pages = _typed(about, "pages", list)
-        if pages and lane.packed is None:
-            raise ValueError("the header is damaged: packed tokens without a codec")
+        if pages and (lane.packed is None or lane.learning is not None):
+            raise ValueError("the header is damaged: packed tokens without a codec, or before their statistics are known")
         held = []
         for number, page in enumerate(pages):
             if not isinstance(page, list) or len(page) != 2 or not all(isinstance(one, dict) for one in page):
@@ -208,6 +227,35 @@ class Stored:
         if lane.memory is not None and lane.memory.state is None and lane.dropped:
             raise ValueError(f"the file is damaged: layer {layer.index} lacks the memory of what it dropped")
         return lane
+
+    def _stats(self, name: str, layer: TesseraLayer, rows: int) -> KeyStats:
+        stats = KeyStats(self._take(name))
+        try:
+            stats.check(*layer.shape)
+        except ValueError as error:
+            raise ValueError(f"the file is damaged: {name}: {error}") from None
+        # A row that was repeated shares what it had learned.
+        if len(stats.sizes) not in (1, rows) or layer.policy.codec is None or not layer.policy.codec.weighs:
+            raise ValueError(f"the file is damaged: {name} is of {len(stats.sizes)} rows, not {rows}")
+        return stats
+
+    def _learned(self, lane: Lane, layer: TesseraLayer, prefix: str, said: str) -> None:
+        """How a lane sees its keys; those of older files are as they came."""
+        learning, lane.learning = lane.learning, None
+        if lane.packed is not None:
+            lane.packed.stats = None
+        if said == "own" and lane.packed is not None:
+            lane.packed.stats = self._stats(f"{prefix}.stats", layer, len(lane.rows))
+        elif said == "given" and lane.packed is not None and layer.policy.stats is not None:
+            lane.packed.stats = layer.policy.stats
+        elif said == "learning" and learning is not None:
+            squares = self._take(f"{prefix}.learning")
+            good = (len(lane.rows), layer.shape[0], min(LEARN, lane.length), layer.shape[1])
+            if tuple(squares.shape) != good or squares.dtype != torch.float32 or not squares.isfinite().all():
+                raise ValueError(f"the file is damaged: {prefix}.learning is {squares.dtype} of shape {tuple(squares.shape)}")
+            learning.squares, lane.learning = squares, learning
+        elif said != "none":
+            raise ValueError(f"the header is damaged: 'stats' is {brief(said)}")
 
     def _exact(self, tier: ExactTier, prefix: str, size: Size, dtypes: Dtypes) -> None:
         if f"{prefix}.keys" not in self._left:

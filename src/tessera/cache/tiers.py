@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from tessera.cache.spec import BLOCK
 from tessera.codecs import Codec, Packed
+from tessera.codecs.key_stats import KeyStats
 from tessera.kernels import Pages
 from tessera.kernels.precision import join
 
@@ -122,6 +125,10 @@ class CodecTier:
     Args:
         codec: packs and unpacks; its group must divide `BLOCK`.
         layer: index of the layer, for codebooks drawn per layer.
+
+    Attributes:
+        stats: of the keys, by whose widths they are multiplied before they are encoded; None: they are encoded as they are.
+            Set it while there is no token.
     """
 
     def __init__(self, codec: Codec, layer: int) -> None:
@@ -129,6 +136,7 @@ class CodecTier:
             raise ValueError(f"{codec.spec} encodes {codec.group} tokens together, which does not divide {BLOCK}")
         self.codec = codec
         self.layer = layer
+        self.stats: KeyStats | None = None
         self._pages: list[tuple[Packed, Packed]] = []
         self._view: Pages | None = None
 
@@ -150,23 +158,34 @@ class CodecTier:
 
     def put(self, pages: list[tuple[Packed, Packed]]) -> None:
         """Hold these pages instead."""
-        self._pages, self._view = pages, Pages(pages, self._view) if pages else None
+        self._pages, self._view = pages, self._seen(pages, self._view) if pages else None
+
+    def _seen(self, pages: list[tuple[Packed, Packed]], before: Pages | None = None) -> Pages:
+        return Pages(pages, before, None if self.stats is None else self.stats.narrowing)
 
     def buffers(self) -> list[Tensor]:
         """Every tensor that is held."""
-        return [tensor for page in self._pages for packed in page for tensor in packed.tensors.values()]
+        stats = [] if self.stats is None else [self.stats.sizes]
+        return [*stats, *(tensor for page in self._pages for packed in page for tensor in packed.tensors.values())]
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Encode tokens behind the newest. k, v: (batch, kv_heads, n, head_dim), n a multiple of `BLOCK`."""
         n = k.shape[2]
         assert n % BLOCK == 0
+        if self.stats is not None and self.stats.sizes.device != k.device:
+            self.stats = self.stats.to(k.device)  # given, and on the CPU until now
         pages = self.pages
+        weights = None if self.stats is None else self.stats.weights
         done = 0
         while done < n:
             few, held = _unfinished(pages)
             size = min(PAGE - held, n - done)
             part = slice(done, done + size)
-            keys = self.codec.encode(k[:, :, part], "key", self.layer)
+            coming = k[:, :, part]
+            if self.stats is not None:
+                coming = coming.float() * self.stats.widths.unsqueeze(2)
+            keys = self.codec.encode(coming, "key", self.layer, weights=weights)
+            keys = replace(keys, dtype=k.dtype)  # what they are to be decoded to
             values = self.codec.encode(v[:, :, part], "value", self.layer)
             pages.append((keys, values))
             if few and held + size == PAGE:
@@ -209,19 +228,21 @@ class CodecTier:
             if whole:
                 pages.append((keys.slice(0, whole).compact(), values.slice(0, whole).compact()))
             if stay > whole:
-                rest = keys.slice(whole, stay).decode(), values.slice(whole, stay).decode()
+                rest = self._seen([(keys.slice(whole, stay), values.slice(whole, stay))]).decode()
             n = 0
         self.put(pages)
         return rest
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index. rows: (n,) int64."""
+        self.stats = None if self.stats is None else self.stats.select(rows)
         if self._pages:
             rows = rows.to(self._pages[0][0].device)
             self.put([(keys.select(rows), values.select(rows)) for keys, values in self._pages])
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""
+        self.stats = None if self.stats is None else self.stats.to(device)
         self.put([(keys.to(device), values.to(device)) for keys, values in self._pages])
 
 

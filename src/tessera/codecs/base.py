@@ -262,14 +262,17 @@ class Codec(ABC):
         group: tokens that are encoded together.
         fields: layout of every tensor that may be kept.
         revision: changes when the same tensors come to mean something else.
+        weighs: keys are to be multiplied by the widths of their channels (`key_stats`) before they are encoded, and encoding
+            can be told how much an error of each channel counts.
     """
 
     spec: str
     group: int = 1
+    weighs: bool = False
     revision: int = 1
     fields: Mapping[str, Layout]
 
-    def encode(self, x: Tensor, role: Role = "value", layer: int = 0) -> Packed:
+    def encode(self, x: Tensor, role: Role = "value", layer: int = 0, *, weights: Tensor | None = None) -> Packed:
         """Pack keys or values.
 
         Args:
@@ -277,6 +280,8 @@ class Codec(ABC):
                 nothing.
             role: "key" or "value"; some codecs treat them differently.
             layer: index of the layer, for codebooks drawn per layer.
+            weights: (batch or 1, kv_heads, head_dim) float32, positive: how much a squared error of each channel counts; what
+                is kept means the same without. None: alike. Codecs for which `weighs` is false leave it out.
 
         Raises:
             ValueError: for another shape or role, or values that are not finite.
@@ -295,7 +300,11 @@ class Codec(ABC):
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         # Autocast would round the products with a rotation or a codebook to half precision.
         with no_autocast(x.device):
-            tensors = self._encode(wide.clamp(-HUGE, HUGE), role, layer)
+            wide = wide.clamp(-HUGE, HUGE)
+            if weights is not None and self.weighs:
+                tensors = self._encode_weighed(wide, role, layer, weights)
+            else:
+                tensors = self._encode(wide, role, layer)
         return Packed(self, tensors, shape, x.dtype, role, layer)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -334,6 +343,10 @@ class Codec(ABC):
     @abstractmethod
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
         """x: finite float32 (batch, kv_heads, tokens, head_dim) -> the tensors to keep."""
+
+    def _encode_weighed(self, x: Tensor, role: Role, layer: int, weights: Tensor) -> dict[str, Tensor]:
+        """`_encode` where errors do not count alike, for codecs with `weighs`."""
+        raise NotImplementedError
 
     @abstractmethod
     def decode_reference(self, packed: Packed) -> Tensor:

@@ -277,9 +277,9 @@ def chi_levels(bits: int) -> Tensor:
 @register("hqmq", ("hqmq:3", "hqmq:4", "hqmq:5", "hqmq:o170_r4", "hqmq:s96_r4", "hqmq:s96_r4_med3"))
 def _parse(argument: str) -> Codec:
     """hqmq:4 is `JointHQMQ`; hqmq:s96_r4_med3 is the paper's; hqmq:o170_r4 has optimised directions and chi radii."""
-    if re.fullmatch(r"\d+(\.\d+)?(_norot)?(_nocentre)?", argument):
-        bits, *options = argument.split("_")
-        return JointHQMQ(float(bits), rotate="norot" not in options, centre="nocentre" not in options)
+    if re.fullmatch(r"\d+(\.\d+)?(_norot)?(_nocentre)?(_nostats)?", argument):
+        bits, *off = argument.split("_")
+        return JointHQMQ(float(bits), rotate="norot" not in off, centre="nocentre" not in off, stats="nostats" not in off)
     if match := re.fullmatch(r"o(\d+)_r(\d)", argument):
         return HQMQ(int(match[1]), int(match[2]), None, "optimised", "chi", rotate=True)
     return HQMQ.paper(argument)

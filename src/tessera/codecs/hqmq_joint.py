@@ -10,6 +10,7 @@ paper, each of which lowers the error (benchmarks/codec_error.py):
 - the vector is rotated first (`rotation`), which makes chunks nearly Gaussian;
 - the scale is the root mean square of the vector, in one byte (`logscale`), not its largest radius in two;
 - keys are centred, and wide channels narrowed, over groups of 64 tokens (`precondition`);
+- a cache has it see keys as queries do (`key_stats`), and errors are steered to where they count less (`feedback`);
 - values are decoded a little longer. The nearest codeword of an optimised codebook is shorter than what it stands for, by
   a share equal to the error D. Attention averages values, which cancels their errors but not what all of them lack, so
   values are multiplied by 1 / (1 - D); their own squared error grows by the factor 1 + D.
@@ -28,6 +29,7 @@ from tessera.codecs.base import Codec, Layout, Packed, Role, check_codes, group_
 from tessera.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.codecs.chunks import from_chunks, to_chunks
 from tessera.codecs.codebooks import JOINT_BITS, joint, joint_shape
+from tessera.codecs.feedback import encode_with_feedback, feedback
 from tessera.codecs.rotation import rotation, rotation_factors
 from tessera.kernels import dispatch
 from tessera.kernels.joint import JointFormat
@@ -47,18 +49,21 @@ class JointHQMQ(Codec):
         bits: bits per number, a quarter of the bits of a chunk's code: 2, 2.5, 3, 3.5, 4, 4.5 or 5.
         rotate: rotate vectors first.
         centre: centre keys over groups of `GROUP` tokens.
+        stats: a cache multiplies keys by the widths that queries tell, see `key_stats`; needs the other two.
     """
 
     fields: Mapping[str, Layout] = {"codes": "token", "scale": "token", "centre": "group"}
 
-    def __init__(self, bits: float = 4, *, rotate: bool = True, centre: bool = True) -> None:
+    def __init__(self, bits: float = 4, *, rotate: bool = True, centre: bool = True, stats: bool = True) -> None:
         if 4 * bits not in JOINT_BITS:
             raise ValueError(f"hqmq takes {', '.join(f'{b / 4:g}' for b in JOINT_BITS)} bits, got {bits:g}")
         self.bits, self.rotate, self.centre = bits, rotate, centre
         self.code_bits = int(4 * bits)
         self.group = GROUP if centre else 1
+        self.weighs = stats and rotate and centre
         self.revision = 2 if joint_shape(self.code_bits)[1] else 1  # since 2, `JointCodebook.points` are in another order
-        self.spec = f"hqmq:{bits:g}" + ("" if rotate else "_norot") + ("" if centre else "_nocentre")
+        words = (("norot", rotate), ("nocentre", centre), ("nostats", self.weighs or not (rotate and centre)))
+        self.spec = "_".join((f"hqmq:{bits:g}", *(word for word, has in words if not has)))
 
     def kernel_format(self, dim: int) -> JointFormat:
         """See `JointFormat`."""
@@ -83,20 +88,36 @@ class JointHQMQ(Codec):
             raise ValueError(f"field 'centre' of {packed.describe()} is damaged: it has numbers that are not finite")
 
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
+        return self._coded(x, role, None)
+
+    def _encode_weighed(self, x: Tensor, role: Role, layer: int, weights: Tensor) -> dict[str, Tensor]:
+        # A last chunk that is filled up with zeros would need a metric of its own.
+        return self._coded(x, role, weights if x.shape[-1] % 4 == 0 else None)
+
+    def _coded(self, x: Tensor, role: Role, weights: Tensor | None) -> dict[str, Tensor]:
         tensors = {}
         if self.centre and role == "key":
             tensors["centre"] = precondition.fit(x, self.group)
-            x = precondition.apply(x, tensors["centre"], _groups(x.shape[2], self.group, x.device))
+            index = _groups(x.shape[2], self.group, x.device)
+            x = precondition.apply(x, tensors["centre"], index)
         if self.rotate:
             x = x @ rotation(x.shape[-1], device=x.device).T
         scale = logscale.to_byte(x.square().mean(-1).sqrt())
-        chunks = to_chunks(x / logscale.from_byte(scale).clamp(min=1e-30).unsqueeze(-1))
-        # Vectors of zeros: any code does, and chunks near the origin are found slowly.
+        # Of vectors of zeros any code does, and chunks near the origin are found slowly.
         live = scale > 0
-        codes = torch.zeros(chunks.shape[:-1], dtype=torch.int32, device=x.device)
-        found = dispatch.nearest(chunks[live].reshape(-1, 4), _index(self.code_bits, x.device), joint(self.code_bits).codes)
-        codes[live] = found.view(-1, codes.shape[-1]).int()
+        x = torch.where(live.unsqueeze(-1), x / logscale.from_byte(scale).clamp(min=1e-30).unsqueeze(-1), 1.0)
+        if weights is None:
+            chunks = to_chunks(x)
+            codes = self._nearest(chunks.reshape(-1, 4)).view(chunks.shape[:-1]).int()
+        else:
+            lower = feedback(weights, rotation(x.shape[-1], device=x.device))
+            codes = encode_with_feedback(x, lower, self._nearest, _codewords(self.code_bits, x.device))
+        codes.masked_fill_(~live.unsqueeze(-1), 0)
         return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
+
+    def _nearest(self, chunks: Tensor) -> Tensor:
+        """(n, 4) -> (n,), the codes of the nearest codewords."""
+        return dispatch.nearest(chunks.contiguous(), _index(self.code_bits, chunks.device), joint(self.code_bits).codes)
 
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""

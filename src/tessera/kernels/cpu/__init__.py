@@ -123,7 +123,7 @@ def attend(
     form = pages.check(q, mask)
     keys, _ = pages.pages[0]
     mask, strides = strided(mask)
-    wide = _wide(q)
+    wide = _wide(pages.narrowed(q))
     out = torch.empty_like(wide)
     lse = wide.new_empty(batch, heads, tokens)
     if not q.numel():

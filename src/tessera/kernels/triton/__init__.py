@@ -99,7 +99,7 @@ def attend(
     group, lines = heads // kv_heads, batch * kv_heads
     rows = group * tokens
     rotation, halved, back = rotations(form, dim, q.device)
-    query, turned, unit = _prepared(q, scale, rotation)
+    query, turned, unit = _prepared(pages.narrowed(q), scale, rotation)
     blocks, align = block_table(pages, BLOCK, form.group)
     if len(blocks) == 0:
         none = torch.zeros(q.shape, dtype=torch.float32, device=q.device)

@@ -1,0 +1,140 @@
+"""Keys as queries see them: how wide each channel of a head's keys is, and how much queries make of it.
+
+What counts of a key's error e is q·e. Let w be the root mean square of a channel's queries and s that of its keys about
+their mean. Channels are multiplied by w^¼·s^-¾ before a codec rotates and quantises them, and the codec is told that a
+squared error of the channel, as it then is, counts as (w·s)^1½. For a codec that spreads its error evenly √(w/s) would be
+right, and one that steers its error (`Codec.encode`) would be given s^-1, all channels equally wide; between the two lies
+what was measured to be best. Of a model whose keys are rescaled channel by channel, and whose queries inversely, the products
+w·s are the same and the widths follow, so that the codec sees the same vectors.
+
+A rotary embedding turns pairs of channels into each other, more with every token, so both channels of a pair are given what
+they have in the mean.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tessera.files import WHOLE, atomic_path, brief, open_tensors
+
+#: Steps an octave of a width, of which there are `WIDTHS`, and the number of the one that is 1. Few lie above it: what is made
+#: wider must still be a half-precision number, in which means of keys are kept.
+STEPS, WIDTHS, ONE = 2, 32, 21
+#: Octaves of the products w·s that are told apart, the largest first.
+PRODUCTS = 8
+#: Tokens of a group over which keys are centred before their spread is measured.
+GROUP = 64
+#: What a file of statistics is called in its header.
+FORMAT = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class KeyStats:
+    """What is known of the key channels of one layer, in one byte for each.
+
+    Attributes:
+        sizes: (batch or 1, kv_heads, head_dim) uint8: `WIDTHS` steps of the width, then three bits for the product w·s.
+    """
+
+    sizes: Tensor
+
+    @cached_property
+    def widths(self) -> Tensor:
+        """What the channels of keys are multiplied by before they are quantised: (batch or 1, kv_heads, head_dim) float32."""
+        return torch.exp2(((self.sizes >> 3).float() - ONE) / STEPS)
+
+    @cached_property
+    def narrowing(self) -> Tensor:
+        """One over the widths."""
+        return 1 / self.widths
+
+    @property
+    def weights(self) -> Tensor:
+        """How much a squared error of a key that was multiplied by the widths counts: as the widths, at most 1."""
+        return torch.exp2(-1.5 * (self.sizes & 7).float())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return self.sizes.numel()
+
+    def select(self, rows: Tensor) -> KeyStats:
+        """Batch rows by index; statistics of a single row stand for any. rows: (n,) int64."""
+        return self if len(self.sizes) == 1 else KeyStats(self.sizes[rows.to(self.sizes.device)])
+
+    def to(self, device: torch.device | str) -> KeyStats:
+        """The same on another device."""
+        return KeyStats(self.sizes.to(device))
+
+    def check(self, kv_heads: int, head_dim: int) -> None:
+        """Refuse statistics of keys of another shape.
+
+        Raises:
+            ValueError: naming both shapes.
+        """
+        if self.sizes.ndim != 3 or tuple(self.sizes.shape[1:]) != (kv_heads, head_dim) or self.sizes.dtype != torch.uint8:
+            raise ValueError(
+                f"statistics {tuple(self.sizes.shape)} in {self.sizes.dtype} do not fit {kv_heads} key heads of {head_dim}"
+            )
+
+    @staticmethod
+    def measure(queries: Tensor, keys: Tensor, partner: Sequence[int] | None = None) -> KeyStats:
+        """Take the statistics of some tokens.
+
+        Args:
+            queries: (batch, kv_heads, n, head_dim) float32, of n tokens the mean squares over the query heads of a key head.
+            keys: (batch, kv_heads, tokens, head_dim); these need not be the same tokens.
+            partner: of each channel the one that a rotary embedding turns it into, itself if there is none; None: nowhere.
+        """
+        keys = keys.float()
+        square, tokens = torch.zeros_like(keys[:, :, 0]), keys.shape[2]
+        for part in keys.split(GROUP, dim=2):
+            square = square + (part - part.mean(2, keepdim=True)).square().sum(2)
+        w, s = queries.float().mean(2), square / tokens
+        if partner is not None:
+            index = torch.tensor(partner, device=keys.device)
+            w, s = (w + w[..., index]) / 2, (s + s[..., index]) / 2
+        # Half of log2 of the mean squares. A channel that never moves, or that no query asks for, is given a little.
+        w, s = (0.5 * x.clamp(min=x.amax(-1, keepdim=True) * 2.0**-40).clamp(min=2.0**-100).log2() for x in (w, s))
+        width, product = 0.25 * w - 0.75 * s, w + s
+        width = (width - width.mean(-1, keepdim=True)) * STEPS
+        code = (width.round() + ONE).clamp(0, WIDTHS - 1)
+        below = (product.amax(-1, keepdim=True) - product).round().clamp(0, PRODUCTS - 1)
+        return KeyStats((8 * code + below).to(torch.uint8))
+
+
+def save_stats(stats: Sequence[KeyStats | None], path: str | os.PathLike[str]) -> None:
+    """Write the statistics of a model's layers to a safetensors file; None: of a layer that has none."""
+    tensors = {f"{layer}": found.sizes.cpu().contiguous() for layer, found in enumerate(stats) if found is not None}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"tessera_key_stats": FORMAT, "layers": str(len(stats))})
+
+
+def load_stats(path: str | os.PathLike[str]) -> list[KeyStats | None]:
+    """Read what `save_stats` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is something else, or damaged.
+    """
+    with open_tensors(path, "is no file of key statistics") as file:
+        found, count = file.metadata.get("tessera_key_stats"), file.metadata.get("layers", "")
+        if found != FORMAT:
+            raise ValueError(f"{os.fspath(path)} is no file of key statistics: its header says {brief(found)}, not {FORMAT!r}")
+        names = set(file.names)
+        if not count.isdecimal() or len(count) > 6 or not names <= {str(layer) for layer in range(int(count))}:
+            what = f"{brief(count)} layers, and statistics of {brief(sorted(names)[:3])}"
+            raise ValueError(f"{os.fspath(path)} is damaged: {what}")
+        stats = [KeyStats(file.get(str(layer))) if str(layer) in names else None for layer in range(int(count))]
+    for layer, one in enumerate(stats):
+        if one is not None and (one.sizes.dtype != torch.uint8 or one.sizes.ndim != 3 or len(one.sizes) != 1):
+            what = brief(f"layer {layer} is {one.sizes.dtype} of shape {tuple(one.sizes.shape)}", WHOLE)
+            raise ValueError(f"{os.fspath(path)} is damaged: {what}")
+    return stats
