@@ -190,7 +190,8 @@ class CacheMachine(RuleBasedStateMachine):
         layers, sliding = [], SLIDING if kind.model == "sliding" else None
         for index in range(len(self.cache.layers)):
             memory = done.layers[index] if done is not None and done.kind == "TensorCache" else None
-            layers.append(LayerOracle(Rules.of(kind.spec, kind.prefill, sliding, index), memory))
+            rules = Rules.of(kind.spec, kind.prefill, sliding, index)
+            layers.append(LayerOracle(rules, memory, tuple((i + DIM // 2) % DIM for i in range(DIM))))
         self.truth = LlamaOracle(self.model, layers, done if kind.model == "tm" else None)
         self.begin_anew()
         self.run((n, layout))

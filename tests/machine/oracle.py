@@ -16,9 +16,12 @@ from torch import Tensor
 
 from tessera import codecs
 from tessera.cache.spec import BLOCK, parse
+from tessera.codecs.key_stats import KeyStats
 
 #: Tokens that a cache which records its past keeps exactly on top.
 RECORDED = 512
+#: Tokens of a row that tell how its keys are to be quantised.
+LEARN = 128
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Rules:
     packed_prefill: bool
     sliding: int | None = None
     layer: int = 0
+
+    @property
+    def learns(self) -> int:
+        """Tokens whose queries must have come before a key is quantised."""
+        return 0 if self.codec is None or not self.codec.weighs else max(LEARN, self.sink + BLOCK)
 
     @property
     def by_document(self) -> bool:
@@ -69,6 +77,8 @@ class Row:
         quantised: the place up to which tokens behind the sinks are quantised.
         dropped: the place up to which tokens behind the sinks are gone.
         kept: the place from which on tokens behind the sinks are certain to be there.
+        asked: (q_heads, tokens, head_dim), the queries of the first tokens.
+        stats: how keys are seen, since it has been known.
         begins: for a window, of each token the place of the first token of its document.
         matrices: likewise, the matrix (kv_heads, head_dim, head_dim) after its step, and the number of pairs written.
     """
@@ -80,6 +90,8 @@ class Row:
     quantised: int
     dropped: int
     kept: int
+    asked: Tensor | None = None
+    stats: KeyStats | None = None
     begins: tuple[int, ...] = ()
     matrices: tuple[tuple[Tensor, int], ...] = ()
 
@@ -107,11 +119,18 @@ class Given:
 
 
 class LayerOracle:
-    """One attention layer. memory: the model's `TensorCacheLayer`, whose parameters are read, for a spec with "tc"."""
+    """One attention layer.
 
-    def __init__(self, rules: Rules, memory: Any = None) -> None:
+    Args:
+        rules: of its cache.
+        memory: the model's `TensorCacheLayer`, whose parameters are read, for a spec with "tc".
+        partner: of each channel of a key the one that the model's rotary embedding turns it into.
+    """
+
+    def __init__(self, rules: Rules, memory: Any = None, partner: tuple[int, ...] | None = None) -> None:
         self.rules = rules
         self.memory = memory
+        self.partner = partner
         self.rows: list[Row] = []
         self.recording = False
         #: Behind a crop of what was recorded: "next" until the next call, "now" until it is cropped or another one comes.
@@ -138,6 +157,10 @@ class LayerOracle:
                 v=torch.cat((row.v, given.v[b, :, new].float()), 1),
                 bare=torch.cat((row.bare, (given.k if given.bare_k is None else given.bare_k)[b, :, new].float()), 1),
             )
+            if self.rules.learns and row.stats is None:
+                told = given.q[b, :, new].float()
+                told = told if row.asked is None else torch.cat((row.asked, told), 1)
+                row = replace(row, asked=told[:, :LEARN])
             spare = RECORDED if self.recording or self.expecting else 0
             if self.rules.packed_prefill:
                 row = self._quantise(row, spare)
@@ -224,14 +247,25 @@ class LayerOracle:
         rules = self.rules
         if rules.codec is None:
             return row
+        if row.stats is None and rules.learns:
+            if row.tokens - spare < rules.learns:
+                return row
+            # With sinks apart, and of a group of query heads the mean.
+            assert row.asked is not None
+            squares = row.asked.square().unflatten(0, (row.k.shape[0], -1)).mean(1)
+            keys = row.k[:, rules.sink : rules.learns]
+            row = replace(row, stats=KeyStats.measure(squares[None], keys[None], self.partner), asked=None)
         begin = row.quantised
         count = max(0, row.tokens - begin - rules.recent - spare) // BLOCK * BLOCK
         if not count:
             return row
         span = slice(begin, begin + count)
         k, v = row.k.clone(), row.v.clone()
-        for x, role in ((k, "key"), (v, "value")):
-            x[:, span] = rules.codec.decode(rules.codec.encode(x[None, :, span], role, rules.layer))[0]  # type: ignore[arg-type]
+        one = torch.ones(1, *k.shape[::2])
+        widths, weights = (one, None) if row.stats is None else (row.stats.widths, row.stats.weights)
+        coded = rules.codec.encode(k[None, :, span] * widths[:, :, None], "key", rules.layer, weights=weights)
+        k[:, span] = (rules.codec.decode(coded) / widths[:, :, None])[0]
+        v[:, span] = rules.codec.decode(rules.codec.encode(v[None, :, span], "value", rules.layer))[0]
         return replace(row, k=k, v=v, quantised=begin + count)
 
     def may_refuse(self, slots: int) -> bool:
@@ -269,6 +303,7 @@ class LayerOracle:
                 quantised=whole,
                 dropped=min(row.dropped, whole),
                 kept=min(row.kept, max(rest, sink)),
+                asked=None if row.asked is None else row.asked[:, :rest],
                 begins=row.begins[:rest],
                 matrices=row.matrices[:rest],
             )

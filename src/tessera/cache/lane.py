@@ -228,8 +228,10 @@ class Lane:
         #: While it is there nothing is packed; None: what there is to learn is known, or cannot be.
         self.learning: Learning | None = None
         if self.packed is not None and self.packed.codec.weighs:
-            self.packed.stats = policy.stats
-            self.learning = Learning() if policy.stats is None else None
+            if policy.stats is None:
+                self.learning = Learning()
+            else:
+                self.packed.stats = policy.stats.select(torch.zeros(len(rows), dtype=torch.long))
 
     @property
     def held(self) -> dict[str, int]:

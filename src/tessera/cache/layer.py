@@ -480,6 +480,8 @@ class TesseraLayer(CacheLayerMixin):
         for lane in self.lanes:
             for tier, tensors in lane.buffers().items():
                 found[tier] += tensors
+        if self.policy.stats is not None:
+            found["packed"].append(self.policy.stats.sizes)
         if self._staged is not None:
             found["staged"] += self._staged
         return found

@@ -102,9 +102,8 @@ def _put_lane(lane: Lane, seen: int, prefix: str, tensors: dict[str, Tensor]) ->
         if lane.learning.squares is not None:
             tensors[f"{prefix}.learning"] = lane.learning.squares.contiguous()
     elif lane.packed is not None and lane.packed.stats is not None:
-        stats = "own" if lane.policy.stats is None else "given"
-        if stats == "own":
-            tensors[f"{prefix}.stats"] = lane.packed.stats.sizes.contiguous()
+        stats = "known"
+        tensors[f"{prefix}.stats"] = lane.packed.stats.sizes.contiguous()
     return {
         "stats": stats,
         "rows": lane.rows,
@@ -234,8 +233,7 @@ class Stored:
             stats.check(*layer.shape)
         except ValueError as error:
             raise ValueError(f"the file is damaged: {name}: {error}") from None
-        # A row that was repeated shares what it had learned.
-        if len(stats.sizes) not in (1, rows) or layer.policy.codec is None or not layer.policy.codec.weighs:
+        if len(stats.sizes) != rows or layer.policy.codec is None or not layer.policy.codec.weighs:
             raise ValueError(f"the file is damaged: {name} is of {len(stats.sizes)} rows, not {rows}")
         return stats
 
@@ -244,10 +242,8 @@ class Stored:
         learning, lane.learning = lane.learning, None
         if lane.packed is not None:
             lane.packed.stats = None
-        if said == "own" and lane.packed is not None:
+        if said == "known" and lane.packed is not None:
             lane.packed.stats = self._stats(f"{prefix}.stats", layer, len(lane.rows))
-        elif said == "given" and lane.packed is not None and layer.policy.stats is not None:
-            lane.packed.stats = layer.policy.stats
         elif said == "learning" and learning is not None:
             squares = self._take(f"{prefix}.learning")
             good = (len(lane.rows), layer.shape[0], min(LEARN, lane.length), layer.shape[1])

@@ -161,7 +161,7 @@ class CodecTier:
         self._pages, self._view = pages, self._seen(pages, self._view) if pages else None
 
     def _seen(self, pages: list[tuple[Packed, Packed]], before: Pages | None = None) -> Pages:
-        return Pages(pages, before, None if self.stats is None else self.stats.narrowing)
+        return Pages(pages, before, self.stats)
 
     def buffers(self) -> list[Tensor]:
         """Every tensor that is held."""

@@ -280,7 +280,7 @@ class Codec(ABC):
                 nothing.
             role: "key" or "value"; some codecs treat them differently.
             layer: index of the layer, for codebooks drawn per layer.
-            weights: (batch or 1, kv_heads, head_dim) float32, positive: how much a squared error of each channel counts; what
+            weights: (batch, kv_heads, head_dim) float32, positive: how much a squared error of each channel counts; what
                 is kept means the same without. None: alike. Codecs for which `weighs` is false leave it out.
 
         Raises:

@@ -41,7 +41,7 @@ def encode_with_feedback(x: Tensor, lower: Tensor, nearest: Callable[[Tensor], T
 
     Args:
         x: (batch, heads, tokens, d) float32, rotated and divided by the scales.
-        lower: (batch or 1, heads, d, d), see `feedback`.
+        lower: (batch, heads, d, d), see `feedback`.
         nearest: (m, 4) -> (m,) integers, the codes of the nearest codewords.
         codewords: (codes, 4) float32.
 

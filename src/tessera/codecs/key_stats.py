@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from safetensors.torch import save_file
@@ -40,20 +39,20 @@ class KeyStats:
     """What is known of the key channels of one layer, in one byte for each.
 
     Attributes:
-        sizes: (batch or 1, kv_heads, head_dim) uint8: `WIDTHS` steps of the width, then three bits for the product w·s.
+        sizes: (batch, kv_heads, head_dim) uint8: `WIDTHS` steps of the width, then three bits for the product w·s.
     """
 
     sizes: Tensor
 
-    @cached_property
+    @property
     def widths(self) -> Tensor:
-        """What the channels of keys are multiplied by before they are quantised: (batch or 1, kv_heads, head_dim) float32."""
+        """What the channels of keys are multiplied by before they are quantised: (batch, kv_heads, head_dim) float32."""
         return torch.exp2(((self.sizes >> 3).float() - ONE) / STEPS)
 
-    @cached_property
+    @property
     def narrowing(self) -> Tensor:
-        """One over the widths."""
-        return 1 / self.widths
+        """One over the widths; made anew from the bytes, so that nothing is kept besides them."""
+        return torch.exp2((ONE - (self.sizes >> 3).float()) / STEPS)
 
     @property
     def weights(self) -> Tensor:
@@ -66,8 +65,8 @@ class KeyStats:
         return self.sizes.numel()
 
     def select(self, rows: Tensor) -> KeyStats:
-        """Batch rows by index; statistics of a single row stand for any. rows: (n,) int64."""
-        return self if len(self.sizes) == 1 else KeyStats(self.sizes[rows.to(self.sizes.device)])
+        """Batch rows by index; a row may be taken more than once. rows: (n,) int64."""
+        return KeyStats(self.sizes[rows.to(self.sizes.device)])
 
     def to(self, device: torch.device | str) -> KeyStats:
         """The same on another device."""

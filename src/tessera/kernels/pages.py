@@ -54,6 +54,14 @@ class Coded(Protocol):
     def describe(self) -> str: ...  # noqa: D102
 
 
+class Widened(Protocol):
+    """What says by how much channels of keys were multiplied before they were coded; `KeyStats` is what does."""
+
+    @property
+    def narrowing(self) -> Tensor:
+        """One over that: (batch, kv_heads, head_dim) float32."""
+
+
 class Pages:
     """Packed keys and values, (batch, kv_heads, tokens, head_dim) in all. Immutable.
 
@@ -61,8 +69,8 @@ class Pages:
         pages: at least one pair of keys and values of one codec and layer, each encoded as what it is, of equal shapes; only
             tokens may differ from page to page.
         before: pages whose first ones may be the same objects; what is known of these is taken over.
-        narrowing: (batch or 1, kv_heads, head_dim) float32 by which the channels of the decoded keys are multiplied, as are,
-            instead, the queries that read them; None: by nothing.
+        stats: by whose `narrowing` the channels of decoded keys are multiplied or, instead, those of the queries that read
+            them; None: by nothing.
 
     Attributes:
         pages: as given.
@@ -70,9 +78,7 @@ class Pages:
         memo: what backends derive from the pages and want to keep as long as they live.
     """
 
-    def __init__(
-        self, pages: Sequence[tuple[Coded, Coded]], before: Pages | None = None, narrowing: Tensor | None = None
-    ) -> None:
+    def __init__(self, pages: Sequence[tuple[Coded, Coded]], before: Pages | None = None, stats: Widened | None = None) -> None:
         if not pages:
             raise ValueError("there are no pages")
         self.pages = tuple(pages)
@@ -90,12 +96,12 @@ class Pages:
                     raise ValueError(f"{packed.describe()}, are given as {role}s: encode them with the role {role!r}")
         self.starts = (0, *accumulate(keys.tokens for keys, _ in self.pages))
         self.shape = (*first.shape[:2], self.starts[-1], first.shape[3])
-        self.narrowing = narrowing
+        self.stats = stats
         self.memo: dict[Any, Any] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
         # What backends keep, addresses among it, is of these pages and not of their copies.
-        return Pages(deepcopy(self.pages, memo), narrowing=deepcopy(self.narrowing, memo))
+        return Pages(deepcopy(self.pages, memo), stats=deepcopy(self.stats, memo))
 
     def notes(self, name: str, make: Callable[[Coded, Coded], T]) -> list[T]:
         """What a backend notes of each page, under a name of its own: made once a page, however many are added behind it."""
@@ -132,18 +138,18 @@ class Pages:
     def decode(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens [start, stop)."""
         keys, values = self.decode_coded(start, stop)
-        if self.narrowing is not None:
+        if self.stats is not None:
             most = min(torch.finfo(keys.dtype).max, torch.finfo(torch.float32).max)
-            keys = (keys * self.narrowing.unsqueeze(2)).clamp(-most, most).to(keys.dtype)
+            keys = (keys * self.stats.narrowing.unsqueeze(2)).clamp(-most, most).to(keys.dtype)
         return keys, values
 
     def narrowed(self, q: Tensor) -> Tensor:
         """Queries (batch, q_heads, q_tokens, head_dim) as they read the keys before their channels are multiplied."""
-        if self.narrowing is None:
+        if self.stats is None:
             return q
         batch, heads, tokens, dim = q.shape
         grouped = q.reshape(batch, self.shape[1], -1, dim)
-        return (grouped * self.narrowing.unsqueeze(2)).view(batch, heads, tokens, dim)
+        return (grouped * self.stats.narrowing.unsqueeze(2)).view(batch, heads, tokens, dim)
 
     def decode_coded(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """`decode` before the channels of the keys are multiplied."""
