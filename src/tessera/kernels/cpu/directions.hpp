@@ -24,7 +24,8 @@ class Directions {
     // Chunks that are kept as they are know no scale: `read` has multiplied the others.
     float length(const Side&, int64_t, int64_t) const { return 1.0f; }
 
-    void read(const Unit& unit, float* to) const {
+    // Aligned: where its short loops happen to lie makes a quarter of the speed of the portable form.
+    __attribute__((aligned(64))) void read(const Unit& unit, float* to) const {
         const Side& side = *unit.side;
         const float* words = book_.words[side.role].data() + book_.head_words[side.role] * (unit.line % heads_);
         const int64_t bytes = book_.row_bytes(chunks_);
