@@ -91,7 +91,7 @@ def measure(shape: str, tokens: int, repeats: int, specs: tuple[str, ...]) -> li
         pages = pages_of(spec, kv_heads, tokens, dim)
         kept = sum(packed.nbytes for page in pages.pages for packed in page)
         if cpu.attend_refusal(q, pages) is None:
-            in_digits = cpu.levels()[-1] == "avx512" and isinstance(pages.form(), JointFormat)
+            in_digits = cpu.levels()[-1] == "avx512" and all(isinstance(form, JointFormat) for form in pages.form())
             for digits in (1, 2, 3) if in_digits else (cpu.DIGITS,):
                 name = f"{spec}, {8 * digits}-bit queries" if in_digits else spec
                 runs[name] = lambda pages=pages, digits=digits: cpu.attend(q, pages, scale, digits=digits)  # type: ignore[misc]

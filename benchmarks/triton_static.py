@@ -34,10 +34,12 @@ import triton as compiler
 from triton.backends.compiler import GPUTarget
 
 from tessera import codecs
+from tessera.codecs import Role
 from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.files import write_json
+from tessera.kernels.joint import JointFormat
 from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
-from tessera.kernels.triton.tables import LOOKUPS, options
+from tessera.kernels.triton.tables import LOOKUPS, code_options, options
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Compute capability, and of a multiprocessor: bytes of memory in a nanosecond, instructions in a nanosecond.
@@ -47,12 +49,21 @@ POINTERS = {
     "rotation": "fp16",
     "blocks": "i64",
     "moves": "i32",
+    "v_moves": "i32",
     "mask": "u8",
-    **dict.fromkeys(("q", "unit", "scales", "out", "lse"), "fp32"),
+    **dict.fromkeys(("q", "unit", "scales", "v_scales", "out", "lse"), "fp32"),
 }
 FLAGS = {"MASKED": False, "PLACED": True, "WINDOWED": False, "CAPPED": False}
 #: Codec, head_dim, rows of queries.
-CASES = (("hqmq:4", 128, 16), ("hqmq:4", 128, 32), ("hqmq:4", 64, 16), ("hqmq:4", 256, 16), ("hqmq:3", 128, 16))
+CASES = (
+    ("hqmq:4", 128, 16),
+    ("hqmq:4", 128, 32),
+    ("hqmq:4", 64, 16),
+    ("hqmq:4", 256, 16),
+    ("hqmq:3", 128, 16),
+    ("hqmq:k4v3", 128, 16),
+)
+ROLES: tuple[Role, ...] = ("key", "value")
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -61,16 +72,23 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(program), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def forms(spec: str, dim: int) -> list[JointFormat]:
+    """Of keys and of values."""
+    sides = [codecs.get(spec).side(role) for role in ROLES]
+    assert all(isinstance(side, JointHQMQ) for side in sides)
+    return [side.kernel_format(dim) for side in sides]  # type: ignore[misc]
+
+
 def built(spec: str, dim: int, rows: int, lookup: str) -> Any:
     """The compiled kernel."""
-    codec = codecs.get(spec)
-    assert isinstance(codec, JointHQMQ)
-    form = codec.kernel_format(dim)
-    fixed = {**options(form, dim, rows, lookup, 16), **FLAGS, "CENTRED": True}
+    keys, values = forms(spec, dim)
+    codes, value_codes = code_options(keys, lookup, 16), code_options(values, lookup, 16)
+    fixed = {**options(dim, rows, codes, value_codes), **FLAGS, "APART": values is not keys, "CENTRED": True}
     how = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
-    wide = lookup in ("signs", "halves") or fixed["FIELD"] > 8
-    pointers = {**POINTERS, "table": "i64" if wide else "i32"}
-    numbers = {"step": "fp32", "softcap": "fp32"}
+    pointers = dict(POINTERS)
+    for name, field in (("table", "FIELD"), ("v_table", "V_FIELD")):
+        pointers[name] = "i64" if lookup in ("signs", "halves") or fixed[field] > 8 else "i32"
+    numbers = dict.fromkeys(("step", "v_step", "softcap"), "fp32")
     signature, aligned = {}, {}
     for place, name in enumerate(attend_kernel.arg_names):
         if name in fixed:
@@ -110,8 +128,7 @@ def row(spec: str, dim: int, rows: int, lookup: str) -> dict[str, Any]:
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
         loop = longest_loop(tool("nvdisasm", "-c", file.name))
     warps = kernel.metadata.num_warps
-    form = codecs.get(spec).kernel_format(dim)  # type: ignore[attr-defined]
-    coded = 2 * BLOCK * (dim * form.bits / 4 / 8 + 1)
+    coded = sum(BLOCK * (dim * form.bits / 4 / 8 + 1) for form in forms(spec, dim))
     return {
         "spec": spec,
         "dim": dim,

@@ -66,6 +66,24 @@ def test_fewer_bits_cost_more(result: Comparison) -> None:
     assert coarse.codec_bits == fine.codec_bits - 2
 
 
+def test_keys_and_values_apart_are_measured_like_any_other(source: Source, text: str) -> None:
+    rows = compare(source, text, ("(k=q8_0,v=hqmq:2) + recent:64", "hqmq:k4v2"), context=256, count=1).rows
+    assert [r.spec for r in rows] == [
+        "dense",
+        "(k=q8_0,v=hqmq:2) + recent:64",
+        "hqmq:k4v2",
+        "dense",
+        "(k=q8_0,v=hqmq:2)",
+        "hqmq:k4v2",
+    ]
+    for r in rows:
+        if r.spec.startswith("(k=q8_0"):
+            assert r.codec_bits == (8.5 + 2 + 8 / 32) / 2
+        elif r.spec != "dense":
+            assert r.codec_bits == (4 + 8 / 32 + 16 / 64 + 2 + 8 / 32) / 2
+    assert all(r.kl > 0 for r in rows if r.spec != "dense")
+
+
 def test_paper_protocol_leaves_nothing_exact(result: Comparison) -> None:
     assert {r.spec for r in result.rows if r.protocol == "paper"} == {"dense", "hqmq:4", "hqmq:2"}
     assert row(result, "paper", "hqmq:4").kl > row(result, "streaming", "hqmq:4 + recent:64").kl
@@ -158,6 +176,9 @@ def test_picture_of_windows_alone_shows_what_they_lose(result: Comparison, tmp_p
 def test_every_kind_of_spec_has_a_method() -> None:
     assert method("sink:4 + hqmq:4 + recent:8") == method("hqmq:3.5_nocentre") == "HQMQ, Tessera's"
     assert method("hqmq:s96_r4_med3") == "HQMQ, the paper's"
+    assert method("hqmq:k4.5v3.5@128") == "HQMQ, Tessera's"
+    assert method("(k=q8_0,v=hqmq:3) + recent:8") == "keys and values apart"
+    assert short("sink:4 + (k=hqmq:4,v=hqmq:3) + recent:8") == "hqmq:k4v3"
     assert (method("dense"), method("sink:4 + window:8")) == ("exact", "window")
     assert (short("sink:4 + hqmq:4 + recent:8"), short("dense"), short("window:8")) == ("hqmq:4", "dense", "window:8")
 

@@ -48,6 +48,7 @@ SPECS = {
     "cache-hqmq": "sink:4 + hqmq:4 + recent:16",
     "cache-limit": "sink:4 + hqmq:s96_r4_med3@64 + recent:16",
     "cache-kivi": "kivi:4 + recent:16",
+    "cache-pair": "(k=q8_0,v=hqmq:3) + recent:16",
     "cache-window": "sink:4 + window:30",
     "cache-dense": "dense",
     "cache-tc": "sink:3 + window:24 + tc",

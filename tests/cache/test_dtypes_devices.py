@@ -170,7 +170,7 @@ def test_a_file_says_two_dtypes_only_where_there_are_two(tmp_path: Path) -> None
         cache.save(tmp_path / "c")
         with safe_open(tmp_path / "c", "pt") as file:
             header = json.loads(file.metadata()["tessera_cache"])
-        assert header["format"] == 2
+        assert header["format"] == 3
         assert [(layer["dtype"], layer.get("value_dtype")) for layer in header["layers"]] == [wanted] * 2
 
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import tessera
 from tessera.attention import tiers
 from tessera.cache.lane import RECORDED, Turn
-from tessera.kernels import Pages, cpu
+from tessera.kernels import Pages, cpu, reference
 
 PACKED = "sink:4 + hqmq:4 + recent:16"
 #: Dense results are the same up to rounding.
@@ -142,6 +142,21 @@ def test_packed_generation_stays_close_to_the_model_without_a_cache(name: str, f
     found = run(model, cache, inputs, new=100, **arguments)
     assert distance(model, found, inputs[1]) < NEAR
     assert cache.report().tiers["hqmq:4"] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("codec", ["hqmq:k4v3.5", "(k=q8_0,v=hqmq:4)", "(k=hqmq:4,v=hqmq:s192_r6_med3)"])
+def test_generation_with_codecs_of_keys_and_of_values_stays_close(codec: str, family: str) -> None:
+    """In the kernels where both have one, as far as these are built."""
+    model = make(family)
+    inputs = Call(rows=3, pads=(0, 3, 70)).inputs()
+    cache = tessera.Cache(f"sink:4 + {codec}@192 + recent:16", model)
+    with pytest.MonkeyPatch.context() as patch:
+        if not codec.startswith("(k=q8_0") and cpu.MISSING is None:
+            patch.setattr(reference, "attend", lambda *_, **__: pytest.fail("the definition ran"))
+        found = run(model, cache, inputs, new=100)
+    assert distance(model, found, inputs[1]) < NEAR
+    assert cache.report().tiers[codec] > 0
 
 
 @contextmanager

@@ -25,11 +25,12 @@ LOSSY = [
     "hqmq:4@128 + recent:16",
     f"sink:3 + {GROUPED} + recent:20",
     "kivi:4 + recent:64",
+    "(k=q8_0,v=hqmq:4) + recent:32",
     "q4_0",
 ]
 ALL = EXACT + LOSSY
 #: One of each kind of codec.
-KINDS = [GROUPED, "hqmq:3", "hqmq:s96_r4_med3", "q4_0", "fp8:scaled", "int:4", "kivi:4", "scalar:4"]
+KINDS = [GROUPED, "hqmq:3", "hqmq:s96_r4_med3", "q4_0", "fp8:scaled", "int:4", "kivi:4", "scalar:4", "hqmq:k4v3"]
 
 
 def feed(cache: tessera.Cache, k: Tensor, v: Tensor, cuts: list[int]) -> None:

@@ -23,6 +23,7 @@ SPECS = [
     "sink:4 + hqmq:4 + recent:128",
     "hqmq:4@128",
     "sink:4 + hqmq:s96_r4_med3 + recent:30",
+    "sink:4 + (k=q8_0,v=hqmq:3)@256 + recent:30",
     "kivi:4 + recent:16",
     f"sink:1 + {GROUPED}@256 + recent:3",
     "q4_0",
@@ -154,7 +155,9 @@ def test_true_bits_count_everything_over_what_is_held(spec: str) -> None:
     codec = cache.spec.codec
     if codec is not None:
         tiers = [lane.packed for layer in cache.layers for lane in layer.lanes if lane.packed]
-        assert report.tiers[codec] == sum(packed.nbytes for tier in tiers for page in tier.pages for packed in page)
+        known = sum(tier.stats.nbytes for tier in tiers if tier.stats is not None)
+        assert (known > 0) == codec.startswith("hqmq:4")
+        assert report.tiers[codec] == known + sum(packed.nbytes for tier in tiers for page in tier.pages for packed in page)
         assert report.tier_bits[codec] == pytest.approx(8 * report.tiers[codec] / (held["packed"] * vector))
         assert report.tier_bits[codec] < 16
 
@@ -165,6 +168,15 @@ def test_tiers_have_the_names_of_the_spec() -> None:
     assert set(filled("sink:4 + window:50", model).report().tiers) == {"sink", "window"}
     assert set(filled("sink:4 + hqmq:4 + recent:16", model).report().tiers) == {"sink", "hqmq:4", "recent"}
     assert set(filled("hqmq:4@128", model).report().tiers) == {"hqmq:4", "recent"}
+
+
+def test_the_bits_of_keys_and_values_apart_are_their_mean() -> None:
+    """At head_dim 16: scales cost 8/16 of a bit, those of int 16/16, key centres 16/64."""
+    model = make()
+    for spec, keys, values in (("hqmq:k4v3", 4 + 8 / 16 + 16 / 64, 3 + 8 / 16), ("(k=int:4,v=hqmq:3)", 4 + 16 / 16, 3.5)):
+        report = filled(f"{spec} + recent:16", model).report()
+        assert set(report.tiers) == {spec, "recent"}
+        assert report.tier_bits[spec] == pytest.approx((keys + values) / 2)
 
 
 def test_exact_tiers_cost_their_tokens_and_a_little_room() -> None:

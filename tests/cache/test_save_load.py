@@ -25,6 +25,8 @@ SPECS = [
     "sink:4 + window:50",
     "sink:4 + hqmq:4 + recent:16",
     "sink:4 + hqmq:s96_r4_med3@128 + recent:30",
+    "sink:4 + hqmq:k4v3 + recent:16",
+    "(k=q8_0,v=hqmq:s24_r2_med3)@128 + recent:16",
     "kivi:4 + recent:16",
     f"sink:1 + {GROUPED}@256 + recent:3",
     "q4_0",
@@ -227,7 +229,7 @@ def header_of(saved: Path) -> dict[str, Any]:
 
 def test_a_later_format_is_refused(saved: Path, tmp_path: Path) -> None:
     header = header_of(saved) | {"format": 99}
-    with pytest.raises(ValueError, match="has format 99; this version reads formats 1 to 2"):
+    with pytest.raises(ValueError, match="has format 99; this version reads formats 1 to 3"):
         load(rewritten(saved, tmp_path / "new.safetensors", json.dumps(header)))
 
 
@@ -248,6 +250,17 @@ def test_another_spec_than_the_tensors_is_refused(saved: Path, tmp_path: Path) -
         header = header_of(saved) | {"spec": spec}
         with pytest.raises(ValueError, match=r"bad\.safetensors"):
             load(rewritten(saved, tmp_path / "bad.safetensors", json.dumps(header)))
+
+
+def test_keys_and_values_of_each_others_codecs_are_refused(tmp_path: Path) -> None:
+    filled("sink:4 + hqmq:k4v3 + recent:16", make()).save(tmp_path / "saved.safetensors")
+    saved = tmp_path / "saved.safetensors"
+    for spec, words in (
+        ("sink:4 + hqmq:k3v4 + recent:16", "encoded by 'hqmq:4', not by 'hqmq:k3v4'"),
+        ("sink:4 + hqmq:4 + recent:16", "encoded by 'hqmq:3', not by 'hqmq:4'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load(rewritten(saved, tmp_path / "bad.safetensors", json.dumps(header_of(saved) | {"spec": spec})))
 
 
 def test_missing_and_unknown_tensors_are_named(saved: Path, tmp_path: Path) -> None:

@@ -30,8 +30,28 @@ def test_parse(text: str, spec: Spec, canonical: str) -> None:
     assert parse(spec) is spec
 
 
-def test_codec_without_argument() -> None:
-    assert parse("grouped + recent:1").codec == "grouped"
+def test_a_codec_is_named_as_it_names_itself() -> None:
+    assert parse("grouped + recent:1").codec == "grouped:8"
+    assert parse("hqmq:4.0") == Spec(codec="hqmq:4.0") == Spec(codec="hqmq:4")
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("sink:4 + (k=q8_0,v=hqmq:3) + recent:128", "sink:4 + (k=q8_0,v=hqmq:3) + recent:128"),
+        ("recent:8+( v = hqmq:3 , k = q8_0 )@4096", "(k=q8_0,v=hqmq:3)@4096 + recent:8"),
+        ("hqmq:k4.5v3.5@128 + recent:8", "hqmq:k4.5v3.5@128 + recent:8"),
+        ("(k=hqmq:4.5,v=hqmq:3.5)", "hqmq:k4.5v3.5"),
+        ("(k=hqmq:4_norot,v=hqmq:3_norot)", "hqmq:k4v3_norot"),
+        ("(k=hqmq:4_norot,v=hqmq:3)", "(k=hqmq:4_norot,v=hqmq:3)"),
+        ("(k=hqmq:s24_r2,v=grouped:8)", "(k=hqmq:s24_r2,v=grouped:8)"),
+        ("hqmq:k4v4 + recent:8", "hqmq:4 + recent:8"),
+        ("(k=q8_0,v=q8_0)@64", "q8_0@64"),
+    ],
+)
+def test_keys_and_values_have_codecs_of_their_own(text: str, canonical: str) -> None:
+    assert str(parse(text)) == canonical
+    assert parse(canonical) == parse(text)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +82,22 @@ def test_codec_without_argument() -> None:
         ("grouped:8@63", ["grouped:8@64"]),
         ("sink:4 + hqmq:4 + tc", ["'tc'", "window:512"]),
         ("window:512 + tc:3", ["'tc' takes no argument", "'tc:3'"]),
+        ("(k=q8_0,v=hqmk:3)", ["unknown codec 'hqmk'", "did you mean 'hqmq'", "(k=q8_0,v=hqmk:3)"]),
+        ("(k=q8_0,v=sink:4)", ["unknown codec 'sink'", "hqmq:4"]),
+        ("(k=q8_0)", ["no codec for values", "'v='", "(k=q8_0,v=hqmq:3)"]),
+        ("(v=q8_0)", ["no codec for keys", "'k='"]),
+        ("(k=q8_0,v=int:4,v=q8_0)", ["'v=q8_0' is a second codec for values"]),
+        ("(q8_0,v=int:4)", ["'k='", "'v='", "'q8_0'"]),
+        ("(k=q8_0,v=hqmq:3", ["between brackets", "(k=q8_0,v=hqmq:3)"]),
+        ("(k=q8_0,v=hqmq:3)64", ["between brackets", "'(k=q8_0,v=hqmq:3)64'"]),
+        ("(k=q8_0,v=hqmq:3)@63", ["'(k=q8_0,v=hqmq:3)@64'"]),
+        ("(k=q8_0,v=hqmq:3)@", ["whole number", "'(k=q8_0,v=hqmq:3)@32768'"]),
+        ("(k=q8_0@64,v=hqmq:3)", ["keys and values together", "'(k=q8_0,v=hqmq:3)@32768'"]),
+        ("(k=hqmq:k4v3,v=q8_0)", ["hqmq:k4v3 is two codecs", "keys need one"]),
+        ("hqmq:k4v3 + (k=q8_0,v=hqmq:3)", ["second codec"]),
+        ("hqmq:k4", ["'k4'", "k4.5v3.5"]),
+        ("hqmq:k9v3", ["hqmq takes 2, 2.5, 3", "got 9", "hqmq:k9v3"]),
+        ("dense + (k=q8_0,v=hqmq:3)", ["'dense'", "'(k=q8_0,v=hqmq:3)'", "contradict"]),
     ],
 )
 def test_mistakes_are_named(text: str, words: list[str]) -> None:

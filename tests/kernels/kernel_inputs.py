@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.codecs import Codec
+from tessera.codecs import Codec, Packed, Role
+from tessera.codecs.bits import pack_bits
+from tessera.codecs.codebooks import joint
+from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.kernels import Pages
 
 
@@ -22,3 +25,19 @@ def make_pages(codec: Codec, batch: int, heads: int, sizes: list[int], dim: int)
         k[..., 1] *= 30
         pages.append((codec.encode(k, "key").slice(0, size), codec.encode(v).slice(0, size)))
     return Pages(pages)
+
+
+def random_codes(codec: Codec, shape: tuple[int, int, int, int], role: Role) -> Packed:
+    """Vectors of a joint codebook, (batch, heads, tokens, dim), whose codes, scales and centres are drawn, not searched for."""
+    side = codec.side(role)
+    assert isinstance(side, JointHQMQ)
+    batch, heads, tokens, dim = shape
+    codes = torch.randint(len(joint(side.code_bits).codewords), (batch, heads, tokens, dim // 4))
+    tensors = {
+        "codes": pack_bits(codes, side.code_bits),
+        "scale": torch.randint(110, 135, (batch, heads, tokens), dtype=torch.uint8),
+    }
+    if role == "key" and side.centre:
+        means = torch.randn(batch, heads, -(-tokens // side.group), dim).half().view(torch.int16)
+        tensors["centre"] = means & -16 | torch.randint(0, 2, means.shape, dtype=torch.int16)
+    return Packed(side, tensors, shape, torch.float32, role)

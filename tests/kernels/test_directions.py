@@ -189,8 +189,10 @@ def test_pages_of_other_codecs_roles_or_layers_are_refused() -> None:
     x = torch.randn(1, 1, 8, 64)
     codec = codec_of("hqmq:s24_r2")
     keys, values = codec.encode(x, "key"), codec.encode(x)
-    with pytest.raises(ValueError, match="beside one of"):
-        Pages([(keys, codecs.get("hqmq:4").encode(x))])
+    with pytest.raises(ValueError, match=r"a page of values of layer 0, .* in hqmq:4 beside one of values .* in hqmq:s24_r2"):
+        Pages([(keys, values), (keys, codecs.get("hqmq:4").encode(x))])
+    with pytest.raises(ValueError, match=r"a page of keys of layer 0, .* in hqmq:4 beside one of keys .* in hqmq:s24_r2"):
+        Pages([(keys, values), (codecs.get("hqmq:4").encode(x, "key"), values)])
     with pytest.raises(ValueError, match="beside one of"):
         Pages([(keys, codec.encode(x, layer=1))])
     with pytest.raises(ValueError, match="are given as keys: encode them with the role 'key'"):

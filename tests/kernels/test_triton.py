@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import make_pages, relative
+from kernel_inputs import make_pages, random_codes, relative
 
 from tessera import codecs
 from tessera.codecs.codebooks import joint
@@ -44,6 +45,37 @@ def check(codec: Any, shape: tuple[int, int, int, int], sizes: list[int], dim: i
 @pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4", "hqmq:4.5", "hqmq:5"])
 def test_attention_equals_the_reference(spec: str) -> None:
     check(codecs.get(spec), (1, 4, 2, 1), [64, 65], 64)
+
+
+@pytest.mark.parametrize(("key", "value"), list(permutations((2, 3, 3.5, 4, 5), 2)))
+def test_keys_beside_values_of_other_bits_equal_the_reference(key: float, value: float) -> None:
+    """Codes at random spare the search for them."""
+    codec = codecs.get(f"hqmq:k{key}v{value}")
+    pages = Pages([(random_codes(codec, (1, 2, n, 80), "key"), random_codes(codec, (1, 2, n, 80), "value")) for n in (64, 21)])
+    q = torch.randn(1, 4, 2, 80)
+    out, lse = triton.attend(q.to(DEVICE), moved(pages), 0.02, start=70)
+    wanted, wanted_lse = reference.attend(q, pages, 0.02, start=70)
+    assert relative(out.cpu(), wanted) < HALF
+    assert torch.allclose(lse.cpu(), wanted_lse, atol=2e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "spec", ["hqmq:k4v3", "hqmq:k3v4", "(k=hqmq:4_norot,v=hqmq:3_nocentre)", "(k=hqmq:3_nocentre,v=hqmq:4)"]
+)
+@pytest.mark.parametrize(
+    ("shape", "sizes", "dim", "rule"),
+    [
+        ((2, 2, 1, 3), [100], 80, {}),
+        ((1, 3, 1, 7), [64, 5], 20, {"start": 66, "window": 30}),
+        ((1, 2, 2, 1), [70], 128, {"softcap": 2.0, "splits": 2}),
+        ((1, 2, 1, 2), [70], 64, {"mask": torch.arange(140).view(1, 1, 2, 70) % 3 > 0, "lookup": "moves"}),
+    ],
+    ids=["rows", "window", "cap", "mask"],
+)
+def test_odd_shapes_of_keys_and_values_apart_equal_the_reference(
+    spec: str, shape: tuple[int, int, int, int], sizes: list[int], dim: int, rule: dict[str, Any]
+) -> None:
+    check(codecs.get(spec), shape, sizes, dim, **rule)
 
 
 @pytest.mark.parametrize("lookup", LOOKUPS)
@@ -176,8 +208,11 @@ def test_the_dispatcher_takes_it_when_asked(monkeypatch: pytest.MonkeyPatch) -> 
     dispatch.attend(q, pages, 0.1, backend="triton")
     dispatch.attend(q, pages, 0.1)
     assert len(ran) == (2 if DEVICE == "cuda" else 1)
-    with pytest.raises(ValueError, match="no Triton kernel for q4_0"):
-        dispatch.attend(q, moved(make_pages(codecs.get("q4_0"), 1, 1, [64], 64)), 0.1, backend="triton")
+    dispatch.attend(q, moved(make_pages(codecs.get("hqmq:k4v3"), 1, 1, [64], 64)), 0.1, backend="triton")
+    assert len(ran) == (3 if DEVICE == "cuda" else 2)
+    for spec, lacking in (("q4_0", "q4_0"), ("(k=q4_0,v=hqmq:3)", "q4_0"), ("(k=hqmq:4,v=hqmq:s24_r2)", "hqmq:s24_r2")):
+        with pytest.raises(ValueError, match=f"no Triton kernel for {lacking}"):
+            dispatch.attend(q, moved(make_pages(codecs.get(spec), 1, 1, [64], 64)), 0.1, backend="triton")
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])

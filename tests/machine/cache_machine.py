@@ -74,6 +74,7 @@ LOSSY = [
     )
     for prefill in ("exact", "packed")
 ]
+PAIRS = [Kind("sink:2 + hqmq:k4v3@128 + recent:16", "packed")]
 LLAMAS = [Kind(spec, model="plain") for spec in ("dense", "sink:2 + window:20")]
 SLIDING_LAYERS = [Kind(spec, model="sliding") for spec in ("dense", "sink:2 + hqmq:4 + recent:8")]
 TENSOR_CACHES = [
@@ -83,7 +84,7 @@ TENSOR_CACHES = [
     Kind("window:16 + tc", model="tc-paper"),
 ]
 TENSOR_MEMORIES = [Kind(spec, model="tm") for spec in ("dense", "sink:2 + window:20")]
-KINDS = [*EXACT, *LOSSY, *LLAMAS, *SLIDING_LAYERS, *TENSOR_CACHES, *TENSOR_MEMORIES]
+KINDS = [*EXACT, *LOSSY, *PAIRS, *LLAMAS, *SLIDING_LAYERS, *TENSOR_CACHES, *TENSOR_MEMORIES]
 
 
 @memoised

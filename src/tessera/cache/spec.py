@@ -1,8 +1,9 @@
-"""The spec grammar: `sink:4 + hqmq:4@32768 + recent:128`."""
+"""The spec grammar: `sink:4 + hqmq:4@32768 + recent:128`, `sink:4 + (k=q8_0,v=hqmq:3) + recent:128`."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from tessera import codecs
@@ -27,7 +28,7 @@ class Spec:
     Attributes:
         sink: number of first tokens that stay exact for ever.
         recent: number of newest tokens that stay exact at least; up to `BLOCK` - 1 more wait there until a block is whole.
-        codec: spec of the codec that holds the tokens between the two, or None.
+        codec: spec of the codec that holds the tokens between the two, as the codec itself writes it, or None.
         codec_limit: number of tokens that the codec tier holds at most; the oldest whole blocks are dropped. None: no limit.
         window: a query sees this many newest tokens, itself included, and the sinks, and nothing else. None: no window.
         dense: keep every token exactly.
@@ -55,7 +56,9 @@ class Spec:
         if self.associative and self.window is None:
             raise ValueError("'tc' absorbs what leaves a window; add 'window:512', or what the memory was made for")
         if self.codec is not None:
-            group = codecs.get(self.codec).group
+            found = codecs.get(self.codec)
+            object.__setattr__(self, "codec", found.spec)
+            group = found.group
             if BLOCK % group:
                 raise ValueError(
                     f"{self.codec!r} encodes {group} tokens together, which does not divide the {BLOCK} tokens that are "
@@ -118,8 +121,8 @@ def parse(text: str | Spec) -> Spec:
     """Read a spec.
 
     Args:
-        text: tiers joined by `+`, in any order, each `name` or `name:argument`; spaces do not matter. A `Spec` is returned
-            as it is.
+        text: tiers joined by `+`, in any order, each `name` or `name:argument`, or codecs for keys and for values in brackets;
+            spaces do not matter. A `Spec` is returned as it is.
 
     Raises:
         ValueError: naming the word that is wrong and the words that would be right.
@@ -146,6 +149,8 @@ def parse(text: str | Spec) -> Spec:
 
 def _tier(word: str, text: str) -> dict[str, int | str | bool]:
     """One tier as fields of `Spec`."""
+    if word.startswith("("):
+        return _codec(word, text)
     name, colon, argument = word.partition(":")
     if name in ("dense", "tc"):
         if colon:
@@ -154,15 +159,23 @@ def _tier(word: str, text: str) -> dict[str, int | str | bool]:
     if name in TIERS:
         return {name: _number(argument, word, TIERS[name][0], text)}
     if name.partition("@")[0] in codecs.names():
-        codec, at, limit = word.partition("@")
-        codecs.get(codec)
-        fields: dict[str, int | str | bool] = {"codec": codec}
-        if at:
-            fields["codec_limit"] = _number(limit, word, f"{codec}@32768", text)
-        return fields
+        return _codec(word, text)
     near = difflib.get_close_matches(name, [*TIERS, *codecs.names()], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"unknown tier {name!r} in {text!r}{hint} There are: {_choices()}")
+
+
+def _codec(word: str, text: str) -> dict[str, int | str | bool]:
+    """A codec and its limit as fields of `Spec`."""
+    codec, at, limit = word.partition("@")
+    if at and codec.startswith("(") and not codec.endswith(")"):
+        whole = "".join(part.partition("@")[0] for part in re.split("(?=[,)])", word))
+        raise ValueError(f"{word!r} in {text!r}: a limit is for keys and values together, as in '{whole}@32768'")
+    codecs.get(codec)
+    fields: dict[str, int | str | bool] = {"codec": codec}
+    if at:
+        fields["codec_limit"] = _number(limit, word, f"{codec}@32768", text)
+    return fields
 
 
 def _number(argument: str, word: str, example: str, text: str) -> int:

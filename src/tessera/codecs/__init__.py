@@ -12,6 +12,9 @@ from tessera.codecs.integer import Int, Kivi
 from tessera.codecs.registry import examples, get, names
 from tessera.codecs.scalar import Scalar
 
+# isort: split
+from tessera.codecs.pair import Pair
+
 __all__ = [
     "FP8",
     "HQMQ",
@@ -21,6 +24,7 @@ __all__ = [
     "JointHQMQ",
     "Kivi",
     "Packed",
+    "Pair",
     "Role",
     "Scalar",
     "examples",

@@ -181,17 +181,19 @@ class Packed:
             revision = int(metadata.get("revision", "1"))  # the first did not say
         except (KeyError, ValueError) as error:
             raise ValueError(f"this is no packed cache: its header lacks or garbles {brief(error)}") from None
-        if codec is None:
-            codec = get(spec)
-        elif codec.spec != spec:
-            raise ValueError(f"this was encoded by {spec!r}, not by {codec.spec!r}")
+        if role not in ("key", "value"):
+            raise ValueError(f"this is no packed cache: role {brief(role)!r}")
+        given = codec
+        codec = (get(spec) if given is None else given).side(role)  # type: ignore[arg-type]
+        if given is not None and codec.spec != spec:
+            raise ValueError(f"this was encoded by {spec!r}, not by {given.spec!r}")
         if revision != codec.revision:
             raise ValueError(
                 f"this was encoded by revision {revision} of {spec!r}; this version reads revision {codec.revision}"
             )
         names = {str(x).removeprefix("torch."): x for x in DTYPES}
-        if role not in ("key", "value") or len(shape) != 4 or min(shape) < 0 or shape[3] == 0 or max(shape) > MOST:
-            raise ValueError(f"this is no packed cache: role {brief(role)!r}, shape {brief(shape)}")
+        if len(shape) != 4 or min(shape) < 0 or shape[3] == 0 or max(shape) > MOST:
+            raise ValueError(f"this is no packed cache: shape {brief(shape)}")
         if dtype not in names or not 0 <= layer <= MOST or not 0 <= offset < codec.group:
             raise ValueError(f"this is no packed cache: dtype {brief(dtype)!r}, layer {brief(layer)}, offset {brief(offset)}")
         packed = Packed(codec, dict(tensors), shape, names[dtype], role, layer, offset)  # type: ignore[arg-type]
@@ -272,6 +274,10 @@ class Codec(ABC):
     revision: int = 1
     fields: Mapping[str, Layout]
 
+    def side(self, role: Role) -> Codec:
+        """What packs keys, or values: the codec itself, unless each has one of its own, see `codecs.pair`."""
+        return self
+
     def encode(self, x: Tensor, role: Role = "value", layer: int = 0, *, weights: Tensor | None = None) -> Packed:
         """Pack keys or values.
 
@@ -305,7 +311,7 @@ class Codec(ABC):
                 tensors = self._encode_weighed(wide, role, layer, weights)
             else:
                 tensors = self._encode(wide, role, layer)
-        return Packed(self, tensors, shape, x.dtype, role, layer)
+        return Packed(self.side(role), tensors, shape, x.dtype, role, layer)
 
     def decode(self, packed: Packed) -> Tensor:
         """(batch, kv_heads, tokens, head_dim) in the dtype that was encoded, the same under autocast as without."""

@@ -274,9 +274,16 @@ def chi_levels(bits: int) -> Tensor:
     return levels.float()
 
 
-@register("hqmq", ("hqmq:3", "hqmq:4", "hqmq:5", "hqmq:o170_r4", "hqmq:s96_r4", "hqmq:s96_r4_med3"))
+@register("hqmq", ("hqmq:3", "hqmq:4", "hqmq:5", "hqmq:k4v3", "hqmq:o170_r4", "hqmq:s96_r4", "hqmq:s96_r4_med3"))
 def _parse(argument: str) -> Codec:
-    """hqmq:4 is `JointHQMQ`; hqmq:s96_r4_med3 is the paper's; hqmq:o170_r4 has optimised directions and chi radii."""
+    """hqmq:4 is `JointHQMQ`; hqmq:k4.5v3.5 is one with 4.5 bits for keys and one with 3.5 for values; hqmq:s96_r4_med3 is the
+    paper's; hqmq:o170_r4 has optimised directions and chi radii."""
+    if match := re.fullmatch(r"k(\d+(?:\.\d+)?)v(\d+(?:\.\d+)?)((?:_norot)?(?:_nocentre)?(?:_nostats)?)", argument):
+        from tessera.codecs.pair import pair  # here, so that it is registered, and listed, behind all others
+
+        return pair(_parse(match[1] + match[3]), _parse(match[2] + match[3]))
+    if re.match(r"[kv]\d", argument):
+        raise ValueError(f"bits for keys and bits for values are written k4.5v3.5, got {argument!r}")
     if re.fullmatch(r"\d+(\.\d+)?(_norot)?(_nocentre)?(_nostats)?", argument):
         bits, *off = argument.split("_")
         return JointHQMQ(float(bits), rotate="norot" not in off, centre="nocentre" not in off, stats="nostats" not in off)

@@ -31,12 +31,13 @@ def examples() -> tuple[str, ...]:
 
 
 def get(spec: str) -> Codec:
-    """The codec that `spec` names: a name, then, after a colon, its argument.
+    """The codec that `spec` names: a name, then, after a colon, its argument; or two of these in brackets, see `codecs.pair`.
 
     Raises:
         ValueError: naming the word that is wrong and the words that would be right.
     """
-    name, _, argument = spec.strip().partition(":")
+    # What stands in brackets is registered by the first of them.
+    name, _, argument = ("(", "", spec.strip()[1:]) if spec.strip().startswith("(") else spec.strip().partition(":")
     if name not in _FACTORIES:
         near = difflib.get_close_matches(name, _FACTORIES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."

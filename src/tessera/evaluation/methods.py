@@ -8,7 +8,7 @@ from tessera.cache.spec import parse
 
 #: (pattern of a codec's spec, name of its method), the first that fits.
 _METHODS = (
-    (r"hqmq:\d.*", "HQMQ, Tessera's"),
+    (r"hqmq:k?\d.*", "HQMQ, Tessera's"),
     (r"hqmq:o.*", "HQMQ, optimised directions"),
     (r"hqmq:.*", "HQMQ, the paper's"),
     (r"scalar.*", "Hadamard + Lloyd–Max"),
@@ -16,6 +16,7 @@ _METHODS = (
     (r"int.*", "int, round to nearest"),
     (r"kivi.*", "KIVI"),
     (r"fp8.*", "fp8"),
+    (r"\(.*", "keys and values apart"),
 )
 
 

@@ -66,8 +66,8 @@ class Pages:
     """Packed keys and values, (batch, kv_heads, tokens, head_dim) in all. Immutable.
 
     Args:
-        pages: at least one pair of keys and values of one codec and layer, each encoded as what it is, of equal shapes; only
-            tokens may differ from page to page.
+        pages: at least one pair of keys and values of one layer, each encoded as what it is, of equal shapes; keys and values
+            may have codecs of their own. Only tokens may differ from page to page.
         before: pages whose first ones may be the same objects; what is known of these is taken over.
         stats: by whose `narrowing` the channels of decoded keys are multiplied or, instead, those of the queries that read
             them; None: by nothing.
@@ -84,18 +84,20 @@ class Pages:
         self.pages = tuple(pages)
         same = 0 if before is None else _same(self.pages, before.pages)
         self._notes: dict[str, list[Any]] = {} if before is None else {k: v[:same] for k, v in before._notes.items()}
-        first = self.pages[0][0]
         for keys, values in self.pages[same:]:
             if keys.shape != values.shape:
                 raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} differ in shape")
-            for packed, role in ((keys, "key"), (values, "value")):
+            if keys.layer != values.layer:
+                raise ValueError(f"a page of {values.describe()} beside one of {keys.describe()}")
+            for packed, first, role in zip((keys, values), self.pages[0], ("key", "value"), strict=True):
                 alike = (packed.shape[:2], packed.shape[3], packed.codec, packed.layer)
                 if alike != (first.shape[:2], first.shape[3], first.codec, first.layer):
                     raise ValueError(f"a page of {packed.describe()} beside one of {first.describe()}")
                 if packed.role != role:
                     raise ValueError(f"{packed.describe()}, are given as {role}s: encode them with the role {role!r}")
+        size = self.pages[0][0].shape
         self.starts = (0, *accumulate(keys.tokens for keys, _ in self.pages))
-        self.shape = (*first.shape[:2], self.starts[-1], first.shape[3])
+        self.shape = (*size[:2], self.starts[-1], size[3])
         self.stats = stats
         self.memo: dict[Any, Any] = {}
 
@@ -114,15 +116,28 @@ class Pages:
         """Number of tokens held."""
         return self.starts[-1]
 
-    def form(self) -> Format | None:
-        """What kernels must know of how the pages are coded; None if they have none for it."""
-        return self.pages[0][0].codec.kernel_format(self.shape[3])
+    def form(self) -> tuple[Format | None, Format | None]:
+        """What kernels must know of how keys are coded and of how values are; None where they have none for it."""
+        keys, values = self.codecs
+        form = keys.kernel_format(self.shape[3])
+        return form, form if values is keys else values.kernel_format(self.shape[3])
 
-    def check(self, q: Tensor, mask: Tensor | None) -> Format:
+    @property
+    def codecs(self) -> tuple[KernelCodec, KernelCodec]:
+        """Of keys and of values."""
+        keys, values = self.pages[0]
+        return keys.codec, values.codec
+
+    def lacking(self, kind: type[Any] = object) -> str | None:
+        """The spec of the first codec whose format is not known to kernels, or not of a kind; None if both are."""
+        formats = zip(self.codecs, self.form(), strict=True)
+        return next((codec.spec for codec, form in formats if form is None or not isinstance(form, kind)), None)
+
+    def check(self, q: Tensor, mask: Tensor | None) -> tuple[Format, Format]:
         """`form`, for queries (batch, q_heads, q_tokens, head_dim) and a mask that fit.
 
         Raises:
-            ValueError: if they do not, or there is no kernel for the codec.
+            ValueError: if they do not, or there is no kernel for a codec.
         """
         batch, heads, queries, dim = q.shape
         rows, kv_heads, count, own = self.shape
@@ -130,10 +145,10 @@ class Pages:
             raise ValueError(f"queries {tuple(q.shape)} do not fit keys {self.shape}")
         if mask is not None and mask.shape[-2:] != (queries, count):
             raise ValueError(f"mask {tuple(mask.shape)} does not fit {queries} queries and {count} keys")
-        form = self.form()
-        if form is None:
-            raise ValueError(f"there is no kernel for {self.pages[0][0].codec.spec}")
-        return form
+        keys, values = self.form()
+        if keys is None or values is None:
+            raise ValueError(f"there is no kernel for {self.lacking()}")
+        return keys, values
 
     def decode(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens [start, stop)."""

@@ -93,8 +93,8 @@ def attend_refusal(q: Tensor, pages: Pages) -> str | None:
         return "the C++ kernels have no gradients"
     if q.device.type != "cpu" or keys.device.type != "cpu":
         return f"the queries are on {q.device} and the cache on {keys.device}"
-    if pages.form() is None:
-        return f"there is no kernel for {keys.codec.spec}"
+    if (lacking := pages.lacking()) is not None:
+        return f"there is no kernel for {lacking}"
     if dim % 4 or dim > MAX_DIM:
         return f"head_dim {dim} is no multiple of 4 up to {MAX_DIM}"
     return None
@@ -120,8 +120,8 @@ def attend(
         digits: 1, 2 or 3, see `DIGITS`; the other instruction sets compute in float.
     """
     batch, heads, tokens, dim = q.shape
-    form = pages.check(q, mask)
-    keys, _ = pages.pages[0]
+    key_form, value_form = pages.check(q, mask)
+    layer = pages.pages[0][0].layer
     mask, strides = strided(mask)
     wide = _wide(pages.narrowed(q))
     out = torch.empty_like(wide)
@@ -129,7 +129,8 @@ def attend(
     if not q.numel():
         return out, lse
     _cpu.attend(
-        _book(form, pages.shape[1], keys.layer),
+        _book(key_form, pages.shape[1], layer),
+        _book(value_form, pages.shape[1], layer),
         _addresses(pages),
         level or levels()[-1],
         wide.data_ptr(),
@@ -141,7 +142,7 @@ def attend(
         tokens,
         dim,
         scale,
-        form.value_gain,
+        value_form.value_gain,
         softcap or 0.0,
         0 if mask is None else mask.data_ptr(),
         *strides,

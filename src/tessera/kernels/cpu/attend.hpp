@@ -45,10 +45,14 @@ struct Page {
     int64_t offset;  // of the first token within its group
 };
 
-// What is coded: `book`, or else `products`.
-struct Problem {
+// How keys, or values, are coded: by `book`, or else by `products`.
+struct Coding {
     const Book* book;
     const Products* products;
+};
+
+struct Problem {
+    Coding key, value;
     const Page* pages;
     int64_t page_count, tokens;
     int batch, q_heads, kv_heads, q_tokens, dim;
@@ -86,15 +90,14 @@ struct Exact {
     int64_t k_batch, k_head, k_token, v_batch, v_head, v_token;
 };
 
-// The same over such keys and values, for at most TILE rows a key head; `book` and `pages` of the problem are not used.
+// The same over such keys and values, for at most TILE rows a key head; `key`, `value` and `pages` of the problem are not used.
 void attend_exact_portable(const Problem&, const Exact&);
 void attend_exact_avx2(const Problem&, const Exact&);
 void attend_exact_avx512(const Problem&, const Exact&);
 
 // Packed vectors, to be decoded: those of side[role] of one page.
 struct Vectors {
-    const Book* book;
-    const Products* products;
+    Coding coding;
     const Page* page;
     Role role;
     int batch, heads;

@@ -20,13 +20,10 @@
 #include "portable.hpp"
 #include "directions.hpp"
 
-void tessera::attend_avx2(const Problem& p) {
-    if (p.products) return attend_directions(p);
-    attend_with<Portable>(p, *p.book);
-}
+void tessera::attend_avx2(const Problem& p) { attend_loops(p); }
 void tessera::attend_exact_avx2(const Problem& p, const Exact& x) { attend_exact(p, x); }
 void tessera::decode_avx2(const Vectors& p) {
-    if (p.products) return decode_directions(p);
-    decode_with<Points>(p, *p.book);
+    if (p.coding.products) return decode_directions(p);
+    decode_with<Points>(p, *p.coding.book);
 }
 #pragma GCC pop_options

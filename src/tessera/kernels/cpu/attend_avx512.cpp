@@ -26,18 +26,33 @@
 #include "portable.hpp"
 #include "directions.hpp"
 
+namespace {
+
+template <class Keys>
+void attend_points(const Problem& p) {
+    const Book &keys = *p.key.book, &values = *p.value.book;
+    switch (values.blocks) {
+        case 1: return attend_with<Keys, Avx512Values<Permute<1>>>(p, keys, values);
+        case 4: return attend_with<Keys, Avx512Values<Permute<4>>>(p, keys, values);
+        case 6: return attend_with<Keys, Avx512Values<Permute<6>>>(p, keys, values);
+        default: return attend_with<Keys, Avx512Values<Lookup>>(p, keys, values);
+    }
+}
+
+}  // namespace
+
 void tessera::attend_avx512(const Problem& p) {
-    if (p.products) return attend_directions(p);
-    switch (p.book->blocks) {
-        case 1: return attend_with<Avx512<Permute<1>>>(p, *p.book);
-        case 4: return attend_with<Avx512<Permute<4>>>(p, *p.book);
-        case 6: return attend_with<Avx512<Permute<6>>>(p, *p.book);
-        default: return attend_with<Avx512<Lookup>>(p, *p.book);
+    if (p.key.products || p.value.products) return attend_loops(p);
+    switch (p.key.book->blocks) {
+        case 1: return attend_points<Avx512Keys<Permute<1>>>(p);
+        case 4: return attend_points<Avx512Keys<Permute<4>>>(p);
+        case 6: return attend_points<Avx512Keys<Permute<6>>>(p);
+        default: return attend_points<Avx512Keys<Lookup>>(p);
     }
 }
 void tessera::attend_exact_avx512(const Problem& p, const Exact& x) { attend_exact(p, x); }
 void tessera::decode_avx512(const Vectors& p) {
-    if (p.products) return decode_directions(p);
-    decode_with<Points>(p, *p.book);
+    if (p.coding.products) return decode_directions(p);
+    decode_with<Points>(p, *p.coding.book);
 }
 #pragma GCC pop_options

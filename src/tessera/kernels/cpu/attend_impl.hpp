@@ -1,4 +1,4 @@
-// The algorithm of attend.hpp, for an instruction set `Isa`. Included by one file for each, in a namespace of its own:
+// The algorithm of attend.hpp, for `Keys` and `Values` of an instruction set. Included by one file for each, in a namespace of its own:
 // code compiled for one instruction set must not be merged with another's by the linker.
 
 #include <algorithm>
@@ -168,23 +168,31 @@ inline bool hide(const Problem& p, int b, int head, int row, int rows, int64_t p
     return some;
 }
 
-template <class Isa>
+template <class Keys, class Values>
 struct Worker {
     const Problem& p;
-    const typename Isa::Book& book;
-    const int chunks, dim;
+    const Rotation& rotation;  // of keys
+    const int dim;
+    const int64_t key_bytes, value_bytes;  // of a vector's codes
     Memory memory;
-    typename Isa::Scratch isa;
+    Keys keys;
+    Values values;
     float* const query = memory.take<float>(size_t(TILE) * dim);
     float* const scores = memory.take<float>(size_t(TILE) * BLOCK);
     float* const turned = memory.take<float>(size_t(TILE) * dim);
     float* const mean = memory.take<float>(dim);
     float* const factor = memory.take<float>(dim);
 
-    int64_t set = -1;  // the queries that `isa` holds, by line and first row, without any channel's factor; -1: others
+    int64_t set = -1;  // the queries that `keys` hold, by line and first row, without any channel's factor; -1: others
 
-    Worker(const Problem& p, const typename Isa::Book& book)
-        : p(p), book(book), chunks(p.dim / 4), dim(p.dim), isa(book, p.dim / 4, p.limbs, p.kv_heads, memory) {}
+    Worker(const Problem& p, const typename Keys::Book& key_book, const typename Values::Book& value_book)
+        : p(p),
+          rotation(key_book.rotation),
+          dim(p.dim),
+          key_bytes(key_book.row_bytes(p.dim / 4)),
+          value_bytes(value_book.row_bytes(p.dim / 4)),
+          keys(key_book, p.dim / 4, p.limbs, p.kv_heads, memory),
+          values(value_book, p.dim / 4, p.limbs, p.kv_heads, memory) {}
 
     // Tokens [begin, end) of the tier for rows [row, row + rows) of key head `head` of batch row `b`. The result is not
     // normalised: sum (rows, dim), with `top` and `total` (rows,) the largest score and the sum of exponentials.
@@ -203,7 +211,6 @@ struct Worker {
         Segment segments[BLOCK / UNIT];
         Unit units[BLOCK / UNIT];
         alignas(64) float k_length[BLOCK], v_length[BLOCK];
-        const int64_t bytes = book.row_bytes(chunks);
 
         int64_t at = 0, page = 0;  // `at`: place of the page's first token
         while (page < p.page_count && at + p.pages[page].tokens <= begin) at += p.pages[page++].tokens;
@@ -226,13 +233,13 @@ struct Worker {
             // Lengths of all vectors first: numbers written one by one and read back at once as a register would be waited for.
             for (int s = 0, column = 0; s < count; ++s) {
                 const Segment& seg = segments[s];
-                const Side *keys = &seg.page->side[KEY], *values = &seg.page->side[VALUE];
+                const Side *coded_keys = &seg.page->side[KEY], *coded_values = &seg.page->side[VALUE];
                 for (int t = 0; t < seg.count; t += UNIT, column += UNIT) {
                     const int n = std::min(UNIT, seg.count - t);
                     const int64_t token = seg.token + t;
-                    units[column / UNIT] = {values, line, token, values->codes.row(line, token, bytes), n};
-                    isa.lengths(*keys, line, token, n, k_length + column);
-                    isa.lengths(*values, line, token, n, v_length + column);
+                    units[column / UNIT] = {coded_values, line, token, coded_values->codes.row(line, token, value_bytes), n};
+                    keys.lengths(*coded_keys, line, token, n, k_length + column);
+                    values.lengths(*coded_values, line, token, n, v_length + column);
                 }
             }
 
@@ -243,16 +250,16 @@ struct Worker {
                 const Segment& seg = segments[s];
                 std::fill(shift, shift + rows, 0.0f);
                 bool wide = false;
-                const Side* keys = &seg.page->side[KEY];
-                if (keys->centre.data) {
-                    wide = read_centre(keys->centre.row(line, (seg.page->offset + seg.token) / GROUP, dim * 2), dim, mean, factor);
+                const Side* coded = &seg.page->side[KEY];
+                if (coded->centre.data) {
+                    wide = read_centre(coded->centre.row(line, (seg.page->offset + seg.token) / GROUP, dim * 2), dim, mean, factor);
                     for (int r = 0; r < rows; ++r) shift[r] = inner(query + size_t(r) * dim, mean, dim);
                 }
                 if (wide || set != wanted) {
                     set_queries(rows, wide ? factor : nullptr);
                     set = wide ? -1 : wanted;
                 }
-                isa.dot({keys, line, seg.token, keys->codes.row(line, seg.token, bytes), seg.count}, rows, scores + column, BLOCK);
+                keys.dot({coded, line, seg.token, coded->codes.row(line, seg.token, key_bytes), seg.count}, rows, scores + column, BLOCK);
                 const int whole = (seg.count + UNIT - 1) / UNIT * UNIT;
                 for (int r = 0; r < rows; ++r) {
                     float* to = scores + r * BLOCK + column;
@@ -281,22 +288,22 @@ struct Worker {
                     for (int c = 0; c < dim; ++c) sum[size_t(r) * dim + c] *= keep;
             }
 
-            isa.add(units, width / UNIT, scores, BLOCK, high, rows, sum);
+            values.add(units, width / UNIT, scores, BLOCK, high, rows, sum);
         }
     }
 
-    // Let `isa` hold the queries, each channel times its factor, rotated.
+    // Let `keys` hold the queries, each channel times its factor, rotated.
     void set_queries(int rows, const float* factors) {
         for (int r = 0; r < rows; ++r) {
             float* to = turned + size_t(r) * dim;
             for (int c = 0; c < dim; ++c) to[c] = query[r * dim + c] * (factors ? factors[c] : 1.0f);
-            rotate(book.rotation, to);
+            rotate(rotation, to);
         }
-        isa.set_queries(turned, rows);
+        keys.set_queries(turned, rows);
     }
 };
 
-// The result of one row, `at` in p.out, from its parts: `sums` (dim) apart by `stride` rows, like `tops` and `totals`.
+// The result of one row, `at` in p.out, from its parts, values rotated back by `rotation`: `sums` (dim) apart by `stride` rows, like `tops` and `totals`.
 inline void finish(const Problem& p, const Rotation& rotation, int64_t at, const float* sums, const float* tops, const float* totals, int64_t parts, int64_t stride) {
     const int dim = p.dim;
     float* out = p.out + at * dim;
@@ -323,8 +330,8 @@ inline void finish(const Problem& p, const Rotation& rotation, int64_t at, const
     p.lse[at] = most + std::log(total);
 }
 
-template <class Isa>
-void attend_with(const Problem& p, const typename Isa::Book& book) {
+template <class Keys, class Values>
+void attend_with(const Problem& p, const typename Keys::Book& key_book, const typename Values::Book& value_book) {
     const int all_rows = p.q_heads / p.kv_heads * p.q_tokens, dim = p.dim;
     const int tiles = (all_rows + TILE - 1) / TILE;
     const int64_t lines = int64_t(p.batch) * p.kv_heads;
@@ -344,9 +351,9 @@ void attend_with(const Problem& p, const typename Isa::Book& book) {
     float* const totals = memory.take<float>(size_t(results));
     std::vector<std::atomic<int64_t>> left(size_t(lines * tiles));  // splits of a tile that are not done
     for (auto& count : left) count.store(splits, std::memory_order_relaxed);
-    std::vector<std::unique_ptr<Worker<Isa>>> workers(size_t(std::max(1, p.threads)));
+    std::vector<std::unique_ptr<Worker<Keys, Values>>> workers(size_t(std::max(1, p.threads)));
     Threads::get().run(lines * tiles * splits, std::max(1, p.threads), [&](int64_t task, int who) {
-        if (!workers[who]) workers[who].reset(new Worker<Isa>(p, book));
+        if (!workers[who]) workers[who].reset(new Worker<Keys, Values>(p, key_book, value_book));
         const int64_t split = task % splits, tile = task / splits % tiles, line = task / splits / tiles;
         const int row = int(tile) * tile_rows, rows = std::min(tile_rows, all_rows - row);
         if (rows <= 0) return;
@@ -356,7 +363,7 @@ void attend_with(const Problem& p, const typename Isa::Book& book) {
         // Whoever is the last to work on a tile puts its parts together.
         if (left[line * tiles + tile].fetch_sub(1) > 1) return;
         for (int r = 0; r < rows; ++r)
-            finish(p, book.rotation, line * all_rows + row + r, sums + (first + r) * dim, tops + first + r, totals + first + r, splits, all_rows);
+            finish(p, value_book.rotation, line * all_rows + row + r, sums + (first + r) * dim, tops + first + r, totals + first + r, splits, all_rows);
     });
 }
 

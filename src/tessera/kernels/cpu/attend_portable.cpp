@@ -5,12 +5,9 @@
 #include "portable.hpp"
 #include "directions.hpp"
 
-void tessera::attend_portable(const Problem& p) {
-    if (p.products) return attend_directions(p);
-    attend_with<Portable>(p, *p.book);
-}
+void tessera::attend_portable(const Problem& p) { attend_loops(p); }
 void tessera::attend_exact_portable(const Problem& p, const Exact& x) { attend_exact(p, x); }
 void tessera::decode_portable(const Vectors& p) {
-    if (p.products) return decode_directions(p);
-    decode_with<Points>(p, *p.book);
+    if (p.coding.products) return decode_directions(p);
+    decode_with<Points>(p, *p.coding.book);
 }

@@ -83,22 +83,21 @@ Page page_at(const int64_t* row) {
     return {{side(KEY, 0), side(VALUE, 9)}, row[18], row[19]};
 }
 
-template <class P>
-void set(P& p, const Book& book) {
-    p.book = &book;
-}
+Coding coding(const Book& book) { return {&book, nullptr}; }
+Coding coding(const Products& products) { return {nullptr, &products}; }
 
-template <class P>
-void set(P& p, const Products& products) {
-    p.products = &products;
-}
-
+// Whether vectors of `dim` numbers can be coded so.
 template <class Codes>
-void attend(const Codes& book, Table pages, const std::string& level, uintptr_t q, uintptr_t out,
+bool fits(const Codes& codes, int dim) {
+    return dim % 4 == 0 && dim <= MAX_DIM && dim >= 4 && (!codes.rotation.dim || codes.rotation.dim == dim);
+}
+
+template <class KeyCodes, class ValueCodes>
+void attend(const KeyCodes& keys, const ValueCodes& values, Table pages, const std::string& level, uintptr_t q, uintptr_t out,
             uintptr_t lse, int batch, int q_heads, int kv_heads, int q_tokens, int dim, float scale, float value_gain, float softcap, uintptr_t mask,
             int64_t mask_batch, int64_t mask_head, int64_t mask_query, bool placed, int64_t start, int64_t window, int limbs,
             int threads) {
-    if (dim % 4 || dim > MAX_DIM || dim < 4 || (book.rotation.dim && book.rotation.dim != dim) || limbs < 1 || limbs > 3)
+    if (!fits(keys, dim) || !fits(values, dim) || limbs < 1 || limbs > 3)
         throw nb::value_error("shapes that this kernel does not know");
     std::vector<Page> list(pages.shape(0));
     int64_t tokens = 0;
@@ -107,7 +106,7 @@ void attend(const Codes& book, Table pages, const std::string& level, uintptr_t 
         tokens += list[i].tokens;
     }
     Problem p{};
-    set(p, book);
+    p.key = coding(keys), p.value = coding(values);
     p.pages = list.data();
     p.page_count = int64_t(list.size());
     p.tokens = tokens;
@@ -175,11 +174,11 @@ void merge(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lse
 template <class Codes>
 void decode(const Codes& book, Table pages, const std::string& level, bool values, float gain, int batch, int heads, int dim,
             uintptr_t out, int threads) {
-    if (pages.shape(0) != 1 || dim % 4 || dim > MAX_DIM || dim < 4 || (book.rotation.dim && book.rotation.dim != dim))
+    if (pages.shape(0) != 1 || !fits(book, dim))
         throw nb::value_error("shapes that this kernel does not know");
     const Page page = page_at(pages.data());
     Vectors p{};
-    set(p, book);
+    p.coding = coding(book);
     p.page = &page, p.role = values ? VALUE : KEY;
     p.batch = batch, p.heads = heads, p.dim = dim, p.gain = gain, p.threads = threads;
     p.out = reinterpret_cast<float*>(out);
@@ -347,8 +346,10 @@ NB_MODULE(_cpu, m) {
     });
     m.def("levels", &levels, "Names of the instruction sets that this processor and this build have, the best last.");
     nb::class_<Products>(m, "Products").def("__init__", &make_products);
-    m.def("attend", &attend<Book>);
-    m.def("attend", &attend<Products>);
+    m.def("attend", &attend<Book, Book>);
+    m.def("attend", &attend<Products, Products>);
+    m.def("attend", &attend<Book, Products>);
+    m.def("attend", &attend<Products, Book>);
     m.def("attend_exact", &attend_exact);
     m.def("merge", &merge);
     m.def("decode", &decode<Book>);

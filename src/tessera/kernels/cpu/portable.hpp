@@ -2,86 +2,102 @@
 
 namespace {
 
+// What the vectors that `reader` reads are to be multiplied by, for n tokens, and zeros up to UNIT.
+template <class Reader>
+inline void read_lengths(const Reader& reader, const Side& side, int64_t line, int64_t token, int n, float* to) {
+    for (int j = 0; j < n; ++j) to[j] = reader.length(side, line, token + j);
+    for (int j = n; j < UNIT; ++j) to[j] = 0.0f;
+}
+
 // `Reader` turns coded vectors into floats, as `Points` does below.
 template <class Reader>
-class Loops {
+class LoopKeys {
   public:
     using Book = typename Reader::Book;
 
-    class Scratch {
-      public:
-        Scratch(const Book& book, int chunks, int, int heads, Memory& memory)
-            : reader_(book, chunks, heads, memory),
-              bytes_(book.row_bytes(chunks)),
-              dim_(4 * chunks),
-              queries_(memory.take<float>(size_t(TILE) * dim_)),
-              vectors_(memory.take<float>(size_t(UNIT) * dim_)) {}
+    LoopKeys(const Book& book, int chunks, int, int heads, Memory& memory)
+        : reader_(book, chunks, heads, memory),
+          bytes_(book.row_bytes(chunks)),
+          dim_(4 * chunks),
+          queries_(memory.take<float>(size_t(TILE) * dim_)),
+          vectors_(memory.take<float>(size_t(UNIT) * dim_)) {}
 
-        void set_queries(const float* q, int rows) { std::memcpy(queries_, q, sizeof(float) * rows * dim_); }
+    void set_queries(const float* q, int rows) { std::memcpy(queries_, q, sizeof(float) * rows * dim_); }
 
-        // What the vectors that are read are to be multiplied by, for n tokens, and zeros up to UNIT.
-        void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const {
-            for (int j = 0; j < n; ++j) to[j] = reader_.length(side, line, token + j);
-            for (int j = n; j < UNIT; ++j) to[j] = 0.0f;
-        }
+    void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_lengths(reader_, side, line, token, n, to); }
 
-        // scores[r * stride + j] = <query r, vector j>, less its length, for the tokens of the unit, up to GROUP; and anything
-        // beyond, up to a multiple of UNIT.
-        void dot(Unit unit, int rows, float* scores, int stride) {
-            for (int left = unit.count; left > 0; left -= UNIT, unit.token += UNIT, unit.codes += UNIT * bytes_, scores += UNIT) {
-                unit.count = std::min(left, UNIT);
-                reader_.read(unit, vectors_);
-                for (int r = 0; r < rows; ++r) {
-                    const float* q = queries_ + size_t(r) * dim_;
-                    int j = 0;
-                    for (; j + 4 <= unit.count; j += 4) inner_of_four(q, vectors_ + size_t(j) * dim_, dim_, scores + r * stride + j);
-                    for (; j < unit.count; ++j) scores[r * stride + j] = inner(q, vectors_ + size_t(j) * dim_, dim_);
-                    for (; j < UNIT; ++j) scores[r * stride + j] = 0.0f;
-                }
+    // scores[r * stride + j] = <query r, vector j>, less its length, for the tokens of the unit, up to GROUP; and anything
+    // beyond, up to a multiple of UNIT.
+    void dot(Unit unit, int rows, float* scores, int stride) {
+        for (int left = unit.count; left > 0; left -= UNIT, unit.token += UNIT, unit.codes += UNIT * bytes_, scores += UNIT) {
+            unit.count = std::min(left, UNIT);
+            reader_.read(unit, vectors_);
+            for (int r = 0; r < rows; ++r) {
+                const float* q = queries_ + size_t(r) * dim_;
+                int j = 0;
+                for (; j + 4 <= unit.count; j += 4) inner_of_four(q, vectors_ + size_t(j) * dim_, dim_, scores + r * stride + j);
+                for (; j < unit.count; ++j) scores[r * stride + j] = inner(q, vectors_ + size_t(j) * dim_, dim_);
+                for (; j < UNIT; ++j) scores[r * stride + j] = 0.0f;
             }
         }
+    }
 
-        // sum[r] += weights[r] · the vectors of the units.
-        void add(const Unit* unit, int units, const float* weights, int stride, const float*, int rows, float* sum) {
-            for (int u = 0; u < units; ++u) {
-                reader_.read(unit[u], vectors_);
-                const float* share = weights + u * UNIT;
-                int r = 0;
-                for (; r + 4 <= rows; r += 4) add_to<4>(share + r * stride, stride, unit[u].count, sum + size_t(r) * dim_);
-                for (; r < rows; ++r) add_to<1>(share + r * stride, stride, unit[u].count, sum + size_t(r) * dim_);
-            }
+  private:
+    Reader reader_;
+    const int64_t bytes_;
+    const int dim_;
+    float *const queries_, *const vectors_;
+};
+
+template <class Reader>
+class LoopValues {
+  public:
+    using Book = typename Reader::Book;
+
+    LoopValues(const Book& book, int chunks, int, int heads, Memory& memory)
+        : reader_(book, chunks, heads, memory), dim_(4 * chunks), vectors_(memory.take<float>(size_t(UNIT) * dim_)) {}
+
+    void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_lengths(reader_, side, line, token, n, to); }
+
+    // sum[r] += weights[r] · the vectors of the units.
+    void add(const Unit* unit, int units, const float* weights, int stride, const float*, int rows, float* sum) {
+        for (int u = 0; u < units; ++u) {
+            reader_.read(unit[u], vectors_);
+            const float* share = weights + u * UNIT;
+            int r = 0;
+            for (; r + 4 <= rows; r += 4) add_to<4>(share + r * stride, stride, unit[u].count, sum + size_t(r) * dim_);
+            for (; r < rows; ++r) add_to<1>(share + r * stride, stride, unit[u].count, sum + size_t(r) * dim_);
         }
+    }
 
-      private:
-        // sum[r] += weights[r] · vectors, for a few rows: a part of their sums stays in registers until all vectors are added.
-        template <int ROWS>
-        void add_to(const float* weights, int stride, int count, float* sum) const {
-            int c = 0;
-            for (; c + 2 * LANES <= dim_; c += 2 * LANES) {
-                Lanes part[ROWS][2];
-                for (int r = 0; r < ROWS; ++r)
-                    for (int i = 0; i < 2; ++i) part[r][i] = load(sum + size_t(r) * dim_ + c + i * LANES);
-                for (int j = 0; j < count; ++j) {
-                    const float* from = vectors_ + size_t(j) * dim_ + c;
-                    const Lanes low = load(from), high = load(from + LANES);
-                    for (int r = 0; r < ROWS; ++r) {
-                        part[r][0] += low * weights[r * stride + j];
-                        part[r][1] += high * weights[r * stride + j];
-                    }
+  private:
+    // sum[r] += weights[r] · vectors, for a few rows: a part of their sums stays in registers until all vectors are added.
+    template <int ROWS>
+    void add_to(const float* weights, int stride, int count, float* sum) const {
+        int c = 0;
+        for (; c + 2 * LANES <= dim_; c += 2 * LANES) {
+            Lanes part[ROWS][2];
+            for (int r = 0; r < ROWS; ++r)
+                for (int i = 0; i < 2; ++i) part[r][i] = load(sum + size_t(r) * dim_ + c + i * LANES);
+            for (int j = 0; j < count; ++j) {
+                const float* from = vectors_ + size_t(j) * dim_ + c;
+                const Lanes low = load(from), high = load(from + LANES);
+                for (int r = 0; r < ROWS; ++r) {
+                    part[r][0] += low * weights[r * stride + j];
+                    part[r][1] += high * weights[r * stride + j];
                 }
-                for (int r = 0; r < ROWS; ++r)
-                    for (int i = 0; i < 2; ++i) store(sum + size_t(r) * dim_ + c + i * LANES, part[r][i]);
             }
             for (int r = 0; r < ROWS; ++r)
-                for (int j = 0; j < count; ++j)
-                    for (int i = c; i < dim_; ++i) sum[size_t(r) * dim_ + i] += weights[r * stride + j] * vectors_[size_t(j) * dim_ + i];
+                for (int i = 0; i < 2; ++i) store(sum + size_t(r) * dim_ + c + i * LANES, part[r][i]);
         }
+        for (int r = 0; r < ROWS; ++r)
+            for (int j = 0; j < count; ++j)
+                for (int i = c; i < dim_; ++i) sum[size_t(r) * dim_ + i] += weights[r * stride + j] * vectors_[size_t(j) * dim_ + i];
+    }
 
-        Reader reader_;
-        const int64_t bytes_;
-        const int dim_;
-        float *const queries_, *const vectors_;
-    };
+    Reader reader_;
+    const int dim_;
+    float* const vectors_;
 };
 
 // Calls use(k, code) for each of `count` codes of up to 25 bits that lie one behind the other.
@@ -151,8 +167,6 @@ class Points {
     const int chunks_;
     uint32_t* const words_[2];
 };
-
-using Portable = Loops<Points>;
 
 template <class Reader>
 void decode_with(const Vectors& p, const typename Reader::Book& book) {

@@ -17,6 +17,7 @@ from tessera.kernels.pages import Coded, Pages, strided
 from tessera.kernels.triton.tables import (
     FRACTION,
     block_table,
+    code_options,
     index_tables,
     options,
     power,
@@ -63,8 +64,8 @@ def attend_refusal(q: Tensor, pages: Pages) -> str | None:
         return "the Triton kernels have no gradients"
     if not interpreted() and not (q.is_cuda and keys.device == q.device):
         return f"the queries are on {q.device} and the cache on {keys.device}"
-    if not isinstance(pages.form(), JointFormat):
-        return f"there is no Triton kernel for {keys.codec.spec}"
+    if (lacking := pages.lacking(JointFormat)) is not None:
+        return f"there is no Triton kernel for {lacking}"
     if dim % 4 or dim > MAX_DIM:
         return f"head_dim {dim} is no multiple of 4 up to {MAX_DIM}"
     return None
@@ -87,25 +88,27 @@ def attend(
     Args:
         q, pages, scale, mask, softcap, start, window: as there.
         splits: parts that the tokens are cut into; None: as many as keep the device busy.
-        lookup: one of `LOOKUPS` of `tables`; None: "held" where shared memory holds the points, else "moves".
+        lookup: one of `LOOKUPS` of `tables`, for keys and values; None: "held" where shared memory holds the points of one,
+            else "moves".
     """
     from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
 
-    form = pages.check(q, mask)
-    if not isinstance(form, JointFormat):
-        raise ValueError(f"there is no Triton kernel for {pages.pages[0][0].codec.spec}")
+    keys, values = pages.check(q, mask)
+    if not isinstance(keys, JointFormat) or not isinstance(values, JointFormat):
+        raise ValueError(f"there is no Triton kernel for {pages.lacking(JointFormat)}")
     batch, heads, tokens, dim = q.shape
     kv_heads = pages.shape[1]
     group, lines = heads // kv_heads, batch * kv_heads
     rows = group * tokens
-    rotation, halved, back = rotations(form, dim, q.device)
+    rotation, halved, _ = rotations(keys, dim, q.device)
+    _, _, back = rotations(values, dim, q.device)
     query, turned, unit = _prepared(pages.narrowed(q), scale, rotation)
-    blocks, align = block_table(pages, BLOCK, form.group)
+    blocks, key_align, value_align = block_table(pages, BLOCK, keys.group)
     if len(blocks) == 0:
         none = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         return none, none.new_full(q.shape[:-1], -torch.inf)
-    lookup = lookup or usual_lookup(form)
-    table, moves, scales = tables(form, lookup, q.device)
+    codes = code_options(keys, lookup or usual_lookup(keys), key_align)
+    value_codes = code_options(values, lookup or usual_lookup(values), value_align)
 
     tile = min(ROWS[dim > 128], power(rows))
     tiles = -(-rows // tile)
@@ -124,14 +127,14 @@ def attend(
             unit,
             halved,
             blocks,
-            table,
-            moves,
-            scales,
+            *tables(keys, codes["LOOKUP"], q.device),
+            *tables(values, value_codes["LOOKUP"], q.device),
             query if mask is None else mask.view(torch.uint8),
             out,
             lse,
             *strides,
-            form.step * FRACTION,
+            keys.step * FRACTION,
+            values.step * FRACTION,
             softcap or 0.0,
             start or 0,
             window or 0,
@@ -142,7 +145,8 @@ def attend(
             group,
             rows,
             tokens,
-            **options(form, dim, tile, lookup, align),
+            **options(dim, tile, codes, value_codes),
+            APART=values is not keys,
             CENTRED="centre" in pages.pages[0][0].tensors,
             MASKED=mask is not None,
             PLACED=start is not None,
@@ -227,8 +231,6 @@ def decode(packed: Coded) -> Tensor | None:
         lookup = usual_lookup(form)
         table, moves, scales = tables(form, lookup, codes.device)
         align = gcd(16, codes.shape[-1], codes.data_ptr())
-        compiled = options(form, dim, 16, lookup, align)
-        kept = ("CHUNKS", "WIDTH", "BITS", "ALIGN", "LOOKUP", "MOVE_BITS", "FIELD", "POINTS", "BLOCK")
         with _on(codes.device):
             decode_kernel[(batch * heads, -(-tokens // BLOCK))](
                 codes,
@@ -241,7 +243,10 @@ def decode(packed: Coded) -> Tensor | None:
                 tokens,
                 form.step * FRACTION,
                 tokens,
-                **{name: compiled[name] for name in kept},
+                CHUNKS=dim // 4,
+                WIDTH=power(dim // 4),
+                BLOCK=BLOCK,
+                **code_options(form, lookup, align),
             )
     out = out @ rotations(form, dim, codes.device)[2]
     if packed.role == "key":

@@ -195,13 +195,17 @@ def attend_kernel(
     table,  # what LOOKUP looks up
     moves,  # (2^MOVE_BITS,) int32, see `tessera.kernels.triton.tables`
     scales,  # (256,) float32
+    v_table,  # the same three of values, where these are APART
+    v_moves,
+    v_scales,
     mask,  # (batch, heads, queries, tokens) uint8
     out,  # (splits, batch · kv_heads, rows, dim) float32, its channels ordered
     lse,  # (splits, batch · kv_heads, rows) float32
     mask_batch,
     mask_head,
     mask_query,
-    step,  # 2^24 times that of the codebook
+    step,  # 2^24 times that of the codebook of keys
+    v_step,  # and of values
     softcap,
     start,
     window,
@@ -222,6 +226,13 @@ def attend_kernel(
     MOVE_BITS: tl.constexpr,
     FIELD: tl.constexpr,  # bits of a point's component
     POINTS: tl.constexpr,
+    V_BITS: tl.constexpr,  # the same six of values
+    V_ALIGN: tl.constexpr,
+    V_LOOKUP: tl.constexpr,
+    V_MOVE_BITS: tl.constexpr,
+    V_FIELD: tl.constexpr,
+    V_POINTS: tl.constexpr,
+    APART: tl.constexpr,  # whether values have another codebook than keys; else what is held of it is held once
     CENTRED: tl.constexpr,
     MASKED: tl.constexpr,
     PLACED: tl.constexpr,
@@ -232,6 +243,8 @@ def attend_kernel(
 ):
     """One split of one key head, for one tile of rows."""
     dim: tl.constexpr = 4 * CHUNKS
+    if not APART:
+        v_table, v_moves, v_scales, v_step = table, moves, scales, step
     line = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -308,12 +321,12 @@ def attend_kernel(
         total = total * keep + tl.sum(weight, axis=1)
         top = new
 
-        codes = _codes(v_codes, here, CHUNKS, WIDTH, BITS, ALIGN, BLOCK)
-        v0, v1 = _look_up(codes, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
-        length = tl.load(scales + tl.load(v_scale + token, mask=here, other=0))
+        codes = _codes(v_codes, here, CHUNKS, WIDTH, V_BITS, V_ALIGN, BLOCK)
+        v0, v1 = _look_up(codes, v_table, v_moves, V_LOOKUP, V_MOVE_BITS, V_FIELD, V_POINTS, BLOCK, WIDTH)
+        length = tl.load(v_scales + tl.load(v_scale + token, mask=here, other=0))
         longest = tl.maximum(tl.max(length, axis=0), 1e-30)  # so that half precision holds the weights
         share = (weight * (length / longest)[None, :]).to(tl.float16)
-        worth = longest * step
+        worth = longest * v_step
         sum0 = sum0 * keep[:, None] + tl.dot(share, v0) * worth
         sum1 = sum1 * keep[:, None] + tl.dot(share, v1) * worth
 

@@ -31,14 +31,31 @@ def power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def options(form: JointFormat, dim: int, rows: int, lookup: str, align: int) -> dict[str, Any]:
+def code_options(form: JointFormat, lookup: str, align: int) -> dict[str, Any]:
+    """What a kernel that reads codes is compiled for.
+
+    Args:
+        form: of the codes.
+        lookup: one of `LOOKUPS`.
+        align: divides all addresses of codes and, of keys, centres.
+    """
+    return {
+        "BITS": form.bits,
+        "ALIGN": align,
+        "LOOKUP": lookup,
+        "MOVE_BITS": form.move_bits,
+        "FIELD": _field(form),
+        "POINTS": 1 << (form.bits - form.move_bits),
+    }
+
+
+def options(dim: int, rows: int, keys: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """What `attend_kernel` is compiled for, and how, but for what is seen.
 
     Args:
-        form, dim: of keys and values.
+        dim: of keys and values.
         rows: of a program.
-        lookup: one of `LOOKUPS`.
-        align: divides all addresses of codes and centres.
+        keys, values: `code_options` of each.
     """
     from tessera.kernels.triton.attend_kernel import BLOCK, SLICE
 
@@ -48,12 +65,8 @@ def options(form: JointFormat, dim: int, rows: int, lookup: str, align: int) -> 
         "CHUNKS": chunks,
         "WIDTH": power(chunks),
         "ROWS": rows,
-        "BITS": form.bits,
-        "ALIGN": align,
-        "LOOKUP": lookup,
-        "MOVE_BITS": form.move_bits,
-        "FIELD": _field(form),
-        "POINTS": 1 << (form.bits - form.move_bits),
+        **keys,
+        **{f"V_{name}": value for name, value in values.items()},
         "BLOCK": BLOCK,
         "SLICE": SLICE,
         "num_warps": 8 if rows > 16 or dim > 128 else 4,
@@ -148,8 +161,9 @@ def _moves(form: JointFormat) -> Tensor:
     return (exchange | (exchange & 2) << 2 | signs).to(torch.uint32).view(torch.int32)
 
 
-def block_table(pages: Pages, block: int, group: int) -> tuple[Tensor, int]:
-    """Where the kernel finds each block of tokens, (blocks, `COLUMNS`) int64; and what divides addresses of codes and centres.
+def block_table(pages: Pages, block: int, group: int) -> tuple[Tensor, int, int]:
+    """Where the kernel finds each block of tokens, (blocks, `COLUMNS`) int64; what divides the addresses and the bytes of key
+    codes and centres; and what divides those of value codes.
 
     Columns: addresses of key codes, key scales, key centres, the largest exponents in these, value codes and value scales of
     its first token; in the same order the distances from one key head to the next in bytes; number of tokens; place of the
@@ -160,9 +174,12 @@ def block_table(pages: Pages, block: int, group: int) -> tuple[Tensor, int]:
         table = torch.cat([rows for rows, _ in notes])
         blocks = torch.tensor([len(rows) for rows, _ in notes])
         table[:, -1] += torch.tensor(pages.starts[:-1]).repeat_interleave(blocks)
-        row_bytes = pages.pages[0][0].tensors["codes"].shape[-1]
-        align = gcd(16, row_bytes, *table[:, [0, 2, 4, 6, 8, 10]].flatten().tolist())
-        pages.memo["triton"] = table.to(pages.pages[0][0].device), align
+        columns = ([0, 2, 6, 8], [4, 10])
+        aligns = (
+            gcd(16, packed.tensors["codes"].shape[-1], *table[:, which].flatten().tolist())
+            for packed, which in zip(pages.pages[0], columns, strict=True)
+        )
+        pages.memo["triton"] = table.to(pages.pages[0][0].device), *aligns
     return pages.memo["triton"]
 
 

@@ -1,0 +1,100 @@
+"""``(k=q8_0,v=hqmq:3)``: a codec for keys and another for values. ``hqmq:k4.5v3.5`` is short for two of hqmq's.
+
+What a pair packs carries the codec of its role, as if that had packed it by itself, and is read without the pair.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tessera.codecs.base import Codec, Layout, Packed, Role
+from tessera.codecs.registry import get, register
+
+#: How a pair is written; for errors.
+EXAMPLE = "(k=q8_0,v=hqmq:3)"
+#: Specs of which two that end alike are written as one: bits, and what follows.
+_SHORT = re.compile(r"hqmq:(\d+(?:\.\d+)?)((?:_norot)?(?:_nocentre)?(?:_nostats)?)")
+
+
+class Pair(Codec):
+    """Keys by one codec, values by another.
+
+    True bits per element: the mean of what the two have, since there are as many keys as values.
+
+    Args:
+        key: of keys.
+        value: of values, another one; see `pair` where they may be the same.
+
+    Raises:
+        ValueError: if they are the same, or one is a pair itself.
+    """
+
+    def __init__(self, key: Codec, value: Codec) -> None:
+        for role, codec in (("keys", key), ("values", value)):
+            if isinstance(codec, Pair):
+                raise ValueError(f"{codec.spec} is two codecs; {role} need one, as in {EXAMPLE!r}")
+        if key == value:
+            raise ValueError(f"keys and values have the same codec: write {key.spec!r}")
+        self.key, self.value = key, value
+        self.group = math.lcm(key.group, value.group)
+        self.fields: Mapping[str, Layout] = {**value.fields, **key.fields}
+        self.weighs = key.weighs
+        self.spec = _spec(key, value)
+
+    def side(self, role: Role) -> Codec:
+        """See `Codec`."""
+        return self.key if role == "key" else self.value
+
+    def decode_reference(self, packed: Packed) -> Tensor:
+        """See `Codec`."""
+        return self.side(packed.role).decode_reference(packed)
+
+    def kept(self, heads: int, dim: int, role: Role) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """See `Codec`."""
+        return self.side(role).kept(heads, dim, role)
+
+    def check(self, packed: Packed) -> None:
+        """See `Codec`."""
+        self.side(packed.role).check(packed)
+
+    def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
+        return self.side(role)._encode(x, role, layer)
+
+    def _encode_weighed(self, x: Tensor, role: Role, layer: int, weights: Tensor) -> dict[str, Tensor]:
+        return self.side(role)._encode_weighed(x, role, layer, weights)
+
+
+def pair(key: Codec, value: Codec) -> Codec:
+    """The codec that has `key` for keys and `value` for values: `key` itself where they are the same."""
+    return key if key == value and not isinstance(key, Pair) else Pair(key, value)
+
+
+def _spec(key: Codec, value: Codec) -> str:
+    first, second = (_SHORT.fullmatch(codec.spec) for codec in (key, value))
+    if first and second and first[2] == second[2]:
+        return f"hqmq:k{first[1]}v{second[1]}{first[2]}"
+    return f"(k={key.spec},v={value.spec})"
+
+
+@register("(", (EXAMPLE,))
+def _parse(argument: str) -> Codec:
+    """What follows the first bracket: ``k=q8_0,v=hqmq:3)``."""
+    if not argument.endswith(")"):
+        raise ValueError(f"a codec for keys and one for values stand between brackets, got {'(' + argument!r}")
+    words: dict[str, str] = {}
+    for word in argument[:-1].split(","):
+        name, equals, spec = (part.strip() for part in word.partition("="))
+        if name not in ("k", "v") or not equals:
+            raise ValueError(f"in brackets there are 'k=' with the codec of keys and 'v=' with that of values, got {word!r}")
+        if name in words:
+            raise ValueError(f"{word.strip()!r} is a second codec for {'keys' if name == 'k' else 'values'}")
+        words[name] = spec
+    for name, what in (("k", "keys"), ("v", "values")):
+        if name not in words:
+            raise ValueError(f"there is no codec for {what}: {name + '='!r} is missing")
+    return pair(get(words["k"]), get(words["v"]))
