@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from tessera.evaluation import Comparison, Row, Source, compare, load, read_text
 from tessera.evaluation.methods import method, short
 from tessera.evaluation.plot import pareto
 from tessera.evaluation.sources import encode, windows
-from tessera.evaluation.table import advice, best, caption, cells, markdown, tables
+from tessera.evaluation.table import advice, best, caption, cells, differences, markdown, tables
 
 SPECS = ("hqmq:4 + recent:64", "sink:4 + hqmq:2 + recent:64", "hqmq:4 + recent:4096", "window:64")
 
@@ -79,6 +80,33 @@ def test_perplexity_and_its_difference_agree(result: Comparison) -> None:
         assert r.tokens_per_second > 0
 
 
+def test_errors_are_of_differences_at_the_same_tokens(result: Comparison) -> None:
+    for r in result.rows:
+        assert r.nll_gap is not None
+        assert r.nll_gap_error is not None
+        assert r.kl_error is not None
+        assert math.expm1(r.nll_gap) == pytest.approx(r.delta, abs=1e-9)
+        assert r.delta_error == pytest.approx(r.nll_gap_error * math.exp(r.nll_gap))
+        assert (0 < r.kl_error < r.kl) if method(r.spec) != "exact" and r.kl > 1e-6 else r.kl_error < 1e-6
+        exact = "" if r.spec == "dense" else f"{r.kl:.5f} ± {r.kl_error:.5f}"
+        assert cells(r)[3] == exact
+
+
+def test_every_two_specs_are_compared_token_by_token(result: Comparison) -> None:
+    assert [(p.spec, p.other) for p in result.pairs if p.protocol == "paper"] == [("hqmq:4", "hqmq:2")]
+    assert sum(p.protocol == "streaming" for p in result.pairs) == 6
+    for pair in result.pairs:
+        one, other = (row(result, pair.protocol, spec) for spec in (pair.spec, pair.other))
+        assert one.kl - other.kl == pytest.approx(pair.kl, abs=1e-12)
+        assert one.nll_gap is not None
+        assert other.nll_gap is not None
+        assert one.nll_gap - other.nll_gap == pytest.approx(pair.nll, abs=1e-12)
+        assert pair.kl_error > 0
+        assert pair.nll_error > 0
+    (line,) = differences(result)  # of the six pairs of the other protocol none is written out
+    assert line.startswith("paper, hqmq:4 less hqmq:2: KL -0.")
+
+
 def test_bytes_are_those_of_one_sequence(source: Source, text: str) -> None:
     one, two = (compare(source, text, ("hqmq:4 + recent:64",), context=256, count=n, batch=2).rows[1] for n in (1, 2))
     assert one.nbytes == two.nbytes
@@ -119,6 +147,22 @@ def test_record_is_read_back(result: Comparison, tmp_path: Path) -> None:
     path.write_text('{"rows": [{"spec": 1}]}')
     with pytest.raises(ValueError, match="holds no comparison"):
         Comparison.load(path)
+
+
+def test_records_of_before_are_read(result: Comparison, tmp_path: Path) -> None:
+    old = tmp_path / "compare.json"
+    result.save(old)
+    data = json.loads(old.read_text())
+    del data["pairs"]
+    for r in data["rows"]:
+        del r["kl_error"], r["nll_gap"], r["nll_gap_error"]
+    old.write_text(json.dumps(data))
+    found = Comparison.load(old)
+    assert found.pairs == ()
+    assert [r.kl for r in found.rows] == [r.kl for r in result.rows]
+    assert "blocks of" in caption(result)
+    assert "blocks of" not in caption(found)
+    assert cells(found.rows[1])[3] == f"{found.rows[1].kl:.5f}"
 
 
 def test_tables_hold_every_row(result: Comparison) -> None:

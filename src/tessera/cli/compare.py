@@ -60,7 +60,7 @@ def compare(
     from tessera.cache.spec import parse
     from tessera.evaluation.compare import PROTOCOLS
     from tessera.evaluation.plot import pareto
-    from tessera.evaluation.table import advice, caption, tables
+    from tessera.evaluation.table import advice, caption, differences, tables
     from tessera.models import demo_memory_path
 
     console, status = Console(), Console(stderr=True)
@@ -100,6 +100,8 @@ def compare(
     for table in tables(result):
         wide.print(table)
     console.print(caption(result), highlight=False)
+    for line in differences(result):
+        console.print(line, highlight=False)
     try:
         pareto(result, out / "compare.png")
         console.print(f"Saved {out / 'compare.json'} and {out / 'compare.png'}", highlight=False)

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from statistics import median
 from typing import Any
 
@@ -27,7 +28,8 @@ from tessera.attachment import attachment
 from tessera.cache import Cache, CacheReport, Prefill
 from tessera.cache.config import read_config
 from tessera.cache.spec import parse
-from tessera.evaluation.records import Comparison, Row
+from tessera.evaluation.errors import standard_error
+from tessera.evaluation.records import Comparison, Pair, Row
 from tessera.evaluation.sources import Source, encode, windows
 
 PROTOCOLS = ("streaming", "paper")
@@ -54,18 +56,37 @@ CODECS = (
 
 @dataclass
 class _Tally:
-    """Sums over tokens, for one specification."""
+    """What one specification did to each token, and how long it took.
+
+    Attributes:
+        spec: of the cache.
+        nll: for each group of windows its chunks, each (windows, tokens) float64: negative log-likelihood of the text, in nats.
+        kl: likewise, KL(exact || spec) of the predictions, in nats.
+        same: tokens at which both models' likeliest next token is the same.
+        seconds: for each group.
+        cache: of the group that is being read.
+        report: of the last group's cache.
+    """
 
     spec: str
-    nll: float = 0.0
-    gap: float = 0.0
-    gap_square: float = 0.0
-    kl: float = 0.0
+    nll: list[list[Tensor]] = field(default_factory=list)
+    kl: list[list[Tensor]] = field(default_factory=list)
     same: int = 0
-    tokens: int = 0
     seconds: list[float] = field(default_factory=list)
     cache: Cache | None = None
     report: CacheReport | None = None
+
+    def begin(self, cache: Cache | None) -> None:
+        """A new group of windows is read through a new cache; None: the exact one."""
+        self.cache = cache
+        self.seconds.append(0.0)
+        self.nll.append([])
+        self.kl.append([])
+
+    def over_tokens(self) -> tuple[Tensor, Tensor]:
+        """`nll` and `kl` of all tokens, each (windows, tokens) in the order of the text."""
+        nll, kl = (torch.cat([torch.cat(chunks, dim=1) for chunks in groups]) for groups in (self.nll, self.kl))
+        return nll, kl
 
 
 def default_specs(context: int) -> tuple[str, ...]:
@@ -136,14 +157,14 @@ def compare(
     steps = sum(len(plans[p]) * len(groups) * math.ceil(context / (chunk if p == "streaming" else context)) for p in plans)
     done = 0
     rows: list[Row] = []
+    pairs: list[Pair] = []
     for protocol, plan in plans.items():
         prefill: Prefill = "exact" if protocol == "streaming" else "packed"
         size = chunk if protocol == "streaming" else context
         tallies = [_Tally(spec) for spec in plan]
         for group in groups:
             for tally in tallies:
-                tally.cache = None if tally.spec == "dense" else Cache(tally.spec, model, prefill=prefill)
-                tally.seconds.append(0.0)
+                tally.begin(None if tally.spec == "dense" else Cache(tally.spec, model, prefill=prefill))
             # With a memory attached, the model is itself only through a cache that leaves the memory out.
             plain = attachment(model) is None
             exact_cache = DynamicCache(config=model.config) if plain else Cache("dense", model)
@@ -157,8 +178,11 @@ def compare(
                     tally.report = tally.cache.report()
                     tally.cache = None
         rows += _rows(protocol, tallies, context, groups, model)
+        pairs += _pairs(protocol, tallies)
     dtype = str(model.dtype).removeprefix("torch.")
-    return Comparison(source.name, text_name, ids.shape[0] * (context - 1), context, chunk, dtype, tuple(rows))
+    return Comparison(
+        source.name, text_name, ids.shape[0] * (context - 1), context, chunk, dtype, tuple(rows), pairs=tuple(pairs)
+    )
 
 
 def _plan(protocol: str, specs: Sequence[str]) -> list[str]:
@@ -171,7 +195,6 @@ def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: Any, t
     """Feed tokens [start, stop) to the exact model and to every specification; yields after each of them."""
     target = ids[:, start + 1 : stop + 1]
     exact: Tensor | None = None
-    exact_nll: Tensor | None = None
     for tally in tallies:
         with torch.inference_mode():
             began = time.perf_counter()
@@ -182,25 +205,21 @@ def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: Any, t
             tally.seconds[-1] += time.perf_counter() - began
             logp = logits[:, : target.shape[1]].float().log_softmax(-1)
             nll = -logp.gather(-1, target.unsqueeze(-1)).double()
-            if exact is None or exact_nll is None:
-                exact, exact_nll = logp, nll
-            # Summed in float64: most terms are tiny beside the few large ones.
-            tally.nll += float(nll.sum())
-            tally.gap += float((nll - exact_nll).sum())
-            tally.gap_square += float((nll - exact_nll).square().sum())
-            tally.kl += float((exact.exp() * (exact - logp)).sum(-1, dtype=torch.float64).sum())
+            exact = logp if exact is None else exact
+            # In float64: most terms are tiny beside the few large ones.
+            tally.nll[-1].append(nll.squeeze(-1).cpu())
+            tally.kl[-1].append((exact.exp() * (exact - logp)).sum(-1, dtype=torch.float64).cpu())
             tally.same += int((logp.argmax(-1) == exact.argmax(-1)).sum())
-            tally.tokens += target.numel()
         yield
 
 
 def _rows(protocol: str, tallies: Sequence[_Tally], context: int, groups: Sequence[Tensor], model: Any) -> list[Row]:
     last = len(groups[-1])  # reports are of the caches of the last group of windows
+    exact, _ = tallies[0].over_tokens()
     rows = []
     for tally in tallies:
-        n = tally.tokens
-        gap = tally.gap / n
-        spread = math.sqrt(max(0.0, tally.gap_square / n - gap * gap) / n)
+        nll, kl = tally.over_tokens()
+        gap, gap_error = float((nll - exact).mean()), standard_error(nll - exact)
         bits = codec_bits = 8.0 * model.dtype.itemsize
         nbytes, compression = _dense_nbytes(model, context), 1.0
         if tally.report is not None:
@@ -211,19 +230,33 @@ def _rows(protocol: str, tallies: Sequence[_Tally], context: int, groups: Sequen
             Row(
                 protocol=protocol,
                 spec=tally.spec,
-                perplexity=math.exp(tally.nll / n),
+                perplexity=math.exp(float(nll.mean())),
                 delta=math.expm1(gap),
-                delta_error=math.exp(gap) * spread,
-                kl=tally.kl / n,
-                top1=tally.same / n,
+                delta_error=math.exp(gap) * gap_error,
+                kl=float(kl.mean()),
+                top1=tally.same / nll.numel(),
                 codec_bits=codec_bits,
                 bits=bits,
                 nbytes=nbytes,
                 compression=compression,
                 tokens_per_second=median(len(g) * context / s for g, s in zip(groups, tally.seconds, strict=True)),
+                kl_error=standard_error(kl),
+                nll_gap=gap,
+                nll_gap_error=gap_error,
             )
         )
     return rows
+
+
+def _pairs(protocol: str, tallies: Sequence[_Tally]) -> list[Pair]:
+    """Every two specifications that are not exact, in the order in which they were asked for."""
+    found = [(tally.spec, *tally.over_tokens()) for tally in tallies if tally.spec != "dense"]
+    pairs = []
+    for (spec, nll, kl), (other, other_nll, other_kl) in combinations(found, 2):
+        gaps = nll - other_nll, kl - other_kl
+        (nll_gap, nll_error), (kl_gap, kl_error) = ((float(gap.mean()), standard_error(gap)) for gap in gaps)
+        pairs.append(Pair(protocol, spec, other, nll_gap, nll_error, kl_gap, kl_error))
+    return pairs
 
 
 def _dense_nbytes(model: Any, tokens: int) -> int:

@@ -23,7 +23,8 @@ class Row:
         spec: of the cache.
         perplexity: exp of the mean negative log-likelihood of the text.
         delta: perplexity relative to the exact cache, minus one.
-        delta_error: standard error of `delta` over the tokens of this text.
+        delta_error: standard error of `delta` over the tokens of this text, paired with the exact cache; see
+            `tessera.evaluation.errors`. Records before `kl_error` was kept took tokens for independent.
         kl: mean over tokens of KL(exact || spec), in nats.
         top1: share of tokens at which both models' likeliest next token is the same.
         codec_bits: true bits per element of the compressed tier; of the whole cache where there is none.
@@ -31,6 +32,9 @@ class Row:
         nbytes: bytes of the cache of one sequence at the end of a window.
         compression: bytes of a dense cache over `nbytes`.
         tokens_per_second: text tokens evaluated per second, all sequences together, median over groups of windows.
+        kl_error: standard error of `kl` over tokens, in nats; None in older records, as the next two.
+        nll_gap: mean over tokens of the negative log-likelihood less that with the exact cache, in nats.
+        nll_gap_error: standard error of `nll_gap`.
     """
 
     protocol: str
@@ -45,6 +49,32 @@ class Row:
     nbytes: int
     compression: float
     tokens_per_second: float
+    kl_error: float | None = None
+    nll_gap: float | None = None
+    nll_gap_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two cache specifications under one protocol, compared token by token; differences are `spec` less `other`, in nats.
+
+    Attributes:
+        protocol: "streaming" or "paper".
+        spec: of the one cache.
+        other: of the other.
+        nll: mean difference of the negative log-likelihoods of the text.
+        nll_error: standard error of `nll`, see `tessera.evaluation.errors`.
+        kl: mean difference of the divergences from the exact model.
+        kl_error: standard error of `kl`.
+    """
+
+    protocol: str
+    spec: str
+    other: str
+    nll: float
+    nll_error: float
+    kl: float
+    kl_error: float
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,7 @@ class Comparison:
         dtype: of the model, and so of the exact cache.
         rows: the results.
         environment: versions and processor.
+        pairs: every two specifications that are not exact; none in older records.
     """
 
     model: str
@@ -70,6 +101,7 @@ class Comparison:
     dtype: str
     rows: tuple[Row, ...]
     environment: dict[str, str] = field(default_factory=lambda: environment())
+    pairs: tuple[Pair, ...] = ()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON."""
@@ -86,6 +118,7 @@ class Comparison:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             data["rows"] = tuple(Row(**row) for row in data["rows"])
+            data["pairs"] = tuple(Pair(**pair) for pair in data.get("pairs", ()))
             return cls(**data)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no comparison: {error}") from error

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from tessera.evaluation.errors import NEIGHBOURS
 from tessera.evaluation.records import Comparison, Row
 
 COLUMNS = ("cache", "perplexity", "Δ", "KL", "top-1", "bits", "bits in all", "cache size", "smaller", "tokens/s")
+#: Pairs of one protocol that are written out at most; the record has all.
+SHOWN_PAIRS = 3
 #: How much worse a cache may make the perplexity and still be recommended.
 TOLERATED = 0.005
 _MEANING = {
@@ -33,7 +36,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.spec,
         f"{row.perplexity:.3f}",
         "" if exact else f"{row.delta:+.2%} ± {row.delta_error:.2%}",
-        "" if exact else f"{row.kl:.5f}",
+        "" if exact else f"{row.kl:.5f}" + ("" if row.kl_error is None else f" ± {row.kl_error:.5f}"),
         "" if exact else f"{row.top1:.1%}",
         f"{row.codec_bits:.3f}",
         f"{row.bits:.2f}",
@@ -60,11 +63,26 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def caption(comparison: Comparison) -> str:
     """What was measured, on what, and what the columns mean."""
+    errors = "" if all(row.kl_error is None for row in comparison.rows) else f"; errors over blocks of {NEIGHBOURS} tokens"
     return (
         f"{comparison.model} ({comparison.dtype}) on {comparison.text}: {comparison.tokens:,} tokens in windows of "
         f"{comparison.context:,}. Δ: perplexity against the exact cache ± its standard error. KL, top-1: against the exact "
-        "model's predictions. bits: kept per element by the codec, everything counted; in all: with the exact tiers."
+        f"model's predictions{errors}. bits: kept per element by the codec, everything counted; in all: with the exact tiers."
     )
+
+
+def differences(comparison: Comparison) -> list[str]:
+    """A line for every two specifications, paired token by token, if they are few enough to be read: `SHOWN_PAIRS`."""
+    lines = []
+    for protocol in dict.fromkeys(pair.protocol for pair in comparison.pairs):
+        own = [pair for pair in comparison.pairs if pair.protocol == protocol]
+        if len(own) <= SHOWN_PAIRS:
+            lines += [
+                f"{protocol}, {pair.spec} less {pair.other}: KL {pair.kl:+.5f} ± {pair.kl_error:.5f}, "
+                f"log-likelihood {-pair.nll:+.5f} ± {pair.nll_error:.5f} nats"
+                for pair in own
+            ]
+    return lines
 
 
 def markdown(comparison: Comparison, protocol: str | None = None) -> str:
