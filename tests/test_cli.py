@@ -49,7 +49,7 @@ def test_compare_prints_a_table_and_saves_it(small_model: Path, small_text: Path
         ("streaming", "sink:4 + hqmq:4 + recent:32"),
         ("streaming", "q4_0"),
         ("paper", "dense"),
-        ("paper", "hqmq:4"),
+        ("paper", "sink:4 + hqmq:4"),
         ("paper", "q4_0"),
     ]
     for row in saved.rows:

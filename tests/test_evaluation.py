@@ -6,15 +6,19 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from tessera.cache.spec import parse
 from tessera.evaluation import Comparison, Row, Source, compare, load, read_text
+from tessera.evaluation.compare import default_specs, paper_spec
 from tessera.evaluation.methods import method, short
 from tessera.evaluation.plot import pareto
 from tessera.evaluation.sources import encode, windows
 from tessera.evaluation.table import advice, best, caption, cells, differences, markdown, tables
+from tessera.kernels import Pages, dispatch
 
 SPECS = ("hqmq:4 + recent:64", "sink:4 + hqmq:2 + recent:64", "hqmq:4 + recent:4096", "window:64")
 
@@ -60,16 +64,43 @@ def test_a_codec_that_is_never_used_changes_nothing(result: Comparison) -> None:
 
 
 def test_fewer_bits_cost_more(result: Comparison) -> None:
-    fine, coarse = row(result, "paper", "hqmq:4"), row(result, "paper", "hqmq:2")
+    fine, coarse = row(result, "paper", "hqmq:4"), row(result, "paper", "sink:4 + hqmq:2")
     assert 0 < fine.kl < coarse.kl
     assert coarse.top1 < fine.top1 <= 1
     assert fine.codec_bits == 4 + (8 + 8 + 8) / 64  # a byte of scale per vector of 32, key centres of 16/64 bits
     assert coarse.codec_bits == fine.codec_bits - 2
 
 
-def test_paper_protocol_leaves_nothing_exact(result: Comparison) -> None:
-    assert {r.spec for r in result.rows if r.protocol == "paper"} == {"dense", "hqmq:4", "hqmq:2"}
+def test_paper_protocol_leaves_nothing_exact_but_sinks(result: Comparison) -> None:
+    assert {r.spec for r in result.rows if r.protocol == "paper"} == {"dense", "hqmq:4", "sink:4 + hqmq:2"}
+    assert paper_spec("sink:4 + hqmq:4@512 + recent:128") == "sink:4 + hqmq:4"
+    assert (paper_spec("dense"), paper_spec("sink:4 + window:8"), paper_spec("recent:64 + q4_0")) == ("dense", None, "q4_0")
+    assert {parse(spec).sink for spec in default_specs(2048, "paper")} == {0}
+    assert {parse(spec).sink for spec in default_specs(2048)} == {0, 4}
     assert row(result, "paper", "hqmq:4").kl > row(result, "streaming", "hqmq:4 + recent:64").kl
+
+
+@pytest.mark.parametrize("context", [256, 250, 70, 20])
+def test_paper_protocol_quantises_every_token_but_sinks(source: Source, text: str, context: int) -> None:
+    seen: list[tuple[int, int]] = []
+    attend, attend_exact = dispatch.attend, dispatch.attend_exact
+
+    def packed(q: torch.Tensor, pages: Pages, *rest: object, **options: object) -> object:
+        seen.append((0, pages.shape[2]))
+        return attend(q, pages, *rest, **options)  # type: ignore[arg-type]
+
+    def exact(q: torch.Tensor, k: torch.Tensor, *rest: object, **options: object) -> object:
+        seen.append((k.shape[2], 0))
+        return attend_exact(q, k, *rest, **options)  # type: ignore[arg-type]
+
+    with patch.multiple(dispatch, attend=packed, attend_exact=exact):
+        found = compare(source, text, ("sink:4 + q8_0",), protocols=("paper",), context=context, count=1)
+    quantised = -(-(context - 4) // 64) * 64
+    assert seen == [(4, 0), (0, quantised)] * 2
+    spec = found.rows[1]
+    assert spec.spec == "sink:4 + q8_0"
+    assert 0 < spec.kl < 1e-3
+    assert found.tokens == context - 1
 
 
 def test_perplexity_and_its_difference_agree(result: Comparison) -> None:
@@ -93,7 +124,7 @@ def test_errors_are_of_differences_at_the_same_tokens(result: Comparison) -> Non
 
 
 def test_every_two_specs_are_compared_token_by_token(result: Comparison) -> None:
-    assert [(p.spec, p.other) for p in result.pairs if p.protocol == "paper"] == [("hqmq:4", "hqmq:2")]
+    assert [(p.spec, p.other) for p in result.pairs if p.protocol == "paper"] == [("hqmq:4", "sink:4 + hqmq:2")]
     assert sum(p.protocol == "streaming" for p in result.pairs) == 6
     for pair in result.pairs:
         one, other = (row(result, pair.protocol, spec) for spec in (pair.spec, pair.other))
@@ -104,7 +135,7 @@ def test_every_two_specs_are_compared_token_by_token(result: Comparison) -> None
         assert pair.kl_error > 0
         assert pair.nll_error > 0
     (line,) = differences(result)  # of the six pairs of the other protocol none is written out
-    assert line.startswith("paper, hqmq:4 less hqmq:2: KL -0.")
+    assert line.startswith("paper, hqmq:4 less sink:4 + hqmq:2: KL -0.")
 
 
 def test_bytes_are_those_of_one_sequence(source: Source, text: str) -> None:

@@ -40,7 +40,9 @@ def compare(
     """Compare caches: perplexity, divergence, true bits, bytes and speed.
 
     Two protocols: "streaming", what generation does (older tokens are read from the cache), and "paper" (every key and
-    value is quantised before it is attended to). A table is printed and saved as JSON and as a picture.
+    value is quantised before it is attended to, but for those of "sink"; "recent" is left out). A table is printed and saved
+    as JSON and as a picture. On a model whose first token is an attention sink, a cache without "sink" is also measured
+    with "sink:4", and a line says what the missing sinks cost.
 
     Example:
 
@@ -60,7 +62,7 @@ def compare(
     from tessera.cache.spec import parse
     from tessera.evaluation.compare import PROTOCOLS
     from tessera.evaluation.plot import pareto
-    from tessera.evaluation.table import advice, caption, differences, tables
+    from tessera.evaluation.table import advice, caption, differences, tables, without_sinks
     from tessera.models import demo_memory_path
 
     console, status = Console(), Console(stderr=True)
@@ -100,7 +102,7 @@ def compare(
     for table in tables(result):
         wide.print(table)
     console.print(caption(result), highlight=False)
-    for line in differences(result):
+    for line in (*without_sinks(result), *differences(result)):
         console.print(line, highlight=False)
     try:
         pareto(result, out / "compare.png")

@@ -4,8 +4,12 @@ Two protocols:
 
 - "streaming", what generation does: the text goes in by chunks; the tokens of a chunk see each other exactly and
   everything older through the cache, whose sink and recent tiers are exact;
-- "paper", as the HQMQ paper measures: no exact tiers, and every key and value is quantised before it is attended to,
-  also by its own window's queries.
+- "paper", as the HQMQ paper measures: every key and value is quantised before it is attended to, also by its own window's
+  queries. `recent` is left out of a specification, and a limit too; `sink` stays, so that "sink:4 + hqmq:4" says what it
+  costs to quantise everything but the first four tokens. What is compared by default has no sinks here.
+
+On a model whose first token is an attention sink, specifications without sinks are measured with four in addition, so that
+the table says what their absence costs; of those that are compared by default only `TRIED_WITH_SINKS`.
 
 All specifications advance together with the exact model, chunk by chunk, so no more than a chunk of logits is kept.
 """
@@ -27,14 +31,17 @@ from transformers import DynamicCache
 from tessera.attachment import attachment
 from tessera.cache import Cache, CacheReport, Prefill
 from tessera.cache.config import read_config
-from tessera.cache.spec import parse
+from tessera.cache.spec import BLOCK, Spec, parse
 from tessera.evaluation.errors import standard_error
+from tessera.evaluation.first_token import SINK, first_token_weight, lacks_sinks, with_sinks
 from tessera.evaluation.records import Comparison, Pair, Row
 from tessera.evaluation.sources import Source, encode, windows
 
 PROTOCOLS = ("streaming", "paper")
 #: Longest window where nothing else is asked for: what the HQMQ paper measures with.
 CONTEXT = 2048
+#: Of the codecs compared by default, the one that is also measured with sinks where a model has them.
+TRIED_WITH_SINKS = "hqmq:4"
 #: Codecs that `tessera compare` puts side by side: this project's, the paper's, and what is in use.
 CODECS = (
     "hqmq:3",
@@ -64,6 +71,7 @@ class _Tally:
         kl: likewise, KL(exact || spec) of the predictions, in nats.
         same: tokens at which both models' likeliest next token is the same.
         seconds: for each group.
+        filler: tokens that are read behind a window to make its last block whole; only where windows are read in one call.
         cache: of the group that is being read.
         report: of the last group's cache.
     """
@@ -73,6 +81,7 @@ class _Tally:
     kl: list[list[Tensor]] = field(default_factory=list)
     same: int = 0
     seconds: list[float] = field(default_factory=list)
+    filler: int = 0
     cache: Cache | None = None
     report: CacheReport | None = None
 
@@ -89,16 +98,26 @@ class _Tally:
         return nll, kl
 
 
-def default_specs(context: int) -> tuple[str, ...]:
-    """What is compared unless something else is asked for, with exact tiers that suit windows of `context` tokens."""
+def default_specs(context: int, protocol: str = "streaming") -> tuple[str, ...]:
+    """What is compared unless something else is asked for, with exact tiers that suit windows of `context` tokens.
+
+    In the paper protocol these are the codecs by themselves.
+    """
+    if protocol == "paper":
+        return ("dense", *CODECS)
     recent, window = min(128, max(1, context // 16)), min(512, max(1, context // 4))
     return ("dense", *(f"sink:4 + {codec} + recent:{recent}" for codec in CODECS), f"sink:4 + window:{window}")
 
 
 def paper_spec(spec: str) -> str | None:
-    """The specification without its exact tiers, or None where nothing is left to measure."""
+    """The specification as the paper protocol measures it: its codec and its sinks. None where there is no codec to measure.
+
+    `recent` and a limit are left out, so that every token but the sinks is quantised when it is written.
+    """
     parsed = parse(spec)
-    return "dense" if parsed.dense else parsed.codec
+    if parsed.dense:
+        return "dense"
+    return None if parsed.codec is None else str(Spec(sink=parsed.sink, codec=parsed.codec))
 
 
 def compare(
@@ -119,7 +138,8 @@ def compare(
     Args:
         source: the model and its tokenizer.
         text: to be predicted.
-        specs: cache specifications, "dense" is measured in any case; None: `default_specs`.
+        specs: cache specifications, "dense" is measured in any case, and those without sinks also with them where the
+            model's first token is a sink; None: `default_specs`.
         protocols: of `PROTOCOLS`.
         context: tokens of a window, each of which starts with an empty cache; None: `CONTEXT`, or the model's if shorter.
         chunk: tokens of a call in the streaming protocol.
@@ -147,12 +167,16 @@ def compare(
         context = min(CONTEXT, source.context or CONTEXT)
     elif source.context is not None and context > source.context:
         raise ValueError(f"a context of {context} tokens is longer than the {source.context} that the model was made for")
-    plans = {name: _plan(name, specs or default_specs(context)) for name in protocols}
+    plans = {name: _plan(name, specs or default_specs(context, name)) for name in protocols}
     ids = encode(source.tokenizer, text)
     bos = getattr(source.tokenizer, "bos_token_id", None)
     ids = windows(ids, context, count, bos if len(ids) and ids[0] == bos else None).to(model.device)
     context = ids.shape[1]
     groups = ids.split(batch)
+    lacking = [spec for plan in plans.values() for spec in plan if lacks_sinks(spec) and (specs or spec == TRIED_WITH_SINKS)]
+    first_token = first_token_weight(model, ids[:1]) if lacking and attachment(model) is None else None
+    if first_token is not None and first_token > SINK:
+        plans = {name: _beside(plan, lacking) for name, plan in plans.items()}
 
     steps = sum(len(plans[p]) * len(groups) * math.ceil(context / (chunk if p == "streaming" else context)) for p in plans)
     done = 0
@@ -161,7 +185,7 @@ def compare(
     for protocol, plan in plans.items():
         prefill: Prefill = "exact" if protocol == "streaming" else "packed"
         size = chunk if protocol == "streaming" else context
-        tallies = [_Tally(spec) for spec in plan]
+        tallies = [_Tally(spec, filler=_filler(spec, context) if protocol == "paper" else 0) for spec in plan]
         for group in groups:
             for tally in tallies:
                 tally.begin(None if tally.spec == "dense" else Cache(tally.spec, model, prefill=prefill))
@@ -181,7 +205,15 @@ def compare(
         pairs += _pairs(protocol, tallies)
     dtype = str(model.dtype).removeprefix("torch.")
     return Comparison(
-        source.name, text_name, ids.shape[0] * (context - 1), context, chunk, dtype, tuple(rows), pairs=tuple(pairs)
+        source.name,
+        text_name,
+        ids.shape[0] * (context - 1),
+        context,
+        chunk,
+        dtype,
+        tuple(rows),
+        pairs=tuple(pairs),
+        first_token=first_token,
     )
 
 
@@ -189,6 +221,19 @@ def _plan(protocol: str, specs: Sequence[str]) -> list[str]:
     """The specifications a protocol can measure, "dense" first."""
     wanted = [str(parse(spec)) if protocol == "streaming" else paper_spec(spec) for spec in specs]
     return list(dict.fromkeys(["dense", *(spec for spec in wanted if spec is not None)]))
+
+
+def _beside(plan: Sequence[str], lacking: Sequence[str]) -> list[str]:
+    """A plan with the specifications that lack sinks followed by themselves with sinks, unless they are there already."""
+    return list(
+        dict.fromkeys(found for spec in plan for found in (spec, *([with_sinks(spec, plan)] if spec in lacking else [])))
+    )
+
+
+def _filler(spec: str, tokens: int) -> int:
+    """Tokens that must follow a window of `tokens` so that its last block is whole and quantised."""
+    parsed = parse(spec)
+    return 0 if parsed.codec is None else -max(0, tokens - parsed.sink) % BLOCK
 
 
 def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: Any, tallies: Sequence[_Tally]) -> Any:
@@ -199,7 +244,12 @@ def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: Any, t
         with torch.inference_mode():
             began = time.perf_counter()
             cache = exact_cache if tally.cache is None else tally.cache
-            logits = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits
+            inputs, positions = ids[:, start:stop], {}
+            if tally.filler:
+                # Tokens of the window again, whose predictions nobody looks at, at places that the model was made for.
+                places = torch.arange(stop + tally.filler, device=ids.device)
+                inputs, positions = ids[:, places % stop], {"position_ids": places.clamp(max=stop - 1)[None]}
+            logits = model(input_ids=inputs, past_key_values=cache, use_cache=True, **positions).logits
             if logits.is_cuda:
                 torch.cuda.synchronize()
             tally.seconds[-1] += time.perf_counter() - began

@@ -29,7 +29,8 @@ class Row:
         top1: share of tokens at which both models' likeliest next token is the same.
         codec_bits: true bits per element of the compressed tier; of the whole cache where there is none.
         bits: true bits per element of everything the cache keeps, exact tiers included.
-        nbytes: bytes of the cache of one sequence at the end of a window.
+        nbytes: bytes of the cache of one sequence at the end of a window; in the paper protocol the window is followed by
+            as many tokens as make its last block whole.
         compression: bytes of a dense cache over `nbytes`.
         tokens_per_second: text tokens evaluated per second, all sequences together, median over groups of windows.
         kl_error: standard error of `kl` over tokens, in nats; None in older records, as the next two.
@@ -91,6 +92,8 @@ class Comparison:
         rows: the results.
         environment: versions and processor.
         pairs: every two specifications that are not exact; none in older records.
+        first_token: greatest mean weight, over layers, that later queries give to the first token; None where it was not
+            measured, because no specification is without sinks.
     """
 
     model: str
@@ -102,6 +105,7 @@ class Comparison:
     rows: tuple[Row, ...]
     environment: dict[str, str] = field(default_factory=lambda: environment())
     pairs: tuple[Pair, ...] = ()
+    first_token: float | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON."""

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from tessera.cache.spec import parse
 from tessera.evaluation.errors import NEIGHBOURS
+from tessera.evaluation.first_token import SINK, SINKS, lacks_sinks, with_sinks
 from tessera.evaluation.records import Comparison, Row
 
 COLUMNS = ("cache", "perplexity", "Δ", "KL", "top-1", "bits", "bits in all", "cache size", "smaller", "tokens/s")
@@ -16,7 +18,7 @@ SHOWN_PAIRS = 3
 TOLERATED = 0.005
 _MEANING = {
     "streaming": "streaming: chunks of {chunk} tokens, everything older read from the cache",
-    "paper": "paper: every key and value quantised before it is attended to, nothing exact",
+    "paper": "paper: every key and value quantised before it is attended to, {exact}",
 }
 
 
@@ -50,7 +52,7 @@ def tables(comparison: Comparison) -> list[Table]:
     """A rich table for each protocol."""
     made = []
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
-        title = _MEANING[protocol].format(chunk=comparison.chunk)
+        title = _meaning(comparison, protocol)
         table = Table(title=title, title_justify="left", title_style="bold")
         for column in COLUMNS:
             table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
@@ -59,6 +61,14 @@ def tables(comparison: Comparison) -> list[Table]:
                 table.add_row(*cells(row), style="dim" if row.spec == "dense" else None)
         made.append(table)
     return made
+
+
+def _meaning(comparison: Comparison, protocol: str) -> str:
+    """What a protocol does, in one line."""
+    sinks = any(parse(row.spec).sink for row in comparison.rows if row.protocol == protocol)
+    return _MEANING[protocol].format(
+        chunk=comparison.chunk, exact="nothing exact but the sinks of those that have them" if sinks else "nothing exact"
+    )
 
 
 def caption(comparison: Comparison) -> str:
@@ -85,13 +95,27 @@ def differences(comparison: Comparison) -> list[str]:
     return lines
 
 
+def without_sinks(comparison: Comparison) -> list[str]:
+    """A line for each cache without sinks on a model whose first token is one: what that costs."""
+    if comparison.first_token is None or comparison.first_token <= SINK:
+        return []
+    kl = {(row.protocol, row.spec): row.kl for row in comparison.rows}
+    specs = [row.spec for row in comparison.rows]
+    return [
+        f"{protocol}, {spec}: without sinks KL {found:.5f}, with sink:{SINKS} {kl[protocol, other]:.5f}; the first token draws "
+        f"up to {comparison.first_token:.0%} of a layer's attention"
+        for (protocol, spec), found in kl.items()
+        if lacks_sinks(spec) and (protocol, other := with_sinks(spec, specs)) in kl
+    ]
+
+
 def markdown(comparison: Comparison, protocol: str | None = None) -> str:
     """The tables as Markdown: of one protocol, or of all."""
     parts = [caption(comparison)]
     for name in dict.fromkeys(row.protocol for row in comparison.rows):
         if protocol in (None, name):
             rows = [cells(row) for row in comparison.rows if row.protocol == name]
-            parts.append(f"**{_MEANING[name].format(chunk=comparison.chunk)}**")
+            parts.append(f"**{_meaning(comparison, name)}**")
             parts.append(markdown_table(COLUMNS, [(f"`{spec}`", *rest) for spec, *rest in rows]))
     return "\n\n".join(parts)
 
