@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tessera.cache.spec import parse
-from tessera.evaluation import Comparison, Row, Source, compare, load, read_text
+from tessera.evaluation import Comparison, Row, Source, compare, load, load_all, read_text, save_all
 from tessera.evaluation.compare import default_specs, paper_spec
 from tessera.evaluation.methods import method, short
 from tessera.evaluation.plot import pareto
@@ -151,6 +151,8 @@ def test_bytes_are_those_of_one_sequence(source: Source, text: str) -> None:
         ({"context": 513}, "513 tokens is longer than the 512"),
         ({"chunk": 0}, "chunk must be at least 1"),
         ({"count": 0}, "windows must be at least 1"),
+        ({"skip": -1}, "skip must be at least 0, got -1"),
+        ({"skip": 9999}, "nothing to predict is left behind the 9999 that are skipped"),
         ({"protocols": ("offline",)}, "no protocol 'offline'; there are streaming and paper"),
         ({"specs": ("snk:4",)}, "did you mean 'sink'"),
     ],
@@ -166,6 +168,11 @@ def test_windows_begin_as_a_text_does() -> None:
     assert windows(ids[1:], 3, 9, bos=0).tolist() == [[0, 5, 6], [0, 7, 8]]
     assert windows(ids, 3, 1, bos=None).tolist() == [[0, 5, 6]]
     assert windows(ids, 99, 9, bos=None).tolist() == [ids.tolist()]
+    assert windows(ids, 3, 9, bos=0, skip=2).tolist() == [[0, 7, 8]]
+    assert windows(ids[1:], 3, 1, bos=None, skip=2).tolist() == [[7, 8, 9]]
+    assert windows(ids[1:], 9, 1, bos=None, skip=3).tolist() == [[8, 9]]
+    with pytest.raises(ValueError, match="the text has 5 tokens; nothing to predict is left behind the 4"):
+        windows(ids[1:], 9, 1, bos=None, skip=4)
     with pytest.raises(ValueError, match="too few"):
         windows(torch.tensor([5]), 99, 1, bos=None)
 
@@ -178,6 +185,42 @@ def test_record_is_read_back(result: Comparison, tmp_path: Path) -> None:
     path.write_text('{"rows": [{"spec": 1}]}')
     with pytest.raises(ValueError, match="holds no comparison"):
         Comparison.load(path)
+
+
+def test_skipped_tokens_are_not_read(source: Source, text: str) -> None:
+    skipped = compare(source, text, ("q4_0",), protocols=("paper",), context=128, count=2, skip=255)
+    # A window holds 127 tokens behind the one that begins a text; the tokenizer is one of bytes.
+    behind = compare(source, text.encode()[255:].decode(), ("q4_0",), protocols=("paper",), context=128, count=2)
+    whole = compare(source, text, ("q4_0",), protocols=("paper",), context=128, count=2)
+    assert [r.kl for r in skipped.rows] == pytest.approx([r.kl for r in behind.rows])
+    assert skipped.rows[0].perplexity == pytest.approx(behind.rows[0].perplexity)
+    assert skipped.rows[0].perplexity != pytest.approx(whole.rows[0].perplexity)
+    assert (skipped.skip, whole.skip) == (255, 0)
+    assert "without its first 255 tokens" in caption(skipped)
+    assert "without its first" not in caption(whole)
+
+
+def test_several_models_are_one_file(result: Comparison, tmp_path: Path) -> None:
+    other = replace(result, model="other", rows=result.rows[:2])
+    path = tmp_path / "compare.json"
+    save_all([result, other], path)
+    assert load_all(path) == [result, other]
+    with pytest.raises(ValueError, match="holds comparisons of 2 models"):
+        Comparison.load(path)
+    save_all([other], path)
+    assert Comparison.load(path) == other
+    assert load_all(path) == [other]
+    assert [table.title for table in tables(other, named=True)] == [f"other, {table.title}" for table in tables(other)]
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="holds no comparison"):
+        load_all(path)
+
+
+def test_every_record_in_the_documents_is_read() -> None:
+    paths = sorted((Path(__file__).resolve().parent.parent / "docs" / "results").glob("*/compare.json"))
+    assert len(paths) >= 4
+    for path in paths:
+        assert Comparison.load(path).rows[0].spec == "dense"
 
 
 def test_records_of_before_are_read(result: Comparison, tmp_path: Path) -> None:
@@ -221,6 +264,16 @@ def test_picture_is_a_png(result: Comparison, tmp_path: Path) -> None:
     data = (tmp_path / "compare.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     assert len(data) > 10_000
+
+
+def test_picture_has_a_row_for_each_model_and_protocol(result: Comparison, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    pareto(result, tmp_path / "one.png")
+    pareto([result, replace(result, model="other")], tmp_path / "two.png")
+    one, two = (imread(tmp_path / f"{name}.png").shape for name in ("one", "two"))
+    assert two[0] == pytest.approx(2 * one[0], rel=0.01)
+    assert two[1] == one[1]
 
 
 def test_picture_of_windows_alone_shows_what_they_lose(result: Comparison, tmp_path: Path) -> None:

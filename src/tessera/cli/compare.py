@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,8 @@ from tessera.cli.errors import one_line_errors
 
 def compare(
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub name of a causal language model.  [default: the demo model]")
+        list[str] | None,
+        typer.Option(help="Folders or hub names of causal language models.  [default: the demo model]"),
     ] = None,
     text: Annotated[
         list[Path] | None,
@@ -26,6 +27,7 @@ def compare(
     context: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 2048, or the model's if shorter]")] = None,
     windows: Annotated[int, typer.Option(help="Windows to read.")] = 4,
     batch: Annotated[int, typer.Option(help="Windows read at once.")] = 4,
+    skip: Annotated[int, typer.Option(help="Tokens of the text to leave out before the first window.")] = 0,
     chunk: Annotated[int, typer.Option(help="Tokens of a call in the streaming protocol.")] = 64,
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: float32 on a CPU, else auto]")
@@ -51,6 +53,8 @@ def compare(
         tessera compare --specs window:256 "sink:4 + window:256" "sink:4 + window:256 + tc"
 
         tessera compare --model ./my-model --text book.txt --specs "sink:4 + hqmq:4 + recent:128" q4_0
+
+        tessera compare --model ./small --model ./large --text book.txt --skip 10000
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -66,46 +70,55 @@ def compare(
     from tessera.models import demo_memory_path
 
     console, status = Console(), Console(stderr=True)
+    names: list[str | None] = list(dict.fromkeys(model or ())) or [None]
+    results = []
     with one_line_errors():
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out must be a folder, and {out} is a file")
-        if any(parse(spec).associative for spec in specs or ()) and memory is None and model is None:
+        if memory is not None and len(names) > 1:
+            raise ValueError(f"--memory was made for one model, and {len(names)} are given")
+        if any(parse(spec).associative for spec in specs or ()) and memory is None and names == [None]:
             memory = demo_memory_path()
         content, name = evaluation.read_text(text or ())
-        source = evaluation.load(model, dtype, device, memory)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        bar = Progress(*columns, console=status, transient=True)
-        task = bar.add_task("measuring", total=None)
+        for which in names:
+            source = evaluation.load(which, dtype, device, memory)
+            bar = Progress(*columns, console=status, transient=True)
+            task = bar.add_task("measuring", total=None)
 
-        def progress(what: str, done: int, steps: int) -> None:
-            bar.start()  # not before the first step: what is wrong with the input is known by then
-            bar.update(task, description=f"protocol {what}", completed=done, total=steps)
+            def progress(what: str, done: int, steps: int, bar: Any = bar, task: Any = task, of: str = source.name) -> None:
+                bar.start()  # not before the first step: what is wrong with the input is known by then
+                bar.update(task, description=f"{of}, protocol {what}", completed=done, total=steps)
 
-        try:
-            result = evaluation.compare(
-                source,
-                content,
-                specs,
-                protocols=protocol or PROTOCOLS,
-                context=context,
-                chunk=chunk,
-                count=windows,
-                batch=batch,
-                text_name=name,
-                progress=progress,
-            )
-        finally:
-            if bar.live.is_started:
-                bar.stop()
-        result.save(out / "compare.json")
+            try:
+                result = evaluation.compare(
+                    source,
+                    content,
+                    specs,
+                    protocols=protocol or PROTOCOLS,
+                    context=context,
+                    chunk=chunk,
+                    count=windows,
+                    batch=batch,
+                    skip=skip,
+                    text_name=name,
+                    progress=progress,
+                )
+            finally:
+                if bar.live.is_started:
+                    bar.stop()
+            results.append(result)
+            del source  # before the next model is loaded
+            evaluation.save_all(results, out / "compare.json")  # so that what is done is kept if a later model fails
     wide = console if console.width >= 130 or console.is_terminal else Console(width=150)
-    for table in tables(result):
-        wide.print(table)
-    console.print(caption(result), highlight=False)
-    for line in (*without_sinks(result), *differences(result)):
-        console.print(line, highlight=False)
+    for result in results:
+        for table in tables(result, named=len(results) > 1):
+            wide.print(table)
+        console.print(caption(result), highlight=False)
+        for line in (*without_sinks(result), *differences(result)):
+            console.print(line, highlight=False)
     try:
-        pareto(result, out / "compare.png")
+        pareto(results, out / "compare.png")
         console.print(f"Saved {out / 'compare.json'} and {out / 'compare.png'}", highlight=False)
     except ImportError:
         console.print(
@@ -114,4 +127,5 @@ def compare(
             markup=False,
         )
     console.print()
-    console.print(advice(result), highlight=False, markup=False)
+    for result in results:
+        console.print((f"{result.model}: " if len(results) > 1 else "") + advice(result), highlight=False, markup=False)

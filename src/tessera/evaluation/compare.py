@@ -130,6 +130,7 @@ def compare(
     chunk: int = 64,
     count: int = 4,
     batch: int = 4,
+    skip: int = 0,
     text_name: str = "text",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
@@ -145,6 +146,7 @@ def compare(
         chunk: tokens of a call in the streaming protocol.
         count: windows to read, fewer if the text is shorter.
         batch: windows read at once.
+        skip: tokens of the text that are left out before the first window.
         text_name: for the record.
         progress: called with (protocol, steps done, steps in all).
 
@@ -159,6 +161,7 @@ def compare(
         ("chunk", chunk, 1),
         ("windows", count, 1),
         ("batch", batch, 1),
+        ("skip", skip, 0),
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -170,7 +173,7 @@ def compare(
     plans = {name: _plan(name, specs or default_specs(context, name)) for name in protocols}
     ids = encode(source.tokenizer, text)
     bos = getattr(source.tokenizer, "bos_token_id", None)
-    ids = windows(ids, context, count, bos if len(ids) and ids[0] == bos else None).to(model.device)
+    ids = windows(ids, context, count, bos if len(ids) and ids[0] == bos else None, skip).to(model.device)
     context = ids.shape[1]
     groups = ids.split(batch)
     lacking = [spec for plan in plans.values() for spec in plan if lacks_sinks(spec) and (specs or spec == TRIED_WITH_SINKS)]
@@ -214,6 +217,7 @@ def compare(
         tuple(rows),
         pairs=tuple(pairs),
         first_token=first_token,
+        skip=skip,
     )
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import tessera
-from tessera.files import atomic_path
+from tessera.files import write_json
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Comparison:
         pairs: every two specifications that are not exact; none in older records.
         first_token: greatest mean weight, over layers, that later queries give to the first token; None where it was not
             measured, because no specification is without sinks.
+        skip: tokens of the text that were left out before the first window.
     """
 
     model: str
@@ -106,26 +109,48 @@ class Comparison:
     environment: dict[str, str] = field(default_factory=lambda: environment())
     pairs: tuple[Pair, ...] = ()
     first_token: float | None = None
+    skip: int = 0
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON."""
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        save_all([self], path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Comparison:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: if the file holds something else.
+            ValueError: if the file holds something else, or comparisons of several models, which `load_all` reads.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            data["rows"] = tuple(Row(**row) for row in data["rows"])
-            data["pairs"] = tuple(Pair(**pair) for pair in data.get("pairs", ()))
-            return cls(**data)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no comparison: {error}") from error
+        found = load_all(path)
+        if len(found) != 1:
+            raise ValueError(f"{path} holds comparisons of {len(found)} models; read them with load_all")
+        return found[0]
+
+
+def save_all(comparisons: Sequence[Comparison], path: str | os.PathLike[str]) -> None:
+    """Write the comparisons of several models, or of one, as one file of JSON."""
+    made = [asdict(comparison) for comparison in comparisons]
+    write_json(path, made[0] if len(made) == 1 else {"comparisons": made})
+
+
+def load_all(path: str | os.PathLike[str]) -> list[Comparison]:
+    """Read what `save_all` or `Comparison.save` wrote, now or in an earlier version.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [_comparison(each) for each in data.get("comparisons", [data])]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no comparison: {error}") from error
+
+
+def _comparison(data: dict[str, Any]) -> Comparison:
+    rows = tuple(Row(**row) for row in data["rows"])
+    pairs = tuple(Pair(**pair) for pair in data.get("pairs", ()))
+    return Comparison(**{**data, "rows": rows, "pairs": pairs})
 
 
 def environment() -> dict[str, str]:

@@ -135,7 +135,7 @@ def encode(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def windows(ids: Tensor, length: int, count: int | None, bos: int | None) -> Tensor:
+def windows(ids: Tensor, length: int, count: int | None, bos: int | None, skip: int = 0) -> Tensor:
     """Cut a text into windows that each begin as a text does.
 
     Args:
@@ -143,9 +143,10 @@ def windows(ids: Tensor, length: int, count: int | None, bos: int | None) -> Ten
         length: tokens of a window, the first of them included.
         count: windows at the most; None: as many as there are.
         bos: token that begins a text, put before every window; None if the model has none.
+        skip: tokens of the text that are left out before the first window; a `bos` in front is not counted.
 
     Returns:
-        (windows, length) int64; one shorter window if the text has less than `length` tokens.
+        (windows, length) int64; one shorter window if less than `length` tokens are left of the text.
 
     Raises:
         ValueError: if fewer than two tokens are left to predict from.
@@ -153,6 +154,9 @@ def windows(ids: Tensor, length: int, count: int | None, bos: int | None) -> Ten
     first = 0 if bos is None else 1
     if bos is not None and len(ids) and ids[0] == bos:
         ids = ids[1:]
+    if skip > 0 and len(ids) - skip + first < 2:
+        raise ValueError(f"the text has {len(ids)} tokens; nothing to predict is left behind the {skip} that are skipped")
+    ids = ids[skip:]
     length = min(length, len(ids) + first)
     if length < 2:
         raise ValueError(f"the text has {len(ids)} tokens, too few to predict one from another")

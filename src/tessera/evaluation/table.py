@@ -48,11 +48,11 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def tables(comparison: Comparison) -> list[Table]:
-    """A rich table for each protocol."""
+def tables(comparison: Comparison, named: bool = False) -> list[Table]:
+    """A rich table for each protocol; `named`: its title begins with the model, because there are several."""
     made = []
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
-        title = _meaning(comparison, protocol)
+        title = (f"{comparison.model}, " if named else "") + _meaning(comparison, protocol)
         table = Table(title=title, title_justify="left", title_style="bold")
         for column in COLUMNS:
             table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
@@ -73,9 +73,10 @@ def _meaning(comparison: Comparison, protocol: str) -> str:
 
 def caption(comparison: Comparison) -> str:
     """What was measured, on what, and what the columns mean."""
+    skipped = f" without its first {comparison.skip:,} tokens" if comparison.skip else ""
     errors = "" if all(row.kl_error is None for row in comparison.rows) else f"; errors over blocks of {NEIGHBOURS} tokens"
     return (
-        f"{comparison.model} ({comparison.dtype}) on {comparison.text}: {comparison.tokens:,} tokens in windows of "
+        f"{comparison.model} ({comparison.dtype}) on {comparison.text}{skipped}: {comparison.tokens:,} tokens in windows of "
         f"{comparison.context:,}. Δ: perplexity against the exact cache ± its standard error. KL, top-1: against the exact "
         f"model's predictions{errors}. bits: kept per element by the codec, everything counted; in all: with the exact tiers."
     )
