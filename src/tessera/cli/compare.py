@@ -13,7 +13,7 @@ from tessera.cli.errors import one_line_errors
 def compare(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Folders or hub names of causal language models.  [default: the demo model]"),
+        typer.Option(help="Folders, GGUF files or hub names of causal language models.  [default: the demo model]"),
     ] = None,
     text: Annotated[
         list[Path] | None,
@@ -53,6 +53,8 @@ def compare(
         tessera compare --specs window:256 "sink:4 + window:256" "sink:4 + window:256 + tc"
 
         tessera compare --model ./my-model --text book.txt --specs "sink:4 + hqmq:4 + recent:128" q4_0
+
+        tessera compare --model ./model.gguf --text book.txt
 
         tessera compare --model ./small --model ./large --text book.txt --skip 10000
     """

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.evaluation.gguf import gguf_file, load_gguf
 from tessera.files import read_utf8
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -21,7 +22,7 @@ class Source:
     """A model with its tokenizer.
 
     Attributes:
-        name: of the folder or on the hub.
+        name: of the folder or file, or on the hub.
         model: a causal language model in evaluation mode.
         tokenizer: its tokenizer.
     """
@@ -45,7 +46,8 @@ def load(
     """Load a causal language model.
 
     Args:
-        name: a folder, or the name of a model on the hub; None: the demo model, which ships with the package.
+        name: a folder, a GGUF file, a folder with one, or the name of a model on the hub; None: the demo model, which ships
+            with the package.
         dtype: of `DTYPES`; None: float32 on a CPU, else as it was saved.
         device: where to put it.
         memory: a file that `tessera.save_memory` wrote for the model, to be attached; None: none.
@@ -71,7 +73,12 @@ def load(
         source = Source("the demo model", model.to(device), tokenizer)
     else:
         path = Path(name).expanduser()
-        source = Source(path.resolve().name if path.is_dir() else name, *_from_pretrained(name, torch_dtype, device))
+        file = gguf_file(path)
+        if file is not None:
+            model, tokenizer = load_gguf(file, torch_dtype)
+            source = Source(file.stem, model.eval().to(device), tokenizer)
+        else:
+            source = Source(path.resolve().name if path.is_dir() else name, *_from_pretrained(name, torch_dtype, device))
     if memory is not None:
         from tessera.attachment import load_memory
 
@@ -84,14 +91,14 @@ def _from_pretrained(name: str, dtype: Any, device: str) -> tuple[Any, Any]:
 
     import tessera.models.gpt  # noqa: F401 - so that the Auto classes know it
 
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    looks_local = name.lower().endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{name} is no model: the folder has no config.json")
+            raise ValueError(f"{name} is no model: the folder has no config.json and no GGUF file")
         name = str(path)
     elif looks_local or path.is_file():
-        raise FileNotFoundError(f"there is no model folder {name}")
+        raise FileNotFoundError(f"there is no model folder or GGUF file {name}")
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
