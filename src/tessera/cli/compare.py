@@ -29,6 +29,9 @@ def compare(
     batch: Annotated[int, typer.Option(help="Windows read at once.")] = 4,
     skip: Annotated[int, typer.Option(help="Tokens of the text to leave out before the first window.")] = 0,
     chunk: Annotated[int, typer.Option(help="Tokens of a call in the streaming protocol.")] = 64,
+    layers: Annotated[
+        bool, typer.Option("--layers/--no-layers", help="Also measure every layer's attention by itself, on the first window.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: float32 on a CPU, else auto]")
     ] = None,
@@ -37,14 +40,15 @@ def compare(
         Path | None,
         typer.Option(help="File of a Tensor Cache for specs with tc.  [default: the demo model's, with the demo model]"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for compare.json and compare.png.")] = Path("results/compare"),
+    out: Annotated[Path, typer.Option(help="Folder for compare.json, compare.png and layers.png.")] = Path("results/compare"),
 ) -> None:
     """Compare caches: perplexity, divergence, true bits, bytes and speed.
 
     Two protocols: "streaming", what generation does (older tokens are read from the cache), and "paper" (every key and
     value is quantised before it is attended to, but for those of "sink"; "recent" is left out). A table is printed and saved
     as JSON and as a picture. On a model whose first token is an attention sink, a cache without "sink" is also measured
-    with "sink:4", and a line says what the missing sinks cost.
+    with "sink:4", and a line says what the missing sinks cost. --layers shows which layers suffer: each is given what the
+    exact model computed.
 
     Example:
 
@@ -66,8 +70,10 @@ def compare(
     quiet()
     from tessera import evaluation
     from tessera.cache.spec import parse
-    from tessera.evaluation.compare import PROTOCOLS
+    from tessera.evaluation.layers_plot import plot_layers
+    from tessera.evaluation.layers_table import layer_tables
     from tessera.evaluation.plot import pareto
+    from tessera.evaluation.protocols import PROTOCOLS
     from tessera.evaluation.table import advice, caption, differences, tables, without_sinks
     from tessera.models import demo_memory_path
 
@@ -103,6 +109,7 @@ def compare(
                     count=windows,
                     batch=batch,
                     skip=skip,
+                    layers=layers,
                     text_name=name,
                     progress=progress,
                 )
@@ -116,12 +123,18 @@ def compare(
     for result in results:
         for table in tables(result, named=len(results) > 1):
             wide.print(table)
+        for table in layer_tables(result):
+            wide.print(table)
         console.print(caption(result), highlight=False)
         for line in (*without_sinks(result), *differences(result)):
             console.print(line, highlight=False)
     try:
         pareto(results, out / "compare.png")
-        console.print(f"Saved {out / 'compare.json'} and {out / 'compare.png'}", highlight=False)
+        pictures = [out / "compare.png"]
+        if any(result.layers for result in results):
+            plot_layers(results, out / "layers.png")
+            pictures.append(out / "layers.png")
+        console.print("Saved " + " and ".join(map(str, [out / "compare.json", *pictures])), highlight=False)
     except ImportError:
         console.print(
             f"Saved {out / 'compare.json'}; for a picture beside it: pip install 'tessera[eval]'",

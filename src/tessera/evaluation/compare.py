@@ -31,13 +31,14 @@ from transformers import DynamicCache
 from tessera.attachment import attachment
 from tessera.cache import Cache, CacheReport, Prefill
 from tessera.cache.config import read_config
-from tessera.cache.spec import BLOCK, Spec, parse
+from tessera.cache.spec import parse
 from tessera.evaluation.errors import standard_error
 from tessera.evaluation.first_token import SINK, first_token_weight, lacks_sinks, with_sinks
-from tessera.evaluation.records import Comparison, Pair, Row
+from tessera.evaluation.layers import check_layers, measure_layers
+from tessera.evaluation.protocols import PROTOCOLS, filler, paper_spec
+from tessera.evaluation.records import Comparison, LayerRow, Pair, Row
 from tessera.evaluation.sources import Source, encode, windows
 
-PROTOCOLS = ("streaming", "paper")
 #: Longest window where nothing else is asked for: what the HQMQ paper measures with.
 CONTEXT = 2048
 #: Of the codecs compared by default, the one that is also measured with sinks where a model has them.
@@ -109,17 +110,6 @@ def default_specs(context: int, protocol: str = "streaming") -> tuple[str, ...]:
     return ("dense", *(f"sink:4 + {codec} + recent:{recent}" for codec in CODECS), f"sink:4 + window:{window}")
 
 
-def paper_spec(spec: str) -> str | None:
-    """The specification as the paper protocol measures it: its codec and its sinks. None where there is no codec to measure.
-
-    `recent` and a limit are left out, so that every token but the sinks is quantised when it is written.
-    """
-    parsed = parse(spec)
-    if parsed.dense:
-        return "dense"
-    return None if parsed.codec is None else str(Spec(sink=parsed.sink, codec=parsed.codec))
-
-
 def compare(
     source: Source,
     text: str,
@@ -131,6 +121,7 @@ def compare(
     count: int = 4,
     batch: int = 4,
     skip: int = 0,
+    layers: bool = False,
     text_name: str = "text",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
@@ -147,6 +138,7 @@ def compare(
         count: windows to read, fewer if the text is shorter.
         batch: windows read at once.
         skip: tokens of the text that are left out before the first window.
+        layers: also measure every layer by itself on the first window, see `tessera.evaluation.layers`.
         text_name: for the record.
         progress: called with (protocol, steps done, steps in all).
 
@@ -181,6 +173,9 @@ def compare(
     if first_token is not None and first_token > SINK:
         plans = {name: _beside(plan, lacking) for name, plan in plans.items()}
 
+    if layers:
+        for plan in plans.values():
+            check_layers(model, plan)
     steps = sum(len(plans[p]) * len(groups) * math.ceil(context / (chunk if p == "streaming" else context)) for p in plans)
     done = 0
     rows: list[Row] = []
@@ -188,7 +183,7 @@ def compare(
     for protocol, plan in plans.items():
         prefill: Prefill = "exact" if protocol == "streaming" else "packed"
         size = chunk if protocol == "streaming" else context
-        tallies = [_Tally(spec, filler=_filler(spec, context) if protocol == "paper" else 0) for spec in plan]
+        tallies = [_Tally(spec, filler=filler(spec, context) if protocol == "paper" else 0) for spec in plan]
         for group in groups:
             for tally in tallies:
                 tally.begin(None if tally.spec == "dense" else Cache(tally.spec, model, prefill=prefill))
@@ -206,6 +201,18 @@ def compare(
                     tally.cache = None
         rows += _rows(protocol, tallies, context, groups, model)
         pairs += _pairs(protocol, tallies)
+    found: list[LayerRow] = []
+    if layers:
+        depth, done = len(read_config(model.config)[1]), 0
+        for protocol, plan in plans.items():
+
+            def one_more(protocol: str = protocol) -> None:
+                nonlocal done
+                done += 1
+                if progress is not None:
+                    progress(f"{protocol}, layers", done, depth * len(plans))
+
+            found += measure_layers(model, ids[:1], plan, protocol, chunk, one_more)
     dtype = str(model.dtype).removeprefix("torch.")
     return Comparison(
         source.name,
@@ -218,6 +225,7 @@ def compare(
         pairs=tuple(pairs),
         first_token=first_token,
         skip=skip,
+        layers=tuple(found),
     )
 
 
@@ -232,12 +240,6 @@ def _beside(plan: Sequence[str], lacking: Sequence[str]) -> list[str]:
     return list(
         dict.fromkeys(found for spec in plan for found in (spec, *([with_sinks(spec, plan)] if spec in lacking else [])))
     )
-
-
-def _filler(spec: str, tokens: int) -> int:
-    """Tokens that must follow a window of `tokens` so that its last block is whole and quantised."""
-    parsed = parse(spec)
-    return 0 if parsed.codec is None else -max(0, tokens - parsed.sink) % BLOCK
 
 
 def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: Any, tallies: Sequence[_Tally]) -> Any:

@@ -81,6 +81,25 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class LayerRow:
+    """What one cache does to the attention of one layer, see `tessera.evaluation.layers`.
+
+    Attributes:
+        protocol: "streaming" or "paper".
+        spec: of the cache.
+        layer: index of the layer, from 0.
+        kl: mean over heads and queries of KL(exact weights || weights over decoded keys), in nats; None where keys are dropped.
+        error: of what attention gives: root of the sum of squares of the difference, relative to that of the exact one.
+    """
+
+    protocol: str
+    spec: str
+    layer: int
+    kl: float | None
+    error: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What `compare` measured, and on what.
 
@@ -97,6 +116,7 @@ class Comparison:
         first_token: greatest mean weight, over layers, that later queries give to the first token; None where it was not
             measured, because no specification is without sinks.
         skip: tokens of the text that were left out before the first window.
+        layers: what each cache does to each layer; none where it was not asked for.
     """
 
     model: str
@@ -110,6 +130,7 @@ class Comparison:
     pairs: tuple[Pair, ...] = ()
     first_token: float | None = None
     skip: int = 0
+    layers: tuple[LayerRow, ...] = ()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON."""
@@ -150,7 +171,8 @@ def load_all(path: str | os.PathLike[str]) -> list[Comparison]:
 def _comparison(data: dict[str, Any]) -> Comparison:
     rows = tuple(Row(**row) for row in data["rows"])
     pairs = tuple(Pair(**pair) for pair in data.get("pairs", ()))
-    return Comparison(**{**data, "rows": rows, "pairs": pairs})
+    layers = tuple(LayerRow(**layer) for layer in data.get("layers", ()))
+    return Comparison(**{**data, "rows": rows, "pairs": pairs, "layers": layers})
 
 
 def environment() -> dict[str, str]:
