@@ -257,6 +257,7 @@ def test_advice_names_the_smallest_cache_that_is_good(result: Comparison) -> Non
     assert best(few) == rows[0]
     assert '"hqmq:4 + recent:64"' in advice(few)
     assert "No cache" in advice(replace(result, rows=(rows[1],)))
+    assert "--protocol streaming" in advice(replace(result, rows=tuple(r for r in result.rows if r.protocol == "paper")))
 
 
 def test_picture_is_a_png(result: Comparison, tmp_path: Path) -> None:

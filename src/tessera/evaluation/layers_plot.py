@@ -22,7 +22,7 @@ def plot_layers(comparisons: Sequence[Comparison], path: str | os.PathLike[str])
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     each = [(one, protocol) for one in comparisons for protocol in dict.fromkeys(row.protocol for row in one.layers)]
     specs = list(dict.fromkeys(row.spec for one in comparisons for row in one.layers))
@@ -38,6 +38,8 @@ def plot_layers(comparisons: Sequence[Comparison], path: str | os.PathLike[str])
             for axis, points in ((pair[0], known), (pair[1], [(row.layer, max(100 * row.error, 1e-4)) for row in own])):
                 if points:
                     (shown[spec],) = axis.plot(*zip(*points, strict=True), **look)
+        for which in (pair[1].yaxis.set_major_formatter, pair[1].yaxis.set_minor_formatter):
+            which(FuncFormatter(lambda value, _: f"{value:g}"))
         for axis, what in zip(pair, ("KL of the rows of attention (nats)", "error of what attention gives (%)"), strict=True):
             axis.set_title(f"{one.model}, {protocol}", loc="left", fontsize=11)
             axis.set(xlabel="layer", ylabel=what, yscale="log")

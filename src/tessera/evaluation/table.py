@@ -139,6 +139,8 @@ def best(comparison: Comparison) -> Row | None:
 
 def advice(comparison: Comparison) -> str:
     """What to run next, in one sentence."""
+    if all(row.protocol != "streaming" for row in comparison.rows):
+        return "What generation would lose, which reads newer tokens exactly, is measured with --protocol streaming."
     row = best(comparison)
     if row is None:
         return f"No cache here stayed within {TOLERATED:.1%} of the exact one's perplexity; try 'hqmq:5', or a longer 'recent'."
