@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Codecs that are measured on four times as much text.
+LONG := hqmq:3 hqmq:4 hqmq:s24_r2 hqmq:s96_r4 scalar:3 scalar:4 q4_0
 
-.PHONY: install demo test test-slow lint bench clean
+.PHONY: install demo demo-real test test-slow lint bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -16,6 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/tessera compare --out results/demo
+
+demo-real: install
+	$(BIN)/python benchmarks/real_model.py $(if $(TEXT),--text "$(TEXT)")
 
 test: install
 	$(BIN)/python -m pytest -n 2
@@ -30,7 +35,8 @@ lint: install
 
 bench: install
 	$(BIN)/tessera compare --out docs/results/demo
-	$(BIN)/tessera compare --out docs/results/demo_long --windows 16 --specs $(foreach c,hqmq:3 hqmq:4 hqmq:s24_r2 hqmq:s96_r4 scalar:3 scalar:4 q4_0,"sink:4 + $(c) + recent:128")
+	$(BIN)/tessera compare --out docs/results/demo_long --windows 16 --protocol streaming --specs $(foreach c,$(LONG),"sink:4 + $(c) + recent:128")
+	$(BIN)/tessera compare --out docs/results/demo_long_paper --windows 16 --protocol paper --specs $(LONG)
 	$(BIN)/python benchmarks/codec_error.py
 	$(BIN)/python benchmarks/resident_memory.py
 	$(BIN)/python benchmarks/decode_attention.py

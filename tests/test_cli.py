@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import tessera
 from tessera.associative import TensorCacheConfig
 from tessera.cli import app
-from tessera.evaluation import Comparison, load
+from tessera.evaluation import Comparison, load, load_all
 from tessera.kernels import cpu
 from tessera.models import demo_memory_path, heldout_text
 
@@ -49,7 +49,7 @@ def test_compare_prints_a_table_and_saves_it(small_model: Path, small_text: Path
         ("streaming", "sink:4 + hqmq:4 + recent:32"),
         ("streaming", "q4_0"),
         ("paper", "dense"),
-        ("paper", "hqmq:4"),
+        ("paper", "sink:4 + hqmq:4"),
         ("paper", "q4_0"),
     ]
     for row in saved.rows:
@@ -57,6 +57,30 @@ def test_compare_prints_a_table_and_saves_it(small_model: Path, small_text: Path
         assert f"{row.perplexity:.3f}" in out
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "On your own model" in out or "No cache here" in out
+
+
+def test_compare_reads_several_models_and_skips_tokens(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    source = load(str(small_model))
+    with torch.no_grad():
+        source.model.lm_head.weight.mul_(2)
+    source.model.save_pretrained(other)
+    source.tokenizer.save_pretrained(other)
+    words = ("compare", "--text", small_text, "--specs", "q4_0", "--protocol", "paper", "--context", 64, "--windows", 1)
+    code, out, err = run(*words, "--skip", 100, "--model", small_model, "--model", other, "--out", tmp_path)
+    assert code == 0, err
+    first, second = load_all(tmp_path / "compare.json")
+    assert (first.model, second.model, first.skip) == (small_model.name, "other", 100)
+    assert first.rows[0].perplexity != second.rows[0].perplexity
+    assert out.count("paper: every key") == 2
+    assert f"{first.model}, paper" in out
+    assert "other, paper" in out
+    assert all(f"{r.perplexity:.3f}" in out for r in (*first.rows, *second.rows))
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    code, _, _ = run(*words, "--skip", 100, "--model", other, "--out", tmp_path)
+    assert code == 0
+    alone = Comparison.load(tmp_path / "compare.json")
+    assert [r.kl for r in alone.rows] == [r.kl for r in second.rows]
 
 
 def test_an_option_of_several_values_may_be_repeated_or_given_them_at_once(small_model: Path, tmp_path: Path) -> None:
@@ -163,6 +187,8 @@ def test_generate_reads_a_prompt_file_and_packs_it(small_model: Path, small_text
         (["compare", "--model", "{tmp}"], "no config.json"),
         (["compare", "--model", "{tmp}/nothing"], "there is no model folder"),
         (["compare", "--model", "{small}", "--context", "5000"], "5000 tokens is longer than the 512"),
+        (["compare", "--model", "{small}", "{small}/", "--memory", "x"], "--memory was made for one model, and 2 are given"),
+        (["compare", "--skip", "-1", "--model", "{small}"], "skip must be at least 0"),
         (["compare", "--specs", "hqmk:4"], "did you mean 'hqmq'"),
         (["compare", "--protocol", "offline"], "streaming and paper"),
         (["compare", "--device", "abacus"], "'abacus' cannot be used"),

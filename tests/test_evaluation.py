@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from tessera.evaluation import Comparison, Row, Source, compare, load, read_text
+from tessera.cache.spec import parse
+from tessera.evaluation import Comparison, Row, Source, compare, load, load_all, read_text, save_all
+from tessera.evaluation.compare import default_specs, paper_spec
 from tessera.evaluation.methods import method, short
 from tessera.evaluation.plot import pareto
 from tessera.evaluation.sources import encode, windows
-from tessera.evaluation.table import advice, best, caption, cells, markdown, tables
+from tessera.evaluation.table import advice, best, caption, cells, differences, markdown, tables
+from tessera.kernels import Pages, dispatch
 
 SPECS = ("hqmq:4 + recent:64", "sink:4 + hqmq:2 + recent:64", "hqmq:4 + recent:4096", "window:64")
 
@@ -59,7 +64,7 @@ def test_a_codec_that_is_never_used_changes_nothing(result: Comparison) -> None:
 
 
 def test_fewer_bits_cost_more(result: Comparison) -> None:
-    fine, coarse = row(result, "paper", "hqmq:4"), row(result, "paper", "hqmq:2")
+    fine, coarse = row(result, "paper", "hqmq:4"), row(result, "paper", "sink:4 + hqmq:2")
     assert 0 < fine.kl < coarse.kl
     assert coarse.top1 < fine.top1 <= 1
     assert fine.codec_bits == 4 + (8 + 8 + 8) / 64  # a byte of scale per vector of 32, key centres of 16/64 bits
@@ -84,9 +89,36 @@ def test_keys_and_values_apart_are_measured_like_any_other(source: Source, text:
     assert all(r.kl > 0 for r in rows if r.spec != "dense")
 
 
-def test_paper_protocol_leaves_nothing_exact(result: Comparison) -> None:
-    assert {r.spec for r in result.rows if r.protocol == "paper"} == {"dense", "hqmq:4", "hqmq:2"}
+def test_paper_protocol_leaves_nothing_exact_but_sinks(result: Comparison) -> None:
+    assert {r.spec for r in result.rows if r.protocol == "paper"} == {"dense", "hqmq:4", "sink:4 + hqmq:2"}
+    assert paper_spec("sink:4 + hqmq:4@512 + recent:128") == "sink:4 + hqmq:4"
+    assert (paper_spec("dense"), paper_spec("sink:4 + window:8"), paper_spec("recent:64 + q4_0")) == ("dense", None, "q4_0")
+    assert {parse(spec).sink for spec in default_specs(2048, "paper")} == {0}
+    assert {parse(spec).sink for spec in default_specs(2048)} == {0, 4}
     assert row(result, "paper", "hqmq:4").kl > row(result, "streaming", "hqmq:4 + recent:64").kl
+
+
+@pytest.mark.parametrize("context", [256, 250, 70, 20])
+def test_paper_protocol_quantises_every_token_but_sinks(source: Source, text: str, context: int) -> None:
+    seen: list[tuple[int, int]] = []
+    attend, attend_exact = dispatch.attend, dispatch.attend_exact
+
+    def packed(q: torch.Tensor, pages: Pages, *rest: object, **options: object) -> object:
+        seen.append((0, pages.shape[2]))
+        return attend(q, pages, *rest, **options)  # type: ignore[arg-type]
+
+    def exact(q: torch.Tensor, k: torch.Tensor, *rest: object, **options: object) -> object:
+        seen.append((k.shape[2], 0))
+        return attend_exact(q, k, *rest, **options)  # type: ignore[arg-type]
+
+    with patch.multiple(dispatch, attend=packed, attend_exact=exact):
+        found = compare(source, text, ("sink:4 + q8_0",), protocols=("paper",), context=context, count=1)
+    quantised = -(-(context - 4) // 64) * 64
+    assert seen == [(4, 0), (0, quantised)] * 2
+    spec = found.rows[1]
+    assert spec.spec == "sink:4 + q8_0"
+    assert 0 < spec.kl < 1e-3
+    assert found.tokens == context - 1
 
 
 def test_perplexity_and_its_difference_agree(result: Comparison) -> None:
@@ -95,6 +127,33 @@ def test_perplexity_and_its_difference_agree(result: Comparison) -> None:
         assert r.perplexity / exact.perplexity - 1 == pytest.approx(r.delta, abs=1e-6)
         assert r.delta_error >= 0
         assert r.tokens_per_second > 0
+
+
+def test_errors_are_of_differences_at_the_same_tokens(result: Comparison) -> None:
+    for r in result.rows:
+        assert r.nll_gap is not None
+        assert r.nll_gap_error is not None
+        assert r.kl_error is not None
+        assert math.expm1(r.nll_gap) == pytest.approx(r.delta, abs=1e-9)
+        assert r.delta_error == pytest.approx(r.nll_gap_error * math.exp(r.nll_gap))
+        assert (0 < r.kl_error < r.kl) if method(r.spec) != "exact" and r.kl > 1e-6 else r.kl_error < 1e-6
+        exact = "" if r.spec == "dense" else f"{r.kl:.5f} ± {r.kl_error:.5f}"
+        assert cells(r)[3] == exact
+
+
+def test_every_two_specs_are_compared_token_by_token(result: Comparison) -> None:
+    assert [(p.spec, p.other) for p in result.pairs if p.protocol == "paper"] == [("hqmq:4", "sink:4 + hqmq:2")]
+    assert sum(p.protocol == "streaming" for p in result.pairs) == 6
+    for pair in result.pairs:
+        one, other = (row(result, pair.protocol, spec) for spec in (pair.spec, pair.other))
+        assert one.kl - other.kl == pytest.approx(pair.kl, abs=1e-12)
+        assert one.nll_gap is not None
+        assert other.nll_gap is not None
+        assert one.nll_gap - other.nll_gap == pytest.approx(pair.nll, abs=1e-12)
+        assert pair.kl_error > 0
+        assert pair.nll_error > 0
+    (line,) = differences(result)  # of the six pairs of the other protocol none is written out
+    assert line.startswith("paper, hqmq:4 less sink:4 + hqmq:2: KL -0.")
 
 
 def test_bytes_are_those_of_one_sequence(source: Source, text: str) -> None:
@@ -110,6 +169,8 @@ def test_bytes_are_those_of_one_sequence(source: Source, text: str) -> None:
         ({"context": 513}, "513 tokens is longer than the 512"),
         ({"chunk": 0}, "chunk must be at least 1"),
         ({"count": 0}, "windows must be at least 1"),
+        ({"skip": -1}, "skip must be at least 0, got -1"),
+        ({"skip": 9999}, "nothing to predict is left behind the 9999 that are skipped"),
         ({"protocols": ("offline",)}, "no protocol 'offline'; there are streaming and paper"),
         ({"specs": ("snk:4",)}, "did you mean 'sink'"),
     ],
@@ -125,6 +186,11 @@ def test_windows_begin_as_a_text_does() -> None:
     assert windows(ids[1:], 3, 9, bos=0).tolist() == [[0, 5, 6], [0, 7, 8]]
     assert windows(ids, 3, 1, bos=None).tolist() == [[0, 5, 6]]
     assert windows(ids, 99, 9, bos=None).tolist() == [ids.tolist()]
+    assert windows(ids, 3, 9, bos=0, skip=2).tolist() == [[0, 7, 8]]
+    assert windows(ids[1:], 3, 1, bos=None, skip=2).tolist() == [[7, 8, 9]]
+    assert windows(ids[1:], 9, 1, bos=None, skip=3).tolist() == [[8, 9]]
+    with pytest.raises(ValueError, match="the text has 5 tokens; nothing to predict is left behind the 4"):
+        windows(ids[1:], 9, 1, bos=None, skip=4)
     with pytest.raises(ValueError, match="too few"):
         windows(torch.tensor([5]), 99, 1, bos=None)
 
@@ -137,6 +203,58 @@ def test_record_is_read_back(result: Comparison, tmp_path: Path) -> None:
     path.write_text('{"rows": [{"spec": 1}]}')
     with pytest.raises(ValueError, match="holds no comparison"):
         Comparison.load(path)
+
+
+def test_skipped_tokens_are_not_read(source: Source, text: str) -> None:
+    skipped = compare(source, text, ("q4_0",), protocols=("paper",), context=128, count=2, skip=255)
+    # A window holds 127 tokens behind the one that begins a text; the tokenizer is one of bytes.
+    behind = compare(source, text.encode()[255:].decode(), ("q4_0",), protocols=("paper",), context=128, count=2)
+    whole = compare(source, text, ("q4_0",), protocols=("paper",), context=128, count=2)
+    assert [r.kl for r in skipped.rows] == pytest.approx([r.kl for r in behind.rows])
+    assert skipped.rows[0].perplexity == pytest.approx(behind.rows[0].perplexity)
+    assert skipped.rows[0].perplexity != pytest.approx(whole.rows[0].perplexity)
+    assert (skipped.skip, whole.skip) == (255, 0)
+    assert "without its first 255 tokens" in caption(skipped)
+    assert "without its first" not in caption(whole)
+
+
+def test_several_models_are_one_file(result: Comparison, tmp_path: Path) -> None:
+    other = replace(result, model="other", rows=result.rows[:2])
+    path = tmp_path / "compare.json"
+    save_all([result, other], path)
+    assert load_all(path) == [result, other]
+    with pytest.raises(ValueError, match="holds comparisons of 2 models"):
+        Comparison.load(path)
+    save_all([other], path)
+    assert Comparison.load(path) == other
+    assert load_all(path) == [other]
+    assert [table.title for table in tables(other, named=True)] == [f"other, {table.title}" for table in tables(other)]
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="holds no comparison"):
+        load_all(path)
+
+
+def test_every_record_in_the_documents_is_read() -> None:
+    paths = sorted((Path(__file__).resolve().parent.parent / "docs" / "results").glob("*/compare.json"))
+    assert len(paths) >= 4
+    for path in paths:
+        assert Comparison.load(path).rows[0].spec == "dense"
+
+
+def test_records_of_before_are_read(result: Comparison, tmp_path: Path) -> None:
+    old = tmp_path / "compare.json"
+    result.save(old)
+    data = json.loads(old.read_text())
+    del data["pairs"]
+    for r in data["rows"]:
+        del r["kl_error"], r["nll_gap"], r["nll_gap_error"]
+    old.write_text(json.dumps(data))
+    found = Comparison.load(old)
+    assert found.pairs == ()
+    assert [r.kl for r in found.rows] == [r.kl for r in result.rows]
+    assert "blocks of" in caption(result)
+    assert "blocks of" not in caption(found)
+    assert cells(found.rows[1])[3] == f"{found.rows[1].kl:.5f}"
 
 
 def test_tables_hold_every_row(result: Comparison) -> None:
@@ -157,6 +275,7 @@ def test_advice_names_the_smallest_cache_that_is_good(result: Comparison) -> Non
     assert best(few) == rows[0]
     assert '"hqmq:4 + recent:64"' in advice(few)
     assert "No cache" in advice(replace(result, rows=(rows[1],)))
+    assert "--protocol streaming" in advice(replace(result, rows=tuple(r for r in result.rows if r.protocol == "paper")))
 
 
 def test_picture_is_a_png(result: Comparison, tmp_path: Path) -> None:
@@ -164,6 +283,16 @@ def test_picture_is_a_png(result: Comparison, tmp_path: Path) -> None:
     data = (tmp_path / "compare.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     assert len(data) > 10_000
+
+
+def test_picture_has_a_row_for_each_model_and_protocol(result: Comparison, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    pareto(result, tmp_path / "one.png")
+    pareto([result, replace(result, model="other")], tmp_path / "two.png")
+    one, two = (imread(tmp_path / f"{name}.png").shape for name in ("one", "two"))
+    assert two[0] == pytest.approx(2 * one[0], rel=0.01)
+    assert two[1] == one[1]
 
 
 def test_picture_of_windows_alone_shows_what_they_lose(result: Comparison, tmp_path: Path) -> None:

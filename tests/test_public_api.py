@@ -16,7 +16,7 @@ def test_names_are_these() -> None:
         *("examples", "get", "names"),
     ]
     assert cache.__all__ == ["BLOCK", "Cache", "CacheReport", "Prefill", "Spec", "parse"]
-    assert evaluation.__all__ == ["Comparison", "Row", "Source", "compare", "load", "read_text"]
+    assert evaluation.__all__ == ["Comparison", "Row", "Source", "compare", "load", "load_all", "read_text", "save_all"]
     assert associative.__all__ == ["TensorCache", "TensorCacheConfig", "TensorCacheState"]
     assert spatial.__all__ == ["TensorMemory", "TensorMemoryConfig", "TensorMemoryState"]
     assert attachment.__all__ == [

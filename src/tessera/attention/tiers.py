@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from tessera.associative.layer import MemoryCall, TensorCacheLayer
+from tessera.attention.missing_sinks import warn_if_sinks_are_missing
 from tessera.attention.plain import Softmax
 from tessera.cache.lane import Part, Turn
 from tessera.cache.layer import Handle
@@ -28,6 +29,8 @@ def over_tiers(
     memory = call.memory if call is not None and layer.policy.associative else None
     positions = None if memory is None or call is None else call.positions_of(query)
     turns = layer.open(mask, positions, query)
+    if not layer.link.sinks_known:
+        warn_if_sinks_are_missing(layer, query, [turn for turn, _ in turns], scale, softmax)
     batch, heads, tokens, dim = query.shape
     out: Tensor | None = None
     added = None if memory is None else query.new_zeros((batch, tokens, memory.out.out_features))

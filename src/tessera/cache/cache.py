@@ -83,7 +83,7 @@ class Cache(TransformersCache):
             check_shapes(model_or_config, layers)
             enable(model_or_config)
         codec = None if self.spec.codec is None else codecs.get(self.spec.codec)
-        link = Link(text, prefill, self.spec.bounded, len(layers) - 1)
+        link = Link(text, prefill, self.spec.bounded, len(layers) - 1, codec is None or self.spec.sink > 0)
         given = getattr(model_or_config, ATTACHED).layers if self.spec.associative else ()
         known = _known_stats(stats, codec, layers)
         super().__init__(

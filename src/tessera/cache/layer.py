@@ -32,13 +32,15 @@ class Link:
         prefill: "exact" or "packed", see `Cache`.
         bounded: the spec drops tokens.
         last: index of the last layer.
+        sinks_known: whether nothing is to be said of sinks that are missing: the spec has some, or compresses nothing.
     """
 
-    def __init__(self, config: Any, prefill: str, bounded: bool, last: int) -> None:
+    def __init__(self, config: Any, prefill: str, bounded: bool, last: int, sinks_known: bool = True) -> None:
         self.config = config
         self.prefill = prefill
         self.bounded = bounded
         self.last = last
+        self.sinks_known = sinks_known
         self.masks = MaskMemo()
         self.warned = False
         self.read = False

@@ -23,7 +23,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 file with the text to continue.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub name of a causal language model.  [default: the demo model]")
+        str | None, typer.Option(help="Folder, GGUF file or hub name of a causal language model.  [default: the demo model]")
     ] = None,
     cache: Annotated[str, typer.Option(help="Cache specification.")] = "sink:4 + hqmq:4 + recent:128",
     memory: Annotated[
@@ -47,6 +47,8 @@ def generate(
         tessera generate --prompt "class Stack:" --cache "sink:4 + hqmq:4 + recent:64" --max-new-tokens 300
 
         tessera generate --prompt-file module.py --cache "sink:4 + window:256 + tc"
+
+        tessera generate --model ./model.gguf --prompt "Once upon a time"
     """
     from tessera.cli.quiet import quiet
 

@@ -4,8 +4,12 @@ Two protocols:
 
 - "streaming", what generation does: the text goes in by chunks; the tokens of a chunk see each other exactly and
   everything older through the cache, whose sink and recent tiers are exact;
-- "paper", as the HQMQ paper measures: no exact tiers, and every key and value is quantised before it is attended to,
-  also by its own window's queries.
+- "paper", as the HQMQ paper measures: every key and value is quantised before it is attended to, also by its own window's
+  queries. `recent` is left out of a specification, and a limit too; `sink` stays, so that "sink:4 + hqmq:4" says what it
+  costs to quantise everything but the first four tokens. What is compared by default has no sinks here.
+
+On a model whose first token is an attention sink, specifications without sinks are measured with four in addition, so that
+the table says what their absence costs; of those that are compared by default only `TRIED_WITH_SINKS`.
 
 All specifications advance together with the exact model, chunk by chunk, so no more than a chunk of logits is kept.
 """
@@ -16,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from statistics import median
 from typing import Any
 
@@ -27,12 +32,17 @@ from tessera.attachment import attachment
 from tessera.cache import Cache, CacheReport, Prefill
 from tessera.cache.config import read_config
 from tessera.cache.spec import parse
-from tessera.evaluation.records import Comparison, Row
+from tessera.evaluation.errors import standard_error
+from tessera.evaluation.first_token import SINK, first_token_weight, lacks_sinks, with_sinks
+from tessera.evaluation.layers import check_layers, measure_layers
+from tessera.evaluation.protocols import PROTOCOLS, filler, paper_spec
+from tessera.evaluation.records import Comparison, LayerRow, Pair, Row
 from tessera.evaluation.sources import Source, encode, windows
 
-PROTOCOLS = ("streaming", "paper")
 #: Longest window where nothing else is asked for: what the HQMQ paper measures with.
 CONTEXT = 2048
+#: Of the codecs compared by default, the one that is also measured with sinks where a model has them.
+TRIED_WITH_SINKS = "hqmq:4"
 #: Codecs that `tessera compare` puts side by side: this project's, the paper's, and what is in use.
 CODECS = (
     "hqmq:3",
@@ -54,30 +64,50 @@ CODECS = (
 
 @dataclass
 class _Tally:
-    """Sums over tokens, for one specification."""
+    """What one specification did to each token, and how long it took.
+
+    Attributes:
+        spec: of the cache.
+        nll: for each group of windows its chunks, each (windows, tokens) float64: negative log-likelihood of the text, in nats.
+        kl: likewise, KL(exact || spec) of the predictions, in nats.
+        same: tokens at which both models' likeliest next token is the same.
+        seconds: for each group.
+        filler: tokens that are read behind a window to make its last block whole; only where windows are read in one call.
+        cache: of the group that is being read.
+        report: of the last group's cache.
+    """
 
     spec: str
-    nll: float = 0.0
-    gap: float = 0.0
-    gap_square: float = 0.0
-    kl: float = 0.0
+    nll: list[list[Tensor]] = field(default_factory=list)
+    kl: list[list[Tensor]] = field(default_factory=list)
     same: int = 0
-    tokens: int = 0
     seconds: list[float] = field(default_factory=list)
+    filler: int = 0
     cache: Cache | None = None
     report: CacheReport | None = None
 
+    def begin(self, cache: Cache | None) -> None:
+        """A new group of windows is read through a new cache; None: the exact one."""
+        self.cache = cache
+        self.seconds.append(0.0)
+        self.nll.append([])
+        self.kl.append([])
 
-def default_specs(context: int) -> tuple[str, ...]:
-    """What is compared unless something else is asked for, with exact tiers that suit windows of `context` tokens."""
+    def over_tokens(self) -> tuple[Tensor, Tensor]:
+        """`nll` and `kl` of all tokens, each (windows, tokens) in the order of the text."""
+        nll, kl = (torch.cat([torch.cat(chunks, dim=1) for chunks in groups]) for groups in (self.nll, self.kl))
+        return nll, kl
+
+
+def default_specs(context: int, protocol: str = "streaming") -> tuple[str, ...]:
+    """What is compared unless something else is asked for, with exact tiers that suit windows of `context` tokens.
+
+    In the paper protocol these are the codecs by themselves.
+    """
+    if protocol == "paper":
+        return ("dense", *CODECS)
     recent, window = min(128, max(1, context // 16)), min(512, max(1, context // 4))
     return ("dense", *(f"sink:4 + {codec} + recent:{recent}" for codec in CODECS), f"sink:4 + window:{window}")
-
-
-def paper_spec(spec: str) -> str | None:
-    """The specification without its exact tiers, or None where nothing is left to measure."""
-    parsed = parse(spec)
-    return "dense" if parsed.dense else parsed.codec
 
 
 def compare(
@@ -90,6 +120,8 @@ def compare(
     chunk: int = 64,
     count: int = 4,
     batch: int = 4,
+    skip: int = 0,
+    layers: bool = False,
     text_name: str = "text",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
@@ -98,12 +130,15 @@ def compare(
     Args:
         source: the model and its tokenizer.
         text: to be predicted.
-        specs: cache specifications, "dense" is measured in any case; None: `default_specs`.
+        specs: cache specifications, "dense" is measured in any case, and those without sinks also with them where the
+            model's first token is a sink; None: `default_specs`.
         protocols: of `PROTOCOLS`.
         context: tokens of a window, each of which starts with an empty cache; None: `CONTEXT`, or the model's if shorter.
         chunk: tokens of a call in the streaming protocol.
         count: windows to read, fewer if the text is shorter.
         batch: windows read at once.
+        skip: tokens of the text that are left out before the first window.
+        layers: also measure every layer by itself on the first window, see `tessera.evaluation.layers`.
         text_name: for the record.
         progress: called with (protocol, steps done, steps in all).
 
@@ -118,6 +153,7 @@ def compare(
         ("chunk", chunk, 1),
         ("windows", count, 1),
         ("batch", batch, 1),
+        ("skip", skip, 0),
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -126,24 +162,31 @@ def compare(
         context = min(CONTEXT, source.context or CONTEXT)
     elif source.context is not None and context > source.context:
         raise ValueError(f"a context of {context} tokens is longer than the {source.context} that the model was made for")
-    plans = {name: _plan(name, specs or default_specs(context)) for name in protocols}
+    plans = {name: _plan(name, specs or default_specs(context, name)) for name in protocols}
     ids = encode(source.tokenizer, text)
     bos = getattr(source.tokenizer, "bos_token_id", None)
-    ids = windows(ids, context, count, bos if len(ids) and ids[0] == bos else None).to(model.device)
+    ids = windows(ids, context, count, bos if len(ids) and ids[0] == bos else None, skip).to(model.device)
     context = ids.shape[1]
     groups = ids.split(batch)
+    lacking = [spec for plan in plans.values() for spec in plan if lacks_sinks(spec) and (specs or spec == TRIED_WITH_SINKS)]
+    first_token = first_token_weight(model, ids[:1]) if lacking and attachment(model) is None else None
+    if first_token is not None and first_token > SINK:
+        plans = {name: _beside(plan, lacking) for name, plan in plans.items()}
 
+    if layers:
+        for plan in plans.values():
+            check_layers(model, plan)
     steps = sum(len(plans[p]) * len(groups) * math.ceil(context / (chunk if p == "streaming" else context)) for p in plans)
     done = 0
     rows: list[Row] = []
+    pairs: list[Pair] = []
     for protocol, plan in plans.items():
         prefill: Prefill = "exact" if protocol == "streaming" else "packed"
         size = chunk if protocol == "streaming" else context
-        tallies = [_Tally(spec) for spec in plan]
+        tallies = [_Tally(spec, filler=filler(spec, context) if protocol == "paper" else 0) for spec in plan]
         for group in groups:
             for tally in tallies:
-                tally.cache = None if tally.spec == "dense" else Cache(tally.spec, model, prefill=prefill)
-                tally.seconds.append(0.0)
+                tally.begin(None if tally.spec == "dense" else Cache(tally.spec, model, prefill=prefill))
             # With a memory attached, the model is itself only through a cache that leaves the memory out.
             plain = attachment(model) is None
             exact_cache = DynamicCache(config=model.config) if plain else Cache("dense", model)
@@ -157,8 +200,33 @@ def compare(
                     tally.report = tally.cache.report()
                     tally.cache = None
         rows += _rows(protocol, tallies, context, groups, model)
+        pairs += _pairs(protocol, tallies)
+    found: list[LayerRow] = []
+    if layers:
+        depth, done = len(read_config(model.config)[1]), 0
+        for protocol, plan in plans.items():
+
+            def one_more(protocol: str = protocol) -> None:
+                nonlocal done
+                done += 1
+                if progress is not None:
+                    progress(f"{protocol}, layers", done, depth * len(plans))
+
+            found += measure_layers(model, ids[:1], plan, protocol, chunk, one_more)
     dtype = str(model.dtype).removeprefix("torch.")
-    return Comparison(source.name, text_name, ids.shape[0] * (context - 1), context, chunk, dtype, tuple(rows))
+    return Comparison(
+        source.name,
+        text_name,
+        ids.shape[0] * (context - 1),
+        context,
+        chunk,
+        dtype,
+        tuple(rows),
+        pairs=tuple(pairs),
+        first_token=first_token,
+        skip=skip,
+        layers=tuple(found),
+    )
 
 
 def _plan(protocol: str, specs: Sequence[str]) -> list[str]:
@@ -167,40 +235,47 @@ def _plan(protocol: str, specs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(["dense", *(spec for spec in wanted if spec is not None)]))
 
 
+def _beside(plan: Sequence[str], lacking: Sequence[str]) -> list[str]:
+    """A plan with the specifications that lack sinks followed by themselves with sinks, unless they are there already."""
+    return list(
+        dict.fromkeys(found for spec in plan for found in (spec, *([with_sinks(spec, plan)] if spec in lacking else [])))
+    )
+
+
 def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: Any, tallies: Sequence[_Tally]) -> Any:
     """Feed tokens [start, stop) to the exact model and to every specification; yields after each of them."""
     target = ids[:, start + 1 : stop + 1]
     exact: Tensor | None = None
-    exact_nll: Tensor | None = None
     for tally in tallies:
         with torch.inference_mode():
             began = time.perf_counter()
             cache = exact_cache if tally.cache is None else tally.cache
-            logits = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits
+            inputs, positions = ids[:, start:stop], {}
+            if tally.filler:
+                # Tokens of the window again, whose predictions nobody looks at, at places that the model was made for.
+                places = torch.arange(stop + tally.filler, device=ids.device)
+                inputs, positions = ids[:, places % stop], {"position_ids": places.clamp(max=stop - 1)[None]}
+            logits = model(input_ids=inputs, past_key_values=cache, use_cache=True, **positions).logits
             if logits.is_cuda:
                 torch.cuda.synchronize()
             tally.seconds[-1] += time.perf_counter() - began
             logp = logits[:, : target.shape[1]].float().log_softmax(-1)
             nll = -logp.gather(-1, target.unsqueeze(-1)).double()
-            if exact is None or exact_nll is None:
-                exact, exact_nll = logp, nll
-            # Summed in float64: most terms are tiny beside the few large ones.
-            tally.nll += float(nll.sum())
-            tally.gap += float((nll - exact_nll).sum())
-            tally.gap_square += float((nll - exact_nll).square().sum())
-            tally.kl += float((exact.exp() * (exact - logp)).sum(-1, dtype=torch.float64).sum())
+            exact = logp if exact is None else exact
+            # In float64: most terms are tiny beside the few large ones.
+            tally.nll[-1].append(nll.squeeze(-1).cpu())
+            tally.kl[-1].append((exact.exp() * (exact - logp)).sum(-1, dtype=torch.float64).cpu())
             tally.same += int((logp.argmax(-1) == exact.argmax(-1)).sum())
-            tally.tokens += target.numel()
         yield
 
 
 def _rows(protocol: str, tallies: Sequence[_Tally], context: int, groups: Sequence[Tensor], model: Any) -> list[Row]:
     last = len(groups[-1])  # reports are of the caches of the last group of windows
+    exact, _ = tallies[0].over_tokens()
     rows = []
     for tally in tallies:
-        n = tally.tokens
-        gap = tally.gap / n
-        spread = math.sqrt(max(0.0, tally.gap_square / n - gap * gap) / n)
+        nll, kl = tally.over_tokens()
+        gap, gap_error = float((nll - exact).mean()), standard_error(nll - exact)
         bits = codec_bits = 8.0 * model.dtype.itemsize
         nbytes, compression = _dense_nbytes(model, context), 1.0
         if tally.report is not None:
@@ -211,19 +286,33 @@ def _rows(protocol: str, tallies: Sequence[_Tally], context: int, groups: Sequen
             Row(
                 protocol=protocol,
                 spec=tally.spec,
-                perplexity=math.exp(tally.nll / n),
+                perplexity=math.exp(float(nll.mean())),
                 delta=math.expm1(gap),
-                delta_error=math.exp(gap) * spread,
-                kl=tally.kl / n,
-                top1=tally.same / n,
+                delta_error=math.exp(gap) * gap_error,
+                kl=float(kl.mean()),
+                top1=tally.same / nll.numel(),
                 codec_bits=codec_bits,
                 bits=bits,
                 nbytes=nbytes,
                 compression=compression,
                 tokens_per_second=median(len(g) * context / s for g, s in zip(groups, tally.seconds, strict=True)),
+                kl_error=standard_error(kl),
+                nll_gap=gap,
+                nll_gap_error=gap_error,
             )
         )
     return rows
+
+
+def _pairs(protocol: str, tallies: Sequence[_Tally]) -> list[Pair]:
+    """Every two specifications that are not exact, in the order in which they were asked for."""
+    found = [(tally.spec, *tally.over_tokens()) for tally in tallies if tally.spec != "dense"]
+    pairs = []
+    for (spec, nll, kl), (other, other_nll, other_kl) in combinations(found, 2):
+        gaps = nll - other_nll, kl - other_kl
+        (nll_gap, nll_error), (kl_gap, kl_error) = ((float(gap.mean()), standard_error(gap)) for gap in gaps)
+        pairs.append(Pair(protocol, spec, other, nll_gap, nll_error, kl_gap, kl_error))
+    return pairs
 
 
 def _dense_nbytes(model: Any, tokens: int) -> int:

@@ -6,6 +6,7 @@ Where nothing is compressed, as with windows alone, what is lost against the byt
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from tessera.evaluation.methods import method
@@ -28,31 +29,34 @@ STYLES = {
 LEAST_KL = 1e-6
 
 
-def pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Draw perplexity and KL against true bits, or bytes, a row of two pictures for each protocol, as PNG."""
+def pareto(comparisons: Comparison | Sequence[Comparison], path: str | os.PathLike[str]) -> None:
+    """Draw perplexity and KL against true bits, or bytes, as PNG: a row of two pictures for each model and protocol."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    protocols = list(dict.fromkeys(row.protocol for row in comparison.rows))
-    figure, axes = plt.subplots(len(protocols), 2, figsize=(12, 4.6 * len(protocols)), squeeze=False, layout="constrained")
+    several = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
+    each = [(one, protocol) for one in several for protocol in dict.fromkeys(row.protocol for row in one.rows)]
+    figure, axes = plt.subplots(len(each), 2, figsize=(12, 4.6 * len(each)), squeeze=False, layout="constrained")
     shown: dict[str, Any] = {}
-    for pair, protocol in zip(axes, protocols, strict=True):
-        rows = [row for row in comparison.rows if row.protocol == protocol and method(row.spec) != "exact"]
+    for pair, (one, protocol) in zip(axes, each, strict=True):
+        rows = [row for row in one.rows if row.protocol == protocol and method(row.spec) != "exact"]
         rows = [row for row in rows if method(row.spec) != "window"] or rows
         for axis, what in zip(pair, ("perplexity", "KL"), strict=True):
             shown |= _draw(axis, rows, what)
-            axis.set_title(f"{protocol}: {what}", loc="left", fontsize=11)
+            name = f"{_shorten(one.model, 40)}, " if len(several) > 1 else ""
+            axis.set_title(f"{name}{protocol}: {what}", loc="left", fontsize=11)
     names = [name for name in STYLES if name in shown] + [name for name in shown if name not in STYLES]
     figure.legend([shown[n] for n in names], names, loc="outside lower center", ncols=min(4, max(1, len(names))), frameon=False)
-    figure.suptitle(
-        f"{comparison.model}, {comparison.tokens:,} tokens of {_shorten(comparison.text)}, context {comparison.context:,}",
-        fontsize=11,
-    )
+    figure.suptitle("\n".join(map(_measured, several)), fontsize=11)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)
+
+
+def _measured(one: Comparison) -> str:
+    return f"{one.model}, {one.tokens:,} tokens of {_shorten(one.text)}, context {one.context:,}"
 
 
 def _draw(axis: Any, rows: list[Row], what: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.evaluation.gguf import gguf_file, load_gguf
 from tessera.files import read_utf8
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -21,7 +22,7 @@ class Source:
     """A model with its tokenizer.
 
     Attributes:
-        name: of the folder or on the hub.
+        name: of the folder or file, or on the hub.
         model: a causal language model in evaluation mode.
         tokenizer: its tokenizer.
     """
@@ -45,7 +46,8 @@ def load(
     """Load a causal language model.
 
     Args:
-        name: a folder, or the name of a model on the hub; None: the demo model, which ships with the package.
+        name: a folder, a GGUF file, a folder with one, or the name of a model on the hub; None: the demo model, which ships
+            with the package.
         dtype: of `DTYPES`; None: float32 on a CPU, else as it was saved.
         device: where to put it.
         memory: a file that `tessera.save_memory` wrote for the model, to be attached; None: none.
@@ -71,7 +73,12 @@ def load(
         source = Source("the demo model", model.to(device), tokenizer)
     else:
         path = Path(name).expanduser()
-        source = Source(path.resolve().name if path.is_dir() else name, *_from_pretrained(name, torch_dtype, device))
+        file = gguf_file(path)
+        if file is not None:
+            model, tokenizer = load_gguf(file, torch_dtype)
+            source = Source(file.stem, model.eval().to(device), tokenizer)
+        else:
+            source = Source(path.resolve().name if path.is_dir() else name, *_from_pretrained(name, torch_dtype, device))
     if memory is not None:
         from tessera.attachment import load_memory
 
@@ -84,14 +91,14 @@ def _from_pretrained(name: str, dtype: Any, device: str) -> tuple[Any, Any]:
 
     import tessera.models.gpt  # noqa: F401 - so that the Auto classes know it
 
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    looks_local = name.lower().endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{name} is no model: the folder has no config.json")
+            raise ValueError(f"{name} is no model: the folder has no config.json and no GGUF file")
         name = str(path)
     elif looks_local or path.is_file():
-        raise FileNotFoundError(f"there is no model folder {name}")
+        raise FileNotFoundError(f"there is no model folder or GGUF file {name}")
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -135,7 +142,7 @@ def encode(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def windows(ids: Tensor, length: int, count: int | None, bos: int | None) -> Tensor:
+def windows(ids: Tensor, length: int, count: int | None, bos: int | None, skip: int = 0) -> Tensor:
     """Cut a text into windows that each begin as a text does.
 
     Args:
@@ -143,9 +150,10 @@ def windows(ids: Tensor, length: int, count: int | None, bos: int | None) -> Ten
         length: tokens of a window, the first of them included.
         count: windows at the most; None: as many as there are.
         bos: token that begins a text, put before every window; None if the model has none.
+        skip: tokens of the text that are left out before the first window; a `bos` in front is not counted.
 
     Returns:
-        (windows, length) int64; one shorter window if the text has less than `length` tokens.
+        (windows, length) int64; one shorter window if less than `length` tokens are left of the text.
 
     Raises:
         ValueError: if fewer than two tokens are left to predict from.
@@ -153,6 +161,9 @@ def windows(ids: Tensor, length: int, count: int | None, bos: int | None) -> Ten
     first = 0 if bos is None else 1
     if bos is not None and len(ids) and ids[0] == bos:
         ids = ids[1:]
+    if skip > 0 and len(ids) - skip + first < 2:
+        raise ValueError(f"the text has {len(ids)} tokens; nothing to predict is left behind the {skip} that are skipped")
+    ids = ids[skip:]
     length = min(length, len(ids) + first)
     if length < 2:
         raise ValueError(f"the text has {len(ids)} tokens, too few to predict one from another")

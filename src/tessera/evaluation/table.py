@@ -6,14 +6,19 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from tessera.cache.spec import parse
+from tessera.evaluation.errors import NEIGHBOURS
+from tessera.evaluation.first_token import SINK, SINKS, lacks_sinks, with_sinks
 from tessera.evaluation.records import Comparison, Row
 
 COLUMNS = ("cache", "perplexity", "Δ", "KL", "top-1", "bits", "bits in all", "cache size", "smaller", "tokens/s")
+#: Pairs of one protocol that are written out at most; the record has all.
+SHOWN_PAIRS = 3
 #: How much worse a cache may make the perplexity and still be recommended.
 TOLERATED = 0.005
 _MEANING = {
     "streaming": "streaming: chunks of {chunk} tokens, everything older read from the cache",
-    "paper": "paper: every key and value quantised before it is attended to, nothing exact",
+    "paper": "paper: every key and value quantised before it is attended to, {exact}",
 }
 
 
@@ -33,7 +38,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.spec,
         f"{row.perplexity:.3f}",
         "" if exact else f"{row.delta:+.2%} ± {row.delta_error:.2%}",
-        "" if exact else f"{row.kl:.5f}",
+        "" if exact else f"{row.kl:.5f}" + ("" if row.kl_error is None else f" ± {row.kl_error:.5f}"),
         "" if exact else f"{row.top1:.1%}",
         f"{row.codec_bits:.3f}",
         f"{row.bits:.2f}",
@@ -43,11 +48,11 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def tables(comparison: Comparison) -> list[Table]:
-    """A rich table for each protocol."""
+def tables(comparison: Comparison, named: bool = False) -> list[Table]:
+    """A rich table for each protocol; `named`: its title begins with the model, because there are several."""
     made = []
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
-        title = _MEANING[protocol].format(chunk=comparison.chunk)
+        title = (f"{comparison.model}, " if named else "") + _meaning(comparison, protocol)
         table = Table(title=title, title_justify="left", title_style="bold")
         for column in COLUMNS:
             table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
@@ -58,13 +63,51 @@ def tables(comparison: Comparison) -> list[Table]:
     return made
 
 
+def _meaning(comparison: Comparison, protocol: str) -> str:
+    """What a protocol does, in one line."""
+    sinks = any(parse(row.spec).sink for row in comparison.rows if row.protocol == protocol)
+    return _MEANING[protocol].format(
+        chunk=comparison.chunk, exact="nothing exact but the sinks of those that have them" if sinks else "nothing exact"
+    )
+
+
 def caption(comparison: Comparison) -> str:
     """What was measured, on what, and what the columns mean."""
+    skipped = f" without its first {comparison.skip:,} tokens" if comparison.skip else ""
+    errors = "" if all(row.kl_error is None for row in comparison.rows) else f"; errors over blocks of {NEIGHBOURS} tokens"
     return (
-        f"{comparison.model} ({comparison.dtype}) on {comparison.text}: {comparison.tokens:,} tokens in windows of "
+        f"{comparison.model} ({comparison.dtype}) on {comparison.text}{skipped}: {comparison.tokens:,} tokens in windows of "
         f"{comparison.context:,}. Δ: perplexity against the exact cache ± its standard error. KL, top-1: against the exact "
-        "model's predictions. bits: kept per element by the codec, everything counted; in all: with the exact tiers."
+        f"model's predictions{errors}. bits: kept per element by the codec, everything counted; in all: with the exact tiers."
     )
+
+
+def differences(comparison: Comparison) -> list[str]:
+    """A line for every two specifications, paired token by token, if they are few enough to be read: `SHOWN_PAIRS`."""
+    lines = []
+    for protocol in dict.fromkeys(pair.protocol for pair in comparison.pairs):
+        own = [pair for pair in comparison.pairs if pair.protocol == protocol]
+        if len(own) <= SHOWN_PAIRS:
+            lines += [
+                f"{protocol}, {pair.spec} less {pair.other}: KL {pair.kl:+.5f} ± {pair.kl_error:.5f}, "
+                f"log-likelihood {-pair.nll:+.5f} ± {pair.nll_error:.5f} nats"
+                for pair in own
+            ]
+    return lines
+
+
+def without_sinks(comparison: Comparison) -> list[str]:
+    """A line for each cache without sinks on a model whose first token is one: what that costs."""
+    if comparison.first_token is None or comparison.first_token <= SINK:
+        return []
+    kl = {(row.protocol, row.spec): row.kl for row in comparison.rows}
+    specs = [row.spec for row in comparison.rows]
+    return [
+        f"{protocol}, {spec}: without sinks KL {found:.5f}, with sink:{SINKS} {kl[protocol, other]:.5f}; the first token draws "
+        f"up to {comparison.first_token:.0%} of a layer's attention"
+        for (protocol, spec), found in kl.items()
+        if lacks_sinks(spec) and (protocol, other := with_sinks(spec, specs)) in kl
+    ]
 
 
 def markdown(comparison: Comparison, protocol: str | None = None) -> str:
@@ -73,7 +116,7 @@ def markdown(comparison: Comparison, protocol: str | None = None) -> str:
     for name in dict.fromkeys(row.protocol for row in comparison.rows):
         if protocol in (None, name):
             rows = [cells(row) for row in comparison.rows if row.protocol == name]
-            parts.append(f"**{_MEANING[name].format(chunk=comparison.chunk)}**")
+            parts.append(f"**{_meaning(comparison, name)}**")
             parts.append(markdown_table(COLUMNS, [(f"`{spec}`", *rest) for spec, *rest in rows]))
     return "\n\n".join(parts)
 
@@ -96,6 +139,8 @@ def best(comparison: Comparison) -> Row | None:
 
 def advice(comparison: Comparison) -> str:
     """What to run next, in one sentence."""
+    if all(row.protocol != "streaming" for row in comparison.rows):
+        return "What generation would lose, which reads newer tokens exactly, is measured with --protocol streaming."
     row = best(comparison)
     if row is None:
         return f"No cache here stayed within {TOLERATED:.1%} of the exact one's perplexity; try 'hqmq:5', or a longer 'recent'."

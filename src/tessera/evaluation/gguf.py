@@ -1,0 +1,64 @@
+"""Models in a GGUF file, as llama.cpp has them: the file is read as it is, and its weights are unpacked."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+#: What transformers needs to read such a file.
+PACKAGES = ("gguf", "accelerate")
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only one in a folder that is no model otherwise. None if it means none.
+
+    Raises:
+        ValueError: if a folder has several.
+    """
+    if path.is_file():
+        return path if path.suffix.lower() == ".gguf" else None
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    found = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() == ".gguf")
+    if len(found) > 1:
+        raise ValueError(f"{path} has {len(found)} GGUF files; name one of them, as in {found[0]}")
+    return found[0] if found else None
+
+
+def load_gguf(file: Path, dtype: Any) -> tuple[Any, Any]:
+    """The causal language model in a GGUF file, and its tokenizer.
+
+    Args:
+        file: of any quantisation that transformers knows; the weights are unpacked, so they take the room of `dtype`.
+        dtype: of the unpacked weights, or "auto".
+
+    Raises:
+        ValueError: if a package is missing, or the file is damaged or holds something else.
+    """
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"to read {file} the package {' and '.join(missing)} is needed: pip install 'tessera[gguf]'")
+    with open(file, "rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ValueError(f"{file} is no GGUF file: it does not begin with the letters GGUF")
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"gguf_file": file.name}
+    folder = str(file.parent)
+    options: dict[str, Any] = {"dtype": dtype}
+    if hasattr(transformers, "GgufConfig"):
+        # Otherwise newer versions leave weights packed where they have kernels for them.
+        options["quantization_config"] = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
+    try:
+        config = AutoConfig.from_pretrained(folder, **where)
+        kind = type(config)
+        if AutoModelForCausalLM._model_mapping.get(kind, None) is None:
+            raise ValueError(f"it holds a {config.model_type}, not a causal language model")
+        model = AutoModelForCausalLM.from_pretrained(folder, **where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    except Exception as error:  # Readers of a binary format fail with whatever its bytes lead them to.
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load {file}: {said}; if the file is whole, transformers cannot read its kind") from error
+    return model, tokenizer
