@@ -40,6 +40,9 @@ def compare(
         Path | None,
         typer.Option(help="File of a Tensor Cache for specs with tc.  [default: the demo model's, with the demo model]"),
     ] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="File of key statistics, see tessera stats.  [default: each window's own]")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for compare.json, compare.png and layers.png.")] = Path("results/compare"),
 ) -> None:
     """Compare caches: perplexity, divergence, true bits, bytes and speed.
@@ -70,6 +73,7 @@ def compare(
     quiet()
     from tessera import evaluation
     from tessera.cache.spec import parse
+    from tessera.codecs.key_stats import load_stats
     from tessera.evaluation.layers_plot import plot_layers
     from tessera.evaluation.layers_table import layer_tables
     from tessera.evaluation.plot import pareto
@@ -85,6 +89,8 @@ def compare(
             raise ValueError(f"--out must be a folder, and {out} is a file")
         if memory is not None and len(names) > 1:
             raise ValueError(f"--memory was made for one model, and {len(names)} are given")
+        if stats is not None and len(names) > 1:
+            raise ValueError(f"--stats are of one model, and {len(names)} are given")
         if any(parse(spec).associative for spec in specs or ()) and memory is None and names == [None]:
             memory = demo_memory_path()
         content, name = evaluation.read_text(text or ())
@@ -110,6 +116,7 @@ def compare(
                     batch=batch,
                     skip=skip,
                     layers=layers,
+                    stats=None if stats is None else load_stats(stats),
                     text_name=name,
                     progress=progress,
                 )

@@ -30,6 +30,9 @@ def generate(
         Path | None,
         typer.Option(help="File of a Tensor Cache for a cache with tc.  [default: the demo model's, with the demo model]"),
     ] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="File of key statistics, see tessera stats.  [default: each text's own]")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token every time.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -81,7 +84,7 @@ def generate(
                 f"{asked} tokens of prompt and {max_new_tokens} new ones are more than the {source.context} that the "
                 "model was made for; shorten the prompt or lower --max-new-tokens"
             )
-        past = tessera.Cache(cache, source.model)
+        past = tessera.Cache(cache, source.model, stats=stats)
     set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:

@@ -32,10 +32,11 @@ from tessera.attachment import attachment
 from tessera.cache import Cache, CacheReport, Prefill
 from tessera.cache.config import read_config
 from tessera.cache.spec import parse
+from tessera.codecs.key_stats import KeyStats
 from tessera.evaluation.errors import standard_error
 from tessera.evaluation.first_token import SINK, first_token_weight, lacks_sinks, with_sinks
 from tessera.evaluation.layers import check_layers, measure_layers
-from tessera.evaluation.protocols import PROTOCOLS, filler, paper_spec
+from tessera.evaluation.protocols import PROTOCOLS, filler, new_cache, paper_spec
 from tessera.evaluation.records import Comparison, LayerRow, Pair, Row
 from tessera.evaluation.sources import Source, encode, windows
 
@@ -122,6 +123,7 @@ def compare(
     batch: int = 4,
     skip: int = 0,
     layers: bool = False,
+    stats: Sequence[KeyStats | None] | None = None,
     text_name: str = "text",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
@@ -139,6 +141,7 @@ def compare(
         batch: windows read at once.
         skip: tokens of the text that are left out before the first window.
         layers: also measure every layer by itself on the first window, see `tessera.evaluation.layers`.
+        stats: of the model's keys, for the caches that can use them; None: each learns its own.
         text_name: for the record.
         progress: called with (protocol, steps done, steps in all).
 
@@ -186,7 +189,7 @@ def compare(
         tallies = [_Tally(spec, filler=filler(spec, context) if protocol == "paper" else 0) for spec in plan]
         for group in groups:
             for tally in tallies:
-                tally.begin(None if tally.spec == "dense" else Cache(tally.spec, model, prefill=prefill))
+                tally.begin(None if tally.spec == "dense" else new_cache(tally.spec, model, prefill, stats))
             # With a memory attached, the model is itself only through a cache that leaves the memory out.
             plain = attachment(model) is None
             exact_cache = DynamicCache(config=model.config) if plain else Cache("dense", model)
@@ -212,7 +215,7 @@ def compare(
                 if progress is not None:
                     progress(f"{protocol}, layers", done, depth * len(plans))
 
-            found += measure_layers(model, ids[:1], plan, protocol, chunk, one_more)
+            found += measure_layers(model, ids[:1], plan, protocol, chunk, one_more, stats)
     dtype = str(model.dtype).removeprefix("torch.")
     return Comparison(
         source.name,

@@ -27,12 +27,12 @@ from torch import Tensor
 from tessera.attachment import attachment
 from tessera.attention import attention_forward, enable
 from tessera.attention.observed import Call, observed
-from tessera.cache import Cache
 from tessera.cache.config import read_config
 from tessera.cache.lane import Policy
 from tessera.cache.layer import TesseraLayer
 from tessera.cache.spec import parse
-from tessera.evaluation.protocols import filler
+from tessera.codecs.key_stats import KeyStats
+from tessera.evaluation.protocols import filler, new_cache
 from tessera.evaluation.records import LayerRow
 from tessera.kernels import Pages
 
@@ -67,6 +67,7 @@ def measure_layers(
     protocol: str,
     chunk: int,
     progress: Callable[[], None] | None = None,
+    stats: Sequence[KeyStats | None] | None = None,
 ) -> list[LayerRow]:
     """Measure specifications on every layer.
 
@@ -78,6 +79,7 @@ def measure_layers(
             quantised before it is read.
         chunk: tokens of a call in the streaming protocol.
         progress: called after each layer.
+        stats: see `compare`.
 
     Raises:
         ValueError: for a specification with "tc", or a model with a memory, which has no rows of weights over keys.
@@ -86,7 +88,7 @@ def measure_layers(
     packed = protocol == "paper"
     specs = [spec for spec in plan if spec != "dense"]
     sliding = [window for _, window in read_config(model.config)[1]]
-    caches = [Cache(spec, model, prefill="packed" if packed else "exact") for spec in specs]
+    caches = [new_cache(spec, model, "packed" if packed else "exact", stats) for spec in specs]
     found: dict[int, list[_Sums]] = {}
 
     def see(call: Call) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from tessera import codecs
+from tessera.cache import Cache, Prefill
 from tessera.cache.spec import BLOCK, Spec, parse
+from tessera.codecs.key_stats import KeyStats
 
 PROTOCOLS = ("streaming", "paper")
 
@@ -22,3 +28,9 @@ def filler(spec: str, tokens: int) -> int:
     """Tokens that must follow a window of `tokens` so that its last block is whole and quantised, in the paper protocol."""
     parsed = parse(spec)
     return 0 if parsed.codec is None else -max(0, tokens - parsed.sink) % BLOCK
+
+
+def new_cache(spec: str, model: Any, prefill: Prefill, stats: Sequence[KeyStats | None] | None) -> Cache:
+    """A cache for a model; statistics are left out where its codec has no use for them."""
+    codec = parse(spec).codec
+    return Cache(spec, model, prefill=prefill, stats=stats if codec is not None and codecs.get(codec).weighs else None)

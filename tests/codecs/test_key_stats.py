@@ -1,0 +1,193 @@
+"""Keys as queries see them: what is measured, what it is worth, and the files it is kept in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tessera import codecs
+from tessera.codecs.feedback import encode_with_feedback, feedback
+from tessera.codecs.key_stats import KeyStats, load_stats, save_stats
+from tessera.codecs.rotation import rotation
+
+
+def drawn(seed: int, batch: int = 1, heads: int = 2, tokens: int = 256, dim: int = 64) -> tuple[Tensor, Tensor]:
+    """Queries and keys (batch, heads, tokens, dim) with channels of different widths, those of keys about a mean of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, batch, heads, tokens, dim, generator=generator).unbind(0)
+    w, s = (1.2 * torch.randn(2, batch, heads, 1, dim, generator=generator)).exp().unbind(0)
+    return q * w, k * s + 3 * torch.randn(batch, heads, 1, dim, generator=generator) * s
+
+
+def coded(k: Tensor, stats: KeyStats | None, codec: codecs.Codec) -> Tensor:
+    """Keys as they are decoded."""
+    if stats is None:
+        return codec.decode(codec.encode(k, "key"))
+    packed = codec.encode(k * stats.widths.unsqueeze(2), "key", weights=stats.weights)
+    return codec.decode(packed) * stats.narrowing.unsqueeze(2)
+
+
+def score_error(q: Tensor, k: Tensor, found: Tensor) -> float:
+    """The mean square of the error of scores, over that of scores of keys less their mean."""
+    error, size = (q @ x.mT for x in (found - k, k - k.mean(2, keepdim=True)))
+    return float(error.square().mean() / size.square().mean())
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_scores_are_nearer_than_those_of_keys_as_they_came(bits: int) -> None:
+    codec = codecs.get(f"hqmq:{bits}")
+    for seed in range(3):
+        q, k = drawn(seed)
+        stats = KeyStats.measure(q[:, :, :128].square(), k[:, :, :128])
+        rest = q[:, :, 128:], k[:, :, 128:]
+        plain, seen = (score_error(*rest, coded(k, one, codec)[:, :, 128:]) for one in (None, stats))
+        assert seen < 0.5 * plain
+
+
+def test_steering_errors_and_widening_channels_are_each_worth_something() -> None:
+    codec = codecs.get("hqmq:4")
+    q, k = drawn(5)
+    stats = KeyStats.measure(q.square(), k)
+    whole = score_error(q, k, coded(k, stats, codec))
+    unsteered = codec.decode(codec.encode(k * stats.widths.unsqueeze(2), "key")) * stats.narrowing.unsqueeze(2)
+    assert whole < 0.9 * score_error(q, k, unsteered)
+    assert score_error(q, k, unsteered) < score_error(q, k, coded(k, None, codec))
+
+
+def test_a_rescaled_head_is_seen_as_the_same() -> None:
+    """Powers of two whose mean is one change no bit of what is coded; any other factors change the error by little."""
+    codec = codecs.get("hqmq:4")
+    q, k = drawn(1)
+    steps = torch.randint(-1, 2, (32,)).float()
+    factor = torch.exp2(torch.cat((steps, -steps)))
+    before, after = (KeyStats.measure((q / f).square(), k * f) for f in (torch.ones(64), factor))
+    assert torch.equal(before.sizes & 7, after.sizes & 7)
+    assert torch.equal(before.widths, after.widths * factor)
+    for name, one in codec.encode(k * before.widths.unsqueeze(2), "key", weights=before.weights).tensors.items():
+        other = codec.encode(k * factor * after.widths.unsqueeze(2), "key", weights=after.weights).tensors[name]
+        assert torch.equal(one, other)
+    error = score_error(q, k, coded(k, before, codec))
+    for seed in range(3):
+        factor = (1.2 * torch.randn(64, generator=torch.Generator().manual_seed(seed))).exp()
+        stats = KeyStats.measure((q / factor).square(), k * factor)
+        assert score_error(q / factor, k * factor, coded(k * factor, stats, codec)) == pytest.approx(error, rel=0.1)
+
+
+def test_pairs_of_a_rotary_embedding_are_given_the_same() -> None:
+    q, k = drawn(2, dim=16)
+    partner = [*range(8, 16), *range(8)]
+    sizes = KeyStats.measure(q.square(), k, partner).sizes
+    assert torch.equal(sizes[..., :8], sizes[..., 8:])
+    assert not torch.equal(KeyStats.measure(q.square(), k).sizes, sizes)
+    alone = KeyStats.measure(q.square(), k, range(16)).sizes
+    assert torch.equal(alone, KeyStats.measure(q.square(), k).sizes)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    q, k = drawn(3, batch=3, dim=32)
+    whole = KeyStats.measure(q.square(), k)
+    for row in range(3):
+        one = slice(row, row + 1)
+        assert torch.equal(whole.sizes[one], KeyStats.measure(q[one].square(), k[one]).sizes)
+    order = torch.tensor([2, 0, 0])
+    assert torch.equal(whole.select(order).sizes, whole.sizes[order])
+
+
+@pytest.mark.parametrize(
+    ("q", "k"),
+    [
+        (torch.zeros(1, 1, 128, 16), torch.zeros(1, 1, 128, 16)),
+        (torch.ones(1, 1, 128, 16), torch.full((1, 1, 128, 16), 1000.0)),
+        (torch.randn(1, 1, 128, 16) * 1e-20, torch.randn(1, 1, 128, 16) * 1e3),
+    ],
+)
+def test_degenerate_channels_leave_all_numbers_finite(q: Tensor, k: Tensor) -> None:
+    stats = KeyStats.measure(q.square(), k)
+    for x in (stats.widths, stats.narrowing, stats.weights):
+        assert x.isfinite().all()
+        assert (x > 0).all()
+    found = coded(k, stats, codecs.get("hqmq:4"))
+    assert (found - k).norm() <= 0.2 * k.norm()
+
+
+def test_feedback_is_the_block_factor_of_the_metric() -> None:
+    weights = torch.rand(2, 3, 32) + 0.01
+    turn = rotation(32)
+    lower = feedback(weights, turn)
+    metric = turn @ torch.diag_embed(weights) @ turn.T
+    unit = lower + torch.eye(32)
+    inverse = torch.linalg.inv(unit)
+    middle = inverse @ metric @ inverse.mT
+    chunk = torch.arange(32) // 4
+    assert middle[..., chunk[:, None] != chunk].abs().max() < 1e-5
+    assert (lower[..., chunk[:, None] <= chunk] == 0).all()
+    assert (feedback(torch.full((1, 32), 3.0), turn).abs() < 1e-5).all()
+
+
+def test_feedback_lowers_the_weighed_error_of_any_rounding() -> None:
+    """Codewords are the whole numbers, so that the nearest one is known."""
+    line = torch.arange(-8, 8).float()
+    codewords = torch.cartesian_prod(line, line, line, line)
+
+    def nearest(x: Tensor) -> Tensor:
+        digits = (x.round().clamp(-8, 7) + 8).long()
+        return (digits * torch.tensor([4096, 256, 16, 1])).sum(-1)
+
+    weights = torch.exp2(-torch.rand(1, 2, 16) * 8)
+    turn = rotation(16)
+    metric = turn @ torch.diag_embed(weights) @ turn.T
+    x = torch.randn(1, 2, 200, 16) * 2
+    errors = []
+    for lower in (torch.zeros(1, 2, 16, 16), feedback(weights, turn)):
+        codes = encode_with_feedback(x, lower, nearest, codewords)
+        e = codewords[codes.long()].flatten(-2) - x
+        errors.append(float((e @ metric * e).sum()))
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_codecs_without_use_for_weights_leave_them_out() -> None:
+    k = torch.randn(1, 2, 64, 32)
+    for spec in ("hqmq:4_nostats", "hqmq:4_norot", "kivi:4", "q4_0", "hqmq:s96_r4"):
+        codec = codecs.get(spec)
+        assert not codec.weighs
+        plain, told = (codec.encode(k, "key", weights=w).tensors for w in (None, torch.rand(1, 2, 32)))
+        assert all(torch.equal(plain[name], told[name]) for name in plain)
+    assert codecs.get("hqmq:k4v3").weighs
+    assert not codecs.get("(k=q8_0,v=hqmq:4)").weighs
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
+    q, k = drawn(4, dim=16)
+    stats = [KeyStats.measure(q.square(), k), None, KeyStats.measure(k.square(), q)]
+    save_stats(stats, tmp_path / "s")
+    found = load_stats(tmp_path / "s")
+    assert [None if one is None else one.sizes.tolist() for one in found] == [
+        None if one is None else one.sizes.tolist() for one in stats
+    ]
+
+
+def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    good = {"tessera_key_stats": "1", "layers": "1"}
+    sizes = torch.zeros(1, 2, 16, dtype=torch.uint8)
+    for name, tensors, header, match in (
+        ("other", {"0": sizes}, {}, "is no file of key statistics"),
+        ("later", {"0": sizes}, good | {"tessera_key_stats": "9"}, "its header says 9"),
+        ("more", {"0": sizes, "1": sizes.clone()}, good, "is damaged: 1 layers"),
+        ("count", {"0": sizes}, good | {"layers": "-1"}, "is damaged: -1 layers"),
+        ("huge", {"0": sizes}, good | {"layers": "9" * 30}, "is damaged"),
+        ("rows", {"0": sizes.expand(2, -1, -1).contiguous()}, good, "is damaged: layer 0 is torch.uint8 of shape"),
+        ("dtype", {"0": sizes.float()}, good, "is damaged: layer 0 is torch.float32"),
+    ):
+        save_file(tensors, tmp_path / name, header)
+        with pytest.raises(ValueError, match=match) as caught:
+            load_stats(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="is no file of key statistics"):
+        load_stats(tmp_path / "text")
+    with pytest.raises(FileNotFoundError):
+        load_stats(tmp_path / "absent")
