@@ -27,8 +27,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from tessera.evaluation.recall import config_of
-from tessera.evaluation.records import Comparison
-from tessera.evaluation.table import markdown, markdown_table, size
+from tessera.evaluation.records import Comparison, Row, load_all
+from tessera.evaluation.table import caption, markdown, markdown_table, size
 from tessera.files import atomic_path
 from tessera.training.recall import state_bytes
 
@@ -40,6 +40,22 @@ _BLOCK = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end -->)", re.DOTA
 def compare(name: str, protocol: str) -> str:
     """What `tessera compare --out docs/results/NAME` measured under one protocol."""
     return markdown(Comparison.load(RESULTS / name / "compare.json"), protocol)
+
+
+def real_models(protocol: str) -> str:
+    """SmolLM2 and, if it was measured in the same run, the same model with rescaled keys, side by side."""
+    first, *others = load_all(RESULTS / "real_models" / f"{protocol}.json")
+    head = ["cache", "bits", "perplexity", "KL", "top-1"] + ["rescaled: perplexity", "rescaled: KL"] * bool(others)
+    lines = []
+    for row in first.rows:
+        if row.spec != "dense":
+            cells = [f"`{row.spec}`", f"{row.codec_bits:.3f}", *_change(row), f"{row.top1:.1%}"]
+            lines.append(cells + [cell for other in others for r in other.rows if r.spec == row.spec for cell in _change(r)])
+    return caption(first) + "\n\n" + markdown_table(head, lines)
+
+
+def _change(row: Row) -> tuple[str, str]:
+    return f"{row.delta:+.2%} ± {row.delta_error:.2%}", f"{row.kl:.4f} ± {row.kl_error:.4f}"
 
 
 def codec_error(inputs: str, head_dim: str) -> str:
@@ -438,6 +454,7 @@ def training() -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
+    "real_models": real_models,
     "compare": compare,
     "capacity": capacity,
     "long-run": long_run,
