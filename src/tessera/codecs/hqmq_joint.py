@@ -31,7 +31,7 @@ from tessera.codecs.codebooks import JOINT_BITS, joint, joint_shape
 from tessera.codecs.rotation import rotation, rotation_factors
 from tessera.kernels import dispatch
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.nearest import CellIndex, build_index
+from tessera.kernels.nearest import Codewords
 from tessera.quaternion import UNITS
 
 #: Tokens that share the means of their key channels.
@@ -94,7 +94,7 @@ class JointHQMQ(Codec):
         # Vectors of zeros: any code does, and chunks near the origin are found slowly.
         live = scale > 0
         codes = torch.zeros(chunks.shape[:-1], dtype=torch.int32, device=x.device)
-        found = dispatch.nearest(chunks[live].reshape(-1, 4), _index(self.code_bits, x.device), joint(self.code_bits).codes)
+        found = dispatch.nearest(chunks[live].reshape(-1, 4), words_of(self.code_bits))
         codes[live] = found.view(-1, codes.shape[-1]).int()
         return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
 
@@ -148,6 +148,7 @@ def _codewords(code_bits: int, device: torch.device) -> Tensor:
 
 
 @cache
-def _index(code_bits: int, device: torch.device) -> CellIndex:
+def words_of(code_bits: int) -> Codewords:
+    """The joint codebook as the search for the nearest codeword takes it."""
     book = joint(code_bits)
-    return build_index(book.products.float() * book.step, book.conjugations).to(device)
+    return Codewords(book.products, book.step, book.conjugations, book.codes)

@@ -14,7 +14,7 @@ from tessera.kernels import cpu, reference, triton
 from tessera.kernels.cpu import grid as cpu_grid
 from tessera.kernels.grid import Gates, Steps
 from tessera.kernels.grid import advance as reference_advance
-from tessera.kernels.nearest import CellIndex
+from tessera.kernels.nearest import Codewords
 from tessera.kernels.nearest import nearest as reference_nearest
 from tessera.kernels.nearest_directions import nearest_directions as reference_nearest_directions
 from tessera.kernels.pages import Coded, Pages
@@ -137,27 +137,28 @@ _SEARCH = "the search for the nearest codeword"
 
 
 @without_autocast
-def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = None) -> Tensor:
+def nearest(x: Tensor, book: Codewords, backend: str | None = None) -> Tensor:
     """Codes of the nearest codewords: (n, 4) float32 -> (n,) integers.
 
     Args:
         x: chunks, finite.
-        index: of the codebook, on the same device.
-        codes: of all products, (24 S,) int64.
+        book: the codebook, on the CPU.
         backend: see `attend`.
+
+    Returns:
+        (n,). Where two codewords are equally near to within rounding, either.
     """
     name = chosen(backend)
     if name.startswith("cpu") and (cpu.MISSING is not None or x.device.type != "cpu"):
         raise ValueError(f"backend {name!r} cannot run: {cpu.MISSING or f'the chunks are on {x.device}'}")
     if name == "triton" and not _in_triton(name, x.device):
         raise ValueError(f"backend {name!r} cannot run: {triton.missing() or f'the chunks are on {x.device}'}")
-    if _in_triton(name, x.device):
-        return codes.to(x.device)[triton.nearest(x, index)]
-    if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
-        return cpu.nearest(x, index, codes)
+    if name != "reference" and name != "triton" and x.device.type == "cpu" and cpu.MISSING is None:
+        return cpu.nearest(x, book, name.partition(":")[2] or None)
     if name == "auto" and x.device.type == "cpu" and cpu.MISSING is not None:
         say_once(_SEARCH, cpu.MISSING)
-    return codes.to(x.device)[reference_nearest(x, index)]
+    search = triton.nearest if _in_triton(name, x.device) else reference_nearest
+    return book.codes.to(x.device)[search(x, book.index_on(x.device))]
 
 
 @without_autocast

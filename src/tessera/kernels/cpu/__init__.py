@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.nearest import ROOT, CellIndex, reduction_tables
+from tessera.kernels.nearest import Codewords, reduction_tables
 from tessera.kernels.pages import Coded, Format, Pages, strided
 from tessera.kernels.products import ProductFormat
 from tessera.kernels.reference import check_exact
@@ -257,20 +257,20 @@ def decode(packed: Coded, level: str | None = None) -> Tensor | None:
     return out
 
 
-def nearest(x: Tensor, index: CellIndex, codes: Tensor) -> Tensor:
-    """`tessera.kernels.nearest.nearest` in C++, and its result in the codebook's own numbers.
+def nearest(x: Tensor, book: Codewords, level: str | None = None) -> Tensor:
+    """`tessera.kernels.dispatch.nearest` in C++.
 
     Args:
         x: (n, 4) float32, finite.
-        index: of the codebook.
-        codes: of all products, (24 S,) int64.
+        book: the codebook.
+        level: see `attend`.
 
     Returns:
         (n,) int32.
     """
     x = x.contiguous()
     found = torch.empty(len(x), dtype=torch.int32, device="cpu")
-    _cpu.nearest(_index(index, codes), x.data_ptr(), len(x), found.data_ptr(), torch.get_num_threads())
+    _cpu.nearest(_index(book), level or levels()[-1], x.data_ptr(), len(x), found.data_ptr(), 0, torch.get_num_threads())
     return found
 
 
@@ -285,35 +285,14 @@ def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     return codes, projections
 
 
-_INDICES: WeakKeyDictionary[CellIndex, Any] = WeakKeyDictionary()
+_INDICES: WeakKeyDictionary[Codewords, Any] = WeakKeyDictionary()
 
 
-def _index(index: CellIndex, codes: Tensor) -> Any:
-    if index not in _INDICES:
-        _, count, points, numbers = index.lists()
-        words = torch.cat((index.words, index.words.square().sum(-1, keepdim=True) / 2), dim=1).T
-        product, inverse, turn_unit, rotation_unit, unit_rotation = reduction_tables()
-        _INDICES[index] = _cpu.Index(
-            index.dims.numpy(),
-            index.origin.numpy(),
-            index.roots.numpy(),
-            index.children.flatten().numpy(),
-            index.depth,
-            count.numpy(),
-            points.contiguous().numpy(),
-            numbers.numpy(),
-            ROOT,
-            index.radius,
-            index.conjugations,
-            words.contiguous().numpy(),
-            codes.int().numpy(),
-            product.flatten().numpy(),
-            inverse.numpy(),
-            turn_unit.numpy(),
-            rotation_unit.numpy(),
-            unit_rotation.numpy(),
-        )
-    return _INDICES[index]
+def _index(book: Codewords) -> Any:
+    if book not in _INDICES:
+        tables = [table.flatten().numpy() for table in reduction_tables()]
+        _INDICES[book] = _cpu.Index(book.products.numpy(), book.codes.int().numpy(), book.conjugations, book.step, *tables)
+    return _INDICES[book]
 
 
 def _book(form: Format, heads: int, layer: int) -> Any:

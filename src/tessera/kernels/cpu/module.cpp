@@ -191,48 +191,41 @@ void decode(const Codes& book, Table pages, const std::string& level, bool value
     decode_portable(p);
 }
 
-template <class T, class A>
-void fill(T* to, const A& from, size_t count, const char* what) {
+template <class T>
+void fill(T* to, const Longs& from, size_t count, const char* what) {
     if (from.size() != count) throw nb::value_error(what);
     std::copy(from.data(), from.data() + count, to);
 }
 
-template <class T, class A>
-void fill(std::vector<T>& to, const A& from) {
-    to.assign(from.data(), from.data() + from.size());
+void make_index(Index* self, Rows4I16 words, Ints codes, bool conjugations, float step, Longs product, Longs inverse, Longs turn_unit,
+                Longs rotation_unit, Longs unit_rotation) {
+    if (words.shape(0) % 24 || words.shape(0) != codes.shape(0)) throw nb::value_error("words and codes need 24 rows for each secondary");
+    Group group;
+    fill(&group.product[0][0], product, 576, "product");
+    fill(group.inverse, inverse, 24, "inverse");
+    fill(group.turn_unit, turn_unit, 12, "turn_unit");
+    fill(group.rotation_unit, rotation_unit, 12, "rotation_unit");
+    fill(group.unit_rotation, unit_rotation, 24, "unit_rotation");
+    nb::gil_scoped_release release;
+    new (self) Index(words.data(), codes.data(), int(words.shape(0) / 24), conjugations, step, group);
 }
 
-void make_index(Index* self, Longs dims, Longs origin, Ints roots, Ints children, int depth, Ints count, Square points, Ints codes,
-                float root, float radius, bool conjugations, Square words, Ints number, Longs product, Longs inverse,
-                Longs turn_unit, Longs rotation_unit, Longs unit_rotation) {
-    if (points.shape(1) != 5 || words.shape(0) != 5) throw nb::value_error("points and words need four components and a bias");
-    auto index = std::make_unique<Index>();
-    fill(index->dims, dims, 4, "dims");
-    fill(index->origin, origin, 4, "origin");
-    fill(index->roots, roots);
-    fill(index->children, children);
-    if (size_t(std::accumulate(count.data(), count.data() + count.size(), int64_t{0})) != codes.size() || codes.size() != points.shape(0))
-        throw nb::value_error("lists of another length than their candidates");
-    index->depth = depth;
-    index->set_lists(count.data(), int64_t(count.size()), points.data(), codes.data());
-    index->root = root, index->radius = radius, index->conjugations = conjugations;
-    for (int i = 0; i < 5; ++i) index->words[i].assign(words.data() + i * words.shape(1), words.data() + (i + 1) * words.shape(1));
-    index->set_turns();
-    fill(index->number, number);
-    fill(&index->product[0][0], product, 576, "product");
-    fill(index->inverse, inverse, 24, "inverse");
-    fill(index->turn_unit, turn_unit, 12, "turn_unit");
-    fill(index->rotation_unit, rotation_unit, 12, "rotation_unit");
-    fill(index->unit_rotation, unit_rotation, 24, "unit_rotation");
-    new (self) Index(std::move(*index));
+void search(const std::string& level, const Search& s) {
+#if defined(TESSERA_X86)
+    if (level == "avx512" && has(AVX512)) return nearest_avx512(s);
+    if (level == "avx2" && has(AVX2)) return nearest_avx2(s);
+#endif
+    nearest_portable(s);
 }
 
-void nearest(const Index& index, uintptr_t x, int64_t n, uintptr_t codes, int threads) {
+// Codes of n chunks (n, 4), and where `words` is not 0 their codewords (n, 4).
+void nearest(const Index& index, const std::string& level, uintptr_t x, int64_t n, uintptr_t codes, uintptr_t words, int threads) {
     nb::gil_scoped_release release;
     constexpr int64_t PART = 1024;
     Threads::get().run((n + PART - 1) / PART, threads, [&](int64_t part, int) {
         const int64_t begin = part * PART;
-        index.nearest(reinterpret_cast<const float*>(x) + 4 * begin, std::min(PART, n - begin), reinterpret_cast<int32_t*>(codes) + begin);
+        search(level, {&index, reinterpret_cast<const float*>(x) + 4 * begin, 4, 1, std::min(PART, n - begin),
+                       reinterpret_cast<int32_t*>(codes) + begin, words ? reinterpret_cast<float*>(words) + 4 * begin : nullptr});
     });
 }
 
@@ -353,7 +346,7 @@ NB_MODULE(_cpu, m) {
     m.def("merge", &merge);
     m.def("decode", &decode<Book>);
     m.def("decode", &decode<Products>);
-    nb::class_<Index>(m, "Index").def("__init__", &make_index);
+    nb::class_<Index>(m, "Index").def("__init__", &make_index).def("bytes", &Index::bytes, "Of the tables that the search reads.");
     m.def("nearest", &nearest);
     m.def("nearest_directions", &nearest_directions);
     m.def("advance", &advance);
