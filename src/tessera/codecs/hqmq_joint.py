@@ -90,13 +90,20 @@ class JointHQMQ(Codec):
         if self.rotate:
             x = x @ rotation(x.shape[-1], device=x.device).T
         scale = logscale.to_byte(x.square().mean(-1).sqrt())
-        chunks = to_chunks(x / logscale.from_byte(scale).clamp(min=1e-30).unsqueeze(-1))
+        codes = self._codes(x, logscale.from_byte(scale))
+        return {"codes": codes, "scale": scale, **tensors}
+
+    def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
+        book = words_of(self.code_bits)
+        packed = dispatch.pack_nearest(x, scale, book, self.code_bits)
+        if packed is not None:
+            return packed
+        chunks = to_chunks(x / scale.clamp(min=1e-30).unsqueeze(-1))
         # Vectors of zeros: any code does, and chunks near the origin are found slowly.
         live = scale > 0
         codes = torch.zeros(chunks.shape[:-1], dtype=torch.int32, device=x.device)
-        found = dispatch.nearest(chunks[live].reshape(-1, 4), words_of(self.code_bits))
-        codes[live] = found.view(-1, codes.shape[-1]).int()
-        return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
+        codes[live] = dispatch.nearest(chunks[live].reshape(-1, 4), book).view(-1, codes.shape[-1]).int()
+        return pack_bits(codes, self.code_bits)
 
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""

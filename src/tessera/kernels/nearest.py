@@ -128,8 +128,8 @@ class Codewords:
         products: (24 S, 4) int16, row s · 24 + p is q_p·q_s in units of `step`.
         step: what one integer is worth.
         conjugations: whether the codebook is closed under s -> u·s·ū; then s = base · 12 + rotation.
-        codes: (24 S,) int64, what each product is called: codes of one base are points times as many moves as there are, 32 with
-            conjugations, else 8, and which of them a product has is the same for all bases.
+        codes: (24 S,) int64, what each product is called: a point times the number of moves, 32 with conjugations and else 8,
+            plus a move; which of a base's points and which move a product has is the same for all bases.
     """
 
     products: Tensor

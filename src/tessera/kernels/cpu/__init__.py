@@ -8,13 +8,11 @@ from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.nearest import Codewords, reduction_tables
 from tessera.kernels.pages import Coded, Format, Pages, strided
 from tessera.kernels.products import ProductFormat
 from tessera.kernels.reference import check_exact
@@ -257,23 +255,6 @@ def decode(packed: Coded, level: str | None = None) -> Tensor | None:
     return out
 
 
-def nearest(x: Tensor, book: Codewords, level: str | None = None) -> Tensor:
-    """`tessera.kernels.dispatch.nearest` in C++.
-
-    Args:
-        x: (n, 4) float32, finite.
-        book: the codebook.
-        level: see `attend`.
-
-    Returns:
-        (n,) int32.
-    """
-    x = x.contiguous()
-    found = torch.empty(len(x), dtype=torch.int32, device="cpu")
-    _cpu.nearest(_index(book), level or levels()[-1], x.data_ptr(), len(x), found.data_ptr(), 0, torch.get_num_threads())
-    return found
-
-
 def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.nearest_directions` in C++."""
     batch, heads, tokens, n, _ = chunks.shape
@@ -283,16 +264,6 @@ def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     where = (codes.data_ptr(), projections.data_ptr(), torch.get_num_threads())
     _cpu.nearest_directions(turns.data_ptr(), len(turns), turns.shape[1], chunks.data_ptr(), batch * heads, tokens * n, *where)
     return codes, projections
-
-
-_INDICES: WeakKeyDictionary[Codewords, Any] = WeakKeyDictionary()
-
-
-def _index(book: Codewords) -> Any:
-    if book not in _INDICES:
-        tables = [table.flatten().numpy() for table in reduction_tables()]
-        _INDICES[book] = _cpu.Index(book.products.numpy(), book.codes.int().numpy(), book.conjugations, book.step, *tables)
-    return _INDICES[book]
 
 
 def _book(form: Format, heads: int, layer: int) -> Any:

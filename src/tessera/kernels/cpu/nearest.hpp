@@ -69,11 +69,40 @@ struct Search {
     float* word;         // placed as x; null: not wanted
 };
 
+// Vectors coded from the last chunk to the first: of chunk i what is coded is y_i less the sum over later chunks j of block (i, j)
+// of the matrix times the error of chunk j, which is what was decoded less y_j.
+struct Feedback {
+    const Index* index;
+    const float* y;       // (heads, vectors, dim)
+    const float* matrix;  // (heads, dim, dim), of which the blocks above the diagonal are read
+    int64_t vectors;
+    int dim;              // a multiple of four
+    int32_t* code;        // (heads, vectors, dim / 4)
+    static constexpr int64_t BLOCK = 64;  // vectors that are coded side by side
+};
+
 void nearest_portable(const Search& s);
+// BLOCK vectors of a head, or up to the last, from `begin` on.
+void feedback_portable(const Feedback& s, int64_t head, int64_t begin);
 #if defined(TESSERA_X86)
 void nearest_avx2(const Search& s);
 void nearest_avx512(const Search& s);
+void feedback_avx2(const Feedback& s, int64_t head, int64_t begin);
+void feedback_avx512(const Feedback& s, int64_t head, int64_t begin);
 #endif
+
+// Codes of the nearest codewords of vectors divided by their scales, packed: one vector after another from `begin` to `end`.
+struct VectorCodes {
+    const float* x;      // (vectors, dim); the last chunk is filled up with zeros
+    const float* scale;  // (vectors,); of a vector whose scale is not positive the codes are zero
+    int64_t dim;
+    int bits;
+    uint8_t* out;        // (vectors, bytes)
+};
+
+// Finds the nearest codewords, which is done by one of the functions above.
+using Nearest = void (*)(const Search& s);
+void vector_codes(const Index& index, Nearest nearest, const VectorCodes& s, int64_t begin, int64_t end);
 
 // The best product 24 s + p of n chunks (n, 4): the one of the largest projection less halves[s]; that projection, and it, are
 // given back. turns: (size, 4, 4), of x·conj(s), see kernels/nearest_directions.py.

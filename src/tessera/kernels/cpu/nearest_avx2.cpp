@@ -13,6 +13,8 @@
 #pragma GCC target("avx2,fma,bmi2")
 #define TESSERA_LANES 8
 #include "nearest_impl.hpp"
+#include "feedback.hpp"
 
 void tessera::nearest_avx2(const Search& s) { search(s); }
+void tessera::feedback_avx2(const Feedback& s, int64_t head, int64_t begin) { code_with_feedback(s, head, begin); }
 #pragma GCC pop_options

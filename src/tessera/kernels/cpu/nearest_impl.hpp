@@ -139,20 +139,20 @@ inline __attribute__((always_inline)) void read_cells(const Index& index, Block&
 
 inline IntLanes component(IntLanes bytes, int c) { return bytes << (24 - 8 * c) >> 24; }
 
-// The codeword found for z, brought back to x: (centre + bytes) turned, times the unit.
+// The codeword found for z, brought back to x: (centre + bytes) turned, times the unit. All of them are integers.
 inline __attribute__((always_inline)) void put_word(const Index& index, Block& b, int at, IntLanes bytes) {
     Lanes z[4];
-    for (int i = 0; i < 4; ++i) z[i] = floats(load(b.centre[i] + at) + component(bytes, i)) * index.step;
+    for (int i = 0; i < 4; ++i) z[i] = floats(load(b.centre[i] + at) + component(bytes, i));
     if (index.conjugations) {
         const IntLanes turn = load(b.turn + at), p = -(turn >> 1 & 1), q = -(turn & 1), twice = turn >= 8, once = (turn >= 4) & ~twice;
         const Lanes v1 = flipped(z[1], sign_of(p)), v2 = flipped(z[2], sign_of(q)), v3 = flipped(z[3], sign_of(p ^ q));
         z[1] = twice ? v2 : once ? v3 : v1, z[2] = twice ? v3 : once ? v1 : v2, z[3] = twice ? v1 : once ? v2 : v3;
     }
     const Lanes p0 = load(b.unit[0] + at), p1 = load(b.unit[1] + at), p2 = load(b.unit[2] + at), p3 = load(b.unit[3] + at);
-    store(b.word[0] + at, p0 * z[0] - p1 * z[1] - p2 * z[2] - p3 * z[3]);
-    store(b.word[1] + at, p0 * z[1] + p1 * z[0] + p2 * z[3] - p3 * z[2]);
-    store(b.word[2] + at, p0 * z[2] - p1 * z[3] + p2 * z[0] + p3 * z[1]);
-    store(b.word[3] + at, p0 * z[3] + p1 * z[2] - p2 * z[1] + p3 * z[0]);
+    store(b.word[0] + at, (p0 * z[0] - p1 * z[1] - p2 * z[2] - p3 * z[3]) * index.step);
+    store(b.word[1] + at, (p0 * z[1] + p1 * z[0] + p2 * z[3] - p3 * z[2]) * index.step);
+    store(b.word[2] + at, (p0 * z[2] - p1 * z[3] + p2 * z[0] + p3 * z[1]) * index.step);
+    store(b.word[3] + at, (p0 * z[3] + p1 * z[2] - p2 * z[1] + p3 * z[0]) * index.step);
 }
 
 // What a·base·b for z is for x: of the group's element a << 5 | b.
