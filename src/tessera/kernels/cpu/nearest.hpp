@@ -47,7 +47,10 @@ struct Index {
 
     std::vector<int16_t> words;      // (24 S, 4)
     std::vector<int32_t> names;      // of each product, base << 10 | a << 5 | b
-    std::vector<float> secondary[5]; // (S,) each: four components and half the squared length, in steps
+    // Of each secondary, shortest first, and up to a multiple of sixteen of none: four components, half the squared length, and the
+    // length, in steps; then its number.
+    std::vector<float> secondary[6];
+    std::vector<int32_t> secondary_number;
     // Where the secondaries are few enough to try them all: what turns a chunk for each of them, (S, 4, 4), and half the squared
     // length of each, in steps.
     std::vector<float> turns, halves;

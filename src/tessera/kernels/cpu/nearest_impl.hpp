@@ -233,22 +233,34 @@ inline int32_t best_listed(const Index& index, const Block& b, int j, int32_t fi
     return best.one();
 }
 
-// The number of the best product for chunk j: for each secondary the best unit has a closed form.
+// The number of the best product for chunk j: for each secondary the best unit has a closed form, and products that are longer
+// or shorter than the chunk by more than the distance to the best one so far need not be looked at.
 inline int32_t best_of_all(const Index& index, const Block& b, int j) {
     const float x0 = b.x[0][j] / index.step, x1 = b.x[1][j] / index.step, x2 = b.x[2][j] / index.step, x3 = b.x[3][j] / index.step;
+    const float square = x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, length = std::sqrt(square);
+    const float* lengths = index.secondary[5].data();
+    const int count = int(index.secondary[5].size());
+    int up = int(std::lower_bound(lengths, lengths + count, length) - lengths) / LANES * LANES, down = up - LANES;
     Best best;
-    for (size_t s = 0; s < index.secondary[0].size(); s += LANES) {
-        const Lanes w = load(&index.secondary[0][s]), u = load(&index.secondary[1][s]), v = load(&index.secondary[2][s]), t = load(&index.secondary[3][s]);
+    while (up < count || down >= 0) {
+        const float above = up < count ? lengths[up] - length : -LEAST, below = down >= 0 ? length - lengths[down + LANES - 1] : -LEAST;
+        const float gap = std::max(0.0f, std::min(above, below));
+        if (gap * gap > square - 2 * largest(best.score) + 1e-5f * square) break;
+        const bool rise = up < count && (down < 0 || !(above > below));
+        const int s = rise ? up : down;
+        if (rise) up += LANES;
+        else down -= LANES;
+        const Lanes w = load(&index.secondary[0][size_t(s)]), u = load(&index.secondary[1][size_t(s)]), v = load(&index.secondary[2][size_t(s)]), t = load(&index.secondary[3][size_t(s)]);
         const Lanes a0 = magnitude(w * x0 + u * x1 + v * x2 + t * x3), a1 = magnitude(w * x1 - u * x0 + v * x3 - t * x2);
         const Lanes a2 = magnitude(w * x2 - u * x3 - v * x0 + t * x1), a3 = magnitude(w * x3 + u * x2 - v * x1 - t * x0);
         const Lanes axis = larger(larger(a0, a1), larger(a2, a3)), half = (a0 + a1 + a2 + a3) * 0.5f;
-        best.take(larger(axis, half) - load(&index.secondary[4][s]), int32_t(s) + counting());
+        best.take(larger(axis, half) - load(&index.secondary[4][size_t(s)]), s + counting());
     }
     const size_t s = size_t(best.one());
     const float w = index.secondary[0][s], u = index.secondary[1][s], v = index.secondary[2][s], t = index.secondary[3][s];
     const int unit = tessera::nearest_unit(w * x0 + u * x1 + v * x2 + t * x3, w * x1 - u * x0 + v * x3 - t * x2,
                                            w * x2 - u * x3 - v * x0 + t * x1, w * x3 + u * x2 - v * x1 - t * x0).number;
-    return int32_t(24 * s) + unit;
+    return 24 * index.secondary_number[s] + unit;
 }
 
 // A chunk that has no short list.

@@ -248,24 +248,27 @@ Index::Index(const int16_t* from, const int32_t* numbers, int secondaries, bool 
     if (secondaries < 1 || (conj && secondaries % 12) || !(step > 0)) throw std::invalid_argument("no such codebook");
     set_group(group);
     set_orbits(group);
-    float most = 0;
+    std::vector<float> squares;
     for (size_t s = 0; s < size_t(secondaries); ++s) {
         const int16_t* w = &words[96 * s];  // unit 0 is 1
-        float square = 0;
-        for (size_t c = 0; c < 4; ++c) {
-            secondary[c].push_back(float(w[c]));
-            square += float(w[c]) * float(w[c]);
-        }
-        secondary[4].push_back(square / 2);
-        most = std::max(most, std::sqrt(square));
+        squares.push_back(float(w[0]) * w[0] + float(w[1]) * w[1] + float(w[2]) * w[2] + float(w[3]) * w[3]);
+        secondary_number.push_back(int32_t(s));
     }
-    for (auto& row : secondary) row.resize((row.size() + 15) / 16 * 16, &row == &secondary[4] ? std::numeric_limits<float>::infinity() : 0.0f);
+    std::stable_sort(secondary_number.begin(), secondary_number.end(), [&](int32_t a, int32_t b) { return squares[size_t(a)] < squares[size_t(b)]; });
+    for (int32_t s : secondary_number) {
+        for (size_t c = 0; c < 4; ++c) secondary[c].push_back(float(words[96 * size_t(s) + c]));
+        secondary[4].push_back(squares[size_t(s)] / 2);
+        secondary[5].push_back(std::sqrt(squares[size_t(s)]));
+    }
+    const float most = secondary[5].back();
+    for (size_t c = 0; c < 6; ++c) secondary[c].resize((secondary[c].size() + 15) / 16 * 16, c < 4 ? 0.0f : std::numeric_limits<float>::infinity());
+    secondary_number.resize(secondary[0].size(), 0);
     constexpr int FEW_SECONDARIES = 16;
     if (secondaries <= FEW_SECONDARIES) {
         for (size_t s = 0; s < size_t(secondaries); ++s) {
-            const float w = step * secondary[0][s], i = step * secondary[1][s], j = step * secondary[2][s], k = step * secondary[3][s];
+            const float w = step * words[96 * s], i = step * words[96 * s + 1], j = step * words[96 * s + 2], k = step * words[96 * s + 3];
             for (float entry : {w, i, j, k, -i, w, -k, j, -j, k, w, -i, -k, -j, i, w}) turns.push_back(entry);
-            halves.push_back(step * step * secondary[4][s]);
+            halves.push_back(step * step * squares[s] / 2);
         }
         edge = 1;
         std::fill(origin, origin + 4, 0), std::fill(dims, dims + 4, 0);
