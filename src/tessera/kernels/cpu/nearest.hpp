@@ -21,8 +21,7 @@ struct Group {
 
 struct Index {
     static constexpr int MOST = 3;    // halvings of a cube at the most
-    static constexpr int MANY = 16;   // candidates; longer lists are looked through one chunk at a time
-    static constexpr int COUNT = 8;  // bits of a list's length, which stand below its first place
+    static constexpr int COUNT = 5;  // bits of a list's length, less one; cells with more candidates have no list
 
     // words: (24 S, 4) integers, those of product 24 s + p; codes: (24 S,), of each product.
     Index(const int16_t* words, const int32_t* codes, int secondaries, bool conjugations, float step, const Group& group);
@@ -32,21 +31,19 @@ struct Index {
     int edge;                     // log2 of the smallest cells' edges, in steps
     int32_t origin[4], dims[4];   // the first cube along each axis, and their number
     std::vector<int32_t> cubes;   // first cell << 2 | halvings; cell 0 has no list
-    std::vector<int32_t> cells;   // first candidate << COUNT | number, which is 0 where a list would be too long
-    // Pairs: the four components less those of the cell's centre, as bytes, then base << 10 | a << 5 | b of the codeword a·base·b.
-    // Of a list longer than MANY: the product's number instead of the bytes.
+    std::vector<int32_t> cells;   // first candidate << COUNT | number less one; 0 where there is no list
+    // Pairs: the four components less those of the cell's centre, as bytes, then the name base << 10 | a << 5 | b of the codeword
+    // a·base·b, where a and b are units.
     std::vector<int32_t> candidates;
 
     // A chunk x = p·g·z·conj(g), where a·base·b was found for z: its codeword is (p·g·a)·base·(b·conj(g)).
     int32_t frames[24 * 12];   // p·g << 5 | conj(g), for each p and outcome of the reduction by rotations
     int32_t product[24 << 5];  // of the group
     int32_t orbit[24 << 5];    // of a << 5 | b: which of a base's codewords that is: row << 5 | move
-    int32_t unit_of[24 << 5];  // and 24 rotation + unit, so that its product is 24 (or 288) base + this
     std::vector<int32_t> rows; // code of move 0, for each base and row
-    int row_count, orbit_size;
+    int row_count;
 
     std::vector<int16_t> words;      // (24 S, 4)
-    std::vector<int32_t> names;      // of each product, base << 10 | a << 5 | b
     // Of each secondary, shortest first, and up to a multiple of sixteen of none: four components, half the squared length, and the
     // length, in steps; then its number.
     std::vector<float> secondary[6];
@@ -61,6 +58,7 @@ struct Index {
   private:
     void set_group(const Group& group);
     void set_orbits(const Group& group);
+    std::vector<int32_t> names(const Group& group) const;
 };
 
 // What is to be found: codes of chunks, and if wanted the codewords, in units of 1.

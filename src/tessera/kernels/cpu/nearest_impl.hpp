@@ -50,7 +50,7 @@ struct Block {
     alignas(64) float y[4][BLOCK];         // in steps, from the centre of their cells
     alignas(64) int32_t centre[4][BLOCK];
     alignas(64) int32_t cell[BLOCK];
-    alignas(64) int32_t first[BLOCK], last[BLOCK];  // candidates; where there is no short list, one that is of no account
+    alignas(64) int32_t first[BLOCK], last[BLOCK];  // candidates; the one at 0 is of no account and stands for no list
     alignas(64) int32_t code[BLOCK];
     alignas(64) float word[4][BLOCK];
 };
@@ -126,11 +126,9 @@ inline __attribute__((always_inline)) void locate(const Index& index, Block& b, 
 // Reads where their candidates are.
 inline __attribute__((always_inline)) void read_cells(const Index& index, Block& b, int at) {
     const IntLanes cell = gather<4>(index.cells.data(), load(b.cell + at));
-    const IntLanes count = cell & ((1 << Index::COUNT) - 1), good = (count > 0) & (count <= Index::MANY);
-    const IntLanes first = good & cell >> Index::COUNT;
-    store(b.cell + at, cell);
+    const IntLanes first = cell >> Index::COUNT;
     store(b.first + at, first);
-    store(b.last + at, first + (good & (count - 1)));
+    store(b.last + at, first + (cell & ((1 << Index::COUNT) - 1)));
     for (int j = 0; j < LANES; ++j) {
         __builtin_prefetch(&index.candidates[2 * size_t(b.first[at + j])]);
         __builtin_prefetch(&index.candidates[2 * size_t(b.last[at + j])]);
@@ -188,7 +186,7 @@ inline __attribute__((always_inline)) void choose(const Index& index, Block& b, 
     if constexpr (WORDS) put_word(index, b, at, gather<8>(candidates, where));
 }
 
-// The best of a list, or of all secondaries with their best units, as lanes keep it.
+// The best of secondaries with their best units, as lanes keep it.
 struct Best {
     Lanes score = Lanes{} + LEAST;
     IntLanes which = IntLanes{};
@@ -211,26 +209,6 @@ inline IntLanes counting() {
     IntLanes numbers;
     for (int j = 0; j < LANES; ++j) numbers[j] = j;
     return numbers;
-}
-
-// Chunk j's candidates, compared side by side; gives the place of the best.
-inline int32_t best_listed(const Index& index, const Block& b, int j, int32_t first, int32_t count) {
-    const int32_t* words = reinterpret_cast<const int32_t*>(index.words.data());
-    Best best;
-    for (int32_t k = 0; k < count; k += LANES) {
-        IntLanes place = first + k + counting();
-        place = place < first + count ? place : IntLanes{} + first;
-        const IntLanes product = gather<8>(index.candidates.data(), place);
-        const IntLanes low = gather<8>(words, product), high = gather<8>(words + 1, product);
-        const IntLanes w[4] = {low << 16 >> 16, low >> 16, high << 16 >> 16, high >> 16};
-        Lanes score = Lanes{};
-        for (int i = 0; i < 4; ++i) {
-            const Lanes d = floats(w[i] - b.centre[i][j]);
-            score += d * (b.y[i][j] - 0.5f * d);
-        }
-        best.take(score, place);
-    }
-    return best.one();
 }
 
 // The number of the best product for chunk j: for each secondary the best unit has a closed form, and products that are longer
@@ -263,19 +241,11 @@ inline int32_t best_of_all(const Index& index, const Block& b, int j) {
     return 24 * index.secondary_number[s] + unit;
 }
 
-// A chunk that has no short list.
+// A chunk that no list is for.
 inline void choose_slowly(const Index& index, Block& b, int j) {
-    const int32_t count = b.cell[j] & ((1 << Index::COUNT) - 1);
-    int32_t product;
-    if (count) {
-        const int32_t name = index.candidates[2 * size_t(best_listed(index, b, j, b.cell[j] >> Index::COUNT, count)) + 1], frame = b.frame[j];
-        const int32_t a = index.product[(frame & 0x3e0) | (name >> 5 & 31)], c = index.product[(name & 31) << 5 | (frame & 31)];
-        product = (name >> 10) * index.orbit_size + index.unit_of[a << 5 | c];
-    } else {
-        product = best_of_all(index, b, j);
-    }
-    b.code[j] = index.codes[size_t(product)];
-    for (size_t i = 0; i < 4; ++i) b.word[i][j] = float(index.words[4 * size_t(product) + i]) * index.step;
+    const size_t product = size_t(best_of_all(index, b, j));
+    b.code[j] = index.codes[product];
+    for (size_t i = 0; i < 4; ++i) b.word[i][j] = float(index.words[4 * product + i]) * index.step;
 }
 
 template <bool WORDS>
@@ -283,10 +253,8 @@ inline void search_block(const Index& index, Block& b, int count) {
     for (int at = 0; at < count; at += LANES) locate(index, b, at);
     for (int at = 0; at < count; at += LANES) read_cells(index, b, at);
     for (int at = 0; at < count; at += LANES) choose<WORDS>(index, b, at);
-    for (int j = 0; j < count; ++j) {
-        const int32_t candidates = b.cell[j] & ((1 << Index::COUNT) - 1);
-        if (candidates == 0 || candidates > Index::MANY) choose_slowly(index, b, j);
-    }
+    for (int j = 0; j < count; ++j)
+        if (b.first[j] == 0) choose_slowly(index, b, j);
 }
 
 // Where all secondaries are tried for every chunk.

@@ -68,7 +68,7 @@ TESSERA_CLONES void compare(Near& near, size_t n, size_t rival, float edge) {
 
 class Builder {
   public:
-    Builder(Index& index, float radius) : index_(index), radius_(radius) {}
+    Builder(Index& index, std::vector<int32_t> names, float radius) : index_(index), names_(std::move(names)), radius_(radius) {}
 
     void build() {
         const int top = 1 << (index_.edge + Index::MOST);
@@ -86,7 +86,7 @@ class Builder {
         // From few and large cubes to those of the grid.
         int size = top;
         while (size < radius_ / 2) size *= 2;
-        std::vector<int32_t> all(index_.names.size());
+        std::vector<int32_t> all(names_.size());
         for (size_t i = 0; i < all.size(); ++i) all[i] = int32_t(i);
         int begin[4], end[4];
         for (int i = 0; i < 4; ++i) {
@@ -214,28 +214,27 @@ class Builder {
         }
     }
 
-    // Appends a list; gives where it is.
+    // Appends a list, if it is short; gives where it is.
     int32_t put(const List& list, const int* centre) {
-        bool close = list.size() <= size_t{Index::MANY};
-        for (int32_t product : list)
-            for (int i = 0; i < 4; ++i) close = close && std::abs(index_.words[4 * size_t(product) + size_t(i)] - centre[i]) <= 127;
-        const size_t count = close ? list.size() : std::max(list.size(), size_t{Index::MANY + 1});
         const size_t first = index_.candidates.size() / 2;
-        if (count >= size_t{1} << Index::COUNT || first + count >= size_t{1} << (31 - Index::COUNT)) return 0;
-        for (size_t i = 0; i < count; ++i) {
-            const int32_t product = list[std::min(i, list.size() - 1)];
-            uint32_t bytes = uint32_t(product);
-            if (close) {
-                bytes = 0;
-                for (int c = 0; c < 4; ++c) bytes |= uint32_t(uint8_t(index_.words[4 * size_t(product) + size_t(c)] - centre[c])) << (8 * c);
+        if (list.size() > size_t{1} << Index::COUNT || first >= size_t{1} << (31 - Index::COUNT)) return 0;
+        std::vector<int32_t> pairs;
+        for (int32_t product : list) {
+            uint32_t bytes = 0;
+            for (size_t c = 0; c < 4; ++c) {
+                const int away = index_.words[4 * size_t(product) + c] - centre[c];
+                if (away < -128 || away > 127) return 0;
+                bytes |= uint32_t(uint8_t(away)) << (8 * c);
             }
-            index_.candidates.push_back(int32_t(bytes));
-            index_.candidates.push_back(index_.names[size_t(product)]);
+            pairs.push_back(int32_t(bytes));
+            pairs.push_back(names_[size_t(product)]);
         }
-        return int32_t(first << Index::COUNT | count);
+        index_.candidates.insert(index_.candidates.end(), pairs.begin(), pairs.end());
+        return int32_t(first << Index::COUNT | (list.size() - 1));
     }
 
     Index& index_;
+    const std::vector<int32_t> names_;
     const float radius_;
     Near near_;
     List order_;
@@ -276,7 +275,7 @@ Index::Index(const int16_t* from, const int32_t* numbers, int secondaries, bool 
     }
     edge = 1;
     while (float(1 << edge) * step * std::pow(24.0f * float(secondaries), 0.25f) < EDGE) ++edge;
-    Builder(*this, most * REACH).build();
+    Builder(*this, names(group), most * REACH).build();
 }
 
 void Index::set_group(const Group& group) {
@@ -287,19 +286,24 @@ void Index::set_group(const Group& group) {
         }
         for (int q = 0; q < 24; ++q) product[p << 5 | q] = group.product[p][q];
     }
-    names.resize(words.size() / 4);
+}
+
+// Of each product, base << 10 | a << 5 | b.
+std::vector<int32_t> Index::names(const Group& group) const {
+    std::vector<int32_t> names(words.size() / 4);
     for (size_t n = 0; n < names.size(); ++n) {
         const size_t s = n / 24, unit = n % 24;
         const int u = conjugations ? group.rotation_unit[s % 12] : 0;
         const size_t base = conjugations ? s / 12 : s;
         names[n] = int32_t(base) << 10 | group.product[unit][u] << 5 | group.inverse[u];
     }
+    return names;
 }
 
 void Index::set_orbits(const Group& group) {
     // The codes of a base's codewords fall into rows of as many as there are moves; which of the rows and which of the moves a
     // codeword has is the same for all bases.
-    orbit_size = conjugations ? 288 : 24;
+    const int orbit_size = conjugations ? 288 : 24;
     const int moves = conjugations ? 32 : 8;
     row_count = orbit_size / moves;
     std::vector<int32_t> row(static_cast<size_t>(orbit_size)), seen;
@@ -323,7 +327,6 @@ void Index::set_orbits(const Group& group) {
         for (int b = 0; b < 24; ++b) {
             const int rotation = conjugations ? group.unit_rotation[group.inverse[b]] : 0, unit = conjugations ? group.product[a][b] : a;
             const int e = 24 * rotation + unit;
-            unit_of[a << 5 | b] = e;
             orbit[a << 5 | b] = row[size_t(e)] << 5 | codes[size_t(e)] % moves;
         }
 }
