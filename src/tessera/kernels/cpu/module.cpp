@@ -290,10 +290,9 @@ void nearest_directions(uintptr_t turns, int64_t heads, int size, uintptr_t x, i
     nb::gil_scoped_release release;
     constexpr int64_t PART = 1024;
     const int64_t parts = (chunks + PART - 1) / PART;
-    const std::vector<float> halves(size_t(size), 0.0f);  // directions are of length 1: these do not matter
     Threads::get().run(lines * parts, threads, [&](int64_t task, int) {
         const int64_t line = task / parts, begin = task % parts * PART, at = line * chunks + begin;
-        nearest_product(reinterpret_cast<const float*>(turns) + line % heads * size * 16, halves.data(), size, reinterpret_cast<const float*>(x) + 4 * at,
+        nearest_product(reinterpret_cast<const float*>(turns) + line % heads * size * 16, size, reinterpret_cast<const float*>(x) + 4 * at,
                           std::min(PART, chunks - begin), reinterpret_cast<int32_t*>(codes) + at, reinterpret_cast<float*>(projections) + at);
     });
 }

@@ -27,6 +27,8 @@ struct Index {
     Index(const int16_t* words, const int32_t* codes, int secondaries, bool conjugations, float step, const Group& group);
 
     bool conjugations;
+    bool few;  // so few secondaries that all are tried, and there are no lists
+    int secondaries;
     float step;
     int edge;                     // log2 of the smallest cells' edges, in steps
     int32_t origin[4], dims[4];   // the first cube along each axis, and their number
@@ -48,9 +50,6 @@ struct Index {
     // length, in steps; then its number.
     std::vector<float> secondary[6];
     std::vector<int32_t> secondary_number;
-    // Where the secondaries are few enough to try them all: what turns a chunk for each of them, (S, 4, 4), and half the squared
-    // length of each, in steps.
-    std::vector<float> turns, halves;
     std::vector<int32_t> codes;      // of each product
 
     int64_t bytes() const;
@@ -105,8 +104,8 @@ struct VectorCodes {
 using Nearest = void (*)(const Search& s);
 void vector_codes(const Index& index, Nearest nearest, const VectorCodes& s, int64_t begin, int64_t end);
 
-// The best product 24 s + p of n chunks (n, 4): the one of the largest projection less halves[s]; that projection, and it, are
-// given back. turns: (size, 4, 4), of x·conj(s), see kernels/nearest_directions.py.
-void nearest_product(const float* turns, const float* halves, int size, const float* x, int64_t n, int32_t* code, float* projection);
+// The best product 24 s + p of n chunks (n, 4): the one of the largest projection; that projection, and it, are given back.
+// turns: (size, 4, 4), of x·conj(s), see kernels/nearest_directions.py.
+void nearest_product(const float* turns, int size, const float* x, int64_t n, int32_t* code, float* projection);
 
 }  // namespace tessera

@@ -55,10 +55,14 @@ struct Block {
     alignas(64) float word[4][BLOCK];
 };
 
-// Finds the cells of LANES chunks from `at` on.
-inline __attribute__((always_inline)) void locate(const Index& index, Block& b, int at) {
-    const Lanes x0 = load(b.x[0] + at), x1 = load(b.x[1] + at), x2 = load(b.x[2] + at), x3 = load(b.x[3] + at);
-    // Divided by the nearest unit, see unit.hpp.
+struct Units {
+    Lanes p[4];
+    IntLanes number;
+};
+
+// The nearest units, see unit.hpp.
+inline __attribute__((always_inline)) Units nearest_units(Lanes x0, Lanes x1, Lanes x2, Lanes x3) {
+    Units near;
     const Lanes a0 = magnitude(x0), a1 = magnitude(x1), a2 = magnitude(x2), a3 = magnitude(x3);
     const IntLanes n0 = x0 < 0.0f, n1 = x1 < 0.0f, n2 = x2 < 0.0f, n3 = x3 < 0.0f;
     Lanes most = a0;
@@ -69,12 +73,20 @@ inline __attribute__((always_inline)) void locate(const Index& index, Block& b, 
     const IntLanes halves = (a0 + a1 + a2 + a3) * 0.5f > most;
     const Lanes one = Lanes{} + 1.0f, half = Lanes{} + 0.5f;
     const IntLanes m0 = axis == 0, m1 = axis == 1, m2 = axis == 2, m3 = axis == 3;
-    const Lanes p0 = flipped(halves ? half : Lanes(m0 & IntLanes(one)), sign_of(n0));
-    const Lanes p1 = flipped(halves ? half : Lanes(m1 & IntLanes(one)), sign_of(n1));
-    const Lanes p2 = flipped(halves ? half : Lanes(m2 & IntLanes(one)), sign_of(n2));
-    const Lanes p3 = flipped(halves ? half : Lanes(m3 & IntLanes(one)), sign_of(n3));
+    near.p[0] = flipped(halves ? half : Lanes(m0 & IntLanes(one)), sign_of(n0));
+    near.p[1] = flipped(halves ? half : Lanes(m1 & IntLanes(one)), sign_of(n1));
+    near.p[2] = flipped(halves ? half : Lanes(m2 & IntLanes(one)), sign_of(n2));
+    near.p[3] = flipped(halves ? half : Lanes(m3 & IntLanes(one)), sign_of(n3));
     const IntLanes negative = (m0 & n0) | (m1 & n1) | (m2 & n2) | (m3 & n3);
-    const IntLanes number = halves ? 8 + (n0 & 8) + (n1 & 4) + (n2 & 2) + (n3 & 1) : 2 * axis - negative;
+    near.number = halves ? 8 + (n0 & 8) + (n1 & 4) + (n2 & 2) + (n3 & 1) : 2 * axis - negative;
+    return near;
+}
+
+// Finds the cells of LANES chunks from `at` on.
+inline __attribute__((always_inline)) void locate(const Index& index, Block& b, int at) {
+    const Lanes x0 = load(b.x[0] + at), x1 = load(b.x[1] + at), x2 = load(b.x[2] + at), x3 = load(b.x[3] + at);
+    const Units near = nearest_units(x0, x1, x2, x3);
+    const Lanes p0 = near.p[0], p1 = near.p[1], p2 = near.p[2], p3 = near.p[3];
     Lanes z0 = p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3;
     Lanes z1 = p0 * x1 - p1 * x0 - p2 * x3 + p3 * x2;
     Lanes z2 = p0 * x2 + p1 * x3 - p2 * x0 - p3 * x1;
@@ -91,7 +103,7 @@ inline __attribute__((always_inline)) void locate(const Index& index, Block& b, 
     }
     store(b.unit[0] + at, p0), store(b.unit[1] + at, p1), store(b.unit[2] + at, p2), store(b.unit[3] + at, p3);
     store(b.turn + at, turn);
-    store(b.frame + at, gather<4>(index.frames, 12 * number + turn));
+    store(b.frame + at, gather<4>(index.frames, 12 * near.number + turn));
 
     const Lanes inverse = Lanes{} + 1.0f / index.step;
     const Lanes z[4] = {z0 * inverse, z1 * inverse, z2 * inverse, z3 * inverse};
@@ -173,7 +185,8 @@ inline __attribute__((always_inline)) void choose(const Index& index, Block& b, 
     for (int i = 0; i <= longest; ++i, ++k) {
         const IntLanes place = k < last ? k : last;
         const IntLanes bytes = gather<8>(candidates, place);
-        const Lanes d0 = floats(component(bytes, 0)), d1 = floats(component(bytes, 1)), d2 = floats(component(bytes, 2)), d3 = floats(component(bytes, 3));
+        const Lanes d0 = floats(component(bytes, 0)), d1 = floats(component(bytes, 1));
+        const Lanes d2 = floats(component(bytes, 2)), d3 = floats(component(bytes, 3));
         // |y|² - |y - d|², by half.
         const Lanes score = d0 * (y0 - 0.5f * d0) + d1 * (y1 - 0.5f * d1) + (d2 * (y2 - 0.5f * d2) + d3 * (y3 - 0.5f * d3));
         const IntLanes better = score > best;
@@ -191,10 +204,12 @@ struct Best {
     Lanes score = Lanes{} + LEAST;
     IntLanes which = IntLanes{};
 
-    void take(Lanes other, IntLanes number) {
+    // Gives where the other is better.
+    IntLanes take(Lanes other, IntLanes number) {
         const IntLanes better = other > score;
         score = better ? other : score;
         which = better ? number : which;
+        return better;
     }
 
     int32_t one() const {
@@ -209,6 +224,12 @@ inline IntLanes counting() {
     IntLanes numbers;
     for (int j = 0; j < LANES; ++j) numbers[j] = j;
     return numbers;
+}
+
+// The largest inner product with any unit: of those with one component, or with halves.
+inline Lanes projection(const Lanes (&y)[4]) {
+    const Lanes a0 = magnitude(y[0]), a1 = magnitude(y[1]), a2 = magnitude(y[2]), a3 = magnitude(y[3]);
+    return larger(larger(larger(a0, a1), larger(a2, a3)), (a0 + a1 + a2 + a3) * 0.5f);
 }
 
 // The number of the best product for chunk j: for each secondary the best unit has a closed form, and products that are longer
@@ -228,11 +249,11 @@ inline int32_t best_of_all(const Index& index, const Block& b, int j) {
         const int s = rise ? up : down;
         if (rise) up += LANES;
         else down -= LANES;
-        const Lanes w = load(&index.secondary[0][size_t(s)]), u = load(&index.secondary[1][size_t(s)]), v = load(&index.secondary[2][size_t(s)]), t = load(&index.secondary[3][size_t(s)]);
-        const Lanes a0 = magnitude(w * x0 + u * x1 + v * x2 + t * x3), a1 = magnitude(w * x1 - u * x0 + v * x3 - t * x2);
-        const Lanes a2 = magnitude(w * x2 - u * x3 - v * x0 + t * x1), a3 = magnitude(w * x3 + u * x2 - v * x1 - t * x0);
-        const Lanes axis = larger(larger(a0, a1), larger(a2, a3)), half = (a0 + a1 + a2 + a3) * 0.5f;
-        best.take(larger(axis, half) - load(&index.secondary[4][size_t(s)]), s + counting());
+        const Lanes w = load(index.secondary[0].data() + s), u = load(index.secondary[1].data() + s);
+        const Lanes v = load(index.secondary[2].data() + s), t = load(index.secondary[3].data() + s);
+        const Lanes y[4] = {w * x0 + u * x1 + v * x2 + t * x3, w * x1 - u * x0 + v * x3 - t * x2, w * x2 - u * x3 - v * x0 + t * x1,
+                            w * x3 + u * x2 - v * x1 - t * x0};
+        best.take(projection(y) - load(&index.secondary[4][size_t(s)]), s + counting());
     }
     const size_t s = size_t(best.one());
     const float w = index.secondary[0][s], u = index.secondary[1][s], v = index.secondary[2][s], t = index.secondary[3][s];
@@ -241,33 +262,58 @@ inline int32_t best_of_all(const Index& index, const Block& b, int j) {
     return 24 * index.secondary_number[s] + unit;
 }
 
-// A chunk that no list is for.
-inline void choose_slowly(const Index& index, Block& b, int j) {
-    const size_t product = size_t(best_of_all(index, b, j));
-    b.code[j] = index.codes[product];
-    for (size_t i = 0; i < 4; ++i) b.word[i][j] = float(index.words[4 * product + i]) * index.step;
+// LANES chunks from `at` on, for each of which all secondaries are tried.
+template <bool WORDS>
+inline __attribute__((always_inline)) void try_all(const Index& index, Block& b, int at) {
+    const Lanes inverse = Lanes{} + 1.0f / index.step;
+    const Lanes x0 = load(b.x[0] + at) * inverse, x1 = load(b.x[1] + at) * inverse;
+    const Lanes x2 = load(b.x[2] + at) * inverse, x3 = load(b.x[3] + at) * inverse;
+    Best best;
+    Lanes turned[4] = {};
+    for (size_t s = 0; s < size_t(index.secondaries); ++s) {
+        const float w = index.secondary[0][s], u = index.secondary[1][s], v = index.secondary[2][s], t = index.secondary[3][s];
+        const Lanes y[4] = {w * x0 + u * x1 + v * x2 + t * x3, w * x1 - u * x0 + v * x3 - t * x2, w * x2 - u * x3 - v * x0 + t * x1,
+                            w * x3 + u * x2 - v * x1 - t * x0};
+        const IntLanes better = best.take(projection(y) - index.secondary[4][s], IntLanes{} + index.secondary_number[s]);
+        for (int i = 0; i < 4; ++i) turned[i] = better ? y[i] : turned[i];
+    }
+    const IntLanes product = 24 * best.which + nearest_units(turned[0], turned[1], turned[2], turned[3]).number;
+    store(b.code + at, gather<4>(index.codes.data(), product));
+    if constexpr (WORDS) {
+        const int32_t* words = reinterpret_cast<const int32_t*>(index.words.data());
+        const IntLanes low = gather<8>(words, product), high = gather<8>(words + 1, product);
+        store(b.word[0] + at, floats(low << 16 >> 16) * index.step), store(b.word[1] + at, floats(low >> 16) * index.step);
+        store(b.word[2] + at, floats(high << 16 >> 16) * index.step), store(b.word[3] + at, floats(high >> 16) * index.step);
+    }
 }
 
 template <bool WORDS>
 inline void search_block(const Index& index, Block& b, int count) {
+    if (index.few) {
+        for (int at = 0; at < count; at += LANES) try_all<WORDS>(index, b, at);
+        return;
+    }
     for (int at = 0; at < count; at += LANES) locate(index, b, at);
     for (int at = 0; at < count; at += LANES) read_cells(index, b, at);
     for (int at = 0; at < count; at += LANES) choose<WORDS>(index, b, at);
-    for (int j = 0; j < count; ++j)
-        if (b.first[j] == 0) choose_slowly(index, b, j);
+    for (int j = 0; j < count; ++j) {
+        if (b.first[j] != 0) continue;
+        // There is no list for it.
+        const size_t product = size_t(best_of_all(index, b, j));
+        b.code[j] = index.codes[product];
+        for (size_t i = 0; i < 4; ++i) b.word[i][j] = float(index.words[4 * product + i]) * index.step;
+    }
 }
 
-// Where all secondaries are tried for every chunk.
-inline void search_few(const Index& index, Block& b, int count) {
-    float x[4 * BLOCK], projection[BLOCK];
-    for (int j = 0; j < count; ++j)
-        for (int i = 0; i < 4; ++i) x[4 * j + i] = b.x[i][j];
-    tessera::nearest_product(index.turns.data(), index.halves.data(), int(index.halves.size()), x, count, b.code, projection);
-    for (int j = 0; j < count; ++j) {
-        const size_t product = size_t(b.code[j]);
-        for (size_t i = 0; i < 4; ++i) b.word[i][j] = float(index.words[4 * product + i]) * index.step;
-        b.code[j] = index.codes[product];
+// Puts chunks side by side, component by component.
+inline void read_chunks(const float* x, int64_t chunk, int64_t component, int count, float (&to)[4][BLOCK]) {
+    if (count == BLOCK && chunk == 4 && component == 1) {  // strides that the compiler knows
+        for (int j = 0; j < BLOCK; ++j)
+            for (int i = 0; i < 4; ++i) to[i][j] = x[4 * j + i];
+        return;
     }
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < count; ++j) to[i][j] = x[j * chunk + i * component];
 }
 
 inline void search(const Search& s) {
@@ -276,10 +322,8 @@ inline void search(const Search& s) {
     for (int64_t begin = 0; begin < s.count; begin += BLOCK) {
         const int count = int(std::min<int64_t>(BLOCK, s.count - begin));
         const float* x = s.x + begin * s.chunk;
-        for (int i = 0; i < 4; ++i)
-            for (int j = 0; j < count; ++j) b.x[i][j] = x[j * s.chunk + i * s.component];
-        if (!s.index->turns.empty()) search_few(*s.index, b, count);
-        else if (s.word) search_block<true>(*s.index, b, count);
+        read_chunks(x, s.chunk, s.component, count, b.x);
+        if (s.word) search_block<true>(*s.index, b, count);
         else search_block<false>(*s.index, b, count);
         std::memcpy(s.code + begin, b.code, sizeof(int32_t) * size_t(count));
         if (!s.word) continue;

@@ -128,9 +128,9 @@ class Builder {
         const int32_t centre[4] = {low[0] + size / 2, low[1] + size / 2, low[2] + size / 2, low[3] + size / 2};
         size_t n = list.size();
         near_.resize(n);
-        const float edge = float(size) + 2 * MARGIN, least = std::sqrt(measure(index_.words.data(), list.data(), n, centre, near_)) + 2 * edge;
+        const float edge = float(size) + 2 * MARGIN, least = std::sqrt(measure(index_.words.data(), list.data(), n, centre, near_));
         // No farther from the whole cube than the best is at its worst; half the cube's diagonal is its edge.
-        const float limit = least * least * 1.0001f;
+        const float farthest = least + 2 * edge, limit = farthest * farthest * 1.0001f;
         size_t kept = 0;
         for (size_t i = 0; i < n; ++i) {
             if (near_.square[i] > limit) continue;
@@ -160,7 +160,8 @@ class Builder {
         if (size == top) return finish(low, std::move(kept));
         const int half = size / 2;
         for (int part = 0; part < 16; ++part) {
-            const int corner[4] = {low[0] + (part >> 3 & 1) * half, low[1] + (part >> 2 & 1) * half, low[2] + (part >> 1 & 1) * half, low[3] + (part & 1) * half};
+            int corner[4];
+            for (int i = 0; i < 4; ++i) corner[i] = low[i] + (part >> (3 - i) & 1) * half;
             descend(corner, half, kept);
         }
     }
@@ -242,8 +243,9 @@ class Builder {
 
 }  // namespace
 
-Index::Index(const int16_t* from, const int32_t* numbers, int secondaries, bool conj, float step, const Group& group)
-    : conjugations(conj), step(step), words(from, from + 96 * size_t(secondaries)), codes(numbers, numbers + 24 * size_t(secondaries)) {
+Index::Index(const int16_t* from, const int32_t* numbers, int size, bool conj, float step, const Group& group)
+    : conjugations(conj), few(size <= 16), secondaries(size), step(step), words(from, from + 96 * size_t(size)),
+      codes(numbers, numbers + 24 * size_t(size)) {
     if (secondaries < 1 || (conj && secondaries % 12) || !(step > 0)) throw std::invalid_argument("no such codebook");
     set_group(group);
     set_orbits(group);
@@ -253,27 +255,20 @@ Index::Index(const int16_t* from, const int32_t* numbers, int secondaries, bool 
         squares.push_back(float(w[0]) * w[0] + float(w[1]) * w[1] + float(w[2]) * w[2] + float(w[3]) * w[3]);
         secondary_number.push_back(int32_t(s));
     }
-    std::stable_sort(secondary_number.begin(), secondary_number.end(), [&](int32_t a, int32_t b) { return squares[size_t(a)] < squares[size_t(b)]; });
+    const auto shorter = [&](int32_t a, int32_t b) { return squares[size_t(a)] < squares[size_t(b)]; };
+    std::stable_sort(secondary_number.begin(), secondary_number.end(), shorter);
     for (int32_t s : secondary_number) {
         for (size_t c = 0; c < 4; ++c) secondary[c].push_back(float(words[96 * size_t(s) + c]));
         secondary[4].push_back(squares[size_t(s)] / 2);
         secondary[5].push_back(std::sqrt(squares[size_t(s)]));
     }
     const float most = secondary[5].back();
-    for (size_t c = 0; c < 6; ++c) secondary[c].resize((secondary[c].size() + 15) / 16 * 16, c < 4 ? 0.0f : std::numeric_limits<float>::infinity());
-    secondary_number.resize(secondary[0].size(), 0);
-    constexpr int FEW_SECONDARIES = 16;
-    if (secondaries <= FEW_SECONDARIES) {
-        for (size_t s = 0; s < size_t(secondaries); ++s) {
-            const float w = step * words[96 * s], i = step * words[96 * s + 1], j = step * words[96 * s + 2], k = step * words[96 * s + 3];
-            for (float entry : {w, i, j, k, -i, w, -k, j, -j, k, w, -i, -k, -j, i, w}) turns.push_back(entry);
-            halves.push_back(step * step * squares[s] / 2);
-        }
-        edge = 1;
-        std::fill(origin, origin + 4, 0), std::fill(dims, dims + 4, 0);
-        return;
-    }
+    const size_t whole = (size_t(size) + 15) / 16 * 16;
+    for (size_t c = 0; c < 6; ++c) secondary[c].resize(whole, c < 4 ? 0.0f : std::numeric_limits<float>::infinity());
+    secondary_number.resize(whole, 0);
     edge = 1;
+    std::fill(origin, origin + 4, 0), std::fill(dims, dims + 4, 0);
+    if (few) return;
     while (float(1 << edge) * step * std::pow(24.0f * float(secondaries), 0.25f) < EDGE) ++edge;
     Builder(*this, names(group), most * REACH).build();
 }
@@ -314,15 +309,12 @@ void Index::set_orbits(const Group& group) {
         if (found == seen.end()) seen.push_back(start);
     }
     if (int(seen.size()) != row_count) throw std::invalid_argument("codes that are no points and moves");
-    const size_t bases = codes.size() / size_t(orbit_size);
-    rows.assign(bases * size_t(row_count), 0);
-    for (size_t b = 0; b < bases; ++b)
-        for (int e = 0; e < orbit_size; ++e) rows[b * size_t(row_count) + size_t(row[size_t(e)])] = codes[b * size_t(orbit_size) + size_t(e)] / moves * moves;
-    for (size_t n = 0; n < codes.size(); ++n) {
-        const size_t e = n % size_t(orbit_size);
-        if (codes[n] != rows[n / size_t(orbit_size) * size_t(row_count) + size_t(row[e])] + codes[e] % moves)
+    const size_t size = size_t(orbit_size), count = size_t(row_count);
+    rows.assign(codes.size() / size * count, 0);
+    for (size_t n = 0; n < codes.size(); ++n) rows[n / size * count + size_t(row[n % size])] = codes[n] / moves * moves;
+    for (size_t n = 0; n < codes.size(); ++n)
+        if (codes[n] != rows[n / size * count + size_t(row[n % size])] + codes[n % size] % moves)
             throw std::invalid_argument("codes that are no points and moves");
-    }
     for (int a = 0; a < 24; ++a)
         for (int b = 0; b < 24; ++b) {
             const int rotation = conjugations ? group.unit_rotation[group.inverse[b]] : 0, unit = conjugations ? group.product[a][b] : a;
