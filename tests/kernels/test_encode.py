@@ -108,7 +108,7 @@ def test_every_chunk_is_coded_nearest_to_what_the_errors_ask_for(
     y, feedback = feedback_inputs(heads, vectors, dim)
     codes = dispatch.encode_feedback(y, feedback, words_of(bits), backend=f"cpu:{level}").long()
     assert codes.shape == (heads, vectors, dim // 4)
-    # A code that is other for rounding changes all that come after it: so the targets that follow from these codes are looked at.
+    # A code that is other for rounding changes all that come after it: the targets that follow from these codes are looked at.
     book = joint(bits)
     words = book.codewords.double() * book.step
     error = words[codes].flatten(2) - y.double()

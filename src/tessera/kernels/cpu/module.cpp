@@ -400,7 +400,7 @@ NB_MODULE(_cpu, m) {
     m.def("merge", &merge);
     m.def("decode", &decode<Book>);
     m.def("decode", &decode<Products>);
-    nb::class_<Index>(m, "Index").def("__init__", &make_index).def("bytes", &Index::bytes, "Of the tables that the search reads.");
+    nb::class_<Index>(m, "Index").def("__init__", &make_index);
     m.def("nearest", &nearest);
     m.def("pack_nearest", &pack_nearest);
     m.def("encode_feedback", &encode_feedback);

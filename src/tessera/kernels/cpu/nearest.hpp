@@ -3,7 +3,7 @@
 // A chunk is turned by an element of the group, which permutes codewords, into a region of space that is 1/24 or 1/288 of it, see
 // kernels/nearest.py. The region is cut into cubes, whose edges are powers of two of the codebook's step; of each the cube's cells
 // are halved as often as pays. A cell lists the codewords that are nearest for any of its points, as bytes relative to its centre,
-// so that one gather fetches one candidate for every lane.
+// so that one load fetches a candidate.
 #pragma once
 
 #include <cstdint>
@@ -51,8 +51,6 @@ struct Index {
     std::vector<float> secondary[6];
     std::vector<int32_t> secondary_number;
     std::vector<int32_t> codes;      // of each product
-
-    int64_t bytes() const;
 
   private:
     void set_group(const Group& group);

@@ -1,6 +1,4 @@
 // Only what stands between the pragmas is compiled for AVX2; see attend_avx512.cpp.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -14,18 +14,12 @@ using tessera::Search;
 constexpr int BLOCK = 64;
 constexpr float LEAST = -std::numeric_limits<float>::infinity();
 
-// Numbers at from[SCALE / 4 * at], one for each lane.
-template <int SCALE>
+// Numbers at from[STRIDE * at], one for each lane. Loads of their own: processors' instructions for it take longer.
+template <int STRIDE>
 inline IntLanes gather(const int32_t* from, IntLanes at) {
-#if TESSERA_LANES == 16 && defined(__AVX512F__)
-    return IntLanes(_mm512_i32gather_epi32(__m512i(at), from, SCALE));
-#elif TESSERA_LANES == 8 && defined(__AVX2__)
-    return IntLanes(_mm256_i32gather_epi32(from, __m256i(at), SCALE));
-#else
     IntLanes found;
-    for (int j = 0; j < LANES; ++j) found[j] = from[at[j] * (SCALE / 4)];
+    for (int j = 0; j < LANES; ++j) found[j] = from[at[j] * STRIDE];
     return found;
-#endif
 }
 
 inline Lanes floats(IntLanes x) { return __builtin_convertvector(x, Lanes); }
@@ -103,7 +97,7 @@ inline __attribute__((always_inline)) void locate(const Index& index, Block& b, 
     }
     store(b.unit[0] + at, p0), store(b.unit[1] + at, p1), store(b.unit[2] + at, p2), store(b.unit[3] + at, p3);
     store(b.turn + at, turn);
-    store(b.frame + at, gather<4>(index.frames, 12 * near.number + turn));
+    store(b.frame + at, gather<1>(index.frames, 12 * near.number + turn));
 
     const Lanes inverse = Lanes{} + 1.0f / index.step;
     const Lanes z[4] = {z0 * inverse, z1 * inverse, z2 * inverse, z3 * inverse};
@@ -121,7 +115,7 @@ inline __attribute__((always_inline)) void locate(const Index& index, Block& b, 
         outside |= (from < 0) | (from >= index.dims[i]);
         cube = cube * index.dims[i] + from;
     }
-    const IntLanes found = gather<4>(index.cubes.data(), outside ? IntLanes{} : cube);
+    const IntLanes found = gather<1>(index.cubes.data(), outside ? IntLanes{} : cube);
     const IntLanes halvings = outside ? IntLanes{} : found & 3, less = Index::MOST - halvings, bits = less + index.edge;
     IntLanes part = IntLanes{};
 #pragma GCC unroll 4
@@ -137,7 +131,7 @@ inline __attribute__((always_inline)) void locate(const Index& index, Block& b, 
 
 // Reads where their candidates are.
 inline __attribute__((always_inline)) void read_cells(const Index& index, Block& b, int at) {
-    const IntLanes cell = gather<4>(index.cells.data(), load(b.cell + at));
+    const IntLanes cell = gather<1>(index.cells.data(), load(b.cell + at));
     const IntLanes first = cell >> Index::COUNT;
     store(b.first + at, first);
     store(b.last + at, first + (cell & ((1 << Index::COUNT) - 1)));
@@ -167,8 +161,8 @@ inline __attribute__((always_inline)) void put_word(const Index& index, Block& b
 
 // What a·base·b for z is for x: of the group's element a << 5 | b.
 inline IntLanes brought_back(const Index& index, IntLanes frame, IntLanes name) {
-    const IntLanes a = gather<4>(index.product, (frame & 0x3e0) | (name >> 5 & 31));
-    const IntLanes b = gather<4>(index.product, (name & 31) << 5 | (frame & 31));
+    const IntLanes a = gather<1>(index.product, (frame & 0x3e0) | (name >> 5 & 31));
+    const IntLanes b = gather<1>(index.product, (name & 31) << 5 | (frame & 31));
     return a << 5 | b;
 }
 
@@ -184,7 +178,7 @@ inline __attribute__((always_inline)) void choose(const Index& index, Block& b, 
     IntLanes where = first, k = first;
     for (int i = 0; i <= longest; ++i, ++k) {
         const IntLanes place = k < last ? k : last;
-        const IntLanes bytes = gather<8>(candidates, place);
+        const IntLanes bytes = gather<2>(candidates, place);
         const Lanes d0 = floats(component(bytes, 0)), d1 = floats(component(bytes, 1));
         const Lanes d2 = floats(component(bytes, 2)), d3 = floats(component(bytes, 3));
         // |y|² - |y - d|², by half.
@@ -193,10 +187,10 @@ inline __attribute__((always_inline)) void choose(const Index& index, Block& b, 
         best = better ? score : best;
         where = better ? place : where;
     }
-    const IntLanes name = gather<8>(candidates + 1, where);
-    const IntLanes orbit = gather<4>(index.orbit, brought_back(index, load(b.frame + at), name));
-    store(b.code + at, gather<4>(index.rows.data(), (name >> 10) * index.row_count + (orbit >> 5)) + (orbit & 31));
-    if constexpr (WORDS) put_word(index, b, at, gather<8>(candidates, where));
+    const IntLanes name = gather<2>(candidates + 1, where);
+    const IntLanes orbit = gather<1>(index.orbit, brought_back(index, load(b.frame + at), name));
+    store(b.code + at, gather<1>(index.rows.data(), (name >> 10) * index.row_count + (orbit >> 5)) + (orbit & 31));
+    if constexpr (WORDS) put_word(index, b, at, gather<2>(candidates, where));
 }
 
 // The best of secondaries with their best units, as lanes keep it.
@@ -278,10 +272,10 @@ inline __attribute__((always_inline)) void try_all(const Index& index, Block& b,
         for (int i = 0; i < 4; ++i) turned[i] = better ? y[i] : turned[i];
     }
     const IntLanes product = 24 * best.which + nearest_units(turned[0], turned[1], turned[2], turned[3]).number;
-    store(b.code + at, gather<4>(index.codes.data(), product));
+    store(b.code + at, gather<1>(index.codes.data(), product));
     if constexpr (WORDS) {
         const int32_t* words = reinterpret_cast<const int32_t*>(index.words.data());
-        const IntLanes low = gather<8>(words, product), high = gather<8>(words + 1, product);
+        const IntLanes low = gather<2>(words, product), high = gather<2>(words + 1, product);
         store(b.word[0] + at, floats(low << 16 >> 16) * index.step), store(b.word[1] + at, floats(low >> 16) * index.step);
         store(b.word[2] + at, floats(high << 16 >> 16) * index.step), store(b.word[3] + at, floats(high >> 16) * index.step);
     }

@@ -323,6 +323,4 @@ void Index::set_orbits(const Group& group) {
         }
 }
 
-int64_t Index::bytes() const { return int64_t(4 * (cubes.size() + cells.size() + candidates.size() + rows.size())); }
-
 }  // namespace tessera
