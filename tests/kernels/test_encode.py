@@ -139,6 +139,8 @@ def test_feedback_of_nothing_and_of_shapes_that_do_not_fit() -> None:
         dispatch.encode_feedback(torch.zeros(2, 3, 6), torch.zeros(2, 6, 6), words_of(8))
     with pytest.raises(ValueError, match="square matrix for each head"):
         dispatch.encode_feedback(torch.zeros(2, 3, 8), torch.zeros(1, 8, 8), words_of(8))
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run: the kernel takes float32"):
+        dispatch.encode_feedback(torch.zeros(2, 3, 8).double(), torch.zeros(2, 8, 8), words_of(8), backend="cpu")
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -193,6 +193,8 @@ def encode_feedback(y: Tensor, feedback: Tensor, book: Codewords, backend: str |
     name = chosen(backend)
     if _in_cpp(name, y, feedback):
         return cpu_encode.encode_feedback(y.detach(), feedback.detach(), book, name.partition(":")[2] or None)
+    if name.startswith("cpu"):
+        raise ValueError(f"backend {name!r} cannot run: {cpu.float32_refusal((y, feedback))}")
     if name == "auto" and y.device.type == "cpu" and cpu.MISSING is not None:
         say_once(_SEARCH, cpu.MISSING)
     return reference_encode_feedback(y, feedback, book)
