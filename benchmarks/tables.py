@@ -95,7 +95,6 @@ def encode() -> str:
                 f"{row['codewords']:,}",
                 f"{ns['brute force']:,.0f}",
                 *(f"{ns[level]:.0f}" if level in ns else "" for level in levels),
-                f"{ns['brute force'] / ns[levels[-1]]:,.0f}x",
                 str(row["other_indices"]),
                 f"{cost['milliseconds']['64']:.2f}",
             )

@@ -14,7 +14,7 @@ def medians(runs: Mapping[str, Callable[[], object]], repeats: int, seconds: flo
     return {name: median(values) for name, values in times(runs, repeats, seconds).items()}
 
 
-def minima(runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float = 0.005) -> dict[str, float]:
+def minima(runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float = 0.001) -> dict[str, float]:
     """Least seconds of one call of each, for what short calls cost a core whose neighbours are busy; see `times`."""
     return {name: min(values) for name, values in times(runs, repeats, seconds).items()}
 
