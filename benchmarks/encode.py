@@ -1,10 +1,12 @@
-"""Encoding: the search for the nearest codeword against comparing all of them, and what a token costs.
+"""Encoding: the search for the nearest codeword against comparing all of them, and what vectors and tokens cost.
 
-1. For each codebook, nanoseconds a chunk of four numbers: the C++ search, the same search in PyTorch, and the brute-force
-   search over all codewords, which defines it; and how many indices differ from those of brute force. Chunks as near to two
-   codewords as float32 resolves do not count.
-2. Milliseconds to encode the keys and values of one token in all layers of an 8-billion-parameter Llama (32 layers, 8 key
-   heads, head_dim 128), one token at a time and in the blocks that the cache compresses.
+1. For each codebook, nanoseconds a chunk of four numbers on one core: the C++ search at each instruction set that the processor
+   has, the same search in PyTorch, and the brute-force search over all codewords, which defines it; and how many indices differ
+   from those of brute force. Chunks as near to two codewords as float32 resolves do not count.
+2. For each codec, nanoseconds a chunk on one core of whole encoding, of keys and of values, many vectors and few.
+3. Nanoseconds a chunk of coding vectors with the errors of later chunks fed back.
+4. Milliseconds on one core to encode the keys and values of one token in all layers of an 8-billion-parameter Llama (32 layers,
+   8 key heads, head_dim 128), one token at a time and in the blocks that the cache compresses.
 
 Example:
 
@@ -15,8 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +34,59 @@ from torch import Tensor
 from tessera import codecs
 from tessera.codecs.codebooks import joint
 from tessera.codecs.hqmq import HQMQ
+from tessera.codecs.hqmq_joint import JointHQMQ, words_of
 from tessera.evaluation.records import environment
 from tessera.files import atomic_path
 from tessera.kernels import cpu, dispatch
-from tessera.kernels.nearest import brute_force, build_index
+from tessera.kernels.nearest import brute_force
 from tessera.quaternion import conjugate, right_matrix
-from timing import medians
+from timing import minima
 
 ROOT = Path(__file__).resolve().parent.parent
-SPECS = ("hqmq:2", "hqmq:3", "hqmq:3.5", "hqmq:4", "hqmq:5", "hqmq:s96_r4")
+SPECS = ("hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4", "hqmq:4.5", "hqmq:5", "hqmq:s96_r4")
+#: How often what takes long is measured: PyTorch and brute force.
+SLOW = 2
+#: Codecs that search for nothing.
+OTHERS = ("scalar:4", "kivi:4", "int:4", "q4_0", "q8_0")
 LAYERS, KV_HEADS, DIM = 32, 8, 128
 #: Tokens encoded together: one, and the cache's block.
 BLOCKS = (1, 64)
+#: (batch, key heads, tokens, head_dim) of whole encoding.
+SHAPES = ((1, 8, 4096, 128), (1, 3, 64, 64))
+#: Numbers from which on whole encoding is measured a tenth as often.
+MANY = 1 << 18
+#: (heads, vectors, head_dim) of coding with feedback.
+FEEDBACK = (8, 64, 128)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """PyTorch and the kernels on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """What TESSERA_BACKEND asks for."""
+    before = os.environ.get("TESSERA_BACKEND")
+    os.environ["TESSERA_BACKEND"] = name
+    try:
+        yield
+    finally:
+        del os.environ["TESSERA_BACKEND"]
+        if before is not None:
+            os.environ["TESSERA_BACKEND"] = before
+
+
+def in_backend(name: str, run: Callable[[], object]) -> None:
+    """Call with a backend."""
+    with backend(name):
+        run()
 
 
 def search(spec: str, chunks: int, few: int, repeats: int) -> dict[str, Any]:
@@ -47,39 +94,54 @@ def search(spec: str, chunks: int, few: int, repeats: int) -> dict[str, Any]:
     codec = codecs.get(spec)
     if isinstance(codec, HQMQ):
         return search_directions(codec, chunks, few, repeats)
-    book = joint(codec.code_bits)  # type: ignore[attr-defined]
-    index = build_index(book.products.float() * book.step, book.conjugations)
+    assert isinstance(codec, JointHQMQ)
+    book, words = joint(codec.code_bits), words_of(codec.code_bits)
     x = torch.randn(chunks, 4)
     part = x[:few]
-    runs: dict[str, Callable[[], Tensor]] = {
-        "brute force": lambda: brute_force(part, index.words),
-        "PyTorch": lambda: dispatch.nearest(x, index, book.codes, backend="reference"),
+    products = words.products.float() * words.step
+    slow: dict[str, Callable[[], Tensor]] = {
+        "brute force": lambda: brute_force(part, products),
+        "PyTorch": lambda: dispatch.nearest(x, words, backend="reference"),
     }
-    if cpu.MISSING is None:
-        runs["C++"] = lambda: dispatch.nearest(x, index, book.codes, backend="cpu")
-    seconds = medians(runs, repeats)
+    fast: dict[str, Callable[[], Tensor]] = {
+        level: partial(dispatch.nearest, x, words, backend=f"cpu:{level}") for level in cpu.levels()
+    }
+    runs = slow | fast
+    began = time.perf_counter()
+    runs[best("brute force")]()  # the first search builds its tables
+    built = time.perf_counter() - began
+    seconds = minima(slow, SLOW) | minima(fast, repeats)
     wanted = book.codes[runs["brute force"]()]
-    got = runs["C++" if "C++" in runs else "PyTorch"]()[:few].long()
-    words = book.codewords.double() * book.step
-    gap = (part - words[got]).norm(dim=-1) - (part - words[wanted]).norm(dim=-1)
-    return row(spec, len(words), seconds, chunks, few, gap, got != wanted)
+    got = runs[best("PyTorch")]()[:few].long()
+    exact = book.codewords.double() * book.step
+    gap = (part - exact[got]).norm(dim=-1) - (part - exact[wanted]).norm(dim=-1)
+    return {**row(spec, len(exact), seconds, chunks, few, gap, got != wanted), "first_seconds": built}
+
+
+def best(otherwise: str) -> str:
+    """The best instruction set, or what there is without any."""
+    return cpu.levels()[-1] if cpu.levels() else otherwise
 
 
 def search_directions(codec: HQMQ, chunks: int, few: int, repeats: int) -> dict[str, Any]:
-    """The row of a codebook of directions, of which the largest inner product is searched."""
+    """The row of a codebook of directions, of which the largest inner product is searched.
+
+    The loader chooses the instructions.
+    """
     words = codec.directions(1, "key", 0)[0]
     turns = right_matrix(conjugate(codec.secondaries(1, "key", 0)))
     x = torch.randn(chunks, 4)
     part, lines = x[:few], x.view(1, 1, 1, chunks, 4)
-    runs: dict[str, Callable[[], Tensor]] = {
+    slow: dict[str, Callable[[], Tensor]] = {
         "brute force": lambda: (part @ words.T).argmax(-1),
         "PyTorch": lambda: dispatch.nearest_directions(lines, turns, backend="reference")[0],
     }
+    fast: dict[str, Callable[[], Tensor]] = {}
     if cpu.MISSING is None:
-        runs["C++"] = lambda: dispatch.nearest_directions(lines, turns, backend="cpu")[0]
-    seconds = medians(runs, repeats)
+        fast[best("")] = lambda: dispatch.nearest_directions(lines, turns, backend="cpu")[0]
+    runs, seconds = slow | fast, minima(slow, SLOW) | minima(fast, repeats)
     wanted = runs["brute force"]()
-    got = runs["C++" if "C++" in runs else "PyTorch"]().view(-1)[:few].long()
+    got = runs[best("PyTorch")]().view(-1)[:few].long()
     # Code 24 s + p is word s · 24 + p, see `HQMQ.directions`.
     exact = words.double()
     gap = (part * exact[wanted]).sum(-1) - (part * exact[got]).sum(-1)
@@ -102,6 +164,39 @@ def row(
     }
 
 
+def whole(spec: str, shapes: tuple[tuple[int, ...], ...], repeats: int) -> list[dict[str, Any]]:
+    """Nanoseconds a chunk of `Codec.encode`: with the best instructions, with others where there is a choice, in PyTorch."""
+    codec = codecs.get(spec)
+    rows = []
+    for shape in shapes:
+        x = torch.randn(shape)
+        often = repeats if x.numel() < MANY else -(-repeats // 10)
+        seconds: dict[str, float] = {}
+        for names, times in (({level: f"cpu:{level}" for level in cpu.levels()}, often), ({"PyTorch": "reference"}, SLOW)):
+            runs: dict[str, Callable[[], object]] = {}
+            for role in ("key", "value"):
+                for name, asked in names.items():
+                    runs[f"{role}, {name}"] = partial(in_backend, asked, partial(codec.encode, x, role))  # type: ignore[arg-type]
+            seconds.update(minima(runs, times))
+        rows.append({"spec": spec, "shape": list(shape), "nanoseconds": {n: 4e9 * s / x.numel() for n, s in seconds.items()}})
+    return rows
+
+
+def feedback(spec: str, repeats: int) -> dict[str, Any]:
+    """Nanoseconds a chunk of coding with feedback."""
+    codec = codecs.get(spec)
+    assert isinstance(codec, JointHQMQ)
+    heads, vectors, dim = FEEDBACK
+    y, chunk = torch.randn(heads, vectors, dim), torch.arange(dim) // 4
+    matrix = torch.randn(heads, dim, dim) * 0.2 / dim**0.5 * (chunk[:, None] < chunk)
+    book = words_of(codec.code_bits)
+    runs: dict[str, Callable[[], object]] = {
+        level: partial(dispatch.encode_feedback, y, matrix, book, backend=f"cpu:{level}") for level in cpu.levels()
+    }
+    seconds = minima(runs, repeats)
+    return {"spec": spec, "shape": list(FEEDBACK), "nanoseconds": {n: 4e9 * s / y.numel() for n, s in seconds.items()}}
+
+
 def token(spec: str, repeats: int) -> dict[str, Any]:
     """Milliseconds a token, of a codec."""
     codec = codecs.get(spec)
@@ -109,41 +204,53 @@ def token(spec: str, repeats: int) -> dict[str, Any]:
     for block in BLOCKS:
         k, v = torch.randn(2, 1, KV_HEADS, block, DIM).bfloat16().unbind(0)
         runs[str(block)] = lambda k=k, v=v: (codec.encode(k, "key"), codec.encode(v))  # type: ignore[misc]
-    seconds = medians(runs, repeats)
+    seconds = minima(runs, repeats)
     return {"spec": spec, "milliseconds": {name: 1e3 * LAYERS * value / int(name) for name, value in seconds.items()}}
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the searches, the costs of a token, and whole encoding."""
+    table = Table("codec", "codewords", "brute force, ns", *cpu.levels(), "other indices", "ms a token")
+    for found, cost in zip(record["search"], record["token"], strict=True):
+        ns = found["nanoseconds"]
+        levels = (f"{ns[level]:.1f}" if level in ns else "" for level in cpu.levels())
+        ms = f"{cost['milliseconds'][str(BLOCKS[-1])]:.2f}"
+        table.add_row(
+            found["spec"], f"{found['codewords']:,}", f"{ns['brute force']:,.0f}", *levels, str(found["other_indices"]), ms
+        )
+    Console().print(table)
+    table = Table("codec", "shape", "keys, ns", "values, ns", "keys in PyTorch, ns", "values in PyTorch, ns")
+    for found in record["whole"]:
+        names = [f"{role}, {name}" for name in (best("PyTorch"), "PyTorch") for role in ("key", "value")]
+        table.add_row(found["spec"], str(found["shape"]), *(f"{found['nanoseconds'][name]:.0f}" for name in names))
+    Console().print(table)
 
 
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--specs", nargs="+", default=SPECS, help="codecs with a joint codebook, or of directions")
-    parser.add_argument("--chunks", type=int, default=1 << 16)
-    parser.add_argument("--few", type=int, default=1 << 11, help="of them that are searched by brute force")
-    parser.add_argument("--repeats", type=int, default=7, help="of which the median is taken")
+    parser.add_argument("--others", nargs="*", default=OTHERS, help="codecs of which only whole encoding is measured")
+    parser.add_argument("--chunks", type=int, default=1 << 15)
+    parser.add_argument("--few", type=int, default=1 << 9, help="of them that are searched by brute force")
+    parser.add_argument("--tokens", type=int, default=SHAPES[0][2], help="of the many vectors of whole encoding")
+    parser.add_argument("--repeats", type=int, default=50, help="of what is fast; the shortest counts")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "encode.json")
     options = parser.parse_args()
     if not 0 < options.few <= options.chunks:
         parser.error(f"--few must be between 1 and --chunks; got {options.few} and {options.chunks}")
     torch.manual_seed(0)
-    record: dict[str, Any] = {"environment": environment(), "repeats": options.repeats, "search": [], "token": []}
-    for spec in options.specs:
-        record["search"].append(search(spec, options.chunks, options.few, options.repeats))
-        record["token"].append(token(spec, options.repeats))
+    record: dict[str, Any] = {"environment": environment(), "instructions": cpu.levels(), "repeats": options.repeats}
+    with one_core():
+        record["search"] = [search(spec, options.chunks, options.few, options.repeats) for spec in options.specs]
+        shapes = ((*SHAPES[0][:2], options.tokens, SHAPES[0][3]), SHAPES[1])
+        record["whole"] = [row for spec in (*options.specs, *options.others) for row in whole(spec, shapes, options.repeats)]
+        joints = [spec for spec in options.specs if isinstance(codecs.get(spec), JointHQMQ)]
+        record["feedback"] = [feedback(spec, options.repeats) for spec in joints]
+        record["token"] = [token(spec, options.repeats) for spec in options.specs]
     with atomic_path(options.json) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = Table("codec", "codewords", "brute force, ns", "search, ns", "times faster", "other indices", "ms a token")
-    for row, cost in zip(record["search"], record["token"], strict=True):
-        fast = "C++" if "C++" in row["nanoseconds"] else "PyTorch"
-        table.add_row(
-            row["spec"],
-            f"{row['codewords']:,}",
-            f"{row['nanoseconds']['brute force']:,.0f}",
-            f"{row['nanoseconds'][fast]:.0f}",
-            f"{row['times_brute_force'][fast]:,.0f}",
-            str(row["other_indices"]),
-            f"{cost['milliseconds'][str(BLOCKS[-1])]:.2f}",
-        )
-    Console().print(table)
+    show(record)
     Console().print(f"Saved {options.json}", highlight=False)
     return 0
 

@@ -99,24 +99,47 @@ def query_digits() -> str:
 
 
 def encode() -> str:
-    """Time of the search for codewords, and of encoding a token."""
+    """Time of the search for codewords on one core, and of encoding a token."""
     data = _load("encode")
+    levels = data["instructions"]
     cells = []
     for row, cost in zip(data["search"], data["token"], strict=True):
-        brute, fast = row["nanoseconds"]["brute force"], row["nanoseconds"]["C++"]
+        ns = row["nanoseconds"]
         cells.append(
             (
                 f"`{row['spec']}`",
                 f"{row['codewords']:,}",
-                f"{brute:,.0f}",
-                f"{fast:,.0f}",
-                f"{brute / fast:,.0f}x",
+                f"{ns['brute force']:,.0f}",
+                *(f"{ns[level]:.0f}" if level in ns else "" for level in levels),
                 str(row["other_indices"]),
                 f"{cost['milliseconds']['64']:.2f}",
             )
         )
-    head = ("codec", "codewords", "brute force, ns", "search, ns", "faster", "other indices", "ms a token")
+    head = (
+        "codec",
+        "codewords",
+        "brute force, ns",
+        *(f"{level}, ns" for level in levels),
+        "faster",
+        "other indices",
+        "ms a token",
+    )
     return markdown_table(head, cells)
+
+
+def encode_vectors() -> str:
+    """Time of whole encoding on one core."""
+    data = _load("encode")
+    best = data["instructions"][-1]
+    fed = {row["spec"]: row["nanoseconds"][best] for row in data["feedback"]}
+    rows: dict[str, list[str]] = {}
+    for row in data["whole"]:
+        cells = rows.setdefault(row["spec"], [f"`{row['spec']}`"])
+        cells += [f"{row['nanoseconds'][f'{role}, {name}']:.0f}" for role in ("key", "value") for name in (best, "PyTorch")]
+    shapes = list(dict.fromkeys(" x ".join(f"{n:,}" for n in row["shape"][1:3]) for row in data["whole"]))
+    head = [f"{shape} {role}s{way}" for shape in shapes for role in ("key", "value") for way in ("", ", PyTorch")]
+    full = [(*cells, f"{fed[spec]:.0f}" if spec in fed else "") for spec, cells in rows.items()]
+    return markdown_table(("codec", *head, "with feedback"), full)
 
 
 def triton_static() -> str:
@@ -463,6 +486,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "decode-attention": decode_attention,
     "diagnostics": diagnostics,
     "encode": encode,
+    "encode-vectors": encode_vectors,
     "families": families,
     "reliability": reliability,
     "generation": generation,

@@ -10,12 +10,22 @@ import torch
 
 
 def medians(runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float = 0.02) -> dict[str, float]:
-    """Median seconds of one call of each.
+    """Median seconds of one call of each; see `times`."""
+    return {name: median(values) for name, values in times(runs, repeats, seconds).items()}
+
+
+def minima(runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float = 0.001) -> dict[str, float]:
+    """Least seconds of one call of each, for what short calls cost a core whose neighbours are busy; see `times`."""
+    return {name: min(values) for name, values in times(runs, repeats, seconds).items()}
+
+
+def times(runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of one call of each, as often as it is measured.
 
     The calls are interleaved, so that a disturbance of the machine meets all of them, and short ones are repeated until
     they take about `seconds`.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    found: dict[str, list[float]] = {name: [] for name in runs}
     loops = {}
     for name, run in runs.items():
         run()
@@ -29,5 +39,5 @@ def medians(runs: Mapping[str, Callable[[], object]], repeats: int, seconds: flo
                 run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - began) / loops[name])
-    return {name: median(values) for name, values in times.items()}
+            found[name].append((time.perf_counter() - began) / loops[name])
+    return found

@@ -1,4 +1,4 @@
-"""The benchmark that compiles the Triton kernels: they compile for a GPU, and stay in its registers."""
+"""The benchmarks of kernels: Triton's compile for a GPU and stay in its registers; encoding is measured at every level."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "triton_static.py"
+from tessera.kernels import cpu
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -19,7 +21,7 @@ def test_the_attention_compiles_for_a_gpu_and_keeps_to_registers_and_shared_memo
     path = tmp_path / "static.json"
     # Compiled anew, not taken from what an earlier run left.
     env = {**os.environ, "PYTHONIOENCODING": "utf-8", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, str(SCRIPT), "--cases", "2", "--lookups", "held", "--json", str(path)]
+    command = [sys.executable, str(BENCHMARKS / "triton_static.py"), "--cases", "2", "--lookups", "held", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())["rows"]
@@ -29,3 +31,27 @@ def test_the_attention_compiles_for_a_gpu_and_keeps_to_registers_and_shared_memo
         assert row["spilled"] < 256
         assert 0 < row["shared"] < 99 * 1024  # of the smallest GPUs with such tensor cores
         assert row["instructions"] > 1000
+
+
+@pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
+def test_encoding_is_measured_at_every_level(tmp_path: Path) -> None:
+    path = tmp_path / "encode.json"
+    command = [sys.executable, str(BENCHMARKS / "encode.py"), "--specs", "hqmq:2", "hqmq:s24_r2", "--others", "kivi:4"]
+    command += ["--chunks", "256", "--few", "64", "--tokens", "8", "--repeats", "1", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["instructions"] == list(cpu.levels())
+    joint, directions = record["search"]
+    assert set(joint["nanoseconds"]) == {"brute force", "PyTorch", *cpu.levels()}
+    assert set(directions["nanoseconds"]) == {"brute force", "PyTorch", cpu.levels()[-1]}
+    assert joint["other_indices"] == directions["other_indices"] == 0
+    assert [(row["spec"], row["shape"]) for row in record["whole"]] == [
+        (spec, shape) for spec in ("hqmq:2", "hqmq:s24_r2", "kivi:4") for shape in ([1, 8, 8, 128], [1, 3, 64, 64])
+    ]
+    for row in record["whole"]:
+        assert set(row["nanoseconds"]) == {
+            f"{role}, {name}" for role in ("key", "value") for name in ("PyTorch", *cpu.levels())
+        }
+    assert [row["spec"] for row in record["feedback"]] == ["hqmq:2"]
+    assert [row["spec"] for row in record["token"]] == ["hqmq:2", "hqmq:s24_r2"]

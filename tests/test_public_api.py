@@ -12,8 +12,8 @@ from tessera import associative, attachment, cache, codecs, evaluation, kernels,
 def test_names_are_these() -> None:
     assert tessera.__all__ == [*("Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "save_memory")]
     assert sorted(codecs.__all__) == [
-        *("Blocks", "Codec", "FP8", "HQMQ", "Int", "JointHQMQ", "Kivi", "Packed", "Role", "Scalar"),
-        *("examples", "get", "names"),
+        *("Blocks", "Codec", "FP8", "HQMQ", "Int", "JointHQMQ", "KeyStats", "Kivi", "Packed", "Pair", "Role", "Scalar"),
+        *("examples", "get", "load_stats", "names", "save_stats"),
     ]
     assert cache.__all__ == ["BLOCK", "Cache", "CacheReport", "Prefill", "Spec", "parse"]
     assert evaluation.__all__ == ["Comparison", "Row", "Source", "compare", "load", "load_all", "read_text", "save_all"]

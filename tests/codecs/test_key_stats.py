@@ -10,13 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tessera import codecs
-from tessera.codecs.feedback import encode_with_feedback, feedback
+from tessera.codecs.feedback import feedback
+from tessera.codecs.hqmq_joint import words_of
 from tessera.codecs.key_stats import KeyStats, load_stats, save_stats
 from tessera.codecs.rotation import rotation
+from tessera.kernels import dispatch
 
 
 def drawn(seed: int, batch: int = 1, heads: int = 2, tokens: int = 256, dim: int = 64) -> tuple[Tensor, Tensor]:
-    """Queries and keys (batch, heads, tokens, dim) with channels of different widths, those of keys about a mean of their own."""
+    """Queries and keys (batch, heads, tokens, dim): channels of different widths, those of keys about a mean of their own."""
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, batch, heads, tokens, dim, generator=generator).unbind(0)
     w, s = (1.2 * torch.randn(2, batch, heads, 1, dim, generator=generator)).exp().unbind(0)
@@ -117,34 +119,28 @@ def test_degenerate_channels_leave_all_numbers_finite(q: Tensor, k: Tensor) -> N
 def test_feedback_is_the_block_factor_of_the_metric() -> None:
     weights = torch.rand(2, 3, 32) + 0.01
     turn = rotation(32)
-    lower = feedback(weights, turn)
+    upper = feedback(weights, turn)
     metric = turn @ torch.diag_embed(weights) @ turn.T
-    unit = lower + torch.eye(32)
+    unit = upper.mT + torch.eye(32)
     inverse = torch.linalg.inv(unit)
     middle = inverse @ metric @ inverse.mT
     chunk = torch.arange(32) // 4
     assert middle[..., chunk[:, None] != chunk].abs().max() < 1e-5
-    assert (lower[..., chunk[:, None] <= chunk] == 0).all()
+    assert (upper[..., chunk[:, None] >= chunk] == 0).all()
     assert (feedback(torch.full((1, 32), 3.0), turn).abs() < 1e-5).all()
 
 
-def test_feedback_lowers_the_weighed_error_of_any_rounding() -> None:
-    """Codewords are the whole numbers, so that the nearest one is known."""
-    line = torch.arange(-8, 8).float()
-    codewords = torch.cartesian_prod(line, line, line, line)
-
-    def nearest(x: Tensor) -> Tensor:
-        digits = (x.round().clamp(-8, 7) + 8).long()
-        return (digits * torch.tensor([4096, 256, 16, 1])).sum(-1)
-
-    weights = torch.exp2(-torch.rand(1, 2, 16) * 8)
+def test_feedback_lowers_the_weighed_error() -> None:
+    book = words_of(16)
+    words = torch.zeros(1 << 16, 4)
+    words[book.codes] = book.products.float() * book.step
+    weights = torch.exp2(-torch.rand(2, 16) * 8)
     turn = rotation(16)
     metric = turn @ torch.diag_embed(weights) @ turn.T
-    x = torch.randn(1, 2, 200, 16) * 2
+    x = torch.randn(2, 200, 16)
     errors = []
-    for lower in (torch.zeros(1, 2, 16, 16), feedback(weights, turn)):
-        codes = encode_with_feedback(x, lower, nearest, codewords)
-        e = codewords[codes.long()].flatten(-2) - x
+    for turned in (torch.zeros(2, 16, 16), feedback(weights, turn)):
+        e = words[dispatch.encode_feedback(x, turned, book).long()].flatten(-2) - x
         errors.append(float((e @ metric * e).sum()))
     assert errors[1] < 0.7 * errors[0]
 

@@ -11,9 +11,8 @@ from kernel_inputs import make_pages, random_codes, relative
 
 from tessera import codecs
 from tessera.codecs.codebooks import joint
-from tessera.codecs.hqmq_joint import JointHQMQ
+from tessera.codecs.hqmq_joint import JointHQMQ, words_of
 from tessera.kernels import Pages, dispatch, reference, triton
-from tessera.kernels.nearest import build_index
 from tessera.kernels.triton.tables import LOOKUPS
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -217,21 +216,18 @@ def test_the_dispatcher_takes_it_when_asked(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_search_finds_the_codes_of_the_reference(bits: int) -> None:
-    book = joint(bits)
-    index = build_index(book.products.float() * book.step, book.conjugations)
+    book, words = joint(bits), words_of(bits)
     x = torch.randn(700, 4)
     x[:50] *= torch.logspace(-5, 2, 50)[:, None]
     x[50:60] = 0
     x[60:70, 1:3] = 0
-    got = dispatch.nearest(x.to(DEVICE), index.to(torch.device(DEVICE)), book.codes, backend="triton").cpu()
-    wanted = dispatch.nearest(x, index, book.codes, backend="reference")
-    words = book.codewords.float() * book.step
+    got = dispatch.nearest(x.to(DEVICE), words, backend="triton").cpu()
+    wanted = dispatch.nearest(x, words, backend="reference")
+    points = book.codewords.float() * book.step
     # Two codewords may be equally near to within rounding.
     assert (got != wanted).float().mean() < 5e-2
-    assert ((x - words[got]).norm(dim=-1) - (x - words[wanted]).norm(dim=-1)).abs().max() < 1e-5 * x.abs().max()
+    assert ((x - points[got]).norm(dim=-1) - (x - points[wanted]).norm(dim=-1)).abs().max() < 1e-5 * x.abs().max()
 
 
 def test_search_of_nothing() -> None:
-    book = joint(8)
-    index = build_index(book.products.float() * book.step, book.conjugations).to(torch.device(DEVICE))
-    assert dispatch.nearest(torch.zeros(0, 4, device=DEVICE), index, book.codes, backend="triton").shape == (0,)
+    assert dispatch.nearest(torch.zeros(0, 4, device=DEVICE), words_of(8), backend="triton").shape == (0,)

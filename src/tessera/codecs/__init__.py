@@ -9,6 +9,7 @@ from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.codecs.blocks import Blocks
 from tessera.codecs.fp8 import FP8
 from tessera.codecs.integer import Int, Kivi
+from tessera.codecs.key_stats import KeyStats, load_stats, save_stats
 from tessera.codecs.registry import examples, get, names
 from tessera.codecs.scalar import Scalar
 
@@ -22,6 +23,7 @@ __all__ = [
     "Codec",
     "Int",
     "JointHQMQ",
+    "KeyStats",
     "Kivi",
     "Packed",
     "Pair",
@@ -29,5 +31,7 @@ __all__ = [
     "Scalar",
     "examples",
     "get",
+    "load_stats",
     "names",
+    "save_stats",
 ]

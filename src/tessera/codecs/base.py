@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -300,13 +301,15 @@ class Codec(ABC):
         if role not in ("key", "value"):
             raise ValueError(f"{self.spec}: role must be 'key' or 'value', got {role!r}")
         wide = x.detach().float()
-        if not torch.isfinite(wide).all():
+        # One pass tells whether there is a number that is not finite, or too large.
+        least, most = (float(end) for end in wide.aminmax()) if wide.numel() else (0.0, 0.0)
+        if not (math.isfinite(least) and math.isfinite(most)):
             bad = int((~torch.isfinite(wide)).sum())
             raise ValueError(f"{self.spec}: {bad} of {wide.numel()} {role}s of layer {layer} are NaN or infinite")
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         # Autocast would round the products with a rotation or a codebook to half precision.
         with no_autocast(x.device):
-            wide = wide.clamp(-HUGE, HUGE)
+            wide = wide.clamp(-HUGE, HUGE) if max(-least, most) > HUGE else wide
             if weights is not None and self.weighs:
                 tensors = self._encode_weighed(wide, role, layer, weights)
             else:

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from tessera.codecs.base import Codec, Layout, Packed, Role
 from tessera.codecs.registry import register
 from tessera.codecs.rotation import rotation
+from tessera.kernels import dispatch
 
 BLOCK = 32
 HALF_MAX = 65504.0
@@ -60,7 +61,11 @@ class Blocks(Codec):
         d = biggest / -8 if self.bits == 4 else biggest.abs() / 127
         half = d.clamp(-HALF_MAX, HALF_MAX).half()
         # A block whose d rounds to zero reads as zero whatever its codes are, and 1/d may not exist.
-        ratio = x * torch.where(half != 0, 1 / d, 0.0)
+        inverse = torch.where(half != 0, 1 / d, 0.0)
+        blocks = dispatch.pack_blocks(x, inverse, half, self.bits)
+        if blocks is not None:
+            return {"blocks": blocks}
+        ratio = x * inverse
         if self.bits == 4:
             q = (ratio + 8.5).floor().clamp(max=15).to(torch.uint8)
             codes = q[..., :16] | q[..., 16:] << 4

@@ -29,11 +29,11 @@ from tessera.codecs.base import Codec, Layout, Packed, Role, check_codes, group_
 from tessera.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.codecs.chunks import from_chunks, to_chunks
 from tessera.codecs.codebooks import JOINT_BITS, joint, joint_shape
-from tessera.codecs.feedback import encode_with_feedback, feedback
+from tessera.codecs.feedback import feedback
 from tessera.codecs.rotation import rotation, rotation_factors
 from tessera.kernels import dispatch
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.nearest import CellIndex, build_index
+from tessera.kernels.nearest import Codewords
 from tessera.quaternion import UNITS
 
 #: Tokens that share the means of their key channels.
@@ -103,21 +103,25 @@ class JointHQMQ(Codec):
         if self.rotate:
             x = x @ rotation(x.shape[-1], device=x.device).T
         scale = logscale.to_byte(x.square().mean(-1).sqrt())
-        # Of vectors of zeros any code does, and chunks near the origin are found slowly.
-        live = scale > 0
-        x = torch.where(live.unsqueeze(-1), x / logscale.from_byte(scale).clamp(min=1e-30).unsqueeze(-1), 1.0)
-        if weights is None:
-            chunks = to_chunks(x)
-            codes = self._nearest(chunks.reshape(-1, 4)).view(chunks.shape[:-1]).int()
-        else:
-            lower = feedback(weights, rotation(x.shape[-1], device=x.device))
-            codes = encode_with_feedback(x, lower, self._nearest, _codewords(self.code_bits, x.device))
-        codes.masked_fill_(~live.unsqueeze(-1), 0)
-        return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
+        codes = self._codes(x, logscale.from_byte(scale), weights)
+        return {"codes": codes, "scale": scale, **tensors}
 
-    def _nearest(self, chunks: Tensor) -> Tensor:
-        """(n, 4) -> (n,), the codes of the nearest codewords."""
-        return dispatch.nearest(chunks.contiguous(), _index(self.code_bits, chunks.device), joint(self.code_bits).codes)
+    def _codes(self, x: Tensor, scale: Tensor, weights: Tensor | None) -> Tensor:
+        book = words_of(self.code_bits)
+        # Vectors of zeros: any code does, and chunks near the origin are found slowly.
+        live = scale > 0
+        if weights is not None:
+            y = torch.where(live.unsqueeze(-1), x / scale.clamp(min=1e-30).unsqueeze(-1), 1.0)
+            turned = feedback(weights, rotation(x.shape[-1], device=x.device))
+            found = dispatch.encode_feedback(y.flatten(0, 1), turned.flatten(0, 1), book)
+            return pack_bits(found.view(*x.shape[:-1], -1).masked_fill(~live.unsqueeze(-1), 0), self.code_bits)
+        packed = dispatch.pack_nearest(x, scale, book, self.code_bits)
+        if packed is not None:
+            return packed
+        chunks = to_chunks(x / scale.clamp(min=1e-30).unsqueeze(-1))
+        codes = torch.zeros(chunks.shape[:-1], dtype=torch.int32, device=x.device)
+        codes[live] = dispatch.nearest(chunks[live].reshape(-1, 4), book).view(-1, codes.shape[-1]).int()
+        return pack_bits(codes, self.code_bits)
 
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""
@@ -169,6 +173,7 @@ def _codewords(code_bits: int, device: torch.device) -> Tensor:
 
 
 @cache
-def _index(code_bits: int, device: torch.device) -> CellIndex:
+def words_of(code_bits: int) -> Codewords:
+    """The joint codebook as the search for the nearest codeword takes it."""
     book = joint(code_bits)
-    return build_index(book.products.float() * book.step, book.conjugations).to(device)
+    return Codewords(book.products, book.step, book.conjugations, book.codes)

@@ -11,6 +11,7 @@ from tessera.codecs.base import Codec, Layout, Packed, Role, group_index
 from tessera.codecs.bits import pack_bits, unpack_bits
 from tessera.codecs.precondition import split_groups
 from tessera.codecs.registry import register
+from tessera.kernels import dispatch
 
 HALF_MAX = 65504.0
 #: Smallest half-precision number that is not zero; a divisor in the place of zero.
@@ -40,8 +41,12 @@ class Int(Codec):
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
         scale = (x.abs().amax(-1, keepdim=True) / self.most).clamp(max=HALF_MAX).half()
         # Against the scale as it will be read, so that its rounding costs nothing.
-        q = (x / scale.float().clamp(min=HALF_LEAST)).round().clamp(-self.most, self.most)
-        return {"codes": pack_bits(q.long() + self.most, self.bits), "scale": scale.squeeze(-1)}
+        divisor = scale.float().clamp(min=HALF_LEAST)
+        limits = (-self.most, self.most)
+        codes = dispatch.pack_linear(x, None, divisor, limits, self.bits, group=1, span=max(2, x.shape[-1]))
+        if codes is None:
+            codes = pack_bits((x / divisor).round().clamp(*limits).long() + self.most, self.bits)
+        return {"codes": codes, "scale": scale.squeeze(-1)}
 
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""
@@ -88,10 +93,14 @@ class Kivi(Codec):
         low = groups.amin(axis).clamp(-HALF_MAX, HALF_MAX).half()
         scale = (groups.amax(axis) - low.float()) / (2**self.bits - 1)
         scale = scale.clamp(0, HALF_MAX).half()
-        q = (groups - low.float().unsqueeze(axis)) / scale.float().clamp(min=HALF_LEAST).unsqueeze(axis)
-        q = q.round().clamp(0, 2**self.bits - 1).long()
-        q = q.flatten(2, 3)[:, :, :tokens] if role == "key" else q.flatten(3)[..., :dim]
-        return {"codes": pack_bits(q, self.bits), f"{role}_min": low, f"{role}_scale": scale}
+        start, divisor, most = low.float(), scale.float().clamp(min=HALF_LEAST), 2**self.bits - 1
+        group, span = (GROUP, 1) if role == "key" else (1, GROUP)
+        codes = dispatch.pack_linear(x, start, divisor, (0, most), self.bits, group=group, span=span)
+        if codes is None:
+            q = ((groups - start.unsqueeze(axis)) / divisor.unsqueeze(axis)).round().clamp(0, most).long()
+            q = q.flatten(2, 3)[:, :, :tokens] if role == "key" else q.flatten(3)[..., :dim]
+            codes = pack_bits(q, self.bits)
+        return {"codes": codes, f"{role}_min": low, f"{role}_scale": scale}
 
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""

@@ -72,10 +72,10 @@ def unpack(words: Tensor) -> tuple[Tensor, Tensor]:
 def apply(x: Tensor, words: Tensor, index: Tensor) -> Tensor:
     """(x - mean) / factor. x: (b, h, t, d); words: (b, h, groups, d); index: (t,) group of each token."""
     mean, factor = unpack(words)
-    return (x - mean[:, :, index]) / factor[:, :, index]
+    return (x - mean.index_select(2, index)) / factor.index_select(2, index)
 
 
 def invert(y: Tensor, words: Tensor, index: Tensor) -> Tensor:
     """Inverse of `apply`."""
     mean, factor = unpack(words)
-    return y * factor[:, :, index] + mean[:, :, index]
+    return y * factor.index_select(2, index) + mean.index_select(2, index)

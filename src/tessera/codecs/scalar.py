@@ -17,6 +17,7 @@ from tessera.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.codecs.lloyd_max import lloyd_max
 from tessera.codecs.registry import register
 from tessera.codecs.rotation import rotation
+from tessera.kernels import dispatch
 
 HALF_MAX = 65504.0
 
@@ -50,10 +51,14 @@ class Scalar(Codec):
         x = x @ rotation(dim, device=x.device).T
         norm = x.norm(dim=-1, keepdim=True)
         levels = normal_levels(self.bits).to(x.device)
-        unit = x / norm.clamp(min=torch.finfo(torch.float32).tiny) * dim**0.5
-        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
-        scale = norm.squeeze(-1) / levels[codes].norm(dim=-1)
-        return {"codes": pack_bits(codes, self.bits), "scale": scale.clamp(max=HALF_MAX).half()}
+        length, bounds = norm.clamp(min=torch.finfo(torch.float32).tiny), (levels[1:] + levels[:-1]) / 2
+        packed = dispatch.pack_levels(x, length, dim**0.5, bounds, levels, self.bits)
+        if packed is None:
+            found = torch.bucketize(x / length * dim**0.5, bounds)
+            packed = pack_bits(found, self.bits), levels[found]
+        codes, chosen = packed
+        scale = norm.squeeze(-1) / chosen.norm(dim=-1)
+        return {"codes": codes, "scale": scale.clamp(max=HALF_MAX).half()}
 
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import cpu, reference, triton
+from tessera.kernels.cpu import encode as cpu_encode
 from tessera.kernels.cpu import grid as cpu_grid
+from tessera.kernels.feedback import encode_feedback as reference_encode_feedback
 from tessera.kernels.grid import Gates, Steps
 from tessera.kernels.grid import advance as reference_advance
-from tessera.kernels.nearest import CellIndex
+from tessera.kernels.nearest import Codewords
 from tessera.kernels.nearest import nearest as reference_nearest
 from tessera.kernels.nearest_directions import nearest_directions as reference_nearest_directions
 from tessera.kernels.pages import Coded, Pages
@@ -137,27 +139,28 @@ _SEARCH = "the search for the nearest codeword"
 
 
 @without_autocast
-def nearest(x: Tensor, index: CellIndex, codes: Tensor, backend: str | None = None) -> Tensor:
+def nearest(x: Tensor, book: Codewords, backend: str | None = None) -> Tensor:
     """Codes of the nearest codewords: (n, 4) float32 -> (n,) integers.
 
     Args:
         x: chunks, finite.
-        index: of the codebook, on the same device.
-        codes: of all products, (24 S,) int64.
+        book: the codebook, on the CPU.
         backend: see `attend`.
+
+    Returns:
+        (n,). Where two codewords are equally near to within rounding, either.
     """
     name = chosen(backend)
     if name.startswith("cpu") and (cpu.MISSING is not None or x.device.type != "cpu"):
         raise ValueError(f"backend {name!r} cannot run: {cpu.MISSING or f'the chunks are on {x.device}'}")
     if name == "triton" and not _in_triton(name, x.device):
         raise ValueError(f"backend {name!r} cannot run: {triton.missing() or f'the chunks are on {x.device}'}")
-    if _in_triton(name, x.device):
-        return codes.to(x.device)[triton.nearest(x, index)]
-    if name != "reference" and x.device.type == "cpu" and cpu.MISSING is None:
-        return cpu.nearest(x, index, codes)
+    if name != "reference" and name != "triton" and x.device.type == "cpu" and cpu.MISSING is None:
+        return cpu_encode.nearest(x, book, name.partition(":")[2] or None)
     if name == "auto" and x.device.type == "cpu" and cpu.MISSING is not None:
         say_once(_SEARCH, cpu.MISSING)
-    return codes.to(x.device)[reference_nearest(x, index)]
+    search = triton.nearest if _in_triton(name, x.device) else reference_nearest
+    return book.codes.to(x.device)[search(x, book.index_on(x.device))]
 
 
 @without_autocast
@@ -173,6 +176,104 @@ def nearest_directions(chunks: Tensor, turns: Tensor, backend: str | None = None
         if name == "auto":
             say_once(_SEARCH, cpu.MISSING)
     return reference_nearest_directions(chunks, turns)
+
+
+def encode_feedback(y: Tensor, feedback: Tensor, book: Codewords, backend: str | None = None) -> Tensor:
+    """Codes of vectors with the errors of later chunks fed back, see `tessera.kernels.feedback.encode_feedback`.
+
+    Args:
+        y, feedback, book: as there.
+        backend: see `attend`; there is no Triton kernel for it.
+    """
+    if y.shape[-1] % 4 or feedback.shape != (y.shape[0], y.shape[2], y.shape[2]):
+        raise ValueError(
+            f"vectors of a multiple of four numbers and a square matrix for each head are needed, got {tuple(y.shape)} and "
+            f"{tuple(feedback.shape)}"
+        )
+    name = chosen(backend)
+    if _in_cpp(name, y, feedback):
+        return cpu_encode.encode_feedback(y.detach(), feedback.detach(), book, name.partition(":")[2] or None)
+    if name.startswith("cpu"):
+        raise ValueError(f"backend {name!r} cannot run: {cpu.float32_refusal((y, feedback))}")
+    if name == "auto" and y.device.type == "cpu" and cpu.MISSING is not None:
+        say_once(_SEARCH, cpu.MISSING)
+    return reference_encode_feedback(y, feedback, book)
+
+
+def _in_cpp(name: str, *given: Tensor | None) -> bool:
+    """Whether codes of float32 numbers are made in C++."""
+    return name.partition(":")[0] in ("auto", "cpu") and cpu.float32_refusal(given) is None
+
+
+def pack_nearest(x: Tensor, scale: Tensor, book: Codewords, bits: int, backend: str | None = None) -> Tensor | None:
+    """Packed codes of the codewords nearest to the chunks of vectors, or None where `nearest` must find them.
+
+    Args:
+        x: (..., d) float32, finite; the last chunk is filled up with zeros.
+        scale: (...), what the vectors are divided by; where it is zero the codes are zero.
+        book: the codebook.
+        bits: of a code.
+        backend: see `attend`.
+
+    Returns:
+        (..., bytes) uint8, as `tessera.codecs.bits.pack_bits` has them.
+    """
+    name = chosen(backend)
+    return cpu_encode.pack_nearest(x, scale, book, bits, name.partition(":")[2] or None) if _in_cpp(name, x, scale) else None
+
+
+def pack_linear(
+    x: Tensor, low: Tensor | None, scale: Tensor, limits: tuple[int, int], bits: int, *, group: int, span: int
+) -> Tensor | None:
+    """Packed codes round((x - low) / scale), between limits and counted from the lower; None where PyTorch must do it.
+
+    Args:
+        x: (..., tokens, d) float32.
+        low, scale: (..., ceil(tokens / group), ceil(d / span)) float32; low None: zero, if span is not 1.
+        limits: whole numbers.
+        bits: of a code, 1 to 8.
+        group, span: tokens and channels that share a low and a scale.
+
+    Returns:
+        (..., tokens, bytes) uint8, bit for bit what PyTorch's division, rounding and `pack_bits` give.
+    """
+    return cpu_encode.pack_linear(x, low, scale, *limits, bits, group, span) if _in_cpp(chosen(None), x, low, scale) else None
+
+
+def pack_levels(
+    x: Tensor, divisor: Tensor, factor: float, bounds: Tensor, values: Tensor, bits: int
+) -> tuple[Tensor, Tensor] | None:
+    """Packed numbers of the intervals in which x / divisor * factor lies; None where PyTorch must find them.
+
+    Args:
+        x: (..., d) float32.
+        divisor: (..., 1).
+        factor: see above.
+        bounds: (2^bits - 1,) float32, between the intervals, ascending; an interval includes its upper bound.
+        values: (2^bits,) float32, one for each interval.
+        bits: of a code, 1 to 8.
+
+    Returns:
+        The codes (..., bytes) uint8, bit for bit what `torch.bucketize` and `pack_bits` give, and their values (..., d).
+    """
+    if not _in_cpp(chosen(None), x, divisor, bounds, values):
+        return None
+    return cpu_encode.pack_levels(x, divisor, factor, bounds, values, bits)
+
+
+def pack_blocks(x: Tensor, ratio: Tensor, scale: Tensor, bits: int) -> Tensor | None:
+    """ggml's blocks q4_0 or q8_0, see `tessera.codecs.blocks`; None where PyTorch must make them.
+
+    Args:
+        x: (..., 32) float32.
+        ratio: (..., 1) float32, what the numbers are multiplied by.
+        scale: (..., 1) float16, what the block keeps.
+        bits: 4 or 8.
+
+    Returns:
+        (..., 2 + 4 bits) uint8, bit for bit what PyTorch's operations give.
+    """
+    return cpu_encode.pack_blocks(x, ratio, scale, bits) if _in_cpp(chosen(None), x, ratio) else None
 
 
 @without_autocast

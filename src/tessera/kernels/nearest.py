@@ -10,7 +10,7 @@ compares just these. Cubes are halved until their lists are short, and what cann
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -118,6 +118,39 @@ class CellIndex:
         rows = self.candidates[inside].long()
         points = torch.cat((self.points, self.bias[:, None]), dim=1)[rows]
         return (length.cumsum(0) - length).int(), length.int(), points, self.codes[rows].int()
+
+
+@dataclass(frozen=True, eq=False)
+class Codewords:
+    """A codebook as the search for the nearest codeword takes it.
+
+    Attributes:
+        products: (24 S, 4) int16, row s · 24 + p is q_p·q_s in units of `step`.
+        step: what one integer is worth.
+        conjugations: whether the codebook is closed under s -> u·s·ū; then s = base · 12 + rotation.
+        codes: (24 S,) int64, what each product is called: a point times the number of moves, 32 with conjugations and else 8,
+            plus a move; which of a base's points and which move a product has is the same for all bases.
+    """
+
+    products: Tensor
+    step: float
+    conjugations: bool
+    codes: Tensor
+
+    @cached_property
+    def index(self) -> CellIndex:
+        """What the searches in PyTorch and Triton look through; the C++ search has its own."""
+        return build_index(self.products.float() * self.step, self.conjugations)
+
+    @cached_property
+    def _on(self) -> dict[torch.device, CellIndex]:
+        return {}
+
+    def index_on(self, device: torch.device) -> CellIndex:
+        """`index` on a device."""
+        if device not in self._on:
+            self._on[device] = self.index.to(device)
+        return self._on[device]
 
 
 @without_autocast

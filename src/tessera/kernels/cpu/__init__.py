@@ -8,13 +8,11 @@ from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.nearest import ROOT, CellIndex, reduction_tables
 from tessera.kernels.pages import Coded, Format, Pages, strided
 from tessera.kernels.products import ProductFormat
 from tessera.kernels.reference import check_exact
@@ -258,23 +256,6 @@ def decode(packed: Coded, level: str | None = None) -> Tensor | None:
     return out
 
 
-def nearest(x: Tensor, index: CellIndex, codes: Tensor) -> Tensor:
-    """`tessera.kernels.nearest.nearest` in C++, and its result in the codebook's own numbers.
-
-    Args:
-        x: (n, 4) float32, finite.
-        index: of the codebook.
-        codes: of all products, (24 S,) int64.
-
-    Returns:
-        (n,) int32.
-    """
-    x = x.contiguous()
-    found = torch.empty(len(x), dtype=torch.int32, device="cpu")
-    _cpu.nearest(_index(index, codes), x.data_ptr(), len(x), found.data_ptr(), torch.get_num_threads())
-    return found
-
-
 def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.nearest_directions` in C++."""
     batch, heads, tokens, n, _ = chunks.shape
@@ -284,37 +265,6 @@ def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     where = (codes.data_ptr(), projections.data_ptr(), torch.get_num_threads())
     _cpu.nearest_directions(turns.data_ptr(), len(turns), turns.shape[1], chunks.data_ptr(), batch * heads, tokens * n, *where)
     return codes, projections
-
-
-_INDICES: WeakKeyDictionary[CellIndex, Any] = WeakKeyDictionary()
-
-
-def _index(index: CellIndex, codes: Tensor) -> Any:
-    if index not in _INDICES:
-        _, count, points, numbers = index.lists()
-        words = torch.cat((index.words, index.words.square().sum(-1, keepdim=True) / 2), dim=1).T
-        product, inverse, turn_unit, rotation_unit, unit_rotation = reduction_tables()
-        _INDICES[index] = _cpu.Index(
-            index.dims.numpy(),
-            index.origin.numpy(),
-            index.roots.numpy(),
-            index.children.flatten().numpy(),
-            index.depth,
-            count.numpy(),
-            points.contiguous().numpy(),
-            numbers.numpy(),
-            ROOT,
-            index.radius,
-            index.conjugations,
-            words.contiguous().numpy(),
-            codes.int().numpy(),
-            product.flatten().numpy(),
-            inverse.numpy(),
-            turn_unit.numpy(),
-            rotation_unit.numpy(),
-            unit_rotation.numpy(),
-        )
-    return _INDICES[index]
 
 
 def _book(form: Format, heads: int, layer: int) -> Any:

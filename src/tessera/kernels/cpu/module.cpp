@@ -16,6 +16,7 @@
 #include "attend.hpp"
 #include "grid.hpp"
 #include "nearest.hpp"
+#include "quantise.hpp"
 #include "threads.hpp"
 
 namespace nb = nanobind;
@@ -190,49 +191,96 @@ void decode(const Codes& book, Table pages, const std::string& level, bool value
     decode_portable(p);
 }
 
-template <class T, class A>
-void fill(T* to, const A& from, size_t count, const char* what) {
+template <class T>
+void fill(T* to, const Longs& from, size_t count, const char* what) {
     if (from.size() != count) throw nb::value_error(what);
     std::copy(from.data(), from.data() + count, to);
 }
 
-template <class T, class A>
-void fill(std::vector<T>& to, const A& from) {
-    to.assign(from.data(), from.data() + from.size());
-}
-
-void make_index(Index* self, Longs dims, Longs origin, Ints roots, Ints children, int depth, Ints count, Square points, Ints codes,
-                float root, float radius, bool conjugations, Square words, Ints number, Longs product, Longs inverse,
-                Longs turn_unit, Longs rotation_unit, Longs unit_rotation) {
-    if (points.shape(1) != 5 || words.shape(0) != 5) throw nb::value_error("points and words need four components and a bias");
-    auto index = std::make_unique<Index>();
-    fill(index->dims, dims, 4, "dims");
-    fill(index->origin, origin, 4, "origin");
-    fill(index->roots, roots);
-    fill(index->children, children);
-    if (size_t(std::accumulate(count.data(), count.data() + count.size(), int64_t{0})) != codes.size() || codes.size() != points.shape(0))
-        throw nb::value_error("lists of another length than their candidates");
-    index->depth = depth;
-    index->set_lists(count.data(), int64_t(count.size()), points.data(), codes.data());
-    index->root = root, index->radius = radius, index->conjugations = conjugations;
-    for (int i = 0; i < 5; ++i) index->words[i].assign(words.data() + i * words.shape(1), words.data() + (i + 1) * words.shape(1));
-    index->set_turns();
-    fill(index->number, number);
-    fill(&index->product[0][0], product, 576, "product");
-    fill(index->inverse, inverse, 24, "inverse");
-    fill(index->turn_unit, turn_unit, 12, "turn_unit");
-    fill(index->rotation_unit, rotation_unit, 12, "rotation_unit");
-    fill(index->unit_rotation, unit_rotation, 24, "unit_rotation");
-    new (self) Index(std::move(*index));
-}
-
-void nearest(const Index& index, uintptr_t x, int64_t n, uintptr_t codes, int threads) {
+void make_index(Index* self, Rows4I16 words, Ints codes, bool conjugations, float step, Longs product, Longs inverse, Longs turn_unit,
+                Longs rotation_unit, Longs unit_rotation) {
+    if (words.shape(0) % 24 || words.shape(0) != codes.shape(0)) throw nb::value_error("words and codes need 24 rows for each secondary");
+    Group group;
+    fill(&group.product[0][0], product, 576, "product");
+    fill(group.inverse, inverse, 24, "inverse");
+    fill(group.turn_unit, turn_unit, 12, "turn_unit");
+    fill(group.rotation_unit, rotation_unit, 12, "rotation_unit");
+    fill(group.unit_rotation, unit_rotation, 24, "unit_rotation");
     nb::gil_scoped_release release;
-    constexpr int64_t PART = 1024;
-    Threads::get().run((n + PART - 1) / PART, threads, [&](int64_t part, int) {
-        const int64_t begin = part * PART;
-        index.nearest(reinterpret_cast<const float*>(x) + 4 * begin, std::min(PART, n - begin), reinterpret_cast<int32_t*>(codes) + begin);
+    new (self) Index(words.data(), codes.data(), int(words.shape(0) / 24), conjugations, step, group);
+}
+
+Nearest nearest_at(const std::string& level) {
+#if defined(TESSERA_X86)
+    if (level == "avx512" && has(AVX512)) return nearest_avx512;
+    if (level == "avx2" && has(AVX2)) return nearest_avx2;
+#endif
+    return nearest_portable;
+}
+
+// Calls work(begin, end) for parts of n rows.
+template <class Work>
+void in_parts(int64_t n, int64_t part, int threads, const Work& work) {
+    Threads::get().run((n + part - 1) / part, threads, [&](int64_t i, int) { work(i * part, std::min(n, (i + 1) * part)); });
+}
+
+// Codes of n chunks (n, 4), and where `words` is not 0 their codewords (n, 4).
+void nearest(const Index& index, const std::string& level, uintptr_t x, int64_t n, uintptr_t codes, uintptr_t words, int threads) {
+    nb::gil_scoped_release release;
+    const Nearest search = nearest_at(level);
+    in_parts(n, 1024, threads, [&](int64_t begin, int64_t end) {
+        search({&index, reinterpret_cast<const float*>(x) + 4 * begin, 4, 1, end - begin, reinterpret_cast<int32_t*>(codes) + begin,
+                words ? reinterpret_cast<float*>(words) + 4 * begin : nullptr});
     });
+}
+
+void pack_nearest(const Index& index, const std::string& level, uintptr_t x, uintptr_t scale, int64_t n, int64_t dim, int bits,
+                  uintptr_t out, int threads) {
+    if (bits < 8 || bits > 24 || dim < 1) throw nb::value_error("shapes that this kernel does not know");
+    nb::gil_scoped_release release;
+    const VectorCodes s{reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(scale), dim, bits, reinterpret_cast<uint8_t*>(out)};
+    const Nearest search = nearest_at(level);
+    in_parts(n, std::max<int64_t>(1, 4096 / dim), threads, [&](int64_t begin, int64_t end) { vector_codes(index, search, s, begin, end); });
+}
+
+void encode_feedback(const Index& index, const std::string& level, uintptr_t y, uintptr_t matrix, int64_t heads, int64_t vectors,
+                     int dim, uintptr_t codes, int threads) {
+    if (dim % 4 || dim < 4) throw nb::value_error("shapes that this kernel does not know");
+    nb::gil_scoped_release release;
+    const Feedback s{&index, reinterpret_cast<const float*>(y), reinterpret_cast<const float*>(matrix), vectors, dim, reinterpret_cast<int32_t*>(codes)};
+    const int64_t blocks = (vectors + Feedback::BLOCK - 1) / Feedback::BLOCK;
+    auto run = feedback_portable;
+#if defined(TESSERA_X86)
+    if (level == "avx2" && has(AVX2)) run = feedback_avx2;
+    if (level == "avx512" && has(AVX512)) run = feedback_avx512;
+#endif
+    Threads::get().run(heads * blocks, threads, [&](int64_t i, int) { run(s, i / blocks, i % blocks * Feedback::BLOCK); });
+}
+
+void pack_linear(const std::vector<uintptr_t>& given, const std::vector<int64_t>& shape, float least, float most, int bits, uintptr_t out,
+                 int threads) {
+    if (given.size() != 3 || shape.size() != 5 || bits < 1 || bits > 8 || *std::min_element(shape.begin(), shape.end()) < 1 || (!given[1] && shape[4] == 1))
+        throw nb::value_error("shapes that this kernel does not know");
+    nb::gil_scoped_release release;
+    const auto at = [&](size_t i) { return reinterpret_cast<const float*>(given[i]); };
+    const LinearCodes s{at(0), at(1), at(2), shape[0], shape[1], shape[2], shape[3], shape[4], least, most, bits, reinterpret_cast<uint8_t*>(out)};
+    in_parts(s.lines * s.tokens, 64, threads, [&](int64_t begin, int64_t end) { linear_codes(s, begin, end); });
+}
+
+void pack_levels(const std::vector<uintptr_t>& given, int64_t rows, int64_t dim, float factor, int bits, uintptr_t out, uintptr_t chosen,
+                 int threads) {
+    if (given.size() != 4 || dim < 1 || bits < 1 || bits > 8) throw nb::value_error("shapes that this kernel does not know");
+    nb::gil_scoped_release release;
+    const auto at = [&](size_t i) { return reinterpret_cast<const float*>(given[i]); };
+    const LevelCodes s{at(0), at(1), at(2), at(3), rows, dim, factor, bits, reinterpret_cast<uint8_t*>(out), reinterpret_cast<float*>(chosen)};
+    in_parts(rows, 64, threads, [&](int64_t begin, int64_t end) { level_codes(s, begin, end); });
+}
+
+void pack_blocks(uintptr_t x, uintptr_t ratio, uintptr_t scale, int64_t blocks, int bits, uintptr_t out, int threads) {
+    if (bits != 4 && bits != 8) throw nb::value_error("shapes that this kernel does not know");
+    nb::gil_scoped_release release;
+    const BlockCodes s{reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(ratio), reinterpret_cast<const uint16_t*>(scale), blocks, bits, reinterpret_cast<uint8_t*>(out)};
+    in_parts(blocks, 256, threads, [&](int64_t begin, int64_t end) { block_codes(s, begin, end); });
 }
 
 // Of lines of `chunks` chunks, line i turned by the matrices of head i % heads; turns: (heads, size, 4, 4).
@@ -241,10 +289,9 @@ void nearest_directions(uintptr_t turns, int64_t heads, int size, uintptr_t x, i
     nb::gil_scoped_release release;
     constexpr int64_t PART = 1024;
     const int64_t parts = (chunks + PART - 1) / PART;
-    const std::vector<float> halves(size_t(size), 0.0f);  // directions are of length 1: these do not matter
     Threads::get().run(lines * parts, threads, [&](int64_t task, int) {
         const int64_t line = task / parts, begin = task % parts * PART, at = line * chunks + begin;
-        nearest_product(reinterpret_cast<const float*>(turns) + line % heads * size * 16, halves.data(), size, reinterpret_cast<const float*>(x) + 4 * at,
+        nearest_product(reinterpret_cast<const float*>(turns) + line % heads * size * 16, size, reinterpret_cast<const float*>(x) + 4 * at,
                           std::min(PART, chunks - begin), reinterpret_cast<int32_t*>(codes) + at, reinterpret_cast<float*>(projections) + at);
     });
 }
@@ -356,6 +403,11 @@ NB_MODULE(_cpu, m) {
     m.def("decode", &decode<Products>);
     nb::class_<Index>(m, "Index").def("__init__", &make_index);
     m.def("nearest", &nearest);
+    m.def("pack_nearest", &pack_nearest);
+    m.def("encode_feedback", &encode_feedback);
+    m.def("pack_linear", &pack_linear);
+    m.def("pack_levels", &pack_levels);
+    m.def("pack_blocks", &pack_blocks);
     m.def("nearest_directions", &nearest_directions);
     m.def("advance", &advance);
     m.def("retreat", &retreat);

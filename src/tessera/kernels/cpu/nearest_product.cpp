@@ -14,7 +14,7 @@ namespace {
 // Chunks that are worked on together, component by component: loops over them become vector instructions.
 constexpr int CHUNKS = 32;
 
-TESSERA_CLONES void search(const float* turns, const float* halves, int size, const float* from, int count, int32_t* code, float* projection) {
+TESSERA_CLONES void search(const float* turns, int size, const float* from, int count, int32_t* code, float* projection) {
     alignas(64) float x[4][CHUNKS] = {}, turned[4][CHUNKS] = {}, best[CHUNKS];
     alignas(64) int32_t found[CHUNKS] = {};
     for (int j = 0; j < count; ++j)
@@ -30,7 +30,7 @@ TESSERA_CLONES void search(const float* turns, const float* halves, int size, co
                 a[i] = std::fabs(y[i]);
             }
             const float p = a[0] > a[1] ? a[0] : a[1], q = a[2] > a[3] ? a[2] : a[3], axis = p > q ? p : q;
-            const float other = (a[0] + a[1] + a[2] + a[3]) * 0.5f, most = (axis > other ? axis : other) - halves[s];
+            const float other = (a[0] + a[1] + a[2] + a[3]) * 0.5f, most = axis > other ? axis : other;
             const bool better = most > best[j];
             best[j] = better ? most : best[j];
             found[j] = better ? s : found[j];
@@ -44,9 +44,9 @@ TESSERA_CLONES void search(const float* turns, const float* halves, int size, co
 
 }  // namespace
 
-void nearest_product(const float* turns, const float* halves, int size, const float* x, int64_t n, int32_t* code, float* projection) {
+void nearest_product(const float* turns, int size, const float* x, int64_t n, int32_t* code, float* projection) {
     for (int64_t begin = 0; begin < n; begin += CHUNKS)
-        search(turns, halves, size, x + 4 * begin, int(std::min<int64_t>(CHUNKS, n - begin)), code + begin, projection + begin);
+        search(turns, size, x + 4 * begin, int(std::min<int64_t>(CHUNKS, n - begin)), code + begin, projection + begin);
 }
 
 }  // namespace tessera

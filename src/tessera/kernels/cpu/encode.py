@@ -1,0 +1,110 @@
+"""Encoding in C++: the search for the nearest codeword, and the packing of codes."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from tessera.kernels.cpu import _cpu, addresses, levels
+from tessera.kernels.nearest import Codewords, reduction_tables
+
+
+def nearest(x: Tensor, book: Codewords, level: str | None = None) -> Tensor:
+    """`tessera.kernels.dispatch.nearest` in C++.
+
+    Args:
+        x: (n, 4) float32, finite.
+        book: the codebook.
+        level: instruction set; None: the best there is.
+
+    Returns:
+        (n,) int32.
+    """
+    return _nearest(x, book, level, words=False)[0]
+
+
+def nearest_words(x: Tensor, book: Codewords, level: str | None = None) -> tuple[Tensor, Tensor]:
+    """As `nearest`; codes, and what they stand for, (n, 4) float32."""
+    return _nearest(x, book, level, words=True)
+
+
+def _nearest(x: Tensor, book: Codewords, level: str | None, words: bool) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    codes = torch.empty(len(x), dtype=torch.int32, device="cpu")
+    found = torch.empty(x.shape if words else (0, 4), dtype=torch.float32, device="cpu")
+    to = (codes.data_ptr(), found.data_ptr() if words else 0, torch.get_num_threads())
+    _cpu.nearest(_index(book), level or levels()[-1], x.data_ptr(), len(x), *to)
+    return codes, found
+
+
+_INDICES: WeakKeyDictionary[Codewords, Any] = WeakKeyDictionary()
+
+
+def _index(book: Codewords) -> Any:
+    if book not in _INDICES:
+        tables = [table.flatten().numpy() for table in reduction_tables()]
+        _INDICES[book] = _cpu.Index(book.products.numpy(), book.codes.int().numpy(), book.conjugations, book.step, *tables)
+    return _INDICES[book]
+
+
+def pack_nearest(x: Tensor, scale: Tensor, book: Codewords, bits: int, level: str | None = None) -> Tensor:
+    """`tessera.kernels.dispatch.pack_nearest`; `level`: see `nearest`."""
+    x, scale = x.contiguous(), scale.contiguous()
+    dim = x.shape[-1]
+    out = _packed(x, -(-dim // 4), bits)
+    where = (x.data_ptr(), scale.data_ptr(), scale.numel(), dim, bits, out.data_ptr(), torch.get_num_threads())
+    if out.numel():
+        _cpu.pack_nearest(_index(book), level or levels()[-1], *where)
+    return out
+
+
+def encode_feedback(y: Tensor, feedback: Tensor, book: Codewords, level: str | None = None) -> Tensor:
+    """`tessera.kernels.feedback.encode_feedback`, codes as int32; `level`: see `nearest`."""
+    y, feedback = y.contiguous(), feedback.contiguous()
+    heads, vectors, dim = y.shape
+    codes = torch.empty(heads, vectors, dim // 4, dtype=torch.int32, device="cpu")
+    where = (y.data_ptr(), feedback.data_ptr(), heads, vectors, dim, codes.data_ptr(), torch.get_num_threads())
+    if codes.numel():
+        _cpu.encode_feedback(_index(book), level or levels()[-1], *where)
+    return codes
+
+
+def pack_linear(
+    x: Tensor, low: Tensor | None, scale: Tensor, least: int, most: int, bits: int, group: int, span: int
+) -> Tensor:
+    """`tessera.kernels.dispatch.pack_linear`."""
+    held = [None if t is None else t.contiguous() for t in (x, low, scale)]
+    tokens, dim = x.shape[-2:]
+    out = _packed(x, dim, bits)
+    if out.numel():
+        shape = [x.numel() // (tokens * dim), tokens, dim, group, span]
+        _cpu.pack_linear(addresses(held), shape, least, most, bits, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def pack_levels(x: Tensor, divisor: Tensor, factor: float, bounds: Tensor, values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`tessera.kernels.dispatch.pack_levels`."""
+    held = [t.contiguous() for t in (x, divisor, bounds, values)]
+    out, chosen = _packed(x, x.shape[-1], bits), torch.empty_like(held[0])
+    if out.numel():
+        to = (out.data_ptr(), chosen.data_ptr(), torch.get_num_threads())
+        _cpu.pack_levels(addresses(held), divisor.numel(), x.shape[-1], factor, bits, *to)
+    return out, chosen
+
+
+def pack_blocks(x: Tensor, ratio: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """`tessera.kernels.dispatch.pack_blocks`."""
+    x, ratio, scale = x.contiguous(), ratio.contiguous(), scale.contiguous()
+    out = torch.empty(*x.shape[:-1], 2 + 4 * bits, dtype=torch.uint8, device="cpu")
+    where = (x.data_ptr(), ratio.data_ptr(), scale.data_ptr(), ratio.numel(), bits, out.data_ptr(), torch.get_num_threads())
+    if out.numel():
+        _cpu.pack_blocks(*where)
+    return out
+
+
+def _packed(x: Tensor, count: int, bits: int) -> Tensor:
+    """Room for `count` codes of each vector of x."""
+    return torch.empty(*x.shape[:-1], -(-count * bits // 8), dtype=torch.uint8, device="cpu")

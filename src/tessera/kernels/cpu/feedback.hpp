@@ -1,0 +1,51 @@
+// Codes of vectors whose later chunks' errors are fed back into what is coded before them. Included behind nearest_impl.hpp.
+
+namespace {
+
+using tessera::Feedback;
+
+// Rows 4 i to 4 i + 3 of the feedback times the errors of later chunks, less from the targets, for BLOCK vectors side by side.
+inline __attribute__((always_inline)) void feed_back(const float* matrix, int dim, int chunk, const float (*error)[BLOCK], float (*target)[BLOCK]) {
+    constexpr int TWO = 2;
+    for (int at = 0; at < BLOCK; at += TWO * LANES) {
+        Lanes sum[4][TWO];
+        for (int r = 0; r < 4; ++r)
+            for (int v = 0; v < TWO; ++v) sum[r][v] = load(target[r] + at + v * LANES);
+        for (int c = 4 * (chunk + 1); c < dim; ++c) {
+            const Lanes e[TWO] = {load(error[c] + at), load(error[c] + at + LANES)};
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) {
+                const float m = matrix[(4 * chunk + r) * dim + c];
+#pragma GCC unroll 2
+                for (int v = 0; v < TWO; ++v) sum[r][v] -= m * e[v];
+            }
+        }
+        for (int r = 0; r < 4; ++r)
+            for (int v = 0; v < TWO; ++v) store(target[r] + at + v * LANES, sum[r][v]);
+    }
+}
+
+static_assert(BLOCK == Feedback::BLOCK);
+
+// Up to BLOCK vectors of a head, from `begin` on.
+inline void code_with_feedback(const Feedback& s, int64_t head, int64_t begin) {
+    const int count = int(std::min<int64_t>(BLOCK, s.vectors - begin)), dim = s.dim, chunks = dim / 4;
+    std::vector<float> room(2 * size_t(dim) * BLOCK + 16, 0.0f);
+    float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
+    auto error = reinterpret_cast<float (*)[BLOCK]>(aligned), target = error + dim;
+    const float* y = s.y + (head * s.vectors + begin) * dim;
+    for (int j = 0; j < count; ++j)
+        for (int c = 0; c < dim; ++c) target[c][j] = y[int64_t(j) * dim + c];
+    alignas(64) float word[4][BLOCK];
+    int32_t code[BLOCK];
+    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+        for (int i = 0; i < 4; ++i) std::memcpy(error[4 * chunk + i], target[4 * chunk + i], sizeof(float) * BLOCK);  // for now
+        feed_back(s.matrix + head * dim * dim, dim, chunk, error, target + 4 * chunk);
+        search({s.index, target[4 * chunk], 1, BLOCK, count, code, word[0]});
+        for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < count; ++j) error[4 * chunk + i][j] = word[i][j] - error[4 * chunk + i][j];
+        for (int j = 0; j < count; ++j) s.code[(head * s.vectors + begin + j) * chunks + chunk] = code[j];
+    }
+}
+
+}  // namespace

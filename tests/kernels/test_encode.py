@@ -1,0 +1,153 @@
+"""What packs codes in C++, against the definitions in PyTorch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessera import codecs
+from tessera.codecs.base import Role
+from tessera.codecs.bits import pack_bits, unpack_bits
+from tessera.codecs.codebooks import joint
+from tessera.codecs.hqmq_joint import words_of
+from tessera.kernels import cpu, dispatch
+from tessera.kernels.cpu import encode as cpu_encode
+
+pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
+
+SHAPES = [(1, 2, 65, 128), (2, 3, 33, 80), (1, 1, 1, 5), (1, 2, 7, 1), (1, 1, 0, 64), (1, 2, 64, 33)]
+
+
+@pytest.fixture(params=cpu.levels())
+def level(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def vectors(shape: tuple[int, ...]) -> Tensor:
+    """Vectors of all lengths, zero among them, with outliers, with numbers that are equal, and with halves."""
+    x = torch.randn(shape) * torch.randn(shape).exp()
+    if shape[2] > 6:
+        x[:, :, 1] = 0
+        x[:, :, 2] *= 1e-9
+        x[:, :, 3] *= 1e6
+        x[:, :, 4] = (x[:, :, 4] * 2).round() / 2
+        x[:, :, 5] = x[:, :, 5].sign() * 3
+        x[..., 6, :1] = 1e4
+    return x
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(f"scalar:{b}" for b in range(2, 7)),
+        *(f"{name}:{b}" for name in ("int", "kivi") for b in range(2, 9)),
+        "q4_0",
+        "q4_0:norot",
+        "q8_0",
+    ],
+)
+def test_baselines_are_packed_bit_for_bit_as_defined(
+    monkeypatch: pytest.MonkeyPatch, spec: str, shape: tuple[int, ...]
+) -> None:
+    codec, x = codecs.get(spec), vectors(shape)
+    roles: tuple[Role, ...] = ("key", "value")
+    for role in roles:
+        monkeypatch.setenv("TESSERA_BACKEND", "cpu")
+        got = codec.encode(x, role).tensors
+        monkeypatch.setenv("TESSERA_BACKEND", "reference")
+        wanted = codec.encode(x, role).tensors
+        assert got.keys() == wanted.keys()
+        for name, field in wanted.items():
+            assert torch.equal(got[name], field), name
+
+
+def test_baselines_on_a_cpu_are_packed_in_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("scalar", "integer"):
+        monkeypatch.setattr(f"tessera.codecs.{module}.pack_bits", lambda *_: pytest.fail("the definition ran"))
+    for spec in ("scalar:4", "int:4", "kivi:4"):
+        codecs.get(spec).encode(torch.randn(1, 2, 40, 64), "key")
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16, 18])
+@pytest.mark.parametrize("shape", [(1, 2, 65, 128), (3, 1, 20, 18), (1, 1, 3, 1)], ids=str)
+def test_codes_of_vectors_are_divided_found_and_packed(level: str, bits: int, shape: tuple[int, ...]) -> None:
+    x, scale = torch.randn(shape) * 3, torch.rand(shape[:-1]) + 2
+    scale.view(-1)[:1] = 0
+    got = dispatch.pack_nearest(x, scale, words_of(bits), bits, backend=f"cpu:{level}")
+    chunks = torch.nn.functional.pad(x / scale.unsqueeze(-1).clamp(min=1e-30), (0, -shape[-1] % 4)).unflatten(-1, (-1, 4))
+    codes = dispatch.nearest(chunks.reshape(-1, 4), words_of(bits), backend=f"cpu:{level}").view(chunks.shape[:-1])
+    codes[scale == 0] = 0
+    assert got is not None
+    assert torch.equal(got, pack_bits(codes, bits))
+    assert dispatch.pack_nearest(x, scale, words_of(bits), bits, backend="reference") is None
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16, 18])
+def test_words_are_what_the_codes_stand_for(level: str, bits: int) -> None:
+    x = torch.randn(3001, 4)
+    x[:300] *= torch.logspace(-5, 3, 300)[:, None]
+    codes, words = cpu_encode.nearest_words(x, words_of(bits), level)
+    book = joint(bits)
+    assert torch.equal(words, book.codewords.float()[codes.long()] * book.step)
+    assert torch.equal(codes, cpu_encode.nearest(x, words_of(bits), level))
+
+
+def feedback_inputs(heads: int, vectors: int, dim: int) -> tuple[Tensor, Tensor]:
+    y = torch.randn(heads, vectors, dim)
+    chunk = torch.arange(dim) // 4
+    feedback = torch.randn(heads, dim, dim) * 0.2 / dim**0.5 * (chunk[:, None] < chunk)
+    return y, feedback
+
+
+@pytest.mark.parametrize(
+    ("bits", "heads", "vectors", "dim"), [(8, 1, 70, 16), (12, 2, 65, 32), (16, 3, 130, 128), (16, 1, 1, 4), (18, 1, 5, 12)]
+)
+def test_every_chunk_is_coded_nearest_to_what_the_errors_ask_for(
+    level: str, bits: int, heads: int, vectors: int, dim: int
+) -> None:
+    y, feedback = feedback_inputs(heads, vectors, dim)
+    codes = dispatch.encode_feedback(y, feedback, words_of(bits), backend=f"cpu:{level}").long()
+    assert codes.shape == (heads, vectors, dim // 4)
+    # A code that is other for rounding changes all that come after it: the targets that follow from these codes are looked at.
+    book = joint(bits)
+    words = book.codewords.double() * book.step
+    error = words[codes].flatten(2) - y.double()
+    target = (y.double() - error @ feedback.double().transpose(1, 2)).view(-1, 4)
+    least = torch.stack(
+        [(words - t).square().sum(-1).amin().sqrt() for t in target[:: max(1, len(target) * len(words) // 2**25)]]
+    )
+    some = (words[codes.view(-1)] - target).norm(dim=-1)[:: max(1, len(target) * len(words) // 2**25)]
+    assert (some - least).max() < 1e-5
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_feedback_gives_the_codes_of_the_definition(level: str, bits: int) -> None:
+    y, feedback = feedback_inputs(2, 67, 32)
+    # What stands on the diagonal blocks or below them is not read.
+    chunk = torch.arange(32) // 4
+    feedback[:, chunk[:, None] >= chunk] = torch.nan
+    got = dispatch.encode_feedback(y, feedback, words_of(bits), backend=f"cpu:{level}")
+    wanted = dispatch.encode_feedback(y, feedback, words_of(bits), backend="reference")
+    assert (got == wanted).all(-1).float().mean() > 0.98
+    without = dispatch.encode_feedback(y, torch.zeros_like(feedback), words_of(bits), backend=f"cpu:{level}")
+    assert torch.equal(without.flatten(), dispatch.nearest(y.view(-1, 4), words_of(bits), backend=f"cpu:{level}"))
+
+
+def test_feedback_of_nothing_and_of_shapes_that_do_not_fit() -> None:
+    assert dispatch.encode_feedback(torch.zeros(2, 0, 8), torch.zeros(2, 8, 8), words_of(8)).shape == (2, 0, 2)
+    with pytest.raises(ValueError, match="multiple of four"):
+        dispatch.encode_feedback(torch.zeros(2, 3, 6), torch.zeros(2, 6, 6), words_of(8))
+    with pytest.raises(ValueError, match="square matrix for each head"):
+        dispatch.encode_feedback(torch.zeros(2, 3, 8), torch.zeros(1, 8, 8), words_of(8))
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run: the kernel takes float32"):
+        dispatch.encode_feedback(torch.zeros(2, 3, 8).double(), torch.zeros(2, 8, 8), words_of(8), backend="cpu")
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("dim", [1, 7, 8, 33, 128])
+def test_codes_are_packed_as_bits_are(bits: int, dim: int) -> None:
+    codes = torch.randint(2**bits, (3, 5, dim))
+    packed = dispatch.pack_linear(codes.float(), None, torch.ones(3, 5, 1), (0, 2**bits - 1), bits, group=1, span=max(2, dim))
+    assert packed is not None
+    assert torch.equal(packed, pack_bits(codes, bits))
+    assert torch.equal(unpack_bits(packed, bits, dim), codes)
