@@ -55,7 +55,9 @@ def real_models(protocol: str) -> str:
 
 
 def _change(row: Row) -> tuple[str, str]:
-    return f"{row.delta:+.2%} ± {row.delta_error:.2%}", f"{row.kl:.4f} ± {row.kl_error:.4f}"
+    # Where a model is lost, percents are a row of digits.
+    change = f"{row.delta:+.2%} ± {row.delta_error:.2%}" if row.delta < 10 else f"{1 + row.delta:,.0f} times"
+    return change, f"{row.kl:.4f} ± {row.kl_error:.4f}"
 
 
 def codec_error(inputs: str, head_dim: str) -> str:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import tessera
 from tessera.associative import TensorCacheConfig
 from tessera.cli import app
+from tessera.codecs import load_stats
 from tessera.evaluation import Comparison, load, load_all
 from tessera.kernels import cpu
 from tessera.models import demo_memory_path, heldout_text
@@ -128,6 +129,38 @@ def test_generate_streams_what_the_model_says(small_model: Path) -> None:
     assert out == expected + "\n"
     assert "79 tokens: cache" in err  # 16 of the prompt and 63 new ones; the 64th has not been read yet
     assert "dense: 115 tokens" in err
+
+
+def test_stats_are_measured_saved_and_used(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    words = ("--model", small_model, "--text", small_text)
+    code, out, _ = run("stats", *words, "--tokens", 200, "--out", path)
+    assert code == 0
+    source = load(str(small_model))
+    stats = load_stats(path)
+    assert f"Saved {path}, {sum(one.nbytes for one in stats):,} bytes" in out
+    # What the command measures is what a cache learns of the same tokens, but for the sinks and the number of tokens.
+    ids = source.tokenizer(small_text.read_text(), return_tensors="pt")["input_ids"][:, :200]
+    cache = tessera.Cache("sink:4 + hqmq:4", source.model)
+    with torch.no_grad():
+        source.model(ids, past_key_values=cache)
+    for layer, found in zip(cache.layers, stats, strict=True):
+        learned = layer.lanes[0].packed.stats
+        assert ((learned.widths / found.widths).log2().abs() <= 1).float().mean() > 0.9
+    spec = ("--cache", "hqmq:4", "--stats", path, "--prompt", small_text.read_text()[:300], "--max-new-tokens", 4)
+    code, out, err = run("generate", "--model", small_model, *spec)
+    assert code == 0
+    assert "hqmq:4" in err
+    code, out, _ = run(
+        *("compare", *words, "--context", 256, "--windows", 1, "--protocol", "paper", "--specs", "hqmq:4", "q4_0"),
+        *("--stats", path, "--out", tmp_path),
+    )
+    assert code == 0
+    code, _, err = run("generate", "--model", small_model, "--cache", "q4_0", "--stats", path, "--prompt", "x")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "'q4_0' has no use for them" in err
+    code, _, err = run("stats", "--model", small_model, "--text", small_text, "--tokens", 64, "--out", small_text / "x")
+    assert code == 2
 
 
 def test_generate_samples_the_same_from_the_same_seed(small_model: Path) -> None:

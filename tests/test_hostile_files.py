@@ -31,7 +31,7 @@ from tessera import codecs
 from tessera.associative import TensorCache, TensorCacheConfig
 from tessera.associative.infini import Infini
 from tessera.attachment import attachment
-from tessera.codecs import Packed
+from tessera.codecs import KeyStats, Packed, save_stats
 from tessera.codecs.codebooks import direction_path, joint_path, read_directions, read_joint
 from tessera.models.vit import ViT, ViTConfig
 from tessera.models.vit_state import ViTState
@@ -125,6 +125,16 @@ def make(folder: Path) -> dict[str, Kind]:
             lambda path, model=model: tessera.Cache.load(path, model),
             lambda cache, model=model: step(model, cache),
         )
+    model = llama()
+    heads, dim = model.config.num_key_value_heads, model.config.head_dim
+    save_stats(
+        [KeyStats.measure(torch.rand(1, heads, 64, dim), torch.randn(1, heads, 64, dim)) for _ in range(2)], folder / "stats"
+    )
+    found["stats"] = Kind(
+        folder / "stats",
+        lambda path, model=model: tessera.Cache("sink:2 + hqmq:4 + recent:16", model, stats=path),
+        lambda cache, model=model: step(model, cache),
+    )
     for name, config in (("memory-tc", TC), ("memory-tm", TM)):
         tessera.save_memory(llama(config), folder / name)
         model = llama()

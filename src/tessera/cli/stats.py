@@ -60,4 +60,4 @@ def stats(
         ratio = (one.widths.amax(-1) / one.widths.amin(-1)).max()
         table.add_row(str(layer), str(one.sizes.shape[1]), f"{ratio:.1f}")
     console.print(table)
-    console.print(f"Saved {out}, {sum(one.nbytes for one in found):,} bytes of statistics", highlight=False)
+    console.print(f"Saved {out}, {sum(one.nbytes for one in found):,} bytes of statistics", highlight=False, soft_wrap=True)

@@ -55,6 +55,11 @@ class KeyStats:
         return torch.exp2((ONE - (self.sizes >> 3).float()) / STEPS)
 
     @property
+    def table(self) -> Tensor:
+        """One over the width that each byte stands for: (256,) float32 on the CPU."""
+        return _TABLE
+
+    @property
     def weights(self) -> Tensor:
         """How much a squared error of a key that was multiplied by the widths counts: as the widths, at most 1."""
         return torch.exp2(-1.5 * (self.sizes & 7).float())
@@ -107,6 +112,9 @@ class KeyStats:
         code = (width.round() + ONE).clamp(0, WIDTHS - 1)
         below = (product.amax(-1, keepdim=True) - product).round().clamp(0, PRODUCTS - 1)
         return KeyStats((8 * code + below).to(torch.uint8))
+
+
+_TABLE = KeyStats(torch.arange(256, dtype=torch.uint8)).narrowing
 
 
 def save_stats(stats: Sequence[KeyStats | None], path: str | os.PathLike[str]) -> None:

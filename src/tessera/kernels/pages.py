@@ -58,8 +58,16 @@ class Widened(Protocol):
     """What says by how much channels of keys were multiplied before they were coded; `KeyStats` is what does."""
 
     @property
+    def sizes(self) -> Tensor:
+        """A byte for each channel: (batch, kv_heads, head_dim) uint8."""
+
+    @property
+    def table(self) -> Tensor:
+        """One over what the channel was multiplied by, for each byte: (256,) float32 on the CPU."""
+
+    @property
     def narrowing(self) -> Tensor:
-        """One over that: (batch, kv_heads, head_dim) float32."""
+        """The same for each channel: (batch, kv_heads, head_dim) float32."""
 
 
 class Pages:

@@ -383,6 +383,18 @@ void absorb_backward(const std::string& level, const std::vector<int64_t>& shape
 
 }  // namespace
 
+/// Channels of queries, each times what the byte of its channel stands for; bytes are of a batch row and key head.
+void narrow(uintptr_t q, uintptr_t bytes, nb::ndarray<const float, nb::shape<256>, nb::c_contig> table, uintptr_t out,
+            int64_t lines, int64_t queries, int64_t dim) {
+    auto from = reinterpret_cast<const float*>(q);
+    auto to = reinterpret_cast<float*>(out);
+    auto code = reinterpret_cast<const uint8_t*>(bytes);
+    for (int64_t line = 0; line < lines; ++line, code += dim)
+        for (int64_t query = 0; query < queries; ++query, from += dim, to += dim)
+            for (int64_t i = 0; i < dim; ++i) to[i] = from[i] * table.data()[code[i]];
+}
+
+
 NB_MODULE(_cpu, m) {
     m.doc() = "Tessera's kernels for CPUs.";
     nb::class_<Book>(m, "Book")
@@ -399,6 +411,7 @@ NB_MODULE(_cpu, m) {
     m.def("attend", &attend<Products, Book>);
     m.def("attend_exact", &attend_exact);
     m.def("merge", &merge);
+    m.def("narrow", &narrow);
     m.def("decode", &decode<Book>);
     m.def("decode", &decode<Products>);
     nb::class_<Index>(m, "Index").def("__init__", &make_index);
