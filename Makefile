@@ -37,6 +37,7 @@ bench: install
 	$(BIN)/tessera compare --out docs/results/demo
 	$(BIN)/tessera compare --out docs/results/demo_long --windows 16 --protocol streaming --specs $(foreach c,$(LONG),"sink:4 + $(c) + recent:128")
 	$(BIN)/tessera compare --out docs/results/demo_long_paper --windows 16 --protocol paper --specs $(LONG)
+	$(BIN)/python benchmarks/real_models.py
 	$(BIN)/python benchmarks/codec_error.py
 	$(BIN)/python benchmarks/resident_memory.py
 	$(BIN)/python benchmarks/decode_attention.py

@@ -44,12 +44,15 @@ def compare(name: str, protocol: str) -> str:
 
 def real_models(protocol: str) -> str:
     """SmolLM2 and, if it was measured in the same run, the same model with rescaled keys, side by side."""
-    first, *others = load_all(RESULTS / "real_models" / f"{protocol}.json")
-    head = ["cache", "bits", "perplexity", "KL", "top-1"] + ["rescaled: perplexity", "rescaled: KL"] * bool(others)
+    # A long context is measured in several runs, whose exact rows are the same.
+    runs = [load_all(path) for path in sorted((RESULTS / "real_models").glob(f"{protocol}*.json"))]
+    rows = {row.spec: row for run in runs for row in run[0].rows}
+    first, *others = [replace(runs[0][0], rows=tuple(rows.values())), *runs[0][1:]]
+    head = ["cache", "bits", "in all", "perplexity", "KL", "top-1"] + ["rescaled: perplexity", "rescaled: KL"] * bool(others)
     lines = []
     for row in first.rows:
         if row.spec != "dense":
-            cells = [f"`{row.spec}`", f"{row.codec_bits:.3f}", *_change(row), f"{row.top1:.1%}"]
+            cells = [f"`{row.spec}`", f"{row.codec_bits:.3f}", f"{row.bits:.2f}", *_change(row), f"{row.top1:.1%}"]
             lines.append(cells + [cell for other in others for r in other.rows if r.spec == row.spec for cell in _change(r)])
     return caption(first) + "\n\n" + markdown_table(head, lines)
 
@@ -57,7 +60,8 @@ def real_models(protocol: str) -> str:
 def _change(row: Row) -> tuple[str, str]:
     # Where a model is lost, percents are a row of digits.
     change = f"{row.delta:+.2%} ± {row.delta_error:.2%}" if row.delta < 10 else f"{1 + row.delta:,.0f} times"
-    return change, f"{row.kl:.4f} ± {row.kl_error:.4f}"
+    digits = 4 if row.kl > 0.002 else 5
+    return change, f"{row.kl:.{digits}f} ± {row.kl_error:.{digits}f}"
 
 
 def codec_error(inputs: str, head_dim: str) -> str:
