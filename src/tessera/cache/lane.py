@@ -144,8 +144,9 @@ class LaneMemory:
     def note(self, positions: Tensor | None) -> None:
         """Positions of the tokens that come, (rows, n)."""
         if positions is not None:
-            known = self.positions
-            self.positions = positions if known is None else torch.cat((known.to(positions.device), positions), dim=1)
+            # A copy in any case: what the caller gave is written anew for its next call, as likely as not.
+            known = positions[:, :0] if self.positions is None else self.positions.to(positions.device)
+            self.positions = torch.cat((known, positions), dim=1)
 
     def places(self, begin: int, end: int, length: int) -> Tensor | None:
         """Positions of the places [begin, end) of a lane of `length` tokens, (rows, n); 0 where they are not known."""
