@@ -75,6 +75,18 @@ def same_size(one: tessera.Cache, other: tessera.Cache) -> bool:
     return [layer.held() for layer in one.layers] == [layer.held() for layer in other.layers]
 
 
+def test_a_crop_gives_back_the_memory_of_what_it_takes() -> None:
+    model = attached()
+    cache = tessera.Cache(TC, model)
+    logits(model, cache, tokens(2, 60), (60,))
+    cache.activate_past_recording()
+    logits(model, cache, tokens(2, 100), (100,))
+    cache.crop(-100)
+    held = [t for layer in cache.layers for tensors in layer.buffers().values() for t in tensors]
+    # A view keeps all that it is a view of.
+    assert sum(t.untyped_storage().nbytes() for t in held) == cache.report().nbytes
+
+
 def test_a_memory_writes_for_good_what_is_older_than_can_be_taken_back() -> None:
     model = attached(num_hidden_layers=1)
     cache, plain = tessera.Cache(TC, model), tessera.Cache(TC, model)

@@ -165,7 +165,7 @@ class LaneMemory:
         """Forget the newest `tokens`; `rest` remain in the lane."""
         self.written = min(self.written, rest)
         if self.positions is not None:
-            self.positions = self.positions[:, : max(0, self.positions.shape[1] - tokens)]
+            self.positions = self.positions[:, : max(0, self.positions.shape[1] - tokens)].clone()
 
     def buffers(self) -> list[Tensor]:
         """Every tensor of what has been written."""
