@@ -222,6 +222,11 @@ class Lane:
             "recent": self.recent.tokens,
         }
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether the memory has yet to be written what left at queries that could be taken back."""
+        return self.memory is not None and self.memory.written < self.length
+
     def append(self, k: Tensor, v: Tensor) -> None:
         """Take new tokens in. k, v: (rows, kv_heads, n, head_dim)."""
         first = min(max(self.policy.sink - self.length, 0), k.shape[2])
@@ -307,6 +312,10 @@ class Lane:
         if split < n:
             parts.append(Part((k[:, :, split:], v[:, :, split:]), first + split, n - split, window))
         return Turn(self, first, n, parts, (k, v), queries, hold)
+
+    def wait(self) -> Turn:
+        """Begin a call that brings nothing but padding."""
+        return Turn(self, self.length, 0, self.parts(), None)
 
     def pairs(self, turn: Turn, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the places [begin, end), which are all held exactly: (rows, kv_heads, end - begin, head_dim)."""
