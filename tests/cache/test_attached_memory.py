@@ -340,6 +340,21 @@ def test_padding_within_a_later_call_moves_no_position() -> None:
     torch.testing.assert_close(found[1], found[2], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("spec", ["window:24 + tc", None])
+@torch.no_grad()
+def test_a_buffer_of_positions_that_is_written_anew_moves_no_earlier_one(spec: str | None) -> None:
+    from transformers import DynamicCache
+
+    model = attached(config=TensorCacheConfig(**{**CONFIG.to_dict(), "sink": 0}))
+    ids, buffer = tokens(2, 80), torch.arange(20)[None]
+    cache = DynamicCache(config=model.config) if spec is None else tessera.Cache(spec, model)
+    found = []
+    for begin in range(0, 80, 20):
+        found.append(model(ids[:, begin : begin + 20], position_ids=buffer, past_key_values=cache).logits)
+        buffer += 20
+    torch.testing.assert_close(torch.cat(found, dim=1), model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
 @torch.no_grad()
 def test_new_keys_that_are_not_finite_are_refused_at_once_and_nothing_is_lost() -> None:
     model, ids = attached(), tokens(1, 70)

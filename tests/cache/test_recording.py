@@ -75,6 +75,40 @@ def same_size(one: tessera.Cache, other: tessera.Cache) -> bool:
     return [layer.held() for layer in one.layers] == [layer.held() for layer in other.layers]
 
 
+@torch.no_grad()
+def test_a_row_that_waits_while_recording_ends_keeps_no_more_than_one_that_goes_on() -> None:
+    model, ids, more = attached(), tokens(2, 180), tokens(2, 60)
+    waited, plain = tessera.Cache(TC, model), tessera.Cache(TC, model)
+    mask = torch.ones(2, 190, dtype=torch.long)
+    mask[1, 180:] = 0
+    logits(model, waited, ids[:, :60], (60,))
+    waited.activate_past_recording()
+    logits(model, waited, ids[:, 60:179], (119,))
+    waited.crop(0)
+    logits(model, waited, ids[:, 179:], (1,))  # recorded too
+    logits(model, plain, ids, (180,))
+    for cache in (waited, plain):
+        # Of padding alone in the second row.
+        model(more[:, :10], attention_mask=mask, past_key_values=cache)
+    assert same_size(waited, plain)
+    assert waited.report() == plain.report()
+    longer = torch.cat((mask, torch.ones(2, 50, dtype=torch.long)), dim=1)
+    found, wanted = (model(more[:, 10:], attention_mask=longer, past_key_values=cache).logits for cache in (waited, plain))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_crop_gives_back_the_memory_of_what_it_takes() -> None:
+    model = attached()
+    cache = tessera.Cache(TC, model)
+    logits(model, cache, tokens(2, 60), (60,))
+    cache.activate_past_recording()
+    logits(model, cache, tokens(2, 100), (100,))
+    cache.crop(-100)
+    held = [t for layer in cache.layers for tensors in layer.buffers().values() for t in tensors]
+    # A view keeps all that it is a view of.
+    assert sum(t.untyped_storage().nbytes() for t in held) == cache.report().nbytes
+
+
 def test_a_memory_writes_for_good_what_is_older_than_can_be_taken_back() -> None:
     model = attached(num_hidden_layers=1)
     cache, plain = tessera.Cache(TC, model), tessera.Cache(TC, model)

@@ -474,6 +474,23 @@ def test_a_cropped_cache_goes_on_as_if_what_it_lost_had_never_been_read(spec: st
         close(logits(model, again, new, (1, 7), columns), logits(model, wanted_cache, new, (1, 7), columns))
 
 
+@pytest.mark.parametrize("form", ["flat", "square"])
+@torch.no_grad()
+def test_what_is_taken_back_of_a_call_whose_mask_has_been_written_anew_is_taken_back_rightly(form: str) -> None:
+    model, ids, mask = attached(), tokens(2, 20), padding((0, 4), 20).bool()
+    found = []
+    for written in (False, True):
+        cache = cache_of(model, "dense")
+        given = mask.clone() if form == "flat" else square(mask)
+        model(ids[:, :12], attention_mask=given[..., :12] if form == "flat" else given[:, :, :12, :12], past_key_values=cache)
+        if written:
+            given.zero_()
+        cache.crop(-5)
+        given = torch.cat((mask[:, :7], mask[:, 12:]), dim=1)
+        found.append(model(ids[:, 12:], attention_mask=given, past_key_values=cache).logits)
+    assert torch.equal(*found)
+
+
 @torch.no_grad()
 def test_a_crop_that_goes_back_too_far_is_refused_and_changes_nothing() -> None:
     model, ids = attached(), tokens(1, 300)

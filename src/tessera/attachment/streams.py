@@ -142,7 +142,8 @@ class Stream:
         return out
 
     def _note(self, x: Tensor, real: Tensor | None, back: int) -> None:
-        x = x.detach().clone()
+        # Copies: the layer goes on with the one, and the other may be a view of the caller's own mask.
+        x, real = x.detach().clone(), None if real is None else real.clone()
         if self.log and self.log[-1].x.shape[1] + x.shape[1] <= STRIDE:
             self.log[-1] = self.log[-1].joined(x, real)
         else:

@@ -62,10 +62,11 @@ def tokens_so_far(call: MemoryCall, query: Tensor, slots: int, mask: Tensor | No
     of = documents(mask, query, slots, None if before is None else before.documents)
     positions = call.positions_of(query)
     if positions is not None:
+        # A copy in any case: what the caller gave is written anew for its next call, as likely as not.
         positions = positions.expand(batch, -1)
-        if before is not None:
-            assert before.positions is not None
-            positions = torch.cat((before.positions, positions), dim=1)
+        old = positions[:, :0] if before is None else before.positions
+        assert old is not None
+        positions = torch.cat((old, positions), dim=1)
     found = Past(of, positions)
     if call.cache is not None:
         noted = follower(call.cache, _name(call), lambda: found)

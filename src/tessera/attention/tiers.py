@@ -41,6 +41,8 @@ def over_tiers(
         q = turn.queries.of(query if index is None else query.index_select(0, index), 0, 2)
         if memory is not None and added is not None:
             _put(added, _recall(memory, q, turn), rows, turn.queries)
+        if not turn.tokens:
+            continue
         part = _attend(q, turn, seen, scale, softmax).to(query.dtype).transpose(1, 2)
         if whole and turn.tokens == tokens:
             out = part.contiguous()

@@ -158,8 +158,9 @@ class LaneMemory:
     def note(self, positions: Tensor | None) -> None:
         """Positions of the tokens that come, (rows, n)."""
         if positions is not None:
-            known = self.positions
-            self.positions = positions if known is None else torch.cat((known.to(positions.device), positions), dim=1)
+            # A copy in any case: what the caller gave is written anew for its next call, as likely as not.
+            known = positions[:, :0] if self.positions is None else self.positions.to(positions.device)
+            self.positions = torch.cat((known, positions), dim=1)
 
     def places(self, begin: int, end: int, length: int) -> Tensor | None:
         """Positions of the places [begin, end) of a lane of `length` tokens, (rows, n); 0 where they are not known."""
@@ -178,7 +179,7 @@ class LaneMemory:
         """Forget the newest `tokens`; `rest` remain in the lane."""
         self.written = min(self.written, rest)
         if self.positions is not None:
-            self.positions = self.positions[:, : max(0, self.positions.shape[1] - tokens)]
+            self.positions = self.positions[:, : max(0, self.positions.shape[1] - tokens)].clone()
 
     def buffers(self) -> list[Tensor]:
         """Every tensor of what has been written."""
@@ -241,6 +242,11 @@ class Lane:
             "packed": 0 if self.packed is None else self.packed.tokens,
             "recent": self.recent.tokens,
         }
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the memory has yet to be written what left at queries that could be taken back."""
+        return self.memory is not None and self.memory.written < self.length
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Take new tokens in. k, v: (rows, kv_heads, n, head_dim)."""
@@ -361,6 +367,10 @@ class Lane:
         if split < n:
             parts.append(Part((k[:, :, split:], v[:, :, split:]), first + split, n - split, window))
         return Turn(self, first, n, parts, (k, v), queries, hold)
+
+    def wait(self) -> Turn:
+        """Begin a call that brings nothing but padding."""
+        return Turn(self, self.length, 0, self.parts(), None)
 
     def pairs(self, turn: Turn, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the places [begin, end), which are all held exactly: (rows, kv_heads, end - begin, head_dim)."""

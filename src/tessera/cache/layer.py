@@ -265,7 +265,8 @@ class TesseraLayer(CacheLayerMixin):
             queries: (batch, q_heads, queries, head_dim) of the new tokens; None: they are not known.
 
         Returns:
-            for each lane what the queries of its rows read, and the mask as they see it where one is needed.
+            for each lane what the queries of its rows read, and the mask as they see it where one is needed. Lanes that get no
+            token are not among them, but for those whose memory is to be written now what it held back: their turn has none.
 
         Raises:
             ValueError: for a mask that shows what is no longer held, or hides what a memory has absorbed; nothing is changed.
@@ -286,17 +287,20 @@ class TesseraLayer(CacheLayerMixin):
             self.seen = before
             raise
         self.lanes, self.waiting = found.lanes, found.waiting
+        hold = RECORDED if self.record_past or self._hold == "now" else 0
         turns = []
         for share, view in zip(found.shares, views, strict=True):
             lane, tokens = share.lane, share.tokens
             keys, values = (tokens.of(self._rows(x, lane.rows), 0, 2) for x in (k, v))
             own = None if positions is None else tokens.of(self._rows(positions.expand(self.batch, -1), lane.rows), 0, 1)
             lane.slots = share.slots
-            packed, hold = self.link.prefill == "packed", RECORDED if self.record_past or self._hold == "now" else 0
             asked = None
             if lane.learning is not None and queries is not None:
                 asked = tokens.of(self._rows(queries, lane.rows), 0, 2)
-            turns.append((lane.admit(keys, values, packed, tokens, own, hold, asked), view))
+            turns.append((lane.admit(keys, values, self.link.prefill == "packed", tokens, own, hold, asked), view))
+        if not hold:
+            given = {id(share.lane) for share in found.shares}
+            turns += [(lane.wait(), None) for lane in self.lanes if id(lane) not in given and lane.holds_back]
         return turns
 
     def _check_mask(self, mask: Tensor, n: int) -> None:
