@@ -54,6 +54,16 @@ def test_keys_and_values_have_codecs_of_their_own(text: str, canonical: str) -> 
     assert parse(canonical) == parse(text)
 
 
+def test_codecs_stand_in_the_order_in_which_tokens_pass_through_them() -> None:
+    spec = parse("recent:128 + hqmq:4.0@32768 + sink:4 + hqmq:3@131072 + q4_0")
+    assert spec == Spec(4, 128, "hqmq:4", 32768, older=(("hqmq:3", 131072), ("q4_0", None)))
+    assert spec.codecs == (("hqmq:4", 32768), ("hqmq:3", 131072), ("q4_0", None))
+    assert str(spec) == "sink:4 + hqmq:4@32768 + hqmq:3@131072 + q4_0 + recent:128"
+    assert parse(str(spec)) == spec
+    assert not spec.bounded
+    assert parse("hqmq:4@64 + hqmq:3@64").bounded
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -66,7 +76,9 @@ def test_keys_and_values_have_codecs_of_their_own(text: str, canonical: str) -> 
         ("recent:1.5 + grouped:8", ["'recent:1.5'"]),
         ("recent:² + grouped:8", ["whole number"]),
         ("grouped:8 + recent:1 + recent:2", ["'recent:2'", "second recent"]),
-        ("grouped:8 + grouped:8", ["second codec"]),
+        ("grouped:8 + grouped:8", ["'grouped:8' keeps every token", "'grouped:8@32768'"]),
+        ("grouped:8@64 + q4_0@64 + grouped:8", ["'grouped:8' stands behind itself"]),
+        ("hqmq:4@64 + hqmq:3@63", ["'hqmq:3@63' is less than one block", "'hqmq:3@64'"]),
         ("dense + grouped:8", ["'dense'", "'grouped:8'", "contradict"]),
         ("dense + sink:4", ["'dense'", "'sink'"]),
         ("dense + window:4", ["'dense'", "'window'"]),
@@ -94,7 +106,7 @@ def test_keys_and_values_have_codecs_of_their_own(text: str, canonical: str) -> 
         ("(k=q8_0,v=hqmq:3)@", ["whole number", "'(k=q8_0,v=hqmq:3)@32768'"]),
         ("(k=q8_0@64,v=hqmq:3)", ["keys and values together", "'(k=q8_0,v=hqmq:3)@32768'"]),
         ("(k=hqmq:k4v3,v=q8_0)", ["hqmq:k4v3 is two codecs", "keys need one"]),
-        ("hqmq:k4v3 + (k=q8_0,v=hqmq:3)", ["second codec"]),
+        ("hqmq:k4v3 + (k=q8_0,v=hqmq:3)", ["'hqmq:k4v3' keeps every token", "'hqmq:k4v3@32768'"]),
         ("hqmq:k4", ["'k4'", "k4.5v3.5"]),
         ("hqmq:k9v3", ["hqmq takes 2, 2.5, 3", "got 9", "hqmq:k9v3"]),
         ("dense + (k=q8_0,v=hqmq:3)", ["'dense'", "'(k=q8_0,v=hqmq:3)'", "contradict"]),

@@ -147,16 +147,16 @@ def test_steps_that_pack_nothing_keep_the_view_that_kernels_know() -> None:
     lane = lane_of("hqmq:4 + recent:16")
     feed(lane, 200)
     assert lane.packed is not None
-    view = lane.packed.view
+    (view,) = lane.packed.views
     feed(lane, 3)
-    assert lane.packed.view is view
+    assert lane.packed.views[0] is view
     feed(lane, BLOCK)
-    assert lane.packed.view is not view
+    assert lane.packed.views[0] is not view
 
 
 def lane_of(text: str, sliding: int | None = None) -> Lane:
     spec = parse(text)
-    return Lane(Policy.of(spec, codecs.get(spec.codec) if spec.codec else None, sliding), 0, [0, 1])
+    return Lane(Policy.of(spec, tuple(codecs.get(name) for name, _ in spec.codecs), sliding), 0, [0, 1])
 
 
 def feed(lane: Lane, count: int, spare: int = 0) -> None:

@@ -58,7 +58,7 @@ class Kind:
     @property
     def tolerance(self) -> float:
         """Of the error of a token's result, over the root mean square of all. Rounding may change single codes."""
-        return 3e-3 if Rules.of(self.spec).codec is not None else 1e-3 if self.model.startswith("t") else 1e-5
+        return 3e-3 if Rules.of(self.spec).codecs else 1e-3 if self.model.startswith("t") else 1e-5
 
 
 EXACT = [Kind(spec) for spec in ("dense", "window:20", "sink:2 + window:20", "sink:5 + window:64")]
@@ -74,6 +74,11 @@ LOSSY = [
     )
     for prefill in ("exact", "packed")
 ]
+#: Several codecs, each for what the one before lets go.
+CHAINS = [
+    Kind("sink:2 + hqmq:4@64 + hqmq:3@128 + recent:16"),
+    Kind("hqmq:4@64 + kivi:4@64 + q4_0 + recent:8", "packed"),
+]
 PAIRS = [Kind("sink:2 + hqmq:k4v3@128 + recent:16", "packed")]
 LLAMAS = [Kind(spec, model="plain") for spec in ("dense", "sink:2 + window:20")]
 SLIDING_LAYERS = [Kind(spec, model="sliding") for spec in ("dense", "sink:2 + hqmq:4 + recent:8")]
@@ -84,7 +89,7 @@ TENSOR_CACHES = [
     Kind("window:16 + tc", model="tc-paper"),
 ]
 TENSOR_MEMORIES = [Kind(spec, model="tm") for spec in ("dense", "sink:2 + window:20")]
-KINDS = [*EXACT, *LOSSY, *PAIRS, *LLAMAS, *SLIDING_LAYERS, *TENSOR_CACHES, *TENSOR_MEMORIES]
+KINDS = [*EXACT, *LOSSY, *PAIRS, *CHAINS, *LLAMAS, *SLIDING_LAYERS, *TENSOR_CACHES, *TENSOR_MEMORIES]
 
 
 @memoised

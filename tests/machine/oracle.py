@@ -29,7 +29,8 @@ class Rules:
     """What a spec says, for a layer.
 
     Attributes:
-        sink, recent, codec, limit, window: as of `tessera.cache.spec.Spec`.
+        sink, recent, window: as of `tessera.cache.spec.Spec`.
+        codecs: likewise, and `limits`: how many tokens each holds at most.
         matrix: what leaves the window is written into a Tensor Cache.
         packed_prefill: a call's queries read tokens that are to be quantised as they are afterwards.
         sliding: slots that the layer's own attention sees, which the mask says; None: all.
@@ -38,8 +39,8 @@ class Rules:
 
     sink: int
     recent: int
-    codec: codecs.Codec | None
-    limit: int | None
+    codecs: tuple[codecs.Codec, ...]
+    limits: tuple[int | None, ...]
     window: int | None
     matrix: bool
     packed_prefill: bool
@@ -49,7 +50,12 @@ class Rules:
     @property
     def learns(self) -> int:
         """Tokens whose queries must have come before a key is quantised."""
-        return 0 if self.codec is None or not self.codec.weighs else max(LEARN, self.sink + BLOCK)
+        return max(LEARN, self.sink + BLOCK) if any(codec.weighs for codec in self.codecs) else 0
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens the last codec holds, behind which they are dropped."""
+        return self.limits[-1] if self.limits else None
 
     @property
     def by_document(self) -> bool:
@@ -59,11 +65,11 @@ class Rules:
     @staticmethod
     def of(text: str, prefill: str = "exact", sliding: int | None = None, layer: int = 0) -> Rules:
         spec = parse(text)
-        codec = None if spec.codec is None else codecs.get(spec.codec)
+        used, limits = tuple(codecs.get(name) for name, _ in spec.codecs), tuple(limit for _, limit in spec.codecs)
         # Sinks are of no use to a layer that does not see them, nor are more exact tokens than it sees.
         sink, recent = (spec.sink, spec.recent) if sliding is None else (0, min(spec.recent, sliding - 1))
         packed = prefill == "packed"
-        return Rules(sink, recent, codec, spec.codec_limit, spec.window, spec.associative, packed, sliding, layer)
+        return Rules(sink, recent, used, limits, spec.window, spec.associative, packed, sliding, layer)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class Row:
         k, v: (kv_heads, tokens, head_dim) float32 of the real tokens, as they would be read now: quantised ones dequantised.
         bare: the keys as the matrix is given them.
         quantised: the place up to which tokens behind the sinks are quantised.
+        passed: of each codec but the last, the place up to which its tokens have gone on to the next.
         dropped: the place up to which tokens behind the sinks are gone.
         kept: the place from which on tokens behind the sinks are certain to be there.
         asked: (q_heads, tokens, head_dim), the queries of the first tokens.
@@ -90,6 +97,7 @@ class Row:
     quantised: int
     dropped: int
     kept: int
+    passed: tuple[int, ...] = ()
     asked: Tensor | None = None
     stats: KeyStats | None = None
     begins: tuple[int, ...] = ()
@@ -143,7 +151,8 @@ class LayerOracle:
         if not self.rows:
             nothing = torch.zeros(given.k.shape[1], 0, dim)
             at = self.rules.sink
-            self.rows = [Row((), nothing, nothing, nothing, at, at, at) for _ in range(batch)]
+            passed = (at,) * max(0, len(self.rules.codecs) - 1)
+            self.rows = [Row((), nothing, nothing, nothing, at, at, at, passed) for _ in range(batch)]
         out, read = torch.zeros(2, batch, n, heads, dim).unbind(0)
         for b in range(batch):
             row, past = self.rows[b], len(self.rows[b].real)
@@ -229,8 +238,8 @@ class LayerOracle:
 
     def _settle(self, row: Row, spare: int) -> Row:
         """What becomes of the oldest tokens once a call has ended."""
-        row = self._quantise(row, spare)
-        held, limit = row.quantised - row.dropped, self.rules.limit
+        row = self._pass_on(self._quantise(row, spare))
+        held, limit = (row.passed[-1] if row.passed else row.quantised) - row.dropped, self.rules.limit
         if limit is not None and held > limit:
             row = replace(row, dropped=row.dropped - (limit - held) // BLOCK * BLOCK)
         return replace(row, kept=max(row.kept, row.dropped, self._oldest(row.real) - spare))
@@ -245,7 +254,7 @@ class LayerOracle:
     def _quantise(self, row: Row, spare: int) -> Row:
         """Whole blocks, counted from the end of the sinks, as soon as `recent` tokens remain behind them."""
         rules = self.rules
-        if rules.codec is None:
+        if not rules.codecs:
             return row
         if row.stats is None and rules.learns:
             if row.tokens - spare < rules.learns:
@@ -259,14 +268,34 @@ class LayerOracle:
         count = max(0, row.tokens - begin - rules.recent - spare) // BLOCK * BLOCK
         if not count:
             return row
-        span = slice(begin, begin + count)
+        return replace(self._coded(row, begin, begin + count, 0), quantised=begin + count)
+
+    def _coded(self, row: Row, begin: int, end: int, tier: int) -> Row:
+        """The tokens of these places as the codec of a tier gives them back."""
+        rules, span = self.rules, slice(begin, end)
+        codec = rules.codecs[tier]
         k, v = row.k.clone(), row.v.clone()
         one = torch.ones(1, *k.shape[::2])
-        widths, weights = (one, None) if row.stats is None else (row.stats.widths, row.stats.weights)
-        coded = rules.codec.encode(k[None, :, span] * widths[:, :, None], "key", rules.layer, weights=weights)
-        k[:, span] = (rules.codec.decode(coded) / widths[:, :, None])[0]
-        v[:, span] = rules.codec.decode(rules.codec.encode(v[None, :, span], "value", rules.layer))[0]
-        return replace(row, k=k, v=v, quantised=begin + count)
+        known = row.stats if codec.weighs else None
+        widths, weights = (one, None) if known is None else (known.widths, known.weights)
+        coded = codec.encode(k[None, :, span] * widths[:, :, None], "key", rules.layer, weights=weights)
+        k[:, span] = (codec.decode(coded) / widths[:, :, None])[0]
+        v[:, span] = codec.decode(codec.encode(v[None, :, span], "value", rules.layer))[0]
+        return replace(row, k=k, v=v)
+
+    def _pass_on(self, row: Row) -> Row:
+        """What exceeds the limit of a codec is given to the next, whole blocks, the oldest first."""
+        newest = row.quantised
+        for tier, oldest in enumerate(row.passed):
+            limit = self.rules.limits[tier]
+            assert limit is not None
+            over = max(0, -(-(newest - max(oldest, row.dropped) - limit) // BLOCK) * BLOCK)
+            if over:
+                end = max(oldest, row.dropped) + over
+                row = self._coded(row, end - over, end, tier + 1)
+                row = replace(row, passed=(*row.passed[:tier], end, *row.passed[tier + 1 :]))
+            newest = row.passed[tier]
+        return row
 
     def may_refuse(self, slots: int) -> bool:
         """Whether the newest `slots` slots cannot be forgotten: what the next query would need is not certain to be there."""
@@ -301,6 +330,7 @@ class LayerOracle:
                 v=row.v[:, :rest],
                 bare=row.bare[:, :rest],
                 quantised=whole,
+                passed=tuple(min(place, whole) for place in row.passed),
                 dropped=min(row.dropped, whole),
                 kept=min(row.kept, max(rest, sink)),
                 asked=None if row.asked is None else row.asked[:, :rest],

@@ -34,7 +34,7 @@ def warn_if_sinks_are_missing(
     """
     link, policy = layer.link, layer.policy
     link.sinks_known = layer.index == link.last
-    if layer.index < link.last // 2 or layer.sliding is not None or policy.codec is None or policy.sink:
+    if layer.index < link.last // 2 or layer.sliding is not None or not policy.codecs or policy.sink:
         return
     if len(turns) != 1 or turns[0].first or turns[0].pending is None or turns[0].tokens <= ENOUGH:
         return

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache as TransformersCache
 from tessera import codecs
 from tessera.cache import storage
 from tessera.cache.config import check_shapes, read_config, rotary_partner
-from tessera.cache.lane import Policy
+from tessera.cache.lane import Policy, packed_name
 from tessera.cache.layer import ATTACHED, STREAMS, Link, TesseraLayer
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec, parse
@@ -82,15 +82,15 @@ class Cache(TransformersCache):
                 )
             check_shapes(model_or_config, layers)
             enable(model_or_config)
-        codec = None if self.spec.codec is None else codecs.get(self.spec.codec)
-        link = Link(text, prefill, self.spec.bounded, len(layers) - 1, codec is None or self.spec.sink > 0)
+        used = tuple(codecs.get(spec) for spec, _ in self.spec.codecs)
+        link = Link(text, prefill, self.spec.bounded, len(layers) - 1, not used or self.spec.sink > 0)
         given = getattr(model_or_config, ATTACHED).layers if self.spec.associative else ()
-        known = _known_stats(stats, codec, layers)
+        known = _known_stats(stats, used, layers)
         super().__init__(
             layers=[
                 TesseraLayer(
                     i,
-                    Policy.of(self.spec, codec, sliding, i in given, known[i], rotary_partner(text, shape[1])),
+                    Policy.of(self.spec, used, sliding, i in given, known[i], rotary_partner(text, shape[1])),
                     shape,
                     sliding,
                     link,
@@ -186,7 +186,7 @@ class Cache(TransformersCache):
     def report(self) -> CacheReport:
         """Count the bytes that are held."""
         names = {
-            "packed": self.spec.codec or "packed",
+            **{packed_name(number): spec for number, (spec, _) in enumerate(self.spec.codecs)},
             "recent": "dense" if self.spec.dense else "window" if self.spec.window is not None else "recent",
         }
         sizes: dict[str, int] = {}
@@ -256,7 +256,7 @@ class Cache(TransformersCache):
 
 def _known_stats(
     stats: str | os.PathLike[str] | Sequence[KeyStats | None] | None,
-    codec: codecs.Codec | None,
+    used: Sequence[codecs.Codec],
     layers: Sequence[tuple[tuple[int, int], int | None]],
 ) -> list[KeyStats | None]:
     """For each layer the statistics that were given for it.
@@ -266,8 +266,9 @@ def _known_stats(
     """
     if stats is None:
         return [None] * len(layers)
-    if codec is None or not codec.weighs:
-        what = "this spec has no codec" if codec is None else f"{codec.spec!r} has no use for them"
+    if not any(codec.weighs for codec in used):
+        what = " and ".join(repr(codec.spec) for codec in used)
+        what = f"{what} {'has' if len(used) == 1 else 'have'} no use for them" if used else "this spec has no codec"
         raise ValueError(f"stats are for codecs that see keys as queries do, such as 'hqmq:4'; {what}")
     known = list(load_stats(stats)) if isinstance(stats, str | os.PathLike) else list(stats)
     if len(known) != len(layers):

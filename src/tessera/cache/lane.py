@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tessera.associative import TensorCache, TensorCacheState
+from tessera.cache.chain import Chain
 from tessera.cache.learning import LEARN, Learning
 from tessera.cache.masks import Runs
 from tessera.cache.spec import BLOCK, Spec
-from tessera.cache.tiers import PAGE, CodecTier, ExactTier
+from tessera.cache.tiers import PAGE, ExactTier
 from tessera.codecs import Codec
 from tessera.codecs.key_stats import KeyStats
 from tessera.kernels import Pages
@@ -29,8 +30,8 @@ class Policy:
     Attributes:
         sink: number of first tokens kept for ever.
         recent: number of newest tokens kept exactly; None: all.
-        codec: for the tokens in between; None: they are dropped.
-        limit: number of tokens that the codec holds at most; None: no limit.
+        codecs: for the tokens in between, from the newest to the oldest, each with the number of tokens that it holds at most
+            or None; where there are none the tokens are dropped.
         window: a query sees only this many newest tokens, itself included, and the sinks; None: all that are kept.
         associative: what leaves the window is written into the model's associative memory.
         masked: the window is that of the model's own layer, so that the model's mask has it already.
@@ -41,8 +42,7 @@ class Policy:
 
     sink: int
     recent: int | None
-    codec: Codec | None
-    limit: int | None
+    codecs: tuple[tuple[Codec, int | None], ...]
     window: int | None
     associative: bool = False
     masked: bool = False
@@ -53,7 +53,7 @@ class Policy:
     @staticmethod
     def of(
         spec: Spec,
-        codec: Codec | None,
+        codecs: tuple[Codec, ...],
         sliding: int | None,
         memory: bool = True,
         stats: KeyStats | None = None,
@@ -63,7 +63,7 @@ class Policy:
 
         Args:
             spec: of the cache.
-            codec: of the spec, or None.
+            codecs: of the spec, in its order.
             sliding: tokens that the layer's own attention sees; None: all.
             memory: whether "tc" has given the layer an associative memory.
             stats, partner: see `Policy`.
@@ -81,7 +81,18 @@ class Policy:
             recent = window  # the pair that leaves at a step is still needed, to be written
         masked = sliding is not None and window == sliding
         by_document = spec.window is not None and sliding is None
-        return Policy(sink, recent, codec, spec.codec_limit, window, associative, masked, by_document, stats, partner)
+        limited = tuple(zip(codecs, (limit for _, limit in spec.codecs), strict=True))
+        return Policy(sink, recent, limited, window, associative, masked, by_document, stats, partner)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a codec sees keys as queries do."""
+        return any(codec.weighs for codec, _ in self.codecs)
+
+    @property
+    def limited(self) -> bool:
+        """Whether codecs drop tokens that are too many for them."""
+        return bool(self.codecs) and self.codecs[-1][1] is not None
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,11 @@ class Part:
 
 
 NONE = Runs()
+
+
+def packed_name(number: int) -> str:
+    """What the codec of this number is called among the tiers of a lane."""
+    return f"packed.{number}" if number else "packed"
 
 
 @dataclass(frozen=True)
@@ -224,11 +240,11 @@ class Lane:
         self.dropped = 0
         self.sink = ExactTier(room=max(1, policy.sink))
         self.recent = ExactTier()
-        self.packed = None if policy.codec is None else CodecTier(policy.codec, layer)
+        self.packed = Chain(policy.codecs, layer) if policy.codecs else None
         self.memory = LaneMemory() if policy.associative else None
         #: While it is there nothing is packed; None: what there is to learn is known, or cannot be.
         self.learning: Learning | None = None
-        if self.packed is not None and self.packed.codec.weighs:
+        if self.packed is not None and policy.weighs:
             if policy.stats is None:
                 self.learning = Learning()
             else:
@@ -237,11 +253,9 @@ class Lane:
     @property
     def held(self) -> dict[str, int]:
         """Tokens by tier."""
-        return {
-            "sink": self.sink.tokens,
-            "packed": 0 if self.packed is None else self.packed.tokens,
-            "recent": self.recent.tokens,
-        }
+        packed = [0] if self.packed is None else [tier.tokens for tier in self.packed.tiers]
+        named = {packed_name(number): tokens for number, tokens in enumerate(packed)}
+        return {"sink": self.sink.tokens, **named, "recent": self.recent.tokens}
 
     @property
     def holds_back(self) -> bool:
@@ -275,6 +289,7 @@ class Lane:
             else:
                 self._pack(leave, drop, spare)
         if drop and self.packed is not None:
+            self.packed.pass_on()
             old = min(self._useless(self.packed.tokens, spare), self.packed.tokens)
             self.packed.drop_front(old)
             self.dropped += old
@@ -309,8 +324,8 @@ class Lane:
         if not leave:
             return
         held = self.packed.tokens
-        # What would be dropped at once is not packed first.
-        useless = max(0, self._useless(held + leave, spare) - held) if drop else 0
+        # What would be dropped at once is not packed first, but tokens on their way through several tiers are changed by each.
+        useless = max(0, self._useless(held + leave, spare) - held) if drop and len(self.packed.tiers) == 1 else 0
         # Packed before they leave: what cannot be packed, NaN above all, stays where it is.
         k, v = self.recent.keys[:, :, useless:leave], self.recent.values[:, :, useless:leave]
         if useless:
@@ -322,9 +337,8 @@ class Lane:
 
     def _useless(self, packed: int, spare: int) -> int:
         """How many of `packed` tokens behind the sinks can go: those past the limit, those outside the window."""
-        count = 0
-        if self.policy.limit is not None and packed > self.policy.limit:
-            count = -(-(packed - self.policy.limit) // BLOCK) * BLOCK
+        assert self.packed is not None
+        count = self.packed.excess(packed - self.packed.tokens)
         if self.policy.window is not None:
             # The next query, at place `length`, sees places greater than length - window.
             unseen = self.length - spare - self.policy.window + 1 - self.sink.tokens - self.dropped
@@ -407,9 +421,9 @@ class Lane:
         if self.sink.tokens:
             parts.append(Part((self.sink.keys, self.sink.values), 0, self.sink.tokens))
         at, window = self.sink.tokens + self.dropped, self.policy.window
-        if self.packed is not None and self.packed.tokens:
-            parts.append(Part(self.packed.view, at, self.packed.tokens, window))
-            at += self.packed.tokens
+        for view in () if self.packed is None else self.packed.views:
+            parts.append(Part(view, at, view.tokens, window))
+            at += view.tokens
         if self.recent.tokens:
             parts.append(Part((self.recent.keys, self.recent.values), at, self.recent.tokens, window))
         return parts
@@ -478,8 +492,10 @@ class Lane:
     def taken(self, rows: list[int]) -> Lane:
         """A lane of some of the rows; this one stays as it is."""
         other = copy.copy(self)
-        for name in ("sink", "recent", "packed", "memory", "learning"):
+        for name in ("sink", "recent", "memory", "learning"):
             setattr(other, name, copy.copy(getattr(self, name)))
+        if self.packed is not None:
+            other.packed = self.packed.copied()
         other.rows = rows
         other.select(torch.tensor([self.rows.index(row) for row in rows], dtype=torch.long))
         return other
@@ -487,12 +503,11 @@ class Lane:
     def buffers(self) -> dict[str, list[Tensor]]:
         """Every tensor that is held, by tier."""
         positions = None if self.memory is None else self.memory.positions
+        packed = [[]] if self.packed is None else self.packed.buffers()
+        packed[0] += [] if self.learning is None else self.learning.buffers()
         return {
             "sink": self.sink.buffers(),
-            "packed": [
-                *([] if self.packed is None else self.packed.buffers()),
-                *([] if self.learning is None else self.learning.buffers()),
-            ],
+            **{packed_name(number): tensors for number, tensors in enumerate(packed)},
             "recent": [*self.recent.buffers(), *([] if positions is None else [positions])],
             "tc": [] if self.memory is None else self.memory.buffers(),
         }

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from tessera.associative import TensorCache
 from tessera.cache.deferred import ATTENTION, Handle
 from tessera.cache.dense import assemble
-from tessera.cache.lane import RECORDED, Lane, Policy, Turn
+from tessera.cache.lane import RECORDED, Lane, Policy, Turn, packed_name
 from tessera.cache.masks import GroupMask, MaskMemo, boolean, new_tokens
 from tessera.cache.shares import Share, shares
 
@@ -482,7 +482,8 @@ class TesseraLayer(CacheLayerMixin):
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """Every tensor that is held, by tier."""
-        found: dict[str, list[Tensor]] = {"sink": [], "packed": [], "recent": [], "tc": [], "staged": []}
+        packed: list[str] = [packed_name(number) for number in range(max(1, len(self.policy.codecs)))]
+        found: dict[str, list[Tensor]] = {name: [] for name in ("sink", *packed, "recent", "tc", "staged")}
         for lane in self.lanes:
             for tier, tensors in lane.buffers().items():
                 found[tier] += tensors
@@ -494,7 +495,8 @@ class TesseraLayer(CacheLayerMixin):
 
     def held(self) -> dict[str, int]:
         """Tokens of all rows by tier."""
-        found = {"sink": 0, "packed": 0, "recent": 0, "staged": 0}
+        packed: list[str] = [packed_name(number) for number in range(max(1, len(self.policy.codecs)))]
+        found = dict.fromkeys(("sink", *packed, "recent", "staged"), 0)
         for lane in self.lanes:
             for tier, tokens in lane.held.items():
                 found[tier] += tokens * len(lane.rows)

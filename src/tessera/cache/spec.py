@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from tessera import codecs
 
@@ -29,7 +30,9 @@ class Spec:
         sink: number of first tokens that stay exact for ever.
         recent: number of newest tokens that stay exact at least; up to `BLOCK` - 1 more wait there until a block is whole.
         codec: spec of the codec that holds the tokens between the two, as the codec itself writes it, or None.
-        codec_limit: number of tokens that the codec tier holds at most; the oldest whole blocks are dropped. None: no limit.
+        codec_limit: number of tokens that the codec tier holds at most; the oldest whole blocks go on to the next codec, or are
+            dropped. None: no limit.
+        older: further codecs and their limits, each for what the one before lets go.
         window: a query sees this many newest tokens, itself included, and the sinks, and nothing else. None: no window.
         dense: keep every token exactly.
         associative: what leaves the window is written into the memory that `tessera.attach` gave the model.
@@ -42,6 +45,7 @@ class Spec:
     window: int | None = None
     dense: bool = False
     associative: bool = False
+    older: tuple[tuple[str, int | None], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("sink", "recent"):
@@ -56,25 +60,46 @@ class Spec:
         if self.associative and self.window is None:
             raise ValueError("'tc' absorbs what leaves a window; add 'window:512', or what the memory was made for")
         if self.codec is not None:
-            found = codecs.get(self.codec)
-            object.__setattr__(self, "codec", found.spec)
-            group = found.group
-            if BLOCK % group:
-                raise ValueError(
-                    f"{self.codec!r} encodes {group} tokens together, which does not divide the {BLOCK} tokens that are "
-                    "compressed at a time"
-                )
-            if self.codec_limit is not None and self.codec_limit < BLOCK:
-                raise ValueError(
-                    f"'{self.codec}@{self.codec_limit}' is less than one block; the least is '{self.codec}@{BLOCK}'"
-                )
+            self._chain()
         elif self.codec_limit is not None:
             raise ValueError("codec_limit without a codec")
+        elif self.older:
+            raise ValueError("older codecs without a first one")
         elif not self.dense and self.window is None:
             raise ValueError(
                 "a spec must say what becomes of the tokens that leave 'recent': add a codec, as in "
                 f"'{codec_examples()[0]}', or write 'window:{self.recent or 512}' to drop them, or 'dense' to keep them"
             )
+
+    def _chain(self) -> None:
+        """Check the codecs, and name them as they name themselves."""
+        assert self.codec is not None
+        named = [(codecs.get(spec), limit) for spec, limit in ((self.codec, self.codec_limit), *self.older)]
+        for found, limit in named:
+            if BLOCK % found.group:
+                raise ValueError(
+                    f"{found.spec!r} encodes {found.group} tokens together, which does not divide the {BLOCK} tokens that are "
+                    "compressed at a time"
+                )
+            if limit is not None and limit < BLOCK:
+                raise ValueError(f"'{found.spec}@{limit}' is less than one block; the least is '{found.spec}@{BLOCK}'")
+        specs = [found.spec for found, _ in named]
+        for found, limit in named[:-1]:
+            if limit is None:
+                raise ValueError(
+                    f"{found.spec!r} keeps every token, so {specs[-1]!r} behind it would get none; give it a limit, as in "
+                    f"'{found.spec}@32768'"
+                )
+        for spec in specs:
+            if specs.count(spec) > 1:
+                raise ValueError(f"{spec!r} stands behind itself; give it the sum of the limits once")
+        object.__setattr__(self, "codec", specs[0])
+        object.__setattr__(self, "older", tuple((found.spec, limit) for found, limit in named[1:]))
+
+    @property
+    def codecs(self) -> tuple[tuple[str, int | None], ...]:
+        """The codecs, from that of the newest tokens to that of the oldest, each with its limit."""
+        return () if self.codec is None else ((self.codec, self.codec_limit), *self.older)
 
     def _alone(self, name: str, why: str, **others: int) -> None:
         clash = [key for key, value in others.items() if value]
@@ -93,14 +118,13 @@ class Spec:
     @property
     def bounded(self) -> bool:
         """Whether the cache stops growing."""
-        return self.window is not None or self.codec_limit is not None
+        return self.window is not None or (self.codec is not None and self.codecs[-1][1] is not None)
 
     def __str__(self) -> str:
         words = []
         if self.sink:
             words.append(f"sink:{self.sink}")
-        if self.codec is not None:
-            words.append(self.codec if self.codec_limit is None else f"{self.codec}@{self.codec_limit}")
+        words += [codec if limit is None else f"{codec}@{limit}" for codec, limit in self.codecs]
         if self.recent:
             words.append(f"recent:{self.recent}")
         if self.window is not None:
@@ -122,7 +146,8 @@ def parse(text: str | Spec) -> Spec:
 
     Args:
         text: tiers joined by `+`, in any order, each `name` or `name:argument`, or codecs for keys and for values in brackets;
-            spaces do not matter. A `Spec` is returned as it is.
+            spaces do not matter. Of several codecs the first has the newest tokens, and each takes in what the one before lets
+            go. A `Spec` is returned as it is.
 
     Raises:
         ValueError: naming the word that is wrong and the words that would be right.
@@ -131,23 +156,26 @@ def parse(text: str | Spec) -> Spec:
         return text
     if not isinstance(text, str):
         raise TypeError(f"a spec is a string such as 'sink:4 + {codec_examples()[0]} + recent:128', not {text!r}")
-    found: dict[str, int | str | bool] = {}
+    found: dict[str, Any] = {}
     for word in text.split("+"):
         word = "".join(word.split())
         if not word:
             raise ValueError(f"there is an empty tier in {text!r}; write tiers like {_choices()} with '+' between them")
-        for key, value in _tier(word, text).items():
+        fields = _tier(word, text)
+        if "codec" in fields and "codec" in found:
+            found["older"] = (*found.get("older", ()), (fields["codec"], fields.get("codec_limit")))
+            continue
+        for key, value in fields.items():
             if key in found:
-                what = "codec" if key == "codec" else key
-                raise ValueError(f"{word!r} in {text!r} is a second {what}; a spec has one of each tier at most")
+                raise ValueError(f"{word!r} in {text!r} is a second {key}; a spec has one of each tier at most")
             found[key] = value
     try:
-        return Spec(**found)  # type: ignore[arg-type]
+        return Spec(**found)
     except ValueError as error:
         raise ValueError(f"{error} (in {text!r})") from None
 
 
-def _tier(word: str, text: str) -> dict[str, int | str | bool]:
+def _tier(word: str, text: str) -> dict[str, Any]:
     """One tier as fields of `Spec`."""
     if word.startswith("("):
         return _codec(word, text)
@@ -165,14 +193,14 @@ def _tier(word: str, text: str) -> dict[str, int | str | bool]:
     raise ValueError(f"unknown tier {name!r} in {text!r}{hint} There are: {_choices()}")
 
 
-def _codec(word: str, text: str) -> dict[str, int | str | bool]:
+def _codec(word: str, text: str) -> dict[str, Any]:
     """A codec and its limit as fields of `Spec`."""
     codec, at, limit = word.partition("@")
     if at and codec.startswith("(") and not codec.endswith(")"):
         whole = "".join(part.partition("@")[0] for part in re.split("(?=[,)])", word))
         raise ValueError(f"{word!r} in {text!r}: a limit is for keys and values together, as in '{whole}@32768'")
     codecs.get(codec)
-    fields: dict[str, int | str | bool] = {"codec": codec}
+    fields: dict[str, Any] = {"codec": codec}
     if at:
         fields["codec_limit"] = _number(limit, word, f"{codec}@32768", text)
     return fields

@@ -19,8 +19,8 @@ from tessera.cache.lane import Lane, Policy
 from tessera.cache.learning import LEARN
 from tessera.cache.masks import Runs
 from tessera.cache.spec import BLOCK
-from tessera.cache.tiers import PAGE, ExactTier
-from tessera.codecs import Packed
+from tessera.cache.tiers import PAGE, CodecTier, ExactTier
+from tessera.codecs import Codec, Packed
 from tessera.codecs.key_stats import KeyStats
 from tessera.files import WHOLE, TensorFile, atomic_path, brief, open_tensors, read_json
 
@@ -85,12 +85,16 @@ def _put_lane(lane: Lane, seen: int, prefix: str, tensors: dict[str, Tensor]) ->
         if tier.tokens:
             tensors[f"{prefix}.{name}.keys"] = tier.keys.contiguous()
             tensors[f"{prefix}.{name}.values"] = tier.values.contiguous()
-    pages = []
-    for number, page in enumerate(lane.packed.pages if lane.packed is not None else ()):
-        for role, packed in zip(("keys", "values"), page, strict=True):
-            for field, tensor in packed.tensors.items():
-                tensors[f"{prefix}.page{number}.{role}.{field}"] = tensor.contiguous()
-        pages.append([packed.metadata() for packed in page])
+    chain: list[list[list[dict[str, str]]]] = []
+    for packed_tier in () if lane.packed is None else lane.packed.tiers:
+        described = []
+        for number, page in enumerate(packed_tier.pages):
+            name = _page(prefix, len(chain), number)
+            for role, packed in zip(("keys", "values"), page, strict=True):
+                for field, tensor in packed.tensors.items():
+                    tensors[f"{name}.{role}.{field}"] = tensor.contiguous()
+            described.append([packed.metadata() for packed in page])
+        chain.append(described)
     if lane.memory is not None:
         for name, tensor in ({} if lane.memory.state is None else lane.memory.state.tensors()).items():
             tensors[f"{prefix}.tc.{name}"] = tensor.contiguous()
@@ -113,8 +117,14 @@ def _put_lane(lane: Lane, seen: int, prefix: str, tensors: dict[str, Tensor]) ->
         "padding": seen - lane.before - lane.length,
         "gaps": [size for _, size in lane.slots.between(0, seen).runs],
         "dropped": lane.dropped,
-        "pages": pages,
+        "pages": chain[0] if chain else [],
+        **({"older": chain[1:]} if len(chain) > 1 else {}),
     }
+
+
+def _page(prefix: str, tier: int, number: int) -> str:
+    """What the tensors of a page are called: of the first compressed tier, or of one behind it."""
+    return f"{prefix}.page{number}" if not tier else f"{prefix}.tier{tier}.page{number}"
 
 
 class Stored:
@@ -191,28 +201,20 @@ class Stored:
         size: Size = (len(lane.rows), *layer.shape)
         self._exact(lane.sink, f"{prefix}.sink", size, dtypes)
         self._exact(lane.recent, f"{prefix}.recent", size, dtypes)
-        pages = _typed(about, "pages", list)
-        if pages and (lane.packed is None or lane.learning is not None):
+        chain = [_typed(about, "pages", list), *(_typed(about, "older", list) if "older" in about else [])]
+        if any(chain) and (lane.packed is None or lane.learning is not None):
             raise ValueError("the header is damaged: packed tokens without a codec, or before their statistics are known")
-        held = []
-        for number, page in enumerate(pages):
-            if not isinstance(page, list) or len(page) != 2 or not all(isinstance(one, dict) for one in page):
-                raise ValueError("the header is damaged: a page is no pair of tables")
-            keys, values = (
-                self._packed(metadata, f"{prefix}.page{number}.{role}.", lane, role, size, dtype)
-                for metadata, role, dtype in zip(page, ("keys", "values"), dtypes, strict=True)
-            )
-            if keys.tokens != values.tokens:
-                raise ValueError(f"the header is damaged: page {number} has {keys.tokens} keys and {values.tokens} values")
-            held.append((keys, values))
-        if lane.packed is not None and held:
-            lane.packed.put(held)
+        tiers = [] if lane.packed is None else lane.packed.tiers
+        if len(chain) != max(1, len(tiers)):
+            raise ValueError(f"the header is damaged: {len(chain)} tiers of packed tokens, not {len(tiers)}")
+        for number, (tier, pages) in enumerate(zip(tiers, chain, strict=False)):
+            self._pages(lane, tier, pages, prefix, number, size, dtypes)
         if lane.memory is not None:
             lane.memory.state = self._memory(f"{prefix}.tc.", size)
             lane.memory.written = lane.length if older else _written(lane)
             if older or f"{prefix}.positions" in self._left:
                 lane.memory.positions = self._positions(lane, f"{prefix}.positions", older)
-        count = lane.sink.tokens + lane.dropped + lane.held["packed"] + lane.recent.tokens
+        count = lane.dropped + sum(lane.held.values())
         sink = min(lane.policy.sink, lane.length)
         padding = _count(about, "pad" if older else "padding")
         gaps = [size for _, size in lane.slots.between(0, layer.seen).runs]
@@ -233,7 +235,7 @@ class Stored:
             stats.check(*layer.shape)
         except ValueError as error:
             raise ValueError(f"the file is damaged: {name}: {error}") from None
-        if len(stats.sizes) != rows or layer.policy.codec is None or not layer.policy.codec.weighs:
+        if len(stats.sizes) != rows or not layer.policy.weighs:
             raise ValueError(f"the file is damaged: {name} is of {len(stats.sizes)} rows, not {rows}")
         return stats
 
@@ -253,6 +255,23 @@ class Stored:
         elif said != "none":
             raise ValueError(f"the header is damaged: 'stats' is {brief(said)}")
 
+    def _pages(self, lane: Lane, tier: CodecTier, pages: Any, prefix: str, number: int, size: Size, dtypes: Dtypes) -> None:
+        if not isinstance(pages, list):
+            raise ValueError("the header is damaged: a tier of packed tokens is no list")
+        held = []
+        for i, page in enumerate(pages):
+            if not isinstance(page, list) or len(page) != 2 or not all(isinstance(one, dict) for one in page):
+                raise ValueError("the header is damaged: a page is no pair of tables")
+            keys, values = (
+                self._packed(metadata, f"{_page(prefix, number, i)}.{role}.", lane, tier.codec, role, size, dtype)
+                for metadata, role, dtype in zip(page, ("keys", "values"), dtypes, strict=True)
+            )
+            if keys.tokens != values.tokens:
+                raise ValueError(f"the header is damaged: page {i} has {keys.tokens} keys and {values.tokens} values")
+            held.append((keys, values))
+        if held:
+            tier.put(held)
+
     def _exact(self, tier: ExactTier, prefix: str, size: Size, dtypes: Dtypes) -> None:
         if f"{prefix}.keys" not in self._left:
             return
@@ -265,12 +284,13 @@ class Stored:
                 raise ValueError(f"the file is damaged: {prefix} is in {tensor.dtype} where the header says {dtype}")
         tier.append(keys, values)
 
-    def _packed(self, metadata: dict[str, Any], prefix: str, lane: Lane, role: str, size: Size, dtype: torch.dtype) -> Packed:
-        assert lane.packed is not None
+    def _packed(
+        self, metadata: dict[str, Any], prefix: str, lane: Lane, codec: Codec, role: str, size: Size, dtype: torch.dtype
+    ) -> Packed:
         tensors = {name[len(prefix) :]: self._take(name) for name in sorted(self._left) if name.startswith(prefix)}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError(f"the header is damaged: {brief(metadata)} describes no {role}")
-        packed = Packed.from_parts(metadata, tensors, lane.packed.codec)
+        packed = Packed.from_parts(metadata, tensors, codec)
         place = (packed.role, packed.layer, packed.offset)
         if place != (role[:-1], lane.layer, 0) or not _within(packed.dtype, dtype):
             raise ValueError(f"the header is damaged: {packed.describe()} in place of {role} of layer {lane.layer}")
@@ -343,7 +363,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[Stored]:
 
 def _may_drop(policy: Policy, length: int, sink: int) -> int:
     """Tokens behind the sinks that a layer may have dropped after `length` tokens."""
-    if policy.limit is not None:
+    if policy.limited:
         return max(0, length - sink)
     if policy.window is None:
         return 0

@@ -128,7 +128,7 @@ class CodecTier:
 
     Attributes:
         stats: of the keys, by whose widths they are multiplied before they are encoded; None: they are encoded as they are.
-            Set it while there is no token.
+            They are the caller's, who sets them, and are not counted here.
     """
 
     def __init__(self, codec: Codec, layer: int) -> None:
@@ -165,15 +165,12 @@ class CodecTier:
 
     def buffers(self) -> list[Tensor]:
         """Every tensor that is held."""
-        stats = [] if self.stats is None else [self.stats.sizes]
-        return [*stats, *(tensor for page in self._pages for packed in page for tensor in packed.tensors.values())]
+        return [tensor for page in self._pages for packed in page for tensor in packed.tensors.values()]
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Encode tokens behind the newest. k, v: (batch, kv_heads, n, head_dim), n a multiple of `BLOCK`."""
         n = k.shape[2]
         assert n % BLOCK == 0
-        if self.stats is not None and self.stats.sizes.device != k.device:
-            self.stats = self.stats.to(k.device)  # given, and on the CPU until now
         pages = self.pages
         weights = None if self.stats is None else self.stats.weights
         done = 0
@@ -193,6 +190,12 @@ class CodecTier:
                 pages[-few - 1 :] = [(keys, values)]
             done += size
         self.put(pages)
+
+    def pop_front(self, n: int) -> tuple[Tensor, Tensor]:
+        """Remove the `n` oldest tokens, a multiple of `BLOCK`, and return them decoded."""
+        front = self.view.decode(0, n)
+        self.drop_front(n)
+        return front
 
     def drop_front(self, n: int) -> None:
         """Forget the `n` oldest tokens, a multiple of `BLOCK`."""
@@ -235,14 +238,12 @@ class CodecTier:
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index. rows: (n,) int64."""
-        self.stats = None if self.stats is None else self.stats.select(rows)
         if self._pages:
             rows = rows.to(self._pages[0][0].device)
             self.put([(keys.select(rows), values.select(rows)) for keys, values in self._pages])
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""
-        self.stats = None if self.stats is None else self.stats.to(device)
         self.put([(keys.to(device), values.to(device)) for keys, values in self._pages])
 
 

@@ -14,14 +14,14 @@ PROTOCOLS = ("streaming", "paper")
 
 
 def paper_spec(spec: str) -> str | None:
-    """The specification as the paper protocol measures it: its codec and its sinks. None where there is no codec to measure.
+    """The specification as the paper protocol measures it: its codec and its sinks. None where there is not one codec.
 
     `recent` and a limit are left out, so that every token but the sinks is quantised when it is written.
     """
     parsed = parse(spec)
     if parsed.dense:
         return "dense"
-    return None if parsed.codec is None else str(Spec(sink=parsed.sink, codec=parsed.codec))
+    return None if parsed.codec is None or parsed.older else str(Spec(sink=parsed.sink, codec=parsed.codec))
 
 
 def filler(spec: str, tokens: int) -> int:
@@ -32,5 +32,5 @@ def filler(spec: str, tokens: int) -> int:
 
 def new_cache(spec: str, model: Any, prefill: Prefill, stats: Sequence[KeyStats | None] | None) -> Cache:
     """A cache for a model; statistics are left out where its codec has no use for them."""
-    codec = parse(spec).codec
-    return Cache(spec, model, prefill=prefill, stats=stats if codec is not None and codecs.get(codec).weighs else None)
+    useful = any(codecs.get(codec).weighs for codec, _ in parse(spec).codecs)
+    return Cache(spec, model, prefill=prefill, stats=stats if useful else None)
