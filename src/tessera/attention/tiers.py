@@ -71,6 +71,8 @@ def _recall(memory: TensorCacheLayer, q: Tensor, turn: Turn) -> Tensor:
     """
     lane, window = turn.lane, memory.config.window
     assert lane.memory is not None
+    if lane.policy.dissolves:
+        return _read(memory, q, turn)
     begin, end = lane.memory.written, turn.first + turn.tokens
     k, v = lane.pairs(turn, max(0, begin - window), max(0, end - window))
     memory.memory.check_finite(k, v)
@@ -96,6 +98,31 @@ def _recall(memory: TensorCacheLayer, q: Tensor, turn: Turn) -> Tensor:
         _, after = memory.memory.advance(unasked, k[:, :, :few], v[:, :, :few], live[:, :few], before)
     lane.memory.propose(after, keep)
     return memory.project(read[:, :, late:], q)
+
+
+def _read(memory: TensorCacheLayer, q: Tensor, turn: Turn) -> Tensor:
+    """What a memory behind codecs adds, which has what left before this call; what leaves at the call's end is written then."""
+    lane, end = turn.lane, turn.first + turn.tokens
+    assert lane.memory is not None
+    held = lane.memory
+    at = held.places(turn.first, end, end)
+    if at is not None:
+        q = memory.plain(q, at)
+
+    def absorb(k: Tensor, v: Tensor, place: int) -> None:
+        memory.memory.check_finite(k, v)
+        at = held.places(place, place + k.shape[2], end)
+        k = k if at is None else memory.plain(k, at)
+        real = torch.ones((len(lane.rows), k.shape[2]), dtype=torch.bool, device=k.device)
+        none = q.new_zeros((*q.shape[:2], k.shape[2], q.shape[3]))
+        held.state = memory.memory.advance(none, k, v, real, held.state_for(memory.memory, k))[1].detach()
+
+    held.absorb = absorb
+    heads, dim = memory.memory.num_heads, memory.memory.head_dim
+    nothing = q.new_zeros((q.shape[0], heads, q.shape[2], dim))
+    idle = torch.zeros((q.shape[0], q.shape[2]), dtype=torch.bool, device=q.device)
+    read, _ = memory.memory.advance(q, nothing, nothing, idle, held.state_for(memory.memory, nothing))
+    return memory.project(read, q)
 
 
 def _attend(q: Tensor, turn: Turn, mask: GroupMask | None, scale: float, softmax: Softmax) -> Tensor:

@@ -82,6 +82,10 @@ class Chain:
         limit = self.limits[-1]
         return 0 if limit is None else _blocks(self.tiers[-1].tokens + coming - limit)
 
+    def pop_front(self, n: int) -> tuple[Tensor, Tensor]:
+        """Remove the `n` oldest tokens, all of them in the last tier and a multiple of `BLOCK`, and return them decoded."""
+        return self.tiers[-1].pop_front(n)
+
     def drop_front(self, n: int) -> None:
         """Forget the `n` oldest tokens, a multiple of `BLOCK`."""
         for tier in reversed(self.tiers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +34,7 @@ class Policy:
         codecs: for the tokens in between, from the newest to the oldest, each with the number of tokens that it holds at most
             or None; where there are none the tokens are dropped.
         window: a query sees only this many newest tokens, itself included, and the sinks; None: all that are kept.
-        associative: what leaves the window is written into the model's associative memory.
+        associative: what leaves the window, or the last codec, is written into the model's associative memory.
         masked: the window is that of the model's own layer, so that the model's mask has it already.
         by_document: a document that the mask sets apart begins anew, as it would alone; the window and the sinks are its own.
         stats: how the codec is to see keys, if that was given; None: what the first tokens tell, if the codec weighs at all.
@@ -77,7 +78,7 @@ class Policy:
         if window is not None:
             recent = window - 1 if spec.window is not None or recent is None else min(recent, window - 1)
         associative = spec.associative and sliding is None and memory
-        if associative:
+        if associative and window is not None:
             recent = window  # the pair that leaves at a step is still needed, to be written
         masked = sliding is not None and window == sliding
         by_document = spec.window is not None and sliding is None
@@ -88,6 +89,11 @@ class Policy:
     def weighs(self) -> bool:
         """Whether a codec sees keys as queries do."""
         return any(codec.weighs for codec, _ in self.codecs)
+
+    @property
+    def dissolves(self) -> bool:
+        """Whether the associative memory is behind codecs, which give it whole blocks of what they held."""
+        return self.associative and bool(self.codecs)
 
     @property
     def limited(self) -> bool:
@@ -150,9 +156,12 @@ class LaneMemory:
         state: what has been written for good, or None.
         written: the queries of all places before this one have had what left at them written into `state`.
         positions: (rows, n) int64, rotary positions of the newest n tokens of the lane; None: nobody needs them.
+        absorb: behind codecs, within a call only: given keys and values (rows, kv_heads, n, head_dim) that leave for good, and
+            the place of the first, writes them; None: whoever can is not there, so nothing leaves.
     """
 
     def __init__(self) -> None:
+        self.absorb: Callable[[Tensor, Tensor, int], None] | None = None
         self.state: TensorCacheState | None = None
         self.written = 0
         self.positions: Tensor | None = None
@@ -260,7 +269,7 @@ class Lane:
     @property
     def holds_back(self) -> bool:
         """Whether the memory has yet to be written what left at queries that could be taken back."""
-        return self.memory is not None and self.memory.written < self.length
+        return self.memory is not None and not self.policy.dissolves and self.memory.written < self.length
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Take new tokens in. k, v: (rows, kv_heads, n, head_dim)."""
@@ -277,7 +286,7 @@ class Lane:
             drop: also forget what no later query sees and what exceeds the limit; without, everything is only packed.
             spare: this many tokens more stay exact.
         """
-        if self.memory is not None:
+        if self.memory is not None and not self.policy.dissolves:
             # What left at queries that may still be taken back is written later, so it is still needed.
             spare = max(spare, self.length - self.memory.written)
         if self.policy.recent is not None and self._learned(spare):
@@ -291,7 +300,10 @@ class Lane:
         if drop and self.packed is not None:
             self.packed.pass_on()
             old = min(self._useless(self.packed.tokens, spare), self.packed.tokens)
-            self.packed.drop_front(old)
+            if old and self.memory is not None:
+                old = self._dissolve(old)
+            else:
+                self.packed.drop_front(old)
             self.dropped += old
 
     def learn(self, queries: Tensor | None, kv_heads: int) -> None:
@@ -324,8 +336,9 @@ class Lane:
         if not leave:
             return
         held = self.packed.tokens
-        # What would be dropped at once is not packed first, but tokens on their way through several tiers are changed by each.
-        useless = max(0, self._useless(held + leave, spare) - held) if drop and len(self.packed.tiers) == 1 else 0
+        # What would be dropped at once is not packed first, but what goes on to another tier is changed by each.
+        whole = len(self.packed.tiers) > 1 or self.policy.dissolves
+        useless = max(0, self._useless(held + leave, spare) - held) if drop and not whole else 0
         # Packed before they leave: what cannot be packed, NaN above all, stays where it is.
         k, v = self.recent.keys[:, :, useless:leave], self.recent.values[:, :, useless:leave]
         if useless:
@@ -334,6 +347,16 @@ class Lane:
         self.packed.append(k, v)
         self.recent.pop_front(leave)
         self.dropped += useless
+
+    def _dissolve(self, old: int) -> int:
+        """Give the `old` oldest packed tokens to the associative memory; returns how many have left."""
+        assert self.packed is not None
+        assert self.memory is not None
+        if self.memory.absorb is None:
+            return 0
+        place = self.sink.tokens + self.dropped
+        self.memory.absorb(*self.packed.pop_front(old), place)
+        return old
 
     def _useless(self, packed: int, spare: int) -> int:
         """How many of `packed` tokens behind the sinks can go: those past the limit, those outside the window."""
@@ -412,7 +435,8 @@ class Lane:
         else:
             self.settle(spare=turn.hold)
         if self.memory is not None:
-            self.memory.keep(self.recent.tokens)
+            self.memory.keep(self.recent.tokens + (0 if self.packed is None else self.packed.tokens))
+            self.memory.absorb = None
 
     def parts(self) -> list[Part]:
         """Everything held, in order."""
@@ -436,7 +460,7 @@ class Lane:
         """
         if self.before and n >= self.length:
             raise ValueError(f"layer {self.layer} has dropped the document before this one; it cannot be cropped so far back")
-        if self.memory is not None and self.length - n < self.memory.written:
+        if self.memory is not None and not self.policy.dissolves and self.length - n < self.memory.written:
             assert self.policy.window is not None
             if self.memory.written - self.policy.window > self.policy.sink:
                 raise ValueError(

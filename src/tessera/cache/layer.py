@@ -320,7 +320,7 @@ class TesseraLayer(CacheLayerMixin):
         if mask is None:
             return None
         policy, first = self.policy, share.lane.length
-        memory = (policy.window or 0, policy.sink) if policy.associative else None
+        memory = (policy.window or 0, policy.sink) if policy.associative and not policy.dissolves else None
         question = (tuple(share.lane.rows), share.tokens, share.slots, first, self.sliding, memory)
 
         def look() -> GroupMask | None:
@@ -335,7 +335,13 @@ class TesseraLayer(CacheLayerMixin):
                     f"layer {self.index}: the attention mask hides tokens that have left the window of {policy.window}, which "
                     "the Tensor Cache has absorbed; it can hide padding and whole documents only. Use a cache without 'tc'"
                 )
-            return None if view.causal(first, self.sliding) else view
+            plain = view.causal(first, self.sliding)
+            if policy.dissolves and share.lane.dropped and not plain:
+                raise ValueError(
+                    f"layer {self.index}: the attention mask hides tokens, of which the Tensor Cache may have absorbed some; "
+                    "behind a codec it can hide padding only. Use a cache without 'tc'"
+                )
+            return None if plain else view
 
         view: GroupMask | None = self.link.masks.ask(mask, question, look)
         return view

@@ -35,7 +35,7 @@ class Spec:
         older: further codecs and their limits, each for what the one before lets go.
         window: a query sees this many newest tokens, itself included, and the sinks, and nothing else. None: no window.
         dense: keep every token exactly.
-        associative: what leaves the window is written into the memory that `tessera.attach` gave the model.
+        associative: what leaves the window, or the last codec, is written into the memory that `tessera.attach` gave the model.
     """
 
     sink: int = 0
@@ -57,8 +57,11 @@ class Spec:
             if self.window < 1:
                 raise ValueError(f"window needs at least 1 token, got {self.window}")
             self._alone("window", "it is exact and nothing lies behind it; only 'sink' may join it", recent=self.recent)
-        if self.associative and self.window is None:
-            raise ValueError("'tc' absorbs what leaves a window; add 'window:512', or what the memory was made for")
+        if self.associative and not self.bounded:
+            raise ValueError(
+                "'tc' absorbs what leaves a window, or a codec that holds so many tokens at most: add 'window:512', or what "
+                "the memory was made for, or 'hqmq:4@32768'"
+            )
         if self.codec is not None:
             self._chain()
         elif self.codec_limit is not None:

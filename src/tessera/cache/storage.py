@@ -211,7 +211,7 @@ class Stored:
             self._pages(lane, tier, pages, prefix, number, size, dtypes)
         if lane.memory is not None:
             lane.memory.state = self._memory(f"{prefix}.tc.", size)
-            lane.memory.written = lane.length if older else _written(lane)
+            lane.memory.written = lane.length if older or lane.policy.dissolves else _written(lane)
             if older or f"{prefix}.positions" in self._left:
                 lane.memory.positions = self._positions(lane, f"{prefix}.positions", older)
         count = lane.dropped + sum(lane.held.values())
@@ -324,8 +324,9 @@ class Stored:
         found = self._take(name)
         if found.dtype != torch.long or found.shape[:1] != (len(lane.rows),) or found.ndim != 2 or (found < 0).any():
             raise ValueError(f"the file is damaged: {name} is {found.dtype} of shape {tuple(found.shape)}")
-        if found.shape[1] != lane.recent.tokens:
-            raise ValueError(f"the file is damaged: {name} is of {found.shape[1]} tokens, not {lane.recent.tokens}")
+        held = lane.recent.tokens + (0 if lane.packed is None else lane.packed.tokens)
+        if found.shape[1] != held:
+            raise ValueError(f"the file is damaged: {name} is of {found.shape[1]} tokens, not {held}")
         return found
 
     def _take(self, name: str) -> Tensor:
