@@ -37,7 +37,7 @@ def test_files_are_small_and_hold_no_pickle() -> None:
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= sizes.keys()
     assert sum(sizes.values()) < 16 * 2**20
     assert all(size < 2**20 for name, size in sizes.items() if name not in ("model.safetensors", "memory.safetensors"))
-    assert {Path(name).suffix for name in sizes} <= {".safetensors", ".json", ".md"}
+    assert {Path(name).suffix for name in sizes} <= {".safetensors", ".json", ".md", ".txt"}
 
 
 def test_shape_is_one_that_larger_models_have(demo: Any) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tessera.lab.training.corpus import Corpus, training_files
 from tessera.lab.training.demo import TINY, train_demo
 from tessera.lab.training.log import read_log
 from tessera.lab.training.schedule import LoopConfig, Phase
+from tessera.lab.training.standard_library import heldout_source
 from tessera.models import heldout_files, heldout_text
 
 
@@ -108,6 +111,7 @@ def test_held_out_modules_are_not_trained_on() -> None:
     trained = [file.text.encode() for file in training_files(())]
     assert len(trained) > 100
     assert held_out.isdisjoint(trained)
+    assert not any(text in heldout_text().encode() for text in trained)
     assert len(set(trained)) == len(trained)
 
 
@@ -118,6 +122,13 @@ def test_heldout_text_is_a_prefix_of_itself() -> None:
     assert heldout_text(0) == ""
     with pytest.raises(ValueError, match="negative"):
         heldout_text(-1)
+
+
+def test_the_held_out_text_that_ships_is_that_of_the_python_it_was_made_with() -> None:
+    assert hashlib.sha256(heldout_text().encode()).hexdigest().startswith("addc62e316d7eddd")
+    if sys.version_info[:3] != (3, 11, 7):
+        pytest.skip("the text was made with Python 3.11.7")
+    assert heldout_text() == heldout_source()
 
 
 def test_windows_depend_on_their_seed_alone(finished: Path) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessera.models.demo_text import heldout_files, heldout_text
+from tessera.models.demo_text import heldout_text
 
 if TYPE_CHECKING:
     from tessera.lab.models import GPT, GPTConfig, ViT, ViTConfig
+    from tessera.lab.training.standard_library import heldout_files
 
 __all__ = [
     "GPT",
@@ -34,6 +35,7 @@ _IN_LAB = {
     "GPTConfig": "tessera.lab.models",
     "ViT": "tessera.lab.models",
     "ViTConfig": "tessera.lab.models",
+    "heldout_files": "tessera.lab.training.standard_library",
 }
 #: The class behind each ``model_type`` of the lab.
 _KINDS = {"tessera_gpt": "GPT", "tessera_vit": "ViT"}

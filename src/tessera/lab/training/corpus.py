@@ -1,7 +1,9 @@
 """Python source code as training data: files, then distinct files, then tokens in one array on disk.
 
-Only the standard library and installed packages with a permissive licence are read (`PACKAGES`). Left out are tests,
-generated code, files that repeat what was already taken, and everything that shares its lines with a held-out module.
+Only the standard library of the Python that runs and installed packages with a permissive licence are read (`PACKAGES`), so
+another Python, or other versions of the packages, give another corpus. Left out are tests, generated code, files that repeat
+what was already taken, and everything that shares its lines with a held-out module: of the Python that runs, and of the text
+that ships and that the demo model is measured on.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera.models.demo_text import heldout_files, is_held_out, standard_modules
+from tessera.lab.training.standard_library import heldout_files, is_held_out, standard_modules
+from tessera.models import heldout_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -126,7 +129,7 @@ def training_files(packages: Iterable[str] = PACKAGES) -> Iterator[SourceFile]:
     Raises:
         FileNotFoundError: if the standard library's source is absent.
     """
-    held_out: set[int] = set()
+    held_out = _lines(heldout_text())
     for file in heldout_files():
         held_out |= _lines(file.read_text(encoding="utf-8", errors="ignore"))
     digests: set[bytes] = set()
