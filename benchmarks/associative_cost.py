@@ -33,8 +33,8 @@ from tessera.associative.forms import recur
 from tessera.associative.recurrence import loop
 from tessera.associative.scan import scan
 from tessera.evaluation.records import environment
-from tessera.evaluation.streams import SPECS, streams, streams_table
 from tessera.files import write_json
+from tessera.lab.evaluation.streams import SPECS, streams, streams_table
 from timing import medians
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""How many pairs one matrix holds; see `tessera.evaluation.capacity`.
+"""How many pairs one matrix holds; see `tessera.lab.evaluation.capacity`.
 
 Example:
 
@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from tessera.evaluation.capacity import WIDTHS, capacity, capacity_table, plot_capacity
 from tessera.evaluation.records import environment
 from tessera.files import write_json
+from tessera.lab.evaluation.capacity import WIDTHS, capacity, capacity_table, plot_capacity
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,4 +1,4 @@
-"""Tasks that ask for a memory, in full; see `tessera.evaluation.diagnostics`.
+"""Tasks that ask for a memory, in full; see `tessera.lab.evaluation.diagnostics`.
 
 Runs are saved one by one; a plan that is cut short goes on where it was. In full it takes hours on a CPU.
 
@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from tessera.evaluation.diagnostics import PARTS, diagnostics, diagnostics_tables, full_plan, key
-from tessera.evaluation.diagnostics_plot import plot_diagnostics
+from tessera.lab.evaluation.diagnostics import PARTS, diagnostics, diagnostics_tables, full_plan, key
+from tessera.lab.evaluation.diagnostics_plot import plot_diagnostics
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,4 +1,4 @@
-"""Language beyond the window: the demo model's loss by distance from the start; see `tessera.evaluation.language`.
+"""Language beyond the window: the demo model's loss by distance from the start; see `tessera.lab.evaluation.language`.
 
 The demo model was trained dense; its Tensor Cache was attached afterwards and trained with the model frozen
 (`tessera train memory`). Several memories are several seeds of one recipe; all else is measured once.
@@ -18,9 +18,9 @@ from pathlib import Path
 from rich.console import Console
 
 from tessera.evaluation import load
-from tessera.evaluation.language import WITH_MEMORY, language, language_table
-from tessera.evaluation.language_plot import plot_language
 from tessera.files import write_json
+from tessera.lab.evaluation.language import WITH_MEMORY, language, language_table
+from tessera.lab.evaluation.language_plot import plot_language
 from tessera.models import demo_memory_path, heldout_text
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,12 +34,12 @@ from tessera.attachment import attach
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import windows
 from tessera.files import write_json
-from tessera.models.gpt import GPT, GPTConfig
-from tessera.training.corpus import Corpus
-from tessera.training.demo import shrink_branches
-from tessera.training.lm import prepare_lm
-from tessera.training.loop import train
-from tessera.training.schedule import LoopConfig, Phase
+from tessera.lab.models.gpt import GPT, GPTConfig
+from tessera.lab.training.corpus import Corpus
+from tessera.lab.training.demo import shrink_branches
+from tessera.lab.training.lm import prepare_lm
+from tessera.lab.training.loop import train
+from tessera.lab.training.schedule import LoopConfig, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, LAYERS, HEADS, DIM, HIDDEN, MLP = 64, 4, 2, 64, 128, 384

@@ -36,12 +36,12 @@ from tessera.evaluation import load
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import windows
 from tessera.files import write_json
+from tessera.lab.models.gpt import GPT, GPTConfig
+from tessera.lab.training.corpus import Corpus
+from tessera.lab.training.lm import prepare_lm
+from tessera.lab.training.loop import train
+from tessera.lab.training.schedule import LoopConfig, Phase
 from tessera.models import demo_memory_path
-from tessera.models.gpt import GPT, GPTConfig
-from tessera.training.corpus import Corpus
-from tessera.training.lm import prepare_lm
-from tessera.training.loop import train
-from tessera.training.schedule import LoopConfig, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 256

@@ -28,12 +28,12 @@ import tessera
 from stretches import measure
 from tessera.associative import TensorCacheConfig
 from tessera.evaluation import load
-from tessera.evaluation.jobs import Job, Row, resume
 from tessera.evaluation.sources import encode, windows
+from tessera.lab.evaluation.jobs import Job, Row, resume
+from tessera.lab.training.lm import prepare_lm
+from tessera.lab.training.memory import train_memory
+from tessera.lab.training.schedule import LoopConfig, Phase
 from tessera.models import heldout_text
-from tessera.training.lm import prepare_lm
-from tessera.training.memory import train_memory
-from tessera.training.schedule import LoopConfig, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, SINK = 256, 4

@@ -20,10 +20,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tessera.cli.quiet import quiet
-from tessera.evaluation.jobs import Job, Row, resume
+from tessera.lab.evaluation.jobs import Job, Row, resume
+from tessera.lab.tasks.digits import Digits
+from tessera.lab.training.vision import VisionConfig, train_vision
 from tessera.spatial import TensorMemoryConfig
-from tessera.tasks.digits import Digits
-from tessera.training.vision import VisionConfig, train_vision
 
 ROOT = Path(__file__).resolve().parent.parent
 #: A memory as flat as a picture.

@@ -1,4 +1,4 @@
-"""Associative recall beyond the window, in full; see `tessera.evaluation.recall`.
+"""Associative recall beyond the window, in full; see `tessera.lab.evaluation.recall`.
 
 Runs are saved one by one; a run that is cut short goes on where it was.
 
@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from tessera.evaluation.recall import METHODS, full_plan, key, recall, recall_table
-from tessera.evaluation.recall_plot import plot_recall
+from tessera.lab.evaluation.recall import METHODS, full_plan, key, recall, recall_table
+from tessera.lab.evaluation.recall_plot import plot_recall
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.attachment import attachment, reading
-from tessera.evaluation.language import loss_by_distance, over_stretches
+from tessera.lab.evaluation.language import loss_by_distance, over_stretches
 from tessera.spatial import TensorMemoryConfig
 
 GRID = "with a Tensor Memory"

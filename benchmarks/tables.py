@@ -26,11 +26,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from tessera.evaluation.recall import config_of
 from tessera.evaluation.records import Comparison, Row, load_all
 from tessera.evaluation.table import caption, markdown, markdown_table, size
 from tessera.files import atomic_path
-from tessera.training.recall import state_bytes
+from tessera.lab.evaluation.recall import config_of
+from tessera.lab.training.recall import state_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -369,7 +369,7 @@ def retention(what: str) -> str:
 def diagnostics(what: str) -> str:
     """Accuracy on the tasks that ask for a memory: by "kinds" of backbone, on the paper's "originals" too, "settings" of the
     memory, its "ablations", "delays" or "gates"."""
-    from tessera.evaluation.diagnostics import ALONE, ablation_cells, cells, delay_cells, gate_cells, setting_cells
+    from tessera.lab.evaluation.diagnostics import ALONE, ablation_cells, cells, delay_cells, gate_cells, setting_cells
 
     made = {"settings": setting_cells, "ablations": ablation_cells, "delays": delay_cells, "gates": gate_cells}.get(what, cells)
     rows = _load("diagnostics")["rows"]

@@ -30,11 +30,11 @@ from rich.table import Table
 from torch import Generator
 
 from tessera.cli.quiet import quiet
-from tessera.evaluation.jobs import Job, Row, resume
-from tessera.models import ViT
+from tessera.lab.evaluation.jobs import Job, Row, resume
+from tessera.lab.models import ViT
+from tessera.lab.tasks.moving_digits import IGNORED, MovingDigits
+from tessera.lab.training.vision import VisionConfig, train_vision
 from tessera.spatial import TensorMemoryConfig
-from tessera.tasks.moving_digits import IGNORED, MovingDigits
-from tessera.training.vision import VisionConfig, train_vision
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAMS, FRAMES = 128, 128

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -251,7 +253,8 @@ def test_bad_input_is_one_line_and_exit_code_2(words: list[str], message: str, s
 
 def commands(group: typer.core.TyperGroup, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
-    for name, command in group.commands.items():
+    for name in group.list_commands(None):  # type: ignore[arg-type]
+        command = group.commands[name]
         inner = getattr(command, "commands", None)
         found += commands(command, (*words, name)) if inner else [(*words, name)]  # type: ignore[arg-type]
     return found
@@ -263,6 +266,7 @@ def test_every_command_shows_an_example() -> None:
         ("compare",),
         ("generate",),
         ("info",),
+        ("stats",),
         ("view",),
         ("eval", "recall"),
         ("eval", "diagnostics"),
@@ -281,6 +285,40 @@ def test_every_command_shows_an_example() -> None:
         assert code == 0
         assert "Example" in out
         assert f"tessera {' '.join(words)}" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        (["train", "recall", "--steps", "1", "--out", "{tmp}/run"], "accelerate"),
+        (["eval", "recall", "--out", "{tmp}/eval"], "accelerate"),
+        (["train", "image", "--steps", "1", "--out", "{tmp}/run"], "accelerate"),
+        (["view", "--task", "binding", "--steps", "1", "--out", "{tmp}/view"], "matplotlib"),
+    ],
+)
+def test_a_command_of_the_lab_says_which_extra_it_misses(words: list[str], package: str, tmp_path: Path) -> None:
+    """In a process of its own, which finds neither package."""
+    script = (
+        "import sys; sys.modules[sys.argv[1]] = None\n"
+        "import tessera.cli; sys.argv[:] = ['tessera', *sys.argv[2:]]; tessera.cli.main()"
+    )
+    given = [word.format(tmp=tmp_path) for word in words]
+    done = subprocess.run([sys.executable, "-c", script, package, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"error: `tessera {words[0]}` needs the package {package}: pip install 'tessera[lab]'\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_of_the_core_do_not_import_the_lab(tmp_path: Path) -> None:
+    script = (
+        "import sys; from tessera.cli import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "sys.exit(any(name.startswith('tessera.lab') for name in sys.modules))"
+    )
+    shared = ["--context", "64", "--windows", "1", "--specs", "hqmq:4", "--protocol", "paper", "--out", str(tmp_path)]
+    for words in (["info"], ["compare", *shared], ["generate", "--prompt", "def f(", "--max-new-tokens", "2"]):
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_info_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,8 @@ from tessera.associative.infini import Infini
 from tessera.attachment import attachment
 from tessera.codecs import KeyStats, Packed, save_stats
 from tessera.codecs.codebooks import direction_path, joint_path, read_directions, read_joint
-from tessera.models.vit import ViT, ViTConfig
-from tessera.models.vit_state import ViTState
+from tessera.lab.models.vit import ViT, ViTConfig
+from tessera.lab.models.vit_state import ViTState
 from tessera.spatial import TensorMemory, TensorMemoryConfig
 
 #: Bytes that loading a file of some kilobytes may take at once.

@@ -23,7 +23,19 @@ def test_names_are_these() -> None:
         *("Attachment", "attach", "attachment", "attention_modules", "detach", "load_memory", "memory_parameters", "plug"),
         *("reading", "save_memory", "tensor_cache"),
     ]
-    assert models.__all__[:2] == ["ViT", "ViTConfig"]
+    assert models.__all__ == [
+        *(
+            "GPT",
+            "GPTConfig",
+            "ViT",
+            "ViTConfig",
+            "demo_memory_path",
+            "demo_path",
+            "heldout_files",
+            "heldout_text",
+            "load_demo",
+        ),
+    ]
     assert kernels.__all__ == ["Pages", "attend", "decode", "merge", "nearest", "nearest_directions"]
 
 

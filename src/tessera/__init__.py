@@ -5,6 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tessera import associative as associative
+    from tessera import attachment as attachment
+    from tessera import attention as attention
+    from tessera import cache as cache
+    from tessera import codecs as codecs
+    from tessera import evaluation as evaluation
+    from tessera import kernels as kernels
+    from tessera import models as models
+    from tessera import spatial as spatial
     from tessera.attachment import attach, detach, load_memory, save_memory
     from tessera.attention import disable, enable
     from tessera.cache import Cache, CacheReport
@@ -24,15 +33,19 @@ _HOMES = {
     "load_memory": "tessera.attachment",
     "save_memory": "tessera.attachment",
 }
+#: Packages that `import tessera` is enough for. They are imported when first used, too.
+_PACKAGES = ("associative", "attachment", "attention", "cache", "codecs", "evaluation", "kernels", "models", "spatial")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tessera' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _PACKAGES:
+        return import_module(f"tessera.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tessera' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES, *_PACKAGES})

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tessera
 from tessera.associative import TensorCacheConfig
 from tessera.cache.carry import Carry
-from tessera.models.gpt import GPT, GPTConfig
+from tessera.lab.models.gpt import GPT, GPTConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,

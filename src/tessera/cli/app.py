@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from tessera import __version__
-from tessera.cli import compare, generate, info, stats, train, view
-from tessera.cli import eval as evaluate
+from tessera.cli import compare, generate, info, stats
 from tessera.cli.many import ManyValues
 
+#: Commands of the lab, each the `app` of a module of its name.
+LAB_COMMANDS = ("view", "eval", "train")
+
+
+class Commands(TyperGroup):
+    """The core's commands, and behind them those of the lab, which is imported when one of its own is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all of them, for the help."""
+        self._add_lab()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of this name; None: there is none."""
+        if cmd_name not in self.commands:
+            self._add_lab()
+        return super().get_command(ctx, cmd_name)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; one of the lab that misses a package says which extra brings it."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if ctx.invoked_subcommand not in LAB_COMMANDS or package == "tessera":
+                raise
+            said = f"`tessera {ctx.invoked_subcommand}` needs the package {package}: pip install 'tessera[lab]'"
+            typer.echo(f"error: {said if package else error}", err=True)
+            raise typer.Exit(2) from error
+
+    def _add_lab(self) -> None:
+        for name in LAB_COMMANDS:
+            if name not in self.commands:
+                self.add_command(typer.main.get_command(import_module(f"tessera.lab.cli.{name}").app), name)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Tessera: a bounded, compressed, persistent memory for Transformers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -19,9 +59,6 @@ app.command("compare", cls=ManyValues)(compare.compare)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
 app.command("stats")(stats.stats)
-app.command("view")(view.view)
-app.add_typer(evaluate.app, name="eval")
-app.add_typer(train.app, name="train")
 
 
 def _version(wanted: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 
 def quiet() -> None:
     """Silence transformers' progress bars and everything below an error."""
@@ -11,11 +9,3 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def say(text: str) -> None:
-    """Print in the first process alone."""
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
-        typer.echo(text)

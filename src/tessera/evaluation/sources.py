@@ -87,9 +87,9 @@ def load(
 
 
 def _from_pretrained(name: str, dtype: Any, device: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-    import tessera.models.gpt  # noqa: F401 - so that the Auto classes know it
+    from tessera.models import introduce
 
     looks_local = name.lower().endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
@@ -100,6 +100,7 @@ def _from_pretrained(name: str, dtype: Any, device: str) -> tuple[Any, Any]:
     elif looks_local or path.is_file():
         raise FileNotFoundError(f"there is no model folder or GGUF file {name}")
     try:
+        introduce(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name}: {_first_line(error)}") from error

@@ -1,7 +1,9 @@
-"""Models that come with Tessera: a small language model of Python source code, and the text it never saw.
+"""The model that comes with Tessera: a small language model of Python source code, and the text it never saw.
 
 The model is a 5-million-parameter Llama trained by this project (`tessera train demo`), small enough to ship and good
 enough to measure on: it uses its whole context, so what a cache forgets shows in its answers.
+
+Models to train are in `tessera.lab.models`; those of them that had their names here have them still.
 """
 
 from __future__ import annotations
@@ -9,21 +11,52 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessera.models.demo_text import heldout_files, heldout_text
+from tessera.models.demo_text import heldout_text
 
 if TYPE_CHECKING:
-    from tessera.models.vit import ViT, ViTConfig
+    from tessera.lab.models import GPT, GPTConfig, ViT, ViTConfig
+    from tessera.lab.training.standard_library import heldout_files
 
-__all__ = ["ViT", "ViTConfig", "demo_memory_path", "demo_path", "heldout_files", "heldout_text", "load_demo"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "ViT",
+    "ViTConfig",
+    "demo_memory_path",
+    "demo_path",
+    "heldout_files",
+    "heldout_text",
+    "load_demo",
+]
+
+#: Names of version 0.1 whose home is the lab now. It is imported when one of them is first used.
+_IN_LAB = {
+    "GPT": "tessera.lab.models",
+    "GPTConfig": "tessera.lab.models",
+    "ViT": "tessera.lab.models",
+    "ViTConfig": "tessera.lab.models",
+    "heldout_files": "tessera.lab.training.standard_library",
+}
+#: The class behind each ``model_type`` of the lab.
+_KINDS = {"tessera_gpt": "GPT", "tessera_vit": "ViT"}
 
 
 def __getattr__(name: str) -> Any:
-    """Models of `vit` are imported when first used: they need transformers."""
-    if name not in ("ViT", "ViTConfig"):
+    if name not in _IN_LAB:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from tessera.models import vit
+    from importlib import import_module
 
-    return getattr(vit, name)
+    return getattr(import_module(_IN_LAB[name]), name)
+
+
+def introduce(model_type: str | None) -> None:
+    """Let transformers' Auto classes know a kind of model that is trained here, where a configuration names one.
+
+    Args:
+        model_type: of a configuration; nothing happens unless it is "tessera_gpt" or "tessera_vit".
+    """
+    if model_type in _KINDS:
+        __getattr__(_KINDS[model_type])
 
 
 def demo_path() -> Path:

@@ -1,0 +1,218 @@
+"""Draw how Tessera's packages lie upon each other, from what their files import.
+
+Writes docs/images/layers.svg. The order in which packages may import each other is written here, once;
+`tests/test_imports.py` holds the imports to it and the picture to the imports.
+
+Example:
+
+    python docs/layers.py
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "tessera"
+OUT = ROOT / "docs" / "images" / "layers.svg"
+
+#: From top to bottom: a package imports packages of lower rows only. "tessera" is the public face, `tessera/__init__.py`.
+ORDER: tuple[tuple[str, ...], ...] = (
+    ("lab",),
+    ("cli",),
+    ("tessera",),
+    ("evaluation",),
+    ("models", "attachment"),
+    ("attention",),
+    ("cache",),
+    ("codecs", "associative", "spatial"),
+    ("kernels",),
+    ("modules for all",),
+)
+#: Single modules that every package may import; among them only `state` imports another, `files`.
+FOR_ALL = ("devices", "files", "modules", "options", "quaternion", "state", "wrapped")
+#: Imports that point up: the module, the package that it imports, and why.
+EXCEPTIONS = {
+    ("tessera.cli.app", "lab"): "the commands train, eval and view, imported when one of them is asked for",
+    ("tessera.models", "lab"): "names of version 0.1, imported when one of them is first used",
+    ("tessera.cache.cache", "attention"): "a cache switches a model's attention over to the tiers when it is made",
+    ("tessera.evaluation.records", "tessera"): "a record says which version measured it",
+}
+
+#: What is in a package, in a line of the picture; and the column where it stands.
+WORDS = {
+    "lab": ("training, tasks, studies", 1),
+    "cli": ("the command tessera", 1),
+    "evaluation": ("compare caches on a text", 1),
+    "models": ("the demo model and its text", 0),
+    "attachment": ("memories in models", 1),
+    "attention": ("one softmax over all tiers", 1),
+    "cache": ("tiers, layers, files", 1),
+    "codecs": ("vectors to bytes and back", 0),
+    "associative": ("Tensor Cache", 1),
+    "spatial": ("Tensor Memory", 2),
+    "kernels": ("PyTorch, C++, Triton", 1),
+}
+
+
+class Import(NamedTuple):
+    """One import: the module that has it, its line, what it imports, and the packages of both."""
+
+    module: str
+    line: int
+    name: str
+    source: str
+    target: str
+
+
+def package_of(module: str) -> str:
+    """The name in `ORDER` of the package that a module such as "tessera.cache.spec" belongs to."""
+    parts = module.split(".")
+    if len(parts) == 1:
+        return parts[0]
+    if parts[1] == "__main__":
+        return "cli"
+    if parts[1] in FOR_ALL:
+        return ORDER[-1][0]
+    return parts[1] if (SOURCE / parts[1]).is_dir() or (SOURCE / f"{parts[1]}.py").is_file() else parts[0]
+
+
+def _names(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and name of all that a file imports, wherever in it; strings that are names of modules count as imports too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + is_package], *filter(None, [node.module])])
+            # `from tessera import cache` imports a package, `from tessera import Cache` the face.
+            yield from ((node.lineno, f"{base}.{alias.name}" if base == "tessera" else base) for alias in node.names)
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"tessera(\.\w+)+\.?", str(node.value)):
+            name = str(node.value).rstrip(".")
+            if package_of(name) != "tessera":  # names of the face, as "tessera.attach", are what messages speak of
+                yield node.lineno, name
+
+
+def imports() -> list[Import]:
+    """What the files of one package import of another, also in functions, for type checkers and by name."""
+    found = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for line, name in _names(tree, module, parts[-1] == "__init__"):
+            source, target = package_of(module), package_of(name)
+            if name.partition(".")[0] == "tessera" and source != target:
+                found.append(Import(module, line, name, source, target))
+    return found
+
+
+def rank(package: str) -> int:
+    """The row of a package in `ORDER`.
+
+    Raises:
+        ValueError: if the order does not have it.
+    """
+    for row, packages in enumerate(ORDER):
+        if package in packages:
+            return row
+    raise ValueError(f"{package} is not in ORDER of docs/layers.py; say there where it belongs")
+
+
+def arrows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What the picture shows: arrows down, without those beside which a longer way leads to the same; and arrows up."""
+    edges = {(each.source, each.target) for each in imports() if each.source in WORDS and each.target in WORDS}
+    down = {edge for edge in edges if rank(edge[0]) < rank(edge[1])}
+
+    def reaches(start: str, end: str) -> bool:
+        return any(b == end or reaches(b, end) for a, b in down if a == start)
+
+    direct = [(a, b) for a, b in down if not any(reaches(c, b) for d, c in down if d == a and c != b)]
+    return sorted(direct), sorted(edges - down)
+
+
+WIDTH, HEIGHT, WIDE, GAP_X, GAP_Y, LEFT, TOP = 190, 52, 760, 60, 38, 35, 76
+
+
+def _box(name: str) -> tuple[int, int]:
+    """Left and top of a box."""
+    rows = [row for row in ORDER if any(package in WORDS for package in row)]
+    row = next(i for i, packages in enumerate(rows) if name in packages)
+    return LEFT + WORDS[name][1] * (WIDTH + GAP_X), TOP + row * (HEIGHT + GAP_Y)
+
+
+def _arrow(points: list[tuple[float, float]], up: bool) -> str:
+    kind, dashes = ("up", ' stroke-dasharray="5 4"') if up else ("down", "")
+    colour = "#D55E00" if up else "#444444"
+    path = " L ".join(f"{x:g} {y:g}" for x, y in points)
+    return f'<path d="M {path}" fill="none" stroke="{colour}" stroke-width="1.5"{dashes} marker-end="url(#{kind})"/>'
+
+
+def _route(a: str, b: str, up: bool) -> list[tuple[float, float]]:
+    """The corners of an arrow from box to box."""
+    (ax, ay), (bx, by) = _box(a), _box(b)
+    middle = WIDTH / 2
+    if up and ax == bx:
+        shift = middle + 60
+        return [(ax + shift, ay), (bx + shift, by + HEIGHT)]
+    if up:  # out of the top, and then to the side
+        return [(ax + middle, ay), (ax + middle, by + HEIGHT / 2), (bx if bx > ax else bx + WIDTH, by + HEIGHT / 2)]
+    if ax != bx and by - ay > HEIGHT + GAP_Y:  # out of the side, and then down
+        return [(ax + WIDTH if bx > ax else ax, ay + HEIGHT / 2), (bx + middle, ay + HEIGHT / 2), (bx + middle, by)]
+    # Arrows to one box end beside each other.
+    lean = 0.28 * WIDTH * ((bx > ax) - (bx < ax))
+    return [(ax + middle + lean, ay + HEIGHT), (bx + middle - lean, by)]
+
+
+def _text(x: float, y: float, words: str, size: int = 12, style: str = "") -> str:
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}"{style}>{words}</text>'
+
+
+def picture() -> str:
+    """The picture as SVG."""
+    centred = ' text-anchor="middle"'
+    down, up = arrows()
+    bottom = max(_box(name)[1] for name in WORDS) + HEIGHT + GAP_Y
+    parts = [
+        _text(LEFT, 28, "What imports what", 17, ' font-weight="bold"'),
+        _text(LEFT, 50, "An arrow is left out where a longer way leads to the same box. Dashed: imported when first used."),
+    ]
+    parts += [_arrow(_route(a, b, False), False) for a, b in down]
+    parts += [_arrow(_route(a, b, True), True) for a, b in up]
+    for name, (words, _) in WORDS.items():
+        x, y = _box(name)
+        fill = "#FDF1E3" if name == "lab" else "#E8F1FA"
+        parts.append(f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="{fill}" stroke="#444444"/>')
+        parts.append(_text(x + WIDTH / 2, y + 22, name, 14, centred + ' font-weight="bold"'))
+        parts.append(_text(x + WIDTH / 2, y + 41, words, 12, centred))
+    across = 3 * WIDTH + 2 * GAP_X
+    parts.append(f'<rect x="{LEFT}" y="{bottom}" width="{across}" height="{HEIGHT}" rx="6" fill="#F2F2F2" stroke="#444444"/>')
+    parts.append(_text(LEFT + across / 2, bottom + 22, "modules that all may import", 14, centred + ' font-weight="bold"'))
+    parts.append(_text(LEFT + across / 2, bottom + 41, ", ".join(FOR_ALL), 12, centred))
+    heads = "".join(
+        f'<marker id="{kind}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
+        f'<path d="M 0 0 L 10 5 L 0 10 z" fill="{colour}"/></marker>'
+        for kind, colour in (("down", "#444444"), ("up", "#D55E00"))
+    )
+    high = bottom + HEIGHT + 24
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDE}" height="{high}" viewBox="0 0 {WIDE} {high}" '
+        f'font-family="DejaVu Sans, Verdana, sans-serif" fill="#222222">\n'
+        f'<defs>{heads}</defs>\n<rect width="{WIDE}" height="{high}" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def main() -> None:
+    """Write the picture."""
+    OUT.write_text(picture(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

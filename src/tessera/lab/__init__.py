@@ -1,0 +1,5 @@
+"""What trains and studies: tasks, models to train, the training loop, and measurements of what memories hold.
+
+The extra ``lab`` brings what it needs (``pip install 'tessera[lab]'``). The rest of Tessera, the core, works without it and
+never imports it: `tests/test_imports.py` holds that.
+"""

@@ -1,0 +1,1 @@
+"""The commands `tessera train`, `tessera eval` and `tessera view`."""

@@ -1,0 +1,313 @@
+"""`tessera eval`: what memories hold and cost, as tables, JSON and pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tessera.cli.errors import one_line_errors
+from tessera.cli.many import ManyValues
+from tessera.lab.cli.options import Gap, HeadDim, Jobs, Out, Pairs, Rewrites, Steps
+
+app = typer.Typer(
+    help="Measure memories: recall, diagnostics, capacity, language, streams.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+OUT = Path("results/eval")
+
+
+@app.callback()
+def _group() -> None:
+    """Measure memories: recall, diagnostics, capacity, language, streams."""
+
+
+@app.command(cls=ManyValues)
+def recall(
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--methods", "--method", help="What is trained.  [default: four of them]"),
+    ] = None,
+    pairs: Pairs = 4,
+    gap: Gap = 40,
+    dim: HeadDim = 64,
+    rewrites: Rewrites = 0,
+    seeds: Annotated[int, typer.Option(help="Models of each method.", min=1)] = 1,
+    steps: Steps = 300,
+    full: Annotated[bool, typer.Option("--full", help="The plan behind docs/results/recall.json instead: hours.")] = False,
+    jobs: Jobs = None,
+    out: Out = OUT,
+) -> None:
+    """Train small models from nothing to recall pairs that have left their window, and see which do.
+
+    Models that are in the JSON already are not trained again.
+
+    Example:
+
+        tessera eval recall
+
+        tessera eval recall --methods dense "Tensor Cache, outer" --pairs 8 --steps 400
+
+        tessera eval recall --full --out results/recall
+    """
+    from tessera.cli.quiet import quiet
+
+    quiet()
+    from tessera.lab.evaluation import recall as task
+    from tessera.lab.evaluation.recall_plot import plot_recall
+
+    with one_line_errors():
+        path = _folder(out) / "recall.json"
+        chosen = methods or list(task.METHODS if full else task.QUICK_METHODS)
+        if full:
+            plan = [job for job in task.full_plan() if job["method"] in chosen]
+        else:
+            plan = task.quick_plan(chosen, seeds, pairs=pairs, gap=gap, dim=dim, rewrites=rewrites, steps=steps)
+        parts = task.recall(plan, path, jobs or len(_cores()))
+        rows = _run(plan, parts, task.key)
+    _show(task.recall_table(rows), path, lambda to: plot_recall(rows, to))
+
+
+@app.command(cls=ManyValues)
+def diagnostics(
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", "--task", help="occlusion, map, binding, no harm.  [default: all]")
+    ] = None,
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kinds", "--kind", help="plain, wide, slots, memory.  [default: all]")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Models of each kind.  [default: 1; --full 3]", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of training.  [default: 300; --quick 80, --full 1000]", min=1)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two tasks made so small that they take seconds.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The originals, delays and settings too: hours on a CPU.")] = False,
+    jobs: Jobs = None,
+    out: Out = OUT,
+) -> None:
+    """Train small models with a Tensor Memory and without on tasks that cannot be done without one.
+
+    Models that are in the JSON already are not trained again.
+
+    Example:
+
+        tessera eval diagnostics --quick
+
+        tessera eval diagnostics --tasks binding map --kinds plain memory --seeds 3
+    """
+    from tessera.cli.quiet import quiet as silent
+
+    silent()
+    from tessera.lab.evaluation import diagnostics as plans
+    from tessera.lab.evaluation.diagnostics_plot import plot_diagnostics
+
+    with one_line_errors():
+        if quick and full:
+            raise ValueError("give --quick or --full, not both")
+        path = _folder(out) / "diagnostics.json"
+        wanted, models = tasks or list(plans.TASKS), kinds or list(plans.KINDS)
+        for name, chosen, known in (("task", wanted, plans.TASKS), ("kind", models, plans.KINDS)):
+            for word in chosen:
+                if word not in known:
+                    raise ValueError(f"no {name} {word!r}; there are {', '.join(known)}")
+        if full:
+            plan = plans.full_plan(seeds or 3, steps or 1000)
+        elif quick:
+            plan = plans.quick_plan(kinds or ("plain", "memory"), seeds or 1, steps or 80)
+        else:
+            plan = plans.default_plan(wanted, models, seeds or 1, steps or 300)
+        plan = [job for job in plan if job["task"] in wanted and job["kind"] in models]
+        parts = plans.diagnostics(plan, path, jobs or len(_cores()))
+        rows = _run(plan, parts, plans.key)
+        if not rows:
+            raise ValueError("there is nothing to measure: --quick has binding and no harm only")
+    *tables, last = plans.diagnostics_tables(rows)
+    for table in tables:
+        _print(table)
+    _show(last, path, lambda to: plot_diagnostics(rows, to))
+
+
+@app.command(cls=ManyValues)
+def capacity(
+    widths: Annotated[list[int] | None, typer.Option(help="Widths of the matrix.  [default: 16 32 64]")] = None,
+    trials: Annotated[int, typer.Option(help="Memories that are averaged.")] = 4,
+    full: Annotated[bool, typer.Option("--full", help="The widths and trials of docs/results/capacity.json.")] = False,
+    out: Out = OUT,
+) -> None:
+    """Store random pairs in one matrix and ask for every key: how many come back, by rule and width.
+
+    Example:
+
+        tessera eval capacity
+
+        tessera eval capacity --widths 64 256 --trials 8
+    """
+    from rich.progress import track
+
+    from tessera.cli.quiet import quiet
+
+    quiet()
+    from tessera.evaluation.records import environment
+    from tessera.files import write_json
+    from tessera.lab.evaluation.capacity import WIDTHS, capacity_table, plot_capacity
+    from tessera.lab.evaluation.capacity import capacity as measure
+
+    with one_line_errors():
+        path = _folder(out) / "capacity.json"
+        wanted, times = (WIDTHS, 16) if full else (widths or (16, 32, 64), trials)
+        parts = measure(wanted, times)
+        rows = [row for part in track(parts, "storing", len(wanted), console=_status(), transient=True) for row in part]
+        write_json(path, {"environment": environment(), "trials": times, "rows": rows})
+    _show(capacity_table(rows), path, lambda to: plot_capacity(rows, to))
+
+
+@app.command(cls=ManyValues)
+def language(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a causal language model.  [default: the demo model]")
+    ] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="File of its Tensor Cache.  [default: the demo model's, with the demo model]")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text files.  [default: held-out standard-library modules]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 2048,
+    windows: Annotated[int, typer.Option(help="Sequences to read.", min=1)] = 2,
+    full: Annotated[bool, typer.Option("--full", help="The whole text, as docs/results/language_memory.json has.")] = False,
+    out: Out = OUT,
+) -> None:
+    """Loss by place in the sequence, with a Tensor Cache behind the window, without, and with its reads switched off.
+
+    Example:
+
+        tessera eval language
+
+        tessera eval language --model runs/lm/model --text book.txt --tokens 4096
+    """
+    from rich.progress import Progress
+
+    from tessera.cli.quiet import quiet
+
+    quiet()
+    from tessera import evaluation
+    from tessera.files import write_json
+    from tessera.lab.evaluation.language import language as measure
+    from tessera.lab.evaluation.language import language_table
+    from tessera.lab.evaluation.language_plot import plot_language
+    from tessera.models import demo_memory_path
+
+    with one_line_errors():
+        path = _folder(out) / "language_memory.json"
+        if model is None and memory is None:
+            memory = demo_memory_path()
+        content, _ = evaluation.read_text(text or ())
+        source = evaluation.load(model, memory=memory)
+        with Progress(console=_status(), transient=True) as bar:
+            running = bar.add_task("reading", total=None)
+            record = measure(
+                source,
+                content,
+                tokens=tokens,
+                count=None if full else windows,
+                progress=lambda done, steps: bar.update(running, completed=done, total=steps),
+            )
+        write_json(path, record)
+    _show(language_table(record), path, lambda to: plot_language(record["rows"], record["edges"], to))
+
+
+@app.command(cls=ManyValues)
+def streams(
+    specs: Annotated[
+        list[str] | None,
+        typer.Option("--specs", "--spec", help="Caches.  [default: dense, a window, a window with a Tensor Cache]"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a stream.", min=1024)] = 16_384,
+    dense: Annotated[int, typer.Option(help="Tokens of a stream whose cache grows.", min=1024)] = 8_192,
+    out: Out = OUT,
+) -> None:
+    """Read on and on through a small model: bytes of state and tokens per second against the tokens seen.
+
+    Example:
+
+        tessera eval streams
+
+        tessera eval streams --specs "window:256 + tc" "sink:4 + hqmq:4 + recent:128" --tokens 65536
+    """
+    from rich.progress import Progress
+
+    from tessera.cli.quiet import quiet
+
+    quiet()
+    from tessera.cache.spec import parse
+    from tessera.evaluation.records import environment
+    from tessera.files import write_json
+    from tessera.lab.evaluation import streams as measure
+
+    with one_line_errors():
+        path = _folder(out) / "streams.json"
+        wanted = specs or list(measure.SPECS)
+        for spec in wanted:
+            parse(spec)  # a mistake is found before anything is measured
+        with Progress(console=_status(), transient=True) as bar:
+            running = bar.add_task("streaming", total=len(wanted))
+            rows = measure.streams(wanted, tokens, dense, lambda: bar.advance(running))
+        write_json(path, {"environment": environment(), "stream": rows})
+    _show(measure.streams_table(rows), path, None)
+
+
+def _run(plan: Sequence[Any], parts: Iterable[list[dict[str, Any]]], key: Callable[[Any], object]) -> list[dict[str, Any]]:
+    """Go through a plan with a bar; returns the rows that there are in the end."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    rows: list[dict[str, Any]] = []
+    with Progress(*columns, console=_status(), transient=True) as bar:
+        running = bar.add_task("", total=len(plan))
+        for rows in parts:
+            bar.update(running, completed=sum(key(job) in map(key, rows) for job in plan))
+    return rows
+
+
+def _folder(out: Path) -> Path:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, and {out} is a file")
+    return out
+
+
+def _status() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _cores() -> set[int] | range:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def _print(table: Any) -> Any:
+    from rich.console import Console
+
+    console = Console()
+    (console if console.width >= 110 or console.is_terminal else Console(width=120)).print(table)
+    return console
+
+
+def _show(table: Any, path: Path, draw: Callable[[Path], None] | None) -> None:
+    """Print the table, draw the picture where matplotlib is installed, and say where everything is."""
+    _print(table)
+    said = f"Saved {path}"
+    if draw is not None:
+        picture = path.with_suffix(".png")
+        try:
+            draw(picture)
+            said += f" and {picture}"
+        except ImportError:
+            said += "; for a picture beside it: pip install 'tessera[lab]'"
+    typer.echo(said)

@@ -1,0 +1,117 @@
+"""Streams of any length through a small model: bytes of state and tokens per second against the tokens seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from tessera.cache import Cache
+from tessera.cache.spec import parse
+from tessera.evaluation.table import size
+from tessera.lab.models.gpt import GPT, GPTConfig
+
+SPECS = ("dense", "window:256", "sink:4 + window:256 + tc")
+"""Caches that are measured unless others are asked for."""
+
+CALL = 256
+"""Tokens given to the model in one call."""
+
+FIRST = 1024
+"""Tokens at which the first row is made; the next at twice as many, and so on."""
+
+
+def length(limit: int) -> int:
+    """Tokens that a stream has in the end which is to have `limit` at least: a doubling of `FIRST`."""
+    mark = FIRST
+    while mark < limit:
+        mark *= 2
+    return mark
+
+
+@torch.inference_mode()
+def stream(spec: str, limit: int, dense_limit: int) -> list[dict[str, Any]]:
+    """Rows of one cache, at `FIRST` tokens and every doubling.
+
+    Args:
+        spec: of the cache.
+        limit: tokens at least, unless the cache grows without bound.
+        dense_limit: the same of a cache that does.
+
+    Raises:
+        ValueError: for a spec with a mistake.
+    """
+    parsed = parse(spec)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        config = GPTConfig(
+            attention=str(parsed) if parsed.associative else SPECS[-1],
+            vocab_size=256,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=1 << 21,
+        )
+        model = GPT(config).eval()
+        cache = Cache(parsed, model)
+        rows, seen, mark = [], 0, FIRST
+        model(torch.randint(256, (1, CALL)))  # what any call takes is not what a stream takes
+        before = resident()
+        while seen < length(limit if parsed.bounded else min(limit, dense_limit)):
+            began = time.perf_counter()
+            while seen < mark:
+                model(torch.randint(256, (1, CALL)), past_key_values=cache, logits_to_keep=1)
+                seen += CALL
+            speed = (mark - mark // 2 if mark > FIRST else mark) / (time.perf_counter() - began)
+            row = {"spec": spec, "tokens": seen, "nbytes": cache.report().nbytes, "tokens_per_second": speed}
+            now = resident()
+            rows.append({**row, "process_growth": None if now is None or before is None else now - before})
+            mark *= 2
+    return rows
+
+
+def streams(specs: Sequence[str], limit: int, dense_limit: int, done: Callable[[], None]) -> list[dict[str, Any]]:
+    """`stream` of each spec, in a process of its own: what others have left in memory would hide how much it takes.
+
+    Args:
+        specs, limit, dense_limit: as there.
+        done: called after each spec.
+    """
+    rows: list[dict[str, Any]] = []
+    for spec in specs:
+        with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+            rows += apart.submit(_stream_with, torch.get_num_threads(), spec, limit, dense_limit).result()
+        done()
+    return rows
+
+
+def _stream_with(threads: int, spec: str, limit: int, dense_limit: int) -> list[dict[str, Any]]:
+    torch.set_num_threads(threads)
+    return stream(spec, limit, dense_limit)
+
+
+def resident() -> int | None:
+    """Bytes of this process in physical memory, where the system tells."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    return int(fields["VmRSS"].split()[0]) * 1024
+
+
+def streams_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """State and speed by length."""
+    table = Table("cache", "tokens", "state", "tokens/s", "growth of the process")
+    for row in rows:
+        growth = "" if row["process_growth"] is None else size(max(0, row["process_growth"]))
+        table.add_row(row["spec"], f"{row['tokens']:,}", size(row["nbytes"]), f"{row['tokens_per_second']:,.0f}", growth)
+    return table

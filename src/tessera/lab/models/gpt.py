@@ -1,0 +1,92 @@
+"""`GPT`: a small language model to train, whose attention is chosen by a spec.
+
+Everything but the attention is transformers' Llama: rotary positions, RMSNorm, SwiGLU, grouped key heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tessera.associative.config import TensorCacheConfig
+from tessera.associative.infini import Infini
+from tessera.associative.layer import TensorCacheLayer
+from tessera.associative.rotary import Phase
+from tessera.attachment import plug
+from tessera.attention import Limits, enable
+from tessera.cache.spec import parse
+
+
+class GPTConfig(LlamaConfig):
+    """A Llama's configuration, and:
+
+    Attributes:
+        attention: "dense", "window:W", "sink:S + window:W", "infini:W" or "window:W + tc" (with or without "sink:S").
+        memory: fields of `TensorCacheConfig` for "tc", without window and sink.
+    """
+
+    model_type = "tessera_gpt"
+
+    def __init__(self, attention: str = "dense", memory: dict[str, Any] | None = None, **fields: Any) -> None:
+        read_attention(attention, memory)  # a mistake is found here rather than in the model
+        self.attention = attention
+        self.memory = memory
+        super().__init__(**fields)
+
+
+class GPT(LlamaForCausalLM):
+    """A causal language model: `generate`, `save_pretrained`, `from_pretrained`, the Auto classes."""
+
+    config_class = GPTConfig
+    # In half precision a slow decay would be none.
+    _keep_in_fp32_modules_strict = ["tensor_cache.memory"]  # noqa: RUF012
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        limits, memory, segment = read_attention(config.attention, config.memory)
+        enable(self)
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        layers = {}
+        for index, layer in enumerate(self.model.layers):
+            phase = Phase(self.model.rotary_emb, None)
+            if segment is not None:
+                layer.self_attn.infini = Infini(segment, heads)
+                layer.self_attn.infini_phase = (phase,)
+            elif memory is not None:
+                plain = None if memory.rotary else phase
+                layers[index] = TensorCacheLayer(memory, heads, kv_heads, dim, config.hidden_size, plain)
+            elif limits is not None:
+                layer.self_attn.limits = limits
+        if memory is not None:
+            plug(self, memory, layers, [layer.self_attn for layer in self.model.layers])
+
+
+def read_attention(
+    text: str, memory: dict[str, Any] | None = None
+) -> tuple[Limits | None, TensorCacheConfig | None, int | None]:
+    """Read the spec of a GPT's attention: window and sinks, the memory behind them, or the segment of Infini-attention.
+
+    Raises:
+        ValueError: naming what is wrong with it.
+    """
+    name, colon, argument = "".join(text.split()).partition(":")
+    if name == "infini":
+        if not colon or not argument.isdigit() or int(argument) < 1:
+            raise ValueError(f"{text!r} needs the length of a segment, as in 'infini:64'")
+        return None, None, int(argument)
+    spec = parse(text)
+    if spec.codec is not None:
+        raise ValueError(f"{text!r}: a codec is for caches, not for training; choose dense, window, sink, infini or tc")
+    if memory and not spec.associative:
+        raise ValueError(f"a memory is given for {text!r}, which has none; add 'tc'")
+    if spec.window is None:
+        return None, None, None
+    limits = Limits(spec.window, spec.sink)
+    if not spec.associative:
+        return limits, None, None
+    return limits, TensorCacheConfig.from_dict({**(memory or {}), "window": spec.window, "sink": spec.sink}), None
+
+
+AutoConfig.register(GPTConfig.model_type, GPTConfig)
+AutoModelForCausalLM.register(GPTConfig, GPT)
