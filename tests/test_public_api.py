@@ -15,7 +15,7 @@ def test_names_are_these() -> None:
         *("Blocks", "Codec", "FP8", "HQMQ", "Int", "JointHQMQ", "KeyStats", "Kivi", "Packed", "Pair", "Role", "Scalar"),
         *("examples", "get", "load_stats", "names", "save_stats"),
     ]
-    assert cache.__all__ == ["BLOCK", "Cache", "CacheReport", "Prefill", "Spec", "parse"]
+    assert cache.__all__ == ["BLOCK", "Cache", "CacheReport", "PerLayer", "Prefill", "Spec", "parse"]
     assert evaluation.__all__ == ["Comparison", "Row", "Source", "compare", "load", "load_all", "read_text", "save_all"]
     assert associative.__all__ == ["TensorCache", "TensorCacheConfig", "TensorCacheState"]
     assert spatial.__all__ == ["TensorMemory", "TensorMemoryConfig", "TensorMemoryState"]

@@ -1,7 +1,8 @@
 """The cache: a token's life from exact to packed to dropped."""
 
 from tessera.cache.cache import Cache, Prefill
+from tessera.cache.per_layer import PerLayer
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import BLOCK, Spec, parse
 
-__all__ = ["BLOCK", "Cache", "CacheReport", "Prefill", "Spec", "parse"]
+__all__ = ["BLOCK", "Cache", "CacheReport", "PerLayer", "Prefill", "Spec", "parse"]

@@ -17,8 +17,9 @@ from tessera.cache import storage
 from tessera.cache.config import check_shapes, read_config, rotary_partner
 from tessera.cache.lane import Policy, packed_name
 from tessera.cache.layer import ATTACHED, STREAMS, Link, TesseraLayer
+from tessera.cache.per_layer import AnySpec, layer_specs, parse
 from tessera.cache.report import CacheReport
-from tessera.cache.spec import Spec, parse
+from tessera.cache.spec import Spec
 from tessera.codecs.key_stats import KeyStats, load_stats
 from tessera.devices import layer_devices
 from tessera.wrapped import replaces_cache, unwrap
@@ -30,7 +31,8 @@ class Cache(TransformersCache):
     """Keys and values in tiers, for `model.generate(..., past_key_values=tessera.Cache(spec, model))`.
 
     Args:
-        spec: tiers joined by `+`, such as "sink:4 + hqmq:4 + recent:128"; see `tessera.cache.spec.parse`.
+        spec: tiers joined by `+`, such as "sink:4 + hqmq:4 + recent:128"; see `tessera.cache.spec.parse`. Or one for each
+            layer, as "{0-1,-1: sink:4 + hqmq:5 + recent:128; *: sink:4 + hqmq:3 + recent:128}".
         model_or_config: the transformers model that the cache serves, by itself or wrapped (`DataParallel`,
             `DistributedDataParallel`, peft, `torch.compile`); its attention is routed through Tessera (see `tessera.enable`;
             `tessera.disable` undoes it). Or the model's own config object: then nothing is switched, and as long as the model
@@ -51,7 +53,7 @@ class Cache(TransformersCache):
 
     def __init__(
         self,
-        spec: str | Spec,
+        spec: str | AnySpec,
         model_or_config: Any,
         *,
         prefill: Prefill = "exact",
@@ -69,6 +71,7 @@ class Cache(TransformersCache):
         if config is None:
             raise TypeError(f"expected a transformers model or its config, got {type(model_or_config).__name__}")
         text, layers = read_config(config)
+        self._specs = layer_specs(self.spec, len(layers))
         self.memory = self._check_memory(model_or_config) if self.spec.associative else ""
         if isinstance(model_or_config, nn.Module):
             # Here and not above, because the attention function reads the cache's layers.
@@ -82,20 +85,21 @@ class Cache(TransformersCache):
                 )
             check_shapes(model_or_config, layers)
             enable(model_or_config)
-        used = tuple(codecs.get(spec) for spec, _ in self.spec.codecs)
-        link = Link(text, prefill, self.spec.bounded, len(layers) - 1, not used or self.spec.sink > 0)
+        used = {spec: tuple(codecs.get(name) for name, _ in spec.codecs) for spec in self._specs}
+        safe = all(spec.codec is None or spec.sink > 0 for spec in self._specs)
+        link = Link(text, prefill, self.spec.bounded, len(layers) - 1, safe)
         given = getattr(model_or_config, ATTACHED).layers if self.spec.associative else ()
-        known = _known_stats(stats, used, layers)
+        known = _known_stats(stats, [codec for found in used.values() for codec in found], layers)
         super().__init__(
             layers=[
                 TesseraLayer(
                     i,
-                    Policy.of(self.spec, used, sliding, i in given, known[i], rotary_partner(text, shape[1])),
+                    Policy.of(spec, used[spec], sliding, i in given, known[i], rotary_partner(text, shape[1])),
                     shape,
                     sliding,
                     link,
                 )
-                for i, (shape, sliding) in enumerate(layers)
+                for i, (spec, (shape, sliding)) in enumerate(zip(self._specs, layers, strict=True))
             ]
         )
 
@@ -108,11 +112,12 @@ class Cache(TransformersCache):
                 "config: tessera.attach(model, TensorCacheConfig(...)) or tessera.load_memory(model, path)"
             )
         wanted = (done.config.sink, done.config.window)
-        # Behind codecs it is written what they let go, however long they kept it.
-        if (self.spec.sink, wanted[1] if self.spec.codec is not None else self.spec.window) != wanted:
-            raise ValueError(
-                f"the memory of this model was made for 'sink:{wanted[0]} + window:{wanted[1]} + tc', not {str(self.spec)!r}"
-            )
+        for spec in self._specs:
+            # Behind codecs it is written what they let go, however long they kept it.
+            if (spec.sink, wanted[1] if spec.codec is not None else spec.window) != wanted:
+                raise ValueError(
+                    f"the memory of this model was made for 'sink:{wanted[0]} + window:{wanted[1]} + tc', not {str(spec)!r}"
+                )
         return json.dumps(done.config.to_dict(), sort_keys=True)
 
     def __repr__(self) -> str:
@@ -186,19 +191,18 @@ class Cache(TransformersCache):
 
     def report(self) -> CacheReport:
         """Count the bytes that are held."""
-        names = {
-            **{packed_name(number): spec for number, (spec, _) in enumerate(self.spec.codecs)},
-            "recent": "dense" if self.spec.dense else "window" if self.spec.window is not None else "recent",
-        }
         sizes: dict[str, int] = {}
         tokens: dict[str, int] = {}
         dense = 0
-        for layer in self.layers:
+        for layer, spec in zip(self.layers, self._specs, strict=True):
             heads, dim = layer.shape
+            names = _tier_names(spec)
             for tier, tensors in layer.buffers().items():
-                sizes[tier] = sizes.get(tier, 0) + sum(t.numel() * t.element_size() for t in tensors)
+                name = names.get(tier, tier)
+                sizes[name] = sizes.get(name, 0) + sum(t.numel() * t.element_size() for t in tensors)
             for tier, count in layer.held().items():
-                tokens[tier] = tokens.get(tier, 0) + 2 * count * heads * dim
+                name = names.get(tier, tier)
+                tokens[name] = tokens.get(name, 0) + 2 * count * heads * dim
             if layer.dtype is not None and layer.value_dtype is not None:
                 kept = layer.seen if layer.sliding is None else min(layer.seen, layer.sliding - 1)
                 # It keeps values in the dtype of the keys, unless theirs is wider.
@@ -208,8 +212,8 @@ class Cache(TransformersCache):
         return CacheReport(
             spec=str(self.spec),
             nbytes=nbytes,
-            tiers={names.get(tier, tier): size for tier, size in sizes.items() if size},
-            tier_bits={names.get(tier, tier): 8 * sizes[tier] / n for tier, n in tokens.items() if n},
+            tiers={name: size for name, size in sizes.items() if size},
+            tier_bits={name: 8 * sizes[name] / n for name, n in tokens.items() if n},
             elements=elements,
             bits_per_element=8 * nbytes / max(1, elements),
             tokens=self.get_seq_length(),
@@ -253,6 +257,12 @@ class Cache(TransformersCache):
                 if device is not None:
                     layer.to(device)
         return cache
+
+
+def _tier_names(spec: Spec) -> dict[str, str]:
+    """What a report calls the tiers of a layer, where that is not what the layer calls them."""
+    exact = "dense" if spec.dense else "window" if spec.window is not None else "recent"
+    return {**{packed_name(number): codec for number, (codec, _) in enumerate(spec.codecs)}, "recent": exact}
 
 
 def _known_stats(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tessera import codecs
@@ -73,6 +73,10 @@ class Spec:
                 "a spec must say what becomes of the tokens that leave 'recent': add a codec, as in "
                 f"'{codec_examples()[0]}', or write 'window:{self.recent or 512}' to drop them, or 'dense' to keep them"
             )
+
+    def with_sinks(self, sink: int) -> Spec:
+        """The same with so many sinks."""
+        return replace(self, sink=sink)
 
     def _chain(self) -> None:
         """Check the codecs, and name them as they name themselves."""

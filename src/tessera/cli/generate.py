@@ -61,7 +61,7 @@ def generate(
 
     import tessera
     from tessera import evaluation
-    from tessera.cache.spec import parse
+    from tessera.cache.per_layer import parse
     from tessera.models import demo_memory_path
 
     with one_line_errors():

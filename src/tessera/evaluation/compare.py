@@ -31,7 +31,7 @@ from transformers import DynamicCache
 from tessera.attachment import attachment
 from tessera.cache import Cache, CacheReport, Prefill
 from tessera.cache.config import read_config
-from tessera.cache.spec import parse
+from tessera.cache.per_layer import parse
 from tessera.codecs.key_stats import KeyStats
 from tessera.evaluation.errors import standard_error
 from tessera.evaluation.first_token import SINK, first_token_weight, lacks_sinks, with_sinks
@@ -284,7 +284,7 @@ def _rows(protocol: str, tallies: Sequence[_Tally], context: int, groups: Sequen
         if tally.report is not None:
             bits, compression = tally.report.bits_per_element, tally.report.compression
             nbytes = tally.report.nbytes // last
-            codec_bits = tally.report.tier_bits.get(parse(tally.spec).codec or "", bits)
+            codec_bits = _codec_bits(tally.report, {codec for codec, _ in parse(tally.spec).codecs}, bits)
         rows.append(
             Row(
                 protocol=protocol,
@@ -316,6 +316,15 @@ def _pairs(protocol: str, tallies: Sequence[_Tally]) -> list[Pair]:
         (nll_gap, nll_error), (kl_gap, kl_error) = ((float(gap.mean()), standard_error(gap)) for gap in gaps)
         pairs.append(Pair(protocol, spec, other, nll_gap, nll_error, kl_gap, kl_error))
     return pairs
+
+
+def _codec_bits(report: CacheReport, codecs: set[str], otherwise: float) -> float:
+    """True bits an element of all compressed tiers together."""
+    # A tier that holds no token yet may hold what it has learned.
+    names = codecs & report.tier_bits.keys()
+    sizes = {name: (8 * report.tiers[name], 8 * report.tiers[name] / report.tier_bits[name]) for name in sorted(names)}
+    held = sum(elements for _, elements in sizes.values())
+    return sum(bits for bits, _ in sizes.values()) / held if held else otherwise
 
 
 def _dense_nbytes(model: Any, tokens: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from tessera.attention import enable
 from tessera.attention.first_token import SINK, first_key_weight
 from tessera.attention.observed import Call, observed
 from tessera.cache.config import read_config
-from tessera.cache.spec import parse
+from tessera.cache.per_layer import parse
 
 #: Tokens of the text that are read to find out, at most.
 READ = 512
@@ -57,5 +56,5 @@ def lacks_sinks(spec: str) -> bool:
 
 def with_sinks(spec: str, plan: Sequence[str] = ()) -> str:
     """The specification with `SINKS` sinks, in addition to what it has; written as in `plan` if it is there."""
-    wanted = replace(parse(spec), sink=SINKS)
+    wanted = parse(spec).with_sinks(SINKS)
     return next((other for other in plan if parse(other) == wanted), str(wanted))

@@ -30,7 +30,7 @@ from tessera.attention.observed import Call, observed
 from tessera.cache.config import read_config
 from tessera.cache.lane import Policy
 from tessera.cache.layer import TesseraLayer
-from tessera.cache.spec import parse
+from tessera.cache.per_layer import parse
 from tessera.codecs.key_stats import KeyStats
 from tessera.evaluation.protocols import filler, new_cache
 from tessera.evaluation.records import LayerRow

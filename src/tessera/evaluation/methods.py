@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tessera.cache.spec import parse
+from tessera.cache.per_layer import PerLayer, parse
 
 #: (pattern of a codec's spec, name of its method), the first that fits.
 _METHODS = (
@@ -23,6 +23,8 @@ _METHODS = (
 def method(spec: str) -> str:
     """The method behind a cache specification, as pictures call it."""
     parsed = parse(spec)
+    if isinstance(parsed, PerLayer):
+        return "differs by layer"
     if parsed.dense:
         return "exact"
     if parsed.codec is None:
@@ -36,6 +38,8 @@ def method(spec: str) -> str:
 def short(spec: str) -> str:
     """The word of a specification that tells it from others of its method."""
     parsed = parse(spec)
+    if isinstance(parsed, PerLayer):
+        return " ".join(dict.fromkeys(codec for codec, _ in parsed.codecs))
     if parsed.codec is not None:
         return parsed.codec
     return "dense" if parsed.dense else f"window:{parsed.window}"

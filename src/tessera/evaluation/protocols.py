@@ -7,7 +7,8 @@ from typing import Any
 
 from tessera import codecs
 from tessera.cache import Cache, Prefill
-from tessera.cache.spec import BLOCK, Spec, parse
+from tessera.cache.per_layer import PerLayer, parse
+from tessera.cache.spec import BLOCK, Spec
 from tessera.codecs.key_stats import KeyStats
 
 PROTOCOLS = ("streaming", "paper")
@@ -21,6 +22,9 @@ def paper_spec(spec: str) -> str | None:
     parsed = parse(spec)
     if parsed.dense:
         return "dense"
+    if isinstance(parsed, PerLayer):
+        own = [(words, paper_spec(str(each))) for words, each in parsed.choices]
+        return None if any(each is None for _, each in own) else str(parse("{" + "; ".join(f"{w}: {e}" for w, e in own) + "}"))
     return None if parsed.codec is None or parsed.older else str(Spec(sink=parsed.sink, codec=parsed.codec))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from tessera.cache.spec import parse
+from tessera.cache.per_layer import parse
 from tessera.evaluation.errors import NEIGHBOURS
 from tessera.evaluation.first_token import SINK, SINKS, lacks_sinks, with_sinks
 from tessera.evaluation.records import Comparison, Row
