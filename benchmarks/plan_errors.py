@@ -1,7 +1,7 @@
 """Write the table of errors by which `tessera plan` ranks caches: src/tessera/planning/measured.json.
 
-It is taken from docs/results/real_models/paper.json: a pretrained model, of whose keys and values all but those of four sinks are
-quantised before they are read. Nothing is measured here.
+It is taken from docs/results/real_models/paper.json: a pretrained model, of whose keys and values all but those of four sinks
+are quantised before they are read. Nothing is measured here.
 
 Example:
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from tessera import __version__
-from tessera.cli import compare, generate, info, stats, train, view
+from tessera.cli import compare, generate, info, plan, prefill, stats, train, view
 from tessera.cli import eval as evaluate
 from tessera.cli.many import ManyValues
 
@@ -18,6 +18,8 @@ app = typer.Typer(
 app.command("compare", cls=ManyValues)(compare.compare)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
+app.command("plan", cls=ManyValues)(plan.plan)
+app.command("prefill")(prefill.prefill)
 app.command("stats")(stats.stats)
 app.command("view")(view.view)
 app.add_typer(evaluate.app, name="eval")
