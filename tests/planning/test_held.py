@@ -27,7 +27,7 @@ SPECS = [
 ]
 SOME = ["llama", "mistral", "qwen2-sliding", "gemma3", "gpt-neox"]
 #: Around the first tokens, the 128 that are learned from, blocks of 64 behind sinks and `recent`, windows, pages of 1,024.
-LENGTHS = (1, 3, 5, 64, 65, 127, 128, 131, 132, 133, 196, 197, 261, 700)
+LENGTHS = (1, 5, 64, 65, 127, 128, 131, 132, 133, 196, 197, 700)
 
 
 def really(spec: str, model: object, rows: int, count: int, cuts: tuple[int, ...] | None = None) -> tessera.Cache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from tessera.cache.config import check_shapes, read_config
-from tessera.cache.spec import Spec, parse
+from tessera.cache.spec import BLOCK, Spec, parse
 from tessera.planning.candidates import forgetting, keeping, sizes
 from tessera.planning.held import LayerShape, held, settled
 from tessera.planning.measured import measured
@@ -118,8 +119,11 @@ def plan(
     def row(spec: str | Spec) -> PlanRow:
         return _row(parse(spec), layers, kind, batch, tokens, needed, most, rate)
 
+    def fits(spec: str) -> bool:
+        return held(parse(spec), layers, kind, batch, [tokens])[tokens].nbytes <= most
+
     if specs is None:
-        rows = [row(spec) for spec in keeping()] + _fitting(row, needed)
+        rows = [row(spec) for spec in keeping()] + _fitting(row, fits, needed)
     else:
         rows = [row(spec) for spec in dict.fromkeys(map(parse, specs))]
         if not rows:
@@ -218,26 +222,26 @@ def _rank(row: PlanRow) -> tuple[bool, int, float, int]:
     return not row.fits, -row.kept, math.inf if kl is None else kl, row.nbytes
 
 
-def _fitting(row: Callable[[str], PlanRow], needed: int) -> list[PlanRow]:
+def _fitting(row: Callable[[str], PlanRow], fits: Callable[[str], bool], needed: int) -> list[PlanRow]:
     """Of each cache that forgets the one that keeps most and fits; the smallest, if none does."""
-    found: dict[int, PlanRow] = {}
-    for size in sizes(needed):
-        for which, spec in enumerate(forgetting(size)):
-            if which not in found or not found[which].fits:
-                found[which] = row(spec)
-    return list(found.values())
+    found = []
+    for specs in zip(*map(forgetting, sizes(needed)), strict=True):
+        # The bytes grow with the size, so the largest that fits is found by halving.
+        first = bisect_left(specs, True, key=fits)
+        found.append(row(specs[min(first, len(specs) - 1)]))
+    return found
 
 
 def _reach(spec: Spec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: int, budget: int) -> int | None:
     """Most tokens, in whole `STEP`, whose cache fits; None: any number of them."""
     start = settled(spec, layers)
-    sizes = held(spec, layers, dtype, batch, range(STEP, start + STEP + 1, STEP))
-    early = list(takewhile(lambda n: sizes[n].nbytes <= budget, sorted(sizes)))
-    if len(early) < len(sizes):
+    whole, within = range(STEP, start + STEP + 1, STEP), range(start, start + STEP, BLOCK)
+    counted = held(spec, layers, dtype, batch, {*whole, *within})
+    early = list(takewhile(lambda n: counted[n].nbytes <= budget, whole))
+    if len(early) < len(whole):
         return early[-1] if early else 0
-    more = sizes[start + STEP].nbytes - sizes[start].nbytes
+    more = counted[start + STEP].nbytes - counted[start].nbytes
     if more:
-        return start + (budget - sizes[start].nbytes) // more * STEP
+        return start + (budget - counted[start].nbytes) // more * STEP
     # It grows no further, but for the room of a block in each layer that comes and goes within a page.
-    page = held(spec, layers, dtype, batch, range(start, start + STEP, 64))
-    return None if max(found.nbytes for found in page.values()) <= budget else start
+    return None if all(counted[n].nbytes <= budget for n in within) else start
