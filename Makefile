@@ -58,6 +58,7 @@ bench: install
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/python benchmarks/video.py
 	$(BIN)/tessera compare --out docs/results/demo_memory --specs window:256 --specs "sink:4 + window:256" --specs "sink:4 + window:256 + tc" --protocol streaming
+	$(BIN)/python benchmarks/plan_errors.py
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python docs/layers.py
 

@@ -26,11 +26,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from transformers import LlamaConfig
+
+import tessera
 from tessera.evaluation.records import Comparison, Row, load_all
 from tessera.evaluation.table import caption, markdown, markdown_table, size
 from tessera.files import atomic_path
 from tessera.lab.evaluation.recall import config_of
 from tessera.lab.training.recall import state_bytes
+from tessera.planning import table as plans
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -482,7 +486,29 @@ def training() -> str:
     return markdown_table(("step", "tokens", "minutes", "held-out loss", "perplexity", "bits per byte"), cells)
 
 
+#: The shape of a Llama of eight billion parameters, as its config.json has it.
+EIGHT_BILLION = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "dtype": "bfloat16",
+}
+
+
+def plan(context: str, budget: str, bandwidth: str) -> str:
+    """What `tessera plan` finds for a Llama of eight billion parameters."""
+    found = tessera.plan(LlamaConfig(**EIGHT_BILLION), context=context, budget=budget, bandwidth=bandwidth)
+    rows = [(f"`{row[0]}`", *row[1:]) for row in map(plans.cells, found.rows)]
+    table = markdown_table(plans.header(found), rows)
+    return "\n\n".join((table, plans.caption(found, "Llama, 8 billion parameters"), f"`{plans.advice(found)}`"))
+
+
 TABLES: dict[str, Callable[..., str]] = {
+    "plan": plan,
     "real_models": real_models,
     "compare": compare,
     "capacity": capacity,

@@ -25,6 +25,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("lab",),
     ("cli",),
     ("tessera",),
+    ("planning",),
     ("evaluation",),
     ("models", "attachment"),
     ("attention",),
@@ -34,7 +35,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("modules for all",),
 )
 #: Single modules that every package may import; among them only `state` imports another, `files`.
-FOR_ALL = ("devices", "files", "modules", "options", "quaternion", "state", "wrapped")
+FOR_ALL = ("devices", "files", "modules", "options", "quaternion", "sealed", "state", "wrapped")
 #: Imports that point up: the module, the package that it imports, and why.
 EXCEPTIONS = {
     ("tessera.cli.app", "lab"): "the commands train, eval and view, imported when one of them is asked for",
@@ -47,6 +48,7 @@ EXCEPTIONS = {
 WORDS = {
     "lab": ("training, tasks, studies", 1),
     "cli": ("the command tessera", 1),
+    "planning": ("which cache fits", 2),
     "evaluation": ("compare caches on a text", 1),
     "models": ("the demo model and its text", 0),
     "attachment": ("memories in models", 1),

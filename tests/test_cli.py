@@ -266,6 +266,8 @@ def test_every_command_shows_an_example() -> None:
         ("compare",),
         ("generate",),
         ("info",),
+        ("plan",),
+        ("prefill",),
         ("stats",),
         ("view",),
         ("eval", "recall"),

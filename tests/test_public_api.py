@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import tessera
-from tessera import associative, attachment, cache, codecs, evaluation, kernels, models, spatial
+from tessera import associative, attachment, cache, codecs, evaluation, kernels, models, planning, spatial
 
 
 def test_names_are_these() -> None:
-    assert tessera.__all__ == [*("Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "save_memory")]
+    assert tessera.__all__ == [
+        *("Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "plan", "save_memory"),
+    ]
     assert sorted(codecs.__all__) == [
         *("Blocks", "Codec", "FP8", "HQMQ", "Int", "JointHQMQ", "KeyStats", "Kivi", "Packed", "Pair", "Role", "Scalar"),
         *("examples", "get", "load_stats", "names", "save_stats"),
@@ -23,6 +25,7 @@ def test_names_are_these() -> None:
         *("Attachment", "attach", "attachment", "attention_modules", "detach", "load_memory", "memory_parameters", "plug"),
         *("reading", "save_memory", "tensor_cache"),
     ]
+    assert planning.__all__ == ["Plan", "PlanRow", "parse_bytes", "parse_rate", "parse_tokens", "plan"]
     assert models.__all__ == [
         *(
             "GPT",
@@ -40,7 +43,7 @@ def test_names_are_these() -> None:
 
 
 def test_every_name_is_there() -> None:
-    for module in (tessera, associative, attachment, codecs, cache, evaluation, kernels, models, spatial):
+    for module in (tessera, associative, attachment, codecs, cache, evaluation, kernels, models, planning, spatial):
         for name in module.__all__:
             assert getattr(module, name) is not None
 

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from tessera.attachment import attach, detach, load_memory, save_memory
     from tessera.attention import disable, enable
     from tessera.cache import Cache, CacheReport
+    from tessera.planning import plan
 
 __version__ = "0.1.0"
 
-__all__ = ["Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "save_memory"]
+__all__ = ["Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "plan", "save_memory"]
 
 #: Where the public names are. They are imported when first used, so that the codecs need torch only.
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "disable": "tessera.attention",
     "enable": "tessera.attention",
     "load_memory": "tessera.attachment",
+    "plan": "tessera.planning",
     "save_memory": "tessera.attachment",
 }
 #: Packages that `import tessera` is enough for. They are imported when first used, too.

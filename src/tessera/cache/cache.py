@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -221,15 +221,19 @@ class Cache(TransformersCache):
             compression=dense / max(1, nbytes),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, notes: Mapping[str, str] | None = None) -> None:
         """Write everything to a safetensors file; `path` is replaced only when the whole file is there.
+
+        Args:
+            path: of the file.
+            notes: text for the file's header, by names of the caller's own; `load` does not look at it.
 
         Raises:
             ValueError: if a Tensor Memory has read along, whose state the file of a cache cannot hold.
         """
         if hasattr(self, STREAMS):
             raise ValueError("a Tensor Memory has read along with this cache; the file of a cache cannot hold its state")
-        storage.save(self.layers, self._describe(), path)
+        storage.save(self.layers, self._describe(), path, notes)
 
     def _describe(self) -> dict[str, str]:
         return {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}

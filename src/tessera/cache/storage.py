@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -41,8 +41,13 @@ MOST = 1 << 40
 DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
-def save(layers: Sequence[TesseraLayer], about: dict[str, str], path: str | os.PathLike[str]) -> None:
-    """Write the layers. about: text that `Stored.text` gives back."""
+def save(
+    layers: Sequence[TesseraLayer],
+    about: dict[str, str],
+    path: str | os.PathLike[str],
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write the layers. about: text that `Stored.text` gives back; notes: more for the header, which is not read here."""
     tensors: dict[str, Tensor] = {}
     described = []
     for layer in layers:
@@ -63,7 +68,7 @@ def save(layers: Sequence[TesseraLayer], about: dict[str, str], path: str | os.P
         if layer.is_initialized and value_dtype != dtype:
             about_layer["value_dtype"] = str(value_dtype).removeprefix("torch.")
         described.append(about_layer)
-    header = {"tessera_cache": json.dumps({"format": FORMAT, **about, "layers": described})}
+    header = {**(notes or {}), "tessera_cache": json.dumps({"format": FORMAT, **about, "layers": described})}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, header)
 

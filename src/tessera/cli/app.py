@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from tessera import __version__
-from tessera.cli import compare, generate, info, stats
+from tessera.cli import compare, generate, info, plan, prefill, stats
 from tessera.cli.many import ManyValues
 
 #: Commands of the lab, each the `app` of a module of its name.
@@ -58,6 +58,8 @@ app = typer.Typer(
 app.command("compare", cls=ManyValues)(compare.compare)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
+app.command("plan", cls=ManyValues)(plan.plan)
+app.command("prefill")(prefill.prefill)
 app.command("stats")(stats.stats)
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from tessera.cache import Cache, CacheReport
 
+#: The cache, unless another is named.
+SPEC = "sink:4 + hqmq:4 + recent:128"
 #: Tokens between two lines of bytes where the output is no terminal.
 EVERY = 64
 
@@ -25,7 +27,10 @@ def generate(
     model: Annotated[
         str | None, typer.Option(help="Folder, GGUF file or hub name of a causal language model.  [default: the demo model]")
     ] = None,
-    cache: Annotated[str, typer.Option(help="Cache specification.")] = "sink:4 + hqmq:4 + recent:128",
+    cache: Annotated[str | None, typer.Option(help=f"Cache specification.  [default: {SPEC}, or that of --from]")] = None,
+    saved: Annotated[
+        Path | None, typer.Option("--from", help="File of tessera prefill, behind whose text the prompt goes on.")
+    ] = None,
     memory: Annotated[
         Path | None,
         typer.Option(help="File of a Tensor Cache for a cache with tc.  [default: the demo model's, with the demo model]"),
@@ -52,7 +57,10 @@ def generate(
         tessera generate --prompt-file module.py --cache "sink:4 + window:256 + tc"
 
         tessera generate --model ./model.gguf --prompt "Once upon a time"
+
+        tessera generate --from book.cache --prompt "In short:"
     """
+    from tessera.cli.memories import memory_for
     from tessera.cli.quiet import quiet
 
     quiet()
@@ -62,29 +70,45 @@ def generate(
     import tessera
     from tessera import evaluation
     from tessera.cache.per_layer import parse
-    from tessera.models import demo_memory_path
+    from tessera.evaluation import prefill as files
 
     with one_line_errors():
         if (prompt is None) == (prompt_file is None):
             raise ValueError('give --prompt or --prompt-file, as in --prompt "class Stack:"')
-        associative = parse(cache).associative
-        if memory is not None and not associative:
-            raise ValueError(f"--memory is for a cache with a memory; {cache!r} has no 'tc'")
-        if memory is None and model is None and associative:
-            memory = demo_memory_path()
+        if saved is not None:
+            about = files.read_prefilled(saved)
+            if cache is not None and str(parse(cache)) != about.spec:
+                raise ValueError(f"{saved} holds a cache of {about.spec!r}, not of {cache!r}; leave --cache out")
+            if stats is not None:
+                raise ValueError(f"{saved} has its statistics already; leave --stats out")
+            cache = about.spec
+        cache = SPEC if cache is None else cache
+        memory = memory_for(cache, memory, model)
         text = evaluation.read_text([prompt_file])[0] if prompt_file is not None else prompt or ""
         if not text.strip():
             raise ValueError("the prompt is empty")
         source = evaluation.load(model, dtype, device, memory)
-        inputs = source.tokenizer(text, return_tensors="pt", verbose=False).to(source.model.device)
+        if saved is not None:
+            past, _ = files.load_prefilled(saved, source, about)
+        else:
+            past = tessera.Cache(cache, source.model, stats=stats)
+        # What begins a text does not stand in the middle of one.
+        whole = {"add_special_tokens": saved is None}
+        inputs = source.tokenizer(text, return_tensors="pt", verbose=False, **whole).to(source.model.device)
         inputs.pop("token_type_ids", None)
         asked = inputs["input_ids"].shape[1]
-        if source.context is not None and asked + max_new_tokens > source.context:
+        if not asked:
+            raise ValueError("the prompt has no tokens")
+        before = past.get_seq_length()
+        if source.context is not None and before + asked + max_new_tokens > source.context:
+            behind = f" behind {before:,} that are saved" if before else ""
             raise ValueError(
-                f"{asked} tokens of prompt and {max_new_tokens} new ones are more than the {source.context} that the "
+                f"{asked} tokens of prompt and {max_new_tokens} new ones{behind} are more than the {source.context} that the "
                 "model was made for; shorten the prompt or lower --max-new-tokens"
             )
-        past = tessera.Cache(cache, source.model, stats=stats)
+        if before:
+            # Of all tokens, those of the saved text included; the ids are of the new ones alone.
+            inputs["attention_mask"] = torch.ones(1, before + asked, dtype=torch.long, device=source.model.device)
     set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:

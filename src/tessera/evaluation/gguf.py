@@ -36,12 +36,7 @@ def load_gguf(file: Path, dtype: Any) -> tuple[Any, Any]:
     Raises:
         ValueError: if a package is missing, or the file is damaged or holds something else.
     """
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"to read {file} the package {' and '.join(missing)} is needed: pip install 'tessera[gguf]'")
-    with open(file, "rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise ValueError(f"{file} is no GGUF file: it does not begin with the letters GGUF")
+    _check(file)
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -59,6 +54,34 @@ def load_gguf(file: Path, dtype: Any) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder, **where, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **where)
     except Exception as error:  # Readers of a binary format fail with whatever its bytes lead them to.
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot load {file}: {said}; if the file is whole, transformers cannot read its kind") from error
+        raise _refusal(file, error) from error
     return model, tokenizer
+
+
+def gguf_config(file: Path) -> Any:
+    """The config of the model in a GGUF file; its weights are not read.
+
+    Raises:
+        ValueError: if a package is missing, or the file is damaged or holds something else.
+    """
+    _check(file)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    except Exception as error:  # As above.
+        raise _refusal(file, error) from error
+
+
+def _check(file: Path) -> None:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"to read {file} the package {' and '.join(missing)} is needed: pip install 'tessera[gguf]'")
+    with open(file, "rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ValueError(f"{file} is no GGUF file: it does not begin with the letters GGUF")
+
+
+def _refusal(file: Path, error: Exception) -> ValueError:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"cannot load {file}: {said}; if the file is whole, transformers cannot read its kind")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.evaluation.gguf import gguf_file, load_gguf
+from tessera.evaluation.gguf import gguf_config, gguf_file, load_gguf
 from tessera.files import read_utf8
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -86,24 +86,57 @@ def load(
     return source
 
 
-def _from_pretrained(name: str, dtype: Any, device: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+def load_config(name: str | None = None) -> Any:
+    """Read the config of a model, and nothing of its weights.
 
-    from tessera.models import introduce
+    Args:
+        name: a folder, its config.json, a GGUF file, a folder with one, or a name on the hub; None: the demo model.
 
-    looks_local = name.lower().endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1
+    Raises:
+        FileNotFoundError: if there is no such folder or file.
+        ValueError: if what is there cannot be used, saying why.
+    """
+    if name is None:
+        from tessera.models import demo_path
+
+        name = str(demo_path())
+    path = Path(name).expanduser()
+    if path.name == "config.json" and path.is_file():
+        name = str(path.parent)
+    file = gguf_file(Path(name).expanduser())
+    return gguf_config(file) if file is not None else _config(_place(name))
+
+
+def _place(name: str) -> str:
+    """A folder with a model, or a name on the hub, as transformers takes it."""
+    looks_local = name.lower().endswith((".gguf", ".json")) or name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{name} is no model: the folder has no config.json and no GGUF file")
-        name = str(path)
-    elif looks_local or path.is_file():
+        return str(path)
+    if looks_local or path.is_file():
         raise FileNotFoundError(f"there is no model folder or GGUF file {name}")
+    return name
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig, PreTrainedConfig
+
+    from tessera.models import introduce
+
     try:
         introduce(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
-        config = AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name}: {_first_line(error)}") from error
+
+
+def _from_pretrained(name: str, dtype: Any, device: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = _place(name)
+    config = _config(name)
     kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
     saved = getattr(config, "architectures", None) or []
     if kind is None or (saved and kind.__name__ not in saved):

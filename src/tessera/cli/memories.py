@@ -1,0 +1,20 @@
+"""Which memory a command attaches for a cache with `tc`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def memory_for(spec: str, memory: Path | None, model: str | None) -> Path | None:
+    """The file of the memory: the one that is named or, for the demo model (`model` is None), its own; None without "tc".
+
+    Raises:
+        ValueError: if one is named for a cache without "tc".
+    """
+    from tessera.cache.per_layer import parse
+    from tessera.models import demo_memory_path
+
+    associative = parse(spec).associative
+    if memory is not None and not associative:
+        raise ValueError(f"--memory is for a cache with a memory; {spec!r} has no 'tc'")
+    return demo_memory_path() if memory is None and model is None and associative else memory

@@ -1,0 +1,107 @@
+"""Which model it was: what tells it from others, in a few kilobytes, and in words what differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tessera.attachment import attachment
+from tessera.attachment.record import SAMPLED, alike, read_sample, sampled
+from tessera.wrapped import unwrap
+
+#: What a config says of where it came from and of how it is run, not of what the model computes.
+_PASSING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What is known of a model.
+
+    Attributes:
+        name: what it was called; not compared.
+        kind: name of its class.
+        config: SHA-256 of its config.
+        dtype: of its weights, as "float32".
+        weights: a few numbers of each weight.
+        memory: the same of an attached memory; None: there is none.
+    """
+
+    name: str
+    kind: str
+    config: str
+    dtype: str
+    weights: dict[str, list[float]]
+    memory: dict[str, list[float]] | None = None
+
+    @staticmethod
+    def of(model: Any, name: str = "") -> Identity:
+        """What is known of a transformers model, which may be wrapped."""
+        model = unwrap(model)
+        done = attachment(model)
+        said = json.dumps(_plain(model.config.to_dict()), sort_keys=True, default=str)
+        return Identity(
+            name=name,
+            kind=type(model).__name__,
+            config=hashlib.sha256(said.encode()).hexdigest(),
+            dtype=str(model.dtype).removeprefix("torch."),
+            weights=sampled(model),
+            memory=None if done is None else _sample(done.modules()),
+        )
+
+    @staticmethod
+    def read(found: Any) -> Identity:
+        """What `to_dict` made.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        texts = ("name", "kind", "config", "dtype")
+        if not isinstance(found, dict) or found.keys() != {*texts, "weights", "memory"}:
+            raise ValueError("a model's identity is a table of six fields")
+        if not all(isinstance(found[key], str) for key in texts):
+            raise ValueError("a model's name, class, config and dtype are text")
+        memory = None if found["memory"] is None else read_sample(found["memory"])
+        return Identity(**{**found, "weights": read_sample(found["weights"]), "memory": memory})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    def difference(self, other: Identity) -> str | None:
+        """What tells another model from this one, in words about the other; None if they are the same.
+
+        Weights of one dtype must have the same numbers; of two, the same give or take rounding.
+        """
+        if other.kind != self.kind:
+            return f"it is a {other.kind}, not a {self.kind}"
+        if other.config != self.config:
+            return f"it is a {other.kind} of another configuration"
+        exact = other.dtype == self.dtype
+        if not _same(self.weights, other.weights, exact):
+            return "it has other weights: another revision, or trained further"
+        if (self.memory is None) != (other.memory is None):
+            return "it has no memory attached" if other.memory is None else "it has a memory attached"
+        if self.memory is not None and other.memory is not None and not _same(self.memory, other.memory, exact):
+            return "it has another memory attached"
+        return None
+
+
+def _same(one: dict[str, list[float]], other: dict[str, list[float]], exact: bool) -> bool:
+    return one == other if exact and one.keys() == other.keys() else alike(one, other)
+
+
+def _sample(modules: dict[str, Any]) -> dict[str, list[float]]:
+    return {
+        f"{place}.{name}": tensor.flatten()[:: max(1, tensor.numel() // SAMPLED)][:SAMPLED].tolist()
+        for place, module in modules.items()
+        for name, tensor in module.state_dict().items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
+
+
+def _plain(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {str(key): _plain(value) for key, value in found.items() if key not in _PASSING}
+    return [_plain(value) for value in found] if isinstance(found, list | tuple) else found

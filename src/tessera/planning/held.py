@@ -1,0 +1,169 @@
+"""What a cache holds after a number of tokens, to the byte, without holding it. Only this file knows how a cache is built.
+
+A cache's own code reads tokens that are shapes and no numbers (tensors on PyTorch's device "meta"), so every rule of rounding,
+room and learning is the cache's. Behind some thousands of tokens a cache grows by the same bytes with every page, or not at
+all; from there on it is arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessera import codecs
+from tessera.cache.chain import Chain
+from tessera.cache.lane import Lane, Policy
+from tessera.cache.learning import LEARN
+from tessera.cache.spec import Spec
+from tessera.cache.tiers import PAGE
+from tessera.codecs import Codec, Packed, Role
+
+ROLES: tuple[Role, ...] = ("key", "value")
+#: (kv_heads, head_dim) of a layer, and the window of its own attention or None, as `read_config` gives them.
+LayerShape = tuple[tuple[int, int], int | None]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a cache.
+
+    Attributes:
+        nbytes: of all tensors, the free room of buffers included: what `Cache.report().nbytes` says.
+        read: of the keys and values themselves, which attention reads for the next token of every row.
+    """
+
+    nbytes: int
+    read: int
+
+
+def held(spec: Spec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: int, lengths: Iterable[int]) -> dict[int, Held]:
+    """What a cache holds after each number of tokens, read in one call or in calls of whole pages of 1,024.
+
+    Calls that are cut otherwise can leave up to 64 tokens more of free room in each layer.
+
+    Args:
+        spec: of the cache, without "tc".
+        layers: of the model.
+        dtype: of its keys and values.
+        batch: rows, all without padding.
+        lengths: numbers of tokens, at least 1 each.
+
+    Raises:
+        ValueError: for a codec whose bytes depend on what is encoded, or that is for other heads.
+    """
+    start = settled(spec, layers)
+    wanted = {n: (n if n <= start + PAGE else start + (n - start) % PAGE) for n in lengths}
+    asked = sorted({m for n, m in wanted.items()} | {m + PAGE for n, m in wanted.items() if m != n})
+    totals = dict.fromkeys(asked, (0, 0))
+    for layer, count in Counter(layers).items():
+        for n, found in _replay(spec, layer, dtype, batch, asked).items():
+            totals[n] = totals[n][0] + count * found.nbytes, totals[n][1] + count * found.read
+    result = {}
+    for n, m in wanted.items():
+        pages, (nbytes, read) = (n - m) // PAGE, totals[m]
+        if pages:
+            more = totals[m + PAGE]
+            nbytes, read = nbytes + pages * (more[0] - nbytes), read + pages * (more[1] - read)
+        result[n] = Held(nbytes, read)
+    return result
+
+
+def settled(spec: Spec, layers: Sequence[LayerShape]) -> int:
+    """Tokens, whole pages, from which on every further page adds the same number of bytes."""
+    windows = max((sliding for _, sliding in layers if sliding is not None), default=0) + (spec.window or 0)
+    limits = sum(limit for _, limit in spec.codecs if limit is not None)
+    tokens = spec.sink + spec.recent + limits + windows + LEARN + 2 * PAGE
+    return -(-tokens // PAGE) * PAGE
+
+
+def _replay(spec: Spec, layer: LayerShape, dtype: torch.dtype, batch: int, lengths: Sequence[int]) -> dict[int, Held]:
+    """What one layer holds after each of some numbers of tokens, ascending."""
+    (heads, dim), sliding = layer
+    used = tuple(_Outline(codecs.get(name), heads, dim) for name, _ in spec.codecs)
+    lane, done, found = Lane(Policy.of(spec, used, sliding, memory=False), 0, list(range(batch))), 0, {}
+
+    def read(lane: Lane, tokens: int) -> Lane:
+        x = torch.empty(batch, heads, tokens, dim, dtype=dtype, device="meta")
+        lane.dismiss(lane.admit(x, x, packed=False, asked=x))
+        return lane
+
+    for n in lengths:
+        while done + PAGE <= n:
+            read(lane, PAGE)
+            done += PAGE
+        found[n] = _count(read(_copied(lane), n - done) if n > done else lane)
+    return found
+
+
+def _copied(lane: Lane) -> Lane:
+    """A lane that goes on by itself. The tensors may be shared: there is nothing in them that could be written."""
+    other = copy.copy(lane)
+    for name, part in vars(lane).items():
+        setattr(other, name, part.copied() if isinstance(part, Chain) else copy.copy(part))
+    return other
+
+
+def _count(lane: Lane) -> Held:
+    exact = [tier for tier in (lane.sink, lane.recent) if tier.buffers()]
+    packed = [] if lane.packed is None else [tensor for tensors in lane.packed.buffers() for tensor in tensors]
+    nbytes = sum(map(_size, (tensor for tensors in lane.buffers().values() for tensor in tensors)))
+    return Held(nbytes, sum(map(_size, (*packed, *(x for tier in exact for x in (tier.keys, tier.values))))))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class _Outline(Codec):
+    """Leaves tensors of the shapes that another codec leaves, and encodes nothing.
+
+    Args:
+        codec: the other.
+        heads, dim: kv_heads and head_dim of what it is given.
+
+    Raises:
+        ValueError: if the sizes depend on more than the shape.
+    """
+
+    def __init__(self, codec: Codec, heads: int, dim: int) -> None:
+        self.spec, self.group, self.weighs, self.fields = codec.spec, codec.group, codec.weighs, codec.fields
+        self._sides: dict[Role, Codec] = {}
+        self._kept = {}
+        for role in ROLES:
+            own = codec.side(role)
+            self._sides[role] = self if own is codec else _Outline(own, heads, dim)
+            self._kept[role] = own.kept(heads, dim, role)
+            if any(own.fields[name] == "ragged" for name in self._kept[role]):
+                raise ValueError(f"the bytes of {codec.spec!r} depend on the numbers that it is given; they cannot be foretold")
+
+    def side(self, role: Role) -> Codec:
+        """See `Codec`."""
+        return self._sides[role]
+
+    def encode(self, x: Tensor, role: Role = "value", layer: int = 0, *, weights: Tensor | None = None) -> Packed:
+        """See `Codec`; x is looked at for its shape only."""
+        batch, heads, tokens, dim = x.shape
+        side = self.side(role)
+        tensors = {
+            name: x.new_empty(
+                (batch, heads, tokens if side.fields[name] == "token" else -(-tokens // side.group), *rest), dtype=kind
+            )
+            for name, (rest, kind) in self._kept[role].items()
+        }
+        return Packed(side, tensors, (batch, heads, tokens, dim), x.dtype, role, layer)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """See `Codec`; the shape only."""
+        return torch.empty(packed.shape, dtype=packed.dtype, device="meta")
+
+    def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def decode_reference(self, packed: Packed) -> Tensor:
+        """See `Codec`; there is nothing to decode."""
+        raise NotImplementedError
