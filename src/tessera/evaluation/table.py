@@ -16,6 +16,8 @@ COLUMNS = ("cache", "perplexity", "Δ", "KL", "top-1", "bits", "bits in all", "c
 SHOWN_PAIRS = 3
 #: How much worse a cache may make the perplexity and still be recommended.
 TOLERATED = 0.005
+#: Share of a cache's bytes by which another one may exceed it and still be as small.
+ABOUT = 0.02
 _MEANING = {
     "streaming": "streaming: chunks of {chunk} tokens, everything older read from the cache",
     "paper": "paper: every key and value quantised before it is attended to, {exact}",
@@ -132,9 +134,14 @@ def _line(cells_of_row: Sequence[str]) -> str:
 
 
 def best(comparison: Comparison) -> Row | None:
-    """The smallest cache that costs at most `TOLERATED` perplexity as generation uses it, or None."""
-    good = [row for row in comparison.rows if row.protocol == "streaming" and row.delta <= TOLERATED]
-    return min((row for row in good if row.compression > 1), key=lambda row: (row.nbytes, row.kl), default=None)
+    """The cache of least KL among the smallest that cost at most `TOLERATED` perplexity as generation uses it, or None.
+
+    A few bytes more, `ABOUT` of the smallest, count as no difference.
+    """
+    rows = [row for row in comparison.rows if row.protocol == "streaming" and row.compression > 1]
+    good = [row for row in rows if row.delta <= TOLERATED]
+    most = (1 + ABOUT) * min((row.nbytes for row in good), default=0)
+    return min((row for row in good if row.nbytes <= most), key=lambda row: row.kl, default=None)
 
 
 def advice(comparison: Comparison) -> str:
