@@ -46,7 +46,7 @@ def _share_threads() -> str | None:
 #: The OpenMP runtime whose threads the kernels use; None: they have threads of their own.
 OPENMP = None if _cpu is None else _share_threads()
 #: Instruction sets, the best last.
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avxvnni", "avx512")
 #: 8-bit digits in which the AVX-512 kernel writes a query and a softmax weight: with two its relative error is 4e-5, far below
 #: a codec's; with three it is that of float32 sums.
 DIGITS = 2

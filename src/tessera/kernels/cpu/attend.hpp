@@ -81,6 +81,7 @@ struct Unit {
 
 void attend_portable(const Problem&);
 void attend_avx2(const Problem&);
+void attend_avxvnni(const Problem&);
 void attend_avx512(const Problem&);
 
 // Keys and values as they are, of float or bfloat16: a vector's numbers lie next to each other; strides in bytes.

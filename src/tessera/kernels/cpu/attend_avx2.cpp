@@ -1,4 +1,6 @@
-// The plain loops again, for AVX2 and FMA. See attend_avx512.cpp about the pragmas.
+// Only what stands between the pragmas is compiled for AVX2. See attend_avx512.cpp.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -16,11 +18,33 @@
 #pragma GCC target("avx2,fma,bmi2")
 #define TESSERA_LANES 8
 #include "attend_impl.hpp"
+#include "prefetch.hpp"
+#include "avx2.hpp"
 #include "exact.hpp"
 #include "portable.hpp"
 #include "directions.hpp"
 
-void tessera::attend_avx2(const Problem& p) { attend_loops(p); }
+namespace {
+
+template <class Sum, class Keys>
+void attend_points(const Problem& p) {
+    if (p.value.book->bits == 16) attend_with<Keys, Avx2Values<true, Sum>>(p, *p.key.book, *p.value.book);
+    else attend_with<Keys, Avx2Values<false, Sum>>(p, *p.key.book, *p.value.book);
+}
+
+template <class Sum>
+void attend_words(const Problem& p) {
+    if (p.key.products || p.value.products || !p.key.book->few_moves || !p.value.book->few_moves) attend_loops(p);
+    else if (p.key.book->bits == 16) attend_points<Sum, Avx2Keys<true, Sum>>(p);
+    else attend_points<Sum, Avx2Keys<false, Sum>>(p);
+}
+
+}  // namespace
+
+void tessera::attend_avx2(const Problem& p) { attend_words<Multiply>(p); }
+#if defined(TESSERA_AVX_VNNI)
+void tessera::attend_avxvnni(const Problem& p) { attend_words<MultiplyAndAdd>(p); }
+#endif
 void tessera::attend_exact_avx2(const Problem& p, const Exact& x) { attend_exact(p, x); }
 void tessera::decode_avx2(const Vectors& p) {
     if (p.coding.products) return decode_directions(p);

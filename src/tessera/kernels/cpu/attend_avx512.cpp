@@ -19,6 +19,7 @@
 #pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
 #define TESSERA_LANES 16
 #include "attend_impl.hpp"
+#include "prefetch.hpp"
 #include "avx512.hpp"
 #include "avx512_lookup.hpp"
 #include "avx512_permute.hpp"

@@ -34,12 +34,6 @@ inline void read_scales(const Book& book, const Side& side, int64_t line, int64_
     _mm512_storeu_ps(to, _mm512_maskz_mov_ps(_mm512_test_epi32_mask(byte, byte), length));
 }
 
-constexpr int AHEAD = 4;  // units that are fetched before they are needed
-
-inline void prefetch(const uint8_t* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
-}
-
 // Codes of UNIT tokens where there are fewer.
 class Partial {
   public:

@@ -29,6 +29,12 @@ struct Book {
     alignas(64) float scale[256] = {};      // what a byte of codecs/logscale.py stands for
     bool octaves = true;                    // whether that doubles with every eighth byte, and zero is zero
 
+    // The same for kernels that pick permutations and signs from eight of each: those of a move have the numbers
+    // move_number >> 3 and move_number & 7.
+    bool few_moves = false;  // whether there are at most eight of each, and codes begin at whole bytes every fourth
+    alignas(32) uint8_t move_number[32] = {};
+    alignas(32) uint32_t few_controls[8] = {}, few_signs[8] = {};  // signs: bytes 1 and -1
+
     // The same for kernels that look bytes up in registers: component j of 128 points at a time, its sign bit flipped in
     // bytes[1]. `turns` points are followed by themselves with the last three components turned, twice; these need no
     // tables. `blocks` tables are needed, 0 if that is too many.
@@ -81,6 +87,7 @@ struct Book {
             }
         }
         set_bytes(points, count, permutation, sign);
+        set_moves();
     }
 
     // Part p of a component; the low part lies in [-64, 63], so that changing the sign never overflows.
@@ -99,6 +106,21 @@ struct Book {
 
   private:
     std::vector<float> dct_, signs_;
+
+    void set_moves() {
+        int controls = 0, signs = 0;
+        for (int m = 0; m < 1 << move_bits; ++m) {
+            const uint32_t sign = negate[m] | 0x01010101;
+            int c = 0, s = 0;
+            while (c < controls && few_controls[c] != control[m]) ++c;
+            while (s < signs && few_signs[s] != sign) ++s;
+            if (c == 8 || s == 8) return;
+            few_controls[c] = control[m], few_signs[s] = sign;
+            controls += c == controls, signs += s == signs;
+            move_number[m] = uint8_t(c << 3 | s);
+        }
+        few_moves = bits % 2 == 0;
+    }
 
     void set_bytes(const int16_t* points, int64_t count, const int64_t* permutation, const int64_t* sign) {
         if (parts != 1 || bits > 16 || bits % 2) return;

@@ -4,6 +4,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(TESSERA_X86)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -32,12 +36,22 @@ using Ints = nb::ndarray<const int32_t, nb::shape<-1>, nb::c_contig, nb::device:
 using Longs = nb::ndarray<const int64_t, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const int64_t, nb::shape<-1, 20>, nb::c_contig, nb::device::cpu>;
 
-enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+// Of instruction sets. What has no kernel of its own for one runs that of the level below.
+enum Level { PORTABLE, AVX2, AVXVNNI, AVX512 };
+constexpr const char* NAMES[] = {"portable", "avx2", "avxvnni", "avx512"};
 
 #if defined(TESSERA_X86)
 bool has(Level level) {
     __builtin_cpu_init();
     if (level == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (level == AVXVNNI) {
+#if defined(TESSERA_AVX_VNNI)
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        return has(AVX2) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#else
+        return false;
+#endif
+    }
     if (level == AVX512)
         return has(AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -49,10 +63,17 @@ bool has(Level level) { return level == PORTABLE; }
 #endif
 
 std::vector<std::string> levels() {
-    std::vector<std::string> names{"portable"};
-    if (has(AVX2)) names.push_back("avx2");
-    if (has(AVX512)) names.push_back("avx512");
+    std::vector<std::string> names;
+    for (Level level : {PORTABLE, AVX2, AVXVNNI, AVX512})
+        if (has(level)) names.push_back(NAMES[level]);
     return names;
+}
+
+// Whether the level named is no lower than this, and this processor has it.
+[[maybe_unused]] bool at_least(const std::string& name, Level least) {
+    for (Level level : {AVX2, AVXVNNI, AVX512})
+        if (name == NAMES[level]) return level >= least && has(level);
+    return false;
 }
 
 void make_book(Book* self, int bits, int move_bits, float step, Rows4I16 points, Rows4I64 permutation, Rows4I64 sign, Floats scale,
@@ -121,8 +142,11 @@ void attend(const KeyCodes& keys, const ValueCodes& values, Table pages, const s
     p.lse = reinterpret_cast<float*>(lse);
     nb::gil_scoped_release release;
 #if defined(TESSERA_X86)
-    if (level == "avx512" && has(AVX512)) return attend_avx512(p);
-    if (level == "avx2" && has(AVX2)) return attend_avx2(p);
+    if (at_least(level, AVX512)) return attend_avx512(p);
+#if defined(TESSERA_AVX_VNNI)
+    if (at_least(level, AVXVNNI)) return attend_avxvnni(p);
+#endif
+    if (at_least(level, AVX2)) return attend_avx2(p);
 #endif
     attend_portable(p);
 }
@@ -146,8 +170,8 @@ void attend_exact(const std::string& level, uintptr_t q, uintptr_t out, uintptr_
     const Exact x{reinterpret_cast<const uint8_t*>(k), reinterpret_cast<const uint8_t*>(v), bfloat, k_batch, k_head, k_token, v_batch, v_head, v_token};
     nb::gil_scoped_release release;
 #if defined(TESSERA_X86)
-    if (level == "avx512" && has(AVX512)) return attend_exact_avx512(p, x);
-    if (level == "avx2" && has(AVX2)) return attend_exact_avx2(p, x);
+    if (at_least(level, AVX512)) return attend_exact_avx512(p, x);
+    if (at_least(level, AVX2)) return attend_exact_avx2(p, x);
 #endif
     attend_exact_portable(p, x);
 }
@@ -185,8 +209,8 @@ void decode(const Codes& book, Table pages, const std::string& level, bool value
     p.out = reinterpret_cast<float*>(out);
     nb::gil_scoped_release release;
 #if defined(TESSERA_X86)
-    if (level == "avx512" && has(AVX512)) return decode_avx512(p);
-    if (level == "avx2" && has(AVX2)) return decode_avx2(p);
+    if (at_least(level, AVX512)) return decode_avx512(p);
+    if (at_least(level, AVX2)) return decode_avx2(p);
 #endif
     decode_portable(p);
 }
@@ -212,8 +236,8 @@ void make_index(Index* self, Rows4I16 words, Ints codes, bool conjugations, floa
 
 Nearest nearest_at(const std::string& level) {
 #if defined(TESSERA_X86)
-    if (level == "avx512" && has(AVX512)) return nearest_avx512;
-    if (level == "avx2" && has(AVX2)) return nearest_avx2;
+    if (at_least(level, AVX512)) return nearest_avx512;
+    if (at_least(level, AVX2)) return nearest_avx2;
 #endif
     return nearest_portable;
 }
@@ -251,8 +275,8 @@ void encode_feedback(const Index& index, const std::string& level, uintptr_t y, 
     const int64_t blocks = (vectors + Feedback::BLOCK - 1) / Feedback::BLOCK;
     auto run = feedback_portable;
 #if defined(TESSERA_X86)
-    if (level == "avx2" && has(AVX2)) run = feedback_avx2;
-    if (level == "avx512" && has(AVX512)) run = feedback_avx512;
+    if (at_least(level, AVX2)) run = feedback_avx2;
+    if (at_least(level, AVX512)) run = feedback_avx512;
 #endif
     Threads::get().run(heads * blocks, threads, [&](int64_t i, int) { run(s, i / blocks, i % blocks * Feedback::BLOCK); });
 }
@@ -316,8 +340,8 @@ void advance(const std::string& level, const std::vector<int64_t>& shape, const 
     s.out = at(0), s.h_out = at(1), s.c_out = at(2), s.kept = at(3);
     nb::gil_scoped_release release;
 #if defined(TESSERA_X86)
-    if (level == "avx512" && has(AVX512)) return advance_avx512(s);
-    if (level == "avx2" && has(AVX2)) return advance_avx2(s);
+    if (at_least(level, AVX512)) return advance_avx512(s);
+    if (at_least(level, AVX2)) return advance_avx2(s);
 #endif
     advance_portable(s);
 }
@@ -333,8 +357,8 @@ void retreat(const std::string& level, const std::vector<int64_t>& shape, const 
     const GridGradients d{from(0), from(1), from(2), at(0), at(1), {at(2), at(3), at(4)}, {at(5), at(6), at(7)}, at(8), at(9), at(10), at(11)};
     nb::gil_scoped_release release;
 #if defined(TESSERA_X86)
-    if (level == "avx512" && has(AVX512)) return retreat_avx512(s, d);
-    if (level == "avx2" && has(AVX2)) return retreat_avx2(s, d);
+    if (at_least(level, AVX512)) return retreat_avx512(s, d);
+    if (at_least(level, AVX2)) return retreat_avx2(s, d);
 #endif
     retreat_portable(s, d);
 }
@@ -359,8 +383,8 @@ void absorb(const std::string& level, const std::vector<int64_t>& shape, const s
     s.read = reinterpret_cast<float*>(results[0]), s.end = reinterpret_cast<float*>(results[1]);
     nb::gil_scoped_release release;
 #if defined(TESSERA_X86)
-    if (level == "avx512" && has(AVX512)) return absorb_avx512(s);
-    if (level == "avx2" && has(AVX2)) return absorb_avx2(s);
+    if (at_least(level, AVX512)) return absorb_avx512(s);
+    if (at_least(level, AVX2)) return absorb_avx2(s);
 #endif
     absorb_portable(s);
 }
@@ -375,8 +399,8 @@ void absorb_backward(const std::string& level, const std::vector<int64_t>& shape
     const AbsorbGradients d{from(0), from(1), at(0), at(1), at(2), at(3), at(4), at(5)};
     nb::gil_scoped_release release;
 #if defined(TESSERA_X86)
-    if (level == "avx512" && has(AVX512)) return absorb_backward_avx512(s, d);
-    if (level == "avx2" && has(AVX2)) return absorb_backward_avx2(s, d);
+    if (at_least(level, AVX512)) return absorb_backward_avx512(s, d);
+    if (at_least(level, AVX2)) return absorb_backward_avx2(s, d);
 #endif
     absorb_backward_portable(s, d);
 }

@@ -1,0 +1,469 @@
+// The inner loops of attend_impl.hpp with AVX2, and with AVX-VNNI where `Sum` says so.
+//
+// Queries and softmax weights are written as one or two numbers of 16 bits, codewords' components are widened to 16 bits, and
+// products are added up exactly in 32 bits, by pairs of neighbours: of components of a vector for keys, of tokens for values.
+
+namespace {
+
+// sum += products of signed 16-bit numbers, added up in pairs.
+struct Multiply {
+    static inline __attribute__((always_inline)) void add(__m256i& sum, __m256i a, __m256i b) { sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+};
+
+#if defined(TESSERA_AVX_VNNI)
+// The same in one instruction of AVX-VNNI. As an instruction, so that what is compiled for AVX2 may use it where it is asked to.
+struct MultiplyAndAdd {
+    static inline __attribute__((always_inline)) void add(__m256i& sum, __m256i a, __m256i b) {
+        asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "xm"(b));
+    }
+};
+#endif
+
+// What the bytes of n scales stand for, and zeros up to UNIT.
+inline void read_scales(const Book& book, const Side& side, int64_t line, int64_t token, int n, float* to) {
+    const uint8_t* from = side.scale.row(line, token, 1);
+    if (!book.octaves) {
+        for (int j = 0; j < UNIT; ++j) to[j] = j < n ? book.scale[from[j]] : 0.0f;
+        return;
+    }
+    // Byte 0 is zero.
+    alignas(16) uint8_t some[UNIT] = {};
+    if (n < UNIT) {
+        std::memcpy(some, from, size_t(n));
+        from = some;
+    }
+    // Eight bytes on, a scale is twice as large: three bits are looked up, the rest goes into the exponent.
+    const __m256 base = _mm256_load_ps(book.scale + 128);
+    for (int j = 0; j < UNIT; j += 8) {
+        const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + j)));
+        const __m256i mantissa = _mm256_castps_si256(_mm256_permutevar8x32_ps(base, byte));
+        const __m256i octave = _mm256_sub_epi32(_mm256_srli_epi32(byte, 3), _mm256_set1_epi32(16));
+        const __m256i length = _mm256_add_epi32(mantissa, _mm256_slli_epi32(octave, 23));
+        const __m256i zero = _mm256_cmpeq_epi32(byte, _mm256_setzero_si256());
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j), _mm256_andnot_si256(zero, length));
+    }
+}
+
+// Where the codes of the UNIT tokens of a unit begin, from where more may be read than there is.
+class Rows {
+  public:
+    // exact: nothing beyond a row is read.
+    Rows(int64_t bytes, bool exact, int units, Memory& memory)
+        : bytes_(bytes), exact_(exact), copies_(exact ? nullptr : memory.take<uint8_t>(size_t(units) * UNIT * size_t(bytes + SLACK))) {}
+
+    // Of tokens that there are not, codes of another; they have no weight. `number` of the unit: its copies stay.
+    void find(const Unit& unit, int number, const uint8_t** to) const {
+        prefetch(unit.codes + AHEAD * UNIT * bytes_, UNIT * bytes_);
+        uint8_t* copy = exact_ ? nullptr : copies_ + size_t(number) * UNIT * size_t(bytes_ + SLACK);
+        const int last = std::min(unit.count, UNIT) - 1;
+        for (int j = 0; j < UNIT; ++j) {
+            const int64_t behind = (unit.count - 1 - std::min(j, last)) * bytes_;
+            to[j] = unit.codes + std::min(j, last) * bytes_;
+            if (exact_ || behind >= SLACK) continue;
+            std::memcpy(copy, to[j], size_t(bytes_));
+            to[j] = copy;
+            copy += bytes_ + SLACK;
+        }
+    }
+
+  private:
+    static constexpr int64_t SLACK = 32;  // bytes that may be read beyond a row
+
+    const int64_t bytes_;
+    const bool exact_;
+    uint8_t* const copies_;
+};
+
+// Codewords out of memory, 16 at a time: points by plain loads, which are faster than gather instructions on the processors
+// that this was measured on; moves by a shuffle of bytes and a change of signs.
+// SHORT: codes are 16 bits long.
+template <bool SHORT>
+class Codewords {
+  public:
+    // Part p of the codewords.
+    Codewords(const Book& book, int part)
+        : table_(book.part[part].data()),
+          point_shift_(_mm_cvtsi32_si128(book.move_bits)),
+          point_mask_(_mm256_set1_epi32(int((1u << (book.bits - book.move_bits)) - 1))),
+          move_mask_(_mm256_set1_epi16(short((1 << book.move_bits) - 1))),
+          few_{_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(book.move_number))),
+               _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(book.move_number + 16)))},
+          controls_(_mm256_load_si256(reinterpret_cast<const __m256i*>(book.few_controls))),
+          signs_(_mm256_load_si256(reinterpret_cast<const __m256i*>(book.few_signs))) {
+        alignas(32) uint8_t spread[32];
+        alignas(32) int32_t shift[8];
+        for (int i = 0; i < 8; ++i) {
+            const int bit = i % 4 * book.bits;
+            shift[i] = bit % 8;
+            for (int j = 0; j < 4; ++j) spread[4 * i + j] = uint8_t(bit / 8 + j);
+        }
+        spread_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(spread));
+        shift_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(shift));
+    }
+
+    // out[0]: components, as bytes, of the four codes at a0 and of those at b0; out[1]: of those at a1 and at b1.
+    // 16 bytes are read from each place, or 8 where codes are short.
+    inline __attribute__((always_inline)) void operator()(const uint8_t* a0, const uint8_t* a1, const uint8_t* b0, const uint8_t* b1,
+                                                          __m256i out[2]) const {
+        __m256i moves;
+        if constexpr (SHORT) {
+            const __m128i a = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a0)), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a1)));
+            const __m128i b = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(b0)), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b1)));
+            const __m256i codes = _mm256_set_m128i(b, a);
+            alignas(32) uint16_t point[16];
+            _mm256_store_si256(reinterpret_cast<__m256i*>(point), _mm256_srl_epi16(codes, point_shift_));
+            out[0] = words(point, point + 8);
+            out[1] = words(point + 4, point + 12);
+            moves = _mm256_and_si256(codes, move_mask_);
+        } else {
+            const __m256i first = codes(a0, b0), second = codes(a1, b1);
+            alignas(32) uint32_t point[16];
+            _mm256_store_si256(reinterpret_cast<__m256i*>(point), _mm256_and_si256(_mm256_srl_epi32(first, point_shift_), point_mask_));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(point + 8), _mm256_and_si256(_mm256_srl_epi32(second, point_shift_), point_mask_));
+            out[0] = words(point, point + 4);
+            out[1] = words(point + 8, point + 12);
+            const __m256i mask = _mm256_srli_epi32(move_mask_, 16);
+            moves = _mm256_packus_epi32(_mm256_and_si256(first, mask), _mm256_and_si256(second, mask));
+        }
+        // Which of the few permutations and which of the few signs a move has.
+        const __m256i number = _mm256_blendv_epi8(_mm256_shuffle_epi8(few_[0], moves), _mm256_shuffle_epi8(few_[1], moves), _mm256_slli_epi16(moves, 3));
+        out[0] = move(out[0], _mm256_unpacklo_epi16(number, number));
+        out[1] = move(out[1], _mm256_unpackhi_epi16(number, number));
+    }
+
+  private:
+    inline __attribute__((always_inline)) __m256i codes(const uint8_t* a, const uint8_t* b) const {
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a)), high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+        return _mm256_srlv_epi32(_mm256_shuffle_epi8(_mm256_set_m128i(high, low), spread_), shift_);
+    }
+
+    template <class Point>
+    inline __attribute__((always_inline)) __m256i words(const Point* a, const Point* b) const {
+        return _mm256_set_m128i(four(b), four(a));
+    }
+
+    template <class Point>
+    inline __attribute__((always_inline)) __m128i four(const Point* point) const {
+        __m128i x = _mm_cvtsi32_si128(int(table_[point[0]]));
+        x = _mm_insert_epi32(x, int(table_[point[1]]), 1);
+        x = _mm_insert_epi32(x, int(table_[point[2]]), 2);
+        return _mm_insert_epi32(x, int(table_[point[3]]), 3);
+    }
+
+    // number: in each word's lowest three bits that of the signs, in the next three that of the permutation.
+    inline __attribute__((always_inline)) __m256i move(__m256i words, __m256i number) const {
+        const __m256i lane = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+        const __m256i control = _mm256_or_si256(_mm256_permutevar8x32_epi32(controls_, _mm256_srli_epi32(number, 3)), lane);
+        return _mm256_sign_epi8(_mm256_shuffle_epi8(words, control), _mm256_permutevar8x32_epi32(signs_, number));
+    }
+
+    const uint32_t* table_;
+    const __m128i point_shift_;
+    const __m256i point_mask_, move_mask_;
+    const __m256i few_[2];
+    const __m256i controls_, signs_;
+    __m256i spread_, shift_;
+};
+
+// Components 0 and 2, or 1 and 3, of bytes, as 16-bit numbers.
+inline __attribute__((always_inline)) __m256i even(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+inline __attribute__((always_inline)) __m256i odd(__m256i x) { return _mm256_srai_epi16(x, 8); }
+
+// Whether nothing beyond a row's codes is read.
+inline bool exact_rows(const Book& book, int chunks) { return book.bits == 16 && chunks % 8 == 0; }
+
+constexpr float TWO_PARTS[2] = {128.0f, 1.0f};  // what the parts of a codeword are worth, where there are two
+
+// Functions that are not to be inlined fill the registers by themselves.
+template <bool SHORT, class Sum>
+class Avx2Keys {
+  public:
+    using Book = tessera::Book;
+
+    Avx2Keys(const Book& book, int chunks, int limbs, int, Memory& memory)
+        : book_(book),
+          dim_(4 * chunks),
+          steps_((chunks + 7) / 8),
+          limbs_(limbs > 2 ? 2 : 1),
+          codewords_{{book, 0}, {book, book.parts - 1}},
+          rows_(book.row_bytes(chunks), exact_rows(book, chunks), 1, memory),
+          digits_(memory.take<int16_t>(size_t(TILE) * limbs_ * steps_ * 32)),
+          planes_(memory.take<__m256i>(size_t(book.parts) * 8 * steps_ * 4)) {}
+
+    void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
+
+    // In 16 bits, and where there are two limbs what is left in 16 more.
+    void set_queries(const float* q, int rows) {
+        const int size = 32 * steps_;
+        alignas(32) float x[MAX_DIM];
+        std::fill(x, x + size, 0.0f);
+        for (int r = 0; r < rows; ++r) {
+            std::copy(q + size_t(r) * dim_, q + size_t(r + 1) * dim_, x);
+            Lanes highest = {};
+            for (int c = 0; c < size; c += LANES) {
+                const Lanes y = load(x + c), length = y < 0 ? -y : y;
+                highest = length > highest ? length : highest;
+            }
+            const float most = largest(highest);
+            // A query of zeros, or of less than floats resolve, scores zero.
+            const float inverse = most > 1e-30f ? MOST / most : 0.0f;
+            for (int c = 0; c < size; c += LANES) store(x + c, load(x + c) * inverse);
+            worth_[r][0] = most / MOST * book_.step;
+            worth_[r][1] = worth_[r][0] / BASE;
+            for (int l = 0; l < limbs_; ++l) {
+                __m128i* to = reinterpret_cast<__m128i*>(digits_ + (size_t(r) * limbs_ + l) * size);
+                for (int c = 0; c < size; c += 16, to += 2) {
+                    __m128 near[4];
+                    for (int i = 0; i < 4; ++i) {
+                        const __m128 y = _mm_load_ps(x + c + 4 * i);
+                        near[i] = _mm_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+                        _mm_store_ps(x + c + 4 * i, _mm_mul_ps(_mm_sub_ps(y, near[i]), _mm_set1_ps(BASE)));
+                    }
+                    _mm_store_si128(to, _mm_packs_epi32(_mm_cvtps_epi32(_mm_shuffle_ps(near[0], near[1], 0x88)), _mm_cvtps_epi32(_mm_shuffle_ps(near[2], near[3], 0x88))));
+                    _mm_store_si128(to + 1, _mm_packs_epi32(_mm_cvtps_epi32(_mm_shuffle_ps(near[0], near[1], 0xdd)), _mm_cvtps_epi32(_mm_shuffle_ps(near[2], near[3], 0xdd))));
+                }
+            }
+        }
+    }
+
+    // scores[r * stride + j] = <query r, vector j>, less its length, for the tokens of the unit, up to GROUP; and anything
+    // beyond, up to a multiple of UNIT.
+    void dot(Unit unit, int rows, float* scores, int stride) {
+        const int64_t bytes = book_.row_bytes(dim_ / 4);
+        for (; unit.count > 0; unit.count -= UNIT, unit.codes += UNIT * bytes, scores += UNIT) {
+            const uint8_t* row[UNIT];
+            rows_.find(unit, 0, row);
+            for (int part = 0; part < book_.parts; ++part) look_up(row, part);
+            int r = 0;
+            if (limbs_ == 2) {
+                for (; r < rows; ++r) dot_some<1, 2>(r, scores, stride);
+            } else {
+                for (; r + 2 <= rows; r += 2) dot_some<2, 1>(r, scores, stride);
+                if (r < rows) dot_some<1, 1>(r, scores, stride);
+            }
+        }
+    }
+
+  private:
+    static constexpr float MOST = 32767.0f;  // |digit|; 512 products of it with components up to 127 fit 32 bits
+    static constexpr float BASE = 65534.0f;
+
+    // Planes 4 h + t, t < 4: tokens 8 h + t in the lower halves of registers and 8 h + 4 + t in the upper, so that sums come out
+    // in order. For each four chunks of a vector components 0 and 2, then 1 and 3.
+    [[gnu::noinline]] void look_up(const uint8_t* const* row, int part) const {
+        const Codewords<SHORT> codewords = codewords_[part];  // a copy: stores do not change it
+        const int step = book_.bits;                          // bytes of eight codes
+        __m256i* to = planes_ + size_t(part) * 8 * steps_ * 4;
+        for (int t = 0; t < 8; ++t) {
+            const uint8_t *a = row[t / 4 * 8 + t % 4], *b = row[t / 4 * 8 + t % 4 + 4];
+            for (int s = 0; s < steps_; ++s, a += step, b += step, to += 4) {
+                __m256i x[2];
+                codewords(a, a + step / 2, b, b + step / 2, x);
+                for (int i = 0; i < 2; ++i) {
+                    _mm256_store_si256(to + 2 * i, even(x[i]));
+                    _mm256_store_si256(to + 2 * i + 1, odd(x[i]));
+                }
+            }
+        }
+    }
+
+    template <int ROWS, int LIMBS>
+    [[gnu::noinline]] void dot_some(int r, float* scores, int stride) const {
+        const int steps = 4 * steps_;
+        const int16_t* digits = digits_ + size_t(r) * LIMBS * 8 * steps;
+        for (int half = 0; half < 2; ++half) {
+            __m256 total[ROWS];
+            for (int part = 0; part < book_.parts; ++part) {
+                __m256i sum[ROWS * LIMBS];
+                products<ROWS * LIMBS>(planes_ + (size_t(part) * 8 + 4 * half) * steps, digits, steps, sum);
+                const float weight = book_.parts == 2 ? TWO_PARTS[part] : 1.0f;
+                for (int i = 0; i < ROWS; ++i)
+                    for (int l = 0; l < LIMBS; ++l) {
+                        const __m256 exact = _mm256_cvtepi32_ps(sum[i * LIMBS + l]), worth = _mm256_set1_ps(worth_[r + i][l] * weight);
+                        total[i] = part == 0 && l == 0 ? _mm256_mul_ps(exact, worth) : _mm256_fmadd_ps(exact, worth, total[i]);
+                    }
+            }
+            for (int i = 0; i < ROWS; ++i) _mm256_storeu_ps(scores + (r + i) * stride + 8 * half, total[i]);
+        }
+    }
+
+    // Sums of products of four planes, eight vectors, with N rows of digits.
+    template <int N>
+    static inline __attribute__((always_inline)) void products(const __m256i* plane, const int16_t* digits, int steps, __m256i out[N]) {
+        __m256i sum[N][4];
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+            for (int t = 0; t < 4; ++t) sum[n][t] = _mm256_setzero_si256();
+        for (int k = 0; k < steps; ++k, ++plane, digits += 8) {
+            __m256i q[N];
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) q[n] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(digits + size_t(n) * 8 * steps)));
+#pragma GCC unroll 4
+            for (int t = 0; t < 4; ++t) {
+                const __m256i x = _mm256_load_si256(plane + t * steps);
+#pragma GCC unroll 2
+                for (int n = 0; n < N; ++n) Sum::add(sum[n][t], q[n], x);
+            }
+        }
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n)
+            out[n] = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[n][0], sum[n][1]), _mm256_hadd_epi32(sum[n][2], sum[n][3]));
+    }
+
+    const Book& book_;
+    const int dim_, steps_, limbs_;  // steps: of eight chunks
+    const Codewords<SHORT> codewords_[2];
+    const Rows rows_;
+    int16_t* const digits_;   // (TILE, limbs, steps, 4, 8), in the order of the planes
+    __m256i* const planes_;   // (parts, 2, 4, steps, 4)
+    float worth_[TILE][2] = {};
+};
+
+template <bool SHORT, class Sum>
+class Avx2Values {
+  public:
+    using Book = tessera::Book;
+
+    Avx2Values(const Book& book, int chunks, int limbs, int, Memory& memory)
+        : book_(book),
+          dim_(4 * chunks),
+          spans_((chunks + 7) / 8),
+          limbs_(limbs > 2 ? 2 : 1),
+          codewords_{{book, 0}, {book, book.parts - 1}},
+          rows_(book.row_bytes(chunks), exact_rows(book, chunks), BLOCK / UNIT, memory),
+          planes_(memory.take<__m256i>(size_t(book.parts) * BLOCK / 2 * 4)),
+          weights_(memory.take<int16_t>(size_t(TILE) * limbs_ * BLOCK)) {}
+
+    void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
+
+    // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them; high[r]: the largest weight.
+    void add(const Unit* unit, int units, const float* weights, int stride, const float* high, int rows, float* sum) {
+        for (int r = 0; r < rows; ++r) {
+            if (limbs_ == 1) set_weights<1>(weights + r * stride, units * UNIT, high[r], r);
+            else set_weights<2>(weights + r * stride, units * UNIT, high[r], r);
+        }
+        const uint8_t* row[BLOCK];
+        for (int u = 0; u < units; ++u) rows_.find(unit[u], u, row + u * UNIT);
+        for (int s = 0; s < spans_; ++s) {
+            for (int part = 0; part < book_.parts; ++part) look_up(row, units * UNIT, s, part);
+            int r = 0;
+            if (limbs_ == 2) {
+                for (; r < rows; ++r) add_some<1, 2>(s, r, units, sum);
+            } else {
+                for (; r + 2 <= rows; r += 2) add_some<2, 1>(s, r, units, sum);
+                if (r < rows) add_some<1, 1>(s, r, units, sum);
+            }
+        }
+    }
+
+  private:
+    // As 16 bits, less 2^15, which is added by way of `bias_`; with two limbs as twice 12 bits. Never fewer: many small weights,
+    // each rounded to nothing, would be missed beside a large one.
+    template <int LIMBS>
+    void set_weights(const float* w, int count, float most, int r) {
+        constexpr int MOST = LIMBS == 1 ? 0xffff : 0xffffff;
+        share_[r] = most / float(MOST) * book_.step;
+        const __m256 inverse = _mm256_set1_ps(most > 1e-30f ? float(MOST) / most : 0.0f);
+        int16_t* to = weights_ + size_t(r) * LIMBS * BLOCK;
+        for (int j = 0; j < count; j += 16) {
+            __m256i whole[2];
+            for (int i = 0; i < 2; ++i)
+                whole[i] = _mm256_min_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(w + j + 8 * i), inverse)), _mm256_set1_epi32(MOST));
+            if constexpr (LIMBS == 1) {
+                put(_mm256_sub_epi32(whole[0], _mm256_set1_epi32(0x8000)), _mm256_sub_epi32(whole[1], _mm256_set1_epi32(0x8000)), to + j);
+            } else {
+                put(_mm256_srli_epi32(whole[0], 12), _mm256_srli_epi32(whole[1], 12), to + j);
+                put(_mm256_and_si256(whole[0], _mm256_set1_epi32(0xfff)), _mm256_and_si256(whole[1], _mm256_set1_epi32(0xfff)), to + BLOCK + j);
+            }
+        }
+    }
+
+    static void put(__m256i a, __m256i b, int16_t* to) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8));
+    }
+
+    // Span s, of eight chunks, of all tokens: two tokens' numbers lie side by side.
+    [[gnu::noinline]] void look_up(const uint8_t* const* row, int count, int s, int part) {
+        const Codewords<SHORT> codewords = codewords_[part];
+        const int at = s * book_.bits, next = book_.bits / 2;
+        __m256i* to = planes_ + size_t(part) * BLOCK / 2 * 4;
+        __m256i sum[4];  // of at most 128 bytes each
+        for (int i = 0; i < 4; ++i) sum[i] = _mm256_setzero_si256();
+        for (int t = 0; t < count; t += 2, to += 4) {
+            const uint8_t *a = row[t] + at, *b = row[t + 1] + at;
+            __m256i x[2];
+            codewords(a, b, a + next, b + next, x);
+            const __m256i low = _mm256_unpacklo_epi16(x[0], x[1]), high = _mm256_unpackhi_epi16(x[0], x[1]);
+            const __m256i all[4] = {even(low), odd(low), even(high), odd(high)};
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                _mm256_store_si256(to + i, all[i]);
+                sum[i] = _mm256_add_epi16(sum[i], all[i]);
+            }
+        }
+        for (int i = 0; i < 4; ++i) bias_[part][i] = _mm256_slli_epi32(_mm256_madd_epi16(sum[i], _mm256_set1_epi16(1)), 15);
+    }
+
+    template <int ROWS, int LIMBS>
+    [[gnu::noinline]] void add_some(int s, int r, int units, float* sum) const {
+        __m256 total[ROWS][4];
+        for (int part = 0; part < book_.parts; ++part) {
+            __m256i dot[ROWS * LIMBS][4];
+#pragma GCC unroll 2
+            for (int n = 0; n < ROWS * LIMBS; ++n)
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) dot[n][i] = LIMBS == 1 ? bias_[part][i] : _mm256_setzero_si256();
+            const __m256i* plane = planes_ + size_t(part) * BLOCK / 2 * 4;
+            const int16_t* weight = weights_ + size_t(r) * LIMBS * BLOCK;
+            for (int pair = 0; pair < units * UNIT / 2; ++pair, plane += 4, weight += 2) {
+                __m256i w[ROWS * LIMBS];
+#pragma GCC unroll 2
+                for (int n = 0; n < ROWS * LIMBS; ++n) {
+                    int32_t both;
+                    std::memcpy(&both, weight + n * BLOCK, 4);
+                    w[n] = _mm256_set1_epi32(both);
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    const __m256i x = _mm256_load_si256(plane + i);
+#pragma GCC unroll 2
+                    for (int n = 0; n < ROWS * LIMBS; ++n) Sum::add(dot[n][i], w[n], x);
+                }
+            }
+            const __m256 worth = _mm256_set1_ps(book_.parts == 2 ? TWO_PARTS[part] : 1.0f);
+            for (int j = 0; j < ROWS; ++j)
+                for (int i = 0; i < 4; ++i) {
+                    __m256 whole = _mm256_cvtepi32_ps(dot[j * LIMBS][i]);
+                    if (LIMBS == 2) whole = _mm256_fmadd_ps(whole, _mm256_set1_ps(4096.0f), _mm256_cvtepi32_ps(dot[j * LIMBS + LIMBS - 1][i]));
+                    total[j][i] = part == 0 ? _mm256_mul_ps(whole, worth) : _mm256_fmadd_ps(whole, worth, total[j][i]);
+                }
+        }
+        for (int j = 0; j < ROWS; ++j) {
+            // Vectors 0 and 1: components 0, 2 and 1, 3 of chunks 0 and 1, and of 4 and 5; vectors 2 and 3: of 2, 3, 6, 7.
+            const __m256 chunk[4] = {_mm256_unpacklo_ps(total[j][0], total[j][1]), _mm256_unpackhi_ps(total[j][0], total[j][1]),
+                                     _mm256_unpacklo_ps(total[j][2], total[j][3]), _mm256_unpackhi_ps(total[j][2], total[j][3])};
+            alignas(32) float flat[32];
+            const __m256 share = _mm256_set1_ps(share_[r + j]);
+            for (int i = 0; i < 4; ++i) {
+                const __m256 value = _mm256_mul_ps(chunk[i], share);
+                _mm_store_ps(flat + 4 * i, _mm256_castps256_ps128(value));
+                _mm_store_ps(flat + 16 + 4 * i, _mm256_extractf128_ps(value, 1));
+            }
+            float* to = sum + size_t(r + j) * dim_ + 32 * s;
+            const int count = std::min(32, dim_ - 32 * s);
+            for (int k = 0; k < count; ++k) to[k] += flat[k];
+        }
+    }
+
+    const Book& book_;
+    const int dim_, spans_, limbs_;  // spans: of eight chunks
+    const Codewords<SHORT> codewords_[2];
+    const Rows rows_;
+    __m256i* const planes_;    // (parts, BLOCK / 2, 4)
+    int16_t* const weights_;   // (TILE, limbs, BLOCK)
+    __m256i bias_[2][4];       // 2^15 times the sums of the planes
+    float share_[TILE] = {};
+};
+
+}  // namespace
