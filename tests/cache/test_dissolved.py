@@ -146,3 +146,23 @@ def test_what_cannot_be_is_refused() -> None:
     mask[..., 300] = False
     with pytest.raises(ValueError, match="behind a codec it can hide padding only"), torch.no_grad():
         model(ids[:, 390:], attention_mask=mask, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_mask_is_refused_whichever_layer_asked_first() -> None:
+    model, ids = attached(), tokens(1, 400)
+    one, other = (f"sink:3 + hqmq:4_nostats@{limit} + recent:16 + tc" for limit in (128, 1024))
+    mask = torch.ones(1, 1, 10, 400, dtype=torch.bool).tril(390)
+    mask[..., 20] = False
+    for spec in (f"{{0: {one}; *: {other}}}", f"{{0: {other}; *: {one}}}"):
+        cache = fed(model, ids, (390,), spec)
+        with pytest.raises(ValueError, match="behind a codec it can hide padding only"):
+            model(ids[:, 390:], attention_mask=mask, past_key_values=cache)
+
+
+def test_a_layer_with_a_window_of_its_own_keeps_all_of_it() -> None:
+    model = tessera.attach(make("qwen2-sliding", sliding_window=400), TensorCacheConfig(**OPTIONS))
+    cache = fed(model, tokens(1, 700), (350, 350))
+    for layer in cache.layers:
+        held = sum(layer.lanes[0].held.values())
+        assert held >= 399 if layer.is_sliding else held < 300

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 
 import tessera
 from tessera.cache.learning import LEARN
-from tessera.codecs.key_stats import KeyStats, save_stats
+from tessera.cache.tiers import CodecTier
+from tessera.codecs import KeyStats, get, save_stats
 
 SPEC = "sink:4 + hqmq:4 + recent:16"
 
@@ -192,3 +194,68 @@ def test_a_model_with_rescaled_keys_is_compressed_as_well() -> None:
     seen, plain, seen_twin, plain_twin = errors
     assert seen_twin == pytest.approx(seen, rel=0.1)
     assert plain_twin > 1.3 * plain
+
+
+def test_a_pickled_cache_reads_its_own_bytes() -> None:
+    """Also after a step, when kernels have noted where the bytes lie."""
+    model, ids = make(), tokens(1, 302)
+    cache = fed(model, ids, (300, 1))
+    other = pickle.loads(pickle.dumps(cache))
+    for layer in cache.layers:
+        for page in layer.lanes[0].packed.pages:
+            for packed in page:
+                packed.tensors["codes"].zero_()
+    with torch.no_grad():
+        found = model(ids[:, 301:], past_key_values=other).logits
+        wanted = model(ids[:, 301:], past_key_values=fed(model, ids, (300, 1))).logits
+    assert torch.equal(found, wanted)
+
+
+def test_layers_without_use_for_statistics_have_none(tmp_path: Path) -> None:
+    model, ids = make(), tokens(1, 200)
+    cache = fed(model, ids, (200,), "{0: dense; *: sink:4 + hqmq:4 + recent:16}", stats=given_stats(model))
+    cache.save(tmp_path / "c")
+    assert tessera.Cache.load(tmp_path / "c", model).report().tiers.keys() == {"sink", "hqmq:4", "recent", "dense"}
+    booked = fed(model, ids, (200,), "q8_0@64 + hqmq:4 + recent:16").report().tier_bits
+    assert booked["q8_0"] == 8.5 * 2  # blocks of 32 numbers, of which a head here has 16
+
+
+def test_layers_may_share_statistics(tmp_path: Path) -> None:
+    model = make()
+    one = given_stats(model)[0]
+    save_stats([one, one], tmp_path / "s")
+    cache = fed(model, tokens(1, 100), (100,), stats=[one, one])
+    cache.save(tmp_path / "c")
+    assert len(tessera.Cache.load(tmp_path / "c", model).layers) == 2
+
+
+def test_text_that_was_forgotten_before_a_key_was_packed_tells_nothing() -> None:
+    model, ids, other = make(num_hidden_layers=1), tokens(1, 400), tokens(1, 150) // 2 + 3
+    spec = "sink:4 + hqmq:4 + recent:200"
+    cache = fed(model, torch.cat((ids[:, :20], other), 1), (170,), spec)
+    cache.crop(20)
+    with torch.no_grad():
+        model(ids[:, 20:], past_key_values=cache)
+    assert torch.equal(sizes(cache)[0][0], sizes(fed(model, ids, (400,), spec))[0][0])
+
+
+def test_widened_keys_stay_half_precision_numbers() -> None:
+    """A channel that hardly moves, far from zero."""
+    k = torch.randn(1, 1, 192, 16)
+    k[..., 3] = 3000 + 0.01 * torch.randn(192)
+    stats = KeyStats.measure(torch.ones(1, 1, 128, 16), k[:, :, :128])
+    for dtype in (torch.float32, torch.float16):
+        tier = CodecTier(get("hqmq:4"), 0)
+        tier.stats = stats
+        tier.append(k.to(dtype), k.to(dtype))
+        found, _ = tier.view.decode()
+        assert (found[..., 3].float() - 3000).abs().max() < 8
+
+
+def test_a_query_that_is_not_finite_tells_nothing() -> None:
+    q, k = torch.rand(1, 1, 128, 16), torch.randn(1, 1, 128, 16)
+    wrong = q.clone()
+    wrong[:, :, 5] = torch.nan
+    wrong[:, :, 6, 2] = torch.inf
+    first, second = (KeyStats.measure(x, k).sizes.int() for x in (q, wrong))
+    assert ((first >> 3) - (second >> 3)).abs().max() <= 1

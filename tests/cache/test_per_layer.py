@@ -12,7 +12,7 @@ import tessera
 from tessera.cache import PerLayer, parse
 from tessera.cache.per_layer import parse as parse_any
 from tessera.evaluation.methods import method, short
-from tessera.evaluation.protocols import paper_spec
+from tessera.evaluation.protocols import filler, paper_spec
 
 TEXT = "{0-1,-1: sink:4 + hqmq:5 + recent:16; *: sink:4 + hqmq:3@128 + recent:16}"
 
@@ -30,6 +30,8 @@ def test_the_first_choice_that_names_a_layer_is_its_own() -> None:
     assert parse_any("dense") == parse("dense")
     assert (method(TEXT), short(TEXT)) == ("differs by layer", "hqmq:5 hqmq:3")
     assert paper_spec(TEXT) == "{0-1,-1: sink:4 + hqmq:5; *: sink:4 + hqmq:3}"
+    assert paper_spec("{0: sink:4 + hqmq:3; *: sink:2 + hqmq:3}") is None
+    assert filler("{0: dense; *: sink:4 + hqmq:3}", 512) == filler("sink:4 + hqmq:3", 512) == 4
     assert str(spec.with_sinks(2)) == TEXT.replace("sink:4", "sink:2")
 
 
@@ -43,6 +45,7 @@ def test_the_first_choice_that_names_a_layer_is_its_own() -> None:
         ("{0: window:24 + tc; *: q4_0}", "in the specs of all layers or of none"),
         ("{7: dense; *: q4_0}", "there is no layer '7': the model has 2"),
         ("{1-0: dense; *: q4_0}", "layers '1-0' are none"),
+        ("{*: q4_0; 0: dense}", "'0' in .* comes too late"),
         ("{0: dense}", "names no spec for layers 1 to 1"),
     ],
 )

@@ -256,6 +256,10 @@ class LayerOracle:
         rules = self.rules
         if not rules.codecs:
             return row
+        begin = row.quantised
+        count = max(0, row.tokens - begin - rules.recent - spare) // BLOCK * BLOCK
+        if not count:
+            return row
         if row.stats is None and rules.learns:
             if row.tokens - spare < rules.learns:
                 return row
@@ -264,10 +268,6 @@ class LayerOracle:
             squares = row.asked.square().unflatten(0, (row.k.shape[0], -1)).mean(1)
             keys = row.k[:, rules.sink : rules.learns]
             row = replace(row, stats=KeyStats.measure(squares[None], keys[None], self.partner), asked=None)
-        begin = row.quantised
-        count = max(0, row.tokens - begin - rules.recent - spare) // BLOCK * BLOCK
-        if not count:
-            return row
         return replace(self._coded(row, begin, begin + count, 0), quantised=begin + count)
 
     def _coded(self, row: Row, begin: int, end: int, tier: int) -> Row:

@@ -41,6 +41,7 @@ class Cache(TransformersCache):
             is packed first and attended to in that form, also by the call's own queries. The cache's contents are the same.
             For measuring: where a codec encodes tokens in groups, a query reads tokens of its group whose common mean was
             taken over later tokens too, so that a later token can change an earlier result, by less than the codec's error.
+            What a call packs stays in the first of several codecs, and past a limit, until the call has ended.
 
     Keys and values stay in the dtypes that the model gives them in, each in its own. Where a later call gives a wider one, as
     after a call under autocast, a tier is widened to it; nothing is rounded. Packing is the same under autocast as without.
@@ -282,6 +283,7 @@ def _known_stats(
     if stats is None:
         return [None] * len(layers)
     if not any(codec.weighs for codec in used):
+        used = list(dict.fromkeys(used))
         what = " and ".join(repr(codec.spec) for codec in used)
         what = f"{what} {'has' if len(used) == 1 else 'have'} no use for them" if used else "this spec has no codec"
         raise ValueError(f"stats are for codecs that see keys as queries do, such as 'hqmq:4'; {what}")

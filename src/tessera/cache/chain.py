@@ -43,6 +43,11 @@ class Chain:
             tier.stats = stats if tier.codec.weighs else None
 
     @property
+    def weighing(self) -> int:
+        """The number of the first tier that sees keys as queries do, to which statistics are booked; 0 if none does."""
+        return next((number for number, tier in enumerate(self.tiers) if tier.codec.weighs), 0)
+
+    @property
     def tokens(self) -> int:
         """Number of tokens held."""
         return sum(tier.tokens for tier in self.tiers)
@@ -61,7 +66,7 @@ class Chain:
         """Every tensor that is held, tier by tier."""
         found = [tier.buffers() for tier in self.tiers]
         if self._stats is not None:
-            found[0].append(self._stats.sizes)
+            found[self.weighing].append(self._stats.sizes)
         return found
 
     def append(self, k: Tensor, v: Tensor) -> None:

@@ -82,7 +82,12 @@ class Policy:
             recent = window  # the pair that leaves at a step is still needed, to be written
         masked = sliding is not None and window == sliding
         by_document = spec.window is not None and sliding is None
-        limited = tuple(zip(codecs, (limit for _, limit in spec.codecs), strict=True))
+        limits = [limit for _, limit in spec.codecs]
+        if spec.associative and sliding is not None and limits:
+            limits[-1] = None  # likewise: what a memory would have absorbed elsewhere is kept while the layer sees it
+        limited = tuple(zip(codecs, limits, strict=True))
+        if not any(codec.weighs for codec in codecs):
+            stats = None
         return Policy(sink, recent, limited, window, associative, masked, by_document, stats, partner)
 
     @property
@@ -289,13 +294,13 @@ class Lane:
         if self.memory is not None and not self.policy.dissolves:
             # What left at queries that may still be taken back is written later, so it is still needed.
             spare = max(spare, self.length - self.memory.written)
-        if self.policy.recent is not None and self._learned(spare):
+        if self.policy.recent is not None:
             leave = max(0, self.recent.tokens - self.policy.recent - spare) // BLOCK * BLOCK
             if self.packed is None:
                 if leave and drop:
                     self.recent.pop_front(leave)
                     self.dropped += leave
-            else:
+            elif leave and self._learned(spare):
                 self._pack(leave, drop, spare)
         if drop and self.packed is not None:
             self.packed.pass_on()
@@ -333,8 +338,6 @@ class Lane:
 
     def _pack(self, leave: int, drop: bool, spare: int) -> None:
         assert self.packed is not None
-        if not leave:
-            return
         held = self.packed.tokens
         # What would be dropped at once is not packed first, but what goes on to another tier is changed by each.
         whole = len(self.packed.tiers) > 1 or self.policy.dissolves
@@ -528,7 +531,8 @@ class Lane:
         """Every tensor that is held, by tier."""
         positions = None if self.memory is None else self.memory.positions
         packed = [[]] if self.packed is None else self.packed.buffers()
-        packed[0] += [] if self.learning is None else self.learning.buffers()
+        if self.packed is not None and self.learning is not None:
+            packed[self.packed.weighing] += self.learning.buffers()
         return {
             "sink": self.sink.buffers(),
             **{packed_name(number): tensors for number, tensors in enumerate(packed)},

@@ -321,7 +321,8 @@ class TesseraLayer(CacheLayerMixin):
             return None
         policy, first = self.policy, share.lane.length
         memory = (policy.window or 0, policy.sink) if policy.associative and not policy.dissolves else None
-        question = (tuple(share.lane.rows), share.tokens, share.slots, first, self.sliding, memory)
+        dissolved = policy.dissolves and share.lane.dropped > 0
+        question = (tuple(share.lane.rows), share.tokens, share.slots, first, self.sliding, memory, dissolved)
 
         def look() -> GroupMask | None:
             view = GroupMask(boolean(mask), share.lane.rows, share.tokens, share.slots, self.seen)
@@ -336,7 +337,7 @@ class TesseraLayer(CacheLayerMixin):
                     "the Tensor Cache has absorbed; it can hide padding and whole documents only. Use a cache without 'tc'"
                 )
             plain = view.causal(first, self.sliding)
-            if policy.dissolves and share.lane.dropped and not plain:
+            if dissolved and not plain:
                 raise ValueError(
                     f"layer {self.index}: the attention mask hides tokens, of which the Tensor Cache may have absorbed some; "
                     "behind a codec it can hide padding only. Use a cache without 'tc'"

@@ -37,8 +37,10 @@ class PerLayer:
         """
         found: dict[int, Spec] = {}
         for words, spec in self.choices:
-            for number in _numbers(words, layers):
-                found.setdefault(number, spec)
+            new = [number for number in _numbers(words, layers) if number not in found]
+            if not new and words != "*":
+                raise ValueError(f"{words!r} in {self} comes too late: the choices before it name these layers already")
+            found.update(dict.fromkeys(new, spec))
         missing = [number for number in range(layers) if number not in found]
         if missing:
             raise ValueError(f"{self} names no spec for layers {missing[0]} to {missing[-1]}; end it with '*: ...'")
@@ -55,8 +57,8 @@ class PerLayer:
 
     @property
     def sink(self) -> int:
-        """First tokens that stay exact in every layer."""
-        return min(spec.sink for spec in self.specs)
+        """First tokens that stay exact in every layer that compresses others."""
+        return min((spec.sink for spec in self.specs if spec.codec is not None), default=0)
 
     @property
     def codec(self) -> str | None:

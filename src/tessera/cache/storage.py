@@ -64,7 +64,7 @@ def save(
             "lanes": lanes,
         }
         if layer.policy.stats is not None:
-            tensors[f"{layer.index}.stats"] = layer.policy.stats.sizes.contiguous()
+            tensors[f"{layer.index}.stats"] = layer.policy.stats.sizes.clone()  # layers may share one
         if layer.is_initialized and value_dtype != dtype:
             about_layer["value_dtype"] = str(value_dtype).removeprefix("torch.")
         described.append(about_layer)
@@ -240,7 +240,9 @@ class Stored:
             stats.check(*layer.shape)
         except ValueError as error:
             raise ValueError(f"the file is damaged: {name}: {error}") from None
-        if len(stats.sizes) != rows or not layer.policy.weighs:
+        if not layer.policy.weighs:
+            raise ValueError(f"the file is damaged: {name} is of a layer whose codec uses no statistics")
+        if len(stats.sizes) != rows:
             raise ValueError(f"the file is damaged: {name} is of {len(stats.sizes)} rows, not {rows}")
         return stats
 

@@ -30,6 +30,8 @@ STEPS, WIDTHS, ONE = 2, 32, 21
 PRODUCTS = 8
 #: Tokens of a group over which keys are centred before their spread is measured.
 GROUP = 64
+#: Largest half-precision number, in which means of keys are kept.
+HALF_MAX = 65504.0
 #: What a file of statistics is called in its header.
 FORMAT = "1"
 
@@ -101,15 +103,20 @@ class KeyStats:
         square, tokens = torch.zeros_like(keys[:, :, 0]), keys.shape[2]
         for part in keys.split(GROUP, dim=2):
             square = square + (part - part.mean(2, keepdim=True)).square().sum(2)
-        w, s = queries.float().mean(2), square / tokens
+        # What is not finite tells nothing; one such query must not decide how all later keys are quantised.
+        w, s = torch.nan_to_num(queries.float(), 0.0, 0.0, 0.0).mean(2), torch.nan_to_num(square / tokens, 0.0, 0.0, 0.0)
+        largest = torch.nan_to_num(keys.abs().amax(2), 0.0, 0.0, 0.0)
         if partner is not None:
             index = torch.tensor(partner, device=keys.device)
             w, s = (w + w[..., index]) / 2, (s + s[..., index]) / 2
+            largest = torch.maximum(largest, largest[..., index])
         # Half of log2 of the mean squares. A channel that never moves, or that no query asks for, is given a little.
         w, s = (0.5 * x.clamp(min=x.amax(-1, keepdim=True) * 2.0**-40).clamp(min=2.0**-100).log2() for x in (w, s))
         width, product = 0.25 * w - 0.75 * s, w + s
         width = (width - width.mean(-1, keepdim=True)) * STEPS
-        code = (width.round() + ONE).clamp(0, WIDTHS - 1)
+        # Keys that are made wider must stay half-precision numbers, with room for larger ones to come.
+        room = ((HALF_MAX / 4 / largest.clamp(min=1e-30)).log2() * STEPS).floor()
+        code = (torch.minimum(width.round(), room) + ONE).clamp(0, WIDTHS - 1)
         below = (product.amax(-1, keepdim=True) - product).round().clamp(0, PRODUCTS - 1)
         return KeyStats((8 * code + below).to(torch.uint8))
 
@@ -119,7 +126,7 @@ _TABLE = KeyStats(torch.arange(256, dtype=torch.uint8)).narrowing
 
 def save_stats(stats: Sequence[KeyStats | None], path: str | os.PathLike[str]) -> None:
     """Write the statistics of a model's layers to a safetensors file; None: of a layer that has none."""
-    tensors = {f"{layer}": found.sizes.cpu().contiguous() for layer, found in enumerate(stats) if found is not None}
+    tensors = {f"{layer}": found.sizes.cpu().clone() for layer, found in enumerate(stats) if found is not None}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, {"tessera_key_stats": FORMAT, "layers": str(len(stats))})
 

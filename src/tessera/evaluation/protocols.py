@@ -23,6 +23,8 @@ def paper_spec(spec: str) -> str | None:
     if parsed.dense:
         return "dense"
     if isinstance(parsed, PerLayer):
+        if len({each.sink for each in parsed.specs if each.codec is not None}) > 1:
+            return None  # no one text fills the last blocks of all layers
         own = [(words, paper_spec(str(each))) for words, each in parsed.choices]
         return None if any(each is None for _, each in own) else str(parse("{" + "; ".join(f"{w}: {e}" for w, e in own) + "}"))
     return None if parsed.codec is None or parsed.older else str(Spec(sink=parsed.sink, codec=parsed.codec))

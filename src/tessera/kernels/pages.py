@@ -109,6 +109,10 @@ class Pages:
         self.stats = stats
         self.memo: dict[Any, Any] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As below: addresses mean nothing elsewhere, and here they would keep nobody's tensors alive.
+        return Pages, (self.pages, None, self.stats)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
         # What backends keep, addresses among it, is of these pages and not of their copies.
         return Pages(deepcopy(self.pages, memo), stats=deepcopy(self.stats, memo))
