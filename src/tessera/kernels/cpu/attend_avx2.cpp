@@ -19,6 +19,7 @@
 #include "exact.hpp"
 #include "portable.hpp"
 #include "directions.hpp"
+#include "paged_impl.hpp"
 
 void tessera::attend_avx2(const Problem& p) {
     if (p.products) return attend_directions(p);
@@ -28,5 +29,9 @@ void tessera::attend_exact_avx2(const Problem& p, const Exact& x) { attend_exact
 void tessera::decode_avx2(const Vectors& p) {
     if (p.products) return decode_directions(p);
     decode_with<Points>(p, *p.book);
+}
+void tessera::attend_paged_avx2(const Paged& p) {
+    if (p.products) return attend_paged_with<Loops<Directions>>(p, *p.products);
+    attend_paged_with<Portable>(p, *p.book);
 }
 #pragma GCC pop_options

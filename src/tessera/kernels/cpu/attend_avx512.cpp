@@ -25,6 +25,7 @@
 #include "exact.hpp"
 #include "portable.hpp"
 #include "directions.hpp"
+#include "paged_impl.hpp"
 
 void tessera::attend_avx512(const Problem& p) {
     if (p.products) return attend_directions(p);
@@ -39,5 +40,14 @@ void tessera::attend_exact_avx512(const Problem& p, const Exact& x) { attend_exa
 void tessera::decode_avx512(const Vectors& p) {
     if (p.products) return decode_directions(p);
     decode_with<Points>(p, *p.book);
+}
+void tessera::attend_paged_avx512(const Paged& p) {
+    if (p.products) return attend_paged_with<Loops<Directions>>(p, *p.products);
+    switch (p.book->blocks) {
+        case 1: return attend_paged_with<Avx512<Permute<1>>>(p, *p.book);
+        case 4: return attend_paged_with<Avx512<Permute<4>>>(p, *p.book);
+        case 6: return attend_paged_with<Avx512<Permute<6>>>(p, *p.book);
+        default: return attend_paged_with<Avx512<Lookup>>(p, *p.book);
+    }
 }
 #pragma GCC pop_options

@@ -1,0 +1,122 @@
+"""Pages: the bytes of a group of 64 tokens and a key head, at places that the codec alone decides.
+
+A page holds the fields of the keys and then those of the values, each as `Codec.encode` leaves them for 64 tokens. An engine's
+block holds a few pages behind each other, and behind them room for a request's first tokens, exactly. Attention over such
+blocks is `tessera.kernels.paged`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tessera.codecs.base import Codec, Packed, Role
+from tessera.kernels.paged import GROUP, ROLES, BlockLayout, Field
+
+#: Every field begins at a multiple of as many bytes: the largest of any number that is kept.
+ALIGN = 4
+
+
+def block_layout(
+    codec: Codec, head_dim: int, dtype: torch.dtype, *, pages: int, sink: int = 0, heads: int = 1, layer: int = 0
+) -> BlockLayout:
+    """Where everything lies in one key head of a block.
+
+    Args:
+        codec: of keys and values.
+        head_dim: numbers of a key, and of a value.
+        dtype: of exact keys and values.
+        pages: of 64 tokens, in a block.
+        sink: first tokens of a request that stay exact.
+        heads: key heads of the layer, and
+        layer: its index; some codecs depend on them.
+
+    Raises:
+        ValueError: if the codec's bytes for 64 tokens are no fixed number, or no kernel reads them, saying so.
+    """
+    form = codec.kernel_format(head_dim)
+    if form is None:
+        raise ValueError(f"{codec.spec!r} has no kernel that reads pages; hqmq:4 has one")
+    kept = {role: codec.kept(heads, head_dim, role) for role in ROLES}
+    if GROUP % codec.group or any(codec.fields[name] == "ragged" for role in ROLES for name in kept[role]):
+        raise ValueError(f"{codec.spec!r} needs another number of bytes for every page; hqmq:4 needs the same for each")
+    if not 0 <= sink <= GROUP:
+        raise ValueError(f"of a request's first tokens 0 to {GROUP} can stay exact, not {sink}")
+    fields: dict[Role, dict[str, Field]] = {}
+    offset = 0
+    for role in ROLES:
+        fields[role] = {}
+        for name, (rest, number) in kept[role].items():
+            rows = GROUP if codec.fields[name] == "token" else GROUP // codec.group
+            fields[role][name] = Field(offset, (rows, *rest), number)
+            offset = _aligned(offset + rows * math.prod(rest) * number.itemsize)
+    sink_offset = pages * offset
+    used = sink_offset + 2 * sink * head_dim * dtype.itemsize
+    # Engines count bytes by token, and fields of several bytes need a whole number of words.
+    nbytes = -(-used // (pages * GROUP)) * pages * GROUP
+    return BlockLayout(
+        form=form,
+        layer=layer,
+        decode=_Decoder(codec, head_dim, layer),
+        head_dim=head_dim,
+        pages=pages,
+        page_bytes=offset,
+        fields=fields,
+        sink=sink,
+        sink_offset=sink_offset,
+        dtype=dtype,
+        nbytes=nbytes,
+    )
+
+
+class _Decoder:
+    """`BlockLayout.decode` for a codec."""
+
+    def __init__(self, codec: Codec, head_dim: int, layer: int) -> None:
+        self.codec, self.head_dim, self.layer = codec, head_dim, layer
+
+    def __call__(self, role: Role, tensors: Mapping[str, Tensor]) -> Tensor:
+        heads, pages = next(iter(tensors.values())).shape[:2]
+        if not pages:
+            return torch.zeros(heads, 0, self.head_dim, dtype=torch.float32, device=next(iter(tensors.values())).device)
+        # A page's rows are tokens or groups: behind the head's other rows they are what `Packed` holds.
+        flat = {name: x.flatten(1, 2).unsqueeze(0) for name, x in tensors.items()}
+        shape = (1, heads, pages * GROUP, self.head_dim)
+        return self.codec.decode(Packed(self.codec, flat, shape, torch.float32, role, self.layer))[0]
+
+
+def write(
+    codec: Codec, layout: BlockLayout, pool: Tensor, blocks: Tensor, pages: Tensor, keys: Tensor, values: Tensor, first: Tensor
+) -> None:
+    """Encode groups into pages of a pool.
+
+    The exact first tokens of a request are put beside the codes of its first page. Where they are read exactly they are not
+    coded: for the codec they are as the others are on average, so that a first key far from all others spoils no mean.
+
+    Args:
+        codec, layout: what the pool is made of.
+        pool: (blocks, kv_heads, nbytes) uint8.
+        blocks, pages: (n,) int64, the block of each group and its page there.
+        keys, values: (n, kv_heads, 64, head_dim), the groups' tokens.
+        first: (n,) bool, whether a group is its request's first.
+    """
+    if layout.sink and bool(first.any()):
+        rows = first.nonzero().flatten()
+        exact = torch.stack((keys[rows, :, : layout.sink], values[rows, :, : layout.sink]), dim=2)
+        layout.sinks(pool)[blocks[rows]] = exact.to(layout.dtype)
+        keys, values = keys.clone(), values.clone()
+        for x in (keys, values):
+            rest = x[rows, :, layout.sink :].mean(2, keepdim=True) if layout.sink < GROUP else 0
+            x[rows, :, : layout.sink] = torch.zeros_like(x[rows, :, : layout.sink]) + rest
+    views = layout.views(pool)
+    for role, x in zip(ROLES, (keys, values), strict=True):
+        packed = codec.encode(x, role, layout.layer)
+        for name, view in views[role].items():
+            view[blocks, :, pages] = packed.tensors[name]
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGN) * ALIGN
