@@ -43,8 +43,8 @@ def block_layout(
     kept = {role: codec.kept(heads, head_dim, role) for role in ROLES}
     if GROUP % codec.group or any(codec.fields[name] == "ragged" for role in ROLES for name in kept[role]):
         raise ValueError(f"{codec.spec!r} needs another number of bytes for every page; hqmq:4 needs the same for each")
-    if not 0 <= sink <= GROUP:
-        raise ValueError(f"of a request's first tokens 0 to {GROUP} can stay exact, not {sink}")
+    if not 0 <= sink < GROUP:
+        raise ValueError(f"of a request's first tokens 0 to {GROUP - 1} can stay exact, not {sink}")
     fields: dict[Role, dict[str, Field]] = {}
     offset = 0
     for role in ROLES:
@@ -109,11 +109,11 @@ def write(
         layout.sinks(pool)[blocks[rows]] = exact.to(layout.dtype)
         keys, values = keys.clone(), values.clone()
         for x in (keys, values):
-            rest = x[rows, :, layout.sink :].mean(2, keepdim=True) if layout.sink < GROUP else 0
-            x[rows, :, : layout.sink] = torch.zeros_like(x[rows, :, : layout.sink]) + rest
+            x[rows, :, : layout.sink] = x[rows, :, layout.sink :].mean(2, keepdim=True)
     views = layout.views(pool)
     for role, x in zip(ROLES, (keys, values), strict=True):
-        packed = codec.encode(x, role, layout.layer)
+        # A request whose numbers overflow must not bring down the engine that serves the others.
+        packed = codec.encode(x.nan_to_num(), role, layout.layer)
         for name, view in views[role].items():
             view[blocks, :, pages] = packed.tensors[name]
 

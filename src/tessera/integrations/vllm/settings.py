@@ -55,8 +55,8 @@ def read(text: str) -> Settings:
         raise ValueError(
             f"in vLLM only the group of {GROUP} tokens that is being filled is exact: at most 'recent:{GROUP}', got {text!r}"
         )
-    if spec.sink > GROUP:
-        raise ValueError(f"in vLLM 'sink:{GROUP}' is the most, got {text!r}")
+    if spec.sink >= GROUP:
+        raise ValueError(f"in vLLM 'sink:{GROUP - 1}' is the most, got {text!r}")
     return Settings(text, codecs.get(spec.codec), spec.sink)
 
 
