@@ -12,9 +12,10 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from tessera.codecs.pages import write
-from tessera.integrations.vllm.backend import TesseraMetadata, active, layout_of
+from tessera.integrations.vllm.backend import TesseraMetadata, layout_of
 from tessera.integrations.vllm.refusals import engine_refusal, layer_refusal
 from tessera.integrations.vllm.ring import Ring
+from tessera.integrations.vllm.settings import required
 from tessera.integrations.vllm.widths import scaled
 from tessera.kernels import dispatch
 from tessera.kernels.paged import GROUP, BlockLayout
@@ -43,7 +44,7 @@ class TesseraAttention(AttentionImpl[TesseraMetadata]):
         **extra: Any,
     ) -> None:
         config = get_current_vllm_config()
-        self.settings = active()
+        self.settings = required(config)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.window, self.softcap, self.drains = sliding_window, logits_soft_cap or None, sinks

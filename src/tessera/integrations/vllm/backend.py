@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from tessera.codecs.pages import block_layout
 from tessera.integrations.vllm.ring import RingMetadata
-from tessera.integrations.vllm.settings import Settings, configured
+from tessera.integrations.vllm.settings import Settings
 from tessera.kernels.paged import GROUP, BlockLayout, Step
 
 
@@ -68,7 +69,13 @@ class TesseraBuilder(AttentionMetadataBuilder[TesseraMetadata]):
 
 
 class TesseraBackend(AttentionBackend):
-    """Attention over packed pages."""
+    """Attention over packed pages; `backend` makes it one with settings.
+
+    Attributes:
+        settings: what pages are made of.
+    """
+
+    settings: ClassVar[Settings]
 
     # Pages are written in `forward`: a group must be whole before it is encoded.
     forward_includes_kv_cache_update = True
@@ -115,23 +122,16 @@ class TesseraBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """The packed bytes of a token and key head, from which vLLM counts pages and blocks."""
-        settings = active()
         # vLLM asks for windows' layers first by a block of one token; it then shares the bytes of a usual block.
         tokens = spec.block_size if spec.block_size % GROUP == 0 else 2 * GROUP
-        layout = layout_of(settings, spec.head_size, spec.dtype, tokens, spec.num_kv_heads)
+        layout = layout_of(cls.settings, spec.head_size, spec.dtype, tokens, spec.num_kv_heads)
         return replace(spec, dtype=torch.uint8, state_content_bytes=layout.token_bytes)
 
 
-def active() -> Settings:
-    """The settings of this process's engine.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    settings = configured()
-    if settings is None:
-        raise ValueError("Tessera's backend needs a specification: set TESSERA_SPEC, as in TESSERA_SPEC='sink:4 + hqmq:4'")
-    return settings
+@cache
+def backend(settings: Settings) -> type[TesseraBackend]:
+    """The backend with these settings: vLLM asks it about memory where no configuration is at hand."""
+    return type("TesseraBackend", (TesseraBackend,), {"settings": settings})
 
 
 def layout_of(settings: Settings, head_dim: int, dtype: torch.dtype, tokens: int, kv_heads: int, layer: int = 0) -> BlockLayout:

@@ -26,6 +26,6 @@ def __getattr__(name: str) -> Any:
         raise ValueError("the attention backend CUSTOM is Tessera's: set TESSERA_SPEC, as in TESSERA_SPEC='sink:4 + hqmq:4'")
     if name.endswith("Latent"):
         raise ValueError(f"Tessera cannot serve this model with {settings.text!r}: its layers keep latent vectors (MLA)")
-    from tessera.integrations.vllm.backend import TesseraBackend
+    from tessera.integrations.vllm.backend import backend
 
-    return TesseraBackend
+    return backend(settings)

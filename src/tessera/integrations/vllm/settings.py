@@ -74,3 +74,15 @@ def configured(config: Any = None) -> Settings | None:
     text = given.get(KEY) if isinstance(given, dict) else None
     text = text or os.environ.get(VARIABLE)
     return read(text) if text else None
+
+
+def required(config: Any) -> Settings:
+    """The settings of an engine that has Tessera's backend.
+
+    Raises:
+        ValueError: if nothing is set.
+    """
+    settings = configured(config)
+    if settings is None:
+        raise ValueError(f"Tessera's backend needs a specification: set {VARIABLE}, as in {VARIABLE}='sink:4 + hqmq:4'")
+    return settings

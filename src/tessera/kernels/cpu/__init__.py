@@ -37,8 +37,9 @@ def _share_threads() -> str | None:
         lines = [line.split(None, 5) for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line]
     except OSError:
         return None
-    spans = [(*(int(end, 16) for end in line[0].split("-")), line[-1].strip()) for line in lines]
-    mapped = sorted({path for _, _, path in spans}, key=lambda path: ("torch" not in path, path))  # torch's own before others'
+    spans = [([int(end, 16) for end in line[0].split("-")], line[-1].strip()) for line in lines]
+    mapped = sorted({path for _, path in spans}, key=lambda path: ("torch" not in path, path))  # torch's own before others'
+    path: str | None
     for path in (None, *mapped):
         if path is None or Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
             try:
@@ -50,7 +51,7 @@ def _share_threads() -> str | None:
             except (OSError, AttributeError):
                 continue
             _cpu.use_openmp(*entries)
-            return next((name for low, high, name in spans if low <= entries[0] < high), path)
+            return next((name for (low, high), name in spans if low <= entries[0] < high), path)
     return None
 
 
