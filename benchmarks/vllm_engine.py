@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,9 +45,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=32, help="at once")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of a request's prompt")
     parser.add_argument("--long", type=int, default=4096, help="tokens of a long request's prompt")
-    parser.add_argument("--new", type=int, default=32, help="tokens that are written")
+    parser.add_argument("--few", type=int, default=4, help="long requests at once")
+    parser.add_argument("--new", type=int, default=64, help="tokens that are written")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "vllm_engine.json")
+    parser.add_argument("--caches", nargs="+", default=[DENSE, FP8, *SPECS], help="'dense', 'fp8' and specifications")
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     parser.add_argument("--what", choices=("speed", "quality"), help=argparse.SUPPRESS)
     parser.add_argument("--scores", type=Path, help=argparse.SUPPRESS)
@@ -87,25 +90,39 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     config = llm.llm_engine.vllm_config.cache_config
     found: dict[str, Any] = {"blocks": config.num_gpu_blocks, "block_size": config.block_size, "pool": POOL}
     groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
-    found["rings"] = (
-        sum(type(group.kv_cache_spec).__name__ != "FullAttentionSpec" for group in groups) if len(groups) > 1 else 0
-    )
-    if len(groups) > 1:  # all but the attention's own group hold one block a request
-        found["rings"] = len(groups) - 1
+    found["rings"] = len(groups) - 1  # of a model without windows: all groups but that of its attention
+    engine = llm.llm_engine
+    serial = count()
 
-    def seconds(prompts: list[list[int]], tokens: int) -> float:
+    def run(prompts: list[list[int]], tokens: int) -> dict[str, float]:
+        """Seconds until the first and until the last first token, and tokens a second once all requests write."""
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        for prompt in prompts:
+            engine.add_request(f"request-{next(serial)}", {"prompt_token_ids": prompt}, params)
         began = time.perf_counter()
-        llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return time.perf_counter() - began
+        arrived: dict[str, float] = {}
+        written, spent = 0, 0.0
+        while engine.has_unfinished_requests():
+            reading = len(arrived) < len(prompts)
+            before = time.perf_counter()
+            answers = engine.step()
+            now = time.perf_counter()
+            for answer in answers:
+                arrived.setdefault(answer.request_id, now - began)
+            if not reading:
+                written += len(answers)
+                spent += now - before
+        return {
+            "first": min(arrived.values()),
+            "all_first": max(arrived.values()),
+            "tokens_per_second": written / spent if spent else 0.0,
+        }
 
-    many, long = pieces(llm, args.text, args.requests, args.prompt), pieces(llm, args.text, 4, args.long)
-    seconds(many[:1], 2)
-    for name, prompts in (("many", many), ("long", long)):
-        first = seconds(prompts, 1)
-        whole = seconds(prompts, 1 + args.new)
-        found[name] = {"first": first, "tokens_per_second": len(prompts) * args.new / max(1e-9, whole - first)}
-    found["first_token"] = seconds(long[:1], 1)
+    many, long = pieces(llm, args.text, args.requests, args.prompt), pieces(llm, args.text, args.few, args.long)
+    run(many[:1], 2)
+    found["many"] = run(many, 1 + args.new)
+    found["long"] = run(long, 1 + args.new)
+    found["first_token"] = run(long[:1], 1)["first"]
     return found
 
 
@@ -159,7 +176,7 @@ def child(args: argparse.Namespace, cache: str, what: str, scores: Path) -> dict
     """One measurement in a process of its own; what went wrong there is said in its place."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         given = {"--model": args.model, "--text": args.text, "--dtype": args.dtype, "--tokens": args.tokens, "--new": args.new}
-        given |= {"--requests": args.requests, "--prompt": args.prompt, "--long": args.long}
+        given |= {"--few": args.few, "--requests": args.requests, "--prompt": args.prompt, "--long": args.long}
         given |= {"--cache": cache, "--what": what, "--scores": scores, "--json": out.name}
         command = [sys.executable, __file__, *(str(word) for pair in given.items() for word in pair)]
         env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -189,7 +206,7 @@ def main() -> None:
     from tessera.evaluation.records import environment
     from tessera.files import atomic_path
 
-    caches = (DENSE, FP8, *SPECS)
+    caches = args.caches
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         scores = Path(folder) / "scores.pt"
@@ -209,7 +226,7 @@ def main() -> None:
             row["held"] = {str(n): tokens_held(rounds[0], n) for n in LENGTHS}
             row["first_token"] = median(one["first_token"] for one in rounds)
             for name in ("many", "long"):
-                row[name] = median(one[name]["tokens_per_second"] for one in rounds)
+                row[name] = {key: median(one[name][key] for one in rounds) for key in rounds[0][name]}
         else:
             row["error"] = rows[cache]["rounds"][0]["error"]
         result.append(row)
@@ -225,6 +242,7 @@ def main() -> None:
         "requests": args.requests,
         "prompt": args.prompt,
         "long": args.long,
+        "few": args.few,
         "new": args.new,
         "rows": result,
     }
