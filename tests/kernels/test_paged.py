@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tessera import codecs
 from tessera.codecs.pages import block_layout, write
-from tessera.kernels import cpu, dispatch, paged
+from tessera.kernels import cpu, dispatch, paged, triton
 from tessera.kernels.paged import GROUP, BlockLayout, Step
 
 #: Every backend that can run here; the AVX-512 kernel with three digits is as exact as float32 sums.
@@ -189,6 +189,16 @@ def test_the_way_into_steps_changes_nothing(backend: str) -> None:
     for sizes in ([1, 64], [65, 7], [128, 63]):
         for a, b in zip(engine.serve(sizes, backend=backend), whole, strict=True):
             close(a, b, 1e-5 if backend == "reference" else 1e-4)
+
+
+@pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 40, "softcap": 3.0, "drains": torch.tensor([1.0, -2.0])}], ids=["plain", "all"]
+)
+def test_triton(options: dict) -> None:
+    engine = Engine.make([70], heads=2, kv_heads=1, dim=16, sink=3)
+    for r, got in enumerate(engine.serve([66], backend="triton", **options)):
+        close(got, plain(engine, r, **options), 2e-3)
 
 
 @pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))

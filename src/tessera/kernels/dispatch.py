@@ -20,6 +20,7 @@ from tessera.kernels.nearest import nearest as reference_nearest
 from tessera.kernels.nearest_directions import nearest_directions as reference_nearest_directions
 from tessera.kernels.pages import Coded, Pages
 from tessera.kernels.precision import without_autocast
+from tessera.kernels.triton import paged as triton_paged
 
 #: What TESSERA_BACKEND and `backend` may say.
 BACKENDS = ("auto", "reference", "cpu", *(f"cpu:{level}" for level in cpu.LEVELS), "triton")
@@ -166,7 +167,12 @@ def attend_paged(
             raise ValueError(f"backend {name!r} cannot run: {why}")
         if q.device.type == "cpu" and cpu.MISSING is not None:
             say_once("attention over packed pages", cpu.MISSING)
-    out.copy_(paged.attend_paged(q, k, v, pool, ring, layout, step, scale, softcap, window, drains))
+    why = triton_paged.refusal(q, layout)
+    if family == "triton" and why is not None:
+        raise ValueError(f"backend {name!r} cannot run: {why}")
+    in_triton = family == "triton" or (family == "auto" and q.is_cuda and why is None)
+    run = triton_paged.attend_paged if in_triton else paged.attend_paged
+    out.copy_(run(q, k, v, pool, ring, layout, step, scale, softcap, window, drains))
     paged.fill_rings(k, v, ring, layout, step)
 
 

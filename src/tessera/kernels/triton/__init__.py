@@ -89,18 +89,63 @@ def attend(
         splits: parts that the tokens are cut into; None: as many as keep the device busy.
         lookup: one of `LOOKUPS` of `tables`; None: "held" where shared memory holds the points, else "moves".
     """
-    from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
+    from tessera.kernels.triton.attend_kernel import BLOCK
 
     form = pages.check(q, mask)
     if not isinstance(form, JointFormat):
         raise ValueError(f"there is no Triton kernel for {pages.pages[0][0].codec.spec}")
+    blocks, align = block_table(pages, BLOCK, form.group)
+    centred = "centre" in pages.pages[0][0].tensors
+    return attend_blocks(
+        q,
+        blocks,
+        form,
+        scale,
+        mask,
+        softcap,
+        kv_heads=pages.shape[1],
+        align=align,
+        centred=centred,
+        start=start,
+        window=window,
+        splits=splits,
+        lookup=lookup,
+    )
+
+
+def attend_blocks(
+    q: Tensor,
+    blocks: Tensor,
+    form: JointFormat,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    kv_heads: int,
+    align: int,
+    centred: bool,
+    start: int | None = None,
+    window: int | None = None,
+    splits: int | None = None,
+    lookup: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same over blocks of tokens that a table names.
+
+    Args:
+        q, scale, mask, softcap, start, window, splits, lookup: as for `attend`.
+        blocks: (blocks, columns) int64 on the device, see `tables.block_table`.
+        form: of what is coded.
+        kv_heads: of the tokens.
+        align: divides all addresses of codes and centres.
+        centred: whether keys have centres.
+    """
+    from tessera.kernels.triton.attend_kernel import attend_kernel
+
     batch, heads, tokens, dim = q.shape
-    kv_heads = pages.shape[1]
     group, lines = heads // kv_heads, batch * kv_heads
     rows = group * tokens
     rotation, halved, back = rotations(form, dim, q.device)
     query, turned, unit = _prepared(q, scale, rotation)
-    blocks, align = block_table(pages, BLOCK, form.group)
     if len(blocks) == 0:
         none = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         return none, none.new_full(q.shape[:-1], -torch.inf)
@@ -143,7 +188,7 @@ def attend(
             rows,
             tokens,
             **options(form, dim, tile, lookup, align),
-            CENTRED="centre" in pages.pages[0][0].tensors,
+            CENTRED=centred,
             MASKED=mask is not None,
             PLACED=start is not None,
             WINDOWED=start is not None and window is not None,
