@@ -31,6 +31,9 @@ SPECS = ("sink:4 + hqmq:4", "sink:1 + hqmq:4", "sink:4 + hqmq:3")
 DENSE, FP8 = "dense", "fp8"
 #: Lengths of requests, in tokens, for which it is said how many the pool holds.
 LENGTHS = (1024, 4096, 8192)
+#: Query heads, key heads, head_dim of layers, and requests, tokens and new tokens of steps, whose attention is timed by itself.
+SHAPES = ((9, 3, 64), (32, 8, 128))
+STEPS = ((1, 4096, 1), (8, 4096, 1), (32, 1024, 1), (32, 4096, 1), (1, 2048, 2048))
 #: What a small pool is: enough for every workload in the dense cache.
 POOL = 1 << 31
 
@@ -51,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "vllm_engine.json")
     parser.add_argument("--caches", nargs="+", default=[DENSE, FP8, *SPECS], help="'dense', 'fp8' and specifications")
     parser.add_argument("--cache", help=argparse.SUPPRESS)
-    parser.add_argument("--what", choices=("speed", "quality"), help=argparse.SUPPRESS)
+    parser.add_argument("--what", choices=("speed", "quality", "kernels"), help=argparse.SUPPRESS)
     parser.add_argument("--scores", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -161,6 +164,57 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def kernels(args: argparse.Namespace) -> dict[str, Any]:
+    """One layer's attention of a step, by block table: packed pages and vLLM's dense kernel, interleaved in one process."""
+    import torch
+    import vllm._C  # noqa: F401
+    from vllm import _custom_ops as ops
+
+    from tessera import codecs
+    from tessera.codecs.pages import block_layout, write
+    from tessera.kernels import paged
+    from tessera.kernels.cpu.paged import attend_paged
+    from timing import medians
+
+    dtype, size = torch.bfloat16, 128
+    rows = []
+    for heads, kv_heads, dim in SHAPES:
+        for requests, length, new in STEPS:
+            blocks = -(-length // size)
+            codec = codecs.get("hqmq:4")
+            layout = block_layout(codec, dim, dtype, pages=2, sink=4, heads=kv_heads)
+            pool = torch.zeros(requests * blocks + 1, kv_heads, layout.nbytes, dtype=torch.uint8)
+            two = torch.arange(2)
+            write(codec, layout, pool, two * 0, two, *torch.randn(2, 2, kv_heads, 64, dim), two == 0)
+            pool[1:] = pool[:1]
+            dense = torch.randn(1, kv_heads, 2 * size, dim).to(dtype).repeat(len(pool), 1, 1, 1)
+            ring = torch.zeros(requests, kv_heads, 64, layout.ring_bytes, dtype=torch.uint8)
+            table = (torch.randperm(requests * blocks) + 1).int().view(requests, blocks)
+            first, lengths = torch.arange(requests + 1).int() * new, torch.full((requests,), length).int()
+            step = paged.Step(first, lengths, table, torch.arange(requests).int()[:, None], {})
+            q = torch.randn(requests * new, heads, dim).to(dtype)
+            k, v = torch.randn(2, requests * new, kv_heads, dim).to(dtype)
+            out, scale = torch.empty_like(q), dim**-0.5
+            shape = {"num_reqs": requests, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "dtype": dtype}
+            where = {"query_start_loc": first, "seq_lens": lengths, "causal": True, "kv_cache_dtype": "auto"}
+            plan = ops.cpu_attn_get_scheduler_metadata(
+                **shape, **where, sliding_window_size=-1, isa="vec", enable_kv_split=True, dynamic_causal=None
+            )
+            keys, values = dense.chunk(2, dim=2)
+            given = {"query": q, "key_cache": keys, "value_cache": values, "output": torch.empty_like(q), "block_table": table}
+            given |= {"alibi_slopes": None, "sliding_window": -1, "softcap": 0.0, "scheduler_metadata": plan, "s_aux": None}
+            given |= {**where, "scale": scale}
+            seconds = medians(
+                {
+                    "packed": lambda a=(q, k, v, pool, ring, layout, step, scale), out=out: attend_paged(*a, out=out),
+                    "dense": lambda given=given: ops.cpu_attention_with_kv_cache(**given),
+                },
+                repeats=7,
+            )
+            rows.append({"shape": f"{heads},{kv_heads},{dim}", "requests": requests, "tokens": length, "new": new, **seconds})
+    return {"rows": rows}
+
+
 def instructions() -> list[str]:
     """Sets of vector instructions that the processor has."""
     try:
@@ -197,7 +251,7 @@ def main() -> None:
     """Measure all, or in a child process one."""
     args = parse()
     if args.cache:
-        found = {"speed": speed, "quality": quality}[args.what](args)
+        found = {"speed": speed, "quality": quality, "kernels": kernels}[args.what](args)
         args.json.write_text(json.dumps(found))
         return
     import torch
@@ -245,6 +299,7 @@ def main() -> None:
         "few": args.few,
         "new": args.new,
         "rows": result,
+        "kernels": child(args, DENSE, "kernels", Path())["rows"],
     }
     with atomic_path(args.json) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
