@@ -19,6 +19,7 @@
 #include "exact.hpp"
 #include "portable.hpp"
 #include "directions.hpp"
+#include "paged_impl.hpp"
 
 void tessera::attend_avx2(const Problem& p) { attend_loops(p); }
 void tessera::attend_exact_avx2(const Problem& p, const Exact& x) { attend_exact(p, x); }
@@ -26,4 +27,5 @@ void tessera::decode_avx2(const Vectors& p) {
     if (p.coding.products) return decode_directions(p);
     decode_with<Points>(p, *p.coding.book);
 }
+void tessera::attend_paged_avx2(const Paged& p) { attend_paged_loops(p); }
 #pragma GCC pop_options
