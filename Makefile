@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Codecs that are measured on four times as much text.
 LONG := hqmq:3 hqmq:4 hqmq:s24_r2 hqmq:s96_r4 scalar:3 scalar:4 q4_0
+# vLLM wants versions of its own, in an environment of its own.
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo demo-real test test-slow lint bench clean
+.PHONY: install demo demo-real test test-slow test-vllm lint bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -25,8 +28,17 @@ demo-real: install
 test: install
 	$(BIN)/python -m pytest -n 2
 
-test-slow: install
+test-slow: install test-vllm
 	$(BIN)/python -m pytest -m "slow or gpu"
+
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -e .
+	touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine
 
 lint: install
 	$(BIN)/ruff check .
@@ -63,4 +75,4 @@ bench: install
 	$(BIN)/python docs/layers.py
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) $(VLLM_VENV) results

@@ -98,6 +98,43 @@ def decode_attention(shape: str) -> str:
     return markdown_table(("way", "tokens", "ms", "speed of the fastest dense way", "bytes of dense"), cells)
 
 
+def vllm_engine() -> str:
+    """What the pool of an engine holds, what it says and how fast, by cache."""
+    record = _load("vllm_engine")
+    lengths = [int(n) for n in next(iter(record["rows"]))["held"]]
+    cells = []
+    for r in record["rows"]:
+        quality = (f"{r['kl']:.4f}", f"{r['top1']:.1%}") if "kl" in r else ("", "")
+        speed = (
+            f"{r['first_token']:.1f}" if "first_token" in r else "",
+            *(f"{r[name]['tokens_per_second']:.1f}" if name in r else "" for name in ("many", "long")),
+        )
+        held = (f"{r['held'][str(n)]:,}" for n in lengths)
+        cells.append((f"`{r['cache']}`", f"{r['blocks']:,}", *held, f"{r['perplexity']:.2f}", *quality, *speed))
+    head = ("cache", "blocks", *(f"held at {n:,}" for n in lengths), "perplexity", "KL", "top-1")
+    many = f"tokens/s, {record['requests']} of {record['prompt']:,}"
+    long = f"tokens/s, {record['few']} of {record['long']:,}"
+    return markdown_table((*head, f"first token of {record['long']:,}, s", many, long), cells)
+
+
+def vllm_kernels() -> str:
+    """Attention of one layer and step by block table, packed and dense."""
+    cells = [
+        (
+            r["shape"],
+            str(r["requests"]),
+            f"{r['tokens']:,}",
+            f"{r['new']:,}",
+            f"{1e3 * r['dense']:.2f}",
+            f"{1e3 * r['packed']:.2f}",
+            f"{r['dense'] / r['packed']:.2f}x",
+        )
+        for r in _load("vllm_engine")["kernels"]
+    ]
+    head = ("heads, key heads, head_dim", "requests", "tokens each", "new", "vLLM's dense, ms", "packed, ms", "speed of dense")
+    return markdown_table(head, cells)
+
+
 def query_digits() -> str:
     """What the digits of queries cost on the demo model."""
     rows = _load("query_digits")["rows"]
@@ -540,6 +577,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "triton-static": triton_static,
     "training": training,
     "video": video,
+    "vllm-engine": vllm_engine,
+    "vllm-kernels": vllm_kernels,
 }
 
 

@@ -10,9 +10,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tessera.kernels import cpu, reference, triton
+from tessera.kernels import cpu, paged, reference, triton
 from tessera.kernels.cpu import encode as cpu_encode
 from tessera.kernels.cpu import grid as cpu_grid
+from tessera.kernels.cpu import paged as cpu_paged
 from tessera.kernels.feedback import encode_feedback as reference_encode_feedback
 from tessera.kernels.grid import Gates, Steps
 from tessera.kernels.grid import advance as reference_advance
@@ -21,6 +22,7 @@ from tessera.kernels.nearest import nearest as reference_nearest
 from tessera.kernels.nearest_directions import nearest_directions as reference_nearest_directions
 from tessera.kernels.pages import Coded, Pages
 from tessera.kernels.precision import without_autocast
+from tessera.kernels.triton import paged as triton_paged
 
 #: What TESSERA_BACKEND and `backend` may say.
 BACKENDS = ("auto", "reference", "cpu", *(f"cpu:{level}" for level in cpu.LEVELS), "triton")
@@ -125,6 +127,64 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], backend: str | None = None) ->
         if len(devices) == 1 and _in_triton(family, tensors[0].device):
             return triton.merge(parts)
     return reference.merge(parts)
+
+
+@without_autocast
+def attend_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool: Tensor,
+    ring: Tensor,
+    layout: paged.BlockLayout,
+    step: paged.Step,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    drains: Tensor | None = None,
+    *,
+    out: Tensor,
+    backend: str | None = None,
+) -> None:
+    """Attention of an engine's step by block table; the rings then hold the step's newest tokens. See `tessera.kernels.paged`.
+
+    Args:
+        q, k, v, pool, ring, layout, step, scale, softcap, window, drains: as for `tessera.kernels.paged.attend_paged`.
+        out: (tokens, q_heads, head_dim), takes the result.
+        backend: see `attend`.
+
+    Raises:
+        ValueError: if a backend is asked for that cannot do it, saying why.
+    """
+    name = chosen(backend)
+    family, _, level = name.partition(":")
+    if family in ("auto", "cpu"):
+        why = cpu_paged.refusal(q, layout)
+        if why is None:
+            cpu_paged.attend_paged(
+                q, k, v, pool, ring, layout, step, scale, softcap, window, drains, out=out, level=level or None
+            )
+            return
+        if family == "cpu":
+            raise ValueError(f"backend {name!r} cannot run: {why}")
+        if q.device.type == "cpu" and cpu.MISSING is not None:
+            say_once("attention over packed pages", cpu.MISSING)
+    why = triton_paged.refusal(q, layout)
+    if family == "triton" and why is not None:
+        raise ValueError(f"backend {name!r} cannot run: {why}")
+    in_triton = family == "triton" or (family == "auto" and q.is_cuda and why is None)
+    run = triton_paged.attend_paged if in_triton else paged.attend_paged
+    out.copy_(run(q, k, v, pool, ring, layout, step, scale, softcap, window, drains))
+    paged.fill_rings(k, v, ring, layout, step)
+
+
+def collect(
+    k: Tensor, v: Tensor, pool: Tensor, ring: Tensor, layout: paged.BlockLayout, step: paged.Step, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Groups that a step makes whole, see `tessera.kernels.paged.collect`. `backend`: see `attend`."""
+    if chosen(backend).partition(":")[0] in ("auto", "cpu") and cpu_paged.refusal(k, layout) is None:
+        return cpu_paged.collect(k, v, pool, ring, layout, step)
+    return paged.collect(k, v, ring, layout, step)
 
 
 def decode(packed: Coded, backend: str | None = None) -> Tensor | None:

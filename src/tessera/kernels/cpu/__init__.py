@@ -26,20 +26,30 @@ except ImportError as error:
 
 
 def _share_threads() -> str | None:
-    """Let the kernels run on the threads of torch's OpenMP runtime; returns its path, None if there is none."""
+    """Let the kernels run on the threads of torch's OpenMP runtime; returns its path, None if there is none.
+
+    What torch calls is what its symbols were bound to: a runtime that was preloaded (LD_PRELOAD) comes before torch's own, and
+    both are then mapped. Looked up in the process as a whole, the symbols lead to the same one.
+    """
     try:
-        mapped = {line.split(None, 5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+        lines = [line.split(None, 5) for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line]
     except OSError:
         return None
-    for path in sorted(mapped, key=lambda path: ("torch" not in path, path)):  # torch's own before others'
-        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
+    spans = [([int(end, 16) for end in line[0].split("-")], line[-1].strip()) for line in lines]
+    mapped = sorted({path for _, path in spans}, key=lambda path: ("torch" not in path, path))  # torch's own before others'
+    path: str | None
+    for path in (None, *mapped):
+        if path is None or Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
             try:
                 library = ctypes.CDLL(path)
-                entries = (library.GOMP_parallel, library.omp_get_thread_num)
+                entries = [
+                    ctypes.cast(entry, ctypes.c_void_p).value or 0
+                    for entry in (library.GOMP_parallel, library.omp_get_thread_num)
+                ]
             except (OSError, AttributeError):
                 continue
-            _cpu.use_openmp(*(ctypes.cast(entry, ctypes.c_void_p).value for entry in entries))
-            return path
+            _cpu.use_openmp(*entries)
+            return next((name for (low, high), name in spans if low <= entries[0] < high), path)
     return None
 
 

@@ -23,6 +23,7 @@
 #include "exact.hpp"
 #include "portable.hpp"
 #include "directions.hpp"
+#include "paged_impl.hpp"
 
 namespace {
 
@@ -50,4 +51,5 @@ void tessera::decode_avx2(const Vectors& p) {
     if (p.coding.products) return decode_directions(p);
     decode_with<Points>(p, *p.coding.book);
 }
+void tessera::attend_paged_avx2(const Paged& p) { attend_paged_loops(p); }
 #pragma GCC pop_options

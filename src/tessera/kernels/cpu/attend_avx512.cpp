@@ -26,6 +26,7 @@
 #include "exact.hpp"
 #include "portable.hpp"
 #include "directions.hpp"
+#include "paged_impl.hpp"
 
 namespace {
 
@@ -37,6 +38,17 @@ void attend_points(const Problem& p) {
         case 4: return attend_with<Keys, Avx512Values<Permute<4>>>(p, keys, values);
         case 6: return attend_with<Keys, Avx512Values<Permute<6>>>(p, keys, values);
         default: return attend_with<Keys, Avx512Values<Lookup>>(p, keys, values);
+    }
+}
+
+template <class Keys>
+void attend_paged_points(const Paged& p) {
+    const Book &keys = *p.key.book, &values = *p.value.book;
+    switch (values.blocks) {
+        case 1: return attend_paged_with<Keys, Avx512Values<Permute<1>>>(p, keys, values);
+        case 4: return attend_paged_with<Keys, Avx512Values<Permute<4>>>(p, keys, values);
+        case 6: return attend_paged_with<Keys, Avx512Values<Permute<6>>>(p, keys, values);
+        default: return attend_paged_with<Keys, Avx512Values<Lookup>>(p, keys, values);
     }
 }
 
@@ -55,5 +67,14 @@ void tessera::attend_exact_avx512(const Problem& p, const Exact& x) { attend_exa
 void tessera::decode_avx512(const Vectors& p) {
     if (p.coding.products) return decode_directions(p);
     decode_with<Points>(p, *p.coding.book);
+}
+void tessera::attend_paged_avx512(const Paged& p) {
+    if (p.key.products || p.value.products) return attend_paged_loops(p);
+    switch (p.key.book->blocks) {
+        case 1: return attend_paged_points<Avx512Keys<Permute<1>>>(p);
+        case 4: return attend_paged_points<Avx512Keys<Permute<4>>>(p);
+        case 6: return attend_paged_points<Avx512Keys<Permute<6>>>(p);
+        default: return attend_paged_points<Avx512Keys<Lookup>>(p);
+    }
 }
 #pragma GCC pop_options

@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "half.hpp"
 #include "lanes.hpp"
 #include "memory.hpp"
 #include "rotation.hpp"
@@ -99,15 +100,6 @@ inline float exponentials(float* x, const float* length, int count, float most, 
     }
     high = largest(highest);
     return total(lanes);
-}
-
-// A finite half-precision number: its bits, moved to a float's place, are too small by a factor of 2^112.
-inline float half_to_float(uint16_t h) {
-    const uint32_t bits = uint32_t(h & 0x7fff) << 13;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    value *= 5.192296858534828e33f;
-    return h & 0x8000 ? -value : value;
 }
 
 // Means and factors of a group's channels, see codecs/precondition.py. Returns whether any factor is not 1.

@@ -20,6 +20,7 @@
 #include "attend.hpp"
 #include "grid.hpp"
 #include "nearest.hpp"
+#include "paged.hpp"
 #include "quantise.hpp"
 #include "threads.hpp"
 
@@ -174,6 +175,85 @@ void attend_exact(const std::string& level, uintptr_t q, uintptr_t out, uintptr_
     if (at_least(level, AVX2)) return attend_exact_avx2(p, x);
 #endif
     attend_exact_portable(p, x);
+}
+
+// What stays the same from step to step of a layer in an engine.
+// pool: address, blocks, bytes of a block, of a head in it, of a page; pages of a head in a block; offsets of codes, scales,
+// centres and sinks, of keys and of values each; sinks. ring: address, blocks, bytes of a block, of a head in it, of a token;
+// where values lie behind keys; tokens. shape: kv_heads, head_dim, type of exact numbers; narrowing: its address, or 0.
+struct Pool {
+    Paged paged{};
+};
+
+void make_pool(Pool* self, const std::vector<int64_t>& pool, const std::vector<int64_t>& ring, const std::vector<int64_t>& shape,
+               uintptr_t narrowing) {
+    if (pool.size() != 15 || ring.size() != 7 || shape.size() != 3) throw nb::value_error("a pool of another make");
+    Paged p{};
+    p.pool = reinterpret_cast<uint8_t*>(uintptr_t(pool[0]));
+    p.blocks = pool[1], p.block_bytes = pool[2], p.head_bytes = pool[3], p.page_bytes = pool[4], p.groups = int(pool[5]);
+    for (int role = 0; role < 2; ++role) p.codes[role] = pool[6 + role], p.lengths_at[role] = pool[8 + role], p.centre[role] = pool[10 + role], p.sink[role] = pool[12 + role];
+    p.sinks = int(pool[14]);
+    p.ring = reinterpret_cast<uint8_t*>(uintptr_t(ring[0]));
+    p.ring_blocks = ring[1], p.ring_block = ring[2], p.ring_head = ring[3], p.ring_token = ring[4], p.ring_value = ring[5], p.ring_tokens = int(ring[6]);
+    p.kv_heads = int(shape[0]), p.dim = int(shape[1]), p.type = Number(shape[2]);
+    p.narrowing = reinterpret_cast<const float*>(narrowing);
+    if (p.dim % 4 || p.dim > MAX_DIM || p.dim < 4 || p.kv_heads < 1 || p.groups < 1 || p.ring_tokens < GROUP || p.sinks > GROUP || shape[2] < 0 || shape[2] > 2)
+        throw nb::value_error("shapes that this kernel does not know");
+    new (self) Pool{p};
+}
+
+// requests: their number; addresses of where each begins in the step, of lengths, of the table of blocks; its width; address of
+// the rings' table; its width. vectors: address and strides in bytes over tokens and heads, of keys and of values.
+Paged step_of(const Pool& pool, const std::vector<int64_t>& requests, const std::vector<int64_t>& vectors) {
+    if (requests.size() != 7 || vectors.size() != 6) throw nb::value_error("a step of another make");
+    Paged p = pool.paged;
+    const auto table = [&](int i) { return reinterpret_cast<const int32_t*>(uintptr_t(requests[i])); };
+    const auto rows = [&](int i) { return Rows{reinterpret_cast<uint8_t*>(uintptr_t(vectors[i])), vectors[i + 1], vectors[i + 2]}; };
+    p.requests = int(requests[0]);
+    p.first = table(1), p.lengths = table(2), p.table = table(3), p.table_width = requests[4], p.ring_table = table(5), p.ring_width = requests[6];
+    p.keys = rows(0), p.values = rows(3);
+    for (int r = 0; r < p.requests; ++r) {
+        const int64_t tokens = p.first[r + 1] - p.first[r], blocks = p.lengths[r] / GROUP / p.groups;
+        if (tokens < 0 || p.lengths[r] < tokens || blocks > p.table_width) throw nb::value_error("a request whose lengths do not fit");
+        for (int64_t i = 0; i < blocks; ++i)
+            if (p.table[r * p.table_width + i] < 0 || p.table[r * p.table_width + i] >= p.blocks) throw nb::value_error("a table that names no block of the pool");
+        if (p.ring_table[r * p.ring_width] < 0 || p.ring_table[r * p.ring_width] >= p.ring_blocks) throw nb::value_error("a table that names no ring of the pool");
+    }
+    return p;
+}
+
+// rows: address and strides in bytes over tokens and heads, of queries and of results.
+template <class KeyCodes, class ValueCodes>
+void attend_paged(const KeyCodes& keys, const ValueCodes& values, const Pool& pool, const std::string& level, const std::vector<int64_t>& requests,
+                  const std::vector<int64_t>& vectors, const std::vector<int64_t>& rows, int q_heads, float scale, float value_gain, float softcap, int64_t window, uintptr_t drains,
+                  int limbs, int threads) {
+    Paged p = step_of(pool, requests, vectors);
+    if (rows.size() != 6 || q_heads % p.kv_heads || !fits(keys, p.dim) || !fits(values, p.dim) || limbs < 1 || limbs > 3)
+        throw nb::value_error("shapes that this kernel does not know");
+    p.key = coding(keys), p.value = coding(values);
+    const auto at = [&](int i) { return Rows{reinterpret_cast<uint8_t*>(uintptr_t(rows[i])), rows[i + 1], rows[i + 2]}; };
+    p.q = at(0), p.out = at(3);
+    p.q_heads = q_heads, p.scale = scale, p.value_gain = value_gain, p.softcap = softcap, p.window = window;
+    p.drains = reinterpret_cast<const float*>(drains);
+    p.limbs = limbs, p.threads = threads;
+    nb::gil_scoped_release release;
+#if defined(TESSERA_X86)
+    if (level == "avx512" && has(AVX512)) attend_paged_avx512(p);
+    else if (level == "avx2" && has(AVX2)) attend_paged_avx2(p);
+    else
+#endif
+        attend_paged_portable(p);
+    fill_rings(p);
+}
+
+// groups: (2, count) int32, the request and the number of each; keys, values: (count, kv_heads, GROUP, dim) float.
+void collect(const Pool& pool, const std::vector<int64_t>& requests, const std::vector<int64_t>& vectors, uintptr_t groups, int64_t count,
+             uintptr_t keys, uintptr_t values, int threads) {
+    Paged p = step_of(pool, requests, vectors);
+    p.threads = threads;
+    const int32_t* numbers = reinterpret_cast<const int32_t*>(groups);
+    nb::gil_scoped_release release;
+    collect_groups(p, numbers, numbers + count, count, reinterpret_cast<float*>(keys), reinterpret_cast<float*>(values));
 }
 
 // One softmax over the keys of all parts: outs and lses of (rows, dim) and (rows,).
@@ -436,6 +516,12 @@ NB_MODULE(_cpu, m) {
     m.def("attend_exact", &attend_exact);
     m.def("merge", &merge);
     m.def("narrow", &narrow);
+    nb::class_<Pool>(m, "Pool").def("__init__", &make_pool);
+    m.def("attend_paged", &attend_paged<Book, Book>);
+    m.def("attend_paged", &attend_paged<Products, Products>);
+    m.def("attend_paged", &attend_paged<Book, Products>);
+    m.def("attend_paged", &attend_paged<Products, Book>);
+    m.def("collect", &collect);
     m.def("decode", &decode<Book>);
     m.def("decode", &decode<Products>);
     nb::class_<Index>(m, "Index").def("__init__", &make_index);

@@ -91,24 +91,70 @@ def attend(
         lookup: one of `LOOKUPS` of `tables`, for keys and values; None: "held" where shared memory holds the points of one,
             else "moves".
     """
-    from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
+    from tessera.kernels.triton.attend_kernel import BLOCK
 
     keys, values = pages.check(q, mask)
     if not isinstance(keys, JointFormat) or not isinstance(values, JointFormat):
         raise ValueError(f"there is no Triton kernel for {pages.lacking(JointFormat)}")
+    blocks, *aligns = block_table(pages, BLOCK, keys.group)
+    return attend_blocks(
+        pages.narrowed(q),
+        blocks,
+        (keys, values),
+        scale,
+        mask,
+        softcap,
+        kv_heads=pages.shape[1],
+        aligns=(aligns[0], aligns[1]),
+        centred="centre" in pages.pages[0][0].tensors,
+        start=start,
+        window=window,
+        splits=splits,
+        lookup=lookup,
+    )
+
+
+def attend_blocks(
+    q: Tensor,
+    blocks: Tensor,
+    forms: tuple[JointFormat, JointFormat],
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    *,
+    kv_heads: int,
+    aligns: tuple[int, int],
+    centred: bool,
+    start: int | None = None,
+    window: int | None = None,
+    splits: int | None = None,
+    lookup: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same over blocks of tokens that a table names.
+
+    Args:
+        q: as they read keys whose channels were multiplied, see `Pages.narrowed`.
+        scale, mask, softcap, start, window, splits, lookup: as for `attend`.
+        blocks: (blocks, columns) int64 on the device, see `tables.block_table`.
+        forms: of keys and of values.
+        kv_heads: of the tokens.
+        aligns: what divides all addresses of key codes and centres, and all of value codes.
+        centred: whether keys have centres.
+    """
+    from tessera.kernels.triton.attend_kernel import attend_kernel
+
+    keys, values = forms
     batch, heads, tokens, dim = q.shape
-    kv_heads = pages.shape[1]
     group, lines = heads // kv_heads, batch * kv_heads
     rows = group * tokens
     rotation, halved, _ = rotations(keys, dim, q.device)
     _, _, back = rotations(values, dim, q.device)
-    query, turned, unit = _prepared(pages.narrowed(q), scale, rotation)
-    blocks, key_align, value_align = block_table(pages, BLOCK, keys.group)
+    query, turned, unit = _prepared(q, scale, rotation)
     if len(blocks) == 0:
         none = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         return none, none.new_full(q.shape[:-1], -torch.inf)
-    codes = code_options(keys, lookup or usual_lookup(keys), key_align)
-    value_codes = code_options(values, lookup or usual_lookup(values), value_align)
+    codes = code_options(keys, lookup or usual_lookup(keys), aligns[0])
+    value_codes = code_options(values, lookup or usual_lookup(values), aligns[1])
 
     tile = min(ROWS[dim > 128], power(rows))
     tiles = -(-rows // tile)
@@ -147,7 +193,7 @@ def attend(
             tokens,
             **options(dim, tile, codes, value_codes),
             APART=values is not keys,
-            CENTRED="centre" in pages.pages[0][0].tensors,
+            CENTRED=centred,
             MASKED=mask is not None,
             PLACED=start is not None,
             WINDOWED=start is not None and window is not None,

@@ -1,0 +1,1 @@
+"""Tessera inside other programs; each needs an extra of its own."""

@@ -1,0 +1,48 @@
+"""Keys as queries see them, in an engine: one file of statistics serves all requests, for they share pages.
+
+The file is what `tessera stats` writes. See `docs/keys_as_queries_see_them.md`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tessera.codecs.key_stats import KeyStats, load_stats
+
+
+@cache
+def load(path: str) -> tuple[KeyStats | None, ...]:
+    """What the file says of each layer; read once in a process."""
+    return tuple(load_stats(path))
+
+
+def of_layer(path: str, number: int, layers: int, kv_heads: int, head_dim: int, rank: int = 0, ranks: int = 1) -> KeyStats:
+    """Statistics of the key heads that a rank has of a layer.
+
+    Args:
+        path: of the file.
+        number: of the layer.
+        layers: of the model.
+        kv_heads: of the layer on this rank; where there are more ranks than heads, ranks next to each other have the same.
+        head_dim: numbers of a key.
+        rank: of `ranks` that share the heads of a layer.
+        ranks: how many.
+
+    Raises:
+        ValueError: if they are of another model, in one line.
+    """
+    known = load(path)
+    if len(known) != layers:
+        raise ValueError(f"the statistics in {path} are of a model of {len(known)} layers; yours has {layers}")
+    found = known[number]
+    if found is None:
+        raise ValueError(f"there are no statistics of layer {number} in {path}")
+    heads = found.sizes.shape[1]
+    repeated = kv_heads == 1 and ranks > heads and ranks % heads == 0
+    if found.sizes.shape[2] != head_dim or not (heads == kv_heads * ranks or repeated):
+        raise ValueError(
+            f"layer {number} of the statistics in {path} has {heads} key heads of {found.sizes.shape[2]}; "
+            f"yours has {kv_heads * ranks} of {head_dim}"
+        )
+    first = rank * heads // ranks
+    return KeyStats(found.sizes[:, first : first + kv_heads])

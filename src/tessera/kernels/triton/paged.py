@@ -1,0 +1,196 @@
+"""Attention of an engine's step over packed pages on a GPU, see `tessera.kernels.paged`.
+
+The packed groups of a request are read in place by the kernel of `attend_blocks`, through a table that is made on the device
+from the engine's table of blocks. What is exact, a token's own group and the sinks, is attended to in PyTorch, and all parts
+are joined by their log-sum-exp. Requests follow each other: a launch for each.
+"""
+
+from __future__ import annotations
+
+import math
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from tessera.kernels import triton
+from tessera.kernels.joint import JointFormat
+from tessera.kernels.paged import GROUP, BlockLayout, Step
+from tessera.kernels.triton.tables import COLUMNS
+
+
+def refusal(q: Tensor, layout: BlockLayout) -> str | None:
+    """Why the kernels cannot be used, or None if they can."""
+    if triton.missing() is not None:
+        return triton.missing()
+    if not triton.interpreted() and not q.is_cuda:
+        return f"the queries are on {q.device}"
+    if not all(isinstance(form, JointFormat) for form in layout.forms):
+        return "there is no Triton kernel for its codec"
+    if layout.head_dim % 4 or layout.head_dim > triton.MAX_DIM:
+        return f"head_dim {layout.head_dim} is no multiple of 4 up to {triton.MAX_DIM}"
+    return None
+
+
+def attend_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool: Tensor,
+    ring: Tensor,
+    layout: BlockLayout,
+    step: Step,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    drains: Tensor | None = None,
+) -> Tensor:
+    """`tessera.kernels.paged.attend_paged` in Triton and PyTorch; arguments and result as there."""
+    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    for r, (token, start, end) in enumerate(step.spans()):
+        if start == end:
+            continue
+        rows = slice(token, token + end - start)
+        queries = q[rows].transpose(0, 1)[None]  # (1, heads, n, d)
+        parts = [_own(queries, k[rows], v[rows], pool, ring, layout, step, r, scale, softcap, window)]
+        groups = (end - 1) // GROUP
+        if groups:
+            parts.append(_packed(queries, pool, layout, step.table[r], groups, start, scale, softcap, window))
+        if drains is not None:
+            lse = drains.float()[None, :, None].expand(queries.shape[:3]).contiguous()
+            parts.append((torch.zeros_like(parts[0][0]), lse))
+        found = triton.merge(parts)[0] if len(parts) > 1 else parts[0][0]
+        out[rows] = found[0].transpose(0, 1)
+    return out
+
+
+def _packed(
+    queries: Tensor,
+    pool: Tensor,
+    layout: BlockLayout,
+    table: Tensor,
+    groups: int,
+    start: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention to the first groups of a request, without the sinks: each query sees those before its own."""
+    keys, values = layout.forms
+    assert isinstance(keys, JointFormat)
+    assert isinstance(values, JointFormat)
+    n = queries.shape[2]
+    if layout.stats is not None:
+        grouped = queries.float().unflatten(1, (pool.shape[1], -1))
+        queries = (grouped * layout.stats.narrowing.to(queries.device)[:, :, None, None]).flatten(1, 2)
+    blocks, aligns, _kept = group_table(pool, layout, table, groups)
+    mask = None
+    if (start + n - 1) // GROUP > start // GROUP or groups > start // GROUP:
+        own = torch.arange(start, start + n, device=queries.device) // GROUP
+        mask = (torch.arange(groups * GROUP, device=queries.device) // GROUP < own[:, None])[None, None]
+    return triton.attend_blocks(
+        queries,
+        blocks,
+        (keys, values),
+        scale,
+        mask,
+        softcap,
+        kv_heads=pool.shape[1],
+        aligns=aligns,
+        centred="centre" in layout.fields["key"],
+        start=start,
+        window=window,
+    )
+
+
+def group_table(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+    """The table of `tables.block_table` for the first groups of a request, less its sinks.
+
+    Args:
+        pool, layout: see `tessera.kernels.paged.attend_paged`.
+        table: (any,) int32, the request's blocks.
+        groups: that are wanted.
+
+    Returns:
+        The table on the pool's device; what divides the addresses of key codes and centres, and those of value codes; and what
+        the table points to besides the pool.
+    """
+    device = pool.device
+    number = torch.arange(groups, device=device)
+    block, page = table.to(device)[number // layout.pages].long(), number % layout.pages
+    base = pool.data_ptr() + block * pool.stride(0) + page * layout.page_bytes
+    skipped = torch.where(number == 0, layout.sink, 0)
+    rows = torch.zeros(groups, COLUMNS, dtype=torch.int64, device=device)
+    kept: Tensor | None = None
+    shared = [16, pool.data_ptr(), pool.stride(0), pool.stride(1), layout.page_bytes]
+    divisors = {"key": list(shared), "value": list(shared)}
+    for column, (role, name) in enumerate(
+        (("key", "codes"), ("key", "scale"), ("key", "centre"), ("key", ""), ("value", "codes"), ("value", "scale"))
+    ):
+        field = layout.fields[role].get(name)  # type: ignore[index]
+        if field is not None:
+            row_bytes = math.prod(field.shape[1:]) * field.dtype.itemsize
+            rows[:, column] = base + field.offset + (0 if name == "centre" else skipped * row_bytes)
+            rows[:, 6 + column] = pool.stride(1)
+            if name != "scale":
+                divisors[role] += [field.offset] if name == "centre" else [field.offset, layout.sink * row_bytes, row_bytes]
+        elif column == 3 and "centre" in layout.fields["key"]:
+            # The kernel asks for the largest exponent among a group's channels, of which pages hold only the channels' own.
+            centre = layout.views(pool)["key"]["centre"][block, :, page]  # (groups, kv_heads, 1, d)
+            kept = (centre & 15).amax((-1, -2)).to(torch.uint8)
+            rows[:, column] = kept.data_ptr() + number * kept.shape[1]
+            rows[:, 6 + column] = 1
+    rows[:, 12] = GROUP - skipped
+    rows[:, 13] = number * GROUP + skipped
+    return rows, (gcd(*divisors["key"]), gcd(*divisors["value"])), kept
+
+
+def _own(
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool: Tensor,
+    ring: Tensor,
+    layout: BlockLayout,
+    step: Step,
+    r: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention to a token's own group and to the sinks: (1, heads, n, d) and its log-sum-exp, float32.
+
+    Groups lie side by side: (groups, heads, GROUP, sinks + GROUP) scores, whatever the length of the step.
+    """
+    _, start, end = step.spans()[r]
+    first, last = start // GROUP, (end - 1) // GROUP
+    base, count = first * GROUP, last - first + 1
+    _, heads, n, dim = queries.shape
+    kv_heads = k.shape[1]
+    device = queries.device
+    slots = torch.arange(base, start, device=device) % ring.shape[2]
+    # An index of one element is not waited for, as one without dimensions would be.
+    before = layout.ring(ring)[step.rings[r, :1].long()][0, :, slots].float().transpose(0, 1)  # (start - base, kv_heads, 2, d)
+    fresh = torch.stack((k, v), dim=2).float()
+    own = torch.nn.functional.pad(torch.cat((before, fresh)), (0, 0, 0, 0, 0, 0, 0, count * GROUP - (end - base)))
+    own = own.view(count, GROUP, kv_heads, 2, dim).permute(3, 0, 2, 1, 4)  # (2, groups, kv_heads, GROUP, d)
+    sinks = layout.sinks(pool)[step.table[r, :1].long()][0].float().transpose(0, 1)  # (2, kv_heads, sinks, d)
+    keys, values = torch.cat((sinks[:, None].expand(-1, count, -1, -1, -1), own), dim=3)
+    rows = torch.nn.functional.pad(queries[0].float(), (0, 0, start - base, count * GROUP - (end - base)))
+    rows = rows.view(kv_heads, heads // kv_heads, count, GROUP, dim).permute(2, 0, 1, 3, 4)
+    scores = torch.einsum("gkhid,gkjd->gkhij", rows, keys) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    at = torch.arange(first * GROUP, (last + 1) * GROUP, device=device).view(count, GROUP)
+    place = torch.cat((torch.arange(layout.sink, device=device).expand(count, -1), at), dim=1)[:, None]
+    seen = place <= at[..., None]
+    # In a request's first group the sinks are among its own tokens.
+    seen[:, :, : layout.sink] &= (torch.arange(first, last + 1, device=device) > 0)[:, None, None]
+    if window is not None:
+        seen &= place > at[..., None] - window
+    scores = scores.masked_fill(~seen[:, None, None], -math.inf)
+    lse = scores.logsumexp(-1)
+    found = torch.einsum("gkhij,gkjd->gkhid", (scores - lse[..., None]).exp(), values)
+    inside = slice(start - base, start - base + n)
+    out = found.permute(1, 2, 0, 3, 4).reshape(heads, count * GROUP, dim)[:, inside]
+    return out[None].contiguous(), lse.permute(1, 2, 0, 3).reshape(heads, count * GROUP)[None, :, inside].contiguous()

@@ -1,0 +1,91 @@
+"""Engines of vLLM in this process, and what they say."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.attention import selector
+
+SPEC = "sink:4 + hqmq:4"
+
+
+@dataclass
+class Answer:
+    """What an engine made of one prompt.
+
+    Attributes:
+        tokens: that it wrote.
+        shared: tokens of the prompt that it found in its pool.
+        logprobs: of the prompt's tokens from the second on, and of those it wrote.
+    """
+
+    tokens: list[int]
+    shared: int
+    logprobs: torch.Tensor
+
+
+@contextmanager
+def engine(model: Any, spec: str | None = SPEC, *, apart: bool = False, **options: Any) -> Iterator[LLM]:
+    """An engine; without a specification it is vLLM's own.
+
+    In this process, where it starts in seconds; or apart from it, in processes of its own, as it is usually run.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
+    usual = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 4096,
+        "kv_cache_memory_bytes": 1 << 26,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
+    if spec is not None:
+        usual["additional_config"] = {"tessera": spec}
+    # vLLM remembers in a process which backend it chose.
+    selector._cached_get_attn_backend.cache_clear()
+    llm = LLM(model=str(model), **{**usual, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        if not apart:
+            cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def ask(llm: LLM, prompts: Sequence[list[int]], tokens: int = 40, **options: Any) -> list[Answer]:
+    """The most likely continuation of each prompt, all at once."""
+    params = SamplingParams(**{"temperature": 0, "max_tokens": tokens, "ignore_eos": True, **options})
+    found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    answers = []
+    for one in found:
+        written = one.outputs[0]
+        given = [
+            step[token].logprob for token, step in zip(one.prompt_token_ids, one.prompt_logprobs or [], strict=False) if step
+        ]
+        made = [step[token].logprob for token, step in zip(written.token_ids, written.logprobs or [], strict=False)]
+        answers.append(Answer(list(written.token_ids), one.num_cached_tokens or 0, torch.tensor(given + made)))
+    return answers
+
+
+def counter(llm: LLM, name: str) -> float:
+    """One of vLLM's metrics."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
