@@ -78,8 +78,8 @@ def pages_of(spec: str, kv_heads: int, tokens: int, dim: int) -> Pages:
     return Pages([(copy(first[0]), copy(first[1])) for _ in range(tokens // size)])
 
 
-def measure(shape: str, tokens: int, repeats: int, specs: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows of one shape and length."""
+def measure(shape: str, tokens: int, repeats: int, specs: tuple[str, ...], level: str | None) -> list[dict[str, Any]]:
+    """Rows of one shape and length, at an instruction level of the kernels for CPUs."""
     heads, kv_heads, dim = map(int, shape.split(","))
     q = torch.randn(1, heads, 1, dim)
     k, v = torch.randn(2, 1, kv_heads, tokens, dim).bfloat16().unbind(0)
@@ -91,10 +91,10 @@ def measure(shape: str, tokens: int, repeats: int, specs: tuple[str, ...]) -> li
         pages = pages_of(spec, kv_heads, tokens, dim)
         kept = sum(packed.nbytes for page in pages.pages for packed in page)
         if cpu.attend_refusal(q, pages) is None:
-            in_digits = cpu.levels()[-1] == "avx512" and all(isinstance(form, JointFormat) for form in pages.form())
+            in_digits = level != "portable" and all(isinstance(form, JointFormat) for form in pages.form())
             for digits in (1, 2, 3) if in_digits else (cpu.DIGITS,):
                 name = f"{spec}, {8 * digits}-bit queries" if in_digits else spec
-                runs[name] = lambda pages=pages, digits=digits: cpu.attend(q, pages, scale, digits=digits)  # type: ignore[misc]
+                runs[name] = lambda pages=pages, digits=digits: cpu.attend(q, pages, scale, level=level, digits=digits)  # type: ignore[misc]
                 nbytes[name] = kept
         else:
             runs[spec] = lambda pages=pages: dispatch.attend(q, pages, scale)  # type: ignore[misc]
@@ -127,6 +127,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="lengths of the cache, multiples of 64")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="H,KV,D", help="query heads, key heads, head_dim")
     parser.add_argument("--specs", nargs="+", default=("hqmq:4", "hqmq:3", *PAPER, *OTHERS), help="codecs")
+    best = cpu.levels()[-1] if cpu.levels() else None
+    parser.add_argument("--level", choices=cpu.levels(), default=best, help="instructions; default: the best here")
     parser.add_argument("--repeats", type=int, default=9, help="of which the median is taken")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "decode_attention.json")
     options = parser.parse_args()
@@ -138,9 +140,10 @@ def main() -> int:
         task = progress.add_task("measuring", total=len(options.shapes) * len(options.tokens))
         for shape in options.shapes:
             for tokens in options.tokens:
-                rows += measure(shape, tokens, options.repeats, tuple(options.specs))
+                rows += measure(shape, tokens, options.repeats, tuple(options.specs), options.level)
                 progress.advance(task)
-    record = {"environment": {**environment(), "levels": ", ".join(cpu.levels())}, "repeats": options.repeats, "rows": rows}
+    about = {**environment(), "levels": ", ".join(cpu.levels()), "level": options.level}
+    record = {"environment": about, "repeats": options.repeats, "rows": rows}
     with atomic_path(options.json) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console = Console()

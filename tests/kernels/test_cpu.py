@@ -185,13 +185,27 @@ def test_threads_do_not_change_the_result(threads: int, shared: bool) -> None:
     assert torch.allclose(lse, wanted_lse, atol=1e-4)
 
 
-@pytest.mark.skipif("avx512" not in cpu.levels(), reason="the processor has no AVX-512 with VNNI")
+@pytest.mark.parametrize("by_hand", [level for level in cpu.levels() if level != "portable"])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dim", [20, 64])
+def test_kernels_by_hand_run_where_they_should(by_hand: str, spec: str, dim: int) -> None:
+    """Only they write queries in digits: for the plain loops, that run where they cannot, two are the same as three."""
+    pages = make_pages(codecs.get(spec), 1, 2, [64, 50], dim)
+    q = torch.randn(1, 6, 1, dim)
+    two, three = (cpu.attend(q, pages, 0.1, level=by_hand, digits=digits)[0] for digits in (2, 3))
+    assert not torch.equal(two, three)
+    assert relative(two, three) < 1e-3
+    plain = (cpu.attend(q, pages, 0.1, level="portable", digits=digits)[0] for digits in (2, 3))
+    assert torch.equal(*plain)
+
+
+@pytest.mark.parametrize("level", [level for level in cpu.levels() if level != "portable"])
 @pytest.mark.parametrize(("digits", "bound"), [(1, 1e-2), (2, 2e-4), (3, FLOAT)])
-def test_digits_bound_the_error(digits: int, bound: float) -> None:
+def test_digits_bound_the_error(level: str, digits: int, bound: float) -> None:
     codec, (k, v) = codecs.get("hqmq:4"), torch.randn(2, 1, 2, 700, 128)
     pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
     q = torch.randn(1, 8, 1, 128)
-    error = relative(cpu.attend(q, pages, 128**-0.5, digits=digits)[0], reference.attend(q, pages, 128**-0.5)[0])
+    error = relative(cpu.attend(q, pages, 128**-0.5, level=level, digits=digits)[0], reference.attend(q, pages, 128**-0.5)[0])
     assert error < bound
     if digits < 3:
         assert error > bound / 1000  # so that the argument does something

@@ -57,8 +57,8 @@ def _share_threads() -> str | None:
 OPENMP = None if _cpu is None else _share_threads()
 #: Instruction sets, the best last.
 LEVELS = ("portable", "avx2", "avxvnni", "avx512")
-#: 8-bit digits in which the AVX-512 kernel writes a query and a softmax weight: with two its relative error is 4e-5, far below
-#: a codec's; with three it is that of float32 sums.
+#: 8-bit digits in which the kernels for AVX2 and above write a query and a softmax weight: with two the relative error is 4e-5,
+#: far below a codec's; with three it is that of float32 sums. Those for AVX2 write 16-bit numbers, so that one digit is as two.
 DIGITS = 2
 #: Longest head that the kernels know.
 MAX_DIM = 512
@@ -125,7 +125,7 @@ def attend(
     Args:
         q, pages, scale, mask, softcap, start, window: as there.
         level: instruction set; None: the best there is.
-        digits: 1, 2 or 3, see `DIGITS`; the other instruction sets compute in float.
+        digits: 1, 2 or 3, see `DIGITS`; the portable form computes in float.
     """
     batch, heads, tokens, dim = q.shape
     key_form, value_form = pages.check(q, mask)

@@ -29,14 +29,14 @@ namespace {
 
 template <class Sum, class Keys>
 void attend_points(const Problem& p) {
-    if (p.value.book->bits == 16) attend_with<Keys, Avx2Values<true, Sum>>(p, *p.key.book, *p.value.book);
+    if (short_codes(*p.value.book)) attend_with<Keys, Avx2Values<true, Sum>>(p, *p.key.book, *p.value.book);
     else attend_with<Keys, Avx2Values<false, Sum>>(p, *p.key.book, *p.value.book);
 }
 
 template <class Sum>
 void attend_words(const Problem& p) {
     if (p.key.products || p.value.products || !p.key.book->few_moves || !p.value.book->few_moves) attend_loops(p);
-    else if (p.key.book->bits == 16) attend_points<Sum, Avx2Keys<true, Sum>>(p);
+    else if (short_codes(*p.key.book)) attend_points<Sum, Avx2Keys<true, Sum>>(p);
     else attend_points<Sum, Avx2Keys<false, Sum>>(p);
 }
 

@@ -5,19 +5,36 @@
 
 namespace {
 
-// sum += products of signed 16-bit numbers, added up in pairs.
+// sum += products of signed 16-bit numbers, added up in pairs. As instructions, for compilers up to GCC 12 at the least copy every
+// sum from register to register.
 struct Multiply {
-    static inline __attribute__((always_inline)) void add(__m256i& sum, __m256i a, __m256i b) { sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+    static inline __attribute__((always_inline)) void add(__m256i& sum, __m256i a, __m256i b) {
+        asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(a, b)));
+    }
 };
 
 #if defined(TESSERA_AVX_VNNI)
-// The same in one instruction of AVX-VNNI. As an instruction, so that what is compiled for AVX2 may use it where it is asked to.
+// The same in one instruction of AVX-VNNI.
 struct MultiplyAndAdd {
     static inline __attribute__((always_inline)) void add(__m256i& sum, __m256i a, __m256i b) {
         asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "xm"(b));
     }
 };
 #endif
+
+// Compilers prefer to load again what several products need.
+inline __attribute__((always_inline)) __m256i load_once(const __m256i* from) {
+    __m256i x = _mm256_load_si256(from);
+    asm("" : "+x"(x));
+    return x;
+}
+
+// sum[STRIDE n] += y[n] · x.
+template <class Sum, int N, int STRIDE>
+inline __attribute__((always_inline)) void add_all(__m256i* sum, const __m256i y[N], __m256i x) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) Sum::add(sum[STRIDE * n], y[n], x);
+}
 
 // What the bytes of n scales stand for, and zeros up to UNIT.
 inline void read_scales(const Book& book, const Side& side, int64_t line, int64_t token, int n, float* to) {
@@ -74,15 +91,16 @@ class Rows {
     uint8_t* const copies_;
 };
 
-// Codewords out of memory, 16 at a time: points by plain loads, which are faster than gather instructions on the processors
-// that this was measured on; moves by a shuffle of bytes and a change of signs.
-// SHORT: codes are 16 bits long.
+// Codewords out of memory: points by plain loads and stores of single words, of many codes, since a register read back at once would
+// wait for the stores of its words; then moves of 16 at a time by a shuffle of bytes and a change of signs.
+// SHORT: codes are 16 bits long, of which five are the move.
 template <bool SHORT>
 class Codewords {
   public:
     // Part p of the codewords.
     Codewords(const Book& book, int part)
         : table_(book.part[part].data()),
+          half_(book.bits / 2),
           point_shift_(_mm_cvtsi32_si128(book.move_bits)),
           point_mask_(_mm256_set1_epi32(int((1u << (book.bits - book.move_bits)) - 1))),
           move_mask_(_mm256_set1_epi16(short((1 << book.move_bits) - 1))),
@@ -101,63 +119,73 @@ class Codewords {
         shift_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(shift));
     }
 
-    // out[0]: components, as bytes, of the four codes at a0 and of those at b0; out[1]: of those at a1 and at b1.
-    // 16 bytes are read from each place, or 8 where codes are short.
-    inline __attribute__((always_inline)) void operator()(const uint8_t* a0, const uint8_t* a1, const uint8_t* b0, const uint8_t* b1,
-                                                          __m256i out[2]) const {
-        __m256i moves;
+    // The points of the eight codes at `from`: a word of four bytes each.
+    inline __attribute__((always_inline)) void points(const uint8_t* from, uint32_t* to) const {
         if constexpr (SHORT) {
-            const __m128i a = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a0)), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a1)));
-            const __m128i b = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(b0)), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b1)));
-            const __m256i codes = _mm256_set_m128i(b, a);
-            alignas(32) uint16_t point[16];
-            _mm256_store_si256(reinterpret_cast<__m256i*>(point), _mm256_srl_epi16(codes, point_shift_));
-            out[0] = words(point, point + 8);
-            out[1] = words(point + 4, point + 12);
-            moves = _mm256_and_si256(codes, move_mask_);
+            uint64_t four[2];
+            std::memcpy(four, from, 16);
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) to[4 * i + j] = table_[four[i] >> (16 * j + 5) & 0x7ff];
         } else {
-            const __m256i first = codes(a0, b0), second = codes(a1, b1);
-            alignas(32) uint32_t point[16];
-            _mm256_store_si256(reinterpret_cast<__m256i*>(point), _mm256_and_si256(_mm256_srl_epi32(first, point_shift_), point_mask_));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(point + 8), _mm256_and_si256(_mm256_srl_epi32(second, point_shift_), point_mask_));
-            out[0] = words(point, point + 4);
-            out[1] = words(point + 8, point + 12);
-            const __m256i mask = _mm256_srli_epi32(move_mask_, 16);
-            moves = _mm256_packus_epi32(_mm256_and_si256(first, mask), _mm256_and_si256(second, mask));
+            alignas(32) uint32_t point[8];
+            const __m256i code = _mm256_srl_epi32(codes(from, from + half_), point_shift_);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(point), _mm256_and_si256(code, point_mask_));
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; ++j) to[j] = table_[point[j]];
         }
-        // Which of the few permutations and which of the few signs a move has.
-        const __m256i number = _mm256_blendv_epi8(_mm256_shuffle_epi8(few_[0], moves), _mm256_shuffle_epi8(few_[1], moves), _mm256_slli_epi16(moves, 3));
-        out[0] = move(out[0], _mm256_unpacklo_epi16(number, number));
-        out[1] = move(out[1], _mm256_unpackhi_epi16(number, number));
+    }
+
+    // Points become codewords by the moves of their codes. x[0]: of four codes at a and of four at b; x[1]: of the next four.
+    inline __attribute__((always_inline)) void rows(const uint8_t* a, const uint8_t* b, __m256i x[2]) const {
+        if constexpr (SHORT) turn(_mm256_and_si256(join(a, b), move_mask_), x);
+        else turn(moves(codes(a, b), codes(a + half_, b + half_)), x);
+    }
+
+    // The same for x[0]: of eight codes at a; x[1]: of eight at b.
+    inline __attribute__((always_inline)) void pair(const uint8_t* a, const uint8_t* b, __m256i x[2]) const {
+        if constexpr (SHORT) {
+            const __m128i low = load(a), high = load(b);
+            const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi64(low, high), _mm_unpacklo_epi64(low, high));
+            turn(_mm256_and_si256(both, move_mask_), x);
+        } else {
+            turn(moves(codes(a, a + half_), codes(b, b + half_)), x);
+        }
     }
 
   private:
+    static inline __attribute__((always_inline)) __m128i load(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+
+    static inline __attribute__((always_inline)) __m256i join(const uint8_t* a, const uint8_t* b) { return _mm256_set_m128i(load(b), load(a)); }
+
+    // Four codes at a and four at b, each in a word of which the rest is of other codes.
     inline __attribute__((always_inline)) __m256i codes(const uint8_t* a, const uint8_t* b) const {
-        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a)), high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
-        return _mm256_srlv_epi32(_mm256_shuffle_epi8(_mm256_set_m128i(high, low), spread_), shift_);
+        return _mm256_srlv_epi32(_mm256_shuffle_epi8(join(a, b), spread_), shift_);
     }
 
-    template <class Point>
-    inline __attribute__((always_inline)) __m256i words(const Point* a, const Point* b) const {
-        return _mm256_set_m128i(four(b), four(a));
+    inline __attribute__((always_inline)) __m256i moves(__m256i first, __m256i second) const {
+        const __m256i mask = _mm256_srli_epi32(move_mask_, 16);
+        return _mm256_packus_epi32(_mm256_and_si256(first, mask), _mm256_and_si256(second, mask));
     }
 
-    template <class Point>
-    inline __attribute__((always_inline)) __m128i four(const Point* point) const {
-        __m128i x = _mm_cvtsi32_si128(int(table_[point[0]]));
-        x = _mm_insert_epi32(x, int(table_[point[1]]), 1);
-        x = _mm_insert_epi32(x, int(table_[point[2]]), 2);
-        return _mm_insert_epi32(x, int(table_[point[3]]), 3);
+    // moves: 16 bits each.
+    inline __attribute__((always_inline)) void turn(__m256i moves, __m256i x[2]) const {
+        // Which of the few permutations and which of the few signs a move has.
+        const __m256i number = _mm256_blendv_epi8(_mm256_shuffle_epi8(few_[0], moves), _mm256_shuffle_epi8(few_[1], moves), _mm256_slli_epi16(moves, 3));
+        x[0] = turned(x[0], _mm256_unpacklo_epi16(number, number));
+        x[1] = turned(x[1], _mm256_unpackhi_epi16(number, number));
     }
 
     // number: in each word's lowest three bits that of the signs, in the next three that of the permutation.
-    inline __attribute__((always_inline)) __m256i move(__m256i words, __m256i number) const {
+    inline __attribute__((always_inline)) __m256i turned(__m256i words, __m256i number) const {
         const __m256i lane = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
         const __m256i control = _mm256_or_si256(_mm256_permutevar8x32_epi32(controls_, _mm256_srli_epi32(number, 3)), lane);
         return _mm256_sign_epi8(_mm256_shuffle_epi8(words, control), _mm256_permutevar8x32_epi32(signs_, number));
     }
 
-    const uint32_t* table_;
+    const uint32_t* const table_;
+    const int half_;  // bytes of four codes
     const __m128i point_shift_;
     const __m256i point_mask_, move_mask_;
     const __m256i few_[2];
@@ -165,12 +193,18 @@ class Codewords {
     __m256i spread_, shift_;
 };
 
+inline bool short_codes(const Book& book) { return book.bits == 16 && book.move_bits == 5; }
+
+inline __attribute__((always_inline)) __m256i load_words(const uint32_t* a, const uint32_t* b) {
+    return _mm256_set_m128i(_mm_load_si128(reinterpret_cast<const __m128i*>(b)), _mm_load_si128(reinterpret_cast<const __m128i*>(a)));
+}
+
 // Components 0 and 2, or 1 and 3, of bytes, as 16-bit numbers.
 inline __attribute__((always_inline)) __m256i even(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
 inline __attribute__((always_inline)) __m256i odd(__m256i x) { return _mm256_srai_epi16(x, 8); }
 
 // Whether nothing beyond a row's codes is read.
-inline bool exact_rows(const Book& book, int chunks) { return book.bits == 16 && chunks % 8 == 0; }
+inline bool exact_rows(const Book& book, int chunks) { return short_codes(book) && chunks % 8 == 0; }
 
 constexpr float TWO_PARTS[2] = {128.0f, 1.0f};  // what the parts of a codeword are worth, where there are two
 
@@ -188,6 +222,7 @@ class Avx2Keys {
           codewords_{{book, 0}, {book, book.parts - 1}},
           rows_(book.row_bytes(chunks), exact_rows(book, chunks), 1, memory),
           digits_(memory.take<int16_t>(size_t(TILE) * limbs_ * steps_ * 32)),
+          words_(memory.take<uint32_t>(size_t(UNIT) * steps_ * 8)),
           planes_(memory.take<__m256i>(size_t(book.parts) * 8 * steps_ * 4)) {}
 
     void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
@@ -253,12 +288,18 @@ class Avx2Keys {
     [[gnu::noinline]] void look_up(const uint8_t* const* row, int part) const {
         const Codewords<SHORT> codewords = codewords_[part];  // a copy: stores do not change it
         const int step = book_.bits;                          // bytes of eight codes
+        uint32_t* word = words_;
+        for (int t = 0; t < UNIT; ++t)
+            for (int s = 0; s < steps_; ++s, word += 8) codewords.points(row[t] + s * step, word);
         __m256i* to = planes_ + size_t(part) * 8 * steps_ * 4;
         for (int t = 0; t < 8; ++t) {
-            const uint8_t *a = row[t / 4 * 8 + t % 4], *b = row[t / 4 * 8 + t % 4 + 4];
-            for (int s = 0; s < steps_; ++s, a += step, b += step, to += 4) {
-                __m256i x[2];
-                codewords(a, a + step / 2, b, b + step / 2, x);
+            const int first = t / 4 * 8 + t % 4, second = first + 4;
+            const uint8_t *a = row[first], *b = row[second];
+            const uint32_t *u = words_ + first * 8 * steps_, *v = words_ + second * 8 * steps_;
+            for (int s = 0; s < steps_; ++s, a += step, b += step, u += 8, v += 8, to += 4) {
+                __m256i x[2] = {load_words(u, v), load_words(u + 4, v + 4)};
+                codewords.rows(a, b, x);
+#pragma GCC unroll 2
                 for (int i = 0; i < 2; ++i) {
                     _mm256_store_si256(to + 2 * i, even(x[i]));
                     _mm256_store_si256(to + 2 * i + 1, odd(x[i]));
@@ -289,7 +330,7 @@ class Avx2Keys {
 
     // Sums of products of four planes, eight vectors, with N rows of digits.
     template <int N>
-    static inline __attribute__((always_inline)) void products(const __m256i* plane, const int16_t* digits, int steps, __m256i out[N]) {
+    [[gnu::noinline]] static void products(const __m256i* plane, const int16_t* digits, int steps, __m256i out[N]) {
         __m256i sum[N][4];
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n)
@@ -300,11 +341,7 @@ class Avx2Keys {
 #pragma GCC unroll 2
             for (int n = 0; n < N; ++n) q[n] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(digits + size_t(n) * 8 * steps)));
 #pragma GCC unroll 4
-            for (int t = 0; t < 4; ++t) {
-                const __m256i x = _mm256_load_si256(plane + t * steps);
-#pragma GCC unroll 2
-                for (int n = 0; n < N; ++n) Sum::add(sum[n][t], q[n], x);
-            }
+            for (int t = 0; t < 4; ++t) add_all<Sum, N, 4>(&sum[0][t], q, load_once(plane + t * steps));
         }
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n)
@@ -316,6 +353,7 @@ class Avx2Keys {
     const Codewords<SHORT> codewords_[2];
     const Rows rows_;
     int16_t* const digits_;   // (TILE, limbs, steps, 4, 8), in the order of the planes
+    uint32_t* const words_;   // (UNIT, steps, 8)
     __m256i* const planes_;   // (parts, 2, 4, steps, 4)
     float worth_[TILE][2] = {};
 };
@@ -358,6 +396,8 @@ class Avx2Values {
     }
 
   private:
+    static constexpr int WORDS = 64;  // tokens whose points are looked up before the first is moved
+
     // As 16 bits, less 2^15, which is added by way of `bias_`; with two limbs as twice 12 bits. Never fewer: many small weights,
     // each rounded to nothing, would be missed beside a large one.
     template <int LIMBS>
@@ -386,20 +426,25 @@ class Avx2Values {
     // Span s, of eight chunks, of all tokens: two tokens' numbers lie side by side.
     [[gnu::noinline]] void look_up(const uint8_t* const* row, int count, int s, int part) {
         const Codewords<SHORT> codewords = codewords_[part];
-        const int at = s * book_.bits, next = book_.bits / 2;
+        const int at = s * book_.bits;
         __m256i* to = planes_ + size_t(part) * BLOCK / 2 * 4;
         __m256i sum[4];  // of at most 128 bytes each
         for (int i = 0; i < 4; ++i) sum[i] = _mm256_setzero_si256();
-        for (int t = 0; t < count; t += 2, to += 4) {
-            const uint8_t *a = row[t] + at, *b = row[t + 1] + at;
-            __m256i x[2];
-            codewords(a, b, a + next, b + next, x);
-            const __m256i low = _mm256_unpacklo_epi16(x[0], x[1]), high = _mm256_unpackhi_epi16(x[0], x[1]);
-            const __m256i all[4] = {even(low), odd(low), even(high), odd(high)};
+        alignas(32) uint32_t words[WORDS * 8];
+        for (int begin = 0; begin < count; begin += WORDS) {
+            const int end = std::min(count, begin + WORDS);
+            for (int t = begin; t < end; ++t) codewords.points(row[t] + at, words + (t - begin) * 8);
+            const uint32_t* word = words;
+            for (int t = begin; t < end; t += 2, to += 4, word += 16) {
+                __m256i x[2] = {_mm256_load_si256(reinterpret_cast<const __m256i*>(word)), _mm256_load_si256(reinterpret_cast<const __m256i*>(word + 8))};
+                codewords.pair(row[t] + at, row[t + 1] + at, x);
+                const __m256i low = _mm256_unpacklo_epi16(x[0], x[1]), high = _mm256_unpackhi_epi16(x[0], x[1]);
+                const __m256i all[4] = {even(low), odd(low), even(high), odd(high)};
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                _mm256_store_si256(to + i, all[i]);
-                sum[i] = _mm256_add_epi16(sum[i], all[i]);
+                for (int i = 0; i < 4; ++i) {
+                    _mm256_store_si256(to + i, all[i]);
+                    sum[i] = _mm256_add_epi16(sum[i], all[i]);
+                }
             }
         }
         for (int i = 0; i < 4; ++i) bias_[part][i] = _mm256_slli_epi32(_mm256_madd_epi16(sum[i], _mm256_set1_epi16(1)), 15);
@@ -410,27 +455,9 @@ class Avx2Values {
         __m256 total[ROWS][4];
         for (int part = 0; part < book_.parts; ++part) {
             __m256i dot[ROWS * LIMBS][4];
-#pragma GCC unroll 2
-            for (int n = 0; n < ROWS * LIMBS; ++n)
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) dot[n][i] = LIMBS == 1 ? bias_[part][i] : _mm256_setzero_si256();
-            const __m256i* plane = planes_ + size_t(part) * BLOCK / 2 * 4;
-            const int16_t* weight = weights_ + size_t(r) * LIMBS * BLOCK;
-            for (int pair = 0; pair < units * UNIT / 2; ++pair, plane += 4, weight += 2) {
-                __m256i w[ROWS * LIMBS];
-#pragma GCC unroll 2
-                for (int n = 0; n < ROWS * LIMBS; ++n) {
-                    int32_t both;
-                    std::memcpy(&both, weight + n * BLOCK, 4);
-                    w[n] = _mm256_set1_epi32(both);
-                }
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) {
-                    const __m256i x = _mm256_load_si256(plane + i);
-#pragma GCC unroll 2
-                    for (int n = 0; n < ROWS * LIMBS; ++n) Sum::add(dot[n][i], w[n], x);
-                }
-            }
+            for (int i = 0; i < 4; ++i) dot[0][i] = LIMBS == 1 ? bias_[part][i] : _mm256_setzero_si256();
+            products<ROWS * LIMBS>(planes_ + size_t(part) * BLOCK / 2 * 4, weights_ + size_t(r) * LIMBS * BLOCK, units * UNIT / 2, dot);
             const __m256 worth = _mm256_set1_ps(book_.parts == 2 ? TWO_PARTS[part] : 1.0f);
             for (int j = 0; j < ROWS; ++j)
                 for (int i = 0; i < 4; ++i) {
@@ -454,6 +481,31 @@ class Avx2Values {
             const int count = std::min(32, dim_ - 32 * s);
             for (int k = 0; k < count; ++k) to[k] += flat[k];
         }
+    }
+
+    // Sums over pairs of tokens of products with N rows of weights, of which all begin at sum[0].
+    template <int N>
+    [[gnu::noinline]] static void products(const __m256i* plane, const int16_t* weight, int pairs, __m256i out[N][4]) {
+        __m256i sum[N][4];
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) sum[n][i] = out[0][i];
+        for (int pair = 0; pair < pairs; ++pair, plane += 4, weight += 2) {
+            __m256i w[N];
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) {
+                int32_t both;
+                std::memcpy(&both, weight + n * BLOCK, 4);
+                w[n] = _mm256_set1_epi32(both);
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) add_all<Sum, N, 4>(&sum[0][i], w, load_once(plane + i));
+        }
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) out[n][i] = sum[n][i];
     }
 
     const Book& book_;
