@@ -99,22 +99,23 @@ def decode_attention(shape: str) -> str:
 
 
 def vllm_engine() -> str:
-    """What the pool of an engine holds, what it says and how fast, by cache."""
+    """What the pool of an engine holds, what it says and, where that was taken, how fast, by cache."""
     record = _load("vllm_engine")
-    lengths = [int(n) for n in next(iter(record["rows"]))["held"]]
-    cells = []
-    for r in record["rows"]:
-        quality = (f"{r['kl']:.4f}", f"{r['top1']:.1%}") if "kl" in r else ("", "")
-        speed = (
-            f"{r['first_token']:.1f}" if "first_token" in r else "",
-            *(f"{r[name]['tokens_per_second']:.1f}" if name in r else "" for name in ("many", "long")),
-        )
-        held = (f"{r['held'][str(n)]:,}" for n in lengths)
-        cells.append((f"`{r['cache']}`", f"{r['blocks']:,}", *held, f"{r['perplexity']:.2f}", *quality, *speed))
-    head = ("cache", "blocks", *(f"held at {n:,}" for n in lengths), "perplexity", "KL", "top-1")
-    many = f"tokens/s, {record['requests']} of {record['prompt']:,}"
-    long = f"tokens/s, {record['few']} of {record['long']:,}"
-    return markdown_table((*head, f"first token of {record['long']:,}, s", many, long), cells)
+    rows = record["rows"]
+    lengths = [int(n) for n in rows[0]["held"]]
+    head = ["cache", "blocks", *(f"held at {n:,}" for n in lengths), "perplexity", "KL", "top-1"]
+    cells = [
+        [f"`{r['cache']}`", f"{r['blocks']:,}"]
+        + [f"{r['held'][str(n)]:,}" for n in lengths]
+        + [f"{r['perplexity']:.2f}", *((f"{r['kl']:.4f}", f"{r['top1']:.1%}") if "kl" in r else ("", ""))]
+        for r in rows
+    ]
+    if all("first_token" in r for r in rows):
+        head.append(f"first token of {record['long']:,}, s")
+        head += [f"tokens/s, {record[n]} of {record[size]:,}" for n, size in (("requests", "prompt"), ("few", "long"))]
+        for cell, r in zip(cells, rows, strict=True):
+            cell += [f"{r['first_token']:.1f}", *(f"{r[name]['tokens_per_second']:.1f}" for name in ("many", "long"))]
+    return markdown_table(head, cells)
 
 
 def vllm_kernels() -> str:
