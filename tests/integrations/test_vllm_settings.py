@@ -98,7 +98,7 @@ def drafting(method: str, count: int) -> SimpleNamespace:
         ({"cache_config__cache_dtype": "fp8"}, "leave it out"),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallel"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallel"),
-        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"kv_transfer_config": "a connector"}, "--kv-transfer-config"),
         ({"speculative_config": drafting("eagle", 5)}, "eagle"),
         ({"speculative_config": drafting("ngram", 65)}, "at most 64"),
     ],
