@@ -49,7 +49,7 @@ def tolerance(spec: str) -> float:
 
 def contents(cache: tessera.Cache) -> list[Tensor | Packed]:
     """All that is held, without the free room, whatever the pages it lies in."""
-    parts = [part.held for layer in cache.layers for lane in layer.lanes for part in lane.parts()]
+    parts = [part.held for layer in cache.layers for group in layer.groups for part in group.sources()]
     return [x for held in parts for x in (joined(held) if isinstance(held, Pages) else held)]
 
 

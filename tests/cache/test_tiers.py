@@ -6,7 +6,7 @@ from cache_fixtures import CODECS
 from torch import Tensor
 
 from tessera import codecs
-from tessera.cache.lane import RECORDED, Lane, Policy
+from tessera.cache.group import RECORDED, RetentionPolicy, SequenceGroup
 from tessera.cache.spec import BLOCK, parse
 from tessera.cache.tiers import PAGE, CodecTier, ExactTier
 from tessera.kernels import Pages
@@ -144,96 +144,96 @@ def test_what_kernels_noted_of_pages_is_kept_as_long_as_these() -> None:
 
 
 def test_steps_that_pack_nothing_keep_the_view_that_kernels_know() -> None:
-    lane = lane_of("hqmq:4 + recent:16")
-    feed(lane, 200)
-    assert lane.packed is not None
-    (view,) = lane.packed.views
-    feed(lane, 3)
-    assert lane.packed.views[0] is view
-    feed(lane, BLOCK)
-    assert lane.packed.views[0] is not view
+    group = group_of("hqmq:4 + recent:16")
+    feed(group, 200)
+    assert group.quantized is not None
+    (view,) = group.quantized.views
+    feed(group, 3)
+    assert group.quantized.views[0] is view
+    feed(group, BLOCK)
+    assert group.quantized.views[0] is not view
 
 
-def lane_of(text: str, sliding: int | None = None) -> Lane:
+def group_of(text: str, sliding: int | None = None) -> SequenceGroup:
     spec = parse(text)
-    return Lane(Policy.of(spec, tuple(codecs.get(name) for name, _ in spec.codecs), sliding), 0, [0, 1])
+    return SequenceGroup(RetentionPolicy.of(spec, tuple(codecs.get(name) for name, _ in spec.codecs), sliding), 0, [0, 1])
 
 
-def feed(lane: Lane, count: int, spare: int = 0) -> None:
-    lane.dismiss(lane.admit(*pair(count, start=lane.length), False, hold=spare))
+def feed(group: SequenceGroup, count: int, spare: int = 0) -> None:
+    group.end_step(group.begin_step(*pair(count, start=group.length), False, hold=spare))
 
 
 @pytest.mark.parametrize("recent", [0, 1, 63, 64, 100])
 def test_recent_holds_between_r_and_r_plus_63(recent: int) -> None:
-    lane = lane_of(f"sink:4 + grouped:8 + recent:{recent}")
+    group = group_of(f"sink:4 + grouped:8 + recent:{recent}")
     for count in (1, 2, 3, 200, 1, 1, 64, 63, 1500, 1):
-        feed(lane, count)
-        held = lane.held
-        assert held["sink"] == min(4, lane.length)
+        feed(group, count)
+        held = group.held
+        assert held["sink"] == min(4, group.length)
         assert held["packed"] % BLOCK == 0
-        assert sum(held.values()) == lane.length
+        assert sum(held.values()) == group.length
         if held["packed"]:
             assert recent <= held["recent"] <= recent + 63
-        assert places(lane.recent) == list(range(lane.length - held["recent"], lane.length))
+        assert places(group.recent) == list(range(group.length - held["recent"], group.length))
 
 
 def test_limit_drops_the_oldest_whole_blocks() -> None:
-    one, many = lane_of("sink:2 + grouped:8@200 + recent:10"), lane_of("sink:2 + grouped:8@200 + recent:10")
+    one, many = group_of("sink:2 + grouped:8@200 + recent:10"), group_of("sink:2 + grouped:8@200 + recent:10")
     feed(one, 1000)
     for _ in range(1000):
         feed(many, 1)
-    for lane in (one, many):
-        assert lane.held["packed"] == 192
-        assert lane.dropped == 1000 - 2 - 192 - lane.held["recent"]
-    assert [p.start for p in one.parts()] == [0, 2 + one.dropped, 1000 - one.held["recent"]]
+    for group in (one, many):
+        assert group.held["packed"] == 192
+        assert group.dropped == 1000 - 2 - 192 - group.held["recent"]
+    assert [p.start for p in one.sources()] == [0, 2 + one.dropped, 1000 - one.held["recent"]]
 
 
 @pytest.mark.parametrize("spec", ["dense", "grouped:8 + recent:16", "window:300", "grouped:8 + recent:500", "grouped:8"])
 def test_a_sliding_layer_keeps_what_can_still_be_seen(spec: str) -> None:
-    lane = lane_of(spec, sliding=100)
+    group = group_of(spec, sliding=100)
     for count in (1, 250, 1, 1, 1, 700, 1):
-        feed(lane, count)
-        total = sum(lane.held.values())
-        assert min(lane.length, 99) <= total <= 99 + 2 * BLOCK
-        assert lane.dropped == lane.length - total
+        feed(group, count)
+        total = sum(group.held.values())
+        assert min(group.length, 99) <= total <= 99 + 2 * BLOCK
+        assert group.dropped == group.length - total
 
 
 def test_crop() -> None:
-    lane = lane_of("sink:4 + grouped:8 + recent:16")
-    feed(lane, 300)
-    assert lane.held == {"sink": 4, "packed": 256, "recent": 40}
-    lane.crop(10)
-    assert lane.held == {"sink": 4, "packed": 256, "recent": 30}
-    lane.crop(40)  # 30 from recent, 10 from the last block, whose rest comes back
-    assert lane.held == {"sink": 4, "packed": 192, "recent": 54}
-    assert (lane.recent.keys[0, 0, :, 0] - torch.arange(196, 250)).abs().max() < 2
-    lane.crop(248)
-    assert lane.held == {"sink": 2, "packed": 0, "recent": 0}
-    feed(lane, 100)
-    assert lane.held == {"sink": 4, "packed": 64, "recent": 34}
+    group = group_of("sink:4 + grouped:8 + recent:16")
+    feed(group, 300)
+    assert group.held == {"sink": 4, "packed": 256, "recent": 40}
+    group.crop(10)
+    assert group.held == {"sink": 4, "packed": 256, "recent": 30}
+    group.crop(40)  # 30 from recent, 10 from the last block, whose rest comes back
+    assert group.held == {"sink": 4, "packed": 192, "recent": 54}
+    assert (group.recent.keys[0, 0, :, 0] - torch.arange(196, 250)).abs().max() < 2
+    group.crop(248)
+    assert group.held == {"sink": 2, "packed": 0, "recent": 0}
+    feed(group, 100)
+    assert group.held == {"sink": 4, "packed": 64, "recent": 34}
 
 
 def test_crop_after_recording_leaves_no_trace() -> None:
-    recorded, plain = lane_of("grouped:8 + recent:16"), lane_of("grouped:8 + recent:16")
+    recorded, plain = group_of("grouped:8 + recent:16"), group_of("grouped:8 + recent:16")
     feed(recorded, 300, spare=RECORDED)
     feed(recorded, 100, spare=RECORDED)
     recorded.crop(100)
-    recorded.settle()
+    recorded.evict_blocks()
     feed(plain, 300)
     assert recorded.held == plain.held
-    for found, wanted in zip(recorded.parts(), plain.parts(), strict=True):
+    for found, wanted in zip(recorded.sources(), plain.sources(), strict=True):
         pair = (part.held.decode() if isinstance(part.held, Pages) else part.held for part in (found, wanted))
         torch.testing.assert_close(*pair, atol=0, rtol=0)
 
 
 def test_crop_refuses_what_was_dropped() -> None:
-    lane = lane_of("window:50")
-    feed(lane, 40)
-    lane.check_crop(40)  # nothing has been dropped yet
-    feed(lane, 200)
+    group = group_of("window:50")
+    feed(group, 40)
+    group.check_crop(40)  # nothing has been dropped yet
+    feed(group, 200)
     with pytest.raises(ValueError, match="keeps a window of 50 tokens"):
-        lane.check_crop(100)
-    limited = lane_of("grouped:8@64")
+        group.check_crop(100)
+    limited = group_of("grouped:8@64")
     feed(limited, 640)
     limited.check_crop(64)
     with pytest.raises(ValueError, match="cannot be cropped to 500"):

@@ -20,10 +20,10 @@ from oracle import Given, LayerOracle, LlamaOracle, Rules
 from torch import Tensor
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.attachment import attachment
+from tessera.adapters import attached_memory
 from tessera.attention import attention_forward
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_cache import TensorCacheConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 #: Rows that a sequence may reach.
 MOST_ROWS = 4
@@ -111,7 +111,7 @@ def model_of(name: str) -> Any:
     tessera.enable(model)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(7)
-        done = attachment(model)
+        done = attached_memory(model)
         for layer in () if done is None else done.layers.values():
             layer.gate_logit.fill_(1.0)
             if name.startswith("tc"):
@@ -192,7 +192,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.model = model_of(kind.model)
         self.cache = self.new_cache()
         self.batch = rows
-        done = attachment(self.model)
+        done = attached_memory(self.model)
         layers, sliding = [], SLIDING if kind.model == "sliding" else None
         for index in range(len(self.cache.layers)):
             memory = done.layers[index] if done is not None and done.kind == "TensorCache" else None

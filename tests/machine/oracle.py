@@ -69,7 +69,7 @@ class Rules:
         # Sinks are of no use to a layer that does not see them, nor are more exact tokens than it sees.
         sink, recent = (spec.sink, spec.recent) if sliding is None else (0, min(spec.recent, sliding - 1))
         packed = prefill == "packed"
-        return Rules(sink, recent, used, limits, spec.window, spec.associative, packed, sliding, layer)
+        return Rules(sink, recent, used, limits, spec.window, spec.tensor_cache, packed, sliding, layer)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The compressed tiers of a lane, one behind the other: what one lets go the next takes in, and the last one's is dropped.
+"""The compressed tiers of a group, one behind the other: what one lets go the next takes in, and the last one's is dropped.
 
 Tokens pass from tier to tier in whole blocks, the oldest first, decoded by the one and encoded by the next. Which tier a token
 is in depends on how many tokens have come behind it and on nothing else, so neither on how calls were cut nor on other rows.

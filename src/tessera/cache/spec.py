@@ -18,7 +18,7 @@ TIERS = {
     "recent": ("recent:128", "the newest tokens, exact"),
     "window": ("window:512", "the newest tokens, exact, and nothing behind them"),
     "dense": ("dense", "every token, exact"),
-    "tc": ("tc", "an associative memory of what was dropped"),
+    "tc": ("tc", "an Tensor Cache of what was dropped"),
 }
 
 
@@ -35,7 +35,8 @@ class Spec:
         older: further codecs and their limits, each for what the one before lets go.
         window: a query sees this many newest tokens, itself included, and the sinks, and nothing else. None: no window.
         dense: keep every token exactly.
-        associative: what leaves the window, or the last codec, is written into the memory that `tessera.attach` gave the model.
+        tensor_cache: what leaves the window, or the last codec, is written into the Tensor Cache that `tessera.attach`
+            has given to the model.
     """
 
     sink: int = 0
@@ -44,7 +45,7 @@ class Spec:
     codec_limit: int | None = None
     window: int | None = None
     dense: bool = False
-    associative: bool = False
+    tensor_cache: bool = False
     older: tuple[tuple[str, int | None], ...] = ()
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class Spec:
             if self.window < 1:
                 raise ValueError(f"window needs at least 1 token, got {self.window}")
             self._alone("window", "it is exact and nothing lies behind it; only 'sink' may join it", recent=self.recent)
-        if self.associative and not self.bounded:
+        if self.tensor_cache and not self.bounded:
             raise ValueError(
                 "'tc' absorbs what leaves a window, or a codec that holds so many tokens at most: add 'window:512', or what "
                 "the memory was made for, or 'hqmq:4@32768'"
@@ -138,7 +139,7 @@ class Spec:
             words.append(f"window:{self.window}")
         if self.dense:
             words.append("dense")
-        if self.associative:
+        if self.tensor_cache:
             words.append("tc")
         return " + ".join(words)
 
@@ -190,7 +191,7 @@ def _tier(word: str, text: str) -> dict[str, Any]:
     if name in ("dense", "tc"):
         if colon:
             raise ValueError(f"{name!r} takes no argument, got {word!r} in {text!r}")
-        return {"dense" if name == "dense" else "associative": True}
+        return {"dense" if name == "dense" else "tensor_cache": True}
     if name in TIERS:
         return {name: _number(argument, word, TIERS[name][0], text)}
     if name.partition("@")[0] in codecs.names():

@@ -177,13 +177,13 @@ class CodecTier:
         while done < n:
             few, held = _unfinished(pages)
             size = min(PAGE - held, n - done)
-            part = slice(done, done + size)
-            coming = k[:, :, part]
+            chunk = slice(done, done + size)
+            coming = k[:, :, chunk]
             if self.stats is not None:
                 coming = coming.float() * self.stats.widths.unsqueeze(2)
             keys = self.codec.encode(coming, "key", self.layer, weights=weights)
             keys = replace(keys, dtype=k.dtype)  # what they are to be decoded to
-            values = self.codec.encode(v[:, :, part], "value", self.layer)
+            values = self.codec.encode(v[:, :, chunk], "value", self.layer)
             pages.append((keys, values))
             if few and held + size == PAGE:
                 keys, values = (Packed.cat(list(packed)) for packed in zip(*pages[-few - 1 :], strict=True))
