@@ -147,7 +147,7 @@ def test_stats_are_measured_saved_and_used(small_model: Path, small_text: Path, 
     with torch.no_grad():
         source.model(ids, past_key_values=cache)
     for layer, found in zip(cache.layers, stats, strict=True):
-        learned = layer.groups[0].quantized.stats
+        learned = layer.groups[0].chain.stats
         assert ((learned.widths / found.widths).log2().abs() <= 1).float().mean() > 0.9
     spec = ("--cache", "hqmq:4", "--stats", path, "--prompt", small_text.read_text()[:300], "--max-new-tokens", 4)
     code, out, err = run("generate", "--model", small_model, *spec)

@@ -171,11 +171,11 @@ def test_a_broken_pair_is_refused_before_it_is_written() -> None:
     cache = tessera.Cache(SPEC, model)
     logits(model, cache, tokens(1, 40), (40,))
     group = cache.layers[0].groups[0]
-    before = group.memory.state.a.clone()
-    group.recent.keys[:, :, 1:] = torch.nan
+    before = group.chain.tensor_cache.state.a.clone()
+    group.chain.recent.keys[:, :, 1:] = torch.nan
     with pytest.raises(ValueError, match="keys must be finite"):
         logits(model, cache, tokens(1, 8), (8,))
-    assert torch.equal(group.memory.state.a, before)
+    assert torch.equal(group.chain.tensor_cache.state.a, before)
 
 
 def test_detaching_restores_the_model_bit_for_bit() -> None:

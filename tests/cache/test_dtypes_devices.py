@@ -121,7 +121,7 @@ def test_no_token_is_rounded_to_the_dtype_of_another(switched: bool, mix: Any) -
     with nullcontext() if switched else pytest.warns(UserWarning, match="dense keys and values"):
         run(model, cache, ids, mix)
     for mine, theirs in zip(cache.layers, own.layers, strict=True):
-        held = mine.groups[0].recent
+        held = mine.groups[0].chain.recent
         assert torch.equal(held.keys, theirs.keys)
         assert torch.equal(held.values.to(theirs.values.dtype), theirs.values)
     assert cache.report().dense_nbytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in own.layers)
@@ -192,7 +192,12 @@ def states(model: Any, cache: Any) -> list[Tensor]:
     if attached_memory(model).kind == "TensorMemory":
         found = [state for layer in getattr(cache, STREAMS).layers.values() for _, state in layer.groups]
         return [x for state in found if state is not None for x in state.tensors().values()]
-    found = [group.memory.state for layer in cache.layers for group in layer.groups if group.memory is not None]
+    found = [
+        group.chain.tensor_cache.state
+        for layer in cache.layers
+        for group in layer.groups
+        if group.chain.tensor_cache is not None
+    ]
     return [x for state in found for x in (state.a, state.slow, state.z)]
 
 

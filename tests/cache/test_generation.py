@@ -385,9 +385,8 @@ def test_answers_depend_on_the_packed_bytes(role: int) -> None:
     logits(model, cache, tokens(1, 200), (200,))
     spoilt = copy.deepcopy(cache)
     for layer in spoilt.layers:
-        packed = layer.groups[0].quantized
-        assert packed is not None
-        for page in packed.pages:
+        (tier,) = layer.groups[0].chain.quantized
+        for page in tier.pages:
             page[role].tensors["codes"].random_(0, 255)
     step = tokens(1, 1)
     good, bad = (logits(model, c, step, (1,)) for c in (cache, spoilt))

@@ -51,7 +51,7 @@ def go_on(model: Any, cache: tessera.Cache, ids: Tensor) -> Tensor:
     return logits(model, cache, ids, LATER, padding(PADS, 300 + sum(LATER)))
 
 
-@pytest.mark.parametrize("prefill", ["exact", "packed"])
+@pytest.mark.parametrize("prefill", ["exact", "quantized"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_loaded_cache_goes_on_as_the_saved_one(spec: str, family: str, prefill: Any, tmp_path: Path) -> None:

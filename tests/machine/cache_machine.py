@@ -72,14 +72,14 @@ LOSSY = [
         "q4_0",
         "sink:70 + scalar:4 + recent:5",
     )
-    for prefill in ("exact", "packed")
+    for prefill in ("exact", "quantized")
 ]
 #: Several codecs, each for what the one before lets go.
 CHAINS = [
     Kind("sink:2 + hqmq:4@64 + hqmq:3@128 + recent:16"),
-    Kind("hqmq:4@64 + kivi:4@64 + q4_0 + recent:8", "packed"),
+    Kind("hqmq:4@64 + kivi:4@64 + q4_0 + recent:8", "quantized"),
 ]
-PAIRS = [Kind("sink:2 + hqmq:k4v3@128 + recent:16", "packed")]
+PAIRS = [Kind("sink:2 + hqmq:k4v3@128 + recent:16", "quantized")]
 LLAMAS = [Kind(spec, model="plain") for spec in ("dense", "sink:2 + window:20")]
 SLIDING_LAYERS = [Kind(spec, model="sliding") for spec in ("dense", "sink:2 + hqmq:4 + recent:8")]
 TENSOR_CACHES = [
@@ -129,7 +129,7 @@ class Layout:
 
     Attributes:
         padding: where in each row the padding of this call is.
-        structure: "causal"; "packed": new documents begin within the call; "prefix": a span sees itself both ways.
+        structure: "causal"; "quantized": new documents begin within the call; "prefix": a span sees itself both ways.
         form: how the mask is given: "none" if it says nothing, "2d" as the tokenizer does, "4d" bool, or "additive".
         positions: "slots": left to the model; "counted" without padding; with a "gap"; or a "restart" at 0.
         numbers: how long, where and how far, one for each row.

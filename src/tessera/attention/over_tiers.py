@@ -9,8 +9,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from tessera.attention.missing_sinks import warn_if_sinks_are_missing
 from tessera.attention.windowed import Softmax
 from tessera.cache.cache_layer import DeferredKV
-from tessera.cache.group import KVSource, StepContext
+from tessera.cache.group import StepContext
 from tessera.cache.masks import GroupMask, Runs
+from tessera.cache.tiers import KVSource, TensorCacheTier
 from tessera.kernels import Pages, dispatch
 from tessera.tensor_cache.gated import MemoryCall, TensorCacheLayer
 
@@ -70,58 +71,57 @@ def _recall(memory: TensorCacheLayer, q: Tensor, step: StepContext) -> Tensor:
     q: (rows, heads, tokens, head_dim); returns (rows, tokens, hidden).
     """
     group, window = step.group, memory.config.window
-    assert group.memory is not None
-    if group.policy.dissolves:
-        return _read(memory, q, step)
-    begin, end = group.memory.written, step.first + step.tokens
-    k, v = group.pairs(step, max(0, begin - window), max(0, end - window))
+    matrix = group.chain.tensor_cache
+    assert matrix is not None
+    if matrix.window is None:
+        return _read(memory, q, step, matrix)
+    begin, end = matrix.written, step.first + step.tokens
+    k, v = step.pairs(max(0, begin - window), max(0, end - window))
     memory.memory.check_finite(k, v)
     # What left at earlier queries, which might have been taken back, has not been written yet; those read nothing now.
     late = step.first - begin
-    at = group.memory.places(step.first, end, end)
+    at = matrix.positions_of(step.first, end, end)
     if at is not None:
         q = memory.unrotated(q, at)
     # Sinks, whose positions may not be known any more, are never written.
-    at = group.memory.places(max(0, begin - window), max(0, end - window), end)
+    at = matrix.positions_of(max(0, begin - window), max(0, end - window), end)
     if at is not None:
         k = memory.unrotated(k, at)
     live = (torch.arange(begin, end, device=q.device) - window >= memory.config.sink).expand(len(group.rows), -1)
     # The first tokens push nothing out, until the window is full.
     idle = end - begin - k.shape[2]
     k, v = pad(k, (0, 0, idle, 0)), pad(v, (0, 0, idle, 0))
-    before = group.memory.state_for(memory.memory, k)
+    before = matrix.state_for(memory.memory, k)
     read, after = memory.memory.advance(pad(q, (0, 0, late, 0)), k, v, live, before)
     keep = max(begin, end - step.hold)
     if keep < end:
         few = keep - begin
         unasked = q.new_zeros((*q.shape[:2], few, q.shape[3]))
         _, after = memory.memory.advance(unasked, k[:, :, :few], v[:, :, :few], live[:, :few], before)
-    group.memory.propose(after, keep)
+    matrix.propose(after, keep)
     return memory.project(read[:, :, late:], q)
 
 
-def _read(memory: TensorCacheLayer, q: Tensor, step: StepContext) -> Tensor:
+def _read(memory: TensorCacheLayer, q: Tensor, step: StepContext, matrix: TensorCacheTier) -> Tensor:
     """What a memory behind codecs adds, which has what left before this call; what leaves at the call's end is written then."""
     group, end = step.group, step.first + step.tokens
-    assert group.memory is not None
-    held = group.memory
-    at = held.places(step.first, end, end)
+    at = matrix.positions_of(step.first, end, end)
     if at is not None:
         q = memory.unrotated(q, at)
 
     def absorb(k: Tensor, v: Tensor, place: int) -> None:
         memory.memory.check_finite(k, v)
-        at = held.places(place, place + k.shape[2], end)
+        at = matrix.positions_of(place, place + k.shape[2], end)
         k = k if at is None else memory.unrotated(k, at)
         real = torch.ones((len(group.rows), k.shape[2]), dtype=torch.bool, device=k.device)
         none = q.new_zeros((*q.shape[:2], k.shape[2], q.shape[3]))
-        held.state = memory.memory.advance(none, k, v, real, held.state_for(memory.memory, k))[1].detach()
+        matrix.state = memory.memory.advance(none, k, v, real, matrix.state_for(memory.memory, k))[1].detach()
 
-    held.absorb = absorb
+    matrix.absorb = absorb
     heads, dim = memory.memory.num_heads, memory.memory.head_dim
     nothing = q.new_zeros((q.shape[0], heads, q.shape[2], dim))
     idle = torch.zeros((q.shape[0], q.shape[2]), dtype=torch.bool, device=q.device)
-    read, _ = memory.memory.advance(q, nothing, nothing, idle, held.state_for(memory.memory, nothing))
+    read, _ = memory.memory.advance(q, nothing, nothing, idle, matrix.state_for(memory.memory, nothing))
     return memory.project(read, q)
 
 
@@ -141,6 +141,8 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
             if window is not None and not step.group.policy.masked:
                 seen = seen & _newer(step, source, window, q.device)
             start = window = None
+        if source.unmasked:
+            seen = start = window = None
         if isinstance(source.held, Pages):
             results.append(
                 dispatch.attend(q, source.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window)

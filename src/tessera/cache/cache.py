@@ -15,16 +15,18 @@ from transformers.cache_utils import Cache as TransformersCache
 from tessera import codecs
 from tessera.cache import files
 from tessera.cache.cache_layer import ATTACHED, STREAMS, CacheContext, TesseraLayer
+from tessera.cache.chain import tier_name
 from tessera.cache.config import check_shapes, read_config, rotary_partner
-from tessera.cache.group import RetentionPolicy, tier_name
 from tessera.cache.per_layer import AnySpec, layer_specs, parse
+from tessera.cache.policy import RetentionPolicy
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec
 from tessera.codecs.key_stats import KeyStats, load_stats
 from tessera.devices import layer_devices
 from tessera.wrapped import replaces_cache, unwrap
 
-Prefill = Literal["exact", "packed"]
+#: "packed" is what "quantized" was called in version 0.1.
+Prefill = Literal["exact", "quantized", "packed"]
 
 
 class Cache(TransformersCache):
@@ -37,8 +39,8 @@ class Cache(TransformersCache):
             `DistributedDataParallel`, peft, `torch.compile`); its attention is routed through Tessera (see `tessera.enable`;
             `tessera.disable` undoes it). Or the model's own config object: then nothing is switched, and as long as the model
             uses another attention, keys and values are decoded for every call, with one warning.
-        prefill: "exact": the tokens of a call are attended to as they are, and packed after it. "packed": what leaves `recent`
-            is packed first and attended to in that form, also by the call's own queries. The cache's contents are the same.
+        prefill: "exact": the tokens of a call are attended to as they are, and quantised after it. "quantized": what leaves
+            `recent` is quantised first and attended to in that form, also by the call's own queries. What is kept is the same.
             For measuring: where a codec encodes tokens in groups, a query reads tokens of its group whose common mean was
             taken over later tokens too, so that a later token can change an earlier result, by less than the codec's error.
             What a call packs stays in the first of several codecs, and past a limit, until the call has ended.
@@ -61,9 +63,9 @@ class Cache(TransformersCache):
         stats: str | os.PathLike[str] | Sequence[KeyStats | None] | None = None,
     ) -> None:
         self.spec = parse(spec)
-        if prefill not in ("exact", "packed"):
-            raise ValueError(f"prefill must be 'exact' or 'packed', got {prefill!r}")
-        self.prefill = prefill
+        if prefill not in ("exact", "quantized", "packed"):
+            raise ValueError(f"prefill must be 'exact' or 'quantized', got {prefill!r}")
+        self.prefill = "quantized" if prefill == "packed" else prefill
         refused = replaces_cache(model_or_config)
         if refused:
             raise ValueError(f"tessera.Cache: {refused}")
@@ -88,7 +90,7 @@ class Cache(TransformersCache):
             enable(model_or_config)
         used = {spec: tuple(codecs.get(name) for name, _ in spec.codecs) for spec in self._specs}
         safe = all(spec.codec is None or spec.sink > 0 for spec in self._specs)
-        context = CacheContext(text, prefill, self.spec.bounded, len(layers) - 1, safe)
+        context = CacheContext(text, self.prefill == "quantized", self.spec.bounded, len(layers) - 1, safe)
         given = getattr(model_or_config, ATTACHED).layers if self.spec.tensor_cache else ()
         known = _known_stats(stats, [codec for found in used.values() for codec in found], layers)
         super().__init__(

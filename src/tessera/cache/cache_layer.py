@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from tessera.cache.chain import tier_name
 from tessera.cache.deferred import ATTENTION, DeferredKV
 from tessera.cache.dense import assemble
-from tessera.cache.group import RECORDED, RetentionPolicy, SequenceGroup, StepContext, tier_name
+from tessera.cache.group import RECORDED, SequenceGroup, StepContext
 from tessera.cache.grouping import Share, shares
 from tessera.cache.masks import GroupMask, MaskMemo, boolean, new_tokens
+from tessera.cache.policy import RetentionPolicy
 from tessera.tensor_cache import TensorCache
 
 #: Where a model keeps what `tessera.attach` did to it.
@@ -29,15 +31,15 @@ class CacheContext:
 
     Args:
         config: the very config object that the model's attention modules read.
-        prefill: "exact" or "packed", see `Cache`.
+        quantize_before_attend: whether queries of a call read what it lets age as it is quantised, see `Cache`.
         bounded: the spec drops tokens.
         last: index of the last layer.
         sinks_known: whether nothing is to be said of sinks that are missing: the spec has some, or compresses nothing.
     """
 
-    def __init__(self, config: Any, prefill: str, bounded: bool, last: int, sinks_known: bool = True) -> None:
+    def __init__(self, config: Any, quantize_before_attend: bool, bounded: bool, last: int, sinks_known: bool = True) -> None:
         self.config = config
-        self.prefill = prefill
+        self.quantize_before_attend = quantize_before_attend
         self.bounded = bounded
         self.last = last
         self.sinks_known = sinks_known
@@ -246,7 +248,7 @@ class TesseraLayer(CacheLayerMixin):
         self.context.warn_read()
         first = 0 if self.sliding is None else max(self.seen - self.sliding + 1, 0)
         size = (self.batch, self.shape[0], self.seen - first, self.shape[1])
-        groups = [(group.rows, group.slots, group.sources()) for group in self.groups]
+        groups = [(group.rows, group.slots, group.chain.sources()) for group in self.groups]
         keys, values = assemble(groups, size, first, self._dtypes, self.device)
         if self._staged is not None:
             # Within a call: where its padding ends is not known yet.
@@ -297,12 +299,12 @@ class TesseraLayer(CacheLayerMixin):
             own = None if positions is None else tokens.of(self._rows(positions.expand(self.batch, -1), group.rows), 0, 1)
             group.slots = share.slots
             asked = None
-            if group.learning is not None and queries is not None:
+            if group.chain.learning is not None and queries is not None:
                 asked = tokens.of(self._rows(queries, group.rows), 0, 2)
-            steps.append((group.begin_step(keys, values, self.context.prefill == "packed", tokens, own, hold, asked), view))
+            steps.append((group.begin_step(keys, values, self.context.quantize_before_attend, tokens, own, hold, asked), view))
         if not hold:
             given = {id(share.group) for share in found.shares}
-            steps += [(group.wait(), None) for group in self.groups if id(group) not in given and group.holds_back]
+            steps += [(group.idle_step(), None) for group in self.groups if id(group) not in given and group.holds_back]
         return steps
 
     def _check_mask(self, mask: Tensor, n: int) -> None:
@@ -323,7 +325,7 @@ class TesseraLayer(CacheLayerMixin):
             return None
         policy, first = self.policy, share.group.length
         memory = (policy.window or 0, policy.sink) if policy.tensor_cache and not policy.dissolves else None
-        dissolved = policy.dissolves and share.group.dropped > 0
+        dissolved = share.group.irrevocable
         question = (tuple(share.group.rows), share.tokens, share.slots, first, self.sliding, memory, dissolved)
 
         def look() -> GroupMask | None:
@@ -485,29 +487,31 @@ class TesseraLayer(CacheLayerMixin):
         device = torch.device(device)
         self.held_on = device
         for group in self.groups:
-            group.to(device)
+            group.chain.to(device)
 
     # What there is
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """Every tensor that is held, by tier."""
-        packed: list[str] = [tier_name(number) for number in range(max(1, len(self.policy.codecs)))]
-        found: dict[str, list[Tensor]] = {name: [] for name in ("sink", *packed, "recent", "tc", "staged")}
+        found: dict[str, list[Tensor]] = {name: [] for name in self._tier_names("tc")}
         for group in self.groups:
-            for tier, tensors in group.buffers().items():
+            for tier, tensors in group.chain.buffers().items():
                 found[tier] += tensors
         if self.policy.stats is not None:
-            found["packed"].append(self.policy.stats.sizes)
+            found[tier_name(0)].append(self.policy.stats.sizes)
         if self._staged is not None:
             found["staged"] += self._staged
         return found
 
+    def _tier_names(self, *last: str) -> list[str]:
+        aged = [tier_name(number) for number in range(len(self.policy.codecs))]
+        return ["sink", *aged, *self.policy.others, "recent", *last, "staged"]
+
     def held(self) -> dict[str, int]:
         """Tokens of all rows by tier."""
-        packed: list[str] = [tier_name(number) for number in range(max(1, len(self.policy.codecs)))]
-        found = dict.fromkeys(("sink", *packed, "recent", "staged"), 0)
+        found = dict.fromkeys(self._tier_names(), 0)
         for group in self.groups:
-            for tier, tokens in group.held.items():
+            for tier, tokens in group.chain.held.items():
                 found[tier] += tokens * len(group.rows)
         if self._staged is not None:
             found["staged"] = self._staged[0].shape[0] * self._staged[0].shape[2]

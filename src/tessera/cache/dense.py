@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from tessera.cache.group import KVSource
 from tessera.cache.masks import Runs
+from tessera.cache.tiers import KVSource
 from tessera.kernels import Pages
 
 

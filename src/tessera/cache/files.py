@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tessera.cache.group import RetentionPolicy, SequenceGroup
+from tessera.cache.group import SequenceGroup
 from tessera.cache.learning import LEARN
 from tessera.cache.masks import Runs
+from tessera.cache.policy import RetentionPolicy
 from tessera.cache.spec import BLOCK
-from tessera.cache.tiers import PAGE, CodecTier, ExactTier
+from tessera.cache.tiers import PAGE, ExactTier, QuantizedTier
 from tessera.codecs import Codec, Packed
 from tessera.codecs.key_stats import KeyStats
 from tessera.files import WHOLE, TensorFile, atomic_path, brief, open_tensors, read_json
@@ -78,20 +79,25 @@ def held_dtypes(layer: TesseraLayer) -> tuple[torch.dtype | None, torch.dtype | 
     widest: list[torch.dtype | None] = []
     for role, rest in enumerate((layer.dtype, layer.value_dtype)):
         held = [
-            *(tier.buffers()[role].dtype for group in layer.groups for tier in (group.sink, group.recent) if tier.tokens),
-            *(page[role].dtype for group in layer.groups if group.quantized is not None for page in group.quantized.pages),
+            *(
+                tier.buffers()[role].dtype
+                for group in layer.groups
+                for tier in (group.chain.sink, group.chain.recent)
+                if tier.tokens
+            ),
+            *(page[role].dtype for group in layer.groups for tier in group.chain.quantized for page in tier.pages),
         ]
         widest.append(reduce(torch.promote_types, held) if held else rest)
     return widest[0], widest[1]
 
 
 def _put_group(group: SequenceGroup, seen: int, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    for name, tier in (("sink", group.sink), ("recent", group.recent)):
+    for name, tier in (("sink", group.chain.sink), ("recent", group.chain.recent)):
         if tier.tokens:
             tensors[f"{prefix}.{name}.keys"] = tier.keys.contiguous()
             tensors[f"{prefix}.{name}.values"] = tier.values.contiguous()
     chain: list[list[list[dict[str, str]]]] = []
-    for packed_tier in () if group.quantized is None else group.quantized.tiers:
+    for packed_tier in group.chain.quantized:
         described = []
         for number, page in enumerate(packed_tier.pages):
             name = _page(prefix, len(chain), number)
@@ -100,19 +106,23 @@ def _put_group(group: SequenceGroup, seen: int, prefix: str, tensors: dict[str, 
                     tensors[f"{name}.{role}.{field}"] = tensor.contiguous()
             described.append([packed.metadata() for packed in page])
         chain.append(described)
-    if group.memory is not None:
-        for name, tensor in ({} if group.memory.state is None else group.memory.state.tensors()).items():
+    for number, (_, added) in enumerate(group.chain.others):
+        for name, tensor in added.tensors().items():
+            tensors[f"{prefix}.other{number}.{name}"] = tensor.contiguous()
+    matrix = group.chain.tensor_cache
+    if matrix is not None:
+        for name, tensor in ({} if matrix.state is None else matrix.state.tensors()).items():
             tensors[f"{prefix}.tc.{name}"] = tensor.contiguous()
-        if group.memory.positions is not None:
-            tensors[f"{prefix}.positions"] = group.memory.positions.contiguous()
+        if matrix.positions is not None:
+            tensors[f"{prefix}.positions"] = matrix.positions.contiguous()
     stats = "none"
-    if group.learning is not None:
+    if group.chain.learning is not None:
         stats = "learning"
-        if group.learning.squares is not None:
-            tensors[f"{prefix}.learning"] = group.learning.squares.contiguous()
-    elif group.quantized is not None and group.quantized.stats is not None:
+        if group.chain.learning.squares is not None:
+            tensors[f"{prefix}.learning"] = group.chain.learning.squares.contiguous()
+    elif group.chain.stats is not None:
         stats = "known"
-        tensors[f"{prefix}.stats"] = group.quantized.stats.sizes.contiguous()
+        tensors[f"{prefix}.stats"] = group.chain.stats.sizes.contiguous()
     return {
         "stats": stats,
         "rows": group.rows,
@@ -121,7 +131,7 @@ def _put_group(group: SequenceGroup, seen: int, prefix: str, tensors: dict[str, 
         # What follows from the rest is written too, so that a damaged number is found.
         "padding": seen - group.before - group.length,
         "gaps": [size for _, size in group.slots.between(0, seen).runs],
-        "dropped": group.dropped,
+        "dropped": group.chain.dropped,
         "pages": chain[0] if chain else [],
         **({"older": chain[1:]} if len(chain) > 1 else {}),
     }
@@ -201,38 +211,43 @@ class Stored:
             layer.policy, layer.index, _rows(about, "rows", layer.batch), 0 if older else _count(about, "before")
         )
         group.slots = Runs(((_count(about, "pad"), _count(about, "length")),)) if older else _slots(about, layer.seen)
-        group.length, group.dropped = group.slots.count, _count(about, "dropped")
+        group.length, group.chain.dropped = group.slots.count, _count(about, "dropped")
         if not group.rows or not group.length:
             raise ValueError("the header is damaged: a group without rows or tokens")
         self._learned(group, layer, prefix, "none" if self._header["format"] < 3 else _typed(about, "stats", str))
         size: Size = (len(group.rows), *layer.shape)
-        self._exact(group.sink, f"{prefix}.sink", size, dtypes)
-        self._exact(group.recent, f"{prefix}.recent", size, dtypes)
-        chain = [_typed(about, "pages", list), *(_typed(about, "older", list) if "older" in about else [])]
-        if any(chain) and (group.quantized is None or group.learning is not None):
+        self._exact(group.chain.sink, f"{prefix}.sink", size, dtypes)
+        self._exact(group.chain.recent, f"{prefix}.recent", size, dtypes)
+        described = [_typed(about, "pages", list), *(_typed(about, "older", list) if "older" in about else [])]
+        if any(described) and (not group.chain.quantized or group.chain.learning is not None):
             raise ValueError("the header is damaged: packed tokens without a codec, or before their statistics are known")
-        tiers = [] if group.quantized is None else group.quantized.tiers
-        if len(chain) != max(1, len(tiers)):
-            raise ValueError(f"the header is damaged: {len(chain)} tiers of packed tokens, not {len(tiers)}")
-        for number, (tier, pages) in enumerate(zip(tiers, chain, strict=False)):
+        tiers = group.chain.quantized
+        if len(described) != max(1, len(tiers)):
+            raise ValueError(f"the header is damaged: {len(described)} tiers of packed tokens, not {len(tiers)}")
+        for number, (tier, pages) in enumerate(zip(tiers, described, strict=False)):
             self._pages(group, tier, pages, prefix, number, size, dtypes)
-        if group.memory is not None:
-            group.memory.state = self._memory(f"{prefix}.tc.", size)
-            group.memory.written = group.length if older or group.policy.dissolves else _written(group)
+        for number, (_, added) in enumerate(group.chain.others):
+            start = f"{prefix}.other{number}."
+            found = {name[len(start) :]: self._take(name) for name in sorted(self._left) if name.startswith(start)}
+            added.restore(found, *size)
+        matrix = group.chain.tensor_cache
+        if matrix is not None:
+            matrix.state = self._memory(f"{prefix}.tc.", size)
+            matrix.written = group.length if older or matrix.window is None else _written(group)
             if older or f"{prefix}.positions" in self._left:
-                group.memory.positions = self._positions(group, f"{prefix}.positions", older)
-        count = group.dropped + sum(group.held.values())
+                matrix.positions = self._positions(group, f"{prefix}.positions", older)
+        count = group.chain.dropped + sum(group.chain.held.values())
         sink = min(group.policy.sink, group.length)
         padding = _count(about, "pad" if older else "padding")
         gaps = [size for _, size in group.slots.between(0, layer.seen).runs]
         if not older and about.get("gaps") != gaps:
             raise ValueError(f"the header is damaged: 'gaps' is {brief(about.get('gaps'))}, not {brief(gaps)}")
         fits = group.slots.before(layer.seen) == group.length and layer.seen == group.length + group.before + padding
-        if count != group.length or not fits or group.sink.tokens != sink:
+        if count != group.length or not fits or group.chain.sink.tokens != sink:
             raise ValueError(f"the file is damaged: layer {layer.index} should hold {group.length} tokens and holds {count}")
-        if group.dropped > _may_drop(group.policy, group.length, sink):
+        if group.chain.dropped > _may_drop(group.policy, group.length, sink):
             raise ValueError(f"the file is damaged: layer {layer.index} lacks tokens that its next query would see")
-        if group.memory is not None and group.memory.state is None and group.dropped:
+        if matrix is not None and matrix.state is None and group.chain.dropped:
             raise ValueError(f"the file is damaged: layer {layer.index} lacks the memory of what it dropped")
         return group
 
@@ -250,22 +265,21 @@ class Stored:
 
     def _learned(self, group: SequenceGroup, layer: TesseraLayer, prefix: str, said: str) -> None:
         """How a group sees its keys; those of older files are as they came."""
-        learning, group.learning = group.learning, None
-        if group.quantized is not None:
-            group.quantized.stats = None
-        if said == "known" and group.quantized is not None:
-            group.quantized.stats = self._stats(f"{prefix}.stats", layer, len(group.rows))
+        learning, group.chain.learning = group.chain.learning, None
+        group.chain.stats = None
+        if said == "known" and group.chain.quantized:
+            group.chain.stats = self._stats(f"{prefix}.stats", layer, len(group.rows))
         elif said == "learning" and learning is not None:
             squares = self._take(f"{prefix}.learning")
             good = (len(group.rows), layer.shape[0], min(LEARN, group.length), layer.shape[1])
             if tuple(squares.shape) != good or squares.dtype != torch.float32 or not squares.isfinite().all():
                 raise ValueError(f"the file is damaged: {prefix}.learning is {squares.dtype} of shape {tuple(squares.shape)}")
-            learning.squares, group.learning = squares, learning
+            learning.squares, group.chain.learning = squares, learning
         elif said != "none":
             raise ValueError(f"the header is damaged: 'stats' is {brief(said)}")
 
     def _pages(
-        self, group: SequenceGroup, tier: CodecTier, pages: Any, prefix: str, number: int, size: Size, dtypes: Dtypes
+        self, group: SequenceGroup, tier: QuantizedTier, pages: Any, prefix: str, number: int, size: Size, dtypes: Dtypes
     ) -> None:
         if not isinstance(pages, list):
             raise ValueError("the header is damaged: a tier of packed tokens is no list")
@@ -337,12 +351,12 @@ class Stored:
     def _positions(self, group: SequenceGroup, name: str, older: bool) -> Tensor:
         if older:
             # The first form took a token's place for its position.
-            places = torch.arange(group.length - group.recent.tokens, group.length)
+            places = torch.arange(group.length - group.chain.recent.tokens, group.length)
             return places.expand(len(group.rows), -1)
         found = self._take(name)
         if found.dtype != torch.long or found.shape[:1] != (len(group.rows),) or found.ndim != 2 or (found < 0).any():
             raise ValueError(f"the file is damaged: {name} is {found.dtype} of shape {tuple(found.shape)}")
-        held = group.recent.tokens + (0 if group.quantized is None else group.quantized.tokens)
+        held = group.chain.recent.tokens + sum(tier.tokens for tier in group.chain.aging)
         if found.shape[1] != held:
             raise ValueError(f"the file is damaged: {name} is of {found.shape[1]} tokens, not {held}")
         return found
@@ -418,15 +432,16 @@ def _count(table: dict[str, Any], key: str) -> int:
 
 def _written(group: SequenceGroup) -> int:
     """Up to which query pairs have been written, which the state knows."""
-    if group.memory is None or group.memory.state is None:
+    matrix, recent = group.chain.tensor_cache, group.chain.recent
+    if matrix is None or matrix.state is None:
         return 0
-    found: list[int] = group.memory.state.seen.unique().tolist()
-    assert group.policy.window is not None
-    unwritten = group.length - found[0] + group.policy.window
+    found: list[int] = matrix.state.seen.unique().tolist()
+    assert matrix.window is not None
+    unwritten = group.length - found[0] + matrix.window
     if (
         len(found) != 1
         or not 0 <= found[0] <= group.length
-        or group.recent.tokens < min(unwritten, group.length - group.sink.tokens)
+        or recent.tokens < min(unwritten, group.length - group.chain.sink.tokens)
     ):
         raise ValueError(f"the file is damaged: a memory has been written to up to {brief(found)} of {group.length} tokens")
     return found[0]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from tessera.cache.group import RetentionPolicy, SequenceGroup
+from tessera.cache.group import SequenceGroup
 from tessera.cache.masks import NewTokens, Runs
+from tessera.cache.policy import RetentionPolicy
 
 
 class Share(NamedTuple):

@@ -184,7 +184,7 @@ def compare(
     rows: list[Row] = []
     pairs: list[Pair] = []
     for protocol, plan in plans.items():
-        prefill: Prefill = "exact" if protocol == "streaming" else "packed"
+        prefill: Prefill = "exact" if protocol == "streaming" else "quantized"
         size = chunk if protocol == "streaming" else context
         tallies = [_Tally(spec, filler=filler(spec, context) if protocol == "paper" else 0) for spec in plan]
         for group in groups:

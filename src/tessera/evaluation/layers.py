@@ -29,8 +29,8 @@ from tessera.attention import attention_forward, enable
 from tessera.attention.observed import Call, observed
 from tessera.cache.cache_layer import TesseraLayer
 from tessera.cache.config import read_config
-from tessera.cache.group import RetentionPolicy
 from tessera.cache.per_layer import parse
+from tessera.cache.policy import RetentionPolicy
 from tessera.codecs.key_stats import KeyStats
 from tessera.evaluation.protocols import filler, new_cache
 from tessera.evaluation.records import LayerRow
@@ -88,7 +88,7 @@ def measure_layers(
     packed = protocol == "paper"
     specs = [spec for spec in plan if spec != "dense"]
     sliding = [window for _, window in read_config(model.config)[1]]
-    caches = [new_cache(spec, model, "packed" if packed else "exact", stats) for spec in specs]
+    caches = [new_cache(spec, model, "quantized" if packed else "exact", stats) for spec in specs]
     found: dict[int, list[_Sums]] = {}
 
     def see(call: Call) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tessera import codecs
-from tessera.cache.chain import Chain
-from tessera.cache.group import RetentionPolicy, SequenceGroup
+from tessera.cache.group import SequenceGroup
 from tessera.cache.learning import LEARN
+from tessera.cache.policy import RetentionPolicy
 from tessera.cache.spec import Spec
 from tessera.cache.tiers import PAGE
 from tessera.codecs import Codec, Packed, Role
@@ -89,7 +89,7 @@ def _replay(spec: Spec, layer: LayerShape, dtype: torch.dtype, batch: int, lengt
 
     def read(group: SequenceGroup, tokens: int) -> SequenceGroup:
         x = torch.empty(batch, heads, tokens, dim, dtype=dtype, device="meta")
-        group.end_step(group.begin_step(x, x, packed=False, asked=x))
+        group.end_step(group.begin_step(x, x, quantize_before_attend=False, asked=x))
         return group
 
     for n in lengths:
@@ -103,15 +103,15 @@ def _replay(spec: Spec, layer: LayerShape, dtype: torch.dtype, batch: int, lengt
 def _copied(group: SequenceGroup) -> SequenceGroup:
     """A group that goes on by itself. The tensors may be shared: there is nothing in them that could be written."""
     other = copy.copy(group)
-    for name, source in vars(group).items():
-        setattr(other, name, source.copied() if isinstance(source, Chain) else copy.copy(source))
+    other.chain = group.chain.copied()
     return other
 
 
 def _count(group: SequenceGroup) -> Held:
-    exact = [tier for tier in (group.sink, group.recent) if tier.buffers()]
-    packed = [] if group.quantized is None else [tensor for tensors in group.quantized.buffers() for tensor in tensors]
-    nbytes = sum(map(_size, (tensor for tensors in group.buffers().values() for tensor in tensors)))
+    chain = group.chain
+    exact, held = [tier for tier in (chain.sink, chain.recent) if tier.buffers()], chain.buffers()
+    packed = [tensor for name, tensors in held.items() if name not in ("sink", "recent") for tensor in tensors]
+    nbytes = sum(map(_size, (tensor for tensors in held.values() for tensor in tensors)))
     return Held(nbytes, sum(map(_size, (*packed, *(x for tier in exact for x in (tier.keys, tier.values))))))
 
 
