@@ -9,7 +9,7 @@ LONG := hqmq:3 hqmq:4 hqmq:s24_r2 hqmq:s96_r4 scalar:3 scalar:4 q4_0
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo demo-real test test-slow test-vllm lint bench clean
+.PHONY: install demo demo-real test test-slow test-vllm test-lm-eval lint bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -28,7 +28,7 @@ demo-real: install
 test: install
 	$(BIN)/python -m pytest -n 2
 
-test-slow: install test-vllm
+test-slow: install test-vllm test-lm-eval
 	$(BIN)/python -m pytest -m "slow or gpu"
 
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
@@ -39,6 +39,11 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 
 test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine
+
+# Too large for the extra `test`; once it is there, make test runs these tests too.
+test-lm-eval: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lm_eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_lm_eval.py
 
 lint: install
 	$(BIN)/ruff check .
