@@ -12,7 +12,7 @@ LONG := hqmq:3 hqmq:4 hqmq:s24_r2 hqmq:s96_r4 scalar:3 scalar:4 q4_0
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo demo-real test test-slow test-vllm test-without-compiler lint docs bench clean
+.PHONY: install demo demo-real test test-slow test-vllm test-lm-eval test-without-compiler lint docs bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS))
@@ -31,7 +31,7 @@ demo-real: install
 test: install
 	$(BIN)/python -m pytest -n 2
 
-test-slow: install test-vllm
+test-slow: install test-vllm test-lm-eval
 	$(BIN)/python -m pytest -m "slow or gpu"
 
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
@@ -42,6 +42,11 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 
 test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine
+
+# Too large for the extra `test`; once it is there, make test runs these tests too.
+test-lm-eval: install
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[lm_eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_lm_eval.py
 
 # The kernels are left out where they cannot be built; everything runs in PyTorch then. Set CC and CXX to /bin/false to see that.
 test-without-compiler: install
