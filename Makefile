@@ -1,5 +1,8 @@
 # Every target makes .venv when needed and installs from the pinned constraints: nothing to do by hand before it.
 PYTHON ?= python3
+# Which versions: constraints.txt has those that are known to work together, constraints-oldest.txt the oldest of all ranges,
+# and /dev/null leaves the choice to pip, which takes the newest.
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -9,14 +12,14 @@ LONG := hqmq:3 hqmq:4 hqmq:s24_r2 hqmq:s96_r4 scalar:3 scalar:4 q4_0
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo demo-real test test-slow test-vllm lint bench clean
+.PHONY: install demo demo-real test test-slow test-vllm test-lm-eval test-without-compiler lint docs bench clean
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[test,docs]'
 	touch $(STAMP)
 
 demo: install
@@ -28,7 +31,7 @@ demo-real: install
 test: install
 	$(BIN)/python -m pytest -n 2
 
-test-slow: install test-vllm
+test-slow: install test-vllm test-lm-eval
 	$(BIN)/python -m pytest -m "slow or gpu"
 
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
@@ -40,10 +43,23 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine
 
+# Too large for the extra `test`; once it is there, make test runs these tests too.
+test-lm-eval: install
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[lm_eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_lm_eval.py
+
+# The kernels are left out where they cannot be built; everything runs in PyTorch then. Set CC and CXX to /bin/false to see that.
+test-without-compiler: install
+	$(BIN)/python -c "from tessera.kernels import cpu; assert not cpu.levels(), cpu.levels()"
+	$(BIN)/python -m pytest -n 2 tests/test_public_api.py tests/test_attention.py tests/test_cli.py tests/cache tests/codecs tests/associative tests/spatial
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/mkdocs build --strict
 
 bench: install
 	$(BIN)/tessera compare --out docs/results/demo
@@ -75,4 +91,4 @@ bench: install
 	$(BIN)/python docs/layers.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) results
+	rm -rf $(VENV) $(VLLM_VENV) results site

@@ -23,7 +23,8 @@ OUT = ROOT / "docs" / "images" / "layers.svg"
 #: From top to bottom: a package imports packages of lower rows only. "tessera" is the public face, `tessera/__init__.py`.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("lab",),
-    ("cli", "integrations"),
+    ("cli",),
+    ("integrations",),
     ("tessera",),
     ("planning",),
     ("evaluation",),
@@ -50,7 +51,7 @@ EXCEPTIONS = {
 WORDS = {
     "lab": ("training, tasks, studies", 1),
     "cli": ("the command tessera", 1),
-    "integrations": ("vLLM", 2),
+    "integrations": ("vLLM, lm-eval", 2),
     "planning": ("which cache fits", 2),
     "evaluation": ("compare caches on a text", 1),
     "models": ("the demo model and its text", 0),
