@@ -63,7 +63,7 @@ def test_requests_that_are_preempted(demo: Path, prompts: list[list[int]]) -> No
     with engine(demo) as llm:
         wanted = ask(llm, prompts[:5], tokens=300)
     for sharing in (False, True):
-        with engine(demo, num_gpu_blocks_override=45, enable_prefix_caching=sharing, max_model_len=512) as llm:
+        with engine(demo, num_gpu_blocks_override=39, enable_prefix_caching=sharing, max_model_len=512) as llm:
             same(ask(llm, prompts[:5], tokens=300), wanted)
             assert counter(llm, "num_preemptions") > 0
 
@@ -81,7 +81,7 @@ def test_all_at_once(demo: Path, prompts: list[list[int]]) -> None:
     options = {"speculative_config": drafting, "enable_prefix_caching": True, "max_num_batched_tokens": 150}
     with engine(demo) as llm:
         wanted = ask(llm, prompts[:5], tokens=300)
-    with engine(demo, apart=True, num_gpu_blocks_override=45, max_model_len=512, **options) as llm:
+    with engine(demo, apart=True, num_gpu_blocks_override=39, max_model_len=512, **options) as llm:
         same(ask(llm, prompts[:5], tokens=300), wanted)
         same(ask(llm, prompts[4::-1], tokens=300), wanted[::-1])
         assert counter(llm, "num_preemptions") > 0

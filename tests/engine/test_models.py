@@ -1,0 +1,112 @@
+"""Models of several families, small and of random weights: an engine with packed pages computes of each what transformers does
+with the definition of paged attention, and the same tokens whether or not requests are cut, shared or preempted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from engine_fixtures import ask, counter, engine
+
+from tessera import codecs
+from tessera.codecs.pages import block_layout, write
+from tessera.kernels import paged
+from tessera.kernels.paged import GROUP
+
+pytestmark = pytest.mark.vllm
+
+#: Of every model here; the others are those of its family.
+SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "max_position_embeddings": 1024}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+#: Class of a configuration and what it is told, by what is particular about the family.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "normed keys and heads of 128": ("Qwen3", {**HEADS, "head_dim": 128}),
+    "biases and heads of 32": ("Qwen2", HEADS),
+    "four queries to a key head of 64": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}),
+    "one window for all layers": ("Mistral", {**HEADS, "head_dim": 64, "sliding_window": 150}),
+    "scores of another scale": ("Granite", {**HEADS, "attention_multiplier": 0.25, "logits_scaling": 2.0}),
+    "capped scores and a window for every other layer": (
+        "Gemma2",
+        {**HEADS, "head_dim": 64, "sliding_window": 150, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 64},
+    ),
+    "part of a key is rotated and heads are as many as keys": (
+        "Phi",
+        {"num_attention_heads": 2, "num_key_value_heads": 2, "partial_rotary_factor": 0.5},
+    ),
+    "heads of 80": ("Phi3", {**HEADS, "hidden_size": 320, "pad_token_id": 0, "original_max_position_embeddings": 1024}),
+}
+
+
+
+def definition(
+    module: torch.nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a whole prompt over pages, in plain PyTorch, as a function for transformers."""
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    tokens, kv_heads, dim = k.shape
+    codec = codecs.get("hqmq:4")
+    layout = block_layout(codec, dim, k.dtype, pages=2, sink=4, heads=kv_heads)
+    blocks = -(-tokens // layout.tokens)
+    pool = torch.zeros(blocks, kv_heads, layout.nbytes, dtype=torch.uint8)
+    ring = torch.zeros(1, kv_heads, GROUP, layout.ring_bytes, dtype=torch.uint8)
+    first, lengths = torch.tensor([0, tokens]).int(), torch.tensor([tokens]).int()
+    step = paged.Step(first, lengths, torch.arange(blocks).int()[None], torch.zeros(1, 1).int(), {})
+    group = step.whole_groups()[1].long()
+    if len(group):
+        write(codec, layout, pool, group // 2, group % 2, *paged.collect(k, v, ring, layout, step), group == 0)
+    scale = dim**-0.5 if scaling is None else scaling
+    return paged.attend_paged(q, k, v, pool, ring, layout, step, scale, softcap, sliding_window)[None], None
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_family_cut_shared_and_preempted(family: str, tmp_path: Path) -> None:
+    name, options = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    # Random weights of the usual size make all scores alike; larger ones make attention look somewhere.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    model.save_pretrained(tmp_path)
+    tokens = torch.randint(1, 512, (4, 300))
+    tokens[3, :200] = tokens[2, :200]  # two requests that begin alike
+    prompts = [tokens[i, :n].tolist() for i, n in enumerate((70, 125, 260, 280))]
+    transformers.AttentionInterface.register("definition", definition)
+    model.set_attn_implementation("definition")
+    with torch.no_grad():
+        exact = [model(torch.tensor([prompt])).logits[0].log_softmax(-1) for prompt in prompts]
+
+    with engine(tmp_path, skip_tokenizer_init=True, max_num_seqs=1) as llm:
+        wanted = ask(llm, prompts, tokens=280, logprobs=0, prompt_logprobs=0, detokenize=False)
+    for one, logits, prompt in zip(wanted, exact, prompts, strict=True):
+        reference = logits[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        difference = (one.logprobs[: len(prompt) - 1] - reference).abs()
+        assert difference[:63].max() < 1e-5
+        # A key that lies between two codewords may fall to either, and a few do.
+        assert difference.median() < 5e-4
+        assert difference.mean() < 5e-3
+
+    # The pool holds the beginnings of three requests, and two whole ones at most.
+    hard = {"max_num_batched_tokens": 100, "enable_prefix_caching": True, "num_gpu_blocks_override": 16, "max_model_len": 640}
+    with engine(tmp_path, skip_tokenizer_init=True, **hard) as llm:
+        got = ask(llm, prompts, tokens=280, detokenize=False)
+        again = ask(llm, prompts, tokens=280, detokenize=False)
+        assert counter(llm, "num_preemptions") > 0
+        assert sum(answer.shared for answer in again) > 0
+    for run in (got, again):
+        assert [answer.tokens for answer in run] == [answer.tokens for answer in wanted]
