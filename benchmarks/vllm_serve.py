@@ -1,7 +1,7 @@
 """A transcript of vLLM's server with packed pages: what its log says, what clients see, and what its metrics say afterwards.
 
-It starts the server as a user would, lets `docs/vllm_client.py` ask about a text through the `openai` package, reads `/metrics`,
-and does the same with a server that has no specification. `benchmarks/tables.py` puts the transcript into `docs/vllm.md`.
+It starts the server as a user would, lets `docs/vllm_client.py` ask about a text through the `openai` package, reads
+`/metrics`, and does the same with a server that has no specification. `benchmarks/tables.py` puts it into `docs/vllm.md`.
 
 Run it with the Python that has vLLM (`make test-vllm` makes one in .venv-vllm).
 

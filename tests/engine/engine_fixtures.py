@@ -60,11 +60,13 @@ def engine(model: Any, spec: str | None = SPEC, *, apart: bool = False, **option
         usual["additional_config"] = {"tessera": spec}
     # vLLM remembers in a process which backend it chose.
     selector._cached_get_attn_backend.cache_clear()
-    llm = LLM(model=str(model), **{**usual, **options})
+    llm = None
     try:
+        llm = LLM(model=str(model), **{**usual, **options})
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         if not apart:
             cleanup_dist_env_and_memory()

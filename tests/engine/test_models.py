@@ -20,7 +20,13 @@ from tessera.kernels.paged import GROUP
 pytestmark = pytest.mark.vllm
 
 #: Of every model here; the others are those of its family.
-SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "max_position_embeddings": 1024}
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 1024,
+}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 #: Class of a configuration and what it is told, by what is particular about the family.
@@ -42,7 +48,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-
 def definition(
     module: torch.nn.Module,
     q: torch.Tensor,
@@ -52,6 +57,7 @@ def definition(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a whole prompt over pages, in plain PyTorch, as a function for transformers."""
@@ -68,7 +74,7 @@ def definition(
     if len(group):
         write(codec, layout, pool, group // 2, group % 2, *paged.collect(k, v, ring, layout, step), group == 0)
     scale = dim**-0.5 if scaling is None else scaling
-    return paged.attend_paged(q, k, v, pool, ring, layout, step, scale, softcap, sliding_window)[None], None
+    return paged.attend_paged(q, k, v, pool, ring, layout, step, scale, softcap, sliding_window, s_aux)[None], None
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -110,3 +116,100 @@ def test_a_family_cut_shared_and_preempted(family: str, tmp_path: Path) -> None:
         assert sum(answer.shared for answer in again) > 0
     for run in (got, again):
         assert [answer.tokens for answer in run] == [answer.tokens for answer in wanted]
+
+
+#: Class of a configuration, what it is told, the model's class where it is not the family's usual one, and why it is refused.
+REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "ALiBi": ("Bloom", {"n_layer": 2, "n_head": 4}, "ForCausalLM", "ALiBi's slopes"),
+    "latent attention": (
+        "DeepseekV2",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": None,
+            "kv_lora_rank": 64,
+            "qk_rope_head_dim": 32,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 3,
+        },
+        "ForCausalLM",
+        "MLA",
+    ),
+    "an encoder": ("Bert", {"num_attention_heads": 4}, "Model", "encoder only"),
+    "layers without keys of their own": (
+        "Gemma3nText",
+        {
+            **HEADS,
+            "num_hidden_layers": 4,
+            "head_dim": 64,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 512,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+        "ForCausalLM",
+        "another's keys",
+    ),
+    "chunks instead of windows": (
+        "Llama4Text",
+        {**HEADS, "head_dim": 64, "attention_chunk_size": 128, "intermediate_size_mlp": 256, "num_local_experts": 2},
+        "ForCausalLM",
+        "chunked local attention",
+    ),
+    "layers with a state": (
+        "GraniteMoeHybrid",
+        {
+            **HEADS,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_d_state": 32,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 256,
+        },
+        "ForCausalLM",
+        "Mamba",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED, ids=str)
+def test_a_family_that_is_refused_at_start(family: str, tmp_path: Path) -> None:
+    name, options, kind, message = REFUSED[family]
+    architecture = name.removesuffix("Text") + kind
+    getattr(transformers, f"{name}Config")(**{**SIZES, **options}, architectures=[architecture]).save_pretrained(tmp_path)
+    starting = engine(tmp_path, skip_tokenizer_init=True, load_format="dummy", max_model_len=512)
+    with pytest.raises(ValueError, match=message) as raised, starting:
+        pass
+    assert "\n" not in str(raised.value)
+
+
+def test_logits_that_drain_the_softmax(tmp_path: Path) -> None:
+    """gpt-oss: windows, experts, and a logit a head that takes its share and gives nothing."""
+    config = transformers.GptOssConfig(
+        **{**SIZES, **HEADS}, head_dim=64, num_local_experts=2, num_experts_per_tok=1, sliding_window=100
+    )
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_(1.0, 1.0)
+    model.save_pretrained(tmp_path)
+    transformers.AttentionInterface.register("definition", definition)
+    model.set_attn_implementation("definition")
+    prompt = torch.randint(1, 512, (1, 200))
+    with torch.no_grad():
+        exact = model(prompt).logits[0].log_softmax(-1)
+    with engine(tmp_path, skip_tokenizer_init=True) as llm:
+        got = ask(llm, [prompt[0].tolist()], tokens=1, prompt_logprobs=0, detokenize=False)[0]
+    reference = exact[:-1].gather(1, prompt[0, 1:, None])[:, 0]
+    difference = (got.logprobs[:199] - reference).abs()
+    assert difference[:63].max() < 1e-5
+    assert difference.median() < 5e-4
+    assert difference.mean() < 5e-3
