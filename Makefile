@@ -53,7 +53,7 @@ bench: install
 	$(BIN)/python benchmarks/codec_error.py
 	$(BIN)/python benchmarks/resident_memory.py
 	$(BIN)/python benchmarks/decode_attention.py
-	$(BIN)/python benchmarks/query_digits.py
+	$(BIN)/python benchmarks/query_limbs.py
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/triton_static.py
 	$(BIN)/python benchmarks/capacity.py

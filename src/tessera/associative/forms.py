@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import Tensor
 
 from tessera.associative.config import Order, Rule
 from tessera.associative.fused import fused_scan
 from tessera.associative.fused import refusal as fused_refusal
 from tessera.associative.recurrence import wedge
-from tessera.associative.scan import scan
-from tessera.kernels import cpu
 from tessera.kernels.cpu import absorb as cpu_absorb
-from tessera.kernels.dispatch import chosen, say_once
+from tessera.kernels.registry import Implementation, Operation
 
 
 def recur(
@@ -39,16 +39,49 @@ def recur(
     """
     if rule == "wedge":
         return wedge(recur, q, k, v, g, eta, state, order, chunk, backend)
-    name = chosen(backend)
-    family, _, level = name.partition(":")
-    if family in ("auto", "triton") and fused_refusal(q, v, rule, order) is None:
-        return fused_scan(q, k, v, g, eta, state, rule)
-    if family in ("auto", "cpu"):
-        why = cpu_absorb.refusal(q, k, v, g, eta, state)
-        if why is None:
-            return cpu_absorb.absorb(q, k, v, g, eta, state, rule == "delta", order == "read_first", level or None)
-        if family == "cpu":
-            raise ValueError(f"backend {name!r} cannot run: {why}")
-        if q.device.type == "cpu" and cpu.MISSING is not None:
-            say_once("the recurrence of a Tensor Cache", cpu.MISSING)
-    return scan(q, k, v, g, eta, state, rule, order, chunk)
+    found: tuple[Tensor, Tensor] = RECUR(q, k, v, g, eta, state, rule, order, chunk, backend=backend)
+    return found
+
+
+def _absorb(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    eta: Tensor,
+    state: Tensor,
+    rule: Rule,
+    order: Order,
+    chunk: int,
+    *,
+    level: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    return cpu_absorb.absorb(q, k, v, g, eta, state, rule == "delta", order == "read_first", level)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, eta: Tensor, state: Tensor, rule: Rule, order: Order, chunk: int
+) -> tuple[Tensor, Tensor]:
+    return fused_scan(q, k, v, g, eta, state, rule)
+
+
+RECUR = Operation(
+    "recur",
+    "the recurrence of a Tensor Cache",
+    Implementation("reference", sys.modules[__name__], "scan"),
+    [
+        Implementation(
+            "cpu",
+            sys.modules[__name__],
+            "_absorb",
+            lambda q, k, v, g, eta, state, *_: cpu_absorb.refusal(q, k, v, g, eta, state),
+            levels=True,
+        ),
+        Implementation(
+            "triton",
+            sys.modules[__name__],
+            "_fused",
+            lambda q, k, v, g, eta, state, rule, order, chunk: fused_refusal(q, v, rule, order),
+        ),
+    ],
+)

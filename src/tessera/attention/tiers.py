@@ -12,7 +12,7 @@ from tessera.attention.plain import Softmax
 from tessera.cache.lane import Part, Turn
 from tessera.cache.layer import Handle
 from tessera.cache.masks import GroupMask, Runs
-from tessera.kernels import Pages, dispatch
+from tessera.kernels import AttendParams, Pages, dispatch
 
 
 def over_tiers(
@@ -141,12 +141,11 @@ def _attend(q: Tensor, turn: Turn, mask: GroupMask | None, scale: float, softmax
             if window is not None and not turn.lane.policy.masked:
                 seen = seen & _newer(turn, part, window, q.device)
             start = window = None
+        params = AttendParams(scale, seen, softmax.softcap, start, window)
         if isinstance(part.held, Pages):
-            results.append(dispatch.attend(q, part.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window))
+            results.append(dispatch.attend(q, part.held, params))
         else:
-            results.append(
-                dispatch.attend_exact(q, *part.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window)
-            )
+            results.append(dispatch.attend_exact(q, *part.held, params))
     if softmax.s_aux is not None:
         lse = softmax.s_aux.float().view(1, -1, 1).expand(q.shape[:3])
         results.append((torch.zeros_like(results[0][0]), lse))
