@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from tessera import __version__
-from tessera.cli import compare, generate, info, plan, prefill, stats
+from tessera.cli import compare, generate, info, lm_eval, plan, prefill, stats
 from tessera.cli.many import ManyValues
 
 #: Commands of the lab, each the `app` of a module of its name.
@@ -58,6 +58,10 @@ app = typer.Typer(
 app.command("compare", cls=ManyValues)(compare.compare)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
+# Its options, --help among them, are the harness's.
+app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
+    lm_eval.lm_eval
+)
 app.command("plan", cls=ManyValues)(plan.plan)
 app.command("prefill")(prefill.prefill)
 app.command("stats")(stats.stats)

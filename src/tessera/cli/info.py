@@ -19,15 +19,16 @@ def info() -> None:
     from tessera.cli.quiet import quiet
 
     quiet()
-    from tessera.associative import forms as forms  # registers its recurrence
     from tessera.evaluation.records import environment
     from tessera.kernels import cpu, registry, triton
     from tessera.kernels import dispatch as dispatch
+    from tessera.tensor_cache import forms as forms  # registers its recurrence
 
     with one_line_errors():
         asked = registry.chosen(None)
     console = Console()
-    console.print(", ".join(f"{name} {value}" for name, value in environment().items()), highlight=False)
+    found = [f"{name} {value}" for name, value in environment().items() if name not in ("date", "kernels")]
+    console.print(", ".join(found), highlight=False)
     table = Table("backend", "runs", "why")
     best = cpu.levels()[-1] if cpu.levels() else None
     for level in reversed(cpu.LEVELS):
