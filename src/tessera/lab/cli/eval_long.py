@@ -131,7 +131,7 @@ def _measure(
     with one_line_errors():
         path = show.folder(out) / file
         chosen = specs or list(long_context.SPECS)
-        if any(parse(spec).associative for spec in chosen) and memory is None and model is None:
+        if any(parse(spec).tensor_cache for spec in chosen) and memory is None and model is None:
             memory = demo_memory_path()
         source = evaluation.load(model, dtype, device, memory)
         most = source.context or max(long_context.LENGTHS)

@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from tessera.adapters import attached_memory
 from tessera.cache import Cache
 from tessera.cache.per_layer import parse
 from tessera.evaluation.sources import Source
@@ -109,7 +110,7 @@ def measure(source: Source, jobs: Sequence[Job], path: Path) -> Iterator[list[Ro
         task_of(job)
         if source.context is not None and job["length"] > source.context:
             raise ValueError(f"{job['length']} tokens are more than the {source.context} that the model was made for")
-        if parse(job["spec"]).associative and not hasattr(source.model, "_tessera_attachment"):
+        if parse(job["spec"]).tensor_cache and attached_memory(source.model) is None:
             raise ValueError(f"{job['spec']!r} has a Tensor Cache; give its file")
 
     @lru_cache(maxsize=256)
