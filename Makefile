@@ -6,8 +6,6 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Codecs that are measured on four times as much text.
-LONG := hqmq:3 hqmq:4 hqmq:s24_r2 hqmq:s96_r4 scalar:3 scalar:4 q4_0
 # vLLM wants versions of its own, in an environment of its own.
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
@@ -61,34 +59,9 @@ lint: install
 docs: install
 	$(BIN)/mkdocs build --strict
 
+# One of them: make bench NAME=decode-attention; without a name all that needs nothing more, which takes a day.
 bench: install
-	$(BIN)/tessera compare --out docs/results/demo
-	$(BIN)/tessera compare --out docs/results/demo_long --windows 16 --protocol streaming --specs $(foreach c,$(LONG),"sink:4 + $(c) + recent:128")
-	$(BIN)/tessera compare --out docs/results/demo_long_paper --windows 16 --protocol paper --specs $(LONG)
-	$(BIN)/python benchmarks/real_models.py
-	$(BIN)/python benchmarks/codec_error.py
-	$(BIN)/python benchmarks/resident_memory.py
-	$(BIN)/python benchmarks/decode_attention.py
-	$(BIN)/python benchmarks/query_digits.py
-	$(BIN)/python benchmarks/encode.py
-	$(BIN)/python benchmarks/triton_static.py
-	$(BIN)/python benchmarks/capacity.py
-	$(BIN)/python benchmarks/associative_cost.py
-	$(BIN)/python benchmarks/long_run.py
-	$(BIN)/python benchmarks/recall.py
-	$(BIN)/python benchmarks/language_scratch.py
-	$(BIN)/python benchmarks/memory_options.py
-	$(BIN)/python benchmarks/language_memory.py
-	$(BIN)/python benchmarks/language_tuned.py
-	$(BIN)/python benchmarks/tensor_memory_cost.py
-	$(BIN)/python benchmarks/retention.py
-	$(BIN)/python benchmarks/diagnostics.py --steps 300
-	$(BIN)/python benchmarks/pictures.py
-	$(BIN)/python benchmarks/video.py
-	$(BIN)/tessera compare --out docs/results/demo_memory --specs window:256 --specs "sink:4 + window:256" --specs "sink:4 + window:256 + tc" --protocol streaming
-	$(BIN)/python benchmarks/plan_errors.py
-	$(BIN)/python benchmarks/tables.py
-	$(BIN)/python docs/layers.py
+	$(BIN)/python benchmarks/run.py $(if $(NAME),$(NAME) $(ARGS),--all)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) results site

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from tessera.attention import select
 from tessera.attention.missing_sinks import warn_if_sinks_are_missing
 from tessera.attention.windowed import Softmax
 from tessera.cache.cache_layer import DeferredKV
@@ -143,7 +144,9 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
             start = window = None
         if source.unmasked:
             seen = start = window = None
-        if isinstance(source.held, Pages):
+        if isinstance(source.held, Pages) and source.top is not None and source.top < source.tokens:
+            results.append(_sparsely(q, source, scale, softmax.softcap, seen, start, window))
+        elif isinstance(source.held, Pages):
             results.append(
                 dispatch.attend(q, source.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window)
             )
@@ -155,6 +158,20 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
         lse = softmax.s_aux.float().view(1, -1, 1).expand(q.shape[:3])
         results.append((torch.zeros_like(results[0][0]), lse))
     return dispatch.merge(results)[0]
+
+
+def _sparsely(
+    q: Tensor, source: KVSource, scale: float, softcap: float | None, mask: Tensor | None, start: int | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Partial attention of queries to the blocks of a source that promise most; arguments as of `dispatch.attend`."""
+    assert isinstance(source.held, Pages)
+    parts = []
+    for part, chosen in select.in_turn(q, source):
+        seen = chosen if mask is None else chosen & mask[:, :, part]
+        place = None if start is None else start + part.start
+        parts.append(dispatch.attend(q[:, :, part], source.held, scale, seen, softcap, start=place, window=window))
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out, 2), torch.cat(lse, 2)
 
 
 def _newer(step: StepContext, source: KVSource, window: int, device: torch.device) -> Tensor:

@@ -25,7 +25,8 @@ def info() -> None:
     with one_line_errors():
         asked = dispatch.chosen(None)
     console = Console()
-    console.print(", ".join(f"{name} {value}" for name, value in environment().items()), highlight=False)
+    found = [f"{name} {value}" for name, value in environment().items() if name not in ("date", "kernels")]
+    console.print(", ".join(found), highlight=False)
     table = Table("backend", "runs", "why")
     best = cpu.levels()[-1] if cpu.levels() else None
     for level in reversed(cpu.LEVELS):

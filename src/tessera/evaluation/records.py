@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 import tessera
 from tessera.files import write_json
+from tessera.kernels import cpu
 
 
 @dataclass(frozen=True)
@@ -176,15 +178,17 @@ def _comparison(data: dict[str, Any]) -> Comparison:
 
 
 def environment() -> dict[str, str]:
-    """What a figure depends on besides the code."""
+    """What a figure depends on besides the code: versions, the processor and its kernels, and the day."""
     import transformers
 
     return {
+        "date": date.today().isoformat(),
         "tessera": tessera.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "processor": processor(),
+        "kernels": " ".join(cpu.levels()) or "none built",
         "threads": str(torch.get_num_threads()),
     }
 

@@ -27,18 +27,20 @@ class QuantizedTier(Tier):
         codec: packs and unpacks; its group must divide `BLOCK`.
         layer: index of the layer, for codebooks drawn per layer.
         limit: number of tokens that are held at most; None: any number.
+        top: number of tokens that a query reads at most; None: all.
 
     Attributes:
         stats: of the keys, by whose widths they are multiplied before they are encoded; None: they are encoded as they are.
             They are the caller's, who sets them, and are not counted here.
     """
 
-    def __init__(self, codec: Codec, layer: int, limit: int | None = None) -> None:
+    def __init__(self, codec: Codec, layer: int, limit: int | None = None, top: int | None = None) -> None:
         if BLOCK % codec.group:
             raise ValueError(f"{codec.spec} encodes {codec.group} tokens together, which does not divide {BLOCK}")
         self.codec = codec
         self.layer = layer
         self.limit = limit
+        self.top = top
         self.stats: KeyStats | None = None
         self._pages: list[tuple[Packed, Packed]] = []
         self._view: Pages | None = None
@@ -154,7 +156,7 @@ class QuantizedTier(Tier):
 
     def sources(self, start: int, window: int | None) -> list[KVSource]:
         """See `Tier`."""
-        return [KVSource(self.view, start, self.tokens, window)] if self.tokens else []
+        return [KVSource(self.view, start, self.tokens, window, top=self.top)] if self.tokens else []
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index. rows: (n,) int64."""
@@ -168,7 +170,7 @@ class QuantizedTier(Tier):
 
     def copied(self) -> QuantizedTier:
         """See `Tier`."""
-        other = QuantizedTier(self.codec, self.layer, self.limit)
+        other = QuantizedTier(self.codec, self.layer, self.limit, self.top)
         other.stats = self.stats
         other.put(self.pages)
         return other

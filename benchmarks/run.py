@@ -1,0 +1,404 @@
+"""List what is measured, and run a measurement by its name.
+
+Every script and every JSON file in docs/results is registered here once: what it measures, where it writes, how long it takes
+on two cores, and what it needs that `make install` does not bring. Further arguments go to the command behind the name.
+
+Example:
+
+    python benchmarks/run.py                               # the list
+    python benchmarks/run.py decode-attention --repeats 3
+    python benchmarks/run.py --all                         # what `make bench` runs: all that needs nothing more
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Codecs that are measured on four times as much text.
+LONG = ("hqmq:3", "hqmq:4", "hqmq:s24_r2", "hqmq:s96_r4", "scalar:3", "scalar:4", "q4_0")
+WINDOWS = ("window:256", "sink:4 + window:256", "sink:4 + window:256 + tc")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A measurement, or what is made from measurements.
+
+    Attributes:
+        name: for the command line.
+        measures: one line that says what.
+        command: a script of this folder and its arguments, or "tessera" and those of the command.
+        results: files in docs/results that it writes.
+        takes: about how long, on two cores.
+        needs: what it needs beyond `make install`; what needs something is not run by `--all`.
+        measured: the date of results that do not say it themselves.
+    """
+
+    name: str
+    measures: str
+    command: tuple[str, ...]
+    results: tuple[str, ...] = ()
+    takes: str = "minutes"
+    needs: str = ""
+    measured: str = ""
+
+    def line(self, more: Sequence[str] = ()) -> list[str]:
+        """The command as the operating system takes it."""
+        first, *rest = self.command
+        start = ["-m", "tessera"] if first == "tessera" else [str(ROOT / first)]
+        return [sys.executable, *start, *rest, *more]
+
+
+def _compare(name: str, *options: str) -> tuple[str, ...]:
+    return ("tessera", "compare", "--out", f"docs/results/{name}", *options)
+
+
+BENCHMARKS = (
+    Benchmark(
+        "demo",
+        "sixteen caches on the demo model: perplexity, KL, bits",
+        _compare("demo"),
+        ("demo/compare.json",),
+        measured="2026-11-30",
+    ),
+    Benchmark(
+        "demo-long",
+        "eight of them on four times as much text, as generation reads it",
+        _compare(
+            "demo_long",
+            *("--windows", "16", "--protocol", "streaming", "--specs"),
+            *(f"sink:4 + {codec} + recent:128" for codec in LONG),
+        ),
+        ("demo_long/compare.json",),
+        measured="2026-11-30",
+    ),
+    Benchmark(
+        "demo-long-paper",
+        "the same codecs with every key and value quantised before it is read",
+        _compare("demo_long_paper", "--windows", "16", "--protocol", "paper", "--specs", *LONG),
+        ("demo_long_paper/compare.json",),
+        measured="2026-11-30",
+    ),
+    Benchmark(
+        "demo-memory",
+        "a window of the demo model with its Tensor Cache behind it, and without",
+        _compare("demo_memory", "--protocol", "streaming", *(word for spec in WINDOWS for word in ("--specs", spec))),
+        ("demo_memory/compare.json",),
+        measured="2026-11-25",
+    ),
+    Benchmark(
+        "demo-training",
+        "the demo model trained from Python source, and its losses",
+        ("tessera", "train", "demo"),
+        ("demo_training.json",),
+        "hours",
+        "--out FOLDER, where summary.json has the figures",
+        measured="2026-11-21",
+    ),
+    Benchmark(
+        "tiny1m",
+        "caches on a Llama of a million parameters trained elsewhere on TinyStories",
+        _compare("tiny1m"),
+        ("tiny1m/compare.json",),
+        needs="--model FOLDER --text STORIES",
+        measured="2026-11-21",
+    ),
+    Benchmark(
+        "real-model",
+        "the caches of the demo on SmolLM2-135M-Instruct: make demo-real",
+        ("benchmarks/real_model.py",),
+        needs="a download of 93 MB from PyPI",
+    ),
+    Benchmark(
+        "real-models",
+        "caches on SmolLM2-135M-Instruct, and on the same model with rescaled keys",
+        ("benchmarks/real_models.py",),
+        (
+            "real_models/paper.json",
+            "real_models/streaming_a.json",
+            "real_models/streaming_b.json",
+            "real_models/streaming_c.json",
+        ),
+        "hours",
+        "--text wikitext-2-valid.txt; a download of 93 MB from PyPI",
+        measured="2026-11-30",
+    ),
+    Benchmark(
+        "rescaled-keys",
+        "make a model whose key channels have very different widths, and which computes what it did before",
+        ("benchmarks/rescaled_keys.py",),
+        needs="--model FOLDER --out FOLDER",
+    ),
+    Benchmark(
+        "codec-error",
+        "error and true bits of every codec on four kinds of vectors, and whether the bars hold",
+        ("benchmarks/codec_error.py",),
+        ("codec_error.json",),
+        measured="2026-11-21",
+    ),
+    Benchmark(
+        "resident-memory",
+        "how much a process grows by a cache, beside the bytes that the cache reports",
+        ("benchmarks/resident_memory.py",),
+        ("resident_memory.json",),
+        measured="2026-11-21",
+    ),
+    Benchmark(
+        "decode-attention",
+        "attention of one new token over a long cache against the fastest dense way of PyTorch",
+        ("benchmarks/decode_attention.py",),
+        ("decode_attention.json",),
+        measured="2026-11-25",
+    ),
+    Benchmark(
+        "llamacpp-attention",
+        "the same against llama.cpp with f16, q8_0 and q4_0 caches",
+        ("benchmarks/llamacpp_attention.py",),
+        ("llamacpp_attention.json",),
+        needs="pip install 'tessera[bench]', which builds llama.cpp",
+        measured="2026-11-25",
+    ),
+    Benchmark(
+        "generation",
+        "tokens per second and peak memory of a whole model against transformers' own caches",
+        ("benchmarks/generation.py", "--layers", "2"),
+        ("generation.json",),
+        needs="pip install 'tessera[bench]'",
+        measured="2026-11-25",
+    ),
+    Benchmark(
+        "query-digits",
+        "what it costs that a kernel writes queries in 8-bit digits",
+        ("benchmarks/query_digits.py",),
+        ("query_digits.json",),
+        measured="2026-11-21",
+    ),
+    Benchmark(
+        "encode",
+        "quantisation: the search for codewords against comparing all, and what whole tokens cost",
+        ("benchmarks/encode.py",),
+        ("encode.json",),
+        measured="2026-11-30",
+    ),
+    Benchmark(
+        "triton-static",
+        "what the Triton attention compiles to for a GPU, found out without one",
+        ("benchmarks/triton_static.py",),
+        ("triton_static.json",),
+        measured="2026-11-30",
+    ),
+    Benchmark(
+        "gpu",
+        "every Triton kernel: whether it is right on a device, and how fast it is",
+        ("benchmarks/gpu_all.py",),
+        ("gpu.json",),
+        needs="a CUDA device",
+    ),
+    Benchmark(
+        "gpu-vllm",
+        "attention by block table on a device: whether it is right, and how fast it is",
+        ("benchmarks/gpu_vllm.py",),
+        ("gpu_vllm.json",),
+        needs="a CUDA device",
+    ),
+    Benchmark(
+        "vllm-engine",
+        "vLLM with packed pages: what its pool holds, what it says, how fast its attention is",
+        ("benchmarks/vllm_engine.py",),
+        ("vllm_engine.json",),
+        "an hour",
+        "the environment of make test-vllm, --model FOLDER --text BOOK",
+        measured="2026-11-30",
+    ),
+    Benchmark(
+        "capacity",
+        "how many pairs one matrix of a Tensor Cache holds",
+        ("benchmarks/capacity.py",),
+        ("capacity.json",),
+        measured="2026-11-21",
+    ),
+    Benchmark(
+        "associative-cost",
+        "what a Tensor Cache costs: its fast forms against the token loop, and streams of a million tokens",
+        ("benchmarks/associative_cost.py",),
+        ("associative_cost.json",),
+        "an hour",
+        measured="2026-11-29",
+    ),
+    Benchmark(
+        "long-run",
+        "whether the state of a Tensor Cache stays exact over a million writes",
+        ("benchmarks/long_run.py",),
+        ("long_run.json",),
+        measured="2026-11-21",
+    ),
+    Benchmark(
+        "recall",
+        "associative recall beyond the window, learned",
+        ("benchmarks/recall.py",),
+        ("recall.json",),
+        "hours",
+        measured="2026-11-25",
+    ),
+    Benchmark(
+        "language-scratch",
+        "language models trained from nothing behind a window of 64 tokens, with memories and without",
+        ("benchmarks/language_scratch.py",),
+        ("language_scratch.json",),
+        "hours",
+    ),
+    Benchmark(
+        "language-stories",
+        "the same on excerpts of TinyStories",
+        (
+            "benchmarks/language_scratch.py",
+            *("--arms", "dense", "window", "with a Tensor Cache", "with a Tensor Memory"),
+            *("--seeds", "1", "--precision", "bf16", "--json", "docs/results/language_stories.json"),
+        ),
+        ("language_stories.json",),
+        "hours",
+        "--data STORIES",
+        measured="2026-11-29",
+    ),
+    Benchmark(
+        "memory-options",
+        "what each option of a Tensor Cache is worth after a short training",
+        ("benchmarks/memory_options.py",),
+        ("memory_options.json",),
+        "hours",
+        measured="2026-11-29",
+    ),
+    Benchmark(
+        "language-memory",
+        "the demo model's loss by distance from the start, with its Tensor Cache and without",
+        ("benchmarks/language_memory.py",),
+        ("language_memory.json",),
+        measured="2026-11-25",
+    ),
+    Benchmark(
+        "language-tuned",
+        "the demo model trained further under other attentions",
+        ("benchmarks/language_tuned.py",),
+        ("language_tuned.json",),
+        "hours",
+        measured="2026-11-25",
+    ),
+    Benchmark(
+        "tensor-memory-cost",
+        "what a Tensor Memory costs: its fast forms against the plain loop",
+        ("benchmarks/tensor_memory_cost.py",),
+        ("tensor_memory_cost.json",),
+        measured="2026-11-29",
+    ),
+    Benchmark(
+        "retention",
+        "how much of a write to a Tensor Memory can be read later",
+        ("benchmarks/retention.py",),
+        ("retention.json",),
+        measured="2026-11-29",
+    ),
+    Benchmark(
+        "diagnostics",
+        "occlusion, map building, binding and no harm: tasks that ask for a memory",
+        ("benchmarks/diagnostics.py", "--steps", "300"),
+        ("diagnostics.json",),
+        "hours",
+        measured="2026-11-29",
+    ),
+    Benchmark(
+        "pictures",
+        "digits named and filled in by a small ViT, with a Tensor Memory and without",
+        ("benchmarks/pictures.py",),
+        ("pictures.json",),
+        "an hour",
+        measured="2026-11-29",
+    ),
+    Benchmark(
+        "video",
+        "digits that pass behind a bar, in clips and in streams",
+        ("benchmarks/video.py",),
+        ("video.json",),
+        "hours",
+        measured="2026-11-29",
+    ),
+    Benchmark(
+        "families",
+        "every causal family of transformers with a cache and with both memories",
+        ("benchmarks/families.py",),
+        ("families.json",),
+        measured="2026-11-30",
+    ),
+    Benchmark(
+        "reliability",
+        "count the tests behind each promise",
+        ("benchmarks/reliability.py",),
+        ("reliability.json",),
+        measured="2026-11-30",
+    ),
+    Benchmark("plan-errors", "the errors by which tessera plan ranks caches, from real-models", ("benchmarks/plan_errors.py",)),
+    Benchmark("tables", "write the tables of the documents from docs/results", ("benchmarks/tables.py",), takes="seconds"),
+    Benchmark("layers", "draw what imports what", ("docs/layers.py",), takes="seconds"),
+)
+#: Files of this folder that are imported by others.
+HELPERS = ("run.py", "stretches.py", "timing.py")
+
+
+def find(name: str) -> Benchmark:
+    """The benchmark of a name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for each in BENCHMARKS:
+        if each.name == name:
+            return each
+    raise ValueError(f"there is no benchmark {name!r}; python benchmarks/run.py lists them")
+
+
+def listing() -> str:
+    """What there is, two or three lines each."""
+    lines = ["python benchmarks/run.py NAME [arguments], or --all for all that needs nothing more:", ""]
+    for each in BENCHMARKS:
+        facts = [f"takes {each.takes}"] + [f"needs {each.needs}"] * bool(each.needs)
+        facts += [f"writes {' '.join(f'docs/results/{file}' for file in each.results)}"] * bool(each.results)
+        lines += [f"{each.name}: {each.measures}", f"    {'; '.join(facts)}"]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List, or run.
+
+    Returns:
+        The exit status of the first command that fails, else 0.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="of a benchmark; without it all are listed")
+    parser.add_argument("more", nargs=argparse.REMAINDER, help="arguments for it")
+    parser.add_argument("--all", action="store_true", help="run all that needs nothing more, one after the other")
+    options = parser.parse_args(arguments)
+    if options.all:
+        chosen = [each.line() for each in BENCHMARKS if not each.needs]
+    elif options.name is None:
+        print(listing())
+        return 0
+    else:
+        try:
+            chosen = [find(options.name).line(options.more)]
+        except ValueError as error:
+            parser.error(str(error))
+    for line in chosen:
+        print("$", shlex.join(line), flush=True)
+        status = subprocess.run(line, cwd=ROOT, check=False).returncode
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
