@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers.base import KVSource, Pairs, Tier
-from tessera.codecs import Codec, Packed
+from tessera.codecs import Codec, Packed, Role
 from tessera.codecs.key_stats import KeyStats
 from tessera.kernels import Pages
 
@@ -86,9 +86,9 @@ class QuantizedTier(Tier):
             coming = k[:, :, chunk]
             if self.stats is not None:
                 coming = coming.float() * self.stats.widths.unsqueeze(2)
-            keys = self.codec.encode(coming, "key", self.layer, weights=weights)
+            keys = self._encode(coming, "key", weights)
             keys = replace(keys, dtype=k.dtype)  # what they are to be decoded to
-            values = self.codec.encode(v[:, :, chunk], "value", self.layer)
+            values = self._encode(v[:, :, chunk], "value")
             pages.append((keys, values))
             if few and held + size == PAGE:
                 keys, values = (Packed.cat(list(packed)) for packed in zip(*pages[-few - 1 :], strict=True))
@@ -96,6 +96,12 @@ class QuantizedTier(Tier):
             done += size
         self.put(pages)
         return None
+
+    def _encode(self, x: Tensor, role: Role, weights: Tensor | None = None) -> Packed:
+        # A block at a time where tokens of one call are judged together, so that it does not matter how calls were cut.
+        parts = x.split(BLOCK, 2) if self.codec.side(role).by_call else (x,)
+        packed = [self.codec.encode(part, role, self.layer, weights=weights) for part in parts]
+        return packed[0] if len(packed) == 1 else Packed.cat(packed)
 
     def excess(self, spare: int) -> int:
         """See `Tier`."""
