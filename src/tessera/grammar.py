@@ -1,4 +1,4 @@
-"""How specifications are read, wherever there are some: words joined by `+`, each a name, perhaps with a number behind a colon."""
+"""How specifications are read wherever there are some: words joined by `+`, each a name and maybe a number behind a colon."""
 
 from __future__ import annotations
 
