@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from tessera.attention import select
 from tessera.attention.missing_sinks import warn_if_sinks_are_missing
 from tessera.attention.windowed import Softmax
 from tessera.cache.cache_layer import DeferredKV
@@ -144,7 +147,9 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
         if source.unmasked:
             seen = start = window = None
         params = AttendParams(scale, seen, softmax.softcap, start, window)
-        if isinstance(source.held, Pages):
+        if isinstance(source.held, Pages) and source.top is not None and source.top < source.tokens:
+            results.append(_sparsely(q, source, params))
+        elif isinstance(source.held, Pages):
             results.append(dispatch.attend(q, source.held, params))
         else:
             results.append(dispatch.attend_exact(q, *source.held, params))
@@ -152,6 +157,18 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
         lse = softmax.s_aux.float().view(1, -1, 1).expand(q.shape[:3])
         results.append((torch.zeros_like(results[0][0]), lse))
     return dispatch.merge(results)[0]
+
+
+def _sparsely(q: Tensor, source: KVSource, params: AttendParams) -> tuple[Tensor, Tensor]:
+    """Partial attention of queries to the blocks of a source that promise most; arguments as of `dispatch.attend`."""
+    assert isinstance(source.held, Pages)
+    parts = []
+    for part, chosen in select.in_turn(q, source):
+        own = params.queries(part.start, part.stop)
+        seen = chosen if own.mask is None else chosen & own.mask
+        parts.append(dispatch.attend(q[:, :, part], source.held, replace(own, mask=seen)))
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out, 2), torch.cat(lse, 2)
 
 
 def _newer(step: StepContext, source: KVSource, window: int, device: torch.device) -> Tensor:
