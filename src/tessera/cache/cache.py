@@ -37,8 +37,9 @@ class Cache(TransformersCache):
             layer, as "{0-1,-1: sink:4 + hqmq:5 + recent:128; *: sink:4 + hqmq:3 + recent:128}".
         model_or_config: the transformers model that the cache serves, by itself or wrapped (`DataParallel`,
             `DistributedDataParallel`, peft, `torch.compile`); its attention is routed through Tessera (see `tessera.enable`;
-            `tessera.disable` undoes it). Or the model's own config object: then nothing is switched, and as long as the model
-            uses another attention, keys and values are decoded for every call, with one warning.
+            `tessera.disable` undoes it, and so does the end of a block ``with tessera.using(model):`` around all this). Or the
+            model's own config object: then nothing is switched, and as long as the model uses another attention, keys and
+            values are decoded for every call, with one warning.
         prefill: "exact": the tokens of a call are attended to as they are, and quantised after it. "quantized": what leaves
             `recent` is quantised first and attended to in that form, also by the call's own queries. What is kept is the same.
             For measuring: where a codec encodes tokens in groups, a query reads tokens of its group whose common mean was

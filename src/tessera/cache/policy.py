@@ -24,6 +24,7 @@ class RetentionPolicy:
         by_document: a document that the mask sets apart begins anew, as it would alone; the window and the sinks are its own.
         stats: how the codec is to see keys, if that was given; None: what the first tokens tell, if the codec weighs at all.
         partner: of each channel of the keys the one that a rotary embedding turns it into; None: nowhere.
+        tops: for each codec how many of its tokens a query reads at most, or None: all.
         others: the words of tiers that were added to the grammar, which stand behind the codecs.
     """
 
@@ -37,6 +38,7 @@ class RetentionPolicy:
     stats: KeyStats | None = None
     partner: tuple[int, ...] | None = None
     others: tuple[str, ...] = ()
+    tops: tuple[int | None, ...] = ()
 
     @staticmethod
     def of(
@@ -73,10 +75,11 @@ class RetentionPolicy:
         if spec.tensor_cache and sliding is not None and limits:
             limits[-1] = None  # likewise: what a memory would have absorbed elsewhere is kept while the layer sees it
         limited = tuple(zip(codecs, limits, strict=True))
+        tops = tuple(spec.top(codec) for codec, _ in spec.codecs)
         others = () if sliding is not None else spec.others
         if not any(codec.weighs for codec in codecs):
             stats = None
-        return RetentionPolicy(sink, recent, limited, window, tensor_cache, masked, by_document, stats, partner, others)
+        return RetentionPolicy(sink, recent, limited, window, tensor_cache, masked, by_document, stats, partner, others, tops)
 
     @property
     def weighs(self) -> bool:

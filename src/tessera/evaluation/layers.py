@@ -164,11 +164,11 @@ def _read(layer: TesseraLayer) -> Iterator[list[tuple[int, Tensor]]]:
                     found.append((source.start, source.held[0].clone()))
         return steps
 
-    setattr(layer, "open", noted)  # noqa: B010 - of this layer alone
+    layer.begin_step = noted  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        delattr(layer, "open")
+        del layer.begin_step
 
 
 def _mask(window: int | None, start: int, stop: int, device: torch.device) -> Tensor | None:

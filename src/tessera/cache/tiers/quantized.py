@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers.base import KVSource, Pairs, Tier
-from tessera.codecs import Codec, Packed
+from tessera.codecs import Codec, Packed, Role
 from tessera.codecs.key_stats import KeyStats
 from tessera.kernels import Pages
 
@@ -27,18 +27,20 @@ class QuantizedTier(Tier):
         codec: packs and unpacks; its group must divide `BLOCK`.
         layer: index of the layer, for codebooks drawn per layer.
         limit: number of tokens that are held at most; None: any number.
+        top: number of tokens that a query reads at most; None: all.
 
     Attributes:
         stats: of the keys, by whose widths they are multiplied before they are encoded; None: they are encoded as they are.
             They are the caller's, who sets them, and are not counted here.
     """
 
-    def __init__(self, codec: Codec, layer: int, limit: int | None = None) -> None:
+    def __init__(self, codec: Codec, layer: int, limit: int | None = None, top: int | None = None) -> None:
         if BLOCK % codec.group:
             raise ValueError(f"{codec.spec} encodes {codec.group} tokens together, which does not divide {BLOCK}")
         self.codec = codec
         self.layer = layer
         self.limit = limit
+        self.top = top
         self.stats: KeyStats | None = None
         self._pages: list[tuple[Packed, Packed]] = []
         self._view: Pages | None = None
@@ -84,9 +86,9 @@ class QuantizedTier(Tier):
             coming = k[:, :, chunk]
             if self.stats is not None:
                 coming = coming.float() * self.stats.widths.unsqueeze(2)
-            keys = self.codec.encode(coming, "key", self.layer, weights=weights)
+            keys = self._encode(coming, "key", weights)
             keys = replace(keys, dtype=k.dtype)  # what they are to be decoded to
-            values = self.codec.encode(v[:, :, chunk], "value", self.layer)
+            values = self._encode(v[:, :, chunk], "value")
             pages.append((keys, values))
             if few and held + size == PAGE:
                 keys, values = (Packed.cat(list(packed)) for packed in zip(*pages[-few - 1 :], strict=True))
@@ -94,6 +96,12 @@ class QuantizedTier(Tier):
             done += size
         self.put(pages)
         return None
+
+    def _encode(self, x: Tensor, role: Role, weights: Tensor | None = None) -> Packed:
+        # A block at a time where tokens of one call are judged together, so that it does not matter how calls were cut.
+        parts = x.split(BLOCK, 2) if self.codec.side(role).by_call else (x,)
+        packed = [self.codec.encode(part, role, self.layer, weights=weights) for part in parts]
+        return packed[0] if len(packed) == 1 else Packed.cat(packed)
 
     def excess(self, spare: int) -> int:
         """See `Tier`."""
@@ -148,7 +156,7 @@ class QuantizedTier(Tier):
 
     def sources(self, start: int, window: int | None) -> list[KVSource]:
         """See `Tier`."""
-        return [KVSource(self.view, start, self.tokens, window)] if self.tokens else []
+        return [KVSource(self.view, start, self.tokens, window, top=self.top)] if self.tokens else []
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index. rows: (n,) int64."""
@@ -162,7 +170,7 @@ class QuantizedTier(Tier):
 
     def copied(self) -> QuantizedTier:
         """See `Tier`."""
-        other = QuantizedTier(self.codec, self.layer, self.limit)
+        other = QuantizedTier(self.codec, self.layer, self.limit, self.top)
         other.stats = self.stats
         other.put(self.pages)
         return other
