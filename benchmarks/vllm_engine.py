@@ -29,8 +29,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Specifications of Tessera's that are measured, and what vLLM's own caches are called here.
-SPECS = ("sink:4 + hqmq:4", "sink:4 + hqmq:3")
+SPECS = ("sink:4 + hqmq:4", "sink:4 + hqmq:4, with statistics", "sink:4 + hqmq:3")
 DENSE, FP8 = "dense", "fp8"
+#: What a specification ends with where keys are coded by statistics of the end of the text.
+STATS = ", with statistics"
 #: Lengths of requests, in tokens, for which it is said how many the pool holds.
 LENGTHS = (1024, 4096, 8192)
 #: Query heads, key heads, head_dim of layers, and requests, tokens and new tokens of steps, whose attention is timed by itself.
@@ -60,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     parser.add_argument("--what", choices=("serve", "quality", "kernels"), help=argparse.SUPPRESS)
     parser.add_argument("--scores", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stats", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -80,7 +83,9 @@ def start(args: argparse.Namespace, **options: Any) -> Any:
     if args.cache == FP8:
         usual["kv_cache_dtype"] = "fp8"
     elif args.cache != DENSE:
-        usual["additional_config"] = {"tessera": args.cache}
+        usual["additional_config"] = {"tessera": args.cache.removesuffix(STATS)}
+        if args.cache.endswith(STATS):
+            usual["additional_config"]["tessera_stats"] = str(args.stats)
         if torch.cuda.is_available():  # the CPU platform knows one backend only
             usual["attention_backend"] = "CUSTOM"
     return LLM(model=args.model, **{**usual, **options})
@@ -98,6 +103,7 @@ def serve(args: argparse.Namespace) -> None:
 
     A line is the name of a workload, whose requests are added, "step", or "end".
     """
+    import torch
     from vllm import SamplingParams
 
     answers = os.fdopen(os.dup(1), "w")
@@ -117,7 +123,8 @@ def serve(args: argparse.Namespace) -> None:
     config = engine.vllm_config.cache_config
     groups = engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
     # Of a model without windows all groups but one are rings.
-    answer({"blocks": config.num_gpu_blocks, "block_size": config.block_size, "pool": POOL, "rings": len(groups) - 1})
+    pool = {"blocks": config.num_gpu_blocks, "block_size": config.block_size, "pool": POOL, "rings": len(groups) - 1}
+    answer({**pool, "threads": torch.get_num_threads()})
     for line in sys.stdin:
         asked = line.strip()
         if asked == "end":
@@ -351,7 +358,7 @@ def command(args: argparse.Namespace, cache: str, what: str, **more: Any) -> lis
     """The command of a process of its own for one cache."""
     given = {"--model": args.model, "--text": args.text, "--dtype": args.dtype, "--tokens": args.tokens, "--new": args.new}
     given |= {"--few": args.few, "--requests": args.requests, "--prompt": args.prompt, "--long": args.long}
-    given |= {"--lists": args.lists, "--block-size": args.block_size, "--cache": cache, "--what": what}
+    given |= {"--lists": args.lists, "--block-size": args.block_size, "--cache": cache, "--what": what, "--stats": args.stats}
     given |= {f"--{name}": value for name, value in more.items()}
     return [sys.executable, __file__, *(str(word) for pair in given.items() for word in pair)]
 
@@ -365,6 +372,16 @@ def complaint(log: str, status: int) -> str:
     """What a process that failed said last."""
     lines = [line for line in log.splitlines() if "Error" in line]
     return lines[-1].strip() if lines else f"exit {status}"
+
+
+def measure_statistics(args: argparse.Namespace, folder: Path) -> Path:
+    """Statistics of keys from the last tenth of the text, which nothing else here reads."""
+    text, path = args.text.read_text(encoding="utf-8"), folder / "stats.safetensors"
+    (folder / "end.txt").write_text(text[-len(text) // 10 :], encoding="utf-8")
+    words = {"--model": args.model, "--text": folder / "end.txt", "--out": path}
+    made = [sys.executable, "-m", "tessera", "stats", *(str(word) for pair in words.items() for word in pair)]
+    subprocess.run(made, check=True, capture_output=True)
+    return path
 
 
 def child(args: argparse.Namespace, cache: str, what: str, scores: Path) -> dict[str, Any]:
@@ -392,7 +409,6 @@ def main() -> None:
     if args.what:
         args.json.write_text(json.dumps({"quality": quality, "kernels": kernels}[args.what](args)))
         return
-    import torch
     import vllm
 
     from tessera.evaluation.records import environment
@@ -400,21 +416,22 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         scores = Path(folder) / "scores.pt"
+        args.stats = measure_statistics(args, Path(folder))
         rows = []
         for cache in args.caches:
             rows.append({"cache": cache, **child(args, cache, "quality", scores)})
             print(rows[-1], flush=True)
-    found = speed(args)
-    for row in rows:
-        row |= found[row["cache"]]
-        if "blocks" in row:
-            row["held"] = {str(n): tokens_held(row, n) for n in LENGTHS}
+        found = speed(args)
+        for row in rows:
+            row |= found[row["cache"]]
+            if "blocks" in row:
+                row["held"] = {str(n): tokens_held(row, n) for n in LENGTHS}
     record = {
         "environment": {
             **environment(),
             "vllm": vllm.__version__,
             "instructions": instructions(),
-            "threads": torch.get_num_threads(),
+            "threads": rows[0].get("threads"),
         },
         "model": Path(args.model).name,
         "dtype": args.dtype,
