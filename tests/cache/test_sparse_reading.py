@@ -74,7 +74,7 @@ def test_what_is_not_chosen_is_not_read(level: str | None) -> None:
     seen = select.selected(q, held, 256)
     wanted = reference.attend(q, held, 0.125, seen)[0]
     backend = "auto" if level is None else f"cpu:{level}"
-    found = dispatch.attend(q, held, 0.125, seen, backend=backend)[0]
+    found = dispatch.attend(q, held, AttendParams(0.125, seen), backend=backend)[0]
     assert relative(found, wanted) < 1e-4
     if not cpu.levels():
         pytest.skip(f"no kernel leaves blocks out here: {cpu.MISSING}")
@@ -85,7 +85,7 @@ def test_what_is_not_chosen_is_not_read(level: str | None) -> None:
             packed.tensors["scale"][free[:, :, at : at + packed.tokens]] = 255
             packed.tensors["codes"][free[:, :, at : at + packed.tokens]] = 77
         at += keys.tokens
-    again = dispatch.attend(q, Pages(list(held.pages)), 0.125, seen, backend=backend)[0]
+    again = dispatch.attend(q, Pages(list(held.pages)), AttendParams(0.125, seen), backend=backend)[0]
     assert torch.equal(again, found)
 
 
