@@ -188,12 +188,12 @@ def _rule(step: StepContext, source: KVSource) -> tuple[int | None, int | None]:
 
 
 def _fused(q: Tensor, step: StepContext, scale: float) -> Tensor | None:
-    """PyTorch's own attention, where all that is read is one exact part with a rule that it knows, and many queries read it.
+    """PyTorch's own attention, where all that is read is one exact part with a rule that it knows.
 
-    For a few queries that share keys it is slower than the kernel for them.
+    Not where there is a kernel, but for many queries in bfloat16, of which processors may have products.
     """
     source = step.sources[0]
-    if isinstance(source.held, Pages) or source.held[0].dtype != q.dtype or dispatch.exact_in_cpp(q, *source.held):
+    if isinstance(source.held, Pages) or source.held[0].dtype != q.dtype:
         return None
     k, v = source.held
     if v.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
@@ -202,6 +202,8 @@ def _fused(q: Tensor, step: StepContext, scale: float) -> Tensor | None:
     if window is not None:
         return None
     rows, heads, tokens, dim = q.shape
+    if (q.dtype != torch.bfloat16 or tokens == 1) and dispatch.exact_family(q, k, v, AttendParams(scale, start=start)) == "cpu":
+        return None
     if start is None and tokens == 1:
         # The queries of a group become the query tokens of their key head, so keys are not repeated.
         packed = q.reshape(rows, k.shape[1], heads // k.shape[1], dim)

@@ -10,6 +10,7 @@ from tessera.kernels import cpu, directions, feedback, grid, pack, paged, pages,
 from tessera.kernels.cpu import encode as cpu_encode
 from tessera.kernels.cpu import grid as cpu_grid
 from tessera.kernels.cpu import paged as cpu_paged
+from tessera.kernels.cpu import tiled
 from tessera.kernels.grid import Gates, Steps
 from tessera.kernels.nearest import Codewords
 from tessera.kernels.pages import Coded, Pages
@@ -27,7 +28,7 @@ ATTEND = Operation(
     "attention over the compressed cache",
     Implementation("reference", reference, "attend"),
     [
-        Implementation("cpu", cpu, "attend", lambda q, tier, params: cpu.attend_refusal(q, tier), levels=True),
+        Implementation("cpu", tiled, "attend", tiled.attend_refusal, levels=True),
         Implementation("triton", triton, "attend", lambda q, tier, params: triton.attend_refusal(q, tier)),
     ],
 )
@@ -35,7 +36,7 @@ ATTEND_EXACT = Operation(
     "attend_exact",
     "attention over exact keys and values",
     Implementation("reference", reference, "attend_exact"),
-    [Implementation("cpu", cpu, "attend_exact", lambda q, k, v, params: cpu.attend_exact_refusal(q, k, v), levels=True)],
+    [Implementation("cpu", tiled, "attend_exact", tiled.attend_exact_refusal, levels=True)],
     strict=False,
     quiet=True,
 )
@@ -182,15 +183,15 @@ def attend(q: Tensor, tier: Pages, params: AttendParams, backend: str | None = N
 def attend_exact(q: Tensor, k: Tensor, v: Tensor, params: AttendParams, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Partial attention over keys and values as they are, see `tessera.kernels.reference.attend_exact`.
 
-    In C++ for the few queries of a decoding step on a CPU, else in PyTorch. `backend`: see `attend`.
+    On a CPU in C++ for the few queries of a decoding step, by PyTorch's flash attention for many. `backend`: see `attend`.
     """
     found: tuple[Tensor, Tensor] = ATTEND_EXACT(q, k, v, params, backend=backend)
     return found
 
 
-def exact_in_cpp(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attend_exact` would run in C++."""
-    return ATTEND_EXACT.choose(None, q, k, v, None)[0].family == "cpu"
+def exact_family(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str:
+    """The family whose `attend_exact` would run."""
+    return ATTEND_EXACT.choose(None, q, k, v, params)[0].family
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]], backend: str | None = None) -> tuple[Tensor, Tensor]:
