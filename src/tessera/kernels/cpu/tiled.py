@@ -21,16 +21,19 @@ from tessera.kernels.params import AttendParams
 TILE_BYTES = 64 << 20
 #: Tokens of a tile at least.
 BLOCK = 64
-#: Rows of queries a key head from which decoding a tile pays where codes have no kernel of their own instruction set.
-MANY_ROWS = 32
+#: Rows of queries a key head from which a tile is worth decoding where there is no kernel for the codes, and where there is one
+#: that does not multiply in integers.
+NO_KERNEL, SLOW_KERNEL = 16, 256
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attend(q: Tensor, pages: Pages, params: AttendParams, *, level: str | None = None) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.reference.attend` the fastest way that there is on a CPU. `level`: see `tessera.kernels.cpu.attend`."""
-    if cpu.attend_refusal(q, pages) is None and (_fast(pages, level) or tiled_refusal(q, pages, params) is not None):
-        return cpu.attend(q, pages, params, level=level)
+    if cpu.attend_refusal(q, pages) is None:
+        many = q.shape[1] // pages.shape[1] * q.shape[2] >= SLOW_KERNEL
+        if not many or _fast(pages, level) or tiled_refusal(q, pages, params) is not None:
+            return cpu.attend(q, pages, params, level=level)
     return attend_tiled(q, pages, params)
 
 
@@ -64,7 +67,7 @@ def tiled_refusal(q: Tensor, pages: Pages, params: AttendParams) -> str | None:
         return "PyTorch's flash attention that tells its log-sum-exp is for CPUs"
     if torch.is_grad_enabled() and q.requires_grad:
         return "its result has no gradients"
-    if q.shape[1] // pages.shape[1] * q.shape[2] < MANY_ROWS:
+    if q.shape[1] // pages.shape[1] * q.shape[2] < NO_KERNEL:
         return "so few queries are not worth a decoded tile"
     return _refusal(q, params)
 
