@@ -15,7 +15,7 @@ from tessera import codecs
 from tessera.attention import over_tiers, select
 from tessera.cache import parse
 from tessera.cache.tiers import KVSource
-from tessera.kernels import Pages, cpu, dispatch, reference
+from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
 
 SPEC = "sink:4 + hqmq:4/top:128 + recent:16"
 

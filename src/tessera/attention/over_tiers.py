@@ -16,7 +16,11 @@ from tessera.cache.group import StepContext
 from tessera.cache.masks import GroupMask, Runs
 from tessera.cache.tiers import KVSource, TensorCacheTier
 from tessera.kernels import AttendParams, Pages, dispatch
+from tessera.kernels.source import Source
 from tessera.tensor_cache.gated import MemoryCall, TensorCacheLayer
+
+#: `start` and `window` of what every query reads whole.
+NO_RULE = (None, None)
 
 
 def over_tiers(
@@ -130,10 +134,10 @@ def _read(memory: TensorCacheLayer, q: Tensor, step: StepContext, matrix: Tensor
 
 def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, softmax: Softmax) -> Tensor:
     """One softmax over all sources. q: (rows, q_heads, tokens, head_dim), as the result."""
-    if len(step.sources) == 1 and mask is None and softmax.usual:
-        fused = _fused(q, step, scale)
-        if fused is not None:
-            return fused
+    if mask is None and softmax.s_aux is None and not any(_sparse(source) for source in step.sources):
+        fused = _fused(q, step, scale) if len(step.sources) == 1 and softmax.usual else None
+        given = [Source(source.held, *(NO_RULE if source.unmasked else _rule(step, source))) for source in step.sources]
+        return dispatch.attend_sources(q, given, scale, softmax.softcap) if fused is None else fused
     results = []
     for source in step.sources:
         start, window = _rule(step, source)
@@ -147,7 +151,7 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
         if source.unmasked:
             seen = start = window = None
         params = AttendParams(scale, seen, softmax.softcap, start, window)
-        if isinstance(source.held, Pages) and source.top is not None and source.top < source.tokens:
+        if _sparse(source):
             results.append(_sparsely(q, source, params))
         elif isinstance(source.held, Pages):
             results.append(dispatch.attend(q, source.held, params))
@@ -157,6 +161,11 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
         lse = softmax.s_aux.float().view(1, -1, 1).expand(q.shape[:3])
         results.append((torch.zeros_like(results[0][0]), lse))
     return dispatch.merge(results)[0]
+
+
+def _sparse(source: KVSource) -> bool:
+    """Whether queries read only a choice of the source's blocks."""
+    return source.top is not None and source.top < source.tokens and isinstance(source.held, Pages)
 
 
 def _sparsely(q: Tensor, source: KVSource, params: AttendParams) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,14 @@ from tessera.kernels import cpu, directions, feedback, grid, pack, paged, pages,
 from tessera.kernels.cpu import encode as cpu_encode
 from tessera.kernels.cpu import grid as cpu_grid
 from tessera.kernels.cpu import paged as cpu_paged
-from tessera.kernels.cpu import tiled
+from tessera.kernels.cpu import sources, tiled
 from tessera.kernels.grid import Gates, Steps
 from tessera.kernels.nearest import Codewords
 from tessera.kernels.pages import Coded, Pages
 from tessera.kernels.params import AttendParams
 from tessera.kernels.precision import without_autocast
 from tessera.kernels.registry import BACKENDS, OPERATIONS, Implementation, Operation, chosen, say_once
+from tessera.kernels.source import Source
 from tessera.kernels.triton import paged as triton_paged
 
 __all__ = ["BACKENDS", "OPERATIONS", "chosen", "say_once"]
@@ -187,6 +188,32 @@ def attend_exact(q: Tensor, k: Tensor, v: Tensor, params: AttendParams, backend:
     """
     found: tuple[Tensor, Tensor] = ATTEND_EXACT(q, k, v, params, backend=backend)
     return found
+
+
+def attend_sources(
+    q: Tensor, given: Sequence[Source], scale: float, softcap: float | None = None, backend: str | None = None
+) -> Tensor:
+    """Attention to several sources in one softmax; in one call into C++ for a few queries on a CPU.
+
+    Args:
+        q: (batch, q_heads, q_tokens, head_dim).
+        given: at least one source.
+        scale, softcap: see `AttendParams`.
+        backend: see `attend`.
+
+    Returns:
+        (batch, q_heads, q_tokens, head_dim) float32, 0 where a query sees nothing.
+    """
+    family, _, level = chosen(backend).partition(":")
+    if family in ("auto", "cpu"):
+        found = sources.attend_sources(q, given, scale, softcap, level=level or None)
+        if found is not None:
+            return found
+    parts = []
+    for held, start, window in given:
+        params = AttendParams(scale, None, softcap, start, window)
+        parts.append(attend(q, held, params, backend) if isinstance(held, Pages) else attend_exact(q, *held, params, backend))
+    return merge(parts, backend)[0]
 
 
 def exact_family(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str:

@@ -48,7 +48,7 @@ class QuantizedTier(Tier):
     @property
     def tokens(self) -> int:
         """Number of tokens held."""
-        return sum(keys.tokens for keys, _ in self._pages)
+        return 0 if self._view is None else self._view.tokens
 
     @property
     def pages(self) -> list[tuple[Packed, Packed]]:
