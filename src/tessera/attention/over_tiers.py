@@ -144,12 +144,8 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
             start = window = None
         if source.unmasked:
             seen = start = window = None
-        if isinstance(source.held, Pages) and source.top is not None and source.top < source.tokens:
-            results.append(_sparsely(q, source, scale, softmax.softcap, seen, start, window))
-        elif isinstance(source.held, Pages):
-            results.append(
-                dispatch.attend(q, source.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window)
-            )
+        if isinstance(source.held, Pages):
+            results.append(_over_pages(q, source, source.held, scale, softmax.softcap, seen, start, window))
         else:
             results.append(
                 dispatch.attend_exact(q, *source.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window)
@@ -158,6 +154,26 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
         lse = softmax.s_aux.float().view(1, -1, 1).expand(q.shape[:3])
         results.append((torch.zeros_like(results[0][0]), lse))
     return dispatch.merge(results)[0]
+
+
+def _over_pages(
+    q: Tensor,
+    source: KVSource,
+    pages: Pages,
+    scale: float,
+    softcap: float | None,
+    mask: Tensor | None,
+    start: int | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Partial attention to quantised tokens, where they lie; arguments as of `dispatch.attend`."""
+    here, there = q.device, pages.pages[0][0].device
+    q, mask = q.to(there), None if mask is None else mask.to(there)
+    if source.top is not None and source.top < source.tokens:
+        out, lse = _sparsely(q, source, scale, softcap, mask, start, window)
+    else:
+        out, lse = dispatch.attend(q, pages, scale, mask=mask, softcap=softcap, start=start, window=window)
+    return out.to(here), lse.to(here)
 
 
 def _sparsely(
