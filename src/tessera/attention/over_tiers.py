@@ -135,9 +135,12 @@ def _read(memory: TensorCacheLayer, q: Tensor, step: StepContext, matrix: Tensor
 def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, softmax: Softmax) -> Tensor:
     """One softmax over all sources. q: (rows, q_heads, tokens, head_dim), as the result."""
     if mask is None and softmax.s_aux is None and not any(_sparse(source) for source in step.sources):
-        fused = _fused(q, step, scale) if len(step.sources) == 1 and softmax.usual else None
         given = [Source(source.held, *(NO_RULE if source.unmasked else _rule(step, source))) for source in step.sources]
-        return dispatch.attend_sources(q, given, scale, softmax.softcap) if fused is None else fused
+        read = dispatch.attend_sources(q, given, scale, softmax.softcap)
+        if read is None and len(given) == 1 and softmax.usual:
+            read = _fused(q, step, scale)
+        if read is not None:
+            return read
     results = []
     for source in step.sources:
         start, window = _rule(step, source)
@@ -151,10 +154,8 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
         if source.unmasked:
             seen = start = window = None
         params = AttendParams(scale, seen, softmax.softcap, start, window)
-        if _sparse(source):
-            results.append(_sparsely(q, source, params))
-        elif isinstance(source.held, Pages):
-            results.append(dispatch.attend(q, source.held, params))
+        if isinstance(source.held, Pages):
+            results.append(_over_pages(q, source, source.held, params))
         else:
             results.append(dispatch.attend_exact(q, *source.held, params))
     if softmax.s_aux is not None:
@@ -165,7 +166,19 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
 
 def _sparse(source: KVSource) -> bool:
     """Whether queries read only a choice of the source's blocks."""
-    return source.top is not None and source.top < source.tokens and isinstance(source.held, Pages)
+    return source.top is not None and source.top < source.tokens
+
+
+def _over_pages(q: Tensor, source: KVSource, pages: Pages, params: AttendParams) -> tuple[Tensor, Tensor]:
+    """Partial attention to quantised tokens, where they lie; arguments as of `dispatch.attend`."""
+    here, there = q.device, pages.pages[0][0].device
+    if here != there:
+        q, params = q.to(there), replace(params, mask=None if params.mask is None else params.mask.to(there))
+    if _sparse(source):
+        out, lse = _sparsely(q, source, params)
+    else:
+        out, lse = dispatch.attend(q, pages, params)
+    return out.to(here), lse.to(here)
 
 
 def _sparsely(q: Tensor, source: KVSource, params: AttendParams) -> tuple[Tensor, Tensor]:

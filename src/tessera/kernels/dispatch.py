@@ -192,8 +192,8 @@ def attend_exact(q: Tensor, k: Tensor, v: Tensor, params: AttendParams, backend:
 
 def attend_sources(
     q: Tensor, given: Sequence[Source], scale: float, softcap: float | None = None, backend: str | None = None
-) -> Tensor:
-    """Attention to several sources in one softmax; in one call into C++ for a few queries on a CPU.
+) -> Tensor | None:
+    """Attention to several sources in one softmax by one call into C++, for a few queries on a CPU.
 
     Args:
         q: (batch, q_heads, q_tokens, head_dim).
@@ -202,18 +202,13 @@ def attend_sources(
         backend: see `attend`.
 
     Returns:
-        (batch, q_heads, q_tokens, head_dim) float32, 0 where a query sees nothing.
+        (batch, q_heads, q_tokens, head_dim) float32, 0 where a query sees nothing; None where it cannot be done, or would be
+        slower: then `attend`, `attend_exact` and `merge` do it.
     """
     family, _, level = chosen(backend).partition(":")
-    if family in ("auto", "cpu"):
-        found = sources.attend_sources(q, given, scale, softcap, level=level or None)
-        if found is not None:
-            return found
-    parts = []
-    for held, start, window in given:
-        params = AttendParams(scale, None, softcap, start, window)
-        parts.append(attend(q, held, params, backend) if isinstance(held, Pages) else attend_exact(q, *held, params, backend))
-    return merge(parts, backend)[0]
+    if family not in ("auto", "cpu"):
+        return None
+    return sources.attend_sources(q, given, scale, softcap, level=level or None)
 
 
 def exact_family(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str:

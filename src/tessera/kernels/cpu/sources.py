@@ -16,7 +16,7 @@ from tessera.kernels.source import Source
 def attend_sources(
     q: Tensor, sources: Sequence[Source], scale: float, softcap: float | None = None, *, level: str | None = None
 ) -> Tensor | None:
-    """Attention to several sources at once, see `tessera.kernels.dispatch.attend_sources`; None where it cannot run here."""
+    """`tessera.kernels.dispatch.attend_sources`. `level`: instruction set; None: the best there is."""
     batch, heads, tokens, dim = q.shape
     if cpu.MISSING is not None or q.device.type != "cpu" or not q.numel() or (q.requires_grad and torch.is_grad_enabled()):
         return None
