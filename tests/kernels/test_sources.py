@@ -7,10 +7,10 @@ from itertools import combinations_with_replacement
 
 import pytest
 import torch
+from kernel_inputs import make_pages, relative
 from torch import Tensor
 
 import tessera.kernels.cpu.sources as fused
-from kernel_inputs import make_pages, relative
 from tessera import codecs
 from tessera.codecs.key_stats import KeyStats
 from tessera.kernels import AttendParams, Pages, cpu, dispatch
@@ -45,7 +45,9 @@ KINDS: dict[str, Callable[[], Source]] = {
 PACKED = ("hqmq", "paper", "weighed")
 
 
-def one_by_one(q: Tensor, given: list[Source], scale: float, softcap: float | None = None, backend: str = "reference") -> Tensor:
+def one_by_one(
+    q: Tensor, given: list[Source], scale: float, softcap: float | None = None, backend: str = "reference"
+) -> Tensor:
     parts = []
     for held, start, window in given:
         params = AttendParams(scale, None, softcap, start, window)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_inputs import make_pages, relative
 from torch import Tensor
 
 import tessera.kernels
-from kernel_inputs import make_pages, relative
 from tessera import codecs
 from tessera.kernels import AttendParams, cpu, dispatch, reference
 from tessera.kernels.cpu import tiled
@@ -45,7 +45,9 @@ def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         (1, 100, 4, 2, 16, 3),
     ],
 )
-def test_exact_keys(dtype: torch.dtype, queries: int, keys: int, heads: int, kv_heads: int, dim: int, start: int | None) -> None:
+def test_exact_keys(
+    dtype: torch.dtype, queries: int, keys: int, heads: int, kv_heads: int, dim: int, start: int | None
+) -> None:
     q, k, v = (x.to(dtype) for x in inputs(queries, keys, heads, kv_heads, dim))
     params = AttendParams(SCALE, start=start)
     assert tiled.exact_tiled_refusal(q, k, v, params) is None

@@ -55,7 +55,9 @@ class Chain:
             self.tensor_cache = TensorCacheTier(None if policy.dissolves else policy.window)
         self.dropped = 0
         #: Tokens leave `recent` for codecs that take any number, and nothing else ever leaves anything.
-        self._only_quantises = policy.window is None and not any((policy.limited, self.others, self.tensor_cache, len(self.quantized) > 1))
+        self._only_quantises = policy.window is None and not any(
+            (policy.limited, self.others, self.tensor_cache, len(self.quantized) > 1)
+        )
         self.learning: Learning | None = None
         self._stats: KeyStats | None = None
         if policy.weighs:

@@ -54,7 +54,7 @@ class QuantizedTier(Tier):
     @property
     def tokens(self) -> int:
         """Number of tokens held."""
-        return 0 if self._view is None else self._view.tokens
+        return sum(view.tokens for view in self._views)
 
     @property
     def pages(self) -> list[tuple[Packed, Packed]]:

@@ -307,6 +307,7 @@ def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def book(form: Format, heads: int, layer: int) -> Any:
+    """A codec's tables as the kernels have them, made once."""
     return _joint(form) if isinstance(form, JointFormat) else _products(form, heads, layer)
 
 

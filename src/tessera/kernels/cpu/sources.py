@@ -21,14 +21,14 @@ def attend_sources(
     if cpu.MISSING is not None or q.device.type != "cpu" or not q.numel() or (q.requires_grad and torch.is_grad_enabled()):
         return None
     exact: list[int] = []
-    packed: Source | None = None
+    packed: tuple[Pages, Source] | None = None
     kv_heads = 0
     for source in sources:
         held = source.held
         if isinstance(held, Pages):
             if packed is not None or not _prepared(held, q):
                 return None
-            packed, kv_heads = source, held.shape[1]
+            packed, kv_heads = (held, source), held.shape[1]
             continue
         k, v = held
         if cpu.attend_exact_refusal(q, k, v) is not None:
@@ -44,8 +44,9 @@ def attend_sources(
     if packed is None:
         cpu._cpu.attend_exact_sources(*given)
     else:
-        keys, values, addresses, gain, narrowing, _kept = packed.held.memo["sources"]
-        cpu._cpu.attend_sources(*given, keys, values, addresses, gain, (*_rule(packed), cpu.LIMBS), narrowing)
+        pages, source = packed
+        keys, values, addresses, gain, narrowing, _kept = pages.memo["sources"]
+        cpu._cpu.attend_sources(*given, keys, values, addresses, gain, (*_rule(source), cpu.LIMBS), narrowing)
     return out
 
 

@@ -8,6 +8,7 @@ queries. `benchmarks/prefill_attention.py` measures where that is the fastest wa
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ def _over_tiles(
     split = count if start is None else min(start, count)
     cuts = sorted({*range(0, split, step), *range(split, end, step), end})
     found: tuple[Tensor, Tensor] | None = None
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         causal, first = a >= split, max(0, a - split)
         k, v = tile(a, b)
         part = _flash(q[:, :, first:], k.float(), v.float(), params.scale, causal)
