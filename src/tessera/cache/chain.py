@@ -44,7 +44,11 @@ class Chain:
         self.policy = policy
         self.sink = SinkTier(policy.sink)
         self.recent = RecentTier(policy.recent)
-        self.quantized = [QuantizedTier(codec, layer, limit) for codec, limit in policy.codecs]
+        tops = policy.tops or (None,) * len(policy.codecs)
+        self.quantized = [
+            QuantizedTier(codec, layer, limit, top, policy.store)
+            for (codec, limit), top in zip(policy.codecs, tops, strict=True)
+        ]
         self.others: list[tuple[str, Tier]] = [(word, make(word)) for word in policy.others]
         self.tensor_cache: TensorCacheTier | None = None
         if policy.tensor_cache:

@@ -20,6 +20,7 @@ class CacheReport:
         tokens: slots that the cache has seen, padding included.
         dense_nbytes: what transformers' `DynamicCache` would hold for the same tokens.
         compression: dense_nbytes / nbytes.
+        offloaded: of `nbytes`, those that are in files or on the CPU while the model computes elsewhere.
         ranks: processes that a tensor-parallel model is spread over; the figures are those of one of them, unless they were
             summed.
         summed: whether the figures are those of all of them.
@@ -34,6 +35,7 @@ class CacheReport:
     tokens: int
     dense_nbytes: int
     compression: float
+    offloaded: int = 0
     ranks: int = 1
     summed: bool = False
 
@@ -58,6 +60,7 @@ class CacheReport:
             bits_per_element=8 * nbytes / max(1, elements),
             dense_nbytes=dense,
             compression=dense / max(1, nbytes),
+            offloaded=sum(r.offloaded for r in reports),
             summed=True,
         )
 
@@ -71,6 +74,8 @@ class CacheReport:
         for name, size in self.tiers.items():
             bits = f"  {self.tier_bits[name]:.3f} bits" if name in self.tier_bits else ""
             lines.append(f"  {name:<{width}}  {_size(size):>10}{bits}")
+        if self.offloaded:
+            lines.append(f"  of which {_size(self.offloaded)} offloaded")
         return "\n".join(lines)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tessera import codecs
+from tessera import codecs, grammar
 from tessera.cache import added_tiers
 
 #: Tokens that are compressed, and dropped, together. The group of every codec divides it.
@@ -36,6 +35,7 @@ class Spec:
         older: further codecs and their limits, each for what the one before lets go.
         window: a query sees this many newest tokens, itself included, and the sinks, and nothing else. None: no window.
         others: words of tiers that were added to the grammar, in the order in which tokens come to them, behind the codecs.
+        tops: codecs whose tokens are read sparsely, each with the number of them that a query reads at most.
         dense: keep every token exactly.
         tensor_cache: what leaves the window, or the last codec, is written into the Tensor Cache that `tessera.attach`
             has given to the model.
@@ -50,6 +50,7 @@ class Spec:
     tensor_cache: bool = False
     older: tuple[tuple[str, int | None], ...] = ()
     others: tuple[str, ...] = ()
+    tops: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("sink", "recent"):
@@ -70,8 +71,8 @@ class Spec:
             self._alone_with_others()
         if self.codec is not None:
             self._chain()
-        elif self.codec_limit is not None:
-            raise ValueError("codec_limit without a codec")
+        elif self.codec_limit is not None or self.tops:
+            raise ValueError("codec_limit or tops without a codec")
         elif self.older:
             raise ValueError("older codecs without a first one")
         elif not self.dense and self.window is None and not self.others:
@@ -114,6 +115,17 @@ class Spec:
         for spec in specs:
             if specs.count(spec) > 1:
                 raise ValueError(f"{spec!r} stands behind itself; give it the sum of the limits once")
+        object.__setattr__(self, "tops", tuple((codecs.get(spec).spec, top) for spec, top in self.tops))
+        for spec, top in self.tops:
+            if spec not in specs:
+                raise ValueError(f"'/top:{top}' is for {spec!r}, which this spec has not")
+            if not codecs.get(spec).side("key").summarises:
+                raise ValueError(
+                    f"'{spec}/top:{top}': {spec!r} keeps no mean of each block of keys, by which blocks to read are chosen; "
+                    "hqmq:3, hqmq:4 and hqmq:5 do"
+                )
+            if top < BLOCK or top % BLOCK:
+                raise ValueError(f"'{spec}/top:{top}': tokens are read in blocks of {BLOCK}; give a multiple, such as 2048")
         object.__setattr__(self, "codec", specs[0])
         object.__setattr__(self, "older", tuple((found.spec, limit) for found, limit in named[1:]))
 
@@ -131,6 +143,10 @@ class Spec:
         if clash:
             raise ValueError(f"{name!r} and {clash[0]!r} contradict each other: {name} - {why}")
 
+    def top(self, codec: str) -> int | None:
+        """How many tokens of a codec a query reads at most; None: all."""
+        return dict(self.tops).get(codec)
+
     @property
     def exact(self) -> bool:
         """Whether no token is ever changed or dropped."""
@@ -145,7 +161,8 @@ class Spec:
         words = []
         if self.sink:
             words.append(f"sink:{self.sink}")
-        words += [codec if limit is None else f"{codec}@{limit}" for codec, limit in self.codecs]
+        tops = {codec: f"/top:{top}" for codec, top in self.tops}
+        words += [(codec if limit is None else f"{codec}@{limit}") + tops.get(codec, "") for codec, limit in self.codecs]
         words += self.others
         if self.recent:
             words.append(f"recent:{self.recent}")
@@ -179,11 +196,9 @@ def parse(text: str | Spec) -> Spec:
     if not isinstance(text, str):
         raise TypeError(f"a spec is a string such as 'sink:4 + {codec_examples()[0]} + recent:128', not {text!r}")
     found: dict[str, Any] = {}
-    for word in text.split("+"):
-        word = "".join(word.split())
-        if not word:
-            raise ValueError(f"there is an empty tier in {text!r}; write tiers like {_choices()} with '+' between them")
+    for word in grammar.words(text, _choices(), "tier"):
         fields = _tier(word, text)
+        found["tops"] = (*found.get("tops", ()), *fields.pop("tops", ()))
         if "codec" in fields and "codec" in found:
             found["older"] = (*found.get("older", ()), (fields["codec"], fields.get("codec_limit")))
             continue
@@ -210,19 +225,18 @@ def _tier(word: str, text: str) -> dict[str, Any]:
             raise ValueError(f"{name!r} takes no argument, got {word!r} in {text!r}")
         return {"dense" if name == "dense" else "tensor_cache": True}
     if name in TIERS:
-        return {name: _number(argument, word, TIERS[name][0], text)}
+        return {name: grammar.count(argument, word, TIERS[name][0], text)}
     if name in added_tiers.examples():
         added_tiers.make(word)  # which refuses an argument that is wrong
         return {"others": (word,)}
-    if name.partition("@")[0] in codecs.names():
+    if re.split("[@/]", name)[0] in codecs.names():
         return _codec(word, text)
-    near = difflib.get_close_matches(name, [*TIERS, *added_tiers.examples(), *codecs.names()], n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"unknown tier {name!r} in {text!r}{hint} There are: {_choices()}")
+    grammar.unknown(name, text, (*TIERS, *added_tiers.examples(), *codecs.names()), _choices(), "tier")
 
 
 def _codec(word: str, text: str) -> dict[str, Any]:
     """A codec and its limit as fields of `Spec`."""
+    word, slash, rule = word.partition("/")
     codec, at, limit = word.partition("@")
     if at and codec.startswith("(") and not codec.endswith(")"):
         whole = "".join(part.partition("@")[0] for part in re.split("(?=[,)])", word))
@@ -230,17 +244,14 @@ def _codec(word: str, text: str) -> dict[str, Any]:
     codecs.get(codec)
     fields: dict[str, Any] = {"codec": codec}
     if at:
-        fields["codec_limit"] = _number(limit, word, f"{codec}@32768", text)
+        fields["codec_limit"] = grammar.count(limit, word, f"{codec}@32768", text)
+    if slash:
+        kind, _, top = rule.partition(":")
+        if kind != "top":
+            raise ValueError(f"'{word}/{rule}' in {text!r}: behind '/' stands how much of it is read, as in '{codec}/top:2048'")
+        fields["tops"] = ((codec, grammar.count(top, f"{word}/{rule}", f"{codec}/top:2048", text)),)
     return fields
 
 
-def _number(argument: str, word: str, example: str, text: str) -> int:
-    if not argument.isascii() or not argument.isdigit():
-        raise ValueError(f"{word!r} in {text!r} needs a whole number of tokens, as in {example!r}; got {argument!r}")
-    return int(argument)
-
-
-def _choices() -> str:
-    return ", ".join(
-        repr(example) for example in (*(e for e, _ in TIERS.values()), *added_tiers.examples().values(), *codec_examples())
-    )
+def _choices() -> tuple[str, ...]:
+    return (*(example for example, _ in TIERS.values()), *added_tiers.examples().values(), *codec_examples())

@@ -28,7 +28,7 @@ from tessera.adapters import attached_memory
 from tessera.attention import attention_forward, enable
 from tessera.attention.observed import Call, observed
 from tessera.cache.cache_layer import TesseraLayer
-from tessera.cache.config import read_config
+from tessera.cache.model_config import read_config
 from tessera.cache.per_layer import parse
 from tessera.cache.policy import RetentionPolicy
 from tessera.codecs.key_stats import KeyStats
@@ -164,11 +164,11 @@ def _read(layer: TesseraLayer) -> Iterator[list[tuple[int, Tensor]]]:
                     found.append((source.start, source.held[0].clone()))
         return steps
 
-    setattr(layer, "open", noted)  # noqa: B010 - of this layer alone
+    layer.begin_step = noted  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        delattr(layer, "open")
+        del layer.begin_step
 
 
 def _mask(window: int | None, start: int, stop: int, device: torch.device) -> Tensor | None:

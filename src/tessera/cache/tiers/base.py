@@ -30,6 +30,7 @@ class KVSource:
         start: place of the first of them in the sequence.
         tokens: how many.
         window: a query sees only this many newest tokens of them, itself included; None: no such rule.
+        top: a query reads at most so many of them, those that promise most; None: all.
         unmasked: every query reads every key. The keys need not be one a token then, and no mask can hide any.
     """
 
@@ -37,6 +38,7 @@ class KVSource:
     start: int
     tokens: int
     window: int | None = None
+    top: int | None = None
     unmasked: bool = False
 
 
