@@ -110,7 +110,7 @@ def test_a_model_in_one_process_is_whole() -> None:
 
 def test_tiers_of_different_processes_are_weighed_by_what_they_hold() -> None:
     one = CacheReport(
-        "hqmq:4", 100, {"hqmq:4": 80, "recent": 20}, {"hqmq:4": 4.0, "recent": 32.0}, 165, 800 / 165, 9, 400, 4.0, 2
+        "hqmq:4", 100, {"hqmq:4": 80, "recent": 20}, {"hqmq:4": 4.0, "recent": 32.0}, 165, 800 / 165, 9, 400, 4.0, ranks=2
     )
     total = CacheReport.total([one, one])
     assert (total.nbytes, total.elements, total.dense_nbytes, total.tiers) == (200, 330, 800, {"hqmq:4": 160, "recent": 40})
