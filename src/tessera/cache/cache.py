@@ -232,6 +232,7 @@ class Cache(TransformersCache):
             dense_nbytes=dense,
             compression=dense / max(1, nbytes),
             offloaded=sum(map(self._offloaded, self.layers)),
+            set_aside=sum(group.chain.set_aside for layer in self.layers for group in layer.groups),
         )
 
     def _offloaded(self, layer: TesseraLayer) -> int:

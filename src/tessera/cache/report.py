@@ -20,6 +20,8 @@ class CacheReport:
         dense_nbytes: what transformers' `DynamicCache` would hold for the same tokens.
         compression: dense_nbytes / nbytes.
         offloaded: of `nbytes`, those that are in files or on the CPU while the model computes elsewhere.
+        set_aside: of `nbytes`, those that hold no key or value: room for tokens to come, and what is learned of the first ones
+            until keys can be quantised.
     """
 
     spec: str
@@ -32,11 +34,20 @@ class CacheReport:
     dense_nbytes: int
     compression: float
     offloaded: int = 0
+    set_aside: int = 0
+
+    @property
+    def gain(self) -> str:
+        """How much smaller than a dense cache, in words; of a context too short for that, what is set aside."""
+        if self.nbytes <= self.dense_nbytes or not self.set_aside:
+            return f"{self.compression:.2f}x smaller"
+        return f"{_size(self.set_aside)} set aside for tokens to come"
 
     def __str__(self) -> str:
+        dense = _size(self.dense_nbytes)
         lines = [
             f"{self.spec}: {self.tokens} tokens in {_size(self.nbytes)}, {self.bits_per_element:.3f} bits per element, "
-            f"{self.compression:.2f}x smaller than the dense {_size(self.dense_nbytes)}"
+            + (f"{self.gain} than the dense {dense}" if self.gain.endswith("smaller") else f"{self.gain}; dense: {dense}")
         ]
         width = max((len(name) for name in self.tiers), default=0)
         for name, size in self.tiers.items():
