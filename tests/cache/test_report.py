@@ -224,10 +224,10 @@ def test_of_a_short_context_it_says_what_is_set_aside() -> None:
 
 def test_buffers_grow_in_steps_of_an_eighth_or_sixteen_tokens() -> None:
     model = make()
-    for tokens in (5, 21, 40, 130, 300, 800):
-        report = filled("dense", model, cuts=(1,) * tokens if tokens < 50 else (tokens // 2, tokens - tokens // 2)).report()
+    for count in (5, 21, 40, 130, 300, 800):
+        report = filled("dense", model, cuts=(1,) * count if count < 50 else (count // 2, count - count // 2)).report()
         assert report.set_aside == report.nbytes - report.dense_nbytes
-        assert report.nbytes <= report.dense_nbytes * max(1 + 1 / 8, -(-tokens // 16) * 16 / tokens)
+        assert report.nbytes <= report.dense_nbytes * max(1 + 1 / 8, -(-count // 16) * 16 / count)
 
 
 def test_it_reads_well() -> None:

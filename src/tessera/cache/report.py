@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class CacheReport:
         offloaded: of `nbytes`, those that are in files or on the CPU while the model computes elsewhere.
         set_aside: of `nbytes`, those that hold no key or value: room for tokens to come, and what is learned of the first ones
             until keys can be quantised.
+        ranks: processes that a tensor-parallel model is spread over; the figures are those of one of them, unless they were
+            summed.
+        summed: whether the figures are those of all of them.
     """
 
     spec: str
@@ -35,6 +39,8 @@ class CacheReport:
     compression: float
     offloaded: int = 0
     set_aside: int = 0
+    ranks: int = 1
+    summed: bool = False
 
     @property
     def gain(self) -> str:
@@ -43,11 +49,37 @@ class CacheReport:
             return f"{self.compression:.2f}x smaller"
         return f"{_size(self.set_aside)} set aside for tokens to come"
 
+    @staticmethod
+    def total(reports: Sequence[CacheReport]) -> CacheReport:
+        """The reports of all processes as one."""
+        nbytes, elements = sum(r.nbytes for r in reports), sum(r.elements for r in reports)
+        dense = sum(r.dense_nbytes for r in reports)
+        tiers = {name: sum(r.tiers.get(name, 0) for r in reports) for name in reports[0].tiers}
+        # Of each tier as many elements in every process as bytes and bits say.
+        held = {
+            name: sum(8 * r.tiers[name] / r.tier_bits[name] for r in reports if r.tier_bits.get(name))
+            for name in reports[0].tier_bits
+            if name in tiers
+        }
+        return replace(
+            reports[0],
+            nbytes=nbytes,
+            tiers=tiers,
+            tier_bits={name: 8 * tiers[name] / count for name, count in held.items() if count},
+            elements=elements,
+            bits_per_element=8 * nbytes / max(1, elements),
+            dense_nbytes=dense,
+            compression=dense / max(1, nbytes),
+            offloaded=sum(r.offloaded for r in reports),
+            set_aside=sum(r.set_aside for r in reports),
+            summed=True,
+        )
+
     def __str__(self) -> str:
-        dense = _size(self.dense_nbytes)
         lines = [
             f"{self.spec}: {self.tokens} tokens in {_size(self.nbytes)}, {self.bits_per_element:.3f} bits per element, "
-            + (f"{self.gain} than the dense {dense}" if self.gain.endswith("smaller") else f"{self.gain}; dense: {dense}")
+            f"{self.gain}, dense: {_size(self.dense_nbytes)}"
+            + ("" if self.ranks == 1 else f", in {'all' if self.summed else 'one of'} {self.ranks} processes")
         ]
         width = max((len(name) for name in self.tiers), default=0)
         for name, size in self.tiers.items():
