@@ -173,6 +173,14 @@ BENCHMARKS = (
         measured="2026-11-25",
     ),
     Benchmark(
+        "model-generation",
+        "first token, median and slowest step, memory of SmolLM2 by kind of cache; two generations side by side",
+        ("benchmarks/generation.py", "--model", "results/models/smollm2"),
+        ("model_generation.json",),
+        takes="an hour",
+        needs="pip install 'tessera[bench]', and the model in results/models (benchmarks/real_models.py)",
+    ),
+    Benchmark(
         "query-limbs",
         "what it costs that a kernel writes queries in 8-bit digits",
         ("benchmarks/query_limbs.py",),
