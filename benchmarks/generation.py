@@ -111,8 +111,8 @@ def steps(model: LlamaForCausalLM, cache: Any, count: int) -> float:
 def breakdown(model: LlamaForCausalLM, cache: Any) -> dict[str, float]:
     """Milliseconds a step and layer, over as many steps as it takes until a block of tokens has been compressed.
 
-    "kernel": partial attention over the compressed tier. "compress": encoding. "update": the cache takes new keys and
-    values. "attention": all else of the attention function, that is the exact tiers and joining.
+    "kernel": attention to all tiers in one call, or over the compressed one where it takes several. "compress": encoding.
+    "update": the cache takes new keys and values. "attention": all else of the attention function.
     """
     spent = dict.fromkeys(("kernel", "compress", "update", "attention"), 0.0)
     inner = [0.0]  # for each call that is going on the time of the calls within it
@@ -133,6 +133,7 @@ def breakdown(model: LlamaForCausalLM, cache: Any) -> dict[str, float]:
     layers, kind = model.config.num_hidden_layers, ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
     with (
         patch.object(dispatch, "attend", timed("kernel", dispatch.attend)),
+        patch.object(dispatch, "attend_sources", timed("kernel", dispatch.attend_sources)),
         patch.object(JointHQMQ, "encode", timed("compress", JointHQMQ.encode)),
         patch.object(type(cache), "update", timed("update", type(cache).update)),
         patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, {model.config._attn_implementation: timed("attention", kind)}),

@@ -354,7 +354,7 @@ BENCHMARKS = (
     Benchmark("layers", "draw what imports what", ("docs/layers.py",), takes="seconds"),
 )
 #: Files of this folder that are imported by others.
-HELPERS = ("run.py", "stretches.py", "timing.py")
+HELPERS = ("model_generation.py", "run.py", "stretches.py", "timing.py")
 
 
 def find(name: str) -> Benchmark:
