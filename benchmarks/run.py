@@ -173,6 +173,12 @@ BENCHMARKS = (
         measured="2026-11-25",
     ),
     Benchmark(
+        "prefill-attention",
+        "attention of many queries: kernels, flash attention over decoded tiles, and the definition",
+        ("benchmarks/prefill_attention.py",),
+        ("prefill_attention.json",),
+    ),
+    Benchmark(
         "model-generation",
         "first token, median and slowest step, memory of SmolLM2 by kind of cache; two generations side by side",
         ("benchmarks/generation.py", "--model", "results/models/smollm2"),

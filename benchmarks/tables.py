@@ -263,6 +263,22 @@ def generation(tokens: str = "") -> str:
     return markdown_table(("cache", "tokens", "ms a step", "of them for the context", "tokens/s", "peak memory"), cells)
 
 
+def prefill_attention() -> str:
+    """Milliseconds of attention of many queries, by keys, heads and way."""
+    rows = _load("prefill_attention")["rows"]
+    names = list(dict.fromkeys(name for r in rows for name in r["processor_ms"]))
+    cells = [
+        (
+            r["spec"] if r["spec"] == "exact" else f"`{r['spec']}`",
+            "/".join(map(str, r["shape"])),
+            str(r["queries"]),
+            *(f"{r['processor_ms'][name]:.2f}" if name in r["processor_ms"] else "-" for name in names),
+        )
+        for r in rows
+    ]
+    return markdown_table(("keys", "heads", "queries", *names), cells)
+
+
 def model_generation() -> str:
     """First token, steps and memory of a pretrained model, each beside DynamicCache's in the same turn."""
     rows = _load("model_generation")["rows"]
@@ -639,6 +655,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "families": families,
     "reliability": reliability,
     "generation": generation,
+    "prefill-attention": prefill_attention,
     "model-generation": model_generation,
     "side-by-side": side_by_side,
     "language": language,
