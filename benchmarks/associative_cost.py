@@ -29,12 +29,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tessera.associative.forms import recur
-from tessera.associative.recurrence import loop
-from tessera.associative.scan import scan
 from tessera.evaluation.records import environment
 from tessera.files import write_json
 from tessera.lab.evaluation.streams import SPECS, streams, streams_table
+from tessera.tensor_cache.forms import recur
+from tessera.tensor_cache.recurrence import loop
+from tessera.tensor_cache.scan import scan
 from timing import medians
 
 ROOT = Path(__file__).resolve().parent.parent

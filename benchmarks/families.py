@@ -30,9 +30,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tessera
-from tessera.associative import TensorCacheConfig
 from tessera.files import write_json
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_cache import TensorCacheConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results" / "families.json"
@@ -303,7 +303,7 @@ def _open(model: Any) -> None:
     """Give what was attached weights that matter."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(3)
-        for group in tessera.attachment.memory_parameters(model):
+        for group in tessera.adapters.memory_parameters(model):
             for p in group["params"]:
                 if p.dim() > 1:
                     p.normal_(0, 0.1)

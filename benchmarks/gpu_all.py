@@ -41,9 +41,6 @@ from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from tessera import codecs
-from tessera.associative import fused
-from tessera.associative.recurrence import loop
-from tessera.associative.scan import scan
 from tessera.cache.tiers import PAGE
 from tessera.codecs import Packed
 from tessera.codecs.codebooks import joint
@@ -52,7 +49,10 @@ from tessera.files import write_json
 from tessera.kernels import Pages, reference, triton
 from tessera.kernels.nearest import brute_force, build_index
 from tessera.kernels.triton.tables import LOOKUPS
-from tessera.spatial import TensorMemory, TensorMemoryConfig
+from tessera.tensor_cache import fused
+from tessera.tensor_cache.recurrence import loop
+from tessera.tensor_cache.scan import scan
+from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
 SPECS = ("hqmq:3", "hqmq:4")
 #: Name -> codec, and what one channel of the keys is multiplied by.

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from stretches import GRID, GRID_CONFIG, with_and_without
-from tessera.attachment import attach
+from tessera.adapters import attach
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import windows
 from tessera.files import write_json

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stretches import GRID, GRID_CONFIG, with_and_without
-from tessera.attachment import attach, attachment
+from tessera.adapters import attach, attached_memory
 from tessera.evaluation import load
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import windows
@@ -88,7 +88,7 @@ def build(arm: str, seed: int) -> GPT:
         attach(model, GRID_CONFIG)
         model.requires_grad_(True)
     if arm == SHIPPED:
-        tensors, memory = load_file(demo_memory_path()), attachment(model)
+        tensors, memory = load_file(demo_memory_path()), attached_memory(model)
         assert memory is not None
         for name, module in memory.modules().items():
             module.load_state_dict({k.partition(".")[2]: v for k, v in tensors.items() if k.partition(".")[0] == name})

@@ -25,10 +25,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tessera.associative import TensorCache, TensorCacheConfig
-from tessera.associative.recurrence import write
 from tessera.evaluation.records import environment
 from tessera.files import write_json
+from tessera.tensor_cache import TensorCache, TensorCacheConfig
+from tessera.tensor_cache.recurrence import write
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 32

@@ -26,7 +26,6 @@ from rich.table import Table
 
 import tessera
 from stretches import measure
-from tessera.associative import TensorCacheConfig
 from tessera.evaluation import load
 from tessera.evaluation.sources import encode, windows
 from tessera.lab.evaluation.jobs import Job, Row, resume
@@ -34,6 +33,7 @@ from tessera.lab.training.lm import prepare_lm
 from tessera.lab.training.memory import train_memory
 from tessera.lab.training.schedule import LoopConfig, Phase
 from tessera.models import heldout_text
+from tessera.tensor_cache import TensorCacheConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, SINK = 256, 4

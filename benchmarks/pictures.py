@@ -23,7 +23,7 @@ from tessera.cli.quiet import quiet
 from tessera.lab.evaluation.jobs import Job, Row, resume
 from tessera.lab.tasks.digits import Digits
 from tessera.lab.training.vision import VisionConfig, train_vision
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 #: A memory as flat as a picture.

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from tessera.evaluation.records import environment
 from tessera.files import atomic_path
-from tessera.spatial import TensorMemory, TensorMemoryConfig
+from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 LAGS = (8, 32, 128, 1024)

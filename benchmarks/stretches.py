@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.attachment import attachment, reading
+from tessera.adapters import attached_memory, reading
 from tessera.lab.evaluation.language import loss_by_distance, over_stretches
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 GRID = "with a Tensor Memory"
 #: Chunks of four tokens: a step of training shall cost less than three of those without a memory.
@@ -37,7 +37,7 @@ def with_and_without(
     """A row of a model, and one with its reads switched off where a memory is attached."""
     model.eval()
     rows = [{**about, **measure(model, ids, edges, together)}]
-    if attachment(model) is not None:
+    if attached_memory(model) is not None:
         reading(model, False)
         rows.append({**about, "arm": f"{about['arm']}, reads switched off", **measure(model, ids, edges, together)})
     return rows

@@ -29,7 +29,7 @@ from torch import Tensor
 from tessera.evaluation.records import environment
 from tessera.files import atomic_path
 from tessera.kernels import cpu
-from tessera.spatial import TensorMemory, TensorMemoryConfig
+from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 from timing import medians
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,7 +34,7 @@ from tessera.lab.evaluation.jobs import Job, Row, resume
 from tessera.lab.models import ViT
 from tessera.lab.tasks.moving_digits import IGNORED, MovingDigits
 from tessera.lab.training.vision import VisionConfig, train_vision
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAMS, FRAMES = 128, 128

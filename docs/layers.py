@@ -28,13 +28,15 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("tessera",),
     ("planning",),
     ("evaluation",),
-    ("models", "attachment"),
+    ("models", "adapters"),
     ("attention",),
     ("cache",),
-    ("codecs", "associative", "spatial"),
+    ("codecs", "tensor_cache", "tensor_memory"),
     ("kernels",),
     ("modules for all",),
 )
+#: Packages by their names of version 0.1, and what they are called now.
+OLD_NAMES = {"associative": "tensor_cache", "attachment": "adapters", "spatial": "tensor_memory"}
 #: Single modules that every package may import; among them only `state` imports another, `files`.
 FOR_ALL = ("devices", "files", "modules", "options", "quaternion", "sealed", "state", "wrapped")
 #: Imports that point up: the module, the package that it imports, and why.
@@ -53,12 +55,12 @@ WORDS = {
     "planning": ("which cache fits", 2),
     "evaluation": ("compare caches on a text", 1),
     "models": ("the demo model and its text", 0),
-    "attachment": ("memories in models", 1),
+    "adapters": ("memories in models", 1),
     "attention": ("one softmax over all tiers", 1),
     "cache": ("tiers, layers, files", 1),
     "codecs": ("vectors to bytes and back", 0),
-    "associative": ("Tensor Cache", 1),
-    "spatial": ("Tensor Memory", 2),
+    "tensor_cache": ("Tensor Cache", 1),
+    "tensor_memory": ("Tensor Memory", 2),
     "kernels": ("PyTorch, C++, Triton", 1),
 }
 
@@ -80,6 +82,8 @@ def package_of(module: str) -> str:
         return parts[0]
     if parts[1] == "__main__":
         return "cli"
+    if parts[1] in OLD_NAMES:
+        return OLD_NAMES[parts[1]]
     if parts[1] in FOR_ALL:
         return ORDER[-1][0]
     return parts[1] if (SOURCE / parts[1]).is_dir() or (SOURCE / f"{parts[1]}.py").is_file() else parts[0]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

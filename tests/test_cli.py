@@ -13,12 +13,12 @@ import typer
 from typer.testing import CliRunner
 
 import tessera
-from tessera.associative import TensorCacheConfig
 from tessera.cli import app
 from tessera.codecs import load_stats
 from tessera.evaluation import Comparison, load, load_all
 from tessera.kernels import cpu
 from tessera.models import demo_memory_path, heldout_text
+from tessera.tensor_cache import TensorCacheConfig
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -147,7 +147,7 @@ def test_stats_are_measured_saved_and_used(small_model: Path, small_text: Path, 
     with torch.no_grad():
         source.model(ids, past_key_values=cache)
     for layer, found in zip(cache.layers, stats, strict=True):
-        learned = layer.lanes[0].packed.stats
+        learned = layer.groups[0].chain.stats
         assert ((learned.widths / found.widths).log2().abs() <= 1).float().mean() > 0.9
     spec = ("--cache", "hqmq:4", "--stats", path, "--prompt", small_text.read_text()[:300], "--max-new-tokens", 4)
     code, out, err = run("generate", "--model", small_model, *spec)

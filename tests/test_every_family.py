@@ -15,10 +15,10 @@ import torch
 from transformers import AutoConfig, DynamicCache
 
 import tessera
-from tessera.associative import TensorCacheConfig
 from tessera.attention import switch, tiers
 from tessera.attention.source import touches, windowed
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_cache import TensorCacheConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -62,7 +62,7 @@ def test_the_walk_notices_a_family_that_is_neither_served_nor_refused(monkeypatc
     monkeypatch.setattr(switch, "touches", lambda module: None)
     row = families.walk("jetmoe")
     assert row["cache"]["outcome"] == "fault"
-    assert "HandleError" in row["cache"]["reason"]
+    assert "DeferredKVError" in row["cache"]["reason"]
 
 
 def test_the_walk_notices_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,14 +28,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tessera
 from tessera import codecs
-from tessera.associative import TensorCache, TensorCacheConfig
-from tessera.associative.infini import Infini
-from tessera.attachment import attachment
+from tessera.adapters import attached_memory
 from tessera.codecs import KeyStats, Packed, save_stats
 from tessera.codecs.codebooks import direction_path, joint_path, read_directions, read_joint
 from tessera.lab.models.vit import ViT, ViTConfig
 from tessera.lab.models.vit_state import ViTState
-from tessera.spatial import TensorMemory, TensorMemoryConfig
+from tessera.tensor_cache import TensorCache, TensorCacheConfig
+from tessera.tensor_cache.infini import Infini
+from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
 #: Bytes that loading a file of some kilobytes may take at once.
 MOST = 32 << 20
@@ -88,7 +88,7 @@ def step(model: Any, cache: tessera.Cache) -> None:
 
 
 def read_once(model: Any) -> None:
-    done = attachment(model)
+    done = attached_memory(model)
     if done.kind == "TensorCache" or np.prod(done.config.grid) * done.config.channels < 1e5:
         with torch.no_grad():
             model(torch.arange(60)[None])

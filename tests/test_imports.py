@@ -83,9 +83,9 @@ def _fresh(script: str) -> None:
     [
         "tessera.codecs.get('hqmq:4')",
         "tessera.kernels.attend",
-        "tessera.associative.TensorCacheConfig()",
-        "tessera.spatial.TensorMemoryConfig()",
-        "tessera.attachment.attach",
+        "tessera.tensor_cache.TensorCacheConfig()",
+        "tessera.tensor_memory.TensorMemoryConfig()",
+        "tessera.adapters.attach",
         "tessera.attention.enable",
         "tessera.cache.parse('dense')",
         "tessera.evaluation.compare",

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 import tessera
 from tessera import codecs
-from tessera.associative import TensorCacheConfig
 from tessera.cli import app
 from tessera.evaluation import Comparison, load
 from tessera.evaluation.layers import measure_layers
 from tessera.evaluation.records import LayerRow
+from tessera.tensor_cache import TensorCacheConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "cache"))
 import cache_models

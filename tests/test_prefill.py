@@ -14,12 +14,12 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import tessera
-from tessera.associative import TensorCacheConfig
 from tessera.cli import app
 from tessera.evaluation import Source, load
 from tessera.evaluation.identity import Identity
 from tessera.evaluation.prefill import load_prefilled, prefill, read_prefilled, save_prefilled, text_hash
 from tessera.sealed import OPEN, SEAL, check_seal
+from tessera.tensor_cache import TensorCacheConfig
 
 PACKED = "sink:4 + hqmq:4 + recent:32"
 

@@ -6,7 +6,20 @@ import subprocess
 import sys
 
 import tessera
-from tessera import associative, attachment, cache, codecs, evaluation, kernels, models, planning, spatial
+from tessera import (
+    adapters,
+    associative,
+    attachment,
+    cache,
+    codecs,
+    evaluation,
+    kernels,
+    models,
+    planning,
+    spatial,
+    tensor_cache,
+    tensor_memory,
+)
 
 
 def test_names_are_these() -> None:
@@ -19,11 +32,11 @@ def test_names_are_these() -> None:
     ]
     assert cache.__all__ == ["BLOCK", "Cache", "CacheReport", "PerLayer", "Prefill", "Spec", "parse"]
     assert evaluation.__all__ == ["Comparison", "Row", "Source", "compare", "load", "load_all", "read_text", "save_all"]
-    assert associative.__all__ == ["TensorCache", "TensorCacheConfig", "TensorCacheState"]
-    assert spatial.__all__ == ["TensorMemory", "TensorMemoryConfig", "TensorMemoryState"]
-    assert attachment.__all__ == [
-        *("Attachment", "attach", "attachment", "attention_modules", "detach", "load_memory", "memory_parameters", "plug"),
-        *("reading", "save_memory", "tensor_cache"),
+    assert tensor_cache.__all__ == ["TensorCache", "TensorCacheConfig", "TensorCacheState"]
+    assert tensor_memory.__all__ == ["TensorMemory", "TensorMemoryConfig", "TensorMemoryState"]
+    assert adapters.__all__ == [
+        *("AttachedMemory", "attach", "attached_memory", "attention_modules", "detach", "install", "load_memory"),
+        *("memory_parameters", "reading", "save_memory", "tensor_cache"),
     ]
     assert planning.__all__ == ["Plan", "PlanRow", "parse_bytes", "parse_rate", "parse_tokens", "plan"]
     assert models.__all__ == [
@@ -43,7 +56,7 @@ def test_names_are_these() -> None:
 
 
 def test_every_name_is_there() -> None:
-    for module in (tessera, associative, attachment, codecs, cache, evaluation, kernels, models, planning, spatial):
+    for module in (tessera, adapters, codecs, cache, evaluation, kernels, models, planning, tensor_cache, tensor_memory):
         for name in module.__all__:
             assert getattr(module, name) is not None
 
@@ -55,3 +68,8 @@ def test_codecs_can_be_used_without_transformers() -> None:
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_packages_go_by_their_names_of_0_1_too() -> None:
+    for old, new in ((associative, tensor_cache), (spatial, tensor_memory), (attachment, adapters)):
+        assert {name: getattr(new, name) for name in old.__all__} == {name: getattr(old, name) for name in old.__all__}

@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_cache import TensorCacheConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 TOKENS, WARM, CALL = 200_000, 50_000, 500
 #: Tokens between two looks at the memory.

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from tessera import kernels as kernels
     from tessera import models as models
     from tessera import spatial as spatial
-    from tessera.attachment import attach, detach, load_memory, save_memory
+    from tessera import tensor_cache as tensor_cache
+    from tessera import tensor_memory as tensor_memory
+    from tessera.adapters import attach, detach, load_memory, save_memory
     from tessera.attention import disable, enable
     from tessera.cache import Cache, CacheReport
     from tessera.planning import plan
@@ -27,16 +29,19 @@ __all__ = ["Cache", "CacheReport", "attach", "detach", "disable", "enable", "loa
 _HOMES = {
     "Cache": "tessera.cache",
     "CacheReport": "tessera.cache",
-    "attach": "tessera.attachment",
-    "detach": "tessera.attachment",
+    "attach": "tessera.adapters",
+    "detach": "tessera.adapters",
     "disable": "tessera.attention",
     "enable": "tessera.attention",
-    "load_memory": "tessera.attachment",
+    "load_memory": "tessera.adapters",
     "plan": "tessera.planning",
-    "save_memory": "tessera.attachment",
+    "save_memory": "tessera.adapters",
 }
 #: Packages that `import tessera` is enough for. They are imported when first used, too.
-_PACKAGES = ("associative", "attachment", "attention", "cache", "codecs", "evaluation", "kernels", "models", "spatial")
+_PACKAGES = (
+    *("adapters", "attention", "cache", "codecs", "evaluation", "kernels", "models", "tensor_cache", "tensor_memory"),
+    *("associative", "attachment", "spatial"),  # the names of version 0.1
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 import tessera
-from tessera.attachment import attachment
-from tessera.spatial import TensorMemoryConfig
+from tessera.adapters import attached_memory
+from tessera.tensor_memory import TensorMemoryConfig
 
 CONFIG = TensorMemoryConfig.paper(channels=4, grid=(3, 3, 3), chunk=3, forget_bias=3.0)
 SIZES: dict[str, Any] = {
@@ -101,7 +101,7 @@ def test_the_state_goes_from_layer_to_layer(name: str) -> None:
     """Against the loop written out, with a chunk that is not whole at the end of each layer."""
     model, x = make(name)
     tessera.attach(model, CONFIG)
-    done, kept = attachment(model), []
+    done, kept = attached_memory(model), []
     layers = layers_of(model)
     norms = [next(m for n, m in layer.named_children() if n in ("layernorm_after", "norm2")) for layer in layers]
     for index, norm in enumerate(norms):
@@ -155,12 +155,12 @@ def test_without_threading_every_layer_begins_anew() -> None:
     model, x = make("vit")
     tessera.attach(model, CONFIG)
     threaded = outputs(model, x)
-    memory = attachment(model)
+    memory = attached_memory(model)
     weights = {name: module.state_dict() for name, module in memory.modules().items()}
     tessera.detach(model)
     own = TensorMemoryConfig.from_dict({**CONFIG.to_dict(), "threaded": False})
     tessera.attach(model, own)
-    for name, module in attachment(model).modules().items():
+    for name, module in attached_memory(model).modules().items():
         module.load_state_dict(weights[name])
     assert (outputs(model, x) - threaded).abs().max() > 1e-6
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.attachment import attachment, memory_parameters, reading
+from tessera.adapters import attached_memory, memory_parameters, reading
+from tessera.tensor_cache import TensorCacheConfig
 
 CONFIG = TensorCacheConfig(window=24, sink=3, chunk=16, decay=(10, 1000))
 SPEC = "sink:3 + window:24 + tc"
@@ -28,7 +28,7 @@ def attached(family: str = "llama", config: TensorCacheConfig = CONFIG, trained:
     if trained:
         torch.manual_seed(7)
         with torch.no_grad():
-            for layer in attachment(model).layers.values():
+            for layer in attached_memory(model).layers.values():
                 layer.out.weight.normal_(0, 0.2)
                 layer.gate_logit.fill_(1.0)
     return model
@@ -170,12 +170,12 @@ def test_a_broken_pair_is_refused_before_it_is_written() -> None:
     model = attached()
     cache = tessera.Cache(SPEC, model)
     logits(model, cache, tokens(1, 40), (40,))
-    lane = cache.layers[0].lanes[0]
-    before = lane.memory.state.a.clone()
-    lane.recent.keys[:, :, 1:] = torch.nan
+    group = cache.layers[0].groups[0]
+    before = group.chain.tensor_cache.state.a.clone()
+    group.chain.recent.keys[:, :, 1:] = torch.nan
     with pytest.raises(ValueError, match="keys must be finite"):
         logits(model, cache, tokens(1, 8), (8,))
-    assert torch.equal(lane.memory.state.a, before)
+    assert torch.equal(group.chain.tensor_cache.state.a, before)
 
 
 def test_detaching_restores_the_model_bit_for_bit() -> None:
@@ -246,7 +246,7 @@ def test_mistakes_leave_the_model_unchanged(tmp_path: Path) -> None:
         tessera.attach(make("mistral"), CONFIG)
     with pytest.raises(ValueError, match="needs a Tensor Cache attached"):
         tessera.Cache(SPEC, model)
-    assert attachment(model) is None
+    assert attached_memory(model) is None
     tessera.attach(model, CONFIG)
     with pytest.raises(ValueError, match="attached already"):
         tessera.attach(model, CONFIG)
@@ -258,7 +258,7 @@ def test_mistakes_leave_the_model_unchanged(tmp_path: Path) -> None:
 def test_chosen_layers_only(family: str) -> None:
     config = TensorCacheConfig(**{**CONFIG.to_dict(), "layers": (-1,)})
     model, ids = attached(family, config, num_hidden_layers=2), tokens(2, 120)
-    assert sorted(attachment(model).layers) == [1]
+    assert sorted(attached_memory(model).layers) == [1]
     with torch.no_grad():
         whole = model(ids).logits
     streamed = logits(model, tessera.Cache(SPEC, model), ids, (60, 1, 59))
@@ -290,7 +290,7 @@ def test_a_memory_whose_header_is_damaged_is_refused(weights: Any, tmp_path: Pat
     save_file(tensors, path, {"tessera_memory": json.dumps({**about, "weights": weights})})
     with pytest.raises(ValueError, match=r"holds no memory|with other weights"):
         tessera.load_memory(model, path)
-    assert attachment(model) is None
+    assert attached_memory(model) is None
 
 
 def test_layers_that_cannot_have_a_memory_are_refused() -> None:
@@ -314,9 +314,9 @@ def test_it_runs_in_half_precision_with_rates_in_float32(options: dict[str, Any]
     found = model.generate(ids, past_key_values=tessera.Cache(SPEC, model), max_new_tokens=4, do_sample=False)
     assert found.shape == (2, 84)
     moved = attached(config=config).to(torch.bfloat16)
-    for layer in attachment(moved).layers.values():
+    for layer in attached_memory(moved).layers.values():
         assert {p.dtype for p in layer.parameters()} == {torch.float32}
-        assert torch.equal(layer.memory.decay_logit, attachment(model).layers[0].memory.decay_logit)
+        assert torch.equal(layer.memory.decay_logit, attached_memory(model).layers[0].memory.decay_logit)
     with torch.no_grad():
         assert moved(ids).logits.isfinite().all()
 
@@ -375,17 +375,17 @@ def test_a_memory_of_a_model_with_other_weights_is_refused(tmp_path: Path) -> No
             p.add_(0.1 * torch.randn_like(p))
     with pytest.raises(ValueError, match="of the same shape with other weights"):
         tessera.load_memory(other, path)
-    assert attachment(other) is None
-    assert attachment(tessera.load_memory(other, path, strict=False)) is not None
-    assert attachment(tessera.load_memory(make(dtype=torch.bfloat16), path)) is not None
+    assert attached_memory(other) is None
+    assert attached_memory(tessera.load_memory(other, path, strict=False)) is not None
+    assert attached_memory(tessera.load_memory(make(dtype=torch.bfloat16), path)) is not None
     broken = attached()
     with torch.no_grad():
-        attachment(broken).layers[1].out.weight[0, 0] = torch.nan
+        attached_memory(broken).layers[1].out.weight[0, 0] = torch.nan
     tessera.save_memory(broken, path)
     fresh = make()
     with pytest.raises(ValueError, match="not finite"):
         tessera.load_memory(fresh, path)
-    assert attachment(fresh) is None
+    assert attached_memory(fresh) is None
 
 
 @pytest.mark.parametrize("change", [{"slots": 2}, {"slow": (0.99, 0.1)}, {"normalise_read": True}, {"rule": "outer"}])

@@ -12,10 +12,10 @@ from cache_models import FAMILIES, logits, make, padding, tokens
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, Olmo2Config, Olmo2ForCausalLM
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.attachment import attachment, memory_parameters, reading
-from tessera.cache.carry import Carry
-from tessera.spatial import TensorMemoryConfig
+from tessera.adapters import attached_memory, memory_parameters, reading
+from tessera.cache.truncated_bptt import TruncatedBPTTCache
+from tessera.tensor_cache import TensorCacheConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 CONFIG = TensorMemoryConfig(channels=4, grid=(3, 3, 3), chunk=1)
 #: gpt-neox computes attention and MLP side by side.
@@ -29,7 +29,7 @@ def attached(family: str = "llama", config: TensorMemoryConfig = CONFIG, **chang
 
 def excite(model: Any) -> Any:
     """The model, its memory with weights that matter."""
-    shared = attachment(model).shared
+    shared = attached_memory(model).shared
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(7)
         shared.out_proj.weight.normal_(0, 2)
@@ -163,7 +163,7 @@ def test_segments_with_a_carry_learn_what_the_whole_does() -> None:
     model(ids, use_cache=False).logits.square().mean().backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    carry = Carry(model)
+    carry = TruncatedBPTTCache(model)
     parts = [model(part, past_key_values=carry).logits for part in ids.split(12, dim=1)]
     torch.cat(parts, 1).square().mean().backward()
     for name, p in model.named_parameters():
@@ -200,11 +200,11 @@ def test_only_the_memory_is_saved_and_loaded(tmp_path: Path) -> None:
     size = 4 * sum(p.numel() for group in memory_parameters(model) for p in group["params"])
     assert size < path.stat().st_size < size + 8192
     fresh = tessera.load_memory(make(), path)
-    assert attachment(fresh).config == CONFIG
+    assert attached_memory(fresh).config == CONFIG
     assert torch.equal(whole(fresh, ids), whole(model, ids))
     with pytest.raises(ValueError, match="yours is"):
         tessera.load_memory(make(num_hidden_layers=3), path)
-    tensors = {name: p for name, p in attachment(model).shared.named_parameters()}
+    tensors = {name: p for name, p in attached_memory(model).shared.named_parameters()}
     del tensors["out_proj.bias"]
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -215,7 +215,7 @@ def test_only_the_memory_is_saved_and_loaded(tmp_path: Path) -> None:
     model = make()
     with pytest.raises(ValueError, match=r"is damaged: 'out_proj\.bias' of all layers is missing"):
         tessera.load_memory(model, path)
-    assert attachment(model) is None
+    assert attached_memory(model) is None
 
 
 def test_everything_that_was_added_learns() -> None:
@@ -231,20 +231,20 @@ def test_everything_that_was_added_learns() -> None:
 
 def test_it_runs_in_half_precision_with_its_own_weights_in_float32() -> None:
     model = tessera.attach(make(dtype=torch.bfloat16), TensorMemoryConfig.paper(channels=4, grid=(3, 3)))
-    assert {p.dtype for p in attachment(model).shared.parameters()} == {torch.float32}
+    assert {p.dtype for p in attached_memory(model).shared.parameters()} == {torch.float32}
     assert model(tokens(1, 20)).logits.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("every", "layers"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3]), (5, [4])])
 def test_every_so_manyth_layer_gets_one(every: int, layers: list[int]) -> None:
     model = tessera.attach(make(num_hidden_layers=5), TensorMemoryConfig(every=every))
-    assert sorted(attachment(model).layers) == layers
+    assert sorted(attached_memory(model).layers) == layers
 
 
 def test_the_gate_and_the_place_are_the_papers() -> None:
     """x + sigmoid(gate) memory(LayerNorm(x)) goes to the MLP and to the residual stream."""
     model = attached(config=TensorMemoryConfig.paper(channels=4, grid=(3, 3, 3)), num_hidden_layers=1)
-    layer, done, kept = model.model.layers[0], attachment(model), {}
+    layer, done, kept = model.model.layers[0], attached_memory(model), {}
     layer.self_attn.register_forward_hook(lambda _, __, out: kept.update(attention=out[0]))
     layer.register_forward_pre_hook(lambda _, args: kept.update(x=args[0]))
     layer.register_forward_hook(lambda _, __, out: kept.update(out=out))
@@ -279,7 +279,7 @@ def test_what_cannot_be_done_is_refused_and_leaves_the_model_alone() -> None:
         tessera.attach(model.model, CONFIG)
     with pytest.raises(ValueError, match="neither a model of transformers nor a ViT of timm"):
         tessera.attach(torch.nn.Linear(2, 2), CONFIG)
-    assert attachment(model) is None
+    assert attached_memory(model) is None
     tessera.attach(model, CONFIG)
     with pytest.raises(ValueError, match="attached already"):
         tessera.attach(model, TensorCacheConfig())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tessera
 from tessera.cache.chain import Chain
+from tessera.cache.policy import RetentionPolicy
 from tessera.codecs import get
 
 SPEC = "sink:4 + hqmq:4@128 + hqmq:3@128 + q4_0 + recent:16"
@@ -34,10 +35,10 @@ def test_a_token_is_in_one_tier_by_its_age() -> None:
         (700, (128, 128, 384)),
     ):
         for cuts in ((length,), (length - 1, 1), (50,) * (length // 50) + (length % 50 or 1,)[: int(length % 50 > 0)]):
-            lane = fed(model, ids, cuts).layers[0].lanes[0]
-            first, second, third = (lane.held[name] for name in ("packed", "packed.1", "packed.2"))
+            group = fed(model, ids, cuts).layers[0].groups[0]
+            first, second, third = (group.chain.held[name] for name in ("quantized", "quantized.1", "quantized.2"))
             assert (first, second, third) == held
-            assert 4 + first + second + third + lane.recent.tokens == length
+            assert 4 + first + second + third + group.chain.recent.tokens == length
 
 
 def test_what_is_kept_does_not_depend_on_the_cut() -> None:
@@ -50,13 +51,14 @@ def test_what_is_kept_does_not_depend_on_the_cut() -> None:
 
 
 def test_older_tokens_are_as_the_codecs_give_them_back_in_turn() -> None:
-    chain = Chain(((get("int:4"), 64), (get("q4_0"), None)), 0)
+    policy = RetentionPolicy(sink=0, recent=0, codecs=((get("int:4"), 64), (get("q4_0"), None)), window=None)
+    chain = Chain(policy, layer=0, rows=2)
     k, v = torch.randn(2, 1, 2, 192, 32).unbind(0)
     for begin in range(0, 192, 64):
-        chain.append(k[:, :, begin : begin + 64], v[:, :, begin : begin + 64])
-        chain.pass_on()
-    assert [view.tokens for view in chain.views] == [128, 64]
-    for x, role, found in zip((k, v), ("key", "value"), chain.views[0].decode(), strict=True):
+        chain.append(k[:, :, begin : begin + 64], v[:, :, begin : begin + 64], begin)
+        chain.evict_blocks(begin + 64)
+    assert [(source.start, source.tokens) for source in chain.sources()] == [(0, 128), (128, 64)]
+    for x, role, found in zip((k, v), ("key", "value"), chain.sources()[0].held.decode(), strict=True):
         wanted = x[:, :, :128]
         for codec in (get("int:4"), get("q4_0")):
             wanted = codec.decode(codec.encode(wanted, role))
@@ -78,9 +80,9 @@ def test_the_last_limit_bounds_a_cache() -> None:
     model = make()
     cache = fed(model, tokens(1, 900), (450, 450), "hqmq:4@64 + hqmq:3@128 + recent:16")
     assert cache.spec.bounded
-    lane = cache.layers[0].lanes[0]
-    assert (lane.held["packed"], lane.held["packed.1"]) == (64, 128)
-    assert lane.dropped == 900 - 64 - 128 - lane.recent.tokens
+    group = cache.layers[0].groups[0]
+    assert (group.chain.held["quantized"], group.chain.held["quantized.1"]) == (64, 128)
+    assert group.chain.dropped == 900 - 64 - 128 - group.chain.recent.tokens
 
 
 @pytest.mark.parametrize("length", [100, 400])
@@ -126,9 +128,9 @@ def test_a_crop_reaches_into_older_tiers() -> None:
     cache = fed(model, ids, (500,))
     before = cache.layers[0].dense()
     cache.crop(-350)
-    lane = cache.layers[0].lanes[0]
-    assert (lane.held["packed"], lane.held["packed.1"]) == (0, 0)
-    assert sum(lane.held.values()) == 150
+    group = cache.layers[0].groups[0]
+    assert (group.chain.held["quantized"], group.chain.held["quantized.1"]) == (0, 0)
+    assert sum(group.chain.held.values()) == 150
     for found, wanted in zip(cache.layers[0].dense(), before, strict=True):
         assert torch.equal(found[:, :, :128], wanted[:, :, :128])
 
@@ -139,5 +141,5 @@ def test_generation_goes_on_through_all_tiers() -> None:
     cache = tessera.Cache("sink:4 + hqmq:5@64 + hqmq:4@64 + hqmq:3 + recent:16", model)
     out = model.generate(ids, past_key_values=cache, max_new_tokens=150, do_sample=False)
     assert out.shape[1] == 450
-    lane = cache.layers[0].lanes[0]
-    assert [lane.held[name] > 0 for name in ("packed", "packed.1", "packed.2")] == [True] * 3
+    group = cache.layers[0].groups[0]
+    assert [group.chain.held[name] > 0 for name in ("quantized", "quantized.1", "quantized.2")] == [True] * 3

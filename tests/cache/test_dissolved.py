@@ -11,10 +11,10 @@ from cache_models import make, padding, tokens
 from torch import Tensor
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.attachment import attachment
+from tessera.adapters import attached_memory
 from tessera.attention.observed import Call, observed
 from tessera.codecs import get
+from tessera.tensor_cache import TensorCacheConfig
 
 #: Every token's pair leaves the matrix slowly, so that all that was written can be seen in it.
 OPTIONS: dict[str, Any] = {"window": 24, "sink": 3, "chunk": 16, "decay": (100, 1000)}
@@ -26,7 +26,7 @@ def attached(config: TensorCacheConfig | None = None, **changes: Any) -> Any:
     model = tessera.attach(make(**changes), config or TensorCacheConfig(**OPTIONS))
     torch.manual_seed(7)
     with torch.no_grad():
-        for layer in attachment(model).layers.values():
+        for layer in attached_memory(model).layers.values():
             layer.out.weight.normal_(0, 0.2)
             layer.gate_logit.fill_(1.0)
     return model
@@ -42,7 +42,7 @@ def fed(model: Any, ids: Tensor, cuts: tuple[int, ...], spec: str = SPEC, mask: 
 
 
 def matrix(cache: tessera.Cache) -> Tensor:
-    return cache.layers[0].lanes[0].memory.state.a
+    return cache.layers[0].groups[0].chain.tensor_cache.state.a
 
 
 @pytest.mark.parametrize("rotary", [False, True])
@@ -56,10 +56,10 @@ def test_the_matrix_has_what_the_codec_gave_back_and_nothing_else(rule: Any, rot
         model(ids, use_cache=False)
     k, v = seen[0].key, seen[0].value
     cache = fed(model, ids, (300, 150))
-    lane = cache.layers[0].lanes[0]
-    assert lane.dropped == (450 - 3 - 16) // 64 * 64 - 128
-    memory, codec = attachment(model).layers[0], get("hqmq:4_nostats")
-    gone = slice(3, 3 + lane.dropped)
+    group = cache.layers[0].groups[0]
+    assert group.chain.dropped == (450 - 3 - 16) // 64 * 64 - 128
+    memory, codec = attached_memory(model).layers[0], get("hqmq:4_nostats")
+    gone = slice(3, 3 + group.chain.dropped)
     k, v = (codec.decode(codec.encode(x[:, :, gone], role)) for x, role in ((k, "key"), (v, "value")))
     if not rotary:
         from transformers.models.llama.modeling_llama import rotate_half
@@ -67,7 +67,7 @@ def test_the_matrix_has_what_the_codec_gave_back_and_nothing_else(rule: Any, rot
         cos, sin = model.model.rotary_emb(k, torch.arange(450)[None, gone].expand(2, -1))
         k = k * cos[:, None] - rotate_half(k) * sin[:, None]
     state = memory.memory.initial_state(2, k)
-    none, live = torch.zeros(2, 4, lane.dropped, 16), torch.ones(2, lane.dropped, dtype=torch.bool)
+    none, live = torch.zeros(2, 4, group.chain.dropped, 16), torch.ones(2, group.chain.dropped, dtype=torch.bool)
     with torch.no_grad():
         _, wanted = memory.memory.advance(none, k, v, live, state, by_loop=True)
     torch.testing.assert_close(matrix(cache), wanted.a, rtol=1e-3, atol=1e-4)
@@ -99,21 +99,21 @@ def test_it_goes_along_with_its_rows_and_into_a_file(tmp_path: Path) -> None:
     with torch.no_grad():
         found, wanted = (model(ids[:, 400:], attention_mask=mask, past_key_values=one).logits for one in (loaded, cache))
     torch.testing.assert_close(found, wanted)
-    before = [lane.memory.state.a for lane in cache.layers[1].lanes]
+    before = [group.chain.tensor_cache.state.a for group in cache.layers[1].groups]
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert {lane.rows[0]: lane.memory.state.a for lane in cache.layers[1].lanes}.keys() == {0, 1}
-    assert all(any(torch.equal(lane.memory.state.a, a) for a in before) for lane in cache.layers[1].lanes)
-    held = [t for layer in cache.layers for lane in layer.lanes for t in lane.memory.buffers()]
+    assert {group.rows[0]: group.chain.tensor_cache.state.a for group in cache.layers[1].groups}.keys() == {0, 1}
+    assert all(any(torch.equal(group.chain.tensor_cache.state.a, a) for a in before) for group in cache.layers[1].groups)
+    held = [t for layer in cache.layers for group in layer.groups for t in group.chain.tensor_cache.buffers()]
     assert cache.report().tiers["tc"] == sum(t.nbytes for t in held)
 
 
 def test_several_codecs_and_a_memory_are_one_hierarchy() -> None:
     model, ids = attached(), tokens(1, 700)
     cache = fed(model, ids, (350, 350), "sink:3 + hqmq:4@128 + hqmq:3@128 + recent:16 + tc")
-    lane = cache.layers[0].lanes[0]
-    held = lane.held
-    assert (held["packed"], held["packed.1"]) == (128, 128)
-    assert lane.dropped == 700 - sum(held.values())
+    group = cache.layers[0].groups[0]
+    held = group.chain.held
+    assert (held["quantized"], held["quantized.1"]) == (128, 128)
+    assert group.chain.dropped == 700 - sum(held.values())
     assert set(cache.report().tiers) == {"sink", "hqmq:4", "hqmq:3", "recent", "tc"}
     with torch.no_grad():
         out = model.generate(ids[:, :300], past_key_values=tessera.Cache(str(cache.spec), model), max_new_tokens=80)
@@ -164,5 +164,5 @@ def test_a_layer_with_a_window_of_its_own_keeps_all_of_it() -> None:
     model = tessera.attach(make("qwen2-sliding", sliding_window=400), TensorCacheConfig(**OPTIONS))
     cache = fed(model, tokens(1, 700), (350, 350))
     for layer in cache.layers:
-        held = sum(layer.lanes[0].held.values())
+        held = sum(layer.groups[0].chain.held.values())
         assert held >= 399 if layer.is_sliding else held < 300

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.attachment import attachment
-from tessera.cache.layer import STREAMS
+from tessera.adapters import attached_memory
+from tessera.cache.cache_layer import STREAMS
 from tessera.codecs import Packed, get
 from tessera.devices import device_of, layer_devices, weights
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_cache import TensorCacheConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -57,7 +57,7 @@ def trained(model: Any) -> Any:
     """The memory of a model with numbers that matter, the same for every model."""
     numbers = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for part in attachment(model).modules().values():
+        for part in attached_memory(model).modules().values():
             for name, p in sorted(part.named_parameters()):
                 p.copy_(torch.randn(p.shape, generator=numbers, dtype=torch.float32) * 0.3 + (name == "norm.weight"))
     return model
@@ -121,7 +121,7 @@ def test_no_token_is_rounded_to_the_dtype_of_another(switched: bool, mix: Any) -
     with nullcontext() if switched else pytest.warns(UserWarning, match="dense keys and values"):
         run(model, cache, ids, mix)
     for mine, theirs in zip(cache.layers, own.layers, strict=True):
-        held = mine.lanes[0].recent
+        held = mine.groups[0].chain.recent
         assert torch.equal(held.keys, theirs.keys)
         assert torch.equal(held.values.to(theirs.values.dtype), theirs.values)
     assert cache.report().dense_nbytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in own.layers)
@@ -189,15 +189,20 @@ def test_a_cache_that_was_reset_is_saved_and_loaded_as_a_new_one(tmp_path: Path)
 
 def states(model: Any, cache: Any) -> list[Tensor]:
     """The floating-point tensors of what a memory carries, but for keys and values of the model that wait."""
-    if attachment(model).kind == "TensorMemory":
+    if attached_memory(model).kind == "TensorMemory":
         found = [state for layer in getattr(cache, STREAMS).layers.values() for _, state in layer.groups]
         return [x for state in found if state is not None for x in state.tensors().values()]
-    found = [lane.memory.state for layer in cache.layers for lane in layer.lanes if lane.memory is not None]
+    found = [
+        group.chain.tensor_cache.state
+        for layer in cache.layers
+        for group in layer.groups
+        if group.chain.tensor_cache is not None
+    ]
     return [x for state in found for x in (state.a, state.slow, state.z)]
 
 
 def cache_for(model: Any) -> tessera.Cache:
-    return tessera.Cache("sink:3 + window:24 + tc" if attachment(model).kind == "TensorCache" else "dense", model)
+    return tessera.Cache("sink:3 + window:24 + tc" if attached_memory(model).kind == "TensorCache" else "dense", model)
 
 
 @MEMORIES
@@ -210,7 +215,7 @@ def test_memories_are_the_same_in_any_default_dtype(config: Any, default: str) -
         plain = make()
         plain.load_state_dict(numbers)  # its own were drawn in that dtype
         model = tessera.attach(plain, config)
-        assert {p.dtype for part in attachment(model).modules().values() for p in part.parameters()} == {torch.float32}
+        assert {p.dtype for part in attached_memory(model).modules().values() for p in part.parameters()} == {torch.float32}
         cache = cache_for(trained(model))
         found = run(model, cache, ids, (None, None))
         assert {x.dtype for x in states(model, cache)} == {torch.float32}
@@ -225,14 +230,14 @@ def test_parameters_and_states_are_float32_whatever_the_model_is_cast_to(config:
     if before:
         getattr(plain, how)()
     model = trained(tessera.attach(plain, config))
-    kept = {name: p.clone() for part in attachment(model).modules().values() for name, p in part.named_parameters()}
+    kept = {name: p.clone() for part in attached_memory(model).modules().values() for name, p in part.named_parameters()}
     if not before:
         getattr(model, how)()
     dtype = next(model.parameters()).dtype
-    for part in attachment(model).modules().values():
+    for part in attached_memory(model).modules().values():
         for p in part.parameters():
             assert p.dtype == torch.float32
-    last = {name: p for part in attachment(model).modules().values() for name, p in part.named_parameters()}
+    last = {name: p for part in attached_memory(model).modules().values() for name, p in part.named_parameters()}
     assert all(torch.equal(last[name], p) for name, p in kept.items())
     for mix in ((None, None), (torch.bfloat16, None)):
         cache, ids = cache_for(model), tokens(2, 80)
@@ -276,7 +281,7 @@ def test_a_memory_of_an_offloaded_model_computes_what_it_does_in_the_whole_one(
     whole = trained(tessera.attach(make(), config))
     wanted = run(whole, cache_for(whole), ids, (None, None))
     model = trained(tessera.attach(offloaded(make(), offload_buffers=buffers), config))
-    assert {p.device.type for part in attachment(model).modules().values() for p in part.parameters()} == {"cpu"}
+    assert {p.device.type for part in attached_memory(model).modules().values() for p in part.parameters()} == {"cpu"}
     assert torch.equal(run(model, cache_for(model), ids, (None, None)), wanted)
     # Saved from one and loaded into the other, both ways, and known to be of the same weights.
     for name, source, target in (("there", model, make()), ("back", whole, offloaded(make()))):
@@ -313,7 +318,7 @@ def test_every_layer_of_a_model_on_several_devices_has_its_own() -> None:
     model.model.layers[1].self_attn._hf_hook = Hook("meta")
     assert layer_devices(model, 2) == [torch.device("cpu"), torch.device("meta")]
     tessera.attach(model, TC)
-    where = {index: {p.device.type for p in layer.parameters()} for index, layer in attachment(model).layers.items()}
+    where = {index: {p.device.type for p in layer.parameters()} for index, layer in attached_memory(model).layers.items()}
     assert where == {0: {"cpu"}, 1: {"meta"}}
 
 
@@ -332,12 +337,12 @@ def test_tiers_follow_the_keys_that_they_are_given(spec: str) -> None:
     cache = tessera.Cache(spec, make().config)
     layer = cache.layers[0]
     k = torch.randn(2, 2, 100, 16)
-    layer.update(k, k) if spec == "dense" else layer.link.__dict__.update(bounded=False)
+    layer.update(k, k) if spec == "dense" else layer.context.__dict__.update(bounded=False)
     if spec != "dense":
         layer.update(k, k)
-    layer.settle_calls()
+    layer.flush_staged()
     layer.update(k[:, :, :1].to("meta"), k[:, :, :1].to("meta"))
-    layer.settle_calls()
+    layer.flush_staged()
     assert {x.device.type for tier in layer.buffers().values() for x in tier} == {"meta"}
     assert layer.device == torch.device("meta")
 

@@ -30,7 +30,7 @@ def test_dense_gives_the_same_logits(family: str) -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("prefill", ["exact", "packed"])
+@pytest.mark.parametrize("prefill", ["exact", "quantized"])
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_codecs_stay_close(family: str, codec: str, prefill: Any) -> None:
@@ -38,7 +38,7 @@ def test_codecs_stay_close(family: str, codec: str, prefill: Any) -> None:
     # The widest measured: grouped:8 0.02, 0.06 where it flips an expert; 4 bits 0.30, on weights much noisier than a
     # trained model's.
     assert relative(found, expected) < (0.1 if codec == "grouped:8" else 0.5)
-    assert any(layer.held()["packed"] for layer in cache.layers if not layer.is_sliding) or all(cache.is_sliding)
+    assert any(layer.held()["quantized"] for layer in cache.layers if not layer.is_sliding) or all(cache.is_sliding)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 import tessera
 from tessera.attention import tiers
-from tessera.cache.lane import RECORDED, Turn
+from tessera.cache.group import RECORDED, StepContext
 from tessera.kernels import Pages, cpu, reference
 
 PACKED = "sink:4 + hqmq:4 + recent:16"
@@ -345,9 +345,9 @@ def packed_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     reads: list[tuple[int, int]] = []
     attend = tiers._attend
 
-    def watch(q: Tensor, turn: Turn, *args: Any) -> Tensor:
-        reads.append((q.shape[2], sum(part.tokens for part in turn.parts if isinstance(part.held, Pages))))
-        return attend(q, turn, *args)
+    def watch(q: Tensor, step: StepContext, *args: Any) -> Tensor:
+        reads.append((q.shape[2], sum(part.tokens for part in step.sources if isinstance(part.held, Pages))))
+        return attend(q, step, *args)
 
     monkeypatch.setattr(tiers, "_attend", watch)
     return reads
@@ -385,9 +385,8 @@ def test_answers_depend_on_the_packed_bytes(role: int) -> None:
     logits(model, cache, tokens(1, 200), (200,))
     spoilt = copy.deepcopy(cache)
     for layer in spoilt.layers:
-        packed = layer.lanes[0].packed
-        assert packed is not None
-        for page in packed.pages:
+        (tier,) = layer.groups[0].chain.quantized
+        for page in tier.pages:
             page[role].tensors["codes"].random_(0, 255)
     step = tokens(1, 1)
     good, bad = (logits(model, c, step, (1,)) for c in (cache, spoilt))

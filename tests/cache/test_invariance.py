@@ -49,7 +49,7 @@ def tolerance(spec: str) -> float:
 
 def contents(cache: tessera.Cache) -> list[Tensor | Packed]:
     """All that is held, without the free room, whatever the pages it lies in."""
-    parts = [part.held for layer in cache.layers for lane in layer.lanes for part in lane.parts()]
+    parts = [part.held for layer in cache.layers for group in layer.groups for part in group.chain.sources()]
     return [x for held in parts for x in (joined(held) if isinstance(held, Pages) else held)]
 
 
@@ -79,7 +79,7 @@ def test_what_is_held_does_not_depend_on_the_cut(spec: str) -> None:
                 assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize(("spec", "prefill"), [*((spec, "exact") for spec in ALL), *((spec, "packed") for spec in LOSSY)])
+@pytest.mark.parametrize(("spec", "prefill"), [*((spec, "exact") for spec in ALL), *((spec, "quantized") for spec in LOSSY)])
 def test_logits_hardly_depend_on_the_cut(spec: str, prefill: Any) -> None:
     """Whether a query reads a token exactly or packed depends on where calls end; nothing else does."""
     model = make()
@@ -92,7 +92,7 @@ def test_logits_hardly_depend_on_the_cut(spec: str, prefill: Any) -> None:
         assert relative(a, b) < tolerance(spec)
 
 
-@pytest.mark.parametrize("prefill", ["exact", "packed"])
+@pytest.mark.parametrize("prefill", ["exact", "quantized"])
 @pytest.mark.parametrize("spec", ALL)
 def test_what_other_rows_hold_never_matters(spec: str, prefill: Any) -> None:
     model = make()
@@ -139,6 +139,6 @@ def test_packed_prefill_lets_a_later_token_reach_back_to_the_beginning_of_its_gr
     changed[:, place] = 3 + (ids[:, place] - 2) % 90
     group = codecs.get(spec.split()[-1]).group
     first = 4 + (place - 4) // group * group
-    before, after = (logits(model, tessera.Cache(spec, model, prefill="packed"), x, (ids.shape[1],)) for x in (ids, changed))
+    before, after = (logits(model, tessera.Cache(spec, model, prefill="quantized"), x, (ids.shape[1],)) for x in (ids, changed))
     assert torch.equal(after[:, :first], before[:, :first])
     assert not torch.equal(after[:, place], before[:, place])

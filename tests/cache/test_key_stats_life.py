@@ -12,18 +12,15 @@ from torch import Tensor
 
 import tessera
 from tessera.cache.learning import LEARN
-from tessera.cache.tiers import CodecTier
+from tessera.cache.tiers import QuantizedTier
 from tessera.codecs import KeyStats, get, save_stats
 
 SPEC = "sink:4 + hqmq:4 + recent:16"
 
 
 def sizes(cache: tessera.Cache) -> list[list[Tensor]]:
-    """Of each layer and lane the bytes that are known."""
-    return [
-        [lane.packed.stats.sizes for lane in layer.lanes if lane.packed is not None and lane.packed.stats is not None]
-        for layer in cache.layers
-    ]
+    """Of each layer and group the bytes that are known."""
+    return [[group.chain.stats.sizes for group in layer.groups if group.chain.stats is not None] for layer in cache.layers]
 
 
 @torch.no_grad()
@@ -40,11 +37,11 @@ def test_nothing_is_packed_before_they_are_known() -> None:
     model = make()
     for length, packed in ((LEARN - 1, 0), (LEARN, 64), (LEARN + 80, 128)):
         cache = fed(model, tokens(1, length), (length,))
-        assert {lane.held["packed"] for layer in cache.layers for lane in layer.lanes} == {packed}
+        assert {group.chain.held["quantized"] for layer in cache.layers for group in layer.groups} == {packed}
         assert bool(sizes(cache)[0]) == (length >= LEARN)
 
 
-@pytest.mark.parametrize("prefill", ["exact", "packed"])
+@pytest.mark.parametrize("prefill", ["exact", "quantized"])
 def test_they_do_not_depend_on_the_cut(prefill: str) -> None:
     """The first layer's queries and keys are the same however the calls are cut, so its bytes must be."""
     model, ids = make(num_hidden_layers=1), tokens(2, 200)
@@ -58,7 +55,7 @@ def test_they_do_not_depend_on_other_rows_or_on_padding() -> None:
     model, ids = make(num_hidden_layers=1), tokens(2, 200)
     mask = padding((0, 13), 200)
     cache = fed(model, ids, (150, 50), mask=mask)
-    rows = {row: one for lane, one in zip(cache.layers[0].lanes, sizes(cache)[0], strict=True) for row in lane.rows}
+    rows = {row: one for group, one in zip(cache.layers[0].groups, sizes(cache)[0], strict=True) for row in group.rows}
     assert len(rows) == 2
     assert torch.equal(rows[0], sizes(fed(model, ids[:1], (200,)))[0][0])
     # Positions of the padded row are counted from its first slot, which a rotary embedding does not see in mean squares.
@@ -125,7 +122,7 @@ def test_those_that_are_given_serve_from_the_first_token(tmp_path: Path) -> None
     stats = given_stats(model)
     save_stats(stats, tmp_path / "s")
     cache = fed(model, ids, (100,), stats=tmp_path / "s")
-    assert {lane.held["packed"] for layer in cache.layers for lane in layer.lanes} == {64}
+    assert {group.chain.held["quantized"] for layer in cache.layers for group in layer.groups} == {64}
     for found, wanted in zip(sizes(cache), stats, strict=True):
         assert torch.equal(found[0], wanted.sizes.expand(2, -1, -1))
     # A file of the cache has them, for rows that begin later too.
@@ -160,7 +157,7 @@ def test_without_queries_keys_are_packed_as_they_are() -> None:
     with pytest.warns(UserWarning, match="not 'tessera'"), torch.no_grad():
         model(ids, past_key_values=cache)
     assert sizes(cache) == [[], []]
-    assert {lane.held["packed"] for layer in cache.layers for lane in layer.lanes} == {128}
+    assert {group.chain.held["quantized"] for layer in cache.layers for group in layer.groups} == {128}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -169,7 +166,7 @@ def test_half_precision_stays_what_it_is(dtype: torch.dtype) -> None:
     cache = fed(model, ids, (220,))
     assert {k.dtype for layer in cache.layers for k in (layer.keys, layer.values)} == {dtype}
     cache.crop(-50)
-    assert {t.dtype for layer in cache.layers for lane in layer.lanes for t in lane.recent.buffers()} == {dtype}
+    assert {t.dtype for layer in cache.layers for group in layer.groups for t in group.chain.recent.buffers()} == {dtype}
 
 
 @torch.no_grad()
@@ -189,7 +186,7 @@ def test_a_model_with_rescaled_keys_is_compressed_as_well() -> None:
     errors = []
     for one in (model, twin):
         for spec in ("hqmq:3", "hqmq:3_nostats"):
-            cache = tessera.Cache(spec, one, prefill="packed")
+            cache = tessera.Cache(spec, one, prefill="quantized")
             errors.append(relative(one(ids, past_key_values=cache).logits, exact))
     seen, plain, seen_twin, plain_twin = errors
     assert seen_twin == pytest.approx(seen, rel=0.1)
@@ -202,7 +199,7 @@ def test_a_pickled_cache_reads_its_own_bytes() -> None:
     cache = fed(model, ids, (300, 1))
     other = pickle.loads(pickle.dumps(cache))
     for layer in cache.layers:
-        for page in layer.lanes[0].packed.pages:
+        for page in layer.groups[0].chain.quantized[0].pages:
             for packed in page:
                 packed.tensors["codes"].zero_()
     with torch.no_grad():
@@ -245,7 +242,7 @@ def test_widened_keys_stay_half_precision_numbers() -> None:
     k[..., 3] = 3000 + 0.01 * torch.randn(192)
     stats = KeyStats.measure(torch.ones(1, 1, 128, 16), k[:, :, :128])
     for dtype in (torch.float32, torch.float16):
-        tier = CodecTier(get("hqmq:4"), 0)
+        tier = QuantizedTier(get("hqmq:4"), 0)
         tier.stats = stats
         tier.append(k.to(dtype), k.to(dtype))
         found, _ = tier.view.decode()

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.attachment import attachment
-from tessera.attachment.record import sampled
-from tessera.spatial import TensorMemoryConfig
+from tessera.adapters import attached_memory
+from tessera.adapters.attached import fingerprint
+from tessera.tensor_cache import TensorCacheConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 peft = pytest.importorskip("peft")
 
@@ -41,7 +41,7 @@ def attached(config: Any) -> Any:
     model = tessera.attach(make(), config)
     numbers = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for part in attachment(model).modules().values():
+        for part in attached_memory(model).modules().values():
             for _, p in sorted(part.named_parameters()):
                 p.add_(torch.randn(p.shape, generator=numbers), alpha=0.3)
     return model
@@ -54,7 +54,7 @@ def adapted(model: Any, **options: Any) -> Any:
     )
     numbers = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for part in attachment(model).modules().values():
+        for part in attached_memory(model).modules().values():
             for name, p in sorted(part.named_parameters()):
                 if "lora_" in name:
                     p.copy_(torch.randn(p.shape, generator=numbers) * 0.3 + ("magnitude" in name))
@@ -93,7 +93,7 @@ def test_a_file_of_a_wrapped_memory_has_the_names_of_a_plain_one_and_goes_back_i
     assert load_file(tmp_path / "m").keys() == load_file(tmp_path / "plain").keys()
     for outer in (model, wrapped):
         tessera.detach(outer)
-        assert attachment(model) is None
+        assert attached_memory(model) is None
         tessera.load_memory(outer, tmp_path / "m")
         torch.testing.assert_close(logits(wrapped, ids), wanted, rtol=1e-4, atol=1e-4)
 
@@ -105,13 +105,13 @@ def test_lora_around_a_memory_learns(config: Any) -> None:
     ids = tokens(2, 80)
     wrapped(input_ids=ids, labels=ids).loss.backward()
     met = set()
-    for part in attachment(model).modules().values():
+    for part in attached_memory(model).modules().values():
         for name, p in part.named_parameters():
             if "lora_" in name:
                 assert p.grad is not None, name
                 assert p.grad.abs().max() > 0, name
                 met.add(name.split(".")[0])
-    assert met == WRAPPED[attachment(model).kind]
+    assert met == WRAPPED[attached_memory(model).kind]
 
 
 def _disable(model: Any) -> None:
@@ -138,7 +138,7 @@ def test_what_is_saved_is_what_the_model_computes_now(config: Any, change: Calla
     ids, model = tokens(2, 80), attached(config)
     wrapped = adapted(model)
     change(wrapped)
-    memory = {id(p) for part in attachment(model).modules().values() for p in part.parameters()}
+    memory = {id(p) for part in attached_memory(model).modules().values() for p in part.parameters()}
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name and id(p) not in memory:
@@ -168,17 +168,17 @@ def test_a_memory_is_attached_to_a_wrapped_model_and_taken_away(config: Any, tmp
     wrapped = peft.get_peft_model(make(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
     before = logits(wrapped, ids)
     assert tessera.attach(wrapped, config) is wrapped
-    assert attachment(wrapped) is attachment(wrapped.get_base_model())
-    assert attachment(wrapped) is not None
+    assert attached_memory(wrapped) is attached_memory(wrapped.get_base_model())
+    assert attached_memory(wrapped) is not None
     tessera.save_memory(wrapped, tmp_path / "m")
     tessera.load_memory(make(), tmp_path / "m")
     tessera.detach(wrapped)
-    assert attachment(wrapped) is None
+    assert attached_memory(wrapped) is None
     assert torch.equal(logits(wrapped, ids), before)
 
 
 def test_adapters_do_not_make_a_model_another_one() -> None:
-    plain = sampled(make())
+    plain = fingerprint(make())
     wrapped = adapted(attached(TC))
-    assert sampled(wrapped) == plain
-    assert sampled(wrapped.get_base_model()) == plain
+    assert fingerprint(wrapped) == plain
+    assert fingerprint(wrapped.get_base_model()) == plain

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration
 
 import tessera
-from tessera.associative import TensorCacheConfig
 from tessera.cache.masks import Runs, documents, new_tokens
+from tessera.tensor_cache import TensorCacheConfig
 
 MEMORY = TensorCacheConfig(window=24, sink=3, chunk=16, decay=(10, 1000))
 TC = "sink:3 + window:24 + tc"

@@ -26,7 +26,7 @@ def test_the_first_choice_that_names_a_layer_is_its_own() -> None:
     first, other = (parse(words) for words in ("sink:4 + hqmq:5 + recent:16", "sink:4 + hqmq:3@128 + recent:16"))
     assert spec.of(5) == [first, first, other, other, first]
     assert parse_any("{-2--1: dense; *: q4_0}").of(4) == [parse("q4_0")] * 2 + [parse("dense")] * 2
-    assert (spec.bounded, spec.dense, spec.sink, spec.associative) == (True, False, 4, False)
+    assert (spec.bounded, spec.dense, spec.sink, spec.tensor_cache) == (True, False, 4, False)
     assert parse_any("dense") == parse("dense")
     assert (method(TEXT), short(TEXT)) == ("differs by layer", "hqmq:5 hqmq:3")
     assert paper_spec(TEXT) == "{0-1,-1: sink:4 + hqmq:5; *: sink:4 + hqmq:3}"
@@ -60,9 +60,9 @@ def test_each_layer_keeps_what_its_spec_says(tmp_path: Path) -> None:
     model, ids = make(num_hidden_layers=3), tokens(2, 420)
     cache = tessera.Cache("{1: sink:2 + hqmq:3@128 + recent:16; -1: dense; *: sink:4 + hqmq:5 + recent:32}", model)
     model(ids[:, :400], past_key_values=cache)
-    first, second, third = (layer.lanes[0] for layer in cache.layers)
-    assert (first.sink.tokens, first.held["packed"]) == (4, (400 - 4 - 32) // 64 * 64)
-    assert (second.sink.tokens, second.held["packed"]) == (2, 128)
+    first, second, third = (layer.groups[0].chain for layer in cache.layers)
+    assert (first.sink.tokens, first.held["quantized"]) == (4, (400 - 4 - 32) // 64 * 64)
+    assert (second.sink.tokens, second.held["quantized"]) == (2, 128)
     assert (third.sink.tokens, third.recent.tokens) == (0, 400)
     report = cache.report()
     assert set(report.tiers) == {"sink", "hqmq:5", "hqmq:3", "recent", "dense"}

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.cache.lane import RECORDED
+from tessera.cache.group import RECORDED
+from tessera.tensor_cache import TensorCacheConfig
 
 SPECS = ["dense", "window:24", "sink:4 + hqmq:4 + recent:16", "hqmq:4@128 + recent:16", TC]
 

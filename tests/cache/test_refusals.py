@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, T5ForConditionalGeneration
 
 import tessera
-from tessera.cache.deferred import HandleError
+from tessera.cache.deferred import DeferredKVError
 
 PACKED = "sink:4 + q4_0 + recent:16"
 SLOW = "the model's attention is"
@@ -217,7 +217,7 @@ def test_attention_that_touches_a_handle_is_told_what_to_do(role: str, touch: Ca
     cache = tessera.Cache(PACKED, make())
     k = torch.randn(1, 2, 3, 16)
     handle = cache.update(k, k, 0)[role == "value"]
-    with pytest.raises(HandleError, match=rf"uses the cached {role}s directly.*tessera\.disable\(model\)"):
+    with pytest.raises(DeferredKVError, match=rf"uses the cached {role}s directly.*tessera\.disable\(model\)"):
         touch(handle)
 
 

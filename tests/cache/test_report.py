@@ -74,11 +74,11 @@ def test_the_walk_finds_what_is_hidden() -> None:
     assert memory(Holder()) == 60
     cache = filled("sink:4 + hqmq:4 + recent:16", make())
     before = memory(cache)
-    cache.layers[1].lanes[0].forgotten = torch.zeros(1000)  # type: ignore[attr-defined]
+    cache.layers[1].groups[0].forgotten = torch.zeros(1000)  # type: ignore[attr-defined]
     assert memory(cache) == before + 4000
 
 
-@pytest.mark.parametrize("prefill", ["exact", "packed"])
+@pytest.mark.parametrize("prefill", ["exact", "quantized"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spec", SPECS)
 def test_bytes_are_those_of_the_tensors(spec: str, family: str, prefill: Any) -> None:
@@ -154,11 +154,11 @@ def test_true_bits_count_everything_over_what_is_held(spec: str) -> None:
     assert report.tokens == sum(CUTS)
     codec = cache.spec.codec
     if codec is not None:
-        tiers = [lane.packed for layer in cache.layers for lane in layer.lanes if lane.packed]
+        tiers = [tier for layer in cache.layers for group in layer.groups for tier in group.chain.quantized]
         known = sum(tier.stats.nbytes for tier in tiers if tier.stats is not None)
         assert (known > 0) == codec.startswith("hqmq:4")
         assert report.tiers[codec] == known + sum(packed.nbytes for tier in tiers for page in tier.pages for packed in page)
-        assert report.tier_bits[codec] == pytest.approx(8 * report.tiers[codec] / (held["packed"] * vector))
+        assert report.tier_bits[codec] == pytest.approx(8 * report.tiers[codec] / (held["quantized"] * vector))
         assert report.tier_bits[codec] < 16
 
 
@@ -177,7 +177,7 @@ def test_the_bits_of_keys_and_values_apart_are_their_mean() -> None:
         cache = filled(f"{spec} + recent:16", model)
         report = cache.report()
         if spec.startswith("hqmq"):
-            held = cache.layers[0].held()["packed"] / sum(len(lane.rows) for lane in cache.layers[0].lanes)
+            held = cache.layers[0].held()["quantized"] / sum(len(group.rows) for group in cache.layers[0].groups)
             keys += 8 / held
         assert set(report.tiers) == {spec, "recent"}
         assert report.tier_bits[spec] == pytest.approx((keys + values) / 2)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tessera
-from tessera.cache import storage
+from tessera.cache import files
 
 SPECS = [
     "dense",
@@ -51,7 +51,7 @@ def go_on(model: Any, cache: tessera.Cache, ids: Tensor) -> Tensor:
     return logits(model, cache, ids, LATER, padding(PADS, 300 + sum(LATER)))
 
 
-@pytest.mark.parametrize("prefill", ["exact", "packed"])
+@pytest.mark.parametrize("prefill", ["exact", "quantized"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_loaded_cache_goes_on_as_the_saved_one(spec: str, family: str, prefill: Any, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path: Path
         to.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(storage, "save_file", interrupted)
+    monkeypatch.setattr(files, "save_file", interrupted)
     with pytest.raises(OSError, match="no space left"):
         filled("dense", model).save(path)
     assert path.read_bytes() == before

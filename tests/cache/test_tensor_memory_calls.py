@@ -26,8 +26,8 @@ from transformers import (
 )
 
 import tessera
-from tessera.attachment import attachment
-from tessera.spatial import TensorMemoryConfig
+from tessera.adapters import attached_memory
+from tessera.tensor_memory import TensorMemoryConfig
 
 SPECS = [None, "dense", "sink:2 + window:200"]
 
@@ -402,7 +402,7 @@ def test_models_whose_tokens_a_memory_cannot_read_in_order_are_refused_when_atta
     ):
         with pytest.raises(ValueError, match=why):
             tessera.attach(model, CONFIG)
-        assert attachment(model) is None
+        assert attached_memory(model) is None
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -523,8 +523,8 @@ def test_what_gradients_are_kept_of_is_not_taken_back() -> None:
 
 @torch.no_grad()
 def test_what_is_kept_to_be_taken_back_is_bounded() -> None:
-    from tessera.attachment.streams import BACK, STRIDE
-    from tessera.cache.layer import STREAMS
+    from tessera.adapters.streams import BACK, STRIDE
+    from tessera.cache.cache_layer import STREAMS
 
     model = attached()
     cache = tessera.Cache("sink:4 + window:16", model)
@@ -553,7 +553,7 @@ def test_a_cache_that_is_reset_begins_anew_with_other_padding(spec: str | None) 
 @pytest.mark.parametrize("autocast", [True, False])
 @torch.no_grad()
 def test_the_state_is_float32_in_half_precision(dtype: torch.dtype, autocast: bool) -> None:
-    from tessera.cache.layer import STREAMS
+    from tessera.cache.cache_layer import STREAMS
 
     model, ids = attached(dtype=torch.float32 if autocast else dtype), tokens(2, 30)
     cache = DynamicCache(config=model.config)

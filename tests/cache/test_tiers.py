@@ -6,9 +6,10 @@ from cache_fixtures import CODECS
 from torch import Tensor
 
 from tessera import codecs
-from tessera.cache.lane import RECORDED, Lane, Policy
+from tessera.cache.group import RECORDED, SequenceGroup
+from tessera.cache.policy import RetentionPolicy
 from tessera.cache.spec import BLOCK, parse
-from tessera.cache.tiers import PAGE, CodecTier, ExactTier
+from tessera.cache.tiers import PAGE, ExactTier, QuantizedTier
 from tessera.kernels import Pages
 from tessera.kernels.pages import Coded
 
@@ -20,6 +21,12 @@ def pair(tokens: int, rows: int = 2, start: int = 0) -> tuple[Tensor, Tensor]:
     return k, -k
 
 
+def pop_front(tier: ExactTier, n: int) -> tuple[Tensor, Tensor]:
+    front = tier.front(n)
+    tier.drop_front(n)
+    return front
+
+
 def places(tier: ExactTier) -> list[int]:
     return tier.keys[0, 0, :, 0].long().tolist() if tier.tokens else []
 
@@ -29,11 +36,11 @@ def test_exact_tier() -> None:
     tier.append(*pair(10))
     tier.append(*pair(100, start=10))
     assert places(tier) == list(range(110))
-    k, v = tier.pop_front(64)
+    k, v = pop_front(tier, 64)
     assert k.shape == (2, 2, 64, 8)
     assert torch.equal(v, -k)
     assert places(tier) == list(range(64, 110))
-    tier.pop_back(6)
+    tier.crop_back(6)
     tier.append(*pair(2, start=104))
     assert places(tier) == list(range(64, 106))
     tier.push_front(*pair(3, start=61))
@@ -68,10 +75,10 @@ def test_exact_tier_leaves_inference_mode() -> None:
 def test_nothing_that_was_popped_stays_in_memory() -> None:
     tier = ExactTier()
     tier.append(*pair(5000))
-    tier.pop_front(4900)
+    pop_front(tier, 4900)
     assert sum(t.untyped_storage().nbytes() for t in tier.buffers()) <= 2 * 2 * 2 * (100 + 2 * BLOCK) * 8 * 4
     tier.append(*pair(5000))
-    tier.pop_back(5000)
+    tier.crop_back(5000)
     assert sum(t.untyped_storage().nbytes() for t in tier.buffers()) <= 2 * 2 * 2 * (100 + 2 * BLOCK) * 8 * 4
 
 
@@ -80,7 +87,7 @@ def test_codec_tier(spec: str) -> None:
     codec = codecs.get(spec)
     k, v = torch.randn(2, 2, 40 * BLOCK, 16), torch.randn(2, 2, 40 * BLOCK, 16)
     whole = codec.encode(k, "key", 3).decode(), codec.encode(v, "value", 3).decode()
-    tier = CodecTier(codec, 3)
+    tier = QuantizedTier(codec, 3)
     cuts = torch.tensor([1, 1, 3, 20, 1, 14]) * BLOCK
     for part_k, part_v in zip(k.split(cuts.tolist(), 2), v.split(cuts.tolist(), 2), strict=True):
         tier.append(part_k, part_v)
@@ -109,7 +116,7 @@ def test_codec_tier(spec: str) -> None:
 
 
 def test_appending_leaves_what_is_there_where_it_is() -> None:
-    tier = CodecTier(codecs.get("hqmq:4"), 0)
+    tier = QuantizedTier(codecs.get("hqmq:4"), 0)
     k, v = torch.randn(2, 1, 2, 40 * BLOCK, 64).unbind(0)
     joins = 0
     for block in range(40):
@@ -127,7 +134,7 @@ def test_appending_leaves_what_is_there_where_it_is() -> None:
 
 
 def test_what_kernels_noted_of_pages_is_kept_as_long_as_these() -> None:
-    tier = CodecTier(codecs.get("hqmq:4"), 0)
+    tier = QuantizedTier(codecs.get("hqmq:4"), 0)
     k, v = torch.randn(2, 1, 2, 20 * BLOCK, 64).unbind(0)
     noted: list[int] = []
 
@@ -144,96 +151,96 @@ def test_what_kernels_noted_of_pages_is_kept_as_long_as_these() -> None:
 
 
 def test_steps_that_pack_nothing_keep_the_view_that_kernels_know() -> None:
-    lane = lane_of("hqmq:4 + recent:16")
-    feed(lane, 200)
-    assert lane.packed is not None
-    (view,) = lane.packed.views
-    feed(lane, 3)
-    assert lane.packed.views[0] is view
-    feed(lane, BLOCK)
-    assert lane.packed.views[0] is not view
+    group = group_of("hqmq:4 + recent:16")
+    feed(group, 200)
+    (tier,) = group.chain.quantized
+    view = tier.view
+    feed(group, 3)
+    assert tier.view is view
+    feed(group, BLOCK)
+    assert tier.view is not view
 
 
-def lane_of(text: str, sliding: int | None = None) -> Lane:
+def group_of(text: str, sliding: int | None = None) -> SequenceGroup:
     spec = parse(text)
-    return Lane(Policy.of(spec, tuple(codecs.get(name) for name, _ in spec.codecs), sliding), 0, [0, 1])
+    return SequenceGroup(RetentionPolicy.of(spec, tuple(codecs.get(name) for name, _ in spec.codecs), sliding), 0, [0, 1])
 
 
-def feed(lane: Lane, count: int, spare: int = 0) -> None:
-    lane.dismiss(lane.admit(*pair(count, start=lane.length), False, hold=spare))
+def feed(group: SequenceGroup, count: int, spare: int = 0) -> None:
+    group.end_step(group.begin_step(*pair(count, start=group.length), False, hold=spare))
 
 
 @pytest.mark.parametrize("recent", [0, 1, 63, 64, 100])
 def test_recent_holds_between_r_and_r_plus_63(recent: int) -> None:
-    lane = lane_of(f"sink:4 + grouped:8 + recent:{recent}")
+    group = group_of(f"sink:4 + grouped:8 + recent:{recent}")
     for count in (1, 2, 3, 200, 1, 1, 64, 63, 1500, 1):
-        feed(lane, count)
-        held = lane.held
-        assert held["sink"] == min(4, lane.length)
-        assert held["packed"] % BLOCK == 0
-        assert sum(held.values()) == lane.length
-        if held["packed"]:
+        feed(group, count)
+        held = group.chain.held
+        assert held["sink"] == min(4, group.length)
+        assert held["quantized"] % BLOCK == 0
+        assert sum(held.values()) == group.length
+        if held["quantized"]:
             assert recent <= held["recent"] <= recent + 63
-        assert places(lane.recent) == list(range(lane.length - held["recent"], lane.length))
+        assert places(group.chain.recent) == list(range(group.length - held["recent"], group.length))
 
 
 def test_limit_drops_the_oldest_whole_blocks() -> None:
-    one, many = lane_of("sink:2 + grouped:8@200 + recent:10"), lane_of("sink:2 + grouped:8@200 + recent:10")
+    one, many = group_of("sink:2 + grouped:8@200 + recent:10"), group_of("sink:2 + grouped:8@200 + recent:10")
     feed(one, 1000)
     for _ in range(1000):
         feed(many, 1)
-    for lane in (one, many):
-        assert lane.held["packed"] == 192
-        assert lane.dropped == 1000 - 2 - 192 - lane.held["recent"]
-    assert [p.start for p in one.parts()] == [0, 2 + one.dropped, 1000 - one.held["recent"]]
+    for group in (one, many):
+        assert group.chain.held["quantized"] == 192
+        assert group.chain.dropped == 1000 - 2 - 192 - group.chain.held["recent"]
+    assert [p.start for p in one.chain.sources()] == [0, 2 + one.chain.dropped, 1000 - one.chain.held["recent"]]
 
 
 @pytest.mark.parametrize("spec", ["dense", "grouped:8 + recent:16", "window:300", "grouped:8 + recent:500", "grouped:8"])
 def test_a_sliding_layer_keeps_what_can_still_be_seen(spec: str) -> None:
-    lane = lane_of(spec, sliding=100)
+    group = group_of(spec, sliding=100)
     for count in (1, 250, 1, 1, 1, 700, 1):
-        feed(lane, count)
-        total = sum(lane.held.values())
-        assert min(lane.length, 99) <= total <= 99 + 2 * BLOCK
-        assert lane.dropped == lane.length - total
+        feed(group, count)
+        total = sum(group.chain.held.values())
+        assert min(group.length, 99) <= total <= 99 + 2 * BLOCK
+        assert group.chain.dropped == group.length - total
 
 
 def test_crop() -> None:
-    lane = lane_of("sink:4 + grouped:8 + recent:16")
-    feed(lane, 300)
-    assert lane.held == {"sink": 4, "packed": 256, "recent": 40}
-    lane.crop(10)
-    assert lane.held == {"sink": 4, "packed": 256, "recent": 30}
-    lane.crop(40)  # 30 from recent, 10 from the last block, whose rest comes back
-    assert lane.held == {"sink": 4, "packed": 192, "recent": 54}
-    assert (lane.recent.keys[0, 0, :, 0] - torch.arange(196, 250)).abs().max() < 2
-    lane.crop(248)
-    assert lane.held == {"sink": 2, "packed": 0, "recent": 0}
-    feed(lane, 100)
-    assert lane.held == {"sink": 4, "packed": 64, "recent": 34}
+    group = group_of("sink:4 + grouped:8 + recent:16")
+    feed(group, 300)
+    assert group.chain.held == {"sink": 4, "quantized": 256, "recent": 40}
+    group.crop(10)
+    assert group.chain.held == {"sink": 4, "quantized": 256, "recent": 30}
+    group.crop(40)  # 30 from recent, 10 from the last block, whose rest comes back
+    assert group.chain.held == {"sink": 4, "quantized": 192, "recent": 54}
+    assert (group.chain.recent.keys[0, 0, :, 0] - torch.arange(196, 250)).abs().max() < 2
+    group.crop(248)
+    assert group.chain.held == {"sink": 2, "quantized": 0, "recent": 0}
+    feed(group, 100)
+    assert group.chain.held == {"sink": 4, "quantized": 64, "recent": 34}
 
 
 def test_crop_after_recording_leaves_no_trace() -> None:
-    recorded, plain = lane_of("grouped:8 + recent:16"), lane_of("grouped:8 + recent:16")
+    recorded, plain = group_of("grouped:8 + recent:16"), group_of("grouped:8 + recent:16")
     feed(recorded, 300, spare=RECORDED)
     feed(recorded, 100, spare=RECORDED)
     recorded.crop(100)
-    recorded.settle()
+    recorded.evict_blocks()
     feed(plain, 300)
-    assert recorded.held == plain.held
-    for found, wanted in zip(recorded.parts(), plain.parts(), strict=True):
+    assert recorded.chain.held == plain.chain.held
+    for found, wanted in zip(recorded.chain.sources(), plain.chain.sources(), strict=True):
         pair = (part.held.decode() if isinstance(part.held, Pages) else part.held for part in (found, wanted))
         torch.testing.assert_close(*pair, atol=0, rtol=0)
 
 
 def test_crop_refuses_what_was_dropped() -> None:
-    lane = lane_of("window:50")
-    feed(lane, 40)
-    lane.check_crop(40)  # nothing has been dropped yet
-    feed(lane, 200)
+    group = group_of("window:50")
+    feed(group, 40)
+    group.check_crop(40)  # nothing has been dropped yet
+    feed(group, 200)
     with pytest.raises(ValueError, match="keeps a window of 50 tokens"):
-        lane.check_crop(100)
-    limited = lane_of("grouped:8@64")
+        group.check_crop(100)
+    limited = group_of("grouped:8@64")
     feed(limited, 640)
     limited.check_crop(64)
     with pytest.raises(ValueError, match="cannot be cropped to 500"):

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.cache.deferred import Handle, HandleError
-from tessera.spatial import TensorMemoryConfig
+from tessera.cache.deferred import DeferredKV, DeferredKVError
+from tessera.tensor_cache import TensorCacheConfig
+from tessera.tensor_memory import TensorMemoryConfig
 from tessera.wrapped import unwrap
 
 PACKED = "sink:4 + hqmq:4 + recent:16"
@@ -41,7 +41,7 @@ def opened(model: Any) -> None:
     """Give the memory of a model weights that matter."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(5)
-        for group in tessera.attachment.memory_parameters(model):
+        for group in tessera.adapters.memory_parameters(model):
             for p in group["params"]:
                 if p.dim() > 1:
                     p.normal_(0, 0.2)
@@ -119,14 +119,14 @@ def test_a_model_compiled_and_run_before_its_cache_was_made_is_switched() -> Non
 
 
 def test_a_handle_can_be_copied_and_inspected_and_says_nothing_of_its_own() -> None:
-    handle = Handle(tessera.Cache(PACKED, make()).layers[0], "key")
-    bare = Handle.__new__(Handle)
+    handle = DeferredKV(tessera.Cache(PACKED, make()).layers[0], "key")
+    bare = DeferredKV.__new__(DeferredKV)
     assert copy.copy(handle).layer is handle.layer
     assert copy.deepcopy(handle).role == pickle.loads(pickle.dumps(handle)).role == "key"
     for name in ("layer", "role", "__length_hint__"):
         with pytest.raises(AttributeError) as error:
             getattr(bare, name)
-        assert not isinstance(error.value, HandleError)
+        assert not isinstance(error.value, DeferredKVError)
     assert not hasattr(handle, "__array__")
 
 
@@ -149,7 +149,7 @@ def test_torch_functions_given_a_handle_are_told_what_to_do(touch: Callable[[Any
     k = torch.randn(1, 2, 3, 16)
     key, value = cache.update(k, k, 0)
     for handle, role in ((key, "keys"), (value, "values")):
-        with pytest.raises(HandleError, match=rf"uses the cached {role} directly.*tessera\.disable\(model\)"):
+        with pytest.raises(DeferredKVError, match=rf"uses the cached {role} directly.*tessera\.disable\(model\)"):
             touch(handle, k)
 
 
@@ -159,7 +159,7 @@ def test_another_copy_that_was_never_enabled_is_referred_to_enable() -> None:
     ids = tokens(1, 40)
     for attention in ("sdpa", "eager"):
         second.set_attn_implementation(attention)
-        with pytest.raises(HandleError, match=rf"is '{attention}'.*tessera\.enable\(model\)"):
+        with pytest.raises(DeferredKVError, match=rf"is '{attention}'.*tessera\.enable\(model\)"):
             logits(second, cache, ids, (40,))
         cache.reset()
     tessera.enable(second)

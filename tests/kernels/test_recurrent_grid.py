@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tessera.kernels import cpu, dispatch
 from tessera.kernels.grid import Gates, Steps, advance, linear_scan, outer, stencil
-from tessera.spatial import TensorMemory, TensorMemoryConfig
+from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
 
 def problem(

@@ -8,7 +8,7 @@ from kernel_inputs import relative
 from torch import Tensor
 
 from tessera import codecs
-from tessera.cache.tiers import CodecTier
+from tessera.cache.tiers import QuantizedTier
 from tessera.codecs.key_stats import KeyStats
 from tessera.kernels import Pages, cpu, reference, triton
 
@@ -16,11 +16,11 @@ from tessera.kernels import Pages, cpu, reference, triton
 SHAPES = [(1, 4, 2, 1, 64), (3, 6, 2, 5, 32), (2, 3, 3, 1, 128), (1, 10, 2, 3, 20)]
 
 
-def tier(spec: str, rows: int, heads: int, dim: int, tokens: int = 192) -> tuple[CodecTier, Tensor, Tensor]:
+def tier(spec: str, rows: int, heads: int, dim: int, tokens: int = 192) -> tuple[QuantizedTier, Tensor, Tensor]:
     """Packed keys with channels of very different widths, and what was packed."""
     k, v = torch.randn(2, rows, heads, tokens, dim).unbind(0)
     k = k * (1.5 * torch.randn(rows, heads, 1, dim)).exp() + torch.randn(rows, heads, 1, dim)
-    found = CodecTier(codecs.get(spec), 0)
+    found = QuantizedTier(codecs.get(spec), 0)
     found.stats = KeyStats.measure((torch.rand(rows, heads, 64, dim) * 4 - 2).exp(), k)
     found.append(k[:, :, :128], v[:, :, :128])
     found.append(k[:, :, 128:], v[:, :, 128:])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tessera.lab.models.backbones import KINDS, BackboneConfig, build_backbone, parameters
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 SMALL = BackboneConfig(
     features=5, classes=3, frame=3, width=16, layers=2, heads=2, hidden=32, memory=TensorMemoryConfig(channels=8, grid=(4, 4))

@@ -24,7 +24,7 @@ from tessera.lab.tasks.binding import Binding
 from tessera.lab.training import diagnostics as training
 from tessera.lab.training.diagnostics import DiagnosticConfig, train_diagnostic
 from tessera.lab.training.optimizers import make_optimizers
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 
 def run(*words: object) -> tuple[int, str, str]:

@@ -11,12 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.attachment import attachment, tensor_cache
+from tessera.adapters import attached_memory, tensor_cache
 from tessera.cli.app import app
 from tessera.lab.evaluation.language import loss_by_distance
 from tessera.lab.training.memory import MemoryTraining, train_memory
 from tessera.lab.training.schedule import LoopConfig, Phase
+from tessera.tensor_cache import TensorCacheConfig
 
 
 def make() -> LlamaForCausalLM:
@@ -74,7 +74,7 @@ def test_text_and_windows_of_many_lengths(tmp_path: Path) -> None:
     model = make()
     state = train_memory(model, sample, loop(6), tmp_path, MemoryTraining("ce", windows=(4, 8, 20)))
     assert state.step == 6
-    done = attachment(model)
+    done = attached_memory(model)
     assert done is not None
     assert done.config.window == 8
     assert all(layer.out.weight.abs().max() > 0 for layer in done.layers.values())

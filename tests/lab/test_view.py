@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 pytest.importorskip("accelerate", reason="the extra lab is not installed")
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.attachment.apply import read_shared
+from tessera.adapters.apply import read_shared
 from tessera.cli import app
 from tessera.lab.evaluation.view import follow, follow_backbone, follow_vit, read_stream, sizes
 from tessera.lab.evaluation.view_plot import animate, plot_state, plot_trace
@@ -24,7 +23,8 @@ from tessera.lab.models import ViT, ViTConfig
 from tessera.lab.models.backbones import BackboneConfig, build_backbone
 from tessera.lab.models.gpt import GPT, GPTConfig
 from tessera.lab.training import diagnostics as training
-from tessera.spatial import TensorMemory, TensorMemoryConfig
+from tessera.tensor_cache import TensorCacheConfig
+from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
 
 def run(*words: object) -> tuple[int, str, str]:

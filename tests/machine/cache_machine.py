@@ -20,10 +20,10 @@ from oracle import Given, LayerOracle, LlamaOracle, Rules
 from torch import Tensor
 
 import tessera
-from tessera.associative import TensorCacheConfig
-from tessera.attachment import attachment
+from tessera.adapters import attached_memory
 from tessera.attention import attention_forward
-from tessera.spatial import TensorMemoryConfig
+from tessera.tensor_cache import TensorCacheConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 #: Rows that a sequence may reach.
 MOST_ROWS = 4
@@ -72,14 +72,14 @@ LOSSY = [
         "q4_0",
         "sink:70 + scalar:4 + recent:5",
     )
-    for prefill in ("exact", "packed")
+    for prefill in ("exact", "quantized")
 ]
 #: Several codecs, each for what the one before lets go.
 CHAINS = [
     Kind("sink:2 + hqmq:4@64 + hqmq:3@128 + recent:16"),
-    Kind("hqmq:4@64 + kivi:4@64 + q4_0 + recent:8", "packed"),
+    Kind("hqmq:4@64 + kivi:4@64 + q4_0 + recent:8", "quantized"),
 ]
-PAIRS = [Kind("sink:2 + hqmq:k4v3@128 + recent:16", "packed")]
+PAIRS = [Kind("sink:2 + hqmq:k4v3@128 + recent:16", "quantized")]
 LLAMAS = [Kind(spec, model="plain") for spec in ("dense", "sink:2 + window:20")]
 SLIDING_LAYERS = [Kind(spec, model="sliding") for spec in ("dense", "sink:2 + hqmq:4 + recent:8")]
 TENSOR_CACHES = [
@@ -111,7 +111,7 @@ def model_of(name: str) -> Any:
     tessera.enable(model)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(7)
-        done = attachment(model)
+        done = attached_memory(model)
         for layer in () if done is None else done.layers.values():
             layer.gate_logit.fill_(1.0)
             if name.startswith("tc"):
@@ -129,7 +129,7 @@ class Layout:
 
     Attributes:
         padding: where in each row the padding of this call is.
-        structure: "causal"; "packed": new documents begin within the call; "prefix": a span sees itself both ways.
+        structure: "causal"; "quantized": new documents begin within the call; "prefix": a span sees itself both ways.
         form: how the mask is given: "none" if it says nothing, "2d" as the tokenizer does, "4d" bool, or "additive".
         positions: "slots": left to the model; "counted" without padding; with a "gap"; or a "restart" at 0.
         numbers: how long, where and how far, one for each row.
@@ -192,7 +192,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.model = model_of(kind.model)
         self.cache = self.new_cache()
         self.batch = rows
-        done = attachment(self.model)
+        done = attached_memory(self.model)
         layers, sliding = [], SLIDING if kind.model == "sliding" else None
         for index in range(len(self.cache.layers)):
             memory = done.layers[index] if done is not None and done.kind == "TensorCache" else None

@@ -68,8 +68,8 @@ class Rules:
         used, limits = tuple(codecs.get(name) for name, _ in spec.codecs), tuple(limit for _, limit in spec.codecs)
         # Sinks are of no use to a layer that does not see them, nor are more exact tokens than it sees.
         sink, recent = (spec.sink, spec.recent) if sliding is None else (0, min(spec.recent, sliding - 1))
-        packed = prefill == "packed"
-        return Rules(sink, recent, used, limits, spec.window, spec.associative, packed, sliding, layer)
+        packed = prefill == "quantized"
+        return Rules(sink, recent, used, limits, spec.window, spec.tensor_cache, packed, sliding, layer)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from cache_models import make, relative, tokens
 from oracle import LayerOracle, LlamaOracle, Rules
 from torch import Tensor
 
-from tessera.attachment import attachment
+from tessera.adapters import attached_memory
 
 SPECS = {
     "plain": ("sink:4 + hqmq:4 + recent:16", "hqmq:3@128 + recent:16", "sink:2 + window:20", "dense"),
@@ -22,7 +22,7 @@ SPECS = {
 
 def oracle(name: str, spec: str) -> LlamaOracle:
     model = model_of(name)
-    done = attachment(model)
+    done = attached_memory(model)
     memories = done.layers if done is not None and name != "tm" else {}
     layers = [LayerOracle(Rules.of(spec, layer=i), memories.get(i)) for i in range(model.config.num_hidden_layers)]
     return LlamaOracle(model, layers, done if name == "tm" else None)

@@ -10,7 +10,7 @@ from cache_models import FAMILIES, make, tokens
 import tessera
 from tessera.cache.config import read_config
 from tessera.cache.spec import parse
-from tessera.planning.held import Held, held, settled
+from tessera.planning.held import Held, held, steady_after
 
 SPECS = [
     "dense",
@@ -68,7 +68,7 @@ def test_bytes_of_long_texts_are_those_of_a_real_cache_in_bfloat16(spec: str, fa
     cuts = (*(1024,) * (count // 1024), *((count % 1024,) if count % 1024 else ()))
     report = really(spec, model, 1, count, cuts).report()
     assert held(parse(spec), layers, torch.bfloat16, 1, [count])[count].nbytes == report.nbytes
-    assert count > settled(parse(spec), layers)
+    assert count > steady_after(parse(spec), layers)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -77,7 +77,7 @@ def test_what_is_reckoned_is_what_page_by_page_would_be(spec: str, head_dim: int
     layers: list[tuple[tuple[int, int], int | None]] = [((8, head_dim), None), ((8, head_dim), 4096), ((2, head_dim), None)]
     lengths = (20_000, 20_480, 20_543, 33_333)
     quick = held(parse(spec), layers, torch.bfloat16, 3, lengths)
-    monkeypatch.setattr("tessera.planning.held.settled", lambda *_: 1 << 30)
+    monkeypatch.setattr("tessera.planning.held.steady_after", lambda *_: 1 << 30)
     assert held(parse(spec), layers, torch.bfloat16, 3, lengths) == quick
 
 

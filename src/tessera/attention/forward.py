@@ -10,16 +10,16 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from tessera.associative.infini import Infini
-from tessera.associative.layer import MemoryCall
-from tessera.attention.carried import over_segment
 from tessera.attention.infini import over_whole
+from tessera.attention.over_tiers import over_tiers
 from tessera.attention.past import tokens_so_far
-from tessera.attention.plain import Limits, Softmax, dense, recalled, windowed
-from tessera.attention.tiers import over_tiers
-from tessera.cache.carry import Segment
-from tessera.cache.layer import ATTENTION, Handle
+from tessera.attention.truncated_bptt import over_segment
+from tessera.attention.windowed import SlidingWindow, Softmax, dense, recalled, windowed
+from tessera.cache.cache_layer import ATTENTION, DeferredKV
 from tessera.cache.masks import by_lengths, check_absorbed, documents
+from tessera.cache.truncated_bptt import Segment
+from tessera.tensor_cache.gated import MemoryCall
+from tessera.tensor_cache.infini import Infini
 
 #: What the mask of a cache with slots for tokens to come, as transformers' StaticCache, says of their number.
 ROOM = "_tessera_room"
@@ -66,11 +66,13 @@ def attention_forward(
     lengths = kwargs.get("cu_seq_lens_q")
     if isinstance(key, Segment):
         if attention_mask is not None or lengths is not None:
-            raise ValueError("a Carry is for rows without padding or packed documents; leave the attention mask out")
+            raise ValueError(
+                "a TruncatedBPTTCache is for rows without padding or packed documents; leave the attention mask out"
+            )
         return over_segment(
             module, key.layer, query, key.new, value.new, kwargs.get("position_ids"), softmax, memory_call
         ), None
-    if isinstance(key, Handle):
+    if isinstance(key, DeferredKV):
         if infini is not None:
             raise ValueError("Infini-attention keeps its own memory; run this model without a tessera.Cache")
         if lengths is not None:
@@ -79,9 +81,9 @@ def attention_forward(
     room = getattr(attention_mask, ROOM, 0)
     if room and attention_mask is not None:
         key, value, attention_mask = key[:, :, :-room], value[:, :, :-room], attention_mask[..., :-room]
-    limits: Limits | None = getattr(module, "limits", None)
+    limits: SlidingWindow | None = getattr(module, "limits", None)
     if memory_call is not None:
-        limits = Limits(memory_call.memory.config.window, memory_call.memory.config.sink)
+        limits = SlidingWindow(memory_call.memory.config.window, memory_call.memory.config.sink)
     if lengths is not None and (infini is not None or limits is not None):
         attention_mask = by_lengths(lengths, attention_mask, query.shape[0], query.shape[2], key.shape[2])
     if infini is not None:
@@ -96,7 +98,7 @@ def attention_forward(
 
 def _bounded(
     module: nn.Module,
-    limits: Limits,
+    limits: SlidingWindow,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.associative.infini import Infini
-from tessera.associative.rotary import Phase
-from tessera.cache.layer import Handle
+from tessera.cache.cache_layer import DeferredKV
 from tessera.cache.masks import documents
+from tessera.tensor_cache.infini import Infini
+from tessera.tensor_cache.rotary import Phase
 
 
 def over_whole(
@@ -24,7 +24,7 @@ def over_whole(
     position_ids: Tensor | None,
 ) -> Tensor:
     """Infini-attention over whole sequences; (batch, tokens, heads, head_dim)."""
-    if isinstance(key, Handle):
+    if isinstance(key, DeferredKV):
         raise ValueError("Infini-attention keeps its own memory; run this model without a tessera.Cache")
     batch, n, slots = query.shape[0], query.shape[2], key.shape[2]
     past = slots - n

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tessera.associative.layer import MemoryCall
 from tessera.cache.followers import follower
 from tessera.cache.masks import Documents, documents
+from tessera.tensor_cache.gated import MemoryCall
 
 
 @dataclass

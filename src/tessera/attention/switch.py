@@ -8,7 +8,7 @@ from torch import nn
 
 from tessera.attention.source import touches, windowed
 from tessera.attention.weights import refuse_weights
-from tessera.cache.layer import ATTACHED, ATTENTION
+from tessera.cache.cache_layer import ATTACHED, ATTENTION
 from tessera.wrapped import unwrap
 
 M = TypeVar("M", bound=nn.Module)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from tessera.cache.layer import ATTENTION
+from tessera.cache.cache_layer import ATTENTION
 
 #: Set on a model whose calls are looked at.
 _WATCHED = "_tessera_refuses_weights"
@@ -19,10 +19,10 @@ def refuse_weights(model: nn.Module) -> None:
     A hook before the call, because not every family hands the flag on to its attention, and because there a cache would have
     taken in tokens already.
     """
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and not getattr(part, _WATCHED, False):
-            part.register_forward_pre_hook(_look, with_kwargs=True)
-            setattr(part, _WATCHED, True)
+    for source in model.modules():
+        if isinstance(source, PreTrainedModel) and not getattr(source, _WATCHED, False):
+            source.register_forward_pre_hook(_look, with_kwargs=True)
+            setattr(source, _WATCHED, True)
 
 
 def _look(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:

@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache as TransformersCache
 
 from tessera import codecs
-from tessera.cache import storage
+from tessera.cache import files
+from tessera.cache.cache_layer import ATTACHED, STREAMS, CacheContext, TesseraLayer
+from tessera.cache.chain import tier_name
 from tessera.cache.config import check_shapes, read_config, rotary_partner
-from tessera.cache.lane import Policy, packed_name
-from tessera.cache.layer import ATTACHED, STREAMS, Link, TesseraLayer
 from tessera.cache.per_layer import AnySpec, layer_specs, parse
+from tessera.cache.policy import RetentionPolicy
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec
 from tessera.codecs.key_stats import KeyStats, load_stats
 from tessera.devices import layer_devices
 from tessera.wrapped import replaces_cache, unwrap
 
-Prefill = Literal["exact", "packed"]
+#: "packed" is what "quantized" was called in version 0.1.
+Prefill = Literal["exact", "quantized", "packed"]
 
 
 class Cache(TransformersCache):
@@ -37,8 +39,8 @@ class Cache(TransformersCache):
             `DistributedDataParallel`, peft, `torch.compile`); its attention is routed through Tessera (see `tessera.enable`;
             `tessera.disable` undoes it). Or the model's own config object: then nothing is switched, and as long as the model
             uses another attention, keys and values are decoded for every call, with one warning.
-        prefill: "exact": the tokens of a call are attended to as they are, and packed after it. "packed": what leaves `recent`
-            is packed first and attended to in that form, also by the call's own queries. The cache's contents are the same.
+        prefill: "exact": the tokens of a call are attended to as they are, and quantised after it. "quantized": what leaves
+            `recent` is quantised first and attended to in that form, also by the call's own queries. What is kept is the same.
             For measuring: where a codec encodes tokens in groups, a query reads tokens of its group whose common mean was
             taken over later tokens too, so that a later token can change an earlier result, by less than the codec's error.
             What a call packs stays in the first of several codecs, and past a limit, until the call has ended.
@@ -61,9 +63,9 @@ class Cache(TransformersCache):
         stats: str | os.PathLike[str] | Sequence[KeyStats | None] | None = None,
     ) -> None:
         self.spec = parse(spec)
-        if prefill not in ("exact", "packed"):
-            raise ValueError(f"prefill must be 'exact' or 'packed', got {prefill!r}")
-        self.prefill = prefill
+        if prefill not in ("exact", "quantized", "packed"):
+            raise ValueError(f"prefill must be 'exact' or 'quantized', got {prefill!r}")
+        self.prefill = "quantized" if prefill == "packed" else prefill
         refused = replaces_cache(model_or_config)
         if refused:
             raise ValueError(f"tessera.Cache: {refused}")
@@ -73,7 +75,7 @@ class Cache(TransformersCache):
             raise TypeError(f"expected a transformers model or its config, got {type(model_or_config).__name__}")
         text, layers = read_config(config)
         self._specs = layer_specs(self.spec, len(layers))
-        self.memory = self._check_memory(model_or_config) if self.spec.associative else ""
+        self.memory = self._check_memory(model_or_config) if self.spec.tensor_cache else ""
         if isinstance(model_or_config, nn.Module):
             # Here and not above, because the attention function reads the cache's layers.
             from tessera.attention import enable, unsupported
@@ -88,17 +90,17 @@ class Cache(TransformersCache):
             enable(model_or_config)
         used = {spec: tuple(codecs.get(name) for name, _ in spec.codecs) for spec in self._specs}
         safe = all(spec.codec is None or spec.sink > 0 for spec in self._specs)
-        link = Link(text, prefill, self.spec.bounded, len(layers) - 1, safe)
-        given = getattr(model_or_config, ATTACHED).layers if self.spec.associative else ()
+        context = CacheContext(text, self.prefill == "quantized", self.spec.bounded, len(layers) - 1, safe)
+        given = getattr(model_or_config, ATTACHED).layers if self.spec.tensor_cache else ()
         known = _known_stats(stats, [codec for found in used.values() for codec in found], layers)
         super().__init__(
             layers=[
                 TesseraLayer(
                     i,
-                    Policy.of(spec, used[spec], sliding, i in given, known[i], rotary_partner(text, shape[1])),
+                    RetentionPolicy.of(spec, used[spec], sliding, i in given, known[i], rotary_partner(text, shape[1])),
                     shape,
                     sliding,
-                    link,
+                    context,
                 )
                 for i, (spec, (shape, sliding)) in enumerate(zip(self._specs, layers, strict=True))
             ]
@@ -165,7 +167,7 @@ class Cache(TransformersCache):
                 "half-way, or the model has fewer layers than the one it was made for; call cache.reset()"
             )
         if layer_idx == 0:
-            self.layers[0].link.masks.forget()
+            self.layers[0].context.masks.forget()
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -234,7 +236,7 @@ class Cache(TransformersCache):
         """
         if hasattr(self, STREAMS):
             raise ValueError("a Tensor Memory has read along with this cache; the file of a cache cannot hold its state")
-        storage.save(self.layers, self._describe(), path, notes)
+        files.save(self.layers, self._describe(), path, notes)
 
     def _describe(self) -> dict[str, str]:
         return {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}
@@ -249,7 +251,7 @@ class Cache(TransformersCache):
             FileNotFoundError: if there is no such file.
             ValueError: if the file is damaged, or was made for another model.
         """
-        with storage.reading(path) as stored:
+        with files.reading(path) as stored:
             cache = cls(stored.text("spec"), model_or_config, prefill=stored.text("prefill"))  # type: ignore[arg-type]
             if stored.text("memory") != cache.memory:
                 raise ValueError(
@@ -267,7 +269,7 @@ class Cache(TransformersCache):
 def _tier_names(spec: Spec) -> dict[str, str]:
     """What a report calls the tiers of a layer, where that is not what the layer calls them."""
     exact = "dense" if spec.dense else "window" if spec.window is not None else "recent"
-    return {**{packed_name(number): codec for number, (codec, _) in enumerate(spec.codecs)}, "recent": exact}
+    return {**{tier_name(number): codec for number, (codec, _) in enumerate(spec.codecs)}, "recent": exact}
 
 
 def _known_stats(

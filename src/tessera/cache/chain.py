@@ -1,4 +1,6 @@
-"""The compressed tiers of a lane, one behind the other: what one lets go the next takes in, and the last one's is dropped.
+"""The tiers of some sequences, one behind the other: what one lets go the next takes in, and the last one's is dropped.
+
+    tokens -> sink -> recent -> hqmq:4 @ 32768 -> hqmq:3 @ 131072 -> tc
 
 Tokens pass from tier to tier in whole blocks, the oldest first, decoded by the one and encoded by the next. Which tier a token
 is in depends on how many tokens have come behind it and on nothing else, so neither on how calls were cut nor on other rows.
@@ -6,132 +8,264 @@ is in depends on how many tokens have come behind it and on nothing else, so nei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
+from tessera.cache.added_tiers import make
+from tessera.cache.learning import LEARN, Learning
+from tessera.cache.policy import RetentionPolicy
 from tessera.cache.spec import BLOCK
-from tessera.cache.tiers import CodecTier
-from tessera.codecs import Codec, Packed
+from tessera.cache.tiers import KVSource, QuantizedTier, RecentTier, SinkTier, TensorCacheTier, Tier
+from tessera.cache.tiers.base import whole_blocks
 from tessera.codecs.key_stats import KeyStats
-from tessera.kernels import Pages
 
 
 class Chain:
-    """Compressed tokens, the newest in the first tier.
+    """The tiers of sequences of equal length.
 
     Args:
-        codecs: of the tiers, each with the number of tokens that it holds at most; None: any number.
+        policy: what to keep.
         layer: index of the layer, for codebooks drawn per layer.
+        rows: number of sequences.
+
+    Attributes:
+        sink, recent: the exact tiers.
+        quantized: the tiers with codecs, that of the newest tokens first.
+        others: tiers that were added to the grammar, behind the codecs.
+        tensor_cache: the last tier, or None.
+        dropped: how many tokens behind the sinks no tier stands for any more.
+        learning: while it is there nothing is quantised; None: what there is to learn is known, or cannot be.
     """
 
-    def __init__(self, codecs: Sequence[tuple[Codec, int | None]], layer: int) -> None:
-        self.tiers = [CodecTier(codec, layer) for codec, _ in codecs]
-        self.limits = [limit for _, limit in codecs]
+    def __init__(self, policy: RetentionPolicy, layer: int, rows: int) -> None:
+        self.policy = policy
+        self.sink = SinkTier(policy.sink)
+        self.recent = RecentTier(policy.recent)
+        tops = policy.tops or (None,) * len(policy.codecs)
+        self.quantized = [
+            QuantizedTier(codec, layer, limit, top) for (codec, limit), top in zip(policy.codecs, tops, strict=True)
+        ]
+        self.others: list[tuple[str, Tier]] = [(word, make(word)) for word in policy.others]
+        self.tensor_cache: TensorCacheTier | None = None
+        if policy.tensor_cache:
+            self.tensor_cache = TensorCacheTier(None if policy.dissolves else policy.window)
+        self.dropped = 0
+        self.learning: Learning | None = None
         self._stats: KeyStats | None = None
+        if policy.weighs:
+            if policy.stats is None:
+                self.learning = Learning()
+            else:
+                self.stats = policy.stats.select(torch.zeros(rows, dtype=torch.long))
+
+    @property
+    def aging(self) -> list[Tier]:
+        """The tiers that tokens go through behind `recent`, the newest first."""
+        return [*self.quantized, *(tier for _, tier in self.others)]
+
+    @property
+    def tiers(self) -> list[Tier]:
+        """All tiers in the order of a token's way."""
+        last = [] if self.tensor_cache is None else [self.tensor_cache]
+        return [self.sink, self.recent, *self.aging, *last]
+
+    def _named(self) -> dict[str, Tier]:
+        """The tiers that hold tokens, by the names that reports use."""
+        aged = {tier_name(number): tier for number, tier in enumerate(self.quantized)}
+        return {"sink": self.sink, **aged, **dict(self.others), "recent": self.recent}
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Tokens of a sequence by tier."""
+        return {name: tier.tokens for name, tier in self._named().items()}
+
+    def buffers(self) -> dict[str, list[Tensor]]:
+        """Every tensor that is held, by tier."""
+        found = {name: tier.buffers() for name, tier in self._named().items()}
+        if self.quantized:
+            # Statistics are booked to the first tier that sees keys as queries do.
+            weighing = next((number for number, tier in enumerate(self.quantized) if tier.codec.weighs), 0)
+            found[tier_name(weighing)] += [] if self._stats is None else [self._stats.sizes]
+            found[tier_name(weighing)] += [] if self.learning is None else self.learning.buffers()
+        if self.tensor_cache is not None:
+            found["recent"] += [] if self.tensor_cache.positions is None else [self.tensor_cache.positions]
+            found["tc"] = self.tensor_cache.buffers()
+        return found
+
+    def sources(self) -> list[KVSource]:
+        """Everything that queries can read, in order."""
+        # Sinks stay visible outside the window; a layer whose own window hides them has none.
+        found, start = self.sink.sources(0, None), self.sink.tokens + self.dropped
+        for tier in (*reversed(self.aging), self.recent):
+            found += tier.sources(start, self.policy.window)
+            start += tier.tokens
+        return found
+
+    # A token's way
+
+    def append(self, k: Tensor, v: Tensor, place: int) -> None:
+        """Take in tokens that come. k, v: (rows, kv_heads, n, head_dim); place: of the first of them."""
+        for tier in (self.sink, self.recent):
+            rest = tier.append(k, v, place)
+            if rest is None:
+                return
+            place += k.shape[2] - rest[0].shape[2]
+            k, v = rest
+
+    def evict_blocks(self, length: int, drop: bool = True, spare: int = 0) -> None:
+        """Let whole blocks go on to the next tier.
+
+        Args:
+            length: of the sequences.
+            drop: also forget what no later query sees and what exceeds the last limit, and let tokens go on from codec to
+                codec; without, what leaves `recent` is quantised and that is all.
+            spare: this many tokens more stay exact.
+        """
+        if self.tensor_cache is not None:
+            # What left at queries that may still be taken back is written later, so it is still needed.
+            spare = max(spare, self.tensor_cache.unwritten(length))
+        way = self.tiers[1:]
+        for tier, following in zip_longest(way, way[1:]):
+            if not drop and not isinstance(following, QuantizedTier):
+                return
+            count = tier.excess(spare)
+            if count and following is None:
+                self._drop(tier, count)
+            elif count and following.ready and self._learned(length, spare):
+                self._pass_on(tier, following, count, length - spare, drop)
+            if not drop:
+                return
+        self._drop_unseen(length - spare)
+
+    def _pass_on(self, tier: Tier, following: Tier, count: int, length: int, drop: bool) -> None:
+        useless = 0
+        if drop and following is self.tiers[-1] and isinstance(following, QuantizedTier) and tier is self.recent:
+            # What would be dropped at once is not encoded first.
+            held = following.tokens
+            gone = max(following.excess_of(held + count), self._unseen(length, held + count))
+            useless = max(0, gone - held)
+            if useless:
+                self._drop(following, held)
+        k, v = tier.front(count)
+        if self._stats is not None and self._stats.sizes.device != k.device:
+            self.stats = self._stats.to(k.device)  # given, and on the CPU until now
+        # Encoded before they leave: what cannot be, NaN above all, stays where it is.
+        following.append(k[:, :, useless:], v[:, :, useless:], self.sink.tokens + self.dropped + useless)
+        tier.drop_front(count)
+        self.dropped += count if following is self.tensor_cache else useless
+
+    def _drop(self, tier: Tier, count: int) -> None:
+        tier.drop_front(count)
+        self.dropped += count
+
+    def _unseen(self, length: int, aged: int) -> int:
+        """How many of the oldest of `aged` tokens behind `recent` no query at a place from `length` on sees, whole blocks."""
+        if self.policy.window is None:
+            return 0
+        # The query at place `length` sees places greater than length - window.
+        return whole_blocks(min(length - self.policy.window + 1 - self.sink.tokens - self.dropped, aged))
+
+    def _drop_unseen(self, length: int) -> None:
+        unseen = self._unseen(length, sum(tier.tokens for tier in self.aging))
+        for tier in reversed(self.aging):
+            few = min(unseen, tier.tokens)
+            if few:
+                self._drop(tier, few)
+            unseen -= few
+
+    def commit(self) -> None:
+        """A call has ended: what its queries wrote into the Tensor Cache counts."""
+        if self.tensor_cache is not None:
+            self.tensor_cache.commit()
+
+    def release(self) -> None:
+        """The end of a call is over: positions of tokens that are gone are forgotten, and nobody writes any more."""
+        if self.tensor_cache is not None:
+            self.tensor_cache.keep_positions(self.recent.tokens + sum(tier.tokens for tier in self.aging))
+            self.tensor_cache.absorb = None
+
+    # Statistics of keys, which the codecs share
 
     @property
     def stats(self) -> KeyStats | None:
-        """Of the keys, for the codecs that use them; set while there is no token."""
+        """Of the keys, for the codecs that use them; set while these hold no token."""
         return self._stats
 
     @stats.setter
     def stats(self, stats: KeyStats | None) -> None:
         self._stats = stats
-        for tier in self.tiers:
+        for tier in self.quantized:
             tier.stats = stats if tier.codec.weighs else None
 
-    @property
-    def weighing(self) -> int:
-        """The number of the first tier that sees keys as queries do, to which statistics are booked; 0 if none does."""
-        return next((number for number, tier in enumerate(self.tiers) if tier.codec.weighs), 0)
+    def learn(self, queries: Tensor | None, kv_heads: int) -> None:
+        """Take in the queries of tokens that come.
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens held."""
-        return sum(tier.tokens for tier in self.tiers)
-
-    @property
-    def pages(self) -> list[tuple[Packed, Packed]]:
-        """The pages of all tiers, the oldest tokens first."""
-        return [page for tier in reversed(self.tiers) for page in tier.pages]
-
-    @property
-    def views(self) -> list[Pages]:
-        """What kernels read of each tier that holds tokens, the oldest tokens first."""
-        return [tier.view for tier in reversed(self.tiers) if tier.tokens]
-
-    def buffers(self) -> list[list[Tensor]]:
-        """Every tensor that is held, tier by tier."""
-        found = [tier.buffers() for tier in self.tiers]
-        if self._stats is not None:
-            found[self.weighing].append(self._stats.sizes)
-        return found
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Take tokens in. k, v: (batch, kv_heads, n, head_dim), n a multiple of `BLOCK`."""
-        if self._stats is not None and self._stats.sizes.device != k.device:
-            self.stats = self._stats.to(k.device)  # given, and on the CPU until now
-        self.tiers[0].append(k, v)
-
-    def pass_on(self) -> None:
-        """Let what exceeds the limit of a tier go to the next; of the last, `excess` says what is to be dropped."""
-        for tier, following, limit in zip(self.tiers, self.tiers[1:], self.limits, strict=False):
-            over = 0 if limit is None else _blocks(tier.tokens - limit)
-            if over:
-                following.append(*tier.pop_front(over))
-
-    def excess(self, coming: int = 0) -> int:
-        """Tokens past the limit of the last tier, whole blocks, if `coming` more were in it."""
-        limit = self.limits[-1]
-        return 0 if limit is None else _blocks(self.tiers[-1].tokens + coming - limit)
-
-    def pop_front(self, n: int) -> tuple[Tensor, Tensor]:
-        """Remove the `n` oldest tokens, all of them in the last tier and a multiple of `BLOCK`, and return them decoded."""
-        return self.tiers[-1].pop_front(n)
-
-    def drop_front(self, n: int) -> None:
-        """Forget the `n` oldest tokens, a multiple of `BLOCK`."""
-        for tier in reversed(self.tiers):
-            few = min(n, tier.tokens)
-            tier.drop_front(few)
-            n -= few
-
-    def crop_back(self, n: int) -> tuple[Tensor, Tensor] | None:
-        """Forget the `n` newest tokens.
-
-        Returns:
-            the tokens of the block that was cut, decoded, for they no longer make a whole one; None if it was cut cleanly.
+        Args:
+            queries: (rows, q_heads, n, head_dim); None: whoever attends to them does not tell, so keys are packed as they are.
+            kv_heads: number of key heads.
         """
-        rest = None
-        for tier in self.tiers:
-            few = min(n, tier.tokens)
-            rest = tier.crop_back(few) if few else rest
-            n -= few
-        return rest
+        if self.learning is not None and queries is None:
+            self.learning = None
+        elif self.learning is not None and queries is not None:
+            self.learning.note(queries, kv_heads)
 
-    def select(self, rows: Tensor) -> None:
-        """Take batch rows by index. rows: (n,) int64."""
-        self.stats = None if self._stats is None else self._stats.select(rows)
+    def _learned(self, length: int, spare: int) -> bool:
+        """Whether blocks may be quantised; fixes what has been learned once none of it will be taken back."""
+        if self.learning is None:
+            return True
+        enough = max(LEARN, self.policy.sink + BLOCK)
+        if length - spare < enough:
+            return False
+        # Sinks are not quantised, and are unlike the rest.
+        keys = self.recent.keys[:, :, : enough - self.policy.sink]
+        self.stats, self.learning = self.learning.measure(keys, self.policy.partner), None
+        return True
+
+    # Changes of the length and of the rows
+
+    def crop(self, n: int, rest: int) -> None:
+        """Forget the `n` newest tokens; `rest` remain."""
+        left = n
+        for tier in (self.recent, *self.aging, self.sink):
+            few = min(left, tier.tokens)
+            block = tier.crop_back(few) if few else None
+            if block is not None:
+                self.recent.push_front(*block)
+            left -= few
+        if self.tensor_cache is not None:
+            self.tensor_cache.crop(n, rest)
+        if self.learning is not None:
+            self.learning.cut(rest)
+
+    def select(self, index: Tensor) -> None:
+        """Take sequences by index. index: (n,) int64."""
+        self.stats = None if self._stats is None else self._stats.select(index)
         for tier in self.tiers:
-            tier.select(rows)
+            tier.select(index)
+        if self.learning is not None:
+            self.learning.select(index)
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""
         self.stats = None if self._stats is None else self._stats.to(device)
         for tier in self.tiers:
             tier.to(device)
+        if self.learning is not None:
+            self.learning.to(device)
 
     def copied(self) -> Chain:
         """The same tokens, of which rows may be taken here while there they stay; both share memory until then."""
-        other = Chain([(tier.codec, limit) for tier, limit in zip(self.tiers, self.limits, strict=True)], self.tiers[0].layer)
-        other.stats = self._stats
-        for tier, own in zip(self.tiers, other.tiers, strict=True):
-            own.put(tier.pages)
+        other = copy.copy(self)
+        other.sink, other.recent, other.learning = self.sink.copied(), self.recent.copied(), copy.copy(self.learning)
+        other.quantized = [tier.copied() for tier in self.quantized]
+        other.others = [(name, tier.copied()) for name, tier in self.others]
+        other.tensor_cache = None if self.tensor_cache is None else self.tensor_cache.copied()
         return other
 
 
-def _blocks(tokens: int) -> int:
-    """As many tokens or more, whole blocks; 0 for none or fewer."""
-    return max(0, -(-tokens // BLOCK) * BLOCK)
+def tier_name(number: int) -> str:
+    """What the quantised tier of this number is called."""
+    return f"quantized.{number}" if number else "quantized"

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 if TYPE_CHECKING:
-    from tessera.cache.layer import TesseraLayer
+    from tessera.cache.cache_layer import TesseraLayer
 
 #: Name of the attention function in transformers' `AttentionInterface`.
 ATTENTION = "tessera"
 
 
-class HandleError(AttributeError):
+class DeferredKVError(AttributeError):
     """Something other than Tessera's attention has touched a handle."""
 
 
-class Handle:
+class DeferredKV:
     """Stands for the keys or values of a layer on their way from the cache to Tessera's attention function.
 
     Whatever else touches it is told what to do: methods and attributes of tensors, and torch functions that are given it.
@@ -37,18 +37,18 @@ class Handle:
     def _refuse(self, what: str) -> NoReturn:
         used = _attention_of_caller()
         if used is None or used == ATTENTION:
-            raise HandleError(
+            raise DeferredKVError(
                 f"the attention of this model uses the cached {self.role}s directly ({what}), so it cannot read Tessera's "
                 "tiers. Call tessera.disable(model) to have them decoded for it."
             )
-        raise HandleError(
+        raise DeferredKVError(
             f"the attention of this model is {used!r}, which cannot read Tessera's tiers ({what} of the cached {self.role}s); "
             "the cache was made for another model, or another copy of it. Call tessera.enable(model) on the one that is called."
         )
 
     def __getattr__(self, name: str) -> Any:
         # Copying, compiling and inspecting ask for names of Python's own, also on an object whose slots are empty yet.
-        if name in Handle.__slots__ or (name.startswith("__") and name.endswith("__")):
+        if name in DeferredKV.__slots__ or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         self._refuse(f".{name}")
 
@@ -61,11 +61,11 @@ class Handle:
         found = _first(cls, (args, kwargs or {}))
         name = getattr(function, "__name__", str(function))
         if found is None:
-            raise HandleError(f"torch's {name} was given keys or values that only Tessera's attention can read")
+            raise DeferredKVError(f"torch's {name} was given keys or values that only Tessera's attention can read")
         found._refuse(name)
 
 
-def _first(kind: type[Handle], given: Any) -> Handle | None:
+def _first(kind: type[DeferredKV], given: Any) -> DeferredKV | None:
     """The first handle among arguments, which may be in lists of them."""
     if isinstance(given, kind):
         return given
@@ -73,7 +73,7 @@ def _first(kind: type[Handle], given: Any) -> Handle | None:
         given = given.values()
     elif not isinstance(given, list | tuple):
         return None
-    return next((found for part in given if (found := _first(kind, part)) is not None), None)
+    return next((found for each in given if (found := _first(kind, each)) is not None), None)
 
 
 def _attention_of_caller() -> str | None:

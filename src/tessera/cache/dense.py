@@ -7,22 +7,22 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from tessera.cache.lane import Part
 from tessera.cache.masks import Runs
+from tessera.cache.tiers import KVSource
 from tessera.kernels import Pages
 
 
 def assemble(
-    lanes: Iterable[tuple[list[int], Runs, list[Part]]],
+    groups: Iterable[tuple[list[int], Runs, list[KVSource]]],
     size: tuple[int, int, int, int],
     first: int,
     dtypes: tuple[torch.dtype, torch.dtype],
     device: torch.device | None,
 ) -> tuple[Tensor, Tensor]:
-    """Decode parts into dense keys and values.
+    """Decode sources into dense keys and values.
 
     Args:
-        lanes: for each group of batch rows these rows, the slots of their tokens, and what is held of them.
+        groups: for each group of batch rows these rows, the slots of their tokens, and what is held of them.
         size: (batch, kv_heads, slots, head_dim) of the result.
         first: slot that becomes the first of the result; what lies before it is left out.
         dtypes: of keys and of values.
@@ -32,14 +32,14 @@ def assemble(
         keys and values, zero where nothing is held.
     """
     keys, values = (torch.zeros(size, dtype=dtype, device=device) for dtype in dtypes)
-    for rows, slots, parts in lanes:
+    for rows, slots, sources in groups:
         index = torch.tensor(rows, device=keys.device)
-        for part in parts:
-            wanted = slots.cut(part.start, part.start + part.tokens)
+        for source in sources:
+            wanted = slots.cut(source.start, source.start + source.tokens)
             skip = wanted.before(first)
-            if skip < part.tokens:
-                at = index[:, None], slice(None), wanted.cut(skip, part.tokens).index(index.device) - first
-                k, v = part.held.decode() if isinstance(part.held, Pages) else part.held
+            if skip < source.tokens:
+                at = index[:, None], slice(None), wanted.cut(skip, source.tokens).index(index.device) - first
+                k, v = source.held.decode() if isinstance(source.held, Pages) else source.held
                 keys[at] = k[:, :, skip:].to(keys).transpose(1, 2)
                 values[at] = v[:, :, skip:].to(values).transpose(1, 2)
     return keys, values

@@ -1,4 +1,4 @@
-"""What a lane learns of its first tokens before any of their keys are quantised."""
+"""What a group learns of its first tokens before any of their keys are quantised."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class PerLayer:
     choices: tuple[tuple[str, Spec], ...]
 
     def __post_init__(self) -> None:
-        if len({spec.associative for _, spec in self.choices}) > 1:
+        if len({spec.tensor_cache for _, spec in self.choices}) > 1:
             raise ValueError("'tc' stands in the specs of all layers or of none")
 
     def of(self, layers: int) -> list[Spec]:
@@ -86,9 +86,9 @@ class PerLayer:
         return any(spec.bounded for spec in self.specs)
 
     @property
-    def associative(self) -> bool:
+    def tensor_cache(self) -> bool:
         """Whether what leaves is written into an attached memory."""
-        return self.choices[0][1].associative
+        return self.choices[0][1].tensor_cache
 
     def __str__(self) -> str:
         return "{" + "; ".join(f"{words}: {spec}" for words, spec in self.choices) + "}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tessera import codecs
+from tessera.cache import added_tiers
 
 #: Tokens that are compressed, and dropped, together. The group of every codec divides it.
 BLOCK = 64
@@ -18,7 +19,7 @@ TIERS = {
     "recent": ("recent:128", "the newest tokens, exact"),
     "window": ("window:512", "the newest tokens, exact, and nothing behind them"),
     "dense": ("dense", "every token, exact"),
-    "tc": ("tc", "an associative memory of what was dropped"),
+    "tc": ("tc", "an Tensor Cache of what was dropped"),
 }
 
 
@@ -34,8 +35,11 @@ class Spec:
             dropped. None: no limit.
         older: further codecs and their limits, each for what the one before lets go.
         window: a query sees this many newest tokens, itself included, and the sinks, and nothing else. None: no window.
+        others: words of tiers that were added to the grammar, in the order in which tokens come to them, behind the codecs.
+        tops: codecs whose tokens are read sparsely, each with the number of them that a query reads at most.
         dense: keep every token exactly.
-        associative: what leaves the window, or the last codec, is written into the memory that `tessera.attach` gave the model.
+        tensor_cache: what leaves the window, or the last codec, is written into the Tensor Cache that `tessera.attach`
+            has given to the model.
     """
 
     sink: int = 0
@@ -44,8 +48,10 @@ class Spec:
     codec_limit: int | None = None
     window: int | None = None
     dense: bool = False
-    associative: bool = False
+    tensor_cache: bool = False
     older: tuple[tuple[str, int | None], ...] = ()
+    others: tuple[str, ...] = ()
+    tops: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("sink", "recent"):
@@ -57,22 +63,32 @@ class Spec:
             if self.window < 1:
                 raise ValueError(f"window needs at least 1 token, got {self.window}")
             self._alone("window", "it is exact and nothing lies behind it; only 'sink' may join it", recent=self.recent)
-        if self.associative and not self.bounded:
+        if self.tensor_cache and not self.bounded:
             raise ValueError(
                 "'tc' absorbs what leaves a window, or a codec that holds so many tokens at most: add 'window:512', or what "
                 "the memory was made for, or 'hqmq:4@32768'"
             )
+        if self.others:
+            self._alone_with_others()
         if self.codec is not None:
             self._chain()
-        elif self.codec_limit is not None:
-            raise ValueError("codec_limit without a codec")
+        elif self.codec_limit is not None or self.tops:
+            raise ValueError("codec_limit or tops without a codec")
         elif self.older:
             raise ValueError("older codecs without a first one")
-        elif not self.dense and self.window is None:
+        elif not self.dense and self.window is None and not self.others:
             raise ValueError(
                 "a spec must say what becomes of the tokens that leave 'recent': add a codec, as in "
                 f"'{codec_examples()[0]}', or write 'window:{self.recent or 512}' to drop them, or 'dense' to keep them"
             )
+
+    def _alone_with_others(self) -> None:
+        first = repr(self.others[0])
+        if self.dense or self.window is not None or self.tensor_cache:
+            word = "dense" if self.dense else "tc" if self.tensor_cache else "window"
+            raise ValueError(f"{first} takes what leaves 'recent' or a codec, so it does not go together with {word!r}")
+        if self.codec is not None and self.codecs[-1][1] is None:
+            raise ValueError(f"{self.codecs[-1][0]!r} keeps every token, so {first} behind it would get none; give it a limit")
 
     def with_sinks(self, sink: int) -> Spec:
         """The same with so many sinks."""
@@ -100,6 +116,17 @@ class Spec:
         for spec in specs:
             if specs.count(spec) > 1:
                 raise ValueError(f"{spec!r} stands behind itself; give it the sum of the limits once")
+        object.__setattr__(self, "tops", tuple((codecs.get(spec).spec, top) for spec, top in self.tops))
+        for spec, top in self.tops:
+            if spec not in specs:
+                raise ValueError(f"'/top:{top}' is for {spec!r}, which this spec has not")
+            if not codecs.get(spec).side("key").summarises:
+                raise ValueError(
+                    f"'{spec}/top:{top}': {spec!r} keeps no mean of each block of keys, by which blocks to read are chosen; "
+                    "hqmq:3, hqmq:4 and hqmq:5 do"
+                )
+            if top < BLOCK or top % BLOCK:
+                raise ValueError(f"'{spec}/top:{top}': tokens are read in blocks of {BLOCK}; give a multiple, such as 2048")
         object.__setattr__(self, "codec", specs[0])
         object.__setattr__(self, "older", tuple((found.spec, limit) for found, limit in named[1:]))
 
@@ -117,6 +144,10 @@ class Spec:
         if clash:
             raise ValueError(f"{name!r} and {clash[0]!r} contradict each other: {name} - {why}")
 
+    def top(self, codec: str) -> int | None:
+        """How many tokens of a codec a query reads at most; None: all."""
+        return dict(self.tops).get(codec)
+
     @property
     def exact(self) -> bool:
         """Whether no token is ever changed or dropped."""
@@ -124,21 +155,23 @@ class Spec:
 
     @property
     def bounded(self) -> bool:
-        """Whether the cache stops growing."""
-        return self.window is not None or (self.codec is not None and self.codecs[-1][1] is not None)
+        """Whether the cache stops growing, or keeps no key of some tokens."""
+        return self.window is not None or bool(self.others) or (self.codec is not None and self.codecs[-1][1] is not None)
 
     def __str__(self) -> str:
         words = []
         if self.sink:
             words.append(f"sink:{self.sink}")
-        words += [codec if limit is None else f"{codec}@{limit}" for codec, limit in self.codecs]
+        tops = {codec: f"/top:{top}" for codec, top in self.tops}
+        words += [(codec if limit is None else f"{codec}@{limit}") + tops.get(codec, "") for codec, limit in self.codecs]
+        words += self.others
         if self.recent:
             words.append(f"recent:{self.recent}")
         if self.window is not None:
             words.append(f"window:{self.window}")
         if self.dense:
             words.append("dense")
-        if self.associative:
+        if self.tensor_cache:
             words.append("tc")
         return " + ".join(words)
 
@@ -169,8 +202,12 @@ def parse(text: str | Spec) -> Spec:
         if not word:
             raise ValueError(f"there is an empty tier in {text!r}; write tiers like {_choices()} with '+' between them")
         fields = _tier(word, text)
+        found["tops"] = (*found.get("tops", ()), *fields.pop("tops", ()))
         if "codec" in fields and "codec" in found:
             found["older"] = (*found.get("older", ()), (fields["codec"], fields.get("codec_limit")))
+            continue
+        if "others" in fields:
+            found["others"] = (*found.get("others", ()), *fields["others"])
             continue
         for key, value in fields.items():
             if key in found:
@@ -190,18 +227,22 @@ def _tier(word: str, text: str) -> dict[str, Any]:
     if name in ("dense", "tc"):
         if colon:
             raise ValueError(f"{name!r} takes no argument, got {word!r} in {text!r}")
-        return {"dense" if name == "dense" else "associative": True}
+        return {"dense" if name == "dense" else "tensor_cache": True}
     if name in TIERS:
         return {name: _number(argument, word, TIERS[name][0], text)}
-    if name.partition("@")[0] in codecs.names():
+    if name in added_tiers.examples():
+        added_tiers.make(word)  # which refuses an argument that is wrong
+        return {"others": (word,)}
+    if re.split("[@/]", name)[0] in codecs.names():
         return _codec(word, text)
-    near = difflib.get_close_matches(name, [*TIERS, *codecs.names()], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*TIERS, *added_tiers.examples(), *codecs.names()], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"unknown tier {name!r} in {text!r}{hint} There are: {_choices()}")
 
 
 def _codec(word: str, text: str) -> dict[str, Any]:
     """A codec and its limit as fields of `Spec`."""
+    word, slash, rule = word.partition("/")
     codec, at, limit = word.partition("@")
     if at and codec.startswith("(") and not codec.endswith(")"):
         whole = "".join(part.partition("@")[0] for part in re.split("(?=[,)])", word))
@@ -210,6 +251,11 @@ def _codec(word: str, text: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"codec": codec}
     if at:
         fields["codec_limit"] = _number(limit, word, f"{codec}@32768", text)
+    if slash:
+        kind, _, top = rule.partition(":")
+        if kind != "top":
+            raise ValueError(f"'{word}/{rule}' in {text!r}: behind '/' stands how much of it is read, as in '{codec}/top:2048'")
+        fields["tops"] = ((codec, _number(top, f"{word}/{rule}", f"{codec}/top:2048", text)),)
     return fields
 
 
@@ -220,4 +266,6 @@ def _number(argument: str, word: str, example: str, text: str) -> int:
 
 
 def _choices() -> str:
-    return ", ".join(repr(example) for example in (*(e for e, _ in TIERS.values()), *codec_examples()))
+    return ", ".join(
+        repr(example) for example in (*(e for e, _ in TIERS.values()), *added_tiers.examples().values(), *codec_examples())
+    )

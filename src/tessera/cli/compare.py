@@ -91,7 +91,7 @@ def compare(
             raise ValueError(f"--memory was made for one model, and {len(names)} are given")
         if stats is not None and len(names) > 1:
             raise ValueError(f"--stats are of one model, and {len(names)} are given")
-        if any(parse(spec).associative for spec in specs or ()) and memory is None and names == [None]:
+        if any(parse(spec).tensor_cache for spec in specs or ()) and memory is None and names == [None]:
             memory = demo_memory_path()
         content, name = evaluation.read_text(text or ())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -14,7 +14,7 @@ def memory_for(spec: str, memory: Path | None, model: str | None) -> Path | None
     from tessera.cache.per_layer import parse
     from tessera.models import demo_memory_path
 
-    associative = parse(spec).associative
-    if memory is not None and not associative:
+    wanted = parse(spec).tensor_cache
+    if memory is not None and not wanted:
         raise ValueError(f"--memory is for a cache with a memory; {spec!r} has no 'tc'")
-    return demo_memory_path() if memory is None and model is None and associative else memory
+    return demo_memory_path() if memory is None and model is None and wanted else memory

@@ -267,11 +267,13 @@ class Codec(ABC):
         revision: changes when the same tensors come to mean something else.
         weighs: keys are to be multiplied by the widths of their channels (`key_stats`) before they are encoded, and encoding
             can be told how much an error of each channel counts.
+        summarises: `summary` tells of each block of keys what queries can expect of it.
     """
 
     spec: str
     group: int = 1
     weighs: bool = False
+    summarises: bool = False
     revision: int = 1
     fields: Mapping[str, Layout]
 
@@ -315,6 +317,18 @@ class Codec(ABC):
             else:
                 tensors = self._encode(wide, role, layer)
         return Packed(self.side(role), tensors, shape, x.dtype, role, layer)
+
+    def summary(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        """What is known of the keys of each group without decoding them, for codecs with `summarises`.
+
+        Args:
+            packed: keys, whole groups.
+
+        Returns:
+            their means (batch, kv_heads, groups, head_dim), and the largest root mean square, over channels, of what is left of
+            a key when the mean is taken away (batch, kv_heads, groups), both float32.
+        """
+        raise NotImplementedError
 
     def decode(self, packed: Packed) -> Tensor:
         """(batch, kv_heads, tokens, head_dim) in the dtype that was encoded, the same under autocast as without."""

@@ -61,6 +61,7 @@ class JointHQMQ(Codec):
         self.code_bits = int(4 * bits)
         self.group = GROUP if centre else 1
         self.weighs = stats and rotate and centre
+        self.summarises = centre
         self.revision = 2 if joint_shape(self.code_bits)[1] else 1  # since 2, `JointCodebook.points` are in another order
         words = (("norot", rotate), ("nocentre", centre), ("nostats", self.weighs or not (rotate and centre)))
         self.spec = "_".join((f"hqmq:{bits:g}", *(word for word, has in words if not has)))
@@ -79,6 +80,12 @@ class JointHQMQ(Codec):
         if not self.centre or role != "key":
             del fields["centre"]
         return fields
+
+    def summary(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        """See `Codec`."""
+        mean, _ = precondition.unpack(packed.tensors["centre"])
+        widths = logscale.from_byte(packed.tensors["scale"]).unflatten(2, (-1, self.group)).amax(3)
+        return mean, widths
 
     def check(self, packed: Packed) -> None:
         """See `Codec`."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tessera.attachment import attachment
+from tessera.adapters import attached_memory
 from tessera.cache import Cache, CacheReport, Prefill
 from tessera.cache.config import read_config
 from tessera.cache.per_layer import parse
@@ -172,7 +172,7 @@ def compare(
     context = ids.shape[1]
     groups = ids.split(batch)
     lacking = [spec for plan in plans.values() for spec in plan if lacks_sinks(spec) and (specs or spec == TRIED_WITH_SINKS)]
-    first_token = first_token_weight(model, ids[:1]) if lacking and attachment(model) is None else None
+    first_token = first_token_weight(model, ids[:1]) if lacking and attached_memory(model) is None else None
     if first_token is not None and first_token > SINK:
         plans = {name: _beside(plan, lacking) for name, plan in plans.items()}
 
@@ -184,14 +184,14 @@ def compare(
     rows: list[Row] = []
     pairs: list[Pair] = []
     for protocol, plan in plans.items():
-        prefill: Prefill = "exact" if protocol == "streaming" else "packed"
+        prefill: Prefill = "exact" if protocol == "streaming" else "quantized"
         size = chunk if protocol == "streaming" else context
         tallies = [_Tally(spec, filler=filler(spec, context) if protocol == "paper" else 0) for spec in plan]
         for group in groups:
             for tally in tallies:
                 tally.begin(None if tally.spec == "dense" else new_cache(tally.spec, model, prefill, stats))
             # With a memory attached, the model is itself only through a cache that leaves the memory out.
-            plain = attachment(model) is None
+            plain = attached_memory(model) is None
             exact_cache = DynamicCache(config=model.config) if plain else Cache("dense", model)
             for start in range(0, context, size):
                 for _ in _advance(model, group, start, min(context, start + size), exact_cache, tallies):

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tessera.attachment import attachment
-from tessera.attachment.record import SAMPLED, alike, read_sample, sampled
+from tessera.adapters import attached_memory
+from tessera.adapters.attached import SAMPLED, fingerprint, read_fingerprint, same_fingerprint
 from tessera.wrapped import unwrap
 
 #: What a config says of where it came from and of how it is run, not of what the model computes.
@@ -39,14 +39,14 @@ class Identity:
     def of(model: Any, name: str = "") -> Identity:
         """What is known of a transformers model, which may be wrapped."""
         model = unwrap(model)
-        done = attachment(model)
+        done = attached_memory(model)
         said = json.dumps(_plain(model.config.to_dict()), sort_keys=True, default=str)
         return Identity(
             name=name,
             kind=type(model).__name__,
             config=hashlib.sha256(said.encode()).hexdigest(),
             dtype=str(model.dtype).removeprefix("torch."),
-            weights=sampled(model),
+            weights=fingerprint(model),
             memory=None if done is None else _sample(done.modules()),
         )
 
@@ -62,8 +62,8 @@ class Identity:
             raise ValueError("a model's identity is a table of six fields")
         if not all(isinstance(found[key], str) for key in texts):
             raise ValueError("a model's name, class, config and dtype are text")
-        memory = None if found["memory"] is None else read_sample(found["memory"])
-        return Identity(**{**found, "weights": read_sample(found["weights"]), "memory": memory})
+        memory = None if found["memory"] is None else read_fingerprint(found["memory"])
+        return Identity(**{**found, "weights": read_fingerprint(found["weights"]), "memory": memory})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -89,7 +89,7 @@ class Identity:
 
 
 def _same(one: dict[str, list[float]], other: dict[str, list[float]], exact: bool) -> bool:
-    return one == other if exact and one.keys() == other.keys() else alike(one, other)
+    return one == other if exact and one.keys() == other.keys() else same_fingerprint(one, other)
 
 
 def _sample(modules: dict[str, Any]) -> dict[str, list[float]]:

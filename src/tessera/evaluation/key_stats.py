@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from tessera.attachment import attachment
+from tessera.adapters import attached_memory
 from tessera.attention import enable
 from tessera.attention.observed import Call, observed
 from tessera.cache.config import read_config, rotary_partner
@@ -40,7 +40,7 @@ def measure_stats(
     if tokens < 64:
         raise ValueError(f"statistics need 64 tokens or more, got {tokens}")
     model = source.model
-    if attachment(model) is not None:
+    if attached_memory(model) is not None:
         raise ValueError("statistics are measured on the model as it is, without an attached memory: tessera.detach(model)")
     text_config, layers = read_config(model.config)
     ids = encode(source.tokenizer, text)

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.attachment import attachment
+from tessera.adapters import attached_memory
 from tessera.attention import attention_forward, enable
 from tessera.attention.observed import Call, observed
+from tessera.cache.cache_layer import TesseraLayer
 from tessera.cache.config import read_config
-from tessera.cache.lane import Policy
-from tessera.cache.layer import TesseraLayer
 from tessera.cache.per_layer import parse
+from tessera.cache.policy import RetentionPolicy
 from tessera.codecs.key_stats import KeyStats
 from tessera.evaluation.protocols import filler, new_cache
 from tessera.evaluation.records import LayerRow
@@ -88,7 +88,7 @@ def measure_layers(
     packed = protocol == "paper"
     specs = [spec for spec in plan if spec != "dense"]
     sliding = [window for _, window in read_config(model.config)[1]]
-    caches = [new_cache(spec, model, "packed" if packed else "exact", stats) for spec in specs]
+    caches = [new_cache(spec, model, "quantized" if packed else "exact", stats) for spec in specs]
     found: dict[int, list[_Sums]] = {}
 
     def see(call: Call) -> None:
@@ -119,8 +119,8 @@ def check_layers(model: Any, plan: Sequence[str]) -> None:
     Raises:
         ValueError: saying what.
     """
-    memories = [spec for spec in plan if parse(spec).associative]
-    if memories or attachment(model) is not None:
+    memories = [spec for spec in plan if parse(spec).tensor_cache]
+    if memories or attached_memory(model) is not None:
         what = repr(memories[0]) if memories else "a model with an attached memory"
         raise ValueError(f"layers are measured by their attention weights over keys; {what} reads a memory that has none")
 
@@ -152,23 +152,23 @@ def _measure(call: Call, layer: TesseraLayer, window: int | None, step: int, mor
 def _read(layer: TesseraLayer) -> Iterator[list[tuple[int, Tensor]]]:
     """The keys that attention reads of a layer within the block, decoded: (place of the first, (1, kv_heads, n, head_dim))."""
     found: list[tuple[int, Tensor]] = []
-    opened = layer.open
+    opened = layer.begin_step
 
     def noted(*arguments: Any, **options: Any) -> Any:
-        turns = opened(*arguments, **options)
-        for turn, _ in turns:
-            for part in turn.parts:
-                if isinstance(part.held, Pages):
-                    found.append((part.start, torch.cat([keys.decode() for keys, _ in part.held.pages], dim=2)))
+        steps = opened(*arguments, **options)
+        for step, _ in steps:
+            for source in step.sources:
+                if isinstance(source.held, Pages):
+                    found.append((source.start, torch.cat([keys.decode() for keys, _ in source.held.pages], dim=2)))
                 else:
-                    found.append((part.start, part.held[0].clone()))
-        return turns
+                    found.append((source.start, source.held[0].clone()))
+        return steps
 
-    setattr(layer, "open", noted)  # noqa: B010 - of this layer alone
+    layer.begin_step = noted  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        delattr(layer, "open")
+        del layer.begin_step
 
 
 def _mask(window: int | None, start: int, stop: int, device: torch.device) -> Tensor | None:
@@ -186,7 +186,7 @@ def _options(call: Call) -> dict[str, Any]:
 
 def _compare(
     call: Call,
-    policy: Policy,
+    policy: RetentionPolicy,
     window: int | None,
     start: int,
     stop: int,

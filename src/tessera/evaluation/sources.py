@@ -80,7 +80,7 @@ def load(
         else:
             source = Source(path.resolve().name if path.is_dir() else name, *_from_pretrained(name, torch_dtype, device))
     if memory is not None:
-        from tessera.attachment import load_memory
+        from tessera.adapters import load_memory
 
         load_memory(source.model, memory)
     return source

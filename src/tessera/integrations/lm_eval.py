@@ -63,7 +63,7 @@ class TesseraLM(HFLM):
         self.spec = parse(cache)
         if not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk must be a whole number of at least 1, got {chunk!r}")
-        if self.spec.associative and memory is None:
+        if self.spec.tensor_cache and memory is None:
             raise ValueError(f"{cache!r} has a Tensor Cache; name its file with memory=...")
         super().__init__(pretrained, **rest)
         if self.backend != "causal":

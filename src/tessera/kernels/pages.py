@@ -29,6 +29,9 @@ class KernelCodec(Protocol):
     def decode_reference(self, packed: Any) -> Tensor:
         """What packed vectors stand for, in PyTorch: the definition, in float32."""
 
+    def summary(self, packed: Any) -> tuple[Tensor, Tensor]:
+        """What is known of the keys of each block without decoding them, if the codec keeps it."""
+
 
 class Coded(Protocol):
     """Coded keys or values as kernels read them; `tessera.codecs.Packed` is what they are."""

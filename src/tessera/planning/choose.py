@@ -15,7 +15,7 @@ from torch import nn
 from tessera.cache.config import check_shapes, read_config
 from tessera.cache.spec import BLOCK, Spec, parse
 from tessera.planning.candidates import forgetting, keeping, sizes
-from tessera.planning.held import LayerShape, held, settled
+from tessera.planning.held import LayerShape, held, steady_after
 from tessera.planning.measured import measured
 from tessera.planning.sizes import parse_bytes, parse_rate, parse_tokens
 from tessera.wrapped import unwrap
@@ -183,7 +183,7 @@ def _row(
     budget: int,
     rate: int | None,
 ) -> PlanRow:
-    if spec.associative:
+    if spec.tensor_cache:
         raise ValueError(
             f"a memory behind a window ('tc' in {str(spec)!r}) is attached to a model; a plan counts caches without"
         )
@@ -234,7 +234,7 @@ def _fitting(row: Callable[[str], PlanRow], fits: Callable[[str], bool], needed:
 
 def _reach(spec: Spec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: int, budget: int) -> int | None:
     """Most tokens, in whole `STEP`, whose cache fits; None: any number of them."""
-    start = settled(spec, layers)
+    start = steady_after(spec, layers)
     whole, within = range(STEP, start + STEP + 1, STEP), range(start, start + STEP, BLOCK)
     counted = held(spec, layers, dtype, batch, {*whole, *within})
     early = list(takewhile(lambda n: counted[n].nbytes <= budget, whole))

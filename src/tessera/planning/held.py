@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tessera import codecs
-from tessera.cache.chain import Chain
-from tessera.cache.lane import Lane, Policy
+from tessera.cache.group import SequenceGroup
 from tessera.cache.learning import LEARN
+from tessera.cache.policy import RetentionPolicy
 from tessera.cache.spec import Spec
 from tessera.cache.tiers import PAGE
 from tessera.codecs import Codec, Packed, Role
@@ -56,7 +56,7 @@ def held(spec: Spec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: in
     Raises:
         ValueError: for a codec whose bytes depend on what is encoded, or that is for other heads.
     """
-    start = settled(spec, layers)
+    start = steady_after(spec, layers)
     wanted = {n: (n if n <= start + PAGE else start + (n - start) % PAGE) for n in lengths}
     asked = sorted({m for n, m in wanted.items()} | {m + PAGE for n, m in wanted.items() if m != n})
     totals = dict.fromkeys(asked, (0, 0))
@@ -73,7 +73,7 @@ def held(spec: Spec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: in
     return result
 
 
-def settled(spec: Spec, layers: Sequence[LayerShape]) -> int:
+def steady_after(spec: Spec, layers: Sequence[LayerShape]) -> int:
     """Tokens, whole pages, from which on every further page adds the same number of bytes."""
     windows = max((sliding for _, sliding in layers if sliding is not None), default=0) + (spec.window or 0)
     limits = sum(limit for _, limit in spec.codecs if limit is not None)
@@ -85,33 +85,33 @@ def _replay(spec: Spec, layer: LayerShape, dtype: torch.dtype, batch: int, lengt
     """What one layer holds after each of some numbers of tokens, ascending."""
     (heads, dim), sliding = layer
     used = tuple(_Outline(codecs.get(name), heads, dim) for name, _ in spec.codecs)
-    lane, done, found = Lane(Policy.of(spec, used, sliding, memory=False), 0, list(range(batch))), 0, {}
+    group, done, found = SequenceGroup(RetentionPolicy.of(spec, used, sliding, memory=False), 0, list(range(batch))), 0, {}
 
-    def read(lane: Lane, tokens: int) -> Lane:
+    def read(group: SequenceGroup, tokens: int) -> SequenceGroup:
         x = torch.empty(batch, heads, tokens, dim, dtype=dtype, device="meta")
-        lane.dismiss(lane.admit(x, x, packed=False, asked=x))
-        return lane
+        group.end_step(group.begin_step(x, x, quantize_before_attend=False, asked=x))
+        return group
 
     for n in lengths:
         while done + PAGE <= n:
-            read(lane, PAGE)
+            read(group, PAGE)
             done += PAGE
-        found[n] = _count(read(_copied(lane), n - done) if n > done else lane)
+        found[n] = _count(read(_copied(group), n - done) if n > done else group)
     return found
 
 
-def _copied(lane: Lane) -> Lane:
-    """A lane that goes on by itself. The tensors may be shared: there is nothing in them that could be written."""
-    other = copy.copy(lane)
-    for name, part in vars(lane).items():
-        setattr(other, name, part.copied() if isinstance(part, Chain) else copy.copy(part))
+def _copied(group: SequenceGroup) -> SequenceGroup:
+    """A group that goes on by itself. The tensors may be shared: there is nothing in them that could be written."""
+    other = copy.copy(group)
+    other.chain = group.chain.copied()
     return other
 
 
-def _count(lane: Lane) -> Held:
-    exact = [tier for tier in (lane.sink, lane.recent) if tier.buffers()]
-    packed = [] if lane.packed is None else [tensor for tensors in lane.packed.buffers() for tensor in tensors]
-    nbytes = sum(map(_size, (tensor for tensors in lane.buffers().values() for tensor in tensors)))
+def _count(group: SequenceGroup) -> Held:
+    chain = group.chain
+    exact, held = [tier for tier in (chain.sink, chain.recent) if tier.buffers()], chain.buffers()
+    packed = [tensor for name, tensors in held.items() if name not in ("sink", "recent") for tensor in tensors]
+    nbytes = sum(map(_size, (tensor for tensors in held.values() for tensor in tensors)))
     return Held(nbytes, sum(map(_size, (*packed, *(x for tier in exact for x in (tier.keys, tier.values))))))
 
 

@@ -54,7 +54,7 @@ def read(text: str, stats: str | None = None) -> Settings:
     spec = parse(text)
     if spec.codec is None:
         raise ValueError(f"in vLLM a specification needs a codec, as in 'sink:4 + hqmq:4'; got {text!r}")
-    if spec.window is not None or spec.associative or any(limit is not None for _, limit in spec.codecs):
+    if spec.window is not None or spec.tensor_cache or any(limit is not None for _, limit in spec.codecs):
         raise ValueError(
             f"in vLLM nothing is dropped: write 'sink:N', one codec without a limit and 'recent:{GROUP}'; got {text!r}"
         )

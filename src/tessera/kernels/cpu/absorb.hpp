@@ -1,4 +1,4 @@
-// The recurrence of an associative matrix that absorbs pairs and is read, defined by associative/recurrence.py, for its outer and
+// The recurrence of an associative matrix that absorbs pairs and is read, defined by tensor_cache/recurrence.py, for its outer and
 // delta rules. All numbers are floats one behind the other, the last index fastest.
 #pragma once
 

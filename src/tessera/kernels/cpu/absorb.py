@@ -1,4 +1,4 @@
-"""The recurrence of `tessera.associative.recurrence` in C++, forward and backward, for the outer and the delta rule."""
+"""The recurrence of `tessera.tensor_cache.recurrence` in C++, forward and backward, for the outer and the delta rule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def absorb(
     read_first: bool = False,
     level: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`tessera.associative.recurrence.loop`; shapes as there. Forward columns go side by side, backward heads, a thread each.
+    """`tessera.tensor_cache.recurrence.loop`; shapes as there. Forward columns go side by side, backward heads, a thread each.
 
     Args:
         q, k, v, g, eta, state: as there.

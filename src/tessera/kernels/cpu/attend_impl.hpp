@@ -160,6 +160,17 @@ inline bool hide(const Problem& p, int b, int head, int row, int rows, int64_t p
     return some;
 }
 
+// Whether the mask hides tokens [place, place + n) from all rows.
+inline bool masked_out(const Problem& p, int b, int head, int row, int rows, int64_t place, int64_t n) {
+    if (!p.mask) return false;
+    const int group = p.q_heads / p.kv_heads;
+    for (int r = row; r < row + rows; ++r) {
+        const uint8_t* seen = p.mask + b * p.mask_batch + (head * group + r / p.q_tokens) * p.mask_head + r % p.q_tokens * p.mask_query + place;
+        if (std::memchr(seen, 1, size_t(n))) return false;
+    }
+    return true;
+}
+
 template <class Keys, class Values>
 struct Worker {
     const Problem& p;
@@ -215,12 +226,17 @@ struct Worker {
                 const int64_t token = place - at;
                 int64_t n = GROUP - (here.offset + token) % GROUP;
                 n = std::min({n, here.tokens - token, end - place, int64_t(BLOCK - width)});
+                if (masked_out(p, b, head, row, rows, place, n)) {  // by a mask that chooses blocks, most are
+                    place += n;
+                    if (token + n == here.tokens) at += p.pages[page++].tokens;
+                    continue;
+                }
                 segments[count++] = {&here, token, place, int(n)};
                 width += int(n + UNIT - 1) / UNIT * UNIT;
                 place += n;
                 if (token + n == here.tokens) at += p.pages[page++].tokens;
             }
-            if (hidden(p, row, rows, first, place)) continue;
+            if (!count || hidden(p, row, rows, first, place)) continue;
 
             // Lengths of all vectors first: numbers written one by one and read back at once as a register would be waited for.
             for (int s = 0, column = 0; s < count; ++s) {

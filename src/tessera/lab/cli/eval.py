@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tessera.cli.errors import one_line_errors
 from tessera.cli.many import ManyValues
+from tessera.lab.cli import eval_long, show
 from tessera.lab.cli.options import Gap, HeadDim, Jobs, Out, Pairs, Rewrites, Steps
 
 app = typer.Typer(
-    help="Measure memories: recall, diagnostics, capacity, language, streams.",
+    help="Measure memories and caches: recall, diagnostics, capacity, language, streams, needle, ruler.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -25,7 +24,7 @@ OUT = Path("results/eval")
 
 @app.callback()
 def _group() -> None:
-    """Measure memories: recall, diagnostics, capacity, language, streams."""
+    """Measure memories and caches: recall, diagnostics, capacity, language, streams, needle, ruler."""
 
 
 @app.command(cls=ManyValues)
@@ -63,15 +62,15 @@ def recall(
     from tessera.lab.evaluation.recall_plot import plot_recall
 
     with one_line_errors():
-        path = _folder(out) / "recall.json"
+        path = show.folder(out) / "recall.json"
         chosen = methods or list(task.METHODS if full else task.QUICK_METHODS)
         if full:
             plan = [job for job in task.full_plan() if job["method"] in chosen]
         else:
             plan = task.quick_plan(chosen, seeds, pairs=pairs, gap=gap, dim=dim, rewrites=rewrites, steps=steps)
-        parts = task.recall(plan, path, jobs or len(_cores()))
-        rows = _run(plan, parts, task.key)
-    _show(task.recall_table(rows), path, lambda to: plot_recall(rows, to))
+        parts = task.recall(plan, path, jobs or len(show.cores()))
+        rows = show.run(plan, parts, task.key)
+    show.table_and_picture(task.recall_table(rows), path, lambda to: plot_recall(rows, to))
 
 
 @app.command(cls=ManyValues)
@@ -110,7 +109,7 @@ def diagnostics(
     with one_line_errors():
         if quick and full:
             raise ValueError("give --quick or --full, not both")
-        path = _folder(out) / "diagnostics.json"
+        path = show.folder(out) / "diagnostics.json"
         wanted, models = tasks or list(plans.TASKS), kinds or list(plans.KINDS)
         for name, chosen, known in (("task", wanted, plans.TASKS), ("kind", models, plans.KINDS)):
             for word in chosen:
@@ -123,14 +122,14 @@ def diagnostics(
         else:
             plan = plans.default_plan(wanted, models, seeds or 1, steps or 300)
         plan = [job for job in plan if job["task"] in wanted and job["kind"] in models]
-        parts = plans.diagnostics(plan, path, jobs or len(_cores()))
-        rows = _run(plan, parts, plans.key)
+        parts = plans.diagnostics(plan, path, jobs or len(show.cores()))
+        rows = show.run(plan, parts, plans.key)
         if not rows:
             raise ValueError("there is nothing to measure: --quick has binding and no harm only")
     *tables, last = plans.diagnostics_tables(rows)
     for table in tables:
-        _print(table)
-    _show(last, path, lambda to: plot_diagnostics(rows, to))
+        show.print_table(table)
+    show.table_and_picture(last, path, lambda to: plot_diagnostics(rows, to))
 
 
 @app.command(cls=ManyValues)
@@ -159,12 +158,12 @@ def capacity(
     from tessera.lab.evaluation.capacity import capacity as measure
 
     with one_line_errors():
-        path = _folder(out) / "capacity.json"
+        path = show.folder(out) / "capacity.json"
         wanted, times = (WIDTHS, 16) if full else (widths or (16, 32, 64), trials)
         parts = measure(wanted, times)
-        rows = [row for part in track(parts, "storing", len(wanted), console=_status(), transient=True) for row in part]
+        rows = [row for part in track(parts, "storing", len(wanted), console=show.status(), transient=True) for row in part]
         write_json(path, {"environment": environment(), "trials": times, "rows": rows})
-    _show(capacity_table(rows), path, lambda to: plot_capacity(rows, to))
+    show.table_and_picture(capacity_table(rows), path, lambda to: plot_capacity(rows, to))
 
 
 @app.command(cls=ManyValues)
@@ -204,12 +203,12 @@ def language(
     from tessera.models import demo_memory_path
 
     with one_line_errors():
-        path = _folder(out) / "language_memory.json"
+        path = show.folder(out) / "language_memory.json"
         if model is None and memory is None:
             memory = demo_memory_path()
         content, _ = evaluation.read_text(text or ())
         source = evaluation.load(model, memory=memory)
-        with Progress(console=_status(), transient=True) as bar:
+        with Progress(console=show.status(), transient=True) as bar:
             running = bar.add_task("reading", total=None)
             record = measure(
                 source,
@@ -219,7 +218,7 @@ def language(
                 progress=lambda done, steps: bar.update(running, completed=done, total=steps),
             )
         write_json(path, record)
-    _show(language_table(record), path, lambda to: plot_language(record["rows"], record["edges"], to))
+    show.table_and_picture(language_table(record), path, lambda to: plot_language(record["rows"], record["edges"], to))
 
 
 @app.command(cls=ManyValues)
@@ -251,63 +250,15 @@ def streams(
     from tessera.lab.evaluation import streams as measure
 
     with one_line_errors():
-        path = _folder(out) / "streams.json"
+        path = show.folder(out) / "streams.json"
         wanted = specs or list(measure.SPECS)
         for spec in wanted:
             parse(spec)  # a mistake is found before anything is measured
-        with Progress(console=_status(), transient=True) as bar:
+        with Progress(console=show.status(), transient=True) as bar:
             running = bar.add_task("streaming", total=len(wanted))
             rows = measure.streams(wanted, tokens, dense, lambda: bar.advance(running))
         write_json(path, {"environment": environment(), "stream": rows})
-    _show(measure.streams_table(rows), path, None)
+    show.table_and_picture(measure.streams_table(rows), path, None)
 
 
-def _run(plan: Sequence[Any], parts: Iterable[list[dict[str, Any]]], key: Callable[[Any], object]) -> list[dict[str, Any]]:
-    """Go through a plan with a bar; returns the rows that there are in the end."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    rows: list[dict[str, Any]] = []
-    with Progress(*columns, console=_status(), transient=True) as bar:
-        running = bar.add_task("", total=len(plan))
-        for rows in parts:
-            bar.update(running, completed=sum(key(job) in map(key, rows) for job in plan))
-    return rows
-
-
-def _folder(out: Path) -> Path:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, and {out} is a file")
-    return out
-
-
-def _status() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _cores() -> set[int] | range:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-
-
-def _print(table: Any) -> Any:
-    from rich.console import Console
-
-    console = Console()
-    (console if console.width >= 110 or console.is_terminal else Console(width=120)).print(table)
-    return console
-
-
-def _show(table: Any, path: Path, draw: Callable[[Path], None] | None) -> None:
-    """Print the table, draw the picture where matplotlib is installed, and say where everything is."""
-    _print(table)
-    said = f"Saved {path}"
-    if draw is not None:
-        picture = path.with_suffix(".png")
-        try:
-            draw(picture)
-            said += f" and {picture}"
-        except ImportError:
-            said += "; for a picture beside it: pip install 'tessera[lab]'"
-    typer.echo(said)
+eval_long.add_to(app)

@@ -116,10 +116,10 @@ def memory(
     import torch
 
     import tessera
-    from tessera.associative import TensorCacheConfig
     from tessera.evaluation import load
     from tessera.lab.training.memory import MemoryTraining, train_memory
     from tessera.lab.training.schedule import LoopConfig, Phase
+    from tessera.tensor_cache import TensorCacheConfig
 
     if minutes is not None and steps is not None:
         raise typer.BadParameter("give --minutes or --steps, not both")

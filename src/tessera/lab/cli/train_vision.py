@@ -126,7 +126,7 @@ def video(
 
 
 def _memory(word: str) -> dict[str, Any] | None:
-    from tessera.spatial import TensorMemoryConfig
+    from tessera.tensor_memory import TensorMemoryConfig
 
     # Flat as pictures are.
     grid = (8, 8)

@@ -11,7 +11,7 @@ from tessera.cli.errors import one_line_errors
 
 if TYPE_CHECKING:
     from tessera.lab.evaluation.view import Trace
-    from tessera.spatial import TensorMemoryState
+    from tessera.tensor_memory import TensorMemoryState
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -107,7 +107,7 @@ def view(
 
 
 def _state(path: Path) -> TensorMemoryState:
-    from tessera.spatial import TensorMemoryState
+    from tessera.tensor_memory import TensorMemoryState
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no state at {path}")
@@ -126,9 +126,9 @@ def _stream(path: Path, weights: Path | None, fields: dict[str, Any], paper: boo
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
-    from tessera.attachment.apply import read_shared
+    from tessera.adapters.apply import read_shared
     from tessera.lab.evaluation.view import follow, read_stream
-    from tessera.spatial import TensorMemory, TensorMemoryConfig
+    from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
     x = read_stream(path)
     config = TensorMemoryConfig.paper(**fields) if paper else TensorMemoryConfig(**fields)

@@ -15,9 +15,9 @@ import torch
 from rich.table import Table
 from torch.nn.functional import normalize
 
-from tessera.associative.config import Rule
-from tessera.associative.scan import scan
 from tessera.files import atomic_path
+from tessera.tensor_cache.config import Rule
+from tessera.tensor_cache.scan import scan
 
 WIDTHS = (16, 32, 64, 128)
 """Widths of a matrix that are measured unless others are asked for."""

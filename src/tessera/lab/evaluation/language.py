@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tessera.attachment import attachment, reading, tensor_cache
+from tessera.adapters import attached_memory, reading, tensor_cache
 from tessera.cache import Cache
 from tessera.evaluation.records import environment
 from tessera.evaluation.sources import Source, encode, windows
@@ -88,7 +88,7 @@ def language(
         ValueError: if nothing is attached, or the sequences are too short to say something about what lies behind the window.
     """
     model = source.model
-    if attachment(model) is None:
+    if attached_memory(model) is None:
         raise ValueError("the model has no memory; give a file of tessera.save_memory, or attach one")
     config = tensor_cache(model).config
     window, sink, dim = config.window, config.sink, model.config.get_text_config(decoder=True).head_dim

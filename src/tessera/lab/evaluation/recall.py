@@ -14,10 +14,10 @@ from typing import Any
 
 from rich.table import Table
 
-from tessera.associative import TensorCacheConfig
 from tessera.lab.evaluation.jobs import resume
 from tessera.lab.tasks.recall import Recall
 from tessera.lab.training.recall import GAPS, RecallConfig, train_recall
+from tessera.tensor_cache import TensorCacheConfig
 
 WINDOW, LAYERS, HEADS = 16, 2, 2
 

@@ -51,7 +51,7 @@ def stream(spec: str, limit: int, dense_limit: int) -> list[dict[str, Any]]:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         config = GPTConfig(
-            attention=str(parsed) if parsed.associative else SPECS[-1],
+            attention=str(parsed) if parsed.tensor_cache else SPECS[-1],
             vocab_size=256,
             hidden_size=128,
             intermediate_size=256,

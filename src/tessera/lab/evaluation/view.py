@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tessera.lab.models.backbones import OPEN_AT_FIRST, Backbone
 from tessera.lab.models.vit import ViT
-from tessera.spatial import TensorMemory, TensorMemoryState
+from tessera.tensor_memory import TensorMemory, TensorMemoryState
 
 
 @dataclass(frozen=True, eq=False)

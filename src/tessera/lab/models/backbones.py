@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from tessera.spatial import TensorMemory, TensorMemoryConfig
+from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
 Kind = Literal["plain", "wide", "slots", "memory"]
 KINDS: tuple[Kind, ...] = ("plain", "wide", "slots", "memory")

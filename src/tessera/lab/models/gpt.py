@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tessera.associative.config import TensorCacheConfig
-from tessera.associative.infini import Infini
-from tessera.associative.layer import TensorCacheLayer
-from tessera.associative.rotary import Phase
-from tessera.attachment import plug
-from tessera.attention import Limits, enable
+from tessera.adapters import install
+from tessera.attention import SlidingWindow, enable
 from tessera.cache.spec import parse
+from tessera.tensor_cache.config import TensorCacheConfig
+from tessera.tensor_cache.gated import TensorCacheLayer
+from tessera.tensor_cache.infini import Infini
+from tessera.tensor_cache.rotary import Phase
 
 
 class GPTConfig(LlamaConfig):
@@ -59,12 +59,12 @@ class GPT(LlamaForCausalLM):
             elif limits is not None:
                 layer.self_attn.limits = limits
         if memory is not None:
-            plug(self, memory, layers, [layer.self_attn for layer in self.model.layers])
+            install(self, memory, layers, [layer.self_attn for layer in self.model.layers])
 
 
 def read_attention(
     text: str, memory: dict[str, Any] | None = None
-) -> tuple[Limits | None, TensorCacheConfig | None, int | None]:
+) -> tuple[SlidingWindow | None, TensorCacheConfig | None, int | None]:
     """Read the spec of a GPT's attention: window and sinks, the memory behind them, or the segment of Infini-attention.
 
     Raises:
@@ -78,12 +78,12 @@ def read_attention(
     spec = parse(text)
     if spec.codec is not None:
         raise ValueError(f"{text!r}: a codec is for caches, not for training; choose dense, window, sink, infini or tc")
-    if memory and not spec.associative:
+    if memory and not spec.tensor_cache:
         raise ValueError(f"a memory is given for {text!r}, which has none; add 'tc'")
     if spec.window is None:
         return None, None, None
-    limits = Limits(spec.window, spec.sink)
-    if not spec.associative:
+    limits = SlidingWindow(spec.window, spec.sink)
+    if not spec.tensor_cache:
         return limits, None, None
     return limits, TensorCacheConfig.from_dict({**(memory or {}), "window": spec.window, "sink": spec.sink}), None
 

@@ -13,10 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from tessera.lab.models.vit_state import ViTState
-from tessera.spatial.config import TensorMemoryConfig
-from tessera.spatial.layer import make_layers, make_memory
-from tessera.spatial.memory import TensorMemory
-from tessera.spatial.state import TensorMemoryState
+from tessera.tensor_memory.config import TensorMemoryConfig
+from tessera.tensor_memory.gated import make_layers, make_memory
+from tessera.tensor_memory.module import TensorMemory
+from tessera.tensor_memory.state import TensorMemoryState
 
 
 class ViTConfig(PreTrainedConfig):

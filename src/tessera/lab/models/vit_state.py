@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tessera.files import atomic_path, brief, open_tensors
-from tessera.spatial.state import TensorMemoryState
 from tessera.state import MODEL_DTYPES
+from tessera.tensor_memory.state import TensorMemoryState
 
 _KIND = "vit_state"
 #: No stream has seen more frames.

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tessera.cache.carry import Carry
+from tessera.cache.truncated_bptt import TruncatedBPTTCache
 from tessera.lab.training.checkpoints import RunState, checkpoints_in, load_checkpoint, save_checkpoint
 from tessera.lab.training.log import Log
 from tessera.lab.training.optimizers import make_optimizers
@@ -100,7 +100,7 @@ def train(
     if any(phase.segments > 1 for phase in config.phases):
         if loss is not None:
             raise ValueError("a loss of one's own and segments do not go together")
-        Carry(model)  # refuses what cannot be, before anything is done
+        TruncatedBPTTCache(model)  # refuses what cannot be, before anything is done
     # The precision is set below, call by call: accelerate has one for the whole process and refuses another run's.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     main, rank, processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
@@ -129,7 +129,7 @@ def train(
     found = checkpoints_in(checkpoints)
     state = load_checkpoint(found[-1], bare, average, optimizers) if found else RunState()
 
-    def compute_loss(ids: Tensor, targets: Tensor, carry: Carry | None = None) -> Tensor:
+    def compute_loss(ids: Tensor, targets: Tensor, carry: TruncatedBPTTCache | None = None) -> Tensor:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             if loss is not None:
                 return loss(bare, ids, targets)
@@ -154,7 +154,7 @@ def train(
         with torch.random.fork_rng(noisy):
             torch.manual_seed(int(np.random.SeedSequence((config.seed, state.step, rank)).generate_state(1)[0]))
             for rows in zip(*(x.split(phase.together(processes)) for x in (ids, targets)), strict=True):
-                carry = Carry(bare) if phase.segments > 1 else None
+                carry = TruncatedBPTTCache(bare) if phase.segments > 1 else None
                 for part, wanted in zip(*(x.chunk(phase.segments, dim=1) for x in rows), strict=True):
                     value = loss_of(part, wanted, carry) * (int((wanted != IGNORED).sum()) / asked)
                     value.backward()

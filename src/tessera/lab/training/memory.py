@@ -18,7 +18,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from tessera.attachment import save_memory, tensor_cache
+from tessera.adapters import save_memory, tensor_cache
 from tessera.cache import Cache
 from tessera.lab.training.checkpoints import RunState, claim
 from tessera.lab.training.loop import Moment, Sampler, train

@@ -1,0 +1,21 @@
+"""Memories of models that exist: added, trained with the model frozen, saved by themselves, taken away again."""
+
+from __future__ import annotations
+
+from tessera.adapters.add_tensor_cache import attention_modules, install
+from tessera.adapters.apply import attach, detach, load_memory, memory_parameters, save_memory
+from tessera.adapters.attached import AttachedMemory, attached_memory, reading, tensor_cache
+
+__all__ = [
+    "AttachedMemory",
+    "attach",
+    "attached_memory",
+    "attention_modules",
+    "detach",
+    "install",
+    "load_memory",
+    "memory_parameters",
+    "reading",
+    "save_memory",
+    "tensor_cache",
+]

@@ -1,0 +1,167 @@
+"""`AttachedMemory`: what was done to a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tessera.cache.cache_layer import ATTACHED
+from tessera.devices import weights
+from tessera.wrapped import unwrap
+
+#: Numbers of each weight that a sample takes.
+SAMPLED = 4
+
+
+@dataclass
+class AttachedMemory:
+    """What `attach` did to a model, so that it can be undone.
+
+    Attributes:
+        config: of the memory, a `TensorCacheConfig` or a `TensorMemoryConfig`.
+        shape: what the memory must know of its model, as JSON has it.
+        layers: what was added to each layer of the model, by its index.
+        shared: what was added for all layers, or None.
+        hooks: on the model's modules.
+        frozen: parameters that learned before, and shall again.
+        limited: attention modules that were given a window without a memory, each with the limits that it had before, or None.
+        enabled: whether the model's attention was switched.
+        names: of the tensors of each of `modules`, before anything has wrapped a part of it.
+    """
+
+    config: Any
+    shape: dict[str, Any]
+    layers: dict[int, Any] = field(default_factory=dict)
+    shared: nn.Module | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    frozen: list[nn.Parameter] = field(default_factory=list)
+    limited: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    enabled: bool = False
+    names: dict[str, frozenset[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = {place: frozenset(module.state_dict()) for place, module in self.modules().items()}
+
+    @property
+    def kind(self) -> str:
+        """ "TensorCache" or "TensorMemory"."""
+        return type(self.config).__name__.removesuffix("Config")
+
+    def modules(self) -> dict[str, nn.Module]:
+        """All that was added, by the name that it has in a file."""
+        named: dict[str, nn.Module] = {str(index): layer for index, layer in self.layers.items()}
+        return named if self.shared is None else {"shared": self.shared, **named}
+
+
+def wrapped(module: nn.Module) -> dict[str, str]:
+    """The parts of a module around which something, as a LoRA of peft, was put: where that is, and where the part is in it."""
+    found: dict[str, str] = {}
+    for place, part in module.named_modules():
+        core, inner = place, getattr(part, "base_layer", None)
+        while isinstance(inner, nn.Module):
+            core, inner = f"{core}.base_layer", getattr(inner, "base_layer", None)
+        if core != place and not any(place.startswith(f"{outer}.") for outer in found):
+            found[place] = core
+    return found
+
+
+def fingerprint(model: nn.Module) -> dict[str, list[float]]:
+    """A few numbers of every weight that a model has of itself, by name: what tells it from others of its shape.
+
+    Adapters around its layers do not count, and weights that are offloaded are read where they are.
+    """
+    model = unwrap(model)
+    done = attached_memory(model)
+    added = () if done is None else {id(p) for module in done.modules().values() for p in module.parameters()}
+    cores = wrapped(model)
+    found = {}
+    for name, tensor, parameter in weights(model):
+        own = _own_name(name, cores)
+        if own is not None and id(parameter) not in added and _can_be_read(tensor):
+            found[own] = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED)][:SAMPLED].tolist()
+    return found
+
+
+def _own_name(name: str, cores: dict[str, str]) -> str | None:
+    """What a weight is called where nothing is wrapped; None for a weight of what wraps it."""
+    place = next((place for place in cores if name.startswith(f"{place}.")), None)
+    if place is None:
+        return name
+    core = cores[place]
+    return place + name[len(core) :] if name.startswith(f"{core}.") else None
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta
+
+
+def read_fingerprint(found: Any) -> dict[str, list[float]]:
+    """What `fingerprint` made, read from JSON.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if not isinstance(found, dict) or not all(isinstance(numbers, list) for numbers in found.values()):
+        raise ValueError("a sample of weights is a table of lists")
+    if not all(isinstance(x, int | float) and abs(x) < 1e300 for numbers in found.values() for x in numbers):
+        raise ValueError("a sample of weights holds numbers")
+    return found
+
+
+def same_fingerprint(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
+    """Whether two samples are of one model, give or take the rounding of half precision."""
+    common = one.keys() & other.keys()
+    if ((one or other) and not common) or any(len(one[name]) != len(other[name]) for name in common):
+        return False
+    for table, rest in ((one, other), (other, one)):
+        # Of tied weights a model may name one or both, depending on how it was loaded.
+        if not all(any(_near(table[name], own) for own in rest.values()) for name in table.keys() - common):
+            return False
+    pairs = [pair for name in common for pair in zip(one[name], other[name], strict=True)]
+    return sum(_close(a, b) for a, b in pairs) >= 0.9 * len(pairs)
+
+
+def _near(one: list[float], other: list[float]) -> bool:
+    return len(one) == len(other) and all(_close(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 0.02 * abs(a) + 1e-6
+
+
+def attached_memory(model: nn.Module) -> AttachedMemory | None:
+    """What is attached to `model`, which may be wrapped, if anything."""
+    return getattr(unwrap(model), ATTACHED, None)
+
+
+def require_attached(model: nn.Module) -> AttachedMemory:
+    """What is attached to `model`.
+
+    Raises:
+        ValueError: if nothing is.
+    """
+    done = attached_memory(model)
+    if done is None:
+        raise ValueError(f"nothing is attached to this {type(model).__name__}; see tessera.attach")
+    return done
+
+
+def reading(model: nn.Module, on: bool) -> None:
+    """Let reads count, or not: the control that shows what the memory is worth."""
+    for layer in require_attached(model).layers.values():
+        layer.reads = on
+
+
+def tensor_cache(model: nn.Module) -> AttachedMemory:
+    """The Tensor Cache that is attached to `model`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    done = require_attached(model)
+    if done.kind != "TensorCache":
+        raise ValueError(f"a {done.kind} is attached to this {type(model).__name__}; this needs a TensorCache")
+    return done

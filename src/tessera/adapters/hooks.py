@@ -1,0 +1,207 @@
+"""The hooks by which a Tensor Memory works in a model: see `tessera.adapters.add_tensor_memory` for what they compute.
+
+What belongs to one call is kept on a stack of the thread that runs it, from the hook that opens a module to the one that
+closes it, whether it returns or raises. So threads may share a model, and a call may be made within another.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import uuid
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache as TransformersCache
+
+from tessera.adapters.streams import Stream, Streams, advance_documents, streams_of
+from tessera.adapters.tokens import PACKED, Tokens, read_tokens
+from tessera.cache.cache_layer import STREAMS
+from tessera.tensor_memory.gated import TensorMemoryLayer
+from tessera.tensor_memory.module import TensorMemory
+from tessera.tensor_memory.state import TensorMemoryState
+
+
+class Call:
+    """A call of what runs the layers."""
+
+    def __init__(self) -> None:
+        self.tokens = Tokens()
+        #: Of encoders: what the layers so far have written, and the last of them that has a memory.
+        self.state: TensorMemoryState | None = None
+        self.after = -1
+
+
+class Visit:
+    """A call of a layer, within `call`."""
+
+    def __init__(self, index: int, call: Call, cache: TransformersCache | None) -> None:
+        self.index, self.call, self.cache = index, call, cache
+        self.added: Tensor | None = None
+
+
+class CallStack(threading.local):
+    """The calls that this thread is in, innermost last. A copy of it, as of a model that is copied, is empty."""
+
+    def __init__(self) -> None:
+        self.frames: list[Call | Visit] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CallStack, ()
+
+
+class MemoryHooks:
+    """What the hooks of a model share, none of which belongs to a call.
+
+    Args:
+        owner: what calls the layers.
+        layers: of the model, in the order in which they run.
+        norms: between attention and MLP of each.
+        causal: whether no output may depend on a later token.
+        window: of the model's sliding layers, in tokens, or None.
+        memory: of all layers.
+        added: what each layer gets, by index.
+        threaded: see `TensorMemoryConfig`.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        layers: list[nn.Module],
+        norms: list[nn.Module],
+        causal: bool,
+        window: int | None,
+        memory: TensorMemory,
+        added: dict[int, TensorMemoryLayer],
+        threaded: bool,
+    ) -> None:
+        self.memory, self.added = memory, added
+        self.causal, self.threaded, self.window = causal, threaded, window
+        self.name = uuid.uuid4().hex
+        self.first, self.last, self.end = min(added), max(added), len(layers) - 1
+        self.stack = CallStack()
+        # The hook that opens a module comes before, the one that closes it runs after all that may fail in between.
+        self.handles: list[Any] = []
+        if causal:
+            self.handles.append(owner.register_forward_pre_hook(self.open, prepend=True))
+            named = inspect.signature(owner.forward)
+            self.handles.append(owner.register_forward_pre_hook(partial(self.read, named), with_kwargs=True))
+            self.handles.append(owner.register_forward_hook(self.close, always_call=True))
+        for index, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
+            # A threaded call ends where its last layer does, with a memory or without.
+            if index in added or not causal:
+                enter, leave = partial(self.enter, index), partial(self.leave, index)
+                self.handles.append(layer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+                self.handles.append(layer.register_forward_hook(leave, always_call=True))
+            if index in added:
+                self.handles.append(norm.register_forward_pre_hook(partial(self.add, index)))
+
+    # Of what calls the layers
+
+    def open(self, *_: Any) -> None:
+        """A causal model is called."""
+        self.stack.frames.append(Call())
+
+    def read(self, named: inspect.Signature, owner: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note what the call says about its tokens, before anything has changed."""
+        given = dict(named.bind_partial(*args, **kwargs).arguments)
+        for name, parameter in named.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        cache = next((value for value in given.values() if isinstance(value, TransformersCache)), None)
+        past, kept = 0 if cache is None else int(cache.get_seq_length()), None
+        streams: Streams | None = getattr(cache, STREAMS, None)
+        if past and streams is not None and streams.owner == self.name:
+            kept = streams.kept
+        made = given.get("use_cache")
+        made = getattr(getattr(owner, "config", None), "use_cache", False) if made is None else made
+        call = self.stack.frames[-1]
+        assert isinstance(call, Call)
+        call.tokens = read_tokens(given, cache is not None or bool(made), kept, past, self.window)
+
+    def close(self, *_: Any) -> None:
+        """The call has ended."""
+        frames = self.stack.frames
+        while frames and not isinstance(frames.pop(), Call):
+            pass
+
+    # Of layers
+
+    def enter(self, index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        """A layer is called."""
+        frames = self.stack.frames
+        if not self.causal and index == 0:
+            if frames and isinstance(frames[-1], Call):
+                # It has stopped before its last layer.
+                frames.pop()
+            frames.append(Call())
+        call = frames[-1] if frames and isinstance(frames[-1], Call) else Call()
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, TransformersCache)), None)
+        frames.append(Visit(index, call, cache))
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            raise ValueError(
+                "a Tensor Memory and gradient checkpointing do not go together: layers run again without their state"
+            )
+
+    def add(self, index: int, _: nn.Module, args: Any) -> Any:
+        """x comes to the norm: let it see x and what the memory adds."""
+        visit = self.stack.frames[-1] if self.stack.frames else None
+        if not isinstance(visit, Visit) or visit.index != index:
+            # The norm by itself is no layer's.
+            return None
+        x: Tensor = args[0]
+        visit.added = self._causal(visit, x) if self.causal else self._threaded(visit, x)
+        return (x + visit.added, *args[1:])
+
+    def leave(self, index: int, _: nn.Module, __: Any, output: Any) -> Any:
+        """A layer returns what it computed from y, on x; `output` is None where it raised."""
+        frames = self.stack.frames
+        added = None
+        if frames and isinstance(visit := frames[-1], Visit) and visit.index == index:
+            added = visit.added
+            frames.pop()
+        if not self.causal and frames and (output is None or index == self.end):
+            frames.pop()
+        if output is None or added is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0] + added, *output[1:])
+        return output + added
+
+    # What is added
+
+    def _causal(self, visit: Visit, x: Tensor) -> Tensor:
+        index, cache, tokens = visit.index, visit.cache, visit.call.tokens
+        layer, memory = self.added[index], self.memory
+
+        def run(part: Tensor, state: TensorMemoryState | None) -> tuple[Tensor, TensorMemoryState]:
+            return layer(memory, part, state)
+
+        rows, count = x.shape[0], x.shape[1]
+        if tokens.shape not in (None, (rows, count)):
+            raise ValueError(f"the model was called with tokens {tokens.shape}, and a layer of it with {(rows, count)}")
+        if cache is None:
+            if tokens.begins is not None:
+                return advance_documents(run, x, tokens.real, tokens.begins)
+            return Stream(rows).advance(run, x, tokens.real)
+        if tokens.begins is not None:
+            raise ValueError(PACKED)
+        streams = streams_of(cache, self.name)
+        past = int(cache.get_seq_length(index)) - count
+        stream = streams.layer(index, rows, past)
+        if index == self.first:
+            streams.note(rows, past, count, tokens.real)
+        return stream.advance(run, x, tokens.real, streams.back(cache))
+
+    def _threaded(self, visit: Visit, x: Tensor) -> Tensor:
+        index, call = visit.index, visit.call
+        before = max((other for other in self.added if other < index), default=-1)
+        if self.threaded and call.after != before:
+            raise ValueError(
+                f"layer {index} ran without layer {before} before it; gradient checkpointing cannot be used with a memory"
+            )
+        added, state = self.added[index](self.memory, x, call.state if self.threaded else None)
+        call.after = index
+        call.state = self.memory.flush(state) if self.threaded and index != self.last else None
+        return added

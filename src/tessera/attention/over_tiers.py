@@ -1,0 +1,214 @@
+"""One softmax over all tiers of a `tessera.Cache`, and what its Tensor Cache adds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from tessera.attention import select
+from tessera.attention.missing_sinks import warn_if_sinks_are_missing
+from tessera.attention.windowed import Softmax
+from tessera.cache.cache_layer import DeferredKV
+from tessera.cache.group import StepContext
+from tessera.cache.masks import GroupMask, Runs
+from tessera.cache.tiers import KVSource, TensorCacheTier
+from tessera.kernels import Pages, dispatch
+from tessera.tensor_cache.gated import MemoryCall, TensorCacheLayer
+
+
+def over_tiers(
+    module: nn.Module, query: Tensor, handle: DeferredKV, mask: Tensor | None, softmax: Softmax, call: MemoryCall | None
+) -> Tensor:
+    """Attention to all that a layer of a cache holds; arguments as of `attention_forward`.
+
+    Returns (batch, tokens, heads, head_dim).
+    """
+    if softmax.dropout:
+        raise ValueError("attention dropout and tessera.Cache do not go together; call model.eval()")
+    scale = query.shape[-1] ** -0.5 if softmax.scaling is None else softmax.scaling
+    layer = handle.layer
+    memory = call.memory if call is not None and layer.policy.tensor_cache else None
+    positions = None if memory is None or call is None else call.positions_of(query)
+    steps = layer.begin_step(mask, positions, query)
+    if not layer.context.sinks_known:
+        warn_if_sinks_are_missing(layer, query, [step for step, _ in steps], scale, softmax)
+    batch, heads, tokens, dim = query.shape
+    out: Tensor | None = None
+    added = None if memory is None else query.new_zeros((batch, tokens, memory.out.out_features))
+    for step, seen in steps:
+        rows = step.group.rows
+        whole = len(rows) == batch
+        index = None if whole else torch.tensor(rows, device=query.device)
+        q = step.queries.of(query if index is None else query.index_select(0, index), 0, 2)
+        if memory is not None and added is not None:
+            _put(added, _recall(memory, q, step), rows, step.queries)
+        if not step.tokens:
+            continue
+        read = _attend(q, step, seen, scale, softmax).to(query.dtype).transpose(1, 2)
+        if whole and step.tokens == tokens:
+            out = read.contiguous()
+            break
+        if out is None:
+            out = query.new_zeros((batch, tokens, heads, dim))
+        _put(out, read, rows, step.queries)
+    layer.end_step(steps)
+    if call is not None:
+        call.added = added
+    return query.new_zeros((batch, tokens, heads, dim)) if out is None else out
+
+
+def _put(into: Tensor, given: Tensor, rows: list[int], queries: Runs) -> None:
+    """Write what some rows and queries have got into (batch, tokens, ...)."""
+    at = 0
+    for first, size in queries.runs:
+        into[rows, first : first + size] = given[:, at : at + size].to(into.dtype)
+        at += size
+
+
+def _recall(memory: TensorCacheLayer, q: Tensor, step: StepContext) -> Tensor:
+    """What the Tensor Cache adds for the queries of a step, whose group then knows the pairs that left as written.
+
+    q: (rows, heads, tokens, head_dim); returns (rows, tokens, hidden).
+    """
+    group, window = step.group, memory.config.window
+    matrix = group.chain.tensor_cache
+    assert matrix is not None
+    if matrix.window is None:
+        return _read(memory, q, step, matrix)
+    begin, end = matrix.written, step.first + step.tokens
+    k, v = step.pairs(max(0, begin - window), max(0, end - window))
+    memory.memory.check_finite(k, v)
+    # What left at earlier queries, which might have been taken back, has not been written yet; those read nothing now.
+    late = step.first - begin
+    at = matrix.positions_of(step.first, end, end)
+    if at is not None:
+        q = memory.unrotated(q, at)
+    # Sinks, whose positions may not be known any more, are never written.
+    at = matrix.positions_of(max(0, begin - window), max(0, end - window), end)
+    if at is not None:
+        k = memory.unrotated(k, at)
+    live = (torch.arange(begin, end, device=q.device) - window >= memory.config.sink).expand(len(group.rows), -1)
+    # The first tokens push nothing out, until the window is full.
+    idle = end - begin - k.shape[2]
+    k, v = pad(k, (0, 0, idle, 0)), pad(v, (0, 0, idle, 0))
+    before = matrix.state_for(memory.memory, k)
+    read, after = memory.memory.advance(pad(q, (0, 0, late, 0)), k, v, live, before)
+    keep = max(begin, end - step.hold)
+    if keep < end:
+        few = keep - begin
+        unasked = q.new_zeros((*q.shape[:2], few, q.shape[3]))
+        _, after = memory.memory.advance(unasked, k[:, :, :few], v[:, :, :few], live[:, :few], before)
+    matrix.propose(after, keep)
+    return memory.project(read[:, :, late:], q)
+
+
+def _read(memory: TensorCacheLayer, q: Tensor, step: StepContext, matrix: TensorCacheTier) -> Tensor:
+    """What a memory behind codecs adds, which has what left before this call; what leaves at the call's end is written then."""
+    group, end = step.group, step.first + step.tokens
+    at = matrix.positions_of(step.first, end, end)
+    if at is not None:
+        q = memory.unrotated(q, at)
+
+    def absorb(k: Tensor, v: Tensor, place: int) -> None:
+        memory.memory.check_finite(k, v)
+        at = matrix.positions_of(place, place + k.shape[2], end)
+        k = k if at is None else memory.unrotated(k, at)
+        real = torch.ones((len(group.rows), k.shape[2]), dtype=torch.bool, device=k.device)
+        none = q.new_zeros((*q.shape[:2], k.shape[2], q.shape[3]))
+        matrix.state = memory.memory.advance(none, k, v, real, matrix.state_for(memory.memory, k))[1].detach()
+
+    matrix.absorb = absorb
+    heads, dim = memory.memory.num_heads, memory.memory.head_dim
+    nothing = q.new_zeros((q.shape[0], heads, q.shape[2], dim))
+    idle = torch.zeros((q.shape[0], q.shape[2]), dtype=torch.bool, device=q.device)
+    read, _ = memory.memory.advance(q, nothing, nothing, idle, matrix.state_for(memory.memory, nothing))
+    return memory.project(read, q)
+
+
+def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, softmax: Softmax) -> Tensor:
+    """One softmax over all sources. q: (rows, q_heads, tokens, head_dim), as the result."""
+    if len(step.sources) == 1 and mask is None and softmax.usual:
+        fused = _fused(q, step, scale)
+        if fused is not None:
+            return fused
+    results = []
+    for source in step.sources:
+        start, window = _rule(step, source)
+        seen = None
+        if mask is not None:
+            # The mask may say something else than causality, so a window only hides what is older than it.
+            seen = mask.columns(source.start, source.tokens)
+            if window is not None and not step.group.policy.masked:
+                seen = seen & _newer(step, source, window, q.device)
+            start = window = None
+        if source.unmasked:
+            seen = start = window = None
+        if isinstance(source.held, Pages) and source.top is not None and source.top < source.tokens:
+            results.append(_sparsely(q, source, scale, softmax.softcap, seen, start, window))
+        elif isinstance(source.held, Pages):
+            results.append(
+                dispatch.attend(q, source.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window)
+            )
+        else:
+            results.append(
+                dispatch.attend_exact(q, *source.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window)
+            )
+    if softmax.s_aux is not None:
+        lse = softmax.s_aux.float().view(1, -1, 1).expand(q.shape[:3])
+        results.append((torch.zeros_like(results[0][0]), lse))
+    return dispatch.merge(results)[0]
+
+
+def _sparsely(
+    q: Tensor, source: KVSource, scale: float, softcap: float | None, mask: Tensor | None, start: int | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Partial attention of queries to the blocks of a source that promise most; arguments as of `dispatch.attend`."""
+    assert isinstance(source.held, Pages)
+    parts = []
+    for part, chosen in select.in_turn(q, source):
+        seen = chosen if mask is None else chosen & mask[:, :, part]
+        place = None if start is None else start + part.start
+        parts.append(dispatch.attend(q[:, :, part], source.held, scale, seen, softcap, start=place, window=window))
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out, 2), torch.cat(lse, 2)
+
+
+def _newer(step: StepContext, source: KVSource, window: int, device: torch.device) -> Tensor:
+    """Whether a key of the part lies within the window of a query, or behind it: (queries, tokens) bool."""
+    query = torch.arange(step.first, step.first + step.tokens, device=device)[:, None]
+    return torch.arange(source.start, source.start + source.tokens, device=device) > query - window
+
+
+def _rule(step: StepContext, source: KVSource) -> tuple[int | None, int | None]:
+    """The part's `start` and `window` for the kernels, None where they hide nothing."""
+    start, window = step.first - source.start, source.window
+    if window is not None and start + step.tokens - window <= 0:
+        window = None
+    if window is None and start >= source.tokens - 1:
+        return None, None
+    return start, window
+
+
+def _fused(q: Tensor, step: StepContext, scale: float) -> Tensor | None:
+    """PyTorch's own attention, where all that is read is one exact part with a rule that it knows, and many queries read it.
+
+    For a few queries that share keys it is slower than the kernel for them.
+    """
+    source = step.sources[0]
+    if isinstance(source.held, Pages) or source.held[0].dtype != q.dtype or dispatch.exact_in_cpp(q, *source.held):
+        return None
+    k, v = source.held
+    if v.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        return None
+    start, window = _rule(step, source)
+    if window is not None:
+        return None
+    rows, heads, tokens, dim = q.shape
+    if start is None and tokens == 1:
+        # The queries of a group become the query tokens of their key head, so keys are not repeated.
+        packed = q.reshape(rows, k.shape[1], heads // k.shape[1], dim)
+        return scaled_dot_product_attention(packed, k, v, scale=scale).reshape(rows, heads, 1, dim)
+    if start == 0 and tokens == source.tokens:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != k.shape[1])
+    return None

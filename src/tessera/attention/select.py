@@ -1,0 +1,70 @@
+"""Sparse reading: which blocks of a quantised tier a query reads, by what their summaries promise.
+
+As in Quest (arXiv 2406.10774) and MoBA (arXiv 2502.13189) a query reads the blocks of 64 tokens with the best prospects only.
+The prospect of a block is the query's score with the mean of its keys, which the codec keeps, and `SPREAD` times what a key of
+usual direction may lie above it: the length of the query times the largest root mean square of what is left of a key when the
+mean is taken away. It costs one score a block instead of one a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tessera.cache.spec import BLOCK
+from tessera.cache.tiers import KVSource
+from tessera.kernels import Pages
+
+#: How many times the usual deviation of a score counts, measured by `benchmarks/sparse_reading.py`.
+SPREAD = 1.0
+#: Bytes of a mask at most; more queries are read in turn.
+MOST = 16 << 20
+
+
+def queries_at_a_time(q: Tensor, tokens: int) -> int:
+    """How many queries of (rows, q_heads, queries, head_dim) may be given a mask of their own over so many tokens."""
+    return max(1, MOST // max(1, q.shape[0] * q.shape[1] * tokens))
+
+
+def selected(q: Tensor, pages: Pages, top: int) -> Tensor:
+    """The tokens that queries read.
+
+    Args:
+        q: (rows, q_heads, queries, head_dim).
+        pages: whose tokens are whole blocks, and whose codec keeps a summary of each block of keys.
+        top: number of tokens that a query reads at most, a multiple of `BLOCK`. The query heads that share a key head read the
+            same ones, those with the best prospect for any of them.
+
+    Returns:
+        (rows, q_heads, queries, tokens) bool.
+    """
+    means, widths = summaries(pages)
+    rows, kv_heads, blocks, dim = means.shape
+    heads, queries = q.shape[1], q.shape[2]
+    seen = pages.narrowed(q.float()).view(rows, kv_heads, -1, dim)
+    prospect = seen @ means.mT + SPREAD * seen.norm(dim=-1, keepdim=True) * widths.unsqueeze(2)
+    best = prospect.view(rows, kv_heads, heads // kv_heads, queries, blocks).amax(2)
+    found = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best.topk(top // BLOCK, dim=-1).indices, True)
+    return found.repeat_interleave(heads // kv_heads, dim=1).repeat_interleave(BLOCK, dim=-1)
+
+
+def summaries(pages: Pages) -> tuple[Tensor, Tensor]:
+    """Means (rows, kv_heads, blocks, head_dim) of each block's keys, as they are coded, and widths (rows, kv_heads, blocks)."""
+    if "summaries" not in pages.memo:
+        noted = pages.notes("summaries", lambda keys, _: keys.codec.summary(keys))
+        means, widths = zip(*noted, strict=True)
+        pages.memo["summaries"] = torch.cat(means, 2), torch.cat(widths, 2)
+    found: tuple[Tensor, Tensor] = pages.memo["summaries"]
+    return found
+
+
+def in_turn(q: Tensor, source: KVSource) -> Iterator[tuple[slice, Tensor]]:
+    """Queries as many at a time as may be given a mask, and what they read of a source."""
+    assert isinstance(source.held, Pages)
+    assert source.top is not None
+    size = queries_at_a_time(q, source.tokens)
+    for begin in range(0, q.shape[2], size):
+        part = slice(begin, begin + size)
+        yield part, selected(q[:, :, part], source.held, source.top)

@@ -1,0 +1,58 @@
+"""Tiers that are added to the grammar: a word for each, and what makes one. CONTRIBUTING shows how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from tessera.cache.tiers import Tier
+
+
+class AddedTier(NamedTuple):
+    """A word of the grammar.
+
+    Attributes:
+        make: makes a tier from what stands behind the colon of the word; raises `ValueError` saying what is wrong with it.
+        example: of the word, for errors.
+    """
+
+    make: Callable[[str], Tier]
+    example: str
+
+
+_ADDED: dict[str, AddedTier] = {}
+
+
+def register(name: str, example: str) -> Callable[[Callable[[str], Tier]], Callable[[str], Tier]]:
+    """Register ``make(argument) -> Tier`` as the word `name`, which stands for a tier behind the codecs of a spec.
+
+    Args:
+        name: of the word, without a colon.
+        example: of the word with its argument, which errors show.
+    """
+
+    def add(make: Callable[[str], Tier]) -> Callable[[str], Tier]:
+        _ADDED[name] = AddedTier(make, example)
+        return make
+
+    return add
+
+
+def examples() -> dict[str, str]:
+    """An example of each word."""
+    return {name: added.example for name, added in _ADDED.items()}
+
+
+def make(word: str) -> Tier:
+    """A new tier of a word with its argument, such as "stride:4".
+
+    Raises:
+        ValueError: for an argument that is wrong.
+    """
+    name, _, argument = word.partition(":")
+    added = _ADDED[name]
+    try:
+        return added.make(argument)
+    except ValueError as error:
+        raise ValueError(f"{error} (in {word!r}; for example {added.example!r})") from None

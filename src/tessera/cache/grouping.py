@@ -1,0 +1,94 @@
+"""Who gets which of a call's new tokens: rows whose tokens come in the same slots share their tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from tessera.cache.group import SequenceGroup
+from tessera.cache.masks import NewTokens, Runs
+from tessera.cache.policy import RetentionPolicy
+
+
+class Share(NamedTuple):
+    """New tokens of a group.
+
+    Attributes:
+        group: which does not know of them yet.
+        tokens: which of the call's tokens they are.
+        slots: of all tokens that the group will have then.
+    """
+
+    group: SequenceGroup
+    tokens: Runs
+    slots: Runs
+
+
+class Shares(NamedTuple):
+    """What `shares` found.
+
+    Attributes:
+        shares: in the order in which they are to be taken in.
+        groups: that there are when the call ends.
+        waiting: rows that have seen nothing but padding.
+    """
+
+    shares: list[Share]
+    groups: list[SequenceGroup]
+    waiting: list[int]
+
+
+def shares(
+    policy: RetentionPolicy,
+    layer: int,
+    groups: Sequence[SequenceGroup],
+    waiting: Sequence[int],
+    said: NewTokens | None,
+    n: int,
+    before: int,
+) -> Shares:
+    """Sort a call's tokens; the groups that are given stay as they are.
+
+    Args:
+        policy, layer: of new groups.
+        groups: that there are.
+        waiting: rows that have seen nothing but padding.
+        said: what the mask says; None: all of the tokens are real and no document begins.
+        n: tokens of the call.
+        before: slots before it.
+    """
+    found = Shares([], [], [])
+    for group in (*groups, None):
+        rows = waiting if group is None else group.rows
+        alike: dict[tuple[bytes, tuple[int, ...]], list[int]] = {}
+        for row in rows:
+            alike.setdefault(_pattern(said, row, n, policy.by_document), []).append(row)
+        for (real, begins), members in alike.items():
+            own = group if group is None or len(members) == len(rows) else group.taken(members)
+            tokens_before = 0 if own is None else own.before + own.slots.count
+            for begin, tokens in _documents(Runs.marked(real), begins, own is None):
+                if own is None or begin:
+                    own = SequenceGroup(policy, layer, members, tokens_before)
+                found.shares.append(Share(own, tokens, own.slots.joined(tokens, before)))
+                tokens_before += tokens.count
+            if own is None:
+                found.waiting.extend(members)
+            else:
+                found.groups.append(own)
+    found.waiting.sort()
+    return found
+
+
+def _pattern(said: NewTokens | None, row: int, n: int, by_document: bool) -> tuple[bytes, tuple[int, ...]]:
+    if said is None:
+        return b"\x01" * n, ()
+    at = row if len(said.real) > 1 else 0
+    return said.real[at], tuple(said.begins[at]) if by_document else ()
+
+
+def _documents(tokens: Runs, begins: tuple[int, ...], new: bool) -> list[tuple[bool, Runs]]:
+    """A row's tokens, document by document, and whether it has had another before. new: the row has had no token yet."""
+    cuts = [cut for cut in map(tokens.before, begins) if cut or not new]
+    found = [(number > 0, tokens.cut(a, b)) for number, (a, b) in enumerate(pairwise([0, *cuts, tokens.count]))]
+    return [(begin, runs) for begin, runs in found if runs.runs]

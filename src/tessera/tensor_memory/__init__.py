@@ -1,0 +1,9 @@
+"""Tensor Memory: a recurrent grid of fixed size that tokens write to and read from at continuous places."""
+
+from __future__ import annotations
+
+from tessera.tensor_memory.config import TensorMemoryConfig
+from tessera.tensor_memory.module import TensorMemory
+from tessera.tensor_memory.state import TensorMemoryState
+
+__all__ = ["TensorMemory", "TensorMemoryConfig", "TensorMemoryState"]
