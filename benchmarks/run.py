@@ -38,6 +38,7 @@ class Benchmark:
         takes: about how long, on two cores.
         needs: what it needs beyond `make install`; what needs something is not run by `--all`.
         measured: the date of results that do not say it themselves.
+        shown: documents, in docs/, that show the results.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Benchmark:
     takes: str = "minutes"
     needs: str = ""
     measured: str = ""
+    shown: tuple[str, ...] = ()
 
     def line(self, more: Sequence[str] = ()) -> list[str]:
         """The command as the operating system takes it."""
@@ -66,6 +68,7 @@ BENCHMARKS = (
         _compare("demo"),
         ("demo/compare.json",),
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "demo-long",
@@ -77,6 +80,7 @@ BENCHMARKS = (
         ),
         ("demo_long/compare.json",),
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "demo-long-paper",
@@ -84,6 +88,7 @@ BENCHMARKS = (
         _compare("demo_long_paper", "--windows", "16", "--protocol", "paper", "--specs", *LONG),
         ("demo_long_paper/compare.json",),
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "demo-memory",
@@ -91,6 +96,7 @@ BENCHMARKS = (
         _compare("demo_memory", "--protocol", "streaming", *(word for spec in WINDOWS for word in ("--specs", spec))),
         ("demo_memory/compare.json",),
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "demo-training",
@@ -100,6 +106,7 @@ BENCHMARKS = (
         "hours",
         "--out FOLDER, where summary.json has the figures",
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "tiny1m",
@@ -108,6 +115,7 @@ BENCHMARKS = (
         ("tiny1m/compare.json",),
         needs="--model FOLDER --text STORIES",
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "real-model",
@@ -128,6 +136,7 @@ BENCHMARKS = (
         "hours",
         "--text wikitext-2-valid.txt; a download of 93 MB from PyPI",
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "rescaled-keys",
@@ -141,6 +150,7 @@ BENCHMARKS = (
         ("benchmarks/codec_error.py",),
         ("codec_error.json",),
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "resident-memory",
@@ -148,6 +158,7 @@ BENCHMARKS = (
         ("benchmarks/resident_memory.py",),
         ("resident_memory.json",),
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "decode-attention",
@@ -155,6 +166,7 @@ BENCHMARKS = (
         ("benchmarks/decode_attention.py",),
         ("decode_attention.json",),
         measured="2026-11-25",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "llamacpp-attention",
@@ -163,6 +175,7 @@ BENCHMARKS = (
         ("llamacpp_attention.json",),
         needs="pip install 'tessera[bench]', which builds llama.cpp",
         measured="2026-11-25",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "generation",
@@ -171,6 +184,7 @@ BENCHMARKS = (
         ("generation.json",),
         needs="pip install 'tessera[bench]'",
         measured="2026-11-25",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "query-digits",
@@ -178,6 +192,7 @@ BENCHMARKS = (
         ("benchmarks/query_digits.py",),
         ("query_digits.json",),
         measured="2026-11-21",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "encode",
@@ -185,6 +200,7 @@ BENCHMARKS = (
         ("benchmarks/encode.py",),
         ("encode.json",),
         measured="2026-11-30",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "triton-static",
@@ -192,6 +208,7 @@ BENCHMARKS = (
         ("benchmarks/triton_static.py",),
         ("triton_static.json",),
         measured="2026-11-30",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "gpu",
@@ -215,6 +232,7 @@ BENCHMARKS = (
         "an hour",
         "the environment of make test-vllm, --model FOLDER --text BOOK",
         measured="2026-11-30",
+        shown=("vllm.md",),
     ),
     Benchmark(
         "capacity",
@@ -222,6 +240,7 @@ BENCHMARKS = (
         ("benchmarks/capacity.py",),
         ("capacity.json",),
         measured="2026-11-21",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "associative-cost",
@@ -230,6 +249,7 @@ BENCHMARKS = (
         ("associative_cost.json",),
         "an hour",
         measured="2026-11-29",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "long-run",
@@ -237,6 +257,7 @@ BENCHMARKS = (
         ("benchmarks/long_run.py",),
         ("long_run.json",),
         measured="2026-11-21",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "recall",
@@ -245,6 +266,7 @@ BENCHMARKS = (
         ("recall.json",),
         "hours",
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "language-scratch",
@@ -265,6 +287,10 @@ BENCHMARKS = (
         "hours",
         "--data STORIES",
         measured="2026-11-29",
+        shown=(
+            "tensor_cache.md",
+            "tensor_memory.md",
+        ),
     ),
     Benchmark(
         "memory-options",
@@ -273,6 +299,7 @@ BENCHMARKS = (
         ("memory_options.json",),
         "hours",
         measured="2026-11-29",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "language-memory",
@@ -280,6 +307,7 @@ BENCHMARKS = (
         ("benchmarks/language_memory.py",),
         ("language_memory.json",),
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "language-tuned",
@@ -288,6 +316,7 @@ BENCHMARKS = (
         ("language_tuned.json",),
         "hours",
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "tensor-memory-cost",
@@ -295,6 +324,7 @@ BENCHMARKS = (
         ("benchmarks/tensor_memory_cost.py",),
         ("tensor_memory_cost.json",),
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "retention",
@@ -302,6 +332,7 @@ BENCHMARKS = (
         ("benchmarks/retention.py",),
         ("retention.json",),
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "diagnostics",
@@ -310,6 +341,7 @@ BENCHMARKS = (
         ("diagnostics.json",),
         "hours",
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "pictures",
@@ -318,6 +350,7 @@ BENCHMARKS = (
         ("pictures.json",),
         "an hour",
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "video",
@@ -326,6 +359,7 @@ BENCHMARKS = (
         ("video.json",),
         "hours",
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "families",
@@ -333,6 +367,7 @@ BENCHMARKS = (
         ("benchmarks/families.py",),
         ("families.json",),
         measured="2026-11-30",
+        shown=("models.md",),
     ),
     Benchmark(
         "reliability",
@@ -340,6 +375,7 @@ BENCHMARKS = (
         ("benchmarks/reliability.py",),
         ("reliability.json",),
         measured="2026-11-30",
+        shown=("reliability.md",),
     ),
     Benchmark("plan-errors", "the errors by which tessera plan ranks caches, from real-models", ("benchmarks/plan_errors.py",)),
     Benchmark("tables", "write the tables of the documents from docs/results", ("benchmarks/tables.py",), takes="seconds"),

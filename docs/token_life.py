@@ -56,7 +56,9 @@ def draw(path: Path) -> None:
     low, high = 2.05, 1.45
     box(axes, 0.2, low, 1.15, high, EXACT, "sink", "the first\n4 tokens,\nexact for ever")
     box(axes, 1.75, low, 1.7, high, MATRIX, "tc", "dissolved in one\nd × d matrix\nfor each head,\nof fixed size")
-    box(axes, 3.85, low, 2.0, high, PACKED, "hqmq:4", "packed in blocks\nof 64 tokens,\n4 + 8/d bits a number,\nkeys ¼ bit more")
+    box(
+        axes, 3.85, low, 2.0, high, PACKED, "hqmq:4", "packed in blocks\nof 64 tokens,\n4 + 8/d bits a number,\nkeys ¼ bit more"
+    )
     box(axes, 6.25, low, 1.15, high, EXACT, "recent", "the newest\n128 tokens,\nexact")
     middle = low + high / 2
     arrow(axes, (8.2, middle), (7.4, middle), MOVE)
