@@ -25,6 +25,7 @@ from tessera import (
 def test_names_are_these() -> None:
     assert tessera.__all__ == [
         *("Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "plan", "save_memory"),
+        "using",
     ]
     assert sorted(codecs.__all__) == [
         *("Blocks", "Codec", "FP8", "HQMQ", "Int", "JointHQMQ", "KeyStats", "Kivi", "Packed", "Pair", "Role", "Scalar"),

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from tessera import tensor_cache as tensor_cache
     from tessera import tensor_memory as tensor_memory
     from tessera.adapters import attach, detach, load_memory, save_memory
-    from tessera.attention import disable, enable
+    from tessera.attention import disable, enable, using
     from tessera.cache import Cache, CacheReport
     from tessera.planning import plan
 
 __version__ = "0.1.0"
 
-__all__ = ["Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "plan", "save_memory"]
+__all__ = ["Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "plan", "save_memory", "using"]
 
 #: Where the public names are. They are imported when first used, so that the codecs need torch only.
 _HOMES = {
@@ -36,6 +36,7 @@ _HOMES = {
     "load_memory": "tessera.adapters",
     "plan": "tessera.planning",
     "save_memory": "tessera.adapters",
+    "using": "tessera.attention",
 }
 #: Packages that `import tessera` is enough for. They are imported when first used, too.
 _PACKAGES = (

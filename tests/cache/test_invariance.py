@@ -79,6 +79,35 @@ def test_what_is_held_does_not_depend_on_the_cut(spec: str) -> None:
                 assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("codec", ["hqmq:s96_r4_med3", "(k=hqmq:s24_r2_med3,v=q8_0)", "hqmq:s24_r4_med3_authors"])
+def test_a_median_is_taken_over_the_same_tokens_whatever_was_before_and_however_it_came(codec: str) -> None:
+    """Also behind a crop, a reset, and another cache of the same codec."""
+    model, total = make(), 460
+    k, v = torch.randn(2, 2, 2, 2, total + 64, 16) * torch.logspace(-2, 2, total + 64)[:, None]
+    spec = f"sink:4 + {codec} + recent:32"
+
+    def held(cache: tessera.Cache, first: int, cuts: list[int]) -> list[Packed]:
+        feed(cache, k[:, :, :, first : first + sum(cuts)], v[:, :, :, first : first + sum(cuts)], cuts)
+        return [x for x in contents(cache) if isinstance(x, Packed)]
+
+    wanted = held(tessera.Cache(spec, model), 0, [total])
+    cropped, reset = tessera.Cache(spec, model), tessera.Cache(spec, model)
+    held(cropped, 0, [200])
+    cropped.activate_past_recording()
+    held(cropped, total, [64])  # others, which are taken back
+    cropped.crop(-64)
+    held(reset, 100, [300])
+    reset.reset()
+    for found in (
+        held(tessera.Cache(spec, model), 0, [*[1] * 150, 310]),
+        held(cropped, 200, [1, 100, 159]),
+        held(reset, 0, [300, 160]),
+    ):
+        assert len(found) == len(wanted) > 0
+        for one, other in zip(found, wanted, strict=True):
+            assert all(torch.equal(one.tensors[name], tensor) for name, tensor in other.tensors.items())
+
+
 @pytest.mark.parametrize(("spec", "prefill"), [*((spec, "exact") for spec in ALL), *((spec, "quantized") for spec in LOSSY)])
 def test_logits_hardly_depend_on_the_cut(spec: str, prefill: Any) -> None:
     """Whether a query reads a token exactly or packed depends on where calls end; nothing else does."""

@@ -36,7 +36,9 @@ SPECS = (
 )
 
 #: Those of which a token's result depends on nothing but its group. The others keep outliers by a median over the call.
-STATELESS = tuple(spec for spec in SPECS if "_med3" not in spec)
+BY_TOKEN = tuple(spec for spec in SPECS if "_med3" not in spec)
+#: Those of which it depends on no other row.
+BY_ROW = tuple(spec for spec in SPECS if "_med3_authors" not in spec)
 
 
 def pairwise(**axes: Sequence[Any]) -> pytest.MarkDecorator:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from codec_fixtures import ROLES, SPECS, STATELESS, Laws, agreement, gaussian, giant_keys, nmse, pairwise
+from codec_fixtures import BY_ROW, BY_TOKEN, ROLES, SPECS, Laws, agreement, gaussian, giant_keys, nmse, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,13 +21,6 @@ LAWS = Laws(
         "test_zero_vectors_come_back_as_zeros",
         "test_extreme_numbers_stay_finite",
     ),
-)
-STATELESS_LAWS = Laws(
-    (
-        "test_the_rest_of_the_batch_and_other_heads_do_not_matter",
-        "test_tokens_of_other_groups_do_not_matter",
-    ),
-    STATELESS,
 )
 
 #: Families of specs by rising bits; the error of each member must be below that of the one before it.
@@ -108,7 +101,7 @@ def test_strides_do_not_matter(spec: str, role: Role) -> None:
 @given(data=st.data())
 @settings(deadline=None, max_examples=100)
 def test_how_calls_are_cut_along_tokens_does_not_matter(data: st.DataObject) -> None:
-    codec, role = get(data.draw(st.sampled_from(STATELESS))), data.draw(st.sampled_from(ROLES))
+    codec, role = get(data.draw(st.sampled_from(BY_TOKEN))), data.draw(st.sampled_from(ROLES))
     groups = data.draw(st.lists(st.integers(0, 60 if codec.group == 1 else 2), min_size=1, max_size=4))
     sizes = [*(n * codec.group for n in groups), data.draw(st.integers(0, 40))]  # the last may end inside a group
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
@@ -120,7 +113,8 @@ def test_how_calls_are_cut_along_tokens_does_not_matter(data: st.DataObject) -> 
     assert agreement(joined.decode(), whole.decode()) >= 0.998
 
 
-@STATELESS_LAWS
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("spec", BY_ROW)
 def test_the_rest_of_the_batch_and_other_heads_do_not_matter(spec: str, role: Role) -> None:
     codec = get(spec)
     x = gaussian(2, 3, 70, 16)
@@ -132,7 +126,22 @@ def test_the_rest_of_the_batch_and_other_heads_do_not_matter(spec: str, role: Ro
     assert agreement(codec.encode(x[1:2], role).decode(), alone[1:2]) >= 0.998
 
 
-@STATELESS_LAWS
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_codec_keeps_nothing_of_what_it_has_encoded(spec: str) -> None:
+    codec = get(spec)
+    assert codec.by_call == (spec not in BY_TOKEN)
+    x = gaussian(2, 2, codec.group + 3)
+    for role in ROLES:
+        first = codec.encode(x, role, 3)
+        kept = dict(vars(codec))
+        codec.encode(1000 * x[:, :, :1], role, 3)
+        again = codec.encode(x, role, 3)
+        assert all(torch.equal(again.tensors[name], tensor) for name, tensor in first.tensors.items())
+        assert vars(codec) == kept
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("spec", BY_TOKEN)
 def test_tokens_of_other_groups_do_not_matter(spec: str, role: Role) -> None:
     codec = get(spec)
     x = gaussian(2, 2, 3 * codec.group + 20)

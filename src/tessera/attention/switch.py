@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from tessera.attention.source import touches, windowed
 from tessera.attention.weights import refuse_weights
@@ -62,6 +65,56 @@ def restore(model: M) -> M:
     if config.get_text_config(decoder=True)._attn_implementation == ATTENTION:
         _switch(model, getattr(model, _PREVIOUS, None) or ("sdpa" if getattr(model, "_supports_sdpa", False) else "eager"))
     return outer
+
+
+@contextmanager
+def using(model: M) -> Iterator[M]:
+    """Route the attention of `model` through Tessera within a block: ``with tessera.using(model): ...``.
+
+    When the block ends, also by an exception, every part of the model has the attention that it had before, whatever was
+    switched within: by `enable`, `disable`, another `using`, or ``tessera.Cache(spec, model)``. Blocks may be nested. A Tensor
+    Cache that is attached within the block and still there at its end needs Tessera's attention, so that then stays until
+    `tessera.detach`, which gives the model its own back.
+
+    Yields:
+        the model.
+
+    Raises:
+        ValueError: for a model that does not ask transformers' `AttentionInterface` for its attention.
+    """
+    inner: Any = unwrap(model)
+    why = unsupported(inner)
+    if why:
+        raise ValueError(f"tessera.using: {type(inner).__name__} cannot use Tessera's attention: {why}")
+    text = inner.config.get_text_config(decoder=True)
+    was_ours, noted = text._attn_implementation == ATTENTION, getattr(inner, _PREVIOUS, None)
+    before = [(config, config._attn_implementation) for config in _configs(inner)]
+    watch_no_more = refuse_weights(inner)
+    try:
+        enable(inner)
+        yield model
+    finally:
+        done = getattr(inner, ATTACHED, None)
+        if done is not None and done.kind == "TensorCache" and not was_ours:
+            done.enabled = True  # so that `detach` switches back
+        else:
+            for config, implementation in before:
+                config._attn_implementation_internal = implementation
+            if noted is None:
+                vars(inner).pop(_PREVIOUS, None)
+            else:
+                setattr(inner, _PREVIOUS, noted)
+            watch_no_more()
+
+
+def _configs(model: Any) -> Iterator[Any]:
+    """Every config of a model that says which attention a part of it has."""
+    whole = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while whole:
+        config = whole.pop()
+        yield config
+        parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+        whole += [part for part in parts if part is not None]
 
 
 def unsupported(model: Any) -> str | None:

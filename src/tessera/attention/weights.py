@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,16 +14,27 @@ from tessera.cache.cache_layer import ATTENTION
 _WATCHED = "_tessera_refuses_weights"
 
 
-def refuse_weights(model: nn.Module) -> None:
+def refuse_weights(model: nn.Module) -> Callable[[], None]:
     """Have the models within `model`, itself included, refuse `output_attentions` for as long as their attention is Tessera's.
 
     A hook before the call, because not every family hands the flag on to its attention, and because there a cache would have
     taken in tokens already.
+
+    Returns:
+        what undoes it: a call takes away the hooks that this one has added.
     """
+    added = []
     for source in model.modules():
         if isinstance(source, PreTrainedModel) and not getattr(source, _WATCHED, False):
-            source.register_forward_pre_hook(_look, with_kwargs=True)
+            added.append((source, source.register_forward_pre_hook(_look, with_kwargs=True)))
             setattr(source, _WATCHED, True)
+
+    def undo() -> None:
+        for source, hook in added:
+            hook.remove()
+            delattr(source, _WATCHED)
+
+    return undo
 
 
 def _look(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:

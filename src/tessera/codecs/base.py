@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tessera.codecs.bits import unpack_bits
 from tessera.files import WHOLE, atomic_path, brief, open_tensors
 from tessera.kernels import dispatch
+from tessera.kernels.bits import unpack_bits
 from tessera.kernels.pages import Format
 from tessera.kernels.precision import join, no_autocast
 
@@ -257,12 +257,14 @@ class Codec(ABC):
     """x -> packed bytes -> x̂.
 
     A codec keeps no state between calls. The result for a token depends on nothing but that token, or, where `group` is
-    not 1, on the tokens of its group; groups are counted from the first token of the call. Other batch rows and other
-    heads never matter.
+    not 1, on the tokens of its group; groups are counted from the first token of the call; where `by_call`, on all tokens of
+    the call. Other heads never matter, nor, but for one rule of outliers that is for comparison only, other batch rows.
 
     Attributes:
         spec: the name that `tessera.codecs.get` turns into an equal codec.
         group: tokens that are encoded together.
+        by_call: a median over all tokens of a call decides what is kept of each, so who cuts sequences must give such a codec
+            the same tokens at once however calls came.
         fields: layout of every tensor that may be kept.
         revision: changes when the same tensors come to mean something else.
         weighs: keys are to be multiplied by the widths of their channels (`key_stats`) before they are encoded, and encoding
@@ -272,6 +274,7 @@ class Codec(ABC):
 
     spec: str
     group: int = 1
+    by_call: bool = False
     weighs: bool = False
     summarises: bool = False
     revision: int = 1
@@ -337,8 +340,7 @@ class Codec(ABC):
         # An approximation of the largest half-precision numbers can lie beyond them.
         most = min(torch.finfo(packed.dtype).max, torch.finfo(torch.float32).max)
         with no_autocast(packed.device):
-            found = dispatch.decode(packed)
-            return (self.decode_reference(packed) if found is None else found).clamp(-most, most).to(packed.dtype)
+            return dispatch.decode(packed).clamp(-most, most).to(packed.dtype)
 
     def kernel_format(self, dim: int) -> Format | None:
         """What kernels for vectors of `dim` numbers must know; None if there are no kernels for this codec."""

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from tessera.codecs.base import Codec, Layout, Packed, Role, check_codes
-from tessera.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.codecs.chunks import from_chunks, to_chunks
 from tessera.codecs.codebooks import optimised_secondary, random_secondary
 from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.codecs.lloyd_max import lloyd_max
-from tessera.codecs.outliers import OutlierRule, RunningMedian, find_outliers
+from tessera.codecs.outliers import OutlierRule, find_outliers
 from tessera.codecs.registry import register
 from tessera.codecs.rotation import rotation, rotation_factors
 from tessera.kernels import dispatch
+from tessera.kernels.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.kernels.products import ProductFormat
 from tessera.quaternion import UNITS, conjugate, hamilton, right_matrix, units
 
@@ -95,7 +95,7 @@ class HQMQ(Codec):
         self.outlier_rule, self.rotate, self.bf16_search = outlier_rule, rotate, bf16_search
         self.direction_bits = (UNITS * secondary - 1).bit_length()
         self.code_bits = self.direction_bits + radius_bits
-        self._running: dict[tuple[int, Role, int], RunningMedian] = {}
+        self.by_call = outliers is not None and outlier_rule != "vector"
         self.spec = self._spec()
 
     @classmethod
@@ -145,10 +145,6 @@ class HQMQ(Codec):
             return optimised_secondary(self.secondary)[None]
         return _random(self.secondary, heads, layer, role, self.seed)
 
-    def reset(self) -> None:
-        """Forget the running median of the rule "paper"."""
-        self._running.clear()
-
     def kept(self, heads: int, dim: int, role: Role) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See `Codec`."""
         if isinstance(self.codebook, Tensor):
@@ -172,8 +168,7 @@ class HQMQ(Codec):
         tensors: dict[str, Tensor] = {}
         inside = torch.ones_like(radii, dtype=torch.bool)
         if self.outliers is not None:
-            running = self._running.setdefault((layer, role, x.shape[1]), RunningMedian(x.shape[1]))
-            out = find_outliers(radii, self.outliers, self.outlier_rule, running)
+            out = find_outliers(radii, self.outliers, self.outlier_rule)
             tensors["flags"] = pack_bits(out.int(), 1)
             # Ordered by token, batch, head, chunk, so that tokens can be appended and sliced off.
             order = chunks.permute(2, 0, 1, 3, 4)

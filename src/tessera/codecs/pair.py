@@ -43,7 +43,7 @@ class Pair(Codec):
         self.key, self.value = key, value
         self.group = math.lcm(key.group, value.group)
         self.fields: Mapping[str, Layout] = {**value.fields, **key.fields}
-        self.weighs = key.weighs
+        self.weighs, self.by_call = key.weighs, key.by_call or value.by_call
         self.spec = _spec(key, value)
 
     def side(self, role: Role) -> Codec:
