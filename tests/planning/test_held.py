@@ -8,7 +8,7 @@ from cache_fixtures import GROUPED
 from cache_models import FAMILIES, make, tokens
 
 import tessera
-from tessera.cache.config import read_config
+from tessera.cache.model_config import read_config
 from tessera.cache.per_layer import parse
 from tessera.planning.held import Held, held, steady_after
 

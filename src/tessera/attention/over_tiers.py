@@ -16,11 +16,11 @@ from tessera.cache.group import StepContext
 from tessera.cache.masks import GroupMask, Runs
 from tessera.cache.tiers import KVSource, TensorCacheTier
 from tessera.kernels import AttendParams, Pages, dispatch
-from tessera.tensor_cache.gated import MemoryCall, TensorCacheLayer
+from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 
 
 def over_tiers(
-    module: nn.Module, query: Tensor, handle: DeferredKV, mask: Tensor | None, softmax: Softmax, call: MemoryCall | None
+    module: nn.Module, query: Tensor, deferred: DeferredKV, mask: Tensor | None, softmax: Softmax, call: MemoryCall | None
 ) -> Tensor:
     """Attention to all that a layer of a cache holds; arguments as of `attention_forward`.
 
@@ -29,7 +29,7 @@ def over_tiers(
     if softmax.dropout:
         raise ValueError("attention dropout and tessera.Cache do not go together; call model.eval()")
     scale = query.shape[-1] ** -0.5 if softmax.scaling is None else softmax.scaling
-    layer = handle.layer
+    layer = deferred.layer
     memory = call.memory if call is not None and layer.policy.tensor_cache else None
     positions = None if memory is None or call is None else call.positions_of(query)
     steps = layer.begin_step(mask, positions, query)

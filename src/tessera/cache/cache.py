@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache as TransformersCache
 
 from tessera import codecs
-from tessera.cache import files
+from tessera.cache import cache_file
 from tessera.cache.cache_layer import ATTACHED, STREAMS, CacheContext, TesseraLayer
 from tessera.cache.chain import tier_name
-from tessera.cache.config import check_shapes, read_config, rotary_partner
+from tessera.cache.model_config import check_shapes, read_config, rotary_partner
 from tessera.cache.offload import mapped, store
 from tessera.cache.per_layer import AnySpec, layer_specs, parse
 from tessera.cache.policy import RetentionPolicy
@@ -253,7 +253,7 @@ class Cache(TransformersCache):
         """
         if hasattr(self, STREAMS):
             raise ValueError("a Tensor Memory has read along with this cache; the file of a cache cannot hold its state")
-        files.save(self.layers, self._describe(), path, notes)
+        cache_file.save(self.layers, self._describe(), path, notes)
 
     def _describe(self) -> dict[str, str]:
         return {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}
@@ -271,7 +271,7 @@ class Cache(TransformersCache):
             FileNotFoundError: if there is no such file.
             ValueError: if the file is damaged, or was made for another model.
         """
-        with files.reading(path) as stored:
+        with cache_file.reading(path) as stored:
             prefill: Any = stored.text("prefill")
             cache = cls(stored.text("spec"), model_or_config, prefill=prefill, offload=offload)
             if stored.text("memory") != cache.memory:

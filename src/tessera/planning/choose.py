@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tessera.cache.config import check_shapes, read_config
+from tessera.cache.model_config import check_shapes, read_config
 from tessera.cache.per_layer import AnySpec, PerLayer, layer_specs, parse
 from tessera.cache.spec import BLOCK, Spec
 from tessera.planning.candidates import forgetting, keeping, sizes
