@@ -20,6 +20,7 @@ from tessera.codecs.pair import Pair, pair
 from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.products import ProductFormat
+from tessera.kernels.scalars import ScalarFormat
 
 built = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 
@@ -147,6 +148,7 @@ def test_pages_know_the_formats_of_keys_and_of_values() -> None:
         ("hqmq:4", "hqmq:3", (JointFormat, JointFormat)),
         ("hqmq:s24_r2", "hqmq:3", (ProductFormat, JointFormat)),
         ("hqmq:4", "hqmq:4", (JointFormat, JointFormat)),
+        ("q8_0", "hqmq:3", (ScalarFormat, JointFormat)),
     ):
         pages = Pages([(codecs.get(key).encode(x, "key"), codecs.get(value).encode(x, "value"))])
         assert tuple(codec.spec for codec in pages.codecs) == (key, value)
@@ -156,7 +158,7 @@ def test_pages_know_the_formats_of_keys_and_of_values() -> None:
             == pages.form()
             == (pages.codecs[0].kernel_format(32), pages.codecs[1].kernel_format(32))
         )
-    pages = Pages([(codecs.get("q8_0").encode(x, "key"), codecs.get("hqmq:3").encode(x, "value"))])
+    pages = Pages([(NoKernel().encode(x, "key"), codecs.get("hqmq:3").encode(x, "value"))])
     assert pages.form()[0] is None
     assert pages.form()[1] is codecs.get("hqmq:3").kernel_format(32)
 
