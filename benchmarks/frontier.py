@@ -195,7 +195,7 @@ def main() -> int:
         run: Any = None
     else:
         remembering = load(memory=demo_memory_path()) if demo else None
-        text = heldout_text() if options.text is None else read_text(options.text)
+        text = heldout_text() if options.text is None else read_text([options.text])[0]
         run = Bench(source, remembering, text, options.chunk).run
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("reading", total=len(jobs))

@@ -18,9 +18,9 @@ from transformers.cache_utils import Cache as TransformersCache
 from tessera.adapters.streams import Stream, Streams, advance_documents, streams_of
 from tessera.adapters.tokens import PACKED, Tokens, read_tokens
 from tessera.cache.cache_layer import STREAMS
-from tessera.tensor_memory.gated import TensorMemoryLayer
-from tessera.tensor_memory.module import TensorMemory
+from tessera.tensor_memory.gated_layer import TensorMemoryLayer
 from tessera.tensor_memory.state import TensorMemoryState
+from tessera.tensor_memory.tensor_memory import TensorMemory
 
 
 class Call:

@@ -16,11 +16,11 @@ from tessera.cache.group import StepContext
 from tessera.cache.masks import GroupMask, Runs
 from tessera.cache.tiers import KVSource, TensorCacheTier
 from tessera.kernels import AttendParams, Pages, dispatch
-from tessera.tensor_cache.gated import MemoryCall, TensorCacheLayer
+from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 
 
 def over_tiers(
-    module: nn.Module, query: Tensor, handle: DeferredKV, mask: Tensor | None, softmax: Softmax, call: MemoryCall | None
+    module: nn.Module, query: Tensor, deferred: DeferredKV, mask: Tensor | None, softmax: Softmax, call: MemoryCall | None
 ) -> Tensor:
     """Attention to all that a layer of a cache holds; arguments as of `attention_forward`.
 
@@ -29,7 +29,7 @@ def over_tiers(
     if softmax.dropout:
         raise ValueError("attention dropout and tessera.Cache do not go together; call model.eval()")
     scale = query.shape[-1] ** -0.5 if softmax.scaling is None else softmax.scaling
-    layer = handle.layer
+    layer = deferred.layer
     memory = call.memory if call is not None and layer.policy.tensor_cache else None
     positions = None if memory is None or call is None else call.positions_of(query)
     steps = layer.begin_step(mask, positions, query)
@@ -147,16 +147,26 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
         if source.unmasked:
             seen = start = window = None
         params = AttendParams(scale, seen, softmax.softcap, start, window)
-        if isinstance(source.held, Pages) and source.top is not None and source.top < source.tokens:
-            results.append(_sparsely(q, source, params))
-        elif isinstance(source.held, Pages):
-            results.append(dispatch.attend(q, source.held, params))
+        if isinstance(source.held, Pages):
+            results.append(_over_pages(q, source, source.held, params))
         else:
             results.append(dispatch.attend_exact(q, *source.held, params))
     if softmax.s_aux is not None:
         lse = softmax.s_aux.float().view(1, -1, 1).expand(q.shape[:3])
         results.append((torch.zeros_like(results[0][0]), lse))
     return dispatch.merge(results)[0]
+
+
+def _over_pages(q: Tensor, source: KVSource, pages: Pages, params: AttendParams) -> tuple[Tensor, Tensor]:
+    """Partial attention to quantised tokens, where they lie; arguments as of `dispatch.attend`."""
+    here, there = q.device, pages.pages[0][0].device
+    if here != there:
+        q, params = q.to(there), replace(params, mask=None if params.mask is None else params.mask.to(there))
+    if source.top is not None and source.top < source.tokens:
+        out, lse = _sparsely(q, source, params)
+    else:
+        out, lse = dispatch.attend(q, pages, params)
+    return out.to(here), lse.to(here)
 
 
 def _sparsely(q: Tensor, source: KVSource, params: AttendParams) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tessera.cache.followers import follower
 from tessera.cache.masks import Documents, documents
-from tessera.tensor_cache.gated import MemoryCall
+from tessera.tensor_cache.gated_read import MemoryCall
 
 
 @dataclass

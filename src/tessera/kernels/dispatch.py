@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tessera.kernels import cpu, directions, feedback, grid, pack, paged, pages, reference, triton
+from tessera.kernels import cpu, directions, feedback, pack, paged, pages, recurrent_grid, reference, triton
 from tessera.kernels.cpu import encode as cpu_encode
 from tessera.kernels.cpu import grid as cpu_grid
 from tessera.kernels.cpu import paged as cpu_paged
-from tessera.kernels.grid import Gates, Steps
 from tessera.kernels.nearest import Codewords
 from tessera.kernels.pages import Coded, Pages
 from tessera.kernels.params import AttendParams
 from tessera.kernels.precision import without_autocast
+from tessera.kernels.recurrent_grid import Gates, Steps
 from tessera.kernels.registry import BACKENDS, OPERATIONS, Implementation, Operation, chosen, say_once
 from tessera.kernels.triton import paged as triton_paged
 
@@ -154,10 +154,10 @@ PACK_BLOCKS = Operation(
 ADVANCE = Operation(
     "advance",
     "the recurrence of a Tensor Memory",
-    Implementation("reference", grid, "advance"),
+    Implementation("reference", recurrent_grid, "advance"),
     [
         Implementation("cpu", cpu_grid, "advance", lambda h, c, steps, gates: cpu_grid.refusal(h, steps, gates), levels=True),
-        Implementation("triton", grid, "advance_compiled", lambda h, *_: triton.device_refusal(h), asked=True),
+        Implementation("triton", recurrent_grid, "advance_compiled", lambda h, *_: triton.device_refusal(h), asked=True),
     ],
 )
 
@@ -307,7 +307,7 @@ def pack_blocks(x: Tensor, ratio: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 @without_autocast
 def advance(h: Tensor, c: Tensor, steps: Steps, gates: Gates, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence of a grid of cells, see `tessera.kernels.grid.advance`.
+    """The recurrence of a grid of cells, see `tessera.kernels.recurrent_grid.advance`.
 
     Args:
         h, c, steps, gates: as there.

@@ -14,7 +14,7 @@ from tessera.adapters import install
 from tessera.attention import SlidingWindow, enable
 from tessera.cache.spec import parse
 from tessera.tensor_cache.config import TensorCacheConfig
-from tessera.tensor_cache.gated import TensorCacheLayer
+from tessera.tensor_cache.gated_read import TensorCacheLayer
 from tessera.tensor_cache.infini import Infini
 from tessera.tensor_cache.rotary import Phase
 
