@@ -98,24 +98,69 @@ def decode_attention(shape: str) -> str:
     return markdown_table(("way", "tokens", "ms", "speed of the fastest dense way", "bytes of dense"), cells)
 
 
-def vllm_engine() -> str:
-    """What the pool of an engine holds, what it says and, where that was taken, how fast, by cache."""
-    record = _load("vllm_engine")
-    rows = record["rows"]
-    lengths = [int(n) for n in rows[0]["held"]]
-    head = ["cache", "blocks", *(f"held at {n:,}" for n in lengths), "perplexity", "KL", "top-1"]
+def vllm_pool() -> str:
+    """What the pool of an engine holds, and how many times that of the dense cache, by length of requests."""
+    rows = _load("vllm_engine")["rows"]
+    dense = next(r for r in rows if r["cache"] == "dense")
     cells = [
-        [f"`{r['cache']}`", f"{r['blocks']:,}"]
-        + [f"{r['held'][str(n)]:,}" for n in lengths]
-        + [f"{r['perplexity']:.2f}", *((f"{r['kl']:.4f}", f"{r['top1']:.1%}") if "kl" in r else ("", ""))]
+        [f"`{r['cache']}`", f"{r['blocks']:,}", f"{r['blocks'] / dense['blocks']:.2f}x"]
+        + [f"{held:,.0f} ({held / dense['held'][n]:.2f}x)" for n, held in r["held"].items()]
         for r in rows
+        if "blocks" in r
     ]
-    if all("first_token" in r for r in rows):
-        head.append(f"first token of {record['long']:,}, s")
-        head += [f"tokens/s, {record[n]} of {record[size]:,}" for n, size in (("requests", "prompt"), ("few", "long"))]
-        for cell, r in zip(cells, rows, strict=True):
-            cell += [f"{r['first_token']:.1f}", *(f"{r[name]['tokens_per_second']:.1f}" for name in ("many", "long"))]
+    head = ("cache", "blocks", "of dense", *(f"requests of {int(n):,}" for n in dense["held"]))
     return markdown_table(head, cells)
+
+
+def vllm_quality() -> str:
+    """What an engine says, by cache."""
+    rows = _load("vllm_engine")["rows"]
+    cells = [
+        (
+            f"`{r['cache']}`",
+            f"{r['perplexity']:.2f}",
+            f"{r['kl']:.4f}" if "kl" in r else "",
+            f"{r['top1']:.1%}" if "top1" in r else "",
+            f"{r['recall']['right']:.1%}",
+            f"{r['recall']['logprob']:.3f}",
+        )
+        for r in rows
+        if "perplexity" in r
+    ]
+    return markdown_table(("cache", "perplexity", "KL", "top-1", "words again", "their log-probability"), cells)
+
+
+def vllm_speed() -> str:
+    """How fast engines answer, by cache."""
+    record = _load("vllm_engine")
+    many, few, prompt, long = (record[name] for name in ("requests", "few", "prompt", "long"))
+    cells = [
+        [f"`{r['cache']}`", f"{r['first']['first']:.2f}", f"{r['many']['all_first']:.1f}"]
+        + [f"{count / r[name]['step']:.1f}" for name, count in (("many", many), ("long", few))]
+        for r in record["rows"]
+        if "many" in r
+    ]
+    head = ("cache", f"first token of {long:,}, s", f"all first of {many} x {prompt:,}, s")
+    return markdown_table(head + tuple(f"tokens/s, {n} x {size:,}" for n, size in ((many, prompt), (few, long))), cells)
+
+
+def vllm_server(part: str) -> str:
+    """The transcript of a server, "packed" or "dense": its command, its log and its metrics."""
+    found = _load("vllm_serve")[part]
+    return "\n".join(
+        ("```", f"$ {found['command']}", *found["log"], "$ curl --silent localhost:8000/metrics", *found["metrics"], "```")
+    )
+
+
+def vllm_client(part: str) -> str:
+    """What the clients of a server, "packed" or "dense", saw."""
+    lines = _load("vllm_serve")[part]["client"]
+    return "\n".join(("```", "$ python docs/vllm_client.py http://localhost:8000/v1 article.txt", *lines, "```"))
+
+
+def source(path: str) -> str:
+    """A program of the repository, as it is."""
+    return "\n".join(("```python", (ROOT / path).read_text(encoding="utf-8").rstrip(), "```"))
 
 
 def vllm_kernels() -> str:
@@ -578,8 +623,13 @@ TABLES: dict[str, Callable[..., str]] = {
     "triton-static": triton_static,
     "training": training,
     "video": video,
-    "vllm-engine": vllm_engine,
+    "source": source,
+    "vllm-client": vllm_client,
     "vllm-kernels": vllm_kernels,
+    "vllm-pool": vllm_pool,
+    "vllm-quality": vllm_quality,
+    "vllm-server": vllm_server,
+    "vllm-speed": vllm_speed,
 }
 
 

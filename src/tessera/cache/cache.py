@@ -20,6 +20,7 @@ from tessera.cache.model_config import check_shapes, read_config, rotary_partner
 from tessera.cache.offload import mapped, store
 from tessera.cache.per_layer import AnySpec, layer_specs, parse
 from tessera.cache.policy import RetentionPolicy
+from tessera.cache.ranks import Ranks, heads_here, ranks_of
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec
 from tessera.codecs.key_stats import KeyStats, load_stats
@@ -80,6 +81,7 @@ class Cache(TransformersCache):
         if config is None:
             raise TypeError(f"expected a transformers model or its config, got {type(model_or_config).__name__}")
         text, layers = read_config(config)
+        ranks: Ranks | None = None
         self._specs = layer_specs(self.spec, len(layers))
         self._store = store(offload)
         self.memory = self._check_memory(model_or_config) if self.spec.tensor_cache else ""
@@ -94,12 +96,16 @@ class Cache(TransformersCache):
                     "may be decoded for every call"
                 )
             check_shapes(model_or_config, layers)
+            ranks = ranks_of(model_or_config)
+            if ranks is not None:
+                layers = heads_here(model_or_config, layers, ranks)
             enable(model_or_config)
         used = {spec: tuple(codecs.get(name) for name, _ in spec.codecs) for spec in self._specs}
         safe = all(spec.codec is None or spec.sink > 0 for spec in self._specs)
         context = CacheContext(text, self.prefill == "quantized", self.spec.bounded, len(layers) - 1, safe)
         given = getattr(model_or_config, ATTACHED).layers if self.spec.tensor_cache else ()
-        known = _known_stats(stats, [codec for found in used.values() for codec in found], layers)
+        known = _known_stats(stats, [codec for found in used.values() for codec in found], layers, ranks)
+        self.ranks = ranks
         super().__init__(
             layers=[
                 TesseraLayer(
@@ -201,8 +207,12 @@ class Cache(TransformersCache):
             layer.to(device)
         return self
 
-    def report(self) -> CacheReport:
-        """Count the bytes that are held."""
+    def report(self, *, all_ranks: bool = False) -> CacheReport:
+        """Count the bytes that are held.
+
+        Args:
+            all_ranks: of a tensor-parallel model, count those of all its processes; every process has to call this then.
+        """
         sizes: dict[str, int] = {}
         tokens: dict[str, int] = {}
         dense = 0
@@ -221,7 +231,7 @@ class Cache(TransformersCache):
                 wider = torch.promote_types(layer.dtype, layer.value_dtype)
                 dense += layer.batch * kept * heads * dim * (layer.dtype.itemsize + wider.itemsize)
         nbytes, elements = sum(sizes.values()), sum(tokens.values())
-        return CacheReport(
+        found = CacheReport(
             spec=str(self.spec),
             nbytes=nbytes,
             tiers={name: size for name, size in sizes.items() if size},
@@ -232,7 +242,9 @@ class Cache(TransformersCache):
             dense_nbytes=dense,
             compression=dense / max(1, nbytes),
             offloaded=sum(map(self._offloaded, self.layers)),
+            ranks=1 if self.ranks is None else self.ranks.size,
         )
+        return found if self.ranks is None or not all_ranks else self.ranks.sum(found)
 
     def _offloaded(self, layer: TesseraLayer) -> int:
         """Bytes of a layer that are not where the model computes: in files, or on the CPU."""
@@ -243,6 +255,8 @@ class Cache(TransformersCache):
 
     def save(self, path: str | os.PathLike[str], *, notes: Mapping[str, str] | None = None) -> None:
         """Write everything to a safetensors file; `path` is replaced only when the whole file is there.
+
+        Of a tensor-parallel model every process has a file of its own.
 
         Args:
             path: of the file.
@@ -256,7 +270,8 @@ class Cache(TransformersCache):
         cache_file.save(self.layers, self._describe(), path, notes)
 
     def _describe(self) -> dict[str, str]:
-        return {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}
+        found = {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}
+        return found if self.ranks is None else {**found, "ranks": str(self.ranks)}
 
     @classmethod
     def load(
@@ -278,6 +293,12 @@ class Cache(TransformersCache):
                 raise ValueError(
                     f"this cache was saved with the memory {stored.text('memory') or 'none'}; yours is {cache.memory or 'none'}"
                 )
+            saved, here = stored.text("ranks", ""), "" if cache.ranks is None else str(cache.ranks)
+            if saved != here:
+                raise ValueError(
+                    f"this file holds the heads of {_process(saved)}, and they are wanted for {_process(here)}; save the "
+                    "cache of every process in a file of its own, and load it there"
+                )
             stored.fill(cache.layers)
         model = unwrap(model_or_config)
         if isinstance(model, nn.Module):
@@ -285,6 +306,10 @@ class Cache(TransformersCache):
                 if device is not None:
                     layer.to(device)
         return cache
+
+
+def _process(ranks: str) -> str:
+    return f"process {ranks}" if ranks else "a model in one process"
 
 
 def _tier_names(spec: Spec) -> dict[str, str]:
@@ -297,6 +322,7 @@ def _known_stats(
     stats: str | os.PathLike[str] | Sequence[KeyStats | None] | None,
     used: Sequence[codecs.Codec],
     layers: Sequence[tuple[tuple[int, int], int | None]],
+    ranks: Ranks | None,
 ) -> list[KeyStats | None]:
     """For each layer the statistics that were given for it.
 
@@ -315,6 +341,8 @@ def _known_stats(
         raise ValueError(f"these statistics are of a model of {len(known)} layers; yours has {len(layers)}")
     for index, (found, (shape, _)) in enumerate(zip(known, layers, strict=True)):
         if found is not None:
+            if ranks is not None and found.sizes.ndim == 3 and found.sizes.shape[1] == ranks.size * shape[0]:
+                known[index] = found = KeyStats(found.sizes.chunk(ranks.size, dim=1)[ranks.index])
             try:
                 found.check(*shape)
             except ValueError as error:
