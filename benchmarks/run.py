@@ -173,6 +173,14 @@ BENCHMARKS = (
         measured="2026-11-25",
     ),
     Benchmark(
+        "model-generation",
+        "first token, median and slowest step, memory of SmolLM2 by kind of cache; two generations side by side",
+        ("benchmarks/generation.py", "--model", "results/models/smollm2"),
+        ("model_generation.json",),
+        takes="an hour",
+        needs="pip install 'tessera[bench]', and the model in results/models (benchmarks/real_models.py)",
+    ),
+    Benchmark(
         "query-limbs",
         "what it costs that a kernel writes queries in 8-bit digits",
         ("benchmarks/query_limbs.py",),
@@ -355,7 +363,7 @@ BENCHMARKS = (
     Benchmark("layers", "draw what imports what", ("docs/layers.py",), takes="seconds"),
 )
 #: Files of this folder that are imported by others.
-HELPERS = ("run.py", "stretches.py", "timing.py")
+HELPERS = ("model_generation.py", "run.py", "stretches.py", "timing.py")
 
 
 def find(name: str) -> Benchmark:

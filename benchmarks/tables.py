@@ -263,6 +263,40 @@ def generation(tokens: str = "") -> str:
     return markdown_table(("cache", "tokens", "ms a step", "of them for the context", "tokens/s", "peak memory"), cells)
 
 
+def model_generation() -> str:
+    """First token, steps and memory of a pretrained model, each beside DynamicCache's in the same turn."""
+    rows = _load("model_generation")["rows"]
+    base = {(r["tokens"], r["chunk"]): r for r in rows if r["cache"] == "DynamicCache"}
+    cells = []
+    for r in rows:
+        peer = base[r["tokens"], r["chunk"]]
+        parts = ("prefill", "step", "slowest_step")
+        units = ("s", "ms", "ms")
+        figures = [
+            f"{r[f'{part}_processor_{unit}']:.2f} ({r[f'{part}_processor_{unit}'] / peer[f'{part}_processor_{unit}']:.2f})"
+            for part, unit in zip(parts, units, strict=True)
+        ]
+        held = size(r["peak_growth"]) if "peak_growth" in r else "-"
+        cells.append((f"`{r['cache']}`", f"{r['tokens']:,}", f"{r['chunk']:,}", *figures, held))
+    head = ("cache", "prompt", "tokens a call", "prefill, s", "step, ms", "slowest step, ms", "peak memory")
+    return markdown_table(head, cells)
+
+
+def side_by_side() -> str:
+    """Two generations at once against one after the other."""
+    cells = [
+        (
+            f"`{r['cache']}`",
+            f"{r['one_after_the_other_s']:.1f}",
+            *(f"{r[key]:.1f} ({r[key] / r['one_after_the_other_s']:.2f})" for key in ("at_once_half_s", "at_once_all_s")),
+        )
+        for r in _load("model_generation")["side_by_side"]
+    ]
+    return markdown_table(
+        ("cache", "one after the other, s", "at once, half of the threads each", "at once, all threads each"), cells
+    )
+
+
 def overheads() -> str:
     """Where a step's time goes within a layer of the cache."""
     rows = [r for r in _load("generation")["rows"] if "breakdown" in r]
@@ -605,6 +639,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "families": families,
     "reliability": reliability,
     "generation": generation,
+    "model-generation": model_generation,
+    "side-by-side": side_by_side,
     "language": language,
     "language-trained": language_trained,
     "llamacpp": llamacpp,
