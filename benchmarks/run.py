@@ -355,13 +355,6 @@ BENCHMARKS = (
         shown=("tensor_cache.md",),
     ),
     Benchmark(
-        "frontier",
-        "loss and recall beyond the window against all bytes of a cache, for every policy",
-        ("benchmarks/frontier.py",),
-        ("frontier.json",),
-        "hours",
-    ),
-    Benchmark(
         "long-context-needle",
         "what a model still finds in a long text through a cache: needles",
         ("tessera", "eval", "needle"),
