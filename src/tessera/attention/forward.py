@@ -16,6 +16,7 @@ from tessera.attention.past import tokens_so_far
 from tessera.attention.truncated_bptt import over_segment
 from tessera.attention.windowed import SlidingWindow, Softmax, dense, recalled, windowed
 from tessera.cache.cache_layer import ATTENTION, DeferredKV
+from tessera.cache.deferred import UNCOMPILED
 from tessera.cache.masks import by_lengths, check_absorbed, documents
 from tessera.cache.truncated_bptt import Segment
 from tessera.tensor_cache.gated_read import MemoryCall
@@ -25,7 +26,7 @@ from tessera.tensor_cache.infini import Infini
 ROOM = "_tessera_room"
 
 #: torch.compile breaks its graph here: what tiers hold changes from call to call, and kernels are no part of a graph.
-_over_tiers = torch.compiler.disable(over_tiers)
+_over_tiers = torch.compiler.disable(over_tiers, reason=UNCOMPILED)
 
 
 def attention_forward(
