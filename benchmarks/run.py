@@ -39,6 +39,7 @@ class Benchmark:
         takes: about how long, on two cores.
         needs: what it needs beyond `make install`; what needs something is not run by `--all`.
         measured: the date of results that do not say it themselves.
+        shown: documents, in docs/, that show the results.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Benchmark:
     takes: str = "minutes"
     needs: str = ""
     measured: str = ""
+    shown: tuple[str, ...] = ()
 
     def line(self, more: Sequence[str] = ()) -> list[str]:
         """The command as the operating system takes it."""
@@ -67,6 +69,7 @@ BENCHMARKS = (
         _compare("demo"),
         ("demo/compare.json",),
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "demo-long",
@@ -78,6 +81,7 @@ BENCHMARKS = (
         ),
         ("demo_long/compare.json",),
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "demo-long-paper",
@@ -85,6 +89,7 @@ BENCHMARKS = (
         _compare("demo_long_paper", "--windows", "16", "--protocol", "paper", "--specs", *LONG),
         ("demo_long_paper/compare.json",),
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "demo-memory",
@@ -92,6 +97,7 @@ BENCHMARKS = (
         _compare("demo_memory", "--protocol", "streaming", *(word for spec in WINDOWS for word in ("--specs", spec))),
         ("demo_memory/compare.json",),
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "demo-training",
@@ -101,6 +107,7 @@ BENCHMARKS = (
         "hours",
         "--out FOLDER, where summary.json has the figures",
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "tiny1m",
@@ -109,6 +116,7 @@ BENCHMARKS = (
         ("tiny1m/compare.json",),
         needs="--model FOLDER --text STORIES",
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "real-model",
@@ -129,6 +137,7 @@ BENCHMARKS = (
         "hours",
         "--text wikitext-2-valid.txt; a download of 93 MB from PyPI",
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "rescaled-keys",
@@ -142,6 +151,7 @@ BENCHMARKS = (
         ("benchmarks/codec_error.py",),
         ("codec_error.json",),
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "resident-memory",
@@ -149,6 +159,7 @@ BENCHMARKS = (
         ("benchmarks/resident_memory.py",),
         ("resident_memory.json",),
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "decode-attention",
@@ -156,6 +167,7 @@ BENCHMARKS = (
         ("benchmarks/decode_attention.py",),
         ("decode_attention.json",),
         measured="2026-11-25",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "llamacpp-attention",
@@ -164,6 +176,7 @@ BENCHMARKS = (
         ("llamacpp_attention.json",),
         needs="pip install 'tessera[bench]', which builds llama.cpp",
         measured="2026-11-25",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "generation",
@@ -172,6 +185,7 @@ BENCHMARKS = (
         ("generation.json",),
         needs="pip install 'tessera[bench]'",
         measured="2026-11-25",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "model-generation",
@@ -187,6 +201,7 @@ BENCHMARKS = (
         ("benchmarks/query_limbs.py",),
         ("query_limbs.json",),
         measured="2026-11-21",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "encode",
@@ -194,6 +209,7 @@ BENCHMARKS = (
         ("benchmarks/encode.py",),
         ("encode.json",),
         measured="2026-11-30",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "triton-static",
@@ -201,6 +217,7 @@ BENCHMARKS = (
         ("benchmarks/triton_static.py",),
         ("triton_static.json",),
         measured="2026-11-30",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "gpu",
@@ -233,6 +250,7 @@ BENCHMARKS = (
         "minutes",
         "the environment of make test-vllm, --model FOLDER --text BOOK",
         measured="2026-11-30",
+        shown=("vllm.md",),
     ),
     Benchmark(
         "capacity",
@@ -240,6 +258,7 @@ BENCHMARKS = (
         ("benchmarks/capacity.py",),
         ("capacity.json",),
         measured="2026-11-21",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "associative-cost",
@@ -248,6 +267,7 @@ BENCHMARKS = (
         ("associative_cost.json",),
         "an hour",
         measured="2026-11-29",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "long-run",
@@ -255,6 +275,7 @@ BENCHMARKS = (
         ("benchmarks/long_run.py",),
         ("long_run.json",),
         measured="2026-11-21",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "recall",
@@ -263,6 +284,7 @@ BENCHMARKS = (
         ("recall.json",),
         "hours",
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "language-scratch",
@@ -283,6 +305,10 @@ BENCHMARKS = (
         "hours",
         "--data STORIES",
         measured="2026-11-29",
+        shown=(
+            "tensor_cache.md",
+            "tensor_memory.md",
+        ),
     ),
     Benchmark(
         "memory-options",
@@ -291,6 +317,7 @@ BENCHMARKS = (
         ("memory_options.json",),
         "hours",
         measured="2026-11-29",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "language-memory",
@@ -298,6 +325,7 @@ BENCHMARKS = (
         ("benchmarks/language_memory.py",),
         ("language_memory.json",),
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "language-tuned",
@@ -306,6 +334,32 @@ BENCHMARKS = (
         ("language_tuned.json",),
         "hours",
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
+    ),
+    Benchmark(
+        "frontier",
+        "loss and recall beyond the window against all bytes of a cache, for every policy",
+        ("benchmarks/frontier.py",),
+        ("frontier.json",),
+        "hours",
+    ),
+    Benchmark(
+        "long-context-needle",
+        "what a model still finds in a long text through a cache: needles",
+        ("tessera", "eval", "needle"),
+        ("long_context/needle.json",),
+        "hours",
+        "--model FOLDER; see tessera eval needle --help",
+        measured="2026-11-30",
+    ),
+    Benchmark(
+        "long-context-ruler",
+        "the same on the tasks of RULER",
+        ("tessera", "eval", "ruler"),
+        ("long_context/ruler.json",),
+        "hours",
+        "--model FOLDER; see tessera eval ruler --help",
+        measured="2026-11-30",
     ),
     Benchmark(
         "tensor-memory-cost",
@@ -313,6 +367,7 @@ BENCHMARKS = (
         ("benchmarks/tensor_memory_cost.py",),
         ("tensor_memory_cost.json",),
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "retention",
@@ -320,6 +375,7 @@ BENCHMARKS = (
         ("benchmarks/retention.py",),
         ("retention.json",),
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "diagnostics",
@@ -328,6 +384,7 @@ BENCHMARKS = (
         ("diagnostics.json",),
         "hours",
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "pictures",
@@ -336,6 +393,7 @@ BENCHMARKS = (
         ("pictures.json",),
         "an hour",
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "video",
@@ -344,6 +402,7 @@ BENCHMARKS = (
         ("video.json",),
         "hours",
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "families",
@@ -351,6 +410,7 @@ BENCHMARKS = (
         ("benchmarks/families.py",),
         ("families.json",),
         measured="2026-11-30",
+        shown=("models.md",),
     ),
     Benchmark(
         "reliability",
@@ -358,6 +418,7 @@ BENCHMARKS = (
         ("benchmarks/reliability.py",),
         ("reliability.json",),
         measured="2026-11-30",
+        shown=("reliability.md",),
     ),
     Benchmark(
         "needle",

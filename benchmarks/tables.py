@@ -28,6 +28,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+import run
 import tessera
 from tessera.evaluation.records import Comparison, Row, load_all
 from tessera.evaluation.table import caption, markdown, markdown_table, size
@@ -40,6 +41,38 @@ from tessera.planning import table as plans
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 _BLOCK = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def benchmarks() -> str:
+    """What is measured, by which command, where and when it was, and where it is shown."""
+    parts = []
+    for each in run.BENCHMARKS:
+        facts = [f"command: `python benchmarks/run.py {each.name}`, which takes {each.takes}"]
+        if each.needs:
+            facts.append(f"needs: {each.needs}")
+        made = [name for name in each.results if (RESULTS / name).is_file()]
+        if made:
+            facts.append(f"measured: {_measured(each, made[0])}")
+            facts.append("results: " + ", ".join(f"`docs/results/{name}`" for name in made))
+        elif each.results:
+            facts.append("measured: not yet")
+        if each.shown:
+            facts.append("shown in: " + ", ".join(f"[{page}]({page})" for page in each.shown))
+        lines = "\n".join(f"- {fact}" for fact in facts)
+        parts.append(f"## {each.name}\n\n{each.measures[0].upper()}{each.measures[1:]}.\n\n{lines}")
+    return "\n\n".join(parts)
+
+
+def _measured(each: run.Benchmark, name: str) -> str:
+    """Day, processor and versions of a result, as far as they are known."""
+    data = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    if "comparisons" in data:
+        data = data["comparisons"][0]
+    about = data.get("environment") or data.get("versions") or {}
+    words = [about.get("date") or each.measured, about.get("device"), about.get("processor")]
+    words += [f"{about['threads']} thread{'s' * (about['threads'] != '1')}" if "threads" in about else None]
+    words += [f"{key} {about[key]}" for key in ("kernels", "torch", "transformers") if key in about]
+    return ", ".join(word for word in words if word)
 
 
 def compare(name: str, protocol: str) -> str:
@@ -642,6 +675,7 @@ def _with_remarks(rows: list[dict[str, Any]], columns: str, table: str) -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
+    "benchmarks": benchmarks,
     "plan": plan,
     "real_models": real_models,
     "compare": compare,
@@ -712,7 +746,7 @@ def documents() -> list[Path]:
     """Every document that may hold tables."""
     return [
         ROOT / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
         ROOT / "src" / "tessera" / "models" / "demo" / "README.md",
     ]
 
