@@ -148,7 +148,7 @@ def test_a_pool_holds_what_the_bytes_say(demo: Path) -> None:
     [
         ({"block_size": 32}, "no multiple of a page's 64"),
         ({"spec": "hqmq:4 + recent:128"}, "at most 'recent:64'"),
-        ({"spec": "q4_0"}, "no kernel"),
+        ({"spec": "hqmq:s96_r4_med3"}, "another number of bytes"),
         ({"kv_cache_dtype": "fp8"}, "leave it out"),
     ],
     ids=str,
