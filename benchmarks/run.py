@@ -145,6 +145,19 @@ BENCHMARKS = (
         needs="--model FOLDER --out FOLDER",
     ),
     Benchmark(
+        "frontier",
+        "loss and recall against all bytes of a cache, for every policy, on the demo model",
+        ("benchmarks/frontier.py",),
+        ("frontier.json",),
+        "half an hour",
+    ),
+    Benchmark(
+        "sparse-reading",
+        "what reading the best blocks only saves and loses",
+        ("benchmarks/sparse_reading.py",),
+        ("sparse_reading.json",),
+    ),
+    Benchmark(
         "codec-error",
         "error and true bits of every codec on four kinds of vectors, and whether the bars hold",
         ("benchmarks/codec_error.py",),
@@ -185,6 +198,12 @@ BENCHMARKS = (
         needs="pip install 'tessera[bench]'",
         measured="2026-11-25",
         shown=("kernels.md",),
+    ),
+    Benchmark(
+        "prefill-attention",
+        "attention of many queries: kernels, flash attention over decoded tiles, and the definition",
+        ("benchmarks/prefill_attention.py",),
+        ("prefill_attention.json",),
     ),
     Benchmark(
         "model-generation",

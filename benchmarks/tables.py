@@ -101,6 +101,49 @@ def _change(row: Row) -> tuple[str, str]:
     return change, f"{row.kl:.{digits}f} ± {row.kl_error:.{digits}f}"
 
 
+def frontier() -> str:
+    """Loss and recall against all bytes, by model and length."""
+    rows = _load("frontier")["rows"]
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["length"], row["spec"]), {}).update(row)
+    recalled = any("nats" in row for row in found.values())
+    head = ["model", "tokens", "cache", "MiB", "loss over the exact cache's, nats"] + ["needle, nats a token"] * recalled
+    lines = []
+    for (model, length, spec), row in sorted(found.items(), key=lambda item: (item[0][0], item[0][1], item[1]["nbytes"])):
+        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}" if "loss" in row else ""
+        cells = [model, f"{length:,}", f"`{spec}`", f"{row['nbytes'] / 2**20:.2f}", loss]
+        lines.append(cells + [f"{mean(row['nats']):.2f}" if "nats" in row else ""] * recalled)
+    return markdown_table(head, lines)
+
+
+def sparse_speed() -> str:
+    """One token's attention, everything read and the best."""
+    lines = [
+        (
+            f"{row['tokens']:,}",
+            f"{row['ms']['all']:.2f}",
+            f"{row['ms']['best']:.2f}",
+            f"{row['ms']['all'] / row['ms']['best']:.1f}",
+        )
+        for row in _load("sparse_reading")["speed"]
+    ]
+    top = _load("sparse_reading")["speed"][0]["top"]
+    return markdown_table(("tokens", "all read, ms", f"the best {top:,}, chosen and read, ms", "times as fast"), lines)
+
+
+def sparse_quality() -> str:
+    """KL by how much is read and how much a block's width counts."""
+    rows = _load("sparse_reading")["quality"]
+    spreads = sorted({row["spread"] for row in rows if row["top"]})
+    lines = []
+    for top in sorted({row["top"] for row in rows}, reverse=True):
+        own = {row["spread"]: f"{row['kl']:.5f}" for row in rows if row["top"] == top}
+        cells = [own.get(spread, "") for spread in spreads] if top else [next(iter(own.values()))] * len(spreads)
+        lines.append((f"{top:,} of {rows[0]['length']:,}" if top else "everything", *cells))
+    return markdown_table(("tokens read", *(f"KL, width x {spread:g}" for spread in spreads)), lines)
+
+
 def codec_error(inputs: str, head_dim: str) -> str:
     """Bits and error of every codec on one kind of vectors, by bits."""
     rows = [r for r in _load("codec_error")["rows"] if r["inputs"] == inputs and r["head_dim"] == int(head_dim)]
@@ -294,6 +337,22 @@ def generation(tokens: str = "") -> str:
         if tokens in ("", str(r["tokens"]))
     ]
     return markdown_table(("cache", "tokens", "ms a step", "of them for the context", "tokens/s", "peak memory"), cells)
+
+
+def prefill_attention() -> str:
+    """Milliseconds of attention of many queries, by keys, heads and way."""
+    rows = _load("prefill_attention")["rows"]
+    names = list(dict.fromkeys(name for r in rows for name in r["processor_ms"]))
+    cells = [
+        (
+            r["spec"] if r["spec"] == "exact" else f"`{r['spec']}`",
+            "/".join(map(str, r["shape"])),
+            str(r["queries"]),
+            *(f"{r['processor_ms'][name]:.2f}" if name in r["processor_ms"] else "-" for name in names),
+        )
+        for r in rows
+    ]
+    return markdown_table(("keys", "heads", "queries", *names), cells)
 
 
 def model_generation() -> str:
@@ -673,6 +732,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "families": families,
     "reliability": reliability,
     "generation": generation,
+    "prefill-attention": prefill_attention,
     "model-generation": model_generation,
     "side-by-side": side_by_side,
     "language": language,
@@ -684,6 +744,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "query-limbs": query_limbs,
     "recall": recall,
     "recall-limits": recall_limits,
+    "frontier": frontier,
+    "sparse-speed": sparse_speed,
+    "sparse-quality": sparse_quality,
     "recall-state": recall_state,
     "resident-memory": resident_memory,
     "retention": retention,
