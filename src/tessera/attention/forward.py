@@ -12,9 +12,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from tessera.attention.infini import over_whole
 from tessera.attention.over_tiers import over_tiers
-from tessera.attention.past import tokens_so_far
+from tessera.attention.past import recall, tokens_so_far
 from tessera.attention.truncated_bptt import over_segment
-from tessera.attention.windowed import SlidingWindow, Softmax, dense, recalled, windowed
+from tessera.attention.windowed import SlidingWindow, Softmax, dense, windowed
 from tessera.cache.cache_layer import ATTENTION, DeferredKV
 from tessera.cache.masks import by_lengths, check_absorbed, documents
 from tessera.cache.truncated_bptt import Segment
@@ -116,7 +116,7 @@ def _bounded(
         of = past.documents
         if mask is not None:
             check_absorbed(mask, of, limits.window, limits.sink)
-        call.added = recalled(call.memory, query, key, value, of, past.positions)
+        call.added = recall(call, past, query, key, value)
     return windowed(module, limits, query, key, value, mask, of, softmax)
 
 

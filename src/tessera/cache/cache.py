@@ -14,15 +14,18 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from tessera import codecs
 from tessera.cache import files
-from tessera.cache.cache_layer import ATTACHED, STREAMS, CacheContext, TesseraLayer
+from tessera.cache.cache_layer import ATTACHED, CacheContext, TesseraLayer
 from tessera.cache.chain import tier_name
 from tessera.cache.config import check_shapes, read_config, rotary_partner
 from tessera.cache.per_layer import AnySpec, layer_specs, parse
 from tessera.cache.policy import RetentionPolicy
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec
+from tessera.cache.stream import Stream
+from tessera.cache.stream_file import named
 from tessera.codecs.key_stats import KeyStats, load_stats
 from tessera.devices import layer_devices
+from tessera.files import brief
 from tessera.wrapped import replaces_cache, unwrap
 
 #: "packed" is what "quantized" was called in version 0.1.
@@ -231,16 +234,13 @@ class Cache(TransformersCache):
         Args:
             path: of the file.
             notes: text for the file's header, by names of the caller's own; `load` does not look at it.
-
-        Raises:
-            ValueError: if a Tensor Memory has read along, whose state the file of a cache cannot hold.
         """
-        if hasattr(self, STREAMS):
-            raise ValueError("a Tensor Memory has read along with this cache; the file of a cache cannot hold its state")
         files.save(self.layers, self._describe(), path, notes)
 
     def _describe(self) -> dict[str, str]:
-        return {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}
+        about = {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}
+        read_along = files.read_along(self.layers)
+        return about if read_along is None else {**about, "tensor_memory": named(read_along)}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model_or_config: Any) -> Cache:
@@ -258,13 +258,36 @@ class Cache(TransformersCache):
                 raise ValueError(
                     f"this cache was saved with the memory {stored.text('memory') or 'none'}; yours is {cache.memory or 'none'}"
                 )
-            stored.fill(cache.layers)
+            stored.fill(cache.layers, _streams(stored.tensor_memory, model_or_config))
         model = unwrap(model_or_config)
         if isinstance(model, nn.Module):
             for layer, device in zip(cache.layers, layer_devices(model, len(cache.layers)), strict=True):
                 if device is not None:
                     layer.to(device)
         return cache
+
+
+def _streams(config: str, model: Any) -> dict[int, tuple[Stream, int, bool]]:
+    """For each layer of a model with a Tensor Memory an empty stream, the width of what it reads, and whether it is the first.
+
+    Args:
+        config: of the memory that had read along with a cache, as JSON; empty: none had.
+        model: that the cache is to serve.
+
+    Raises:
+        ValueError: if the model has no such memory.
+    """
+    if not config:
+        return {}
+    done: Any = getattr(unwrap(model), ATTACHED, None)
+    own = "" if done is None or done.kind != "TensorMemory" else named(done.config)
+    if own != config:
+        raise ValueError(
+            f"a Tensor Memory {brief(config)} had read along with this cache, and yours is {own or 'none'}; attach it to the "
+            "model first (tessera.load_memory), and give the model instead of its config"
+        )
+    first = min(done.layers)
+    return {index: (Stream(0, done.owner, done.config), done.shared.dim, index == first) for index in done.layers}
 
 
 def _tier_names(spec: Spec) -> dict[str, str]:

@@ -15,15 +15,13 @@ from tessera.cache.deferred import ATTENTION, DeferredKV
 from tessera.cache.dense import assemble
 from tessera.cache.group import RECORDED, SequenceGroup, StepContext
 from tessera.cache.grouping import Share, shares
+from tessera.cache.layer_states import LayerStates
 from tessera.cache.masks import GroupMask, MaskMemo, boolean, new_tokens
 from tessera.cache.policy import RetentionPolicy
 from tessera.tensor_cache import TensorCache
 
 #: Where a model keeps what `tessera.attach` did to it.
 ATTACHED = "_tessera_attachment"
-
-#: Where a cache, ours or transformers', has what an attached Tensor Memory has read of its sequences.
-STREAMS = "_tessera_streams"
 
 
 class CacheContext:
@@ -111,6 +109,7 @@ class TesseraLayer(CacheLayerMixin):
         self.is_sliding = sliding is not None
         self.is_croppable = policy.recent is None
         self.record_past = False
+        self.memory_states = LayerStates()  # of memories beside the tiers, which are not told of padding by them
         #: Who crops behind one call is expected to crop behind the next: "next" until that call, "now" until it is cropped.
         self._hold: Literal["", "next", "now"] = ""
         self.dtype: torch.dtype | None = None  # of keys, the widest so far
@@ -396,6 +395,7 @@ class TesseraLayer(CacheLayerMixin):
         order: list[int] = rows.tolist()
         if order == list(range(self.batch)):
             return
+        self.memory_states.reorder(torch.tensor(order, dtype=torch.long))
         groups = []
         for group in self.groups:
             place = {row: i for i, row in enumerate(group.rows)}
@@ -431,6 +431,7 @@ class TesseraLayer(CacheLayerMixin):
         assisted generation. A call that is not cropped before the next one ends that.
         """
         self.record_past = True
+        self.memory_states.record_past()
 
     def check_crop(self, tokens_to_remove: int) -> int:
         """How many slots `crop` will forget; refuses as it does.
@@ -445,6 +446,7 @@ class TesseraLayer(CacheLayerMixin):
         n = min(n, self.seen)
         for group in self.groups:
             group.check_crop(group.length - group.slots.before(self.seen - n))
+        self.memory_states.check_crop(self.seen, self.seen - n)
         return n
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -455,6 +457,7 @@ class TesseraLayer(CacheLayerMixin):
             ValueError: if tokens would be needed again that have been dropped; then nothing is forgotten.
         """
         n = self.check_crop(tokens_to_remove)
+        self.memory_states.crop(self.seen, self.seen - n)
         if n:
             for group in self.groups:
                 group.crop(group.length - group.slots.before(self.seen - n))
@@ -470,6 +473,7 @@ class TesseraLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self._empty()
+        self.memory_states.reset()
         self._hold = ""
 
     def offload(self) -> None:
@@ -488,17 +492,19 @@ class TesseraLayer(CacheLayerMixin):
         self.held_on = device
         for group in self.groups:
             group.chain.to(device)
+        self.memory_states.to(device)
 
     # What there is
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """Every tensor that is held, by tier."""
-        found: dict[str, list[Tensor]] = {name: [] for name in self._tier_names("tc")}
+        found: dict[str, list[Tensor]] = {name: [] for name in self._tier_names("tc", "tm")}
         for group in self.groups:
             for tier, tensors in group.chain.buffers().items():
                 found[tier] += tensors
         if self.policy.stats is not None:
             found[tier_name(0)].append(self.policy.stats.sizes)
+        found["tm"] += self.memory_states.buffers()
         if self._staged is not None:
             found["staged"] += self._staged
         return found
