@@ -31,7 +31,7 @@ from tessera.cache.tiers import PAGE
 from tessera.codecs import Packed
 from tessera.evaluation.records import environment
 from tessera.files import atomic_path
-from tessera.kernels import Pages, cpu, dispatch, reference
+from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
 from tessera.kernels.joint import JointFormat
 from timing import medians
 
@@ -91,18 +91,20 @@ def measure(shape: str, tokens: int, repeats: int, specs: tuple[str, ...], level
         pages = pages_of(spec, kv_heads, tokens, dim)
         kept = sum(packed.nbytes for page in pages.pages for packed in page)
         if cpu.attend_refusal(q, pages) is None:
-            in_digits = level != "portable" and all(isinstance(form, JointFormat) for form in pages.form())
-            for digits in (1, 2, 3) if in_digits else (cpu.DIGITS,):
-                name = f"{spec}, {8 * digits}-bit queries" if in_digits else spec
-                runs[name] = lambda pages=pages, digits=digits: cpu.attend(q, pages, scale, level=level, digits=digits)  # type: ignore[misc]
+            in_limbs = level != "portable" and all(isinstance(form, JointFormat) for form in pages.form())
+            for limbs in (1, 2, 3) if in_limbs else (cpu.LIMBS,):
+                name = f"{spec}, {8 * limbs}-bit queries" if in_limbs else spec
+                runs[name] = lambda pages=pages, limbs=limbs: cpu.attend(
+                    q, pages, AttendParams(scale), level=level, limbs=limbs
+                )  # type: ignore[misc]
                 nbytes[name] = kept
         else:
-            runs[spec] = lambda pages=pages: dispatch.attend(q, pages, scale)  # type: ignore[misc]
+            runs[spec] = lambda pages=pages: dispatch.attend(q, pages, AttendParams(scale))  # type: ignore[misc]
             nbytes[spec] = kept
     if specs and cpu.MISSING is None:
         pages = pages_of(specs[0], kv_heads, tokens, dim)
         name = f"{specs[0]}, plain PyTorch"
-        runs[name] = lambda: reference.attend(q, pages, scale)
+        runs[name] = lambda: reference.attend(q, pages, AttendParams(scale))
         nbytes[name] = sum(packed.nbytes for page in pages.pages for packed in page)
     seconds = medians(runs, repeats)
     peer = min(dense, key=seconds.__getitem__)

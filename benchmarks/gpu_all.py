@@ -46,7 +46,7 @@ from tessera.codecs import Packed
 from tessera.codecs.codebooks import joint
 from tessera.evaluation.records import environment
 from tessera.files import write_json
-from tessera.kernels import Pages, reference, triton
+from tessera.kernels import AttendParams, Pages, reference, triton
 from tessera.kernels.nearest import brute_force, build_index
 from tessera.kernels.triton.tables import LOOKUPS
 from tessera.tensor_cache import fused
@@ -152,9 +152,9 @@ def correctness(
     pages = Pages([(keys.slice(a, b), values.slice(a, b)) for a, b in ((0, cut), (cut, tokens))])
     moved = Pages([(keys.to(device), values.to(device)) for keys, values in pages.pages])
     q = torch.randn(batch, heads, queries, dim)
-    wanted, wanted_lse = reference.attend(q, pages, dim**-0.5, **rule)
-    out, lse = triton.attend(q.to(device), moved, dim**-0.5, **rule, lookup=lookup)
-    again, _ = triton.attend(q.to(device), moved, dim**-0.5, **rule, lookup=lookup)
+    wanted, wanted_lse = reference.attend(q, pages, AttendParams(dim**-0.5, **rule))
+    out, lse = triton.attend(q.to(device), moved, AttendParams(dim**-0.5, **rule), lookup=lookup)
+    again, _ = triton.attend(q.to(device), moved, AttendParams(dim**-0.5, **rule), lookup=lookup)
     decoded = [triton.decode(packed) for packed in moved.pages[1]]
     errors = [float((a.cpu() - b.decode()).norm() / b.decode().norm()) for a, b in zip(decoded, pages.pages[1], strict=True)]
     return {
@@ -189,7 +189,7 @@ def speed(device: torch.device, batch: int, tokens: int, queries: int) -> dict[s
     row: dict[str, Any] = {"dense": dense}
     for name, (spec, wide) in KEYS.items():
         pages = pages_of(spec, batch, tokens, DIM, KV_HEADS, device, wide)
-        found = both(lambda pages=pages: triton.attend(q, pages, DIM**-0.5), device)  # type: ignore[misc]
+        found = both(lambda pages=pages: triton.attend(q, pages, AttendParams(DIM**-0.5)), device)  # type: ignore[misc]
         times = {f"times_dense_{way}": min(own[way] for own in dense.values()) / ms for way, ms in found.items()}
         row[name] = {**found, **times}
     return row

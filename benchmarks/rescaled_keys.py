@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tessera.cache.config import read_config, rotary_partner
+from tessera.cache.model_config import read_config, rotary_partner
 
 #: Standard deviation of the logarithm of the factors: one in three channels is 3.3 times wider or narrower than the median.
 SPREAD = 1.2

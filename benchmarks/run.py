@@ -173,10 +173,10 @@ BENCHMARKS = (
         measured="2026-11-25",
     ),
     Benchmark(
-        "query-digits",
+        "query-limbs",
         "what it costs that a kernel writes queries in 8-bit digits",
-        ("benchmarks/query_digits.py",),
-        ("query_digits.json",),
+        ("benchmarks/query_limbs.py",),
+        ("query_limbs.json",),
         measured="2026-11-21",
     ),
     Benchmark(

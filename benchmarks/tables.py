@@ -136,9 +136,9 @@ def vllm_kernels() -> str:
     return markdown_table(head, cells)
 
 
-def query_digits() -> str:
-    """What the digits of queries cost on the demo model."""
-    rows = _load("query_digits")["rows"]
+def query_limbs() -> str:
+    """What the limbs of queries cost on the demo model."""
+    rows = _load("query_limbs")["rows"]
     cells = [
         (f"`{r['spec']}`", r["queries"], f"{r['perplexity']:.4f}", f"{r['delta']:+.3%}", f"{r['kl']:.6f}", f"{r['top1']:.2%}")
         for r in rows
@@ -566,7 +566,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "overheads": overheads,
     "pictures": pictures,
     "memory-options": memory_options,
-    "query-digits": query_digits,
+    "query-limbs": query_limbs,
     "recall": recall,
     "recall-limits": recall_limits,
     "recall-state": recall_state,

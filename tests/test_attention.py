@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera import codecs, kernels
-from tessera.kernels import cpu, dispatch, reference
+from tessera.kernels import AttendParams, cpu, dispatch, reference
 from tessera.kernels.reference import attend_exact, merge
 
 SCALE = 0.3
@@ -72,11 +72,11 @@ def test_exact(
     seen = rule(queries, keys, start, window)
     mask = torch.rand(2, 1, queries, keys) > 0.4 if masked else None
     expected = written_out(q, k, v, seen if mask is None else seen & mask, softcap)
-    found = attend_exact(q, k, v, SCALE, mask, softcap, start=start, window=window)
+    found = attend_exact(q, k, v, AttendParams(SCALE, mask, softcap, start=start, window=window))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     if cpu.attend_exact_refusal(q, k, v) is None:
         for level in cpu.levels():
-            found = cpu.attend_exact(q, k, v, SCALE, mask, softcap, start=start, window=window, level=level)
+            found = cpu.attend_exact(q, k, v, AttendParams(SCALE, mask, softcap, start=start, window=window), level=level)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -85,12 +85,12 @@ def test_exact(
 def test_few_queries_over_exact_keys_run_in_cpp(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (x.to(dtype) for x in inputs(2, 300, 4))
     k = torch.cat((k, k), dim=2)[:, :, 100:400]  # strided, as a ring is
-    wanted = attend_exact(q, k, v, SCALE)
+    wanted = attend_exact(q, k, v, AttendParams(SCALE))
     monkeypatch.setattr(dispatch.reference, "attend_exact", None)
     assert dispatch.exact_in_cpp(q, k, v)
-    torch.testing.assert_close(dispatch.attend_exact(q, k, v, SCALE), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(dispatch.attend_exact(q, k, v, AttendParams(SCALE)), wanted, atol=1e-5, rtol=1e-4)
     q[0, 1, 1, 3] = torch.nan
-    out, lse = dispatch.attend_exact(q, k, v, SCALE)
+    out, lse = dispatch.attend_exact(q, k, v, AttendParams(SCALE))
     assert out[0, 1, 1].isnan().all()
     assert lse.isnan().sum() == 1
 
@@ -100,7 +100,7 @@ def test_gradients_and_many_queries_are_left_to_pytorch() -> None:
     assert not dispatch.exact_in_cpp(q, k, v)
     few = q[:, :, :2].requires_grad_()
     assert not dispatch.exact_in_cpp(few, k, v)
-    out, _ = dispatch.attend_exact(few, k, v, SCALE)
+    out, _ = dispatch.attend_exact(few, k, v, AttendParams(SCALE))
     assert torch.autograd.grad(out.sum(), few)[0].shape == few.shape
 
 
@@ -114,7 +114,7 @@ def test_packed_is_exact_over_what_is_decoded(spec: str, start: int | None, wind
     q, k, v = inputs(9, 320, dim=32)
     packed_k, packed_v = codec.encode(k, "key", 1), codec.encode(v, "value", 1)
     found = kernels.attend(q, packed_k, packed_v, SCALE, start=start, window=window, backend="reference")
-    expected = attend_exact(q, packed_k.decode(), packed_v.decode(), SCALE, start=start, window=window)
+    expected = attend_exact(q, packed_k.decode(), packed_v.decode(), AttendParams(SCALE, start=start, window=window))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -125,7 +125,7 @@ def test_merge_is_one_softmax(cuts: tuple[int, ...]) -> None:
     seen[2] = False  # one query that sees nothing
     mask = seen.expand(2, 1, 6, 300)
     parts = [
-        attend_exact(q, kp, vp, SCALE, m)
+        attend_exact(q, kp, vp, AttendParams(SCALE, m))
         for kp, vp, m in zip(k.split(cuts, 2), v.split(cuts, 2), mask.split(cuts, 3), strict=True)
     ]
     expected = written_out(q, k, v, seen)
@@ -137,7 +137,7 @@ def test_merge_is_one_softmax(cuts: tuple[int, ...]) -> None:
 
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = inputs(3, 600)
-    out, lse = attend_exact(q * 1e4, k, v, SCALE)
+    out, lse = attend_exact(q * 1e4, k, v, AttendParams(SCALE))
     assert torch.isfinite(out).all()
     assert torch.isfinite(lse).all()
     torch.testing.assert_close(out, written_out(q * 1e4, k, v, rule(3, 600, None, None))[0], atol=1e-3, rtol=1e-3)
@@ -145,7 +145,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 def test_half_precision_is_accumulated_in_float32() -> None:
     q, k, v = inputs(3, 2000)
-    out, lse = attend_exact(q.bfloat16(), k.bfloat16(), v.bfloat16(), SCALE)
+    out, lse = attend_exact(q.bfloat16(), k.bfloat16(), v.bfloat16(), AttendParams(SCALE))
     assert out.dtype == lse.dtype == torch.float32
     wide = written_out(q.bfloat16().float(), k.bfloat16().float(), v.bfloat16().float(), rule(3, 2000, None, None))
     torch.testing.assert_close((out, lse), wide, atol=1e-5, rtol=1e-4)
@@ -154,17 +154,17 @@ def test_half_precision_is_accumulated_in_float32() -> None:
 def test_gradients() -> None:
     q, k, v = (x.double()[:1].requires_grad_() for x in inputs(4, 20))
     assert torch.autograd.gradcheck(
-        lambda a, b, c: attend_exact(a, b, c, SCALE, start=14)[0], (q, k, v), eps=1e-3, atol=2e-2, nondet_tol=1e-6
+        lambda a, b, c: attend_exact(a, b, c, AttendParams(SCALE, start=14))[0], (q, k, v), eps=1e-3, atol=2e-2, nondet_tol=1e-6
     )
 
 
 def test_shapes_are_checked() -> None:
     q, k, v = inputs(3, 20)
     with pytest.raises(ValueError, match="do not fit keys"):
-        attend_exact(q[:, :3], k, v, SCALE)
+        attend_exact(q[:, :3], k, v, AttendParams(SCALE))
     with pytest.raises(ValueError, match="do not fit keys"):
-        attend_exact(q[..., :8], k, v, SCALE)
+        attend_exact(q[..., :8], k, v, AttendParams(SCALE))
     with pytest.raises(ValueError, match="differ in shape"):
-        attend_exact(q, k, v[:, :, :5], SCALE)
+        attend_exact(q, k, v[:, :, :5], AttendParams(SCALE))
     with pytest.raises(ValueError, match="does not fit 3 queries and 20 keys"):
-        attend_exact(q, k, v, SCALE, torch.ones(1, 1, 3, 19, dtype=torch.bool))
+        attend_exact(q, k, v, AttendParams(SCALE, torch.ones(1, 1, 3, 19, dtype=torch.bool)))

@@ -25,8 +25,7 @@ class StrideTier(Tier):
         return self.kept.append(k[:, :, :: self.step], v[:, :, :: self.step])
 
     def sources(self, start: int, window: int | None) -> list[KVSource]:
-        held = self.kept.sources(start, None)
-        return [KVSource(source.held, start, self.tokens, unmasked=True) for source in held]
+        return [KVSource(each.held, start, self.tokens, unmasked=True) for each in self.kept.sources(start, None)]
 
     def buffers(self) -> list[Tensor]:
         return self.kept.buffers()

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import tessera
-from tessera.attention import tiers
+from tessera.attention import over_tiers as tiers
 from tessera.cache.group import RECORDED, StepContext
 from tessera.kernels import Pages, cpu, reference
 

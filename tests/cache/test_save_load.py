@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tessera
-from tessera.cache import files
+from tessera.cache import cache_file
 
 SPECS = [
     "dense",
@@ -129,7 +129,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path: Path
         to.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(files, "save_file", interrupted)
+    monkeypatch.setattr(cache_file, "save_file", interrupted)
     with pytest.raises(OSError, match="no space left"):
         filled("dense", model).save(path)
     assert path.read_bytes() == before

@@ -15,7 +15,7 @@ from tessera import codecs
 from tessera.attention import over_tiers, select
 from tessera.cache import parse
 from tessera.cache.tiers import KVSource
-from tessera.kernels import Pages, cpu, dispatch, reference
+from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
 
 SPEC = "sink:4 + hqmq:4/top:128 + recent:16"
 
@@ -72,9 +72,9 @@ def test_what_is_not_chosen_is_not_read(level: str | None) -> None:
     """A tier of which the blocks that were not chosen are spoilt gives the same, to the bit."""
     held, q = pages(1024), torch.randn(2, 4, 2, 64)
     seen = select.selected(q, held, 256)
-    wanted = reference.attend(q, held, 0.125, seen)[0]
+    wanted = reference.attend(q, held, AttendParams(0.125, seen))[0]
     backend = "auto" if level is None else f"cpu:{level}"
-    found = dispatch.attend(q, held, 0.125, seen, backend=backend)[0]
+    found = dispatch.attend(q, held, AttendParams(0.125, seen), backend=backend)[0]
     assert relative(found, wanted) < 1e-4
     if not cpu.levels():
         pytest.skip(f"no kernel leaves blocks out here: {cpu.MISSING}")
@@ -85,7 +85,7 @@ def test_what_is_not_chosen_is_not_read(level: str | None) -> None:
             packed.tensors["scale"][free[:, :, at : at + packed.tokens]] = 255
             packed.tensors["codes"][free[:, :, at : at + packed.tokens]] = 77
         at += keys.tokens
-    again = dispatch.attend(q, Pages(list(held.pages)), 0.125, seen, backend=backend)[0]
+    again = dispatch.attend(q, Pages(list(held.pages)), AttendParams(0.125, seen), backend=backend)[0]
     assert torch.equal(again, found)
 
 
@@ -93,14 +93,14 @@ def test_what_is_not_chosen_is_not_read(level: str | None) -> None:
 def test_attention_is_softmax_over_what_is_chosen(top: int, monkeypatch: pytest.MonkeyPatch) -> None:
     held, q = pages(320), torch.randn(2, 4, 70, 64)
     source = KVSource(held, 0, 320, top=top)
-    found, lse = over_tiers._sparsely(q, source, 0.125, None, None, None, None)
+    found, lse = over_tiers._sparsely(q, source, AttendParams(0.125))
     k, v = (x.repeat_interleave(2, 1) for x in held.decode())
     seen = select.selected(q, held, top)
     scores = (q @ k.mT * 0.125).masked_fill(~seen, -torch.inf)
     assert relative(found, scores.softmax(-1) @ v) < 1e-3
     assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-3)
     monkeypatch.setattr(select, "MOST", 1)  # one query at a time
-    one_by_one, _ = over_tiers._sparsely(q, source, 0.125, None, None, None, None)
+    one_by_one, _ = over_tiers._sparsely(q, source, AttendParams(0.125))
     assert relative(one_by_one, found) < 1e-4
 
 
@@ -122,10 +122,10 @@ def test_steps_read_so_many_tokens_and_no_more(monkeypatch: pytest.MonkeyPatch) 
     read: list[Tensor] = []
     attend = dispatch.attend
 
-    def watch(q: Tensor, held: Pages, scale: float, seen: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        assert seen is not None
-        read.append(seen.sum(-1).float())
-        return attend(q, held, scale, seen, *args, **kwargs)
+    def watch(q: Tensor, held: Pages, params: AttendParams) -> Any:
+        assert params.mask is not None
+        read.append(params.mask.sum(-1).float())
+        return attend(q, held, params)
 
     monkeypatch.setattr(dispatch, "attend", watch)
     logits(model, cache, ids[:, 700:], (1,), mask)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.codecs.bits import pack_bits, packed_bytes, unpack_bits
+from tessera.kernels.bits import pack_bits, packed_bytes, unpack_bits
 
 WIDTHS = range(1, 25)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tessera.codecs import Role, get
-from tessera.kernels import Pages, dispatch, reference
+from tessera.kernels import AttendParams, Pages, dispatch, reference
 from tessera.kernels.nearest import brute_force, build_index, nearest
 from tessera.quaternion import hamilton, units
 
@@ -63,9 +63,9 @@ def test_attention_over_packed_and_exact_tokens_is_in_float32_under_autocast(bac
     q, k, v = gaussian(2, 4, 90), gaussian(2, 2, 128), gaussian(2, 2, 128)
     pages = Pages([(get("hqmq:3").encode(k, "key"), get("hqmq:3").encode(v, "value"))])
     run = {
-        "packed": lambda: dispatch.attend(q, pages, 0.2, backend=backend),
-        "exact": lambda: dispatch.attend_exact(q, k, v, 0.2, backend=backend),
-        "definition": lambda: reference.attend_exact(q, k, v, 0.2),
+        "packed": lambda: dispatch.attend(q, pages, AttendParams(0.2), backend=backend),
+        "exact": lambda: dispatch.attend_exact(q, k, v, AttendParams(0.2), backend=backend),
+        "definition": lambda: reference.attend_exact(q, k, v, AttendParams(0.2)),
     }
     for name, attend in run.items():
         wanted = attend()

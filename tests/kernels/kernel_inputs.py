@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tessera.codecs import Codec, Packed, Role
-from tessera.codecs.bits import pack_bits
 from tessera.codecs.codebooks import joint
 from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.kernels import Pages
+from tessera.kernels.bits import pack_bits
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:

@@ -18,10 +18,10 @@ from kernel_inputs import make_pages, relative
 
 from tessera import codecs, kernels
 from tessera.codecs import Packed
-from tessera.codecs.bits import pack_bits
 from tessera.codecs.codebooks import joint
 from tessera.codecs.hqmq_joint import JointHQMQ
-from tessera.kernels import Pages, cpu, dispatch, reference
+from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
+from tessera.kernels.bits import pack_bits
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 
@@ -30,8 +30,8 @@ FLOAT = 1e-5
 SPECS = ("hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4")
 
 
-#: With three digits the queries are as exact as float32 sums.
-attend = partial(cpu.attend, digits=3)
+#: With three limbs the queries are as exact as float32 sums.
+attend = partial(cpu.attend, limbs=3)
 
 
 @pytest.fixture(params=cpu.levels())
@@ -58,8 +58,8 @@ def test_attention_equals_the_reference(
 ) -> None:
     pages = make_pages(codecs.get(spec), batch, kv_heads, sizes, dim)
     q = torch.randn(batch, heads, queries, dim)
-    out, lse = attend(q, pages, dim**-0.5, level=level)
-    wanted, wanted_lse = reference.attend(q, pages, dim**-0.5)
+    out, lse = attend(q, pages, AttendParams(dim**-0.5), level=level)
+    wanted, wanted_lse = reference.attend(q, pages, AttendParams(dim**-0.5))
     assert relative(out, wanted) < FLOAT
     assert torch.allclose(lse, wanted_lse, atol=1e-4, rtol=1e-5)
 
@@ -69,8 +69,8 @@ def test_attention_equals_the_reference(
 def test_attention_over_wide_codes_equals_the_reference(level: str, spec: str) -> None:
     pages = make_pages(codecs.get(spec), 2, 2, [128, 77], 96)
     q = torch.randn(2, 4, 3, 96)
-    out, lse = attend(q, pages, 0.1, level=level)
-    wanted, wanted_lse = reference.attend(q, pages, 0.1)
+    out, lse = attend(q, pages, AttendParams(0.1), level=level)
+    wanted, wanted_lse = reference.attend(q, pages, AttendParams(0.1))
     assert relative(out, wanted) < FLOAT
     assert torch.allclose(lse, wanted_lse, atol=1e-4, rtol=1e-5)
 
@@ -84,7 +84,7 @@ def test_every_code_is_read_as_its_codeword(level: str, bits: float) -> None:
     values = Packed(codec, tensors, (1, 2, 1, 64), torch.float32)
     keys = replace(values, role="key")
     q = torch.randn(1, 2, 1, 64)
-    out, lse = attend(q, Pages([(keys, values)]), 0.5, level=level)
+    out, lse = attend(q, Pages([(keys, values)]), AttendParams(0.5), level=level)
     assert relative(out, values.decode()) < FLOAT
     assert torch.allclose(lse, (q * keys.decode()).sum(-1) * 0.5, atol=1e-3, rtol=1e-4)
 
@@ -93,8 +93,8 @@ def test_every_code_is_read_as_its_codeword(level: str, bits: float) -> None:
 def test_attention_without_rotation_or_centre_equals_the_reference(level: str, variant: dict[str, bool]) -> None:
     pages = make_pages(JointHQMQ(4, **variant), 1, 2, [64, 50], 64)
     q = torch.randn(1, 4, 2, 64)
-    out, _ = attend(q, pages, 0.125, level=level)
-    assert relative(out, reference.attend(q, pages, 0.125)[0]) < FLOAT
+    out, _ = attend(q, pages, AttendParams(0.125), level=level)
+    assert relative(out, reference.attend(q, pages, AttendParams(0.125))[0]) < FLOAT
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_masks_windows_and_caps_equal_the_reference(level: str, rule: dict[str, 
         rule["mask"] = torch.rand(1, 4, 20, 192) > 0.3
     elif rule.get("mask") == "columns":
         rule["mask"] = (torch.rand(2, 1, 20, 300) > 0.3)[..., 50:242]  # a view, as the cache gives it
-    out, lse = attend(q, pages, 0.2, level=level, **rule)
-    wanted, wanted_lse = reference.attend(q, pages, 0.2, **rule)
+    out, lse = attend(q, pages, AttendParams(0.2, **rule), level=level)
+    wanted, wanted_lse = reference.attend(q, pages, AttendParams(0.2, **rule))
     assert relative(out, wanted) < FLOAT
     assert torch.equal(lse == -torch.inf, wanted_lse == -torch.inf)
     seen = wanted_lse > -torch.inf
@@ -132,7 +132,7 @@ def test_what_sees_nothing_is_zero(level: str) -> None:
     pages = make_pages(codecs.get("hqmq:3"), 1, 1, [64], 64)
     mask = torch.zeros(1, 1, 2, 64, dtype=torch.bool)
     mask[..., 1, 5] = True
-    out, lse = attend(torch.randn(1, 2, 2, 64), pages, 1.0, mask, level=level)
+    out, lse = attend(torch.randn(1, 2, 2, 64), pages, AttendParams(1.0, mask), level=level)
     assert (out[:, :, 0] == 0).all()
     assert (lse[:, :, 0] == -torch.inf).all()
     assert (out[:, :, 1] != 0).any()
@@ -143,7 +143,9 @@ def test_slices_that_begin_inside_a_group_equal_the_reference(level: str) -> Non
     whole = make_pages(codecs.get("hqmq:4"), 1, 2, [200], 64).pages[0]
     pages = Pages([(whole[0].slice(13, 171), whole[1].slice(13, 171))])
     q = torch.randn(1, 4, 1, 64)
-    assert relative(attend(q, pages, 0.1, level=level)[0], reference.attend(q, pages, 0.1)[0]) < FLOAT
+    assert (
+        relative(attend(q, pages, AttendParams(0.1), level=level)[0], reference.attend(q, pages, AttendParams(0.1))[0]) < FLOAT
+    )
 
 
 def test_zero_vectors_huge_ones_and_other_dtypes_equal_the_reference(level: str) -> None:
@@ -154,9 +156,9 @@ def test_zero_vectors_huge_ones_and_other_dtypes_equal_the_reference(level: str)
     pages = Pages([(codec.encode(k.bfloat16(), "key"), codec.encode(v.bfloat16()))])
     q = torch.randn(1, 2, 3, 64).bfloat16()
     q[:, :, 1] = 0
-    out, _ = attend(q, pages, 0.125, level=level)
+    out, _ = attend(q, pages, AttendParams(0.125), level=level)
     exact = Pages([(codec.encode(k.bfloat16().float(), "key"), codec.encode(v.bfloat16().float()))])
-    assert relative(out, reference.attend(q.float(), exact, 0.125)[0]) < FLOAT
+    assert relative(out, reference.attend(q.float(), exact, AttendParams(0.125))[0]) < FLOAT
 
 
 @pytest.mark.skipif(cpu.OPENMP is None, reason="torch has loaded no OpenMP runtime here")
@@ -176,11 +178,11 @@ def test_threads_do_not_change_the_result(threads: int, shared: bool) -> None:
         if not shared:
             cpu._cpu.use_openmp(0, 0)
         for _ in range(5):
-            out, lse = attend(q, pages, 0.1)
+            out, lse = attend(q, pages, AttendParams(0.1))
     finally:
         torch.set_num_threads(before)
         cpu._share_threads()
-    wanted, wanted_lse = reference.attend(q, pages, 0.1)
+    wanted, wanted_lse = reference.attend(q, pages, AttendParams(0.1))
     assert relative(out, wanted) < FLOAT
     assert torch.allclose(lse, wanted_lse, atol=1e-4)
 
@@ -189,25 +191,28 @@ def test_threads_do_not_change_the_result(threads: int, shared: bool) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dim", [20, 64])
 def test_kernels_by_hand_run_where_they_should(by_hand: str, spec: str, dim: int) -> None:
-    """Only they write queries in digits: for the plain loops, that run where they cannot, two are the same as three."""
+    """Only they write queries in limbs: for the plain loops, that run where they cannot, two are the same as three."""
     pages = make_pages(codecs.get(spec), 1, 2, [64, 50], dim)
     q = torch.randn(1, 6, 1, dim)
-    two, three = (cpu.attend(q, pages, 0.1, level=by_hand, digits=digits)[0] for digits in (2, 3))
+    two, three = (cpu.attend(q, pages, AttendParams(0.1), level=by_hand, limbs=limbs)[0] for limbs in (2, 3))
     assert not torch.equal(two, three)
     assert relative(two, three) < 1e-3
-    plain = (cpu.attend(q, pages, 0.1, level="portable", digits=digits)[0] for digits in (2, 3))
+    plain = (cpu.attend(q, pages, AttendParams(0.1), level="portable", limbs=limbs)[0] for limbs in (2, 3))
     assert torch.equal(*plain)
 
 
 @pytest.mark.parametrize("level", [level for level in cpu.levels() if level != "portable"])
-@pytest.mark.parametrize(("digits", "bound"), [(1, 1e-2), (2, 2e-4), (3, FLOAT)])
-def test_digits_bound_the_error(level: str, digits: int, bound: float) -> None:
+@pytest.mark.parametrize(("limbs", "bound"), [(1, 1e-2), (2, 2e-4), (3, FLOAT)])
+def test_limbs_bound_the_error(level: str, limbs: int, bound: float) -> None:
     codec, (k, v) = codecs.get("hqmq:4"), torch.randn(2, 1, 2, 700, 128)
     pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
     q = torch.randn(1, 8, 1, 128)
-    error = relative(cpu.attend(q, pages, 128**-0.5, level=level, digits=digits)[0], reference.attend(q, pages, 128**-0.5)[0])
+    error = relative(
+        cpu.attend(q, pages, AttendParams(128**-0.5), level=level, limbs=limbs)[0],
+        reference.attend(q, pages, AttendParams(128**-0.5))[0],
+    )
     assert error < bound
-    if digits < 3:
+    if limbs < 3:
         assert error > bound / 1000  # so that the argument does something
 
 
@@ -222,7 +227,7 @@ def test_many_small_weights_beside_large_ones_are_not_lost(level: str, peak: flo
     pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
     q = torch.zeros(1, 1, 1, 64)
     q[..., 0] = 1
-    error = relative(cpu.attend(q, pages, 1.0, level=level)[0], reference.attend(q, pages, 1.0)[0])
+    error = relative(cpu.attend(q, pages, AttendParams(1.0), level=level)[0], reference.attend(q, pages, AttendParams(1.0))[0])
     assert error < 1e-3
 
 
@@ -230,9 +235,9 @@ def test_many_small_weights_beside_large_ones_are_not_lost(level: str, peak: flo
 def test_a_broken_query_gives_nan_and_harms_no_other(level: str, bad: float) -> None:
     pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
     q = torch.randn(1, 2, 3, 64)
-    sound = attend(q, pages, 0.1, level=level)[0]
+    sound = attend(q, pages, AttendParams(0.1), level=level)[0]
     q[0, 1, 2, 7] = bad
-    out, lse = attend(q, pages, 0.1, level=level)
+    out, lse = attend(q, pages, AttendParams(0.1), level=level)
     assert out[0, 1, 2].isnan().all()
     assert lse[0, 1, 2].isnan()
     out[0, 1, 2] = sound[0, 1, 2]
@@ -241,14 +246,14 @@ def test_a_broken_query_gives_nan_and_harms_no_other(level: str, bad: float) -> 
 
 def test_no_queries_give_nothing(level: str) -> None:
     pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
-    out, lse = attend(torch.randn(1, 2, 0, 64), pages, 0.1, level=level)
+    out, lse = attend(torch.randn(1, 2, 0, 64), pages, AttendParams(0.1), level=level)
     assert out.shape == (1, 2, 0, 64)
     assert lse.shape == (1, 2, 0)
 
 
 def test_no_keys_are_seen_by_nobody(level: str) -> None:
     pages = make_pages(codecs.get("hqmq:4"), 1, 1, [0], 64)
-    out, lse = attend(torch.randn(1, 2, 1, 64), pages, 0.1, level=level)
+    out, lse = attend(torch.randn(1, 2, 1, 64), pages, AttendParams(0.1), level=level)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
 
@@ -259,7 +264,7 @@ def test_damaged_codes_are_read_as_something_finite(level: str) -> None:
     keys, values = codec.encode(k, "key"), codec.encode(k)
     for packed in (keys, values):
         packed.tensors["codes"].fill_(255)
-    out, lse = attend(torch.randn(1, 1, 1, 64), Pages([(keys, values)]), 0.1, level=level)
+    out, lse = attend(torch.randn(1, 1, 1, 64), Pages([(keys, values)]), AttendParams(0.1), level=level)
     assert torch.isfinite(out).all()
     assert torch.isfinite(lse).all()
 
@@ -270,22 +275,22 @@ def test_backends_are_chosen_forced_and_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cpu, "attend", lambda *a, **k: (ran.append(str(k["level"])), real(*a, **k))[1])
     pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
     q = torch.randn(1, 1, 1, 64)
-    dispatch.attend(q, pages, 0.1)
-    dispatch.attend(q, pages, 0.1, backend="cpu:portable")
+    dispatch.attend(q, pages, AttendParams(0.1))
+    dispatch.attend(q, pages, AttendParams(0.1), backend="cpu:portable")
     assert ran == ["None", "portable"]
-    dispatch.attend(q, pages, 0.1, backend="reference")
+    dispatch.attend(q, pages, AttendParams(0.1), backend="reference")
     monkeypatch.setenv("TESSERA_BACKEND", "reference")
-    dispatch.attend(q, pages, 0.1)
+    dispatch.attend(q, pages, AttendParams(0.1))
     assert len(ran) == 2
     monkeypatch.setenv("TESSERA_BACKEND", "fpga")
     with pytest.raises(ValueError, match="no backend 'fpga'; there are auto, reference, cpu"):
-        dispatch.attend(q, pages, 0.1)
+        dispatch.attend(q, pages, AttendParams(0.1))
     monkeypatch.delenv("TESSERA_BACKEND")
     other = make_pages(codecs.get("q4_0"), 1, 1, [64], 64)
-    dispatch.attend(q, other, 0.1)
+    dispatch.attend(q, other, AttendParams(0.1))
     assert len(ran) == 2
     with pytest.raises(ValueError, match="no kernel for q4_0"):
-        dispatch.attend(q, other, 0.1, backend="cpu")
+        dispatch.attend(q, other, AttendParams(0.1), backend="cpu")
 
 
 @pytest.mark.slow
@@ -303,11 +308,11 @@ def test_where_no_compiler_works_a_wheel_without_kernels_is_built(tmp_path: Path
 def test_without_kernels_the_definition_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
     q = torch.randn(1, 1, 1, 64)
-    with_kernels = dispatch.attend(q, pages, 0.1)[0]
+    with_kernels = dispatch.attend(q, pages, AttendParams(0.1))[0]
     monkeypatch.setattr(cpu, "MISSING", "no compiler was there")
     dispatch.say_once.cache_clear()
     with pytest.warns(UserWarning, match="plain PyTorch, which is slow: no compiler was there"):
-        without = dispatch.attend(q, pages, 0.1)[0]
+        without = dispatch.attend(q, pages, AttendParams(0.1))[0]
     assert relative(with_kernels, without) < 1e-3
     for spec in ("hqmq:4", "hqmq:s24_r2"):
         dispatch.say_once.cache_clear()
@@ -317,15 +322,15 @@ def test_without_kernels_the_definition_runs_and_says_so_once(monkeypatch: pytes
         warnings.simplefilter("error")
         codecs.get("hqmq:4").encode(torch.randn(1, 1, 2, 64)).decode()
     with pytest.raises(ValueError, match="backend 'cpu' cannot run: no compiler was there"):
-        dispatch.attend(q, pages, 0.1, backend="cpu")
+        dispatch.attend(q, pages, AttendParams(0.1), backend="cpu")
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     pages = make_pages(codecs.get("hqmq:4"), 1, 2, [64], 64)
     with pytest.raises(ValueError, match="do not fit keys"):
-        attend(torch.randn(1, 3, 1, 64), pages, 0.1)
+        attend(torch.randn(1, 3, 1, 64), pages, AttendParams(0.1))
     with pytest.raises(ValueError, match="does not fit"):
-        attend(torch.randn(1, 2, 1, 64), pages, 0.1, torch.ones(1, 1, 1, 63, dtype=torch.bool))
+        attend(torch.randn(1, 2, 1, 64), pages, AttendParams(0.1, torch.ones(1, 1, 1, 63, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize(

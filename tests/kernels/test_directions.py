@@ -10,7 +10,7 @@ from kernel_inputs import make_pages, relative
 
 from tessera import codecs
 from tessera.codecs.hqmq import HQMQ
-from tessera.kernels import Pages, cpu, dispatch, reference
+from tessera.kernels import AttendParams, Pages, cpu, directions, dispatch, reference
 from tessera.quaternion import conjugate, right_matrix
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
@@ -62,8 +62,8 @@ def test_attention_equals_the_reference(
 ) -> None:
     pages = make_pages(codec_of(spec), batch, kv_heads, sizes, dim)
     q = torch.randn(batch, heads, queries, dim)
-    out, lse = cpu.attend(q, pages, dim**-0.5, level=level)
-    wanted, wanted_lse = reference.attend(q, pages, dim**-0.5)
+    out, lse = cpu.attend(q, pages, AttendParams(dim**-0.5), level=level)
+    wanted, wanted_lse = reference.attend(q, pages, AttendParams(dim**-0.5))
     assert relative(out, wanted) < FLOAT
     assert torch.allclose(lse, wanted_lse, atol=1e-4, rtol=1e-5)
 
@@ -81,8 +81,8 @@ def test_masks_windows_and_caps_equal_the_reference(level: str, rule: dict[str, 
     rule = dict(rule)
     if "mask" in rule:
         rule["mask"] = torch.rand(2, 1, 20, 192) > 0.3
-    out, lse = cpu.attend(q, pages, 0.2, level=level, **rule)
-    wanted, wanted_lse = reference.attend(q, pages, 0.2, **rule)
+    out, lse = cpu.attend(q, pages, AttendParams(0.2, **rule), level=level)
+    wanted, wanted_lse = reference.attend(q, pages, AttendParams(0.2, **rule))
     assert relative(out, wanted) < FLOAT
     assert torch.allclose(lse, wanted_lse, atol=1e-4, rtol=1e-5)
 
@@ -93,7 +93,10 @@ def test_layers_have_codebooks_of_their_own(level: str) -> None:
     q = torch.randn(1, 2, 1, 64)
     for layer in (0, 7):
         pages = Pages([(codec.encode(x, "key", layer), codec.encode(x, "value", layer))])
-        assert relative(cpu.attend(q, pages, 0.2, level=level)[0], reference.attend(q, pages, 0.2)[0]) < FLOAT
+        assert (
+            relative(cpu.attend(q, pages, AttendParams(0.2), level=level)[0], reference.attend(q, pages, AttendParams(0.2))[0])
+            < FLOAT
+        )
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -113,18 +116,21 @@ def test_slices_and_selections_of_outliers_equal_the_reference(level: str) -> No
     keys, values = (packed.select(torch.tensor([1, 1])).slice(13, 171) for packed in whole)
     pages = Pages([(keys, values)])
     q = torch.randn(2, 4, 1, 64)
-    assert relative(cpu.attend(q, pages, 0.1, level=level)[0], reference.attend(q, pages, 0.1)[0]) < FLOAT
+    assert (
+        relative(cpu.attend(q, pages, AttendParams(0.1), level=level)[0], reference.attend(q, pages, AttendParams(0.1))[0])
+        < FLOAT
+    )
 
 
 def test_threads_do_not_change_the_result() -> None:
     pages = make_pages(codec_of("hqmq:s96_r4_med3"), 1, 1, [1024, 1024, 333], 64)
     q = torch.randn(1, 2, 1, 64)
-    wanted = reference.attend(q, pages, 0.2)[0]
+    wanted = reference.attend(q, pages, AttendParams(0.2))[0]
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            assert relative(cpu.attend(q, pages, 0.2)[0], wanted) < FLOAT
+            assert relative(cpu.attend(q, pages, AttendParams(0.2))[0], wanted) < FLOAT
     finally:
         torch.set_num_threads(before)
 
@@ -141,7 +147,7 @@ def test_damaged_codes_and_flags_are_read_as_something_finite(level: str, field:
         if field == "flags":
             packed.tensors["flags"][..., 0] = 0
             packed.tensors["flags"][..., 1] = 254  # the ninth chunk is the last
-    out, lse = cpu.attend(torch.randn(1, 1, 1, 36), Pages([(keys, values)]), 0.1, level=level)
+    out, lse = cpu.attend(torch.randn(1, 1, 1, 36), Pages([(keys, values)]), AttendParams(0.1), level=level)
     assert torch.isfinite(out).all()
     assert torch.isfinite(lse).all()
 
@@ -149,11 +155,11 @@ def test_damaged_codes_and_flags_are_read_as_something_finite(level: str, field:
 def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = make_pages(codec_of("hqmq:s96_r4_med3"), 1, 1, [64], 64)
     monkeypatch.setattr(HQMQ, "decode_reference", lambda *_: pytest.fail("the definition ran"))
-    dispatch.attend(torch.randn(1, 1, 1, 64), pages, 0.1)
+    dispatch.attend(torch.randn(1, 1, 1, 64), pages, AttendParams(0.1))
     pages.decode()
     with pytest.raises(pytest.fail.Exception, match="the definition ran"):
-        dispatch.attend(torch.randn(1, 1, 1, 64), pages, 0.1, backend="reference")
-    monkeypatch.setattr(dispatch, "reference_nearest_directions", lambda *_: pytest.fail("the definition ran"))
+        dispatch.attend(torch.randn(1, 1, 1, 64), pages, AttendParams(0.1), backend="reference")
+    monkeypatch.setattr(directions, "nearest_directions", lambda *_: pytest.fail("the definition ran"))
     codec_of("hqmq:s96_r4").encode(torch.randn(1, 1, 3, 64))
 
 

@@ -15,7 +15,7 @@ from tessera.codecs.pages import block_layout, write
 from tessera.kernels import cpu, dispatch, paged, triton
 from tessera.kernels.paged import GROUP, BlockLayout, Step
 
-#: Every backend that can run here; the AVX-512 kernel with three digits is as exact as float32 sums.
+#: Every backend that can run here; the AVX-512 kernel with three limbs is as exact as float32 sums.
 LEVELS = ("reference", *(f"cpu:{level}" for level in cpu.levels()))
 
 

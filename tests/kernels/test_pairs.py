@@ -16,7 +16,7 @@ from tessera import codecs
 from tessera.codecs.hqmq import HQMQ
 from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.codecs.pair import Pair
-from tessera.kernels import Pages, cpu, dispatch, reference
+from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.products import ProductFormat
 
@@ -36,8 +36,8 @@ SPECS = (
     "(k=hqmq:s96_r4_med3,v=hqmq:o170_r4)",
 )
 
-#: With three digits the queries are as exact as float32 sums.
-attend = partial(cpu.attend, digits=3)
+#: With three limbs the queries are as exact as float32 sums.
+attend = partial(cpu.attend, limbs=3)
 
 
 @pytest.fixture(params=cpu.levels())
@@ -45,15 +45,15 @@ def level(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def defined(*args: Any, **rule: Any) -> tuple[Tensor, Tensor]:
+def defined(q: Tensor, pages: Pages, scale: float, **rule: Any) -> tuple[Tensor, Tensor]:
     """`reference.attend`, decoded by the definition: or it would share the kernel's mistakes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TESSERA_BACKEND", "reference")
-        return reference.attend(*args, **rule)
+        return reference.attend(q, pages, AttendParams(scale, **rule))
 
 
 def equals_the_reference(level: str, q: Tensor, pages: Pages, scale: float, **rule: Any) -> None:
-    out, lse = attend(q, pages, scale, level=level, **rule)
+    out, lse = attend(q, pages, AttendParams(scale, **rule), level=level)
     wanted, wanted_lse = defined(q, pages, scale, **rule)
     assert relative(out, wanted) < FLOAT
     assert torch.equal(lse == -torch.inf, wanted_lse == -torch.inf)
@@ -118,7 +118,7 @@ def test_the_kernel_is_what_runs(spec: str, monkeypatch: pytest.MonkeyPatch) -> 
     for codec in (JointHQMQ, HQMQ):
         monkeypatch.setattr(codec, "decode_reference", lambda *_: pytest.fail("the definition ran"))
     monkeypatch.setattr(reference, "attend", lambda *_, **__: pytest.fail("the definition ran"))
-    dispatch.attend(torch.randn(1, 1, 1, 64), pages, 0.1)
+    dispatch.attend(torch.randn(1, 1, 1, 64), pages, AttendParams(0.1))
     pages.decode()
 
 
@@ -128,15 +128,15 @@ def test_where_one_has_no_kernel_the_definition_runs_without_a_word(spec: str) -
     q = torch.randn(1, 4, 2, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out, lse = dispatch.attend(q, pages, 0.1, start=150)
+        out, lse = dispatch.attend(q, pages, AttendParams(0.1, start=150))
     wanted, wanted_lse = defined(q, pages, 0.1, start=150)
     assert relative(out, wanted) < FLOAT
     assert torch.allclose(lse, wanted_lse, atol=1e-4)
     if cpu.MISSING is None:
         with pytest.raises(ValueError, match="backend 'cpu' cannot run: there is no kernel for q8_0"):
-            dispatch.attend(q, pages, 0.1, backend="cpu")
+            dispatch.attend(q, pages, AttendParams(0.1), backend="cpu")
     with pytest.raises(ValueError, match="there is no kernel for q8_0"):
-        pages.check(q, None)
+        pages.check(q, AttendParams(0.1))
 
 
 def test_pages_know_the_formats_of_keys_and_of_values() -> None:
@@ -149,7 +149,11 @@ def test_pages_know_the_formats_of_keys_and_of_values() -> None:
         pages = Pages([(codecs.get(key).encode(x, "key"), codecs.get(value).encode(x, "value"))])
         assert tuple(codec.spec for codec in pages.codecs) == (key, value)
         assert tuple(map(type, pages.form())) == kinds
-        assert pages.check(q, None) == pages.form() == (pages.codecs[0].kernel_format(32), pages.codecs[1].kernel_format(32))
+        assert (
+            pages.check(q, AttendParams(0.1))
+            == pages.form()
+            == (pages.codecs[0].kernel_format(32), pages.codecs[1].kernel_format(32))
+        )
     pages = Pages([(codecs.get("q8_0").encode(x, "key"), codecs.get("hqmq:3").encode(x, "value"))])
     assert pages.form()[0] is None
     assert pages.form()[1] is codecs.get("hqmq:3").kernel_format(32)

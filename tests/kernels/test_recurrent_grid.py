@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import cpu, dispatch
-from tessera.kernels.grid import Gates, Steps, advance, linear_scan, outer, stencil
+from tessera.kernels.recurrent_grid import Gates, Steps, advance, linear_scan, outer, stencil
 from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
 

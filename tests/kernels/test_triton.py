@@ -12,7 +12,7 @@ from kernel_inputs import make_pages, random_codes, relative
 from tessera import codecs
 from tessera.codecs.codebooks import joint
 from tessera.codecs.hqmq_joint import JointHQMQ, words_of
-from tessera.kernels import Pages, dispatch, reference, triton
+from tessera.kernels import AttendParams, Pages, dispatch, reference, triton
 from tessera.kernels.triton.tables import LOOKUPS
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -33,8 +33,8 @@ def check(codec: Any, shape: tuple[int, int, int, int], sizes: list[int], dim: i
     q = torch.randn(batch, heads, queries, dim)
     how = {name: rule.pop(name) for name in ("splits", "lookup") if name in rule}
     on_device = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in rule.items()}
-    out, lse = triton.attend(q.to(DEVICE), moved(pages), dim**-0.5, **how, **on_device)
-    wanted, wanted_lse = reference.attend(q, pages, dim**-0.5, **rule)
+    out, lse = triton.attend(q.to(DEVICE), moved(pages), AttendParams(dim**-0.5, **on_device), **how)
+    wanted, wanted_lse = reference.attend(q, pages, AttendParams(dim**-0.5, **rule))
     assert relative(out.cpu(), wanted) < HALF
     assert torch.equal(lse.cpu() == -torch.inf, wanted_lse == -torch.inf)
     seen = wanted_lse > -torch.inf
@@ -52,8 +52,8 @@ def test_keys_beside_values_of_other_bits_equal_the_reference(key: float, value:
     codec = codecs.get(f"hqmq:k{key}v{value}")
     pages = Pages([(random_codes(codec, (1, 2, n, 80), "key"), random_codes(codec, (1, 2, n, 80), "value")) for n in (64, 21)])
     q = torch.randn(1, 4, 2, 80)
-    out, lse = triton.attend(q.to(DEVICE), moved(pages), 0.02, start=70)
-    wanted, wanted_lse = reference.attend(q, pages, 0.02, start=70)
+    out, lse = triton.attend(q.to(DEVICE), moved(pages), AttendParams(0.02, start=70))
+    wanted, wanted_lse = reference.attend(q, pages, AttendParams(0.02, start=70))
     assert relative(out.cpu(), wanted) < HALF
     assert torch.allclose(lse.cpu(), wanted_lse, atol=2e-2, rtol=1e-3)
 
@@ -140,11 +140,11 @@ def test_pages_that_begin_inside_a_group_and_pages_of_nothing() -> None:
     cuts = [(0, 0), (5, 70), (70, 131), (140, 140), (150, 200)]
     pages = Pages([(keys.slice(a, b), values.slice(a, b)) for a, b in cuts])
     q = torch.randn(2, 4, 3, 80)
-    out, lse = triton.attend(q.to(DEVICE), moved(pages), 0.1, start=170, window=150)
-    wanted, wanted_lse = reference.attend(q, pages, 0.1, start=170, window=150)
+    out, lse = triton.attend(q.to(DEVICE), moved(pages), AttendParams(0.1, start=170, window=150))
+    wanted, wanted_lse = reference.attend(q, pages, AttendParams(0.1, start=170, window=150))
     assert relative(out.cpu(), wanted) < HALF
     assert torch.allclose(lse.cpu(), wanted_lse, atol=2e-2, rtol=1e-3)
-    out, lse = triton.attend(q.to(DEVICE), moved(Pages(pages.pages[:1])), 0.1)
+    out, lse = triton.attend(q.to(DEVICE), moved(Pages(pages.pages[:1])), AttendParams(0.1))
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
 
@@ -156,8 +156,8 @@ def test_a_narrowed_channel_that_the_query_hardly_has_does_not_cost_the_others_t
     q = torch.randn(1, 1, 2, 64)
     q[..., 1] *= 1e-6
     pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
-    out, _ = triton.attend(q.to(DEVICE), moved(pages), 0.3)
-    assert relative(out.cpu(), reference.attend(q, pages, 0.3)[0]) < HALF
+    out, _ = triton.attend(q.to(DEVICE), moved(pages), AttendParams(0.3))
+    assert relative(out.cpu(), reference.attend(q, pages, AttendParams(0.3))[0]) < HALF
 
 
 @pytest.mark.parametrize("role", ["key", "value"])
@@ -193,7 +193,7 @@ def test_parts_are_merged_as_defined() -> None:
 def test_what_sees_nothing_is_zero() -> None:
     pages = make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64)
     mask = torch.zeros(1, 1, 1, 64, dtype=torch.bool, device=DEVICE)
-    out, lse = triton.attend(torch.randn(1, 2, 1, 64, device=DEVICE), moved(pages), 1.0, mask)
+    out, lse = triton.attend(torch.randn(1, 2, 1, 64, device=DEVICE), moved(pages), AttendParams(1.0, mask))
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
 
@@ -204,14 +204,14 @@ def test_the_dispatcher_takes_it_when_asked(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(triton, "attend", lambda *a, **k: (ran.append(1), real(*a, **k))[1])
     pages = moved(make_pages(codecs.get("hqmq:4"), 1, 1, [64], 64))
     q = torch.randn(1, 1, 1, 64, device=DEVICE)
-    dispatch.attend(q, pages, 0.1, backend="triton")
-    dispatch.attend(q, pages, 0.1)
+    dispatch.attend(q, pages, AttendParams(0.1), backend="triton")
+    dispatch.attend(q, pages, AttendParams(0.1))
     assert len(ran) == (2 if DEVICE == "cuda" else 1)
-    dispatch.attend(q, moved(make_pages(codecs.get("hqmq:k4v3"), 1, 1, [64], 64)), 0.1, backend="triton")
+    dispatch.attend(q, moved(make_pages(codecs.get("hqmq:k4v3"), 1, 1, [64], 64)), AttendParams(0.1), backend="triton")
     assert len(ran) == (3 if DEVICE == "cuda" else 2)
     for spec, lacking in (("q4_0", "q4_0"), ("(k=q4_0,v=hqmq:3)", "q4_0"), ("(k=hqmq:4,v=hqmq:s24_r2)", "hqmq:s24_r2")):
         with pytest.raises(ValueError, match=f"no Triton kernel for {lacking}"):
-            dispatch.attend(q, moved(make_pages(codecs.get(spec), 1, 1, [64], 64)), 0.1, backend="triton")
+            dispatch.attend(q, moved(make_pages(codecs.get(spec), 1, 1, [64], 64)), AttendParams(0.1), backend="triton")
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])

@@ -10,7 +10,7 @@ from torch import Tensor
 from tessera import codecs
 from tessera.cache.tiers import QuantizedTier
 from tessera.codecs.key_stats import KeyStats
-from tessera.kernels import Pages, cpu, reference, triton
+from tessera.kernels import AttendParams, Pages, cpu, reference, triton
 
 #: Rows, query heads, key heads, tokens of queries, head_dim.
 SHAPES = [(1, 4, 2, 1, 64), (3, 6, 2, 5, 32), (2, 3, 3, 1, 128), (1, 10, 2, 3, 20)]
@@ -38,7 +38,7 @@ def by_hand(q: Tensor, pages: Pages) -> Tensor:
 def test_the_definition_reads_decoded_keys(spec: str, rows: int, q_heads: int, heads: int, queries: int, dim: int) -> None:
     held, k, _ = tier(spec, rows, heads, dim)
     q = torch.randn(rows, q_heads, queries, dim) / 4
-    assert relative(reference.attend(q, held.view, 1.0)[0], by_hand(q, held.view)) < 1e-5
+    assert relative(reference.attend(q, held.view, AttendParams(1.0))[0], by_hand(q, held.view)) < 1e-5
     assert relative(held.view.decode()[0], k) < 0.2
     assert torch.equal(held.view.narrowed(q), held.view.narrowed(q.transpose(1, 2).contiguous().transpose(1, 2)))
 
@@ -51,10 +51,10 @@ def test_the_cpp_kernels_do(spec: str, level: str, rows: int, q_heads: int, head
     held, _, _ = tier(spec, rows, heads, dim)
     q = torch.randn(rows, q_heads, queries, dim) / 4
     assert torch.equal(cpu._narrowed(q, held.view), held.view.narrowed(q))
-    out, _ = cpu.attend(q, held.view, 1.0, level=level, digits=3)
+    out, _ = cpu.attend(q, held.view, AttendParams(1.0), level=level, limbs=3)
     assert relative(out, by_hand(q, held.view)) < 1e-4
     for part in (q.bfloat16(), q.transpose(1, 2).contiguous().transpose(1, 2)):
-        assert relative(cpu.attend(part, held.view, 1.0, level=level)[0], by_hand(part.float(), held.view)) < 2e-3
+        assert relative(cpu.attend(part, held.view, AttendParams(1.0), level=level)[0], by_hand(part.float(), held.view)) < 2e-3
 
 
 @pytest.mark.skipif(triton.missing() is not None or not triton.interpreted(), reason="Triton is not interpreted here")
@@ -63,4 +63,4 @@ def test_the_triton_kernels_do(rows: int, q_heads: int, heads: int, queries: int
     held, _, _ = tier("hqmq:4", rows, heads, dim)
     q = torch.randn(rows, q_heads, queries, dim) / 4
     assert triton.attend_refusal(q, held.view) is None
-    assert relative(triton.attend(q, held.view, 1.0)[0], by_hand(q, held.view)) < 1e-2
+    assert relative(triton.attend(q, held.view, AttendParams(1.0))[0], by_hand(q, held.view)) < 1e-2

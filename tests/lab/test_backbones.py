@@ -80,8 +80,8 @@ def test_everything_learns(kind: Any) -> None:
     ("fields", "message"),
     [
         ({"kind": "thin"}, "kind must be one of 'plain', 'wide', 'slots', 'memory', got 'thin'"),
-        ({"attention": "window:0"}, "as in 'window:8', got 'window:0'"),
-        ({"attention": "dense"}, "got 'dense'"),
+        ({"attention": "window:0"}, "as in 'window:8'; got '0'"),
+        ({"attention": "dense"}, "unknown word 'dense' in 'dense'"),
         ({"width": 18}, "even multiple of the 2 heads, got 18"),
         ({"layers": 0}, "layers must be at least 1"),
         ({"memory": TensorMemoryConfig(anchored=True)}, "places have 0"),

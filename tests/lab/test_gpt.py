@@ -116,7 +116,7 @@ def test_a_window_is_that_of_the_cache_over_a_llama() -> None:
 @pytest.mark.parametrize(
     ("spec", "memory", "message"),
     [
-        ("infini", None, "needs the length of a segment"),
+        ("infini", None, "needs a whole number of tokens of at least 1, as in .infini:64."),
         ("hqmq:4", None, "for caches, not for training"),
         ("window:0", None, "at least 1 token"),
         ("window:8", {"rule": "outer"}, "which has none; add 'tc'"),

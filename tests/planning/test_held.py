@@ -8,8 +8,8 @@ from cache_fixtures import GROUPED
 from cache_models import FAMILIES, make, tokens
 
 import tessera
-from tessera.cache.config import read_config
-from tessera.cache.spec import parse
+from tessera.cache.model_config import read_config
+from tessera.cache.per_layer import parse
 from tessera.planning.held import Held, held, steady_after
 
 SPECS = [
@@ -24,6 +24,10 @@ SPECS = [
     "sink:200 + q4_0",
     "kivi:4 + recent:16",
     f"sink:1 + {GROUPED}@256 + recent:3",
+    "sink:4 + hqmq:4@128 + hqmq:3 + recent:16",
+    "hqmq:4@64 + kivi:4@128 + q4_0@64 + recent:8",
+    "sink:2 + hqmq:4/top:128 + recent:16",
+    "{0: sink:4 + hqmq:5 + recent:16; *: hqmq:3@128 + recent:20}",
 ]
 SOME = ["llama", "mistral", "qwen2-sliding", "gemma3", "gpt-neox"]
 #: Around the first tokens, the 128 that are learned from, blocks of 64 behind sinks and `recent`, windows, pages of 1,024.
@@ -98,3 +102,12 @@ def test_what_is_read_is_what_is_held_without_free_room() -> None:
 def test_a_codec_whose_bytes_depend_on_the_numbers_is_refused() -> None:
     with pytest.raises(ValueError, match="depend on the numbers"):
         held(parse("hqmq:s96_r4_med3"), [((2, 16), None)], torch.float32, 1, [300])
+
+
+def test_sparse_reading_reads_the_best_blocks_and_the_summaries_of_the_others() -> None:
+    layers: list[tuple[tuple[int, int], int | None]] = [((8, 64), None)]
+    specs = (parse(f"hqmq:4{top}") for top in ("", "/top:640"))
+    everything, best = (held(spec, layers, torch.bfloat16, 1, [6400])[6400] for spec in specs)
+    assert best.nbytes == everything.nbytes
+    codes, value_scales = 2 * 8 * 6400 * 32, 8 * 6400
+    assert everything.read - best.read == (codes + value_scales) * 9 // 10

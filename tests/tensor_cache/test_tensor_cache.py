@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from tessera.attention import attention_forward
 from tessera.tensor_cache import TensorCache, TensorCacheConfig, TensorCacheState
-from tessera.tensor_cache.gated import MemoryCall, TensorCacheLayer
+from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 
 HEADS, GROUP, DIM = 2, 3, 8
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -9,9 +9,9 @@ from torch import nn
 from tessera.adapters.attached import AttachedMemory
 from tessera.attention import SlidingWindow, enable, restore, unsupported
 from tessera.cache.cache_layer import ATTACHED, ATTENTION
-from tessera.cache.config import check_shapes, read_config
+from tessera.cache.model_config import check_shapes, read_config
 from tessera.tensor_cache.config import TensorCacheConfig
-from tessera.tensor_cache.gated import MemoryCall, TensorCacheLayer
+from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 from tessera.tensor_cache.rotary import phase_of
 
 #: Where an attention module keeps its memory.

@@ -19,8 +19,8 @@ from tessera.adapters.hooks import MemoryHooks
 from tessera.adapters.probe import check_form
 from tessera.cache.cache_layer import ATTACHED
 from tessera.tensor_memory.config import TensorMemoryConfig
-from tessera.tensor_memory.gated import make_layers, make_memory
-from tessera.tensor_memory.module import TensorMemory
+from tessera.tensor_memory.gated_layer import make_layers, make_memory
+from tessera.tensor_memory.tensor_memory import TensorMemory
 
 #: Where a model keeps its memory.
 MEMORY = "tensor_memory"

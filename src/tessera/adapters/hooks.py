@@ -19,9 +19,9 @@ from tessera.adapters.streams import advance_documents, known_stream, stream_of,
 from tessera.adapters.tokens import PACKED, Tokens, read_tokens
 from tessera.cache.layer_states import stateful
 from tessera.cache.stream import Stream
-from tessera.tensor_memory.gated import TensorMemoryLayer
-from tessera.tensor_memory.module import TensorMemory
+from tessera.tensor_memory.gated_layer import TensorMemoryLayer
 from tessera.tensor_memory.state import TensorMemoryState
+from tessera.tensor_memory.tensor_memory import TensorMemory
 
 
 class Call:

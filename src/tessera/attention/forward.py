@@ -18,7 +18,7 @@ from tessera.attention.windowed import SlidingWindow, Softmax, dense, windowed
 from tessera.cache.cache_layer import ATTENTION, DeferredKV
 from tessera.cache.masks import by_lengths, check_absorbed, documents
 from tessera.cache.truncated_bptt import Segment
-from tessera.tensor_cache.gated import MemoryCall
+from tessera.tensor_cache.gated_read import MemoryCall
 from tessera.tensor_cache.infini import Infini
 
 #: What the mask of a cache with slots for tokens to come, as transformers' StaticCache, says of their number.
@@ -46,10 +46,10 @@ def attention_forward(
     Args:
         module: the model's attention module.
         query: (batch, q_heads, tokens, head_dim).
-        key: a handle from `tessera.Cache`, or keys (batch, kv_heads, slots, head_dim) from anywhere else.
+        key: deferred keys or values from `tessera.Cache`, or keys (batch, kv_heads, slots, head_dim) from anywhere else.
         value: likewise.
         attention_mask: (batch or 1, heads or 1, tokens, slots), True where a query sees a slot, or None: causal.
-        dropout: of the attention weights; only without a handle.
+        dropout: of the attention weights; only without deferred keys.
         scaling: of the scores; None: head_dim ** -0.5.
         softcap: scores become softcap · tanh(score / softcap).
         s_aux: (q_heads,) logits of sinks that take part in the softmax and give nothing.

@@ -21,7 +21,7 @@ class Call:
     Attributes:
         module: the model's attention module.
         query: (batch, q_heads, tokens, head_dim), after the rotary embedding.
-        key: (batch, kv_heads, slots, head_dim), likewise; a handle where the call is made through a `tessera.Cache`.
+        key: (batch, kv_heads, slots, head_dim), likewise; deferred where the call is made through a `tessera.Cache`.
         value: likewise, without a rotary embedding.
         mask: (batch or 1, heads or 1, tokens, slots), or None: causal.
         options: whatever else was given by name, "scaling" among it.

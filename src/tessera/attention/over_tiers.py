@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -13,12 +15,12 @@ from tessera.cache.cache_layer import DeferredKV
 from tessera.cache.group import StepContext
 from tessera.cache.masks import GroupMask, Runs
 from tessera.cache.tiers import KVSource, TensorCacheTier
-from tessera.kernels import Pages, dispatch
-from tessera.tensor_cache.gated import MemoryCall, TensorCacheLayer
+from tessera.kernels import AttendParams, Pages, dispatch
+from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 
 
 def over_tiers(
-    module: nn.Module, query: Tensor, handle: DeferredKV, mask: Tensor | None, softmax: Softmax, call: MemoryCall | None
+    module: nn.Module, query: Tensor, deferred: DeferredKV, mask: Tensor | None, softmax: Softmax, call: MemoryCall | None
 ) -> Tensor:
     """Attention to all that a layer of a cache holds; arguments as of `attention_forward`.
 
@@ -27,7 +29,7 @@ def over_tiers(
     if softmax.dropout:
         raise ValueError("attention dropout and tessera.Cache do not go together; call model.eval()")
     scale = query.shape[-1] ** -0.5 if softmax.scaling is None else softmax.scaling
-    layer = handle.layer
+    layer = deferred.layer
     memory = call.memory if call is not None and layer.policy.tensor_cache else None
     positions = None if memory is None or call is None else call.positions_of(query)
     steps = layer.begin_step(mask, positions, query)
@@ -144,32 +146,37 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
             start = window = None
         if source.unmasked:
             seen = start = window = None
-        if isinstance(source.held, Pages) and source.top is not None and source.top < source.tokens:
-            results.append(_sparsely(q, source, scale, softmax.softcap, seen, start, window))
-        elif isinstance(source.held, Pages):
-            results.append(
-                dispatch.attend(q, source.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window)
-            )
+        params = AttendParams(scale, seen, softmax.softcap, start, window)
+        if isinstance(source.held, Pages):
+            results.append(_over_pages(q, source, source.held, params))
         else:
-            results.append(
-                dispatch.attend_exact(q, *source.held, scale, mask=seen, softcap=softmax.softcap, start=start, window=window)
-            )
+            results.append(dispatch.attend_exact(q, *source.held, params))
     if softmax.s_aux is not None:
         lse = softmax.s_aux.float().view(1, -1, 1).expand(q.shape[:3])
         results.append((torch.zeros_like(results[0][0]), lse))
     return dispatch.merge(results)[0]
 
 
-def _sparsely(
-    q: Tensor, source: KVSource, scale: float, softcap: float | None, mask: Tensor | None, start: int | None, window: int | None
-) -> tuple[Tensor, Tensor]:
+def _over_pages(q: Tensor, source: KVSource, pages: Pages, params: AttendParams) -> tuple[Tensor, Tensor]:
+    """Partial attention to quantised tokens, where they lie; arguments as of `dispatch.attend`."""
+    here, there = q.device, pages.pages[0][0].device
+    if here != there:
+        q, params = q.to(there), replace(params, mask=None if params.mask is None else params.mask.to(there))
+    if source.top is not None and source.top < source.tokens:
+        out, lse = _sparsely(q, source, params)
+    else:
+        out, lse = dispatch.attend(q, pages, params)
+    return out.to(here), lse.to(here)
+
+
+def _sparsely(q: Tensor, source: KVSource, params: AttendParams) -> tuple[Tensor, Tensor]:
     """Partial attention of queries to the blocks of a source that promise most; arguments as of `dispatch.attend`."""
     assert isinstance(source.held, Pages)
     parts = []
     for part, chosen in select.in_turn(q, source):
-        seen = chosen if mask is None else chosen & mask[:, :, part]
-        place = None if start is None else start + part.start
-        parts.append(dispatch.attend(q[:, :, part], source.held, scale, seen, softcap, start=place, window=window))
+        own = params.queries(part.start, part.stop)
+        seen = chosen if own.mask is None else chosen & own.mask
+        parts.append(dispatch.attend(q[:, :, part], source.held, replace(own, mask=seen)))
     out, lse = zip(*parts, strict=True)
     return torch.cat(out, 2), torch.cat(lse, 2)
 

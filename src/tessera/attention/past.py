@@ -10,7 +10,7 @@ from tessera.attention.windowed import recalled
 from tessera.cache.layer_states import LayerState, state_of, stateful
 from tessera.cache.masks import Documents, documents
 from tessera.tensor_cache import TensorCacheState
-from tessera.tensor_cache.gated import MemoryCall, TensorCacheLayer
+from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 
 #: What `LayerStates` calls it.
 TENSOR_CACHE = "tensor_cache"

@@ -10,7 +10,7 @@ from torch import Tensor
 from tessera.attention.windowed import SlidingWindow, Softmax, windowed
 from tessera.cache.masks import documents
 from tessera.cache.truncated_bptt import TruncatedBPTTLayer
-from tessera.tensor_cache.gated import MemoryCall
+from tessera.tensor_cache.gated_read import MemoryCall
 from tessera.tensor_cache.rotary import Phase
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
 from tessera.cache.masks import Documents, boolean
-from tessera.tensor_cache.gated import TensorCacheLayer
+from tessera.tensor_cache.gated_read import TensorCacheLayer
 
 
 class SlidingWindow(NamedTuple):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache as TransformersCache
 
 from tessera import codecs
-from tessera.cache import files
+from tessera.cache import cache_file
 from tessera.cache.cache_layer import ATTACHED, CacheContext, TesseraLayer
 from tessera.cache.chain import tier_name
-from tessera.cache.config import check_shapes, read_config, rotary_partner
+from tessera.cache.model_config import check_shapes, read_config, rotary_partner
+from tessera.cache.offload import mapped, store
 from tessera.cache.per_layer import AnySpec, layer_specs, parse
 from tessera.cache.policy import RetentionPolicy
 from tessera.cache.report import CacheReport
@@ -48,6 +49,9 @@ class Cache(TransformersCache):
             For measuring: where a codec encodes tokens in groups, a query reads tokens of its group whose common mean was
             taken over later tokens too, so that a later token can change an earlier result, by less than the codec's error.
             What a call packs stays in the first of several codecs, and past a limit, until the call has ended.
+        stats: of the model's keys, a file of `tessera stats` or what `load_stats` gives; None: each sequence measures its own.
+        offload: where whole pages of 1,024 quantised tokens go: "cpu", for a model on another device, or a folder, in whose
+            files they are mapped into memory. They are attended to there, and only partial results travel. None: nowhere.
 
     Keys and values stay in the dtypes that the model gives them in, each in its own. Where a later call gives a wider one, as
     after a call under autocast, a tier is widened to it; nothing is rounded. Packing is the same under autocast as without.
@@ -65,6 +69,7 @@ class Cache(TransformersCache):
         *,
         prefill: Prefill = "exact",
         stats: str | os.PathLike[str] | Sequence[KeyStats | None] | None = None,
+        offload: str | os.PathLike[str] | None = None,
     ) -> None:
         self.spec = parse(spec)
         if prefill not in ("exact", "quantized", "packed"):
@@ -79,6 +84,7 @@ class Cache(TransformersCache):
             raise TypeError(f"expected a transformers model or its config, got {type(model_or_config).__name__}")
         text, layers = read_config(config)
         self._specs = layer_specs(self.spec, len(layers))
+        self._store = store(offload)
         self.memory = self._check_memory(model_or_config) if self.spec.tensor_cache else ""
         if isinstance(model_or_config, nn.Module):
             # Here and not above, because the attention function reads the cache's layers.
@@ -101,7 +107,9 @@ class Cache(TransformersCache):
             layers=[
                 TesseraLayer(
                     i,
-                    RetentionPolicy.of(spec, used[spec], sliding, i in given, known[i], rotary_partner(text, shape[1])),
+                    RetentionPolicy.of(
+                        spec, used[spec], sliding, i in given, known[i], rotary_partner(text, shape[1]), self._store
+                    ),
                     shape,
                     sliding,
                     context,
@@ -226,7 +234,15 @@ class Cache(TransformersCache):
             tokens=self.get_seq_length(),
             dense_nbytes=dense,
             compression=dense / max(1, nbytes),
+            offloaded=sum(map(self._offloaded, self.layers)),
         )
+
+    def _offloaded(self, layer: TesseraLayer) -> int:
+        """Bytes of a layer that are not where the model computes: in files, or on the CPU."""
+        if self._store is None:
+            return 0
+        held = (tensor for tensors in layer.buffers().values() for tensor in tensors)
+        return sum(t.nbytes for t in held if mapped(t) or t.device != layer.held_on)
 
     def save(self, path: str | os.PathLike[str], *, notes: Mapping[str, str] | None = None) -> None:
         """Write everything to a safetensors file; `path` is replaced only when the whole file is there.
@@ -235,25 +251,29 @@ class Cache(TransformersCache):
             path: of the file.
             notes: text for the file's header, by names of the caller's own; `load` does not look at it.
         """
-        files.save(self.layers, self._describe(), path, notes)
+        cache_file.save(self.layers, self._describe(), path, notes)
 
     def _describe(self) -> dict[str, str]:
         about = {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}
-        read_along = files.read_along(self.layers)
+        read_along = cache_file.read_along(self.layers)
         return about if read_along is None else {**about, "tensor_memory": named(read_along)}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model_or_config: Any) -> Cache:
+    def load(
+        cls, path: str | os.PathLike[str], model_or_config: Any, *, offload: str | os.PathLike[str] | None = None
+    ) -> Cache:
         """Read what `save` wrote, each layer onto the device that its layer of the model computes on.
 
-        That is the CPU if only a config is given. What is loaded follows the keys that the model gives later.
+        That is the CPU if only a config is given. What is loaded follows the keys that the model gives later. `offload`: see
+        `Cache`.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is damaged, or was made for another model.
         """
-        with files.reading(path) as stored:
-            cache = cls(stored.text("spec"), model_or_config, prefill=stored.text("prefill"))  # type: ignore[arg-type]
+        with cache_file.reading(path) as stored:
+            prefill: Any = stored.text("prefill")
+            cache = cls(stored.text("spec"), model_or_config, prefill=prefill, offload=offload)
             if stored.text("memory") != cache.memory:
                 raise ValueError(
                     f"this cache was saved with the memory {stored.text('memory') or 'none'}; yours is {cache.memory or 'none'}"

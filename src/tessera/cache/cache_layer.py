@@ -59,7 +59,7 @@ class CacheContext:
 
     @property
     def reads_sources(self) -> bool:
-        """Whether the model's attention is ours and understands handles."""
+        """Whether the model's attention is ours and understands deferred keys and values."""
         return getattr(self.config, "_attn_implementation", None) == ATTENTION
 
     def warn(self) -> None:
@@ -140,7 +140,7 @@ class TesseraLayer(CacheLayerMixin):
         """Stage new tokens. key_states, value_states: (batch, kv_heads, tokens, head_dim).
 
         Returns:
-            two handles that Tessera's attention function understands; keys and values decoded if the model uses another.
+            keys and values as Tessera's attention function understands them; decoded if the model uses another.
 
         Raises:
             ValueError: if they do not fit the model that the cache was made for, or its batch, and for keys or values that are

@@ -46,7 +46,8 @@ class Chain:
         self.recent = RecentTier(policy.recent)
         tops = policy.tops or (None,) * len(policy.codecs)
         self.quantized = [
-            QuantizedTier(codec, layer, limit, top) for (codec, limit), top in zip(policy.codecs, tops, strict=True)
+            QuantizedTier(codec, layer, limit, top, policy.store)
+            for (codec, limit), top in zip(policy.codecs, tops, strict=True)
         ]
         self.others: list[tuple[str, Tier]] = [(word, make(word)) for word in policy.others]
         self.tensor_cache: TensorCacheTier | None = None

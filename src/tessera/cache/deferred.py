@@ -15,7 +15,7 @@ ATTENTION = "tessera"
 
 
 class DeferredKVError(AttributeError):
-    """Something other than Tessera's attention has touched a handle."""
+    """Something other than Tessera's attention has touched deferred keys or values."""
 
 
 class DeferredKV:
@@ -24,7 +24,7 @@ class DeferredKV:
     Whatever else touches it is told what to do: methods and attributes of tensors, and torch functions that are given it.
 
     Args:
-        layer: of the cache, which has what the handle stands for.
+        layer: of the cache, which has what this stands for.
         role: "key" or "value".
     """
 
@@ -57,7 +57,7 @@ class DeferredKV:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse torch functions that are given a handle, and operators between a tensor and a handle."""
+        """Refuse torch functions that are given deferred keys or values, and operators between them and a tensor."""
         found = _first(cls, (args, kwargs or {}))
         name = getattr(function, "__name__", str(function))
         if found is None:
@@ -66,7 +66,7 @@ class DeferredKV:
 
 
 def _first(kind: type[DeferredKV], given: Any) -> DeferredKV | None:
-    """The first handle among arguments, which may be in lists of them."""
+    """The first deferred keys or values among arguments, which may be in lists of them."""
     if isinstance(given, kind):
         return given
     if isinstance(given, dict):
@@ -77,7 +77,7 @@ def _first(kind: type[DeferredKV], given: Any) -> DeferredKV | None:
 
 
 def _attention_of_caller() -> str | None:
-    """The attention that the module which touches a handle was told to use; None if no module is found.
+    """The attention that the module which touches deferred keys or values was told to use; None if no module is found.
 
     The cache cannot tell, because it may be given to another model than the one it was made for.
     """

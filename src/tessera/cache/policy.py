@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tessera.cache.offload import Store
 from tessera.cache.spec import Spec
 from tessera.codecs import Codec
 from tessera.codecs.key_stats import KeyStats
@@ -24,6 +25,7 @@ class RetentionPolicy:
         by_document: a document that the mask sets apart begins anew, as it would alone; the window and the sinks are its own.
         stats: how the codec is to see keys, if that was given; None: what the first tokens tell, if the codec weighs at all.
         partner: of each channel of the keys the one that a rotary embedding turns it into; None: nowhere.
+        store: where whole pages of quantised tokens go; None: they stay where the model computes.
         tops: for each codec how many of its tokens a query reads at most, or None: all.
         others: the words of tiers that were added to the grammar, which stand behind the codecs.
     """
@@ -39,6 +41,7 @@ class RetentionPolicy:
     partner: tuple[int, ...] | None = None
     others: tuple[str, ...] = ()
     tops: tuple[int | None, ...] = ()
+    store: Store | None = None
 
     @staticmethod
     def of(
@@ -48,6 +51,7 @@ class RetentionPolicy:
         memory: bool = True,
         stats: KeyStats | None = None,
         partner: tuple[int, ...] | None = None,
+        store: Store | None = None,
     ) -> RetentionPolicy:
         """What a layer keeps.
 
@@ -56,7 +60,7 @@ class RetentionPolicy:
             codecs: of the spec, in its order.
             sliding: tokens that the layer's own attention sees; None: all.
             memory: whether "tc" has given the layer a Tensor Cache.
-            stats, partner: see `RetentionPolicy`.
+            stats, partner, store: see `RetentionPolicy`.
         """
         window = min((w for w in (spec.window, sliding) if w is not None), default=None)
         if spec.tensor_cache and sliding is not None:
@@ -79,7 +83,9 @@ class RetentionPolicy:
         others = () if sliding is not None else spec.others
         if not any(codec.weighs for codec in codecs):
             stats = None
-        return RetentionPolicy(sink, recent, limited, window, tensor_cache, masked, by_document, stats, partner, others, tops)
+        return RetentionPolicy(
+            sink, recent, limited, window, tensor_cache, masked, by_document, stats, partner, others, tops, store
+        )
 
     @property
     def weighs(self) -> bool:

@@ -19,6 +19,7 @@ class CacheReport:
         tokens: slots that the cache has seen, padding included.
         dense_nbytes: what transformers' `DynamicCache` would hold for the same tokens.
         compression: dense_nbytes / nbytes.
+        offloaded: of `nbytes`, those that are in files or on the CPU while the model computes elsewhere.
     """
 
     spec: str
@@ -30,6 +31,7 @@ class CacheReport:
     tokens: int
     dense_nbytes: int
     compression: float
+    offloaded: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -40,6 +42,8 @@ class CacheReport:
         for name, size in self.tiers.items():
             bits = f"  {self.tier_bits[name]:.3f} bits" if name in self.tier_bits else ""
             lines.append(f"  {name:<{width}}  {_size(size):>10}{bits}")
+        if self.offloaded:
+            lines.append(f"  of which {_size(self.offloaded)} offloaded")
         return "\n".join(lines)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tessera import codecs
+from tessera import codecs, grammar
 from tessera.cache import added_tiers
 
 #: Tokens that are compressed, and dropped, together. The group of every codec divides it.
@@ -197,10 +196,7 @@ def parse(text: str | Spec) -> Spec:
     if not isinstance(text, str):
         raise TypeError(f"a spec is a string such as 'sink:4 + {codec_examples()[0]} + recent:128', not {text!r}")
     found: dict[str, Any] = {}
-    for word in text.split("+"):
-        word = "".join(word.split())
-        if not word:
-            raise ValueError(f"there is an empty tier in {text!r}; write tiers like {_choices()} with '+' between them")
+    for word in grammar.words(text, _choices(), "tier"):
         fields = _tier(word, text)
         found["tops"] = (*found.get("tops", ()), *fields.pop("tops", ()))
         if "codec" in fields and "codec" in found:
@@ -229,15 +225,13 @@ def _tier(word: str, text: str) -> dict[str, Any]:
             raise ValueError(f"{name!r} takes no argument, got {word!r} in {text!r}")
         return {"dense" if name == "dense" else "tensor_cache": True}
     if name in TIERS:
-        return {name: _number(argument, word, TIERS[name][0], text)}
+        return {name: grammar.count(argument, word, TIERS[name][0], text)}
     if name in added_tiers.examples():
         added_tiers.make(word)  # which refuses an argument that is wrong
         return {"others": (word,)}
     if re.split("[@/]", name)[0] in codecs.names():
         return _codec(word, text)
-    near = difflib.get_close_matches(name, [*TIERS, *added_tiers.examples(), *codecs.names()], n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"unknown tier {name!r} in {text!r}{hint} There are: {_choices()}")
+    grammar.unknown(name, text, (*TIERS, *added_tiers.examples(), *codecs.names()), _choices(), "tier")
 
 
 def _codec(word: str, text: str) -> dict[str, Any]:
@@ -250,22 +244,14 @@ def _codec(word: str, text: str) -> dict[str, Any]:
     codecs.get(codec)
     fields: dict[str, Any] = {"codec": codec}
     if at:
-        fields["codec_limit"] = _number(limit, word, f"{codec}@32768", text)
+        fields["codec_limit"] = grammar.count(limit, word, f"{codec}@32768", text)
     if slash:
         kind, _, top = rule.partition(":")
         if kind != "top":
             raise ValueError(f"'{word}/{rule}' in {text!r}: behind '/' stands how much of it is read, as in '{codec}/top:2048'")
-        fields["tops"] = ((codec, _number(top, f"{word}/{rule}", f"{codec}/top:2048", text)),)
+        fields["tops"] = ((codec, grammar.count(top, f"{word}/{rule}", f"{codec}/top:2048", text)),)
     return fields
 
 
-def _number(argument: str, word: str, example: str, text: str) -> int:
-    if not argument.isascii() or not argument.isdigit():
-        raise ValueError(f"{word!r} in {text!r} needs a whole number of tokens, as in {example!r}; got {argument!r}")
-    return int(argument)
-
-
-def _choices() -> str:
-    return ", ".join(
-        repr(example) for example in (*(e for e, _ in TIERS.values()), *added_tiers.examples().values(), *codec_examples())
-    )
+def _choices() -> tuple[str, ...]:
+    return (*(example for example, _ in TIERS.values()), *added_tiers.examples().values(), *codec_examples())

@@ -20,10 +20,12 @@ def info() -> None:
 
     quiet()
     from tessera.evaluation.records import environment
-    from tessera.kernels import cpu, dispatch, triton
+    from tessera.kernels import cpu, registry, triton
+    from tessera.kernels import dispatch as dispatch
+    from tessera.tensor_cache import forms as forms  # registers its recurrence
 
     with one_line_errors():
-        asked = dispatch.chosen(None)
+        asked = registry.chosen(None)
     console = Console()
     found = [f"{name} {value}" for name, value in environment().items() if name not in ("date", "kernels")]
     console.print(", ".join(found), highlight=False)
@@ -36,8 +38,21 @@ def info() -> None:
     table.add_row("triton", "no" if triton.missing() else "yes", triton.missing() or "for tensors on the GPU")
     table.add_row("reference", "yes", "plain PyTorch: the definition, and for codecs without kernels")
     console.print(table)
+    operations = Table("operation", "cpu", "triton", "runs here", title="What has kernels", title_justify="left")
+    family = asked.partition(":")[0]
+    for operation in registry.OPERATIONS.values():
+        can = {one: registry.missing(one) is None for one in operation.implementations}
+        cells = ["-" if one not in can else "yes" if can[one] else "not here" for one in registry.DEVICES]
+        wanted = [one for one in can if can[one] and family in ("auto", one)]
+        operations.add_row(f"{operation.name}: {operation.what}", *cells, " or ".join(wanted) or "reference")
+    console.print(operations)
+    console.print(
+        "A kernel runs for tensors on its device that it can take (cpu: on the CPU, triton: on the GPU); the reference, plain "
+        "PyTorch, runs for all others.",
+        highlight=False,
+    )
     console.print(
         f"In use: {asked}" + ("" if asked != "auto" else f" - cpu:{best}" if best else " - reference") + ". "
-        f"TESSERA_BACKEND takes {', '.join(dispatch.BACKENDS)}.",
+        f"TESSERA_BACKEND takes {', '.join(registry.BACKENDS)}.",
         highlight=False,
     )

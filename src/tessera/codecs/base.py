@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tessera.codecs.bits import unpack_bits
 from tessera.files import WHOLE, atomic_path, brief, open_tensors
 from tessera.kernels import dispatch
+from tessera.kernels.bits import unpack_bits
 from tessera.kernels.pages import Format
 from tessera.kernels.precision import join, no_autocast
 
@@ -340,8 +340,7 @@ class Codec(ABC):
         # An approximation of the largest half-precision numbers can lie beyond them.
         most = min(torch.finfo(packed.dtype).max, torch.finfo(torch.float32).max)
         with no_autocast(packed.device):
-            found = dispatch.decode(packed)
-            return (self.decode_reference(packed) if found is None else found).clamp(-most, most).to(packed.dtype)
+            return dispatch.decode(packed).clamp(-most, most).to(packed.dtype)
 
     def kernel_format(self, dim: int) -> Format | None:
         """What kernels for vectors of `dim` numbers must know; None if there are no kernels for this codec."""

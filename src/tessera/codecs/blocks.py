@@ -62,18 +62,7 @@ class Blocks(Codec):
         half = d.clamp(-HALF_MAX, HALF_MAX).half()
         # A block whose d rounds to zero reads as zero whatever its codes are, and 1/d may not exist.
         inverse = torch.where(half != 0, 1 / d, 0.0)
-        blocks = dispatch.pack_blocks(x, inverse, half, self.bits)
-        if blocks is not None:
-            return {"blocks": blocks}
-        ratio = x * inverse
-        if self.bits == 4:
-            q = (ratio + 8.5).floor().clamp(max=15).to(torch.uint8)
-            codes = q[..., :16] | q[..., 16:] << 4
-        else:
-            whole = ratio.trunc()
-            q = whole + torch.where((ratio - whole).abs() >= 0.5, ratio.sign(), 0.0)
-            codes = q.to(torch.int8).view(torch.uint8)
-        return {"blocks": torch.cat((half.view(torch.uint8), codes), -1)}
+        return {"blocks": dispatch.pack_blocks(x, inverse, half, self.bits)}
 
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""

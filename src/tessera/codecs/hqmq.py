@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from tessera.codecs.base import Codec, Layout, Packed, Role, check_codes
-from tessera.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.codecs.chunks import from_chunks, to_chunks
 from tessera.codecs.codebooks import optimised_secondary, random_secondary
 from tessera.codecs.hqmq_joint import JointHQMQ
@@ -30,6 +29,7 @@ from tessera.codecs.outliers import OutlierRule, find_outliers
 from tessera.codecs.registry import register
 from tessera.codecs.rotation import rotation, rotation_factors
 from tessera.kernels import dispatch
+from tessera.kernels.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.kernels.products import ProductFormat
 from tessera.quaternion import UNITS, conjugate, hamilton, right_matrix, units
 

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from tessera.codecs import logscale, precondition
 from tessera.codecs.base import Codec, Layout, Packed, Role, check_codes, group_index
-from tessera.codecs.bits import pack_bits, packed_bytes, unpack_bits
-from tessera.codecs.chunks import from_chunks, to_chunks
+from tessera.codecs.chunks import from_chunks
 from tessera.codecs.codebooks import JOINT_BITS, joint, joint_shape
 from tessera.codecs.feedback import feedback
 from tessera.codecs.rotation import rotation, rotation_factors
 from tessera.kernels import dispatch
+from tessera.kernels.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import Codewords
 from tessera.quaternion import UNITS
@@ -115,20 +115,13 @@ class JointHQMQ(Codec):
 
     def _codes(self, x: Tensor, scale: Tensor, weights: Tensor | None) -> Tensor:
         book = words_of(self.code_bits)
-        # Vectors of zeros: any code does, and chunks near the origin are found slowly.
-        live = scale > 0
         if weights is not None:
+            live = scale > 0  # vectors of zeros: any code does, and chunks near the origin are found slowly
             y = torch.where(live.unsqueeze(-1), x / scale.clamp(min=1e-30).unsqueeze(-1), 1.0)
             turned = feedback(weights, rotation(x.shape[-1], device=x.device))
             found = dispatch.encode_feedback(y.flatten(0, 1), turned.flatten(0, 1), book)
             return pack_bits(found.view(*x.shape[:-1], -1).masked_fill(~live.unsqueeze(-1), 0), self.code_bits)
-        packed = dispatch.pack_nearest(x, scale, book, self.code_bits)
-        if packed is not None:
-            return packed
-        chunks = to_chunks(x / scale.clamp(min=1e-30).unsqueeze(-1))
-        codes = torch.zeros(chunks.shape[:-1], dtype=torch.int32, device=x.device)
-        codes[live] = dispatch.nearest(chunks[live].reshape(-1, 4), book).view(-1, codes.shape[-1]).int()
-        return pack_bits(codes, self.code_bits)
+        return dispatch.pack_nearest(x, scale, book, self.code_bits)
 
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""

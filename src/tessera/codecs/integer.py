@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tessera.codecs.base import Codec, Layout, Packed, Role, group_index
-from tessera.codecs.bits import pack_bits, unpack_bits
 from tessera.codecs.precondition import split_groups
 from tessera.codecs.registry import register
 from tessera.kernels import dispatch
+from tessera.kernels.bits import unpack_bits
 
 HALF_MAX = 65504.0
 #: Smallest half-precision number that is not zero; a divisor in the place of zero.
@@ -44,8 +44,6 @@ class Int(Codec):
         divisor = scale.float().clamp(min=HALF_LEAST)
         limits = (-self.most, self.most)
         codes = dispatch.pack_linear(x, None, divisor, limits, self.bits, group=1, span=max(2, x.shape[-1]))
-        if codes is None:
-            codes = pack_bits((x / divisor).round().clamp(*limits).long() + self.most, self.bits)
         return {"codes": codes, "scale": scale.squeeze(-1)}
 
     def decode_reference(self, packed: Packed) -> Tensor:
@@ -96,10 +94,6 @@ class Kivi(Codec):
         start, divisor, most = low.float(), scale.float().clamp(min=HALF_LEAST), 2**self.bits - 1
         group, span = (GROUP, 1) if role == "key" else (1, GROUP)
         codes = dispatch.pack_linear(x, start, divisor, (0, most), self.bits, group=group, span=span)
-        if codes is None:
-            q = ((groups - start.unsqueeze(axis)) / divisor.unsqueeze(axis)).round().clamp(0, most).long()
-            q = q.flatten(2, 3)[:, :, :tokens] if role == "key" else q.flatten(3)[..., :dim]
-            codes = pack_bits(q, self.bits)
         return {"codes": codes, f"{role}_min": low, f"{role}_scale": scale}
 
     def decode_reference(self, packed: Packed) -> Tensor:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tessera.codecs.base import Codec, Layout, Packed, Role
-from tessera.codecs.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.codecs.lloyd_max import lloyd_max
 from tessera.codecs.registry import register
 from tessera.codecs.rotation import rotation
 from tessera.kernels import dispatch
+from tessera.kernels.bits import packed_bytes, unpack_bits
 
 HALF_MAX = 65504.0
 
@@ -52,11 +52,7 @@ class Scalar(Codec):
         norm = x.norm(dim=-1, keepdim=True)
         levels = normal_levels(self.bits).to(x.device)
         length, bounds = norm.clamp(min=torch.finfo(torch.float32).tiny), (levels[1:] + levels[:-1]) / 2
-        packed = dispatch.pack_levels(x, length, dim**0.5, bounds, levels, self.bits)
-        if packed is None:
-            found = torch.bucketize(x / length * dim**0.5, bounds)
-            packed = pack_bits(found, self.bits), levels[found]
-        codes, chosen = packed
+        codes, chosen = dispatch.pack_levels(x, length, dim**0.5, bounds, levels, self.bits)
         scale = norm.squeeze(-1) / chosen.norm(dim=-1)
         return {"codes": codes, "scale": scale.clamp(max=HALF_MAX).half()}
 

@@ -30,7 +30,7 @@ from transformers import DynamicCache
 
 from tessera.adapters import attached_memory
 from tessera.cache import Cache, CacheReport, Prefill
-from tessera.cache.config import read_config
+from tessera.cache.model_config import read_config
 from tessera.cache.per_layer import parse
 from tessera.codecs.key_stats import KeyStats
 from tessera.evaluation.errors import standard_error

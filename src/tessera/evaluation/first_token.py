@@ -11,7 +11,7 @@ from torch import Tensor
 from tessera.attention import enable
 from tessera.attention.first_token import SINK, first_key_weight
 from tessera.attention.observed import Call, observed
-from tessera.cache.config import read_config
+from tessera.cache.model_config import read_config
 from tessera.cache.per_layer import parse
 
 #: Tokens of the text that are read to find out, at most.

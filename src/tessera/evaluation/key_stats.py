@@ -9,7 +9,7 @@ import torch
 from tessera.adapters import attached_memory
 from tessera.attention import enable
 from tessera.attention.observed import Call, observed
-from tessera.cache.config import read_config, rotary_partner
+from tessera.cache.model_config import read_config, rotary_partner
 from tessera.codecs.key_stats import KeyStats
 from tessera.evaluation.sources import Source, encode, windows
 

@@ -28,7 +28,7 @@ from tessera.adapters import attached_memory
 from tessera.attention import attention_forward, enable
 from tessera.attention.observed import Call, observed
 from tessera.cache.cache_layer import TesseraLayer
-from tessera.cache.config import read_config
+from tessera.cache.model_config import read_config
 from tessera.cache.per_layer import parse
 from tessera.cache.policy import RetentionPolicy
 from tessera.codecs.key_stats import KeyStats

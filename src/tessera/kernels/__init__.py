@@ -11,8 +11,9 @@ from torch import Tensor
 from tessera.kernels import dispatch
 from tessera.kernels.dispatch import merge, nearest, nearest_directions
 from tessera.kernels.pages import Coded, Pages
+from tessera.kernels.params import AttendParams
 
-__all__ = ["Pages", "attend", "decode", "merge", "nearest", "nearest_directions"]
+__all__ = ["AttendParams", "Pages", "attend", "decode", "merge", "nearest", "nearest_directions"]
 
 
 def attend(
@@ -27,12 +28,24 @@ def attend(
     window: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Partial attention over packed keys and values; see `tessera.kernels.dispatch.attend`, which takes pages of them."""
-    pages = Pages([(packed_k, packed_v)])
-    return dispatch.attend(q, pages, scale, mask, softcap, start=start, window=window, backend=backend)
+    """Partial attention over packed keys and values.
+
+    Args:
+        q: (batch, q_heads, q_tokens, head_dim).
+        packed_k, packed_v: keys and values of one layer, (batch, kv_heads, tokens, head_dim); kv_heads divides q_heads.
+        scale, mask, softcap, start, window: see `AttendParams`.
+        backend: see above.
+
+    Returns:
+        out: (batch, q_heads, q_tokens, head_dim) float32, 0 where a query sees nothing.
+        lse: (batch, q_heads, q_tokens) float32, -inf where a query sees nothing.
+
+    Raises:
+        ValueError: for shapes that do not fit, or a backend that cannot do it.
+    """
+    return dispatch.attend(q, Pages([(packed_k, packed_v)]), AttendParams(scale, mask, softcap, start, window), backend)
 
 
 def decode(packed: Coded, backend: str | None = None) -> Tensor:
     """What packed vectors stand for, (batch, heads, tokens, head_dim) float32."""
-    found = dispatch.decode(packed, backend)
-    return packed.codec.decode_reference(packed) if found is None else found
+    return dispatch.decode(packed, backend)

@@ -278,6 +278,11 @@ def collect(k: Tensor, v: Tensor, ring: Tensor, layout: BlockLayout, step: Step)
     return found[0].contiguous(), found[1].contiguous()
 
 
+def collect_from(k: Tensor, v: Tensor, pool: Tensor, ring: Tensor, layout: BlockLayout, step: Step) -> tuple[Tensor, Tensor]:
+    """`collect`; the pool is what kernels check tables against."""
+    return collect(k, v, ring, layout, step)
+
+
 def fill_rings(k: Tensor, v: Tensor, ring: Tensor, layout: BlockLayout, step: Step) -> None:
     """Let each request's ring hold the newest tokens of the step."""
     size = ring.shape[2]
@@ -288,3 +293,23 @@ def fill_rings(k: Tensor, v: Tensor, ring: Tensor, layout: BlockLayout, step: St
     ]
     block, slot, token = torch.tensor(index, dtype=torch.long, device=k.device).view(-1, 3).T
     layout.ring(ring)[block, :, slot] = torch.stack((k[token], v[token]), dim=2).to(layout.dtype)
+
+
+def attend_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool: Tensor,
+    ring: Tensor,
+    layout: BlockLayout,
+    step: Step,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    drains: Tensor | None = None,
+    *,
+    out: Tensor,
+) -> None:
+    """`attend_paged` into `out`, (tokens, q_heads, head_dim), and then `fill_rings`."""
+    out.copy_(attend_paged(q, k, v, pool, ring, layout, step, scale, softcap, window, drains))
+    fill_rings(k, v, ring, layout, step)

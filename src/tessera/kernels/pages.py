@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
+from tessera.kernels.params import AttendParams
 from tessera.kernels.precision import join
 from tessera.kernels.products import ProductFormat
 
@@ -148,7 +149,7 @@ class Pages:
         formats = zip(self.codecs, self.form(), strict=True)
         return next((codec.spec for codec, form in formats if form is None or not isinstance(form, kind)), None)
 
-    def check(self, q: Tensor, mask: Tensor | None) -> tuple[Format, Format]:
+    def check(self, q: Tensor, params: AttendParams) -> tuple[Format, Format]:
         """`form`, for queries (batch, q_heads, q_tokens, head_dim) and a mask that fit.
 
         Raises:
@@ -158,8 +159,7 @@ class Pages:
         rows, kv_heads, count, own = self.shape
         if batch != rows or heads % kv_heads or dim != own:
             raise ValueError(f"queries {tuple(q.shape)} do not fit keys {self.shape}")
-        if mask is not None and mask.shape[-2:] != (queries, count):
-            raise ValueError(f"mask {tuple(mask.shape)} does not fit {queries} queries and {count} keys")
+        params.check(queries, count)
         keys, values = self.form()
         if keys is None or values is None:
             raise ValueError(f"there is no kernel for {self.lacking()}")
@@ -192,6 +192,11 @@ class Pages:
                 keys.append(k.slice(a, b).decode())
                 values.append(v.slice(a, b).decode())
         return (keys[0], values[0]) if len(keys) == 1 else (join(keys, 2), join(values, 2))
+
+
+def decode_reference(packed: Coded) -> Tensor:
+    """What packed vectors stand for, (batch, heads, tokens, head_dim) float32, by the definition of their codec."""
+    return packed.codec.decode_reference(packed)
 
 
 def _same(pages: Sequence[tuple[Coded, Coded]], others: Sequence[tuple[Coded, Coded]]) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels.pages import Pages
+from tessera.kernels.params import AttendParams
 from tessera.kernels.precision import without_autocast
 
 #: Scores that are in memory at once, in elements (4 bytes each).
@@ -26,29 +27,20 @@ FEW, MANY = 256, 1024
 def attend(
     q: Tensor,
     pages: Pages,
-    scale: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    *,
-    start: int | None = None,
-    window: int | None = None,
+    params: AttendParams,
 ) -> tuple[Tensor, Tensor]:
     """Attention over packed keys and values, decoded block by block.
 
     Args:
         q: (batch, q_heads, q_tokens, head_dim).
         pages: keys and values, (batch, kv_heads, tokens, head_dim); kv_heads divides q_heads.
-        scale: multiplies the scores.
-        mask: (batch or 1, q_heads or 1, q_tokens, tokens) bool, True where a query sees a key; None: no mask.
-        softcap: scores become softcap · tanh(score / softcap).
-        start: number that the first query would have among these keys; query i then sees no key after start + i. None: all.
-        window: with `start`, query i sees no key before start + i - window + 1.
+        params: scale, mask and positions, see `AttendParams`.
 
     Returns:
         out: (batch, q_heads, q_tokens, head_dim) float32, 0 where a query sees nothing.
         lse: (batch, q_heads, q_tokens) float32, -inf where a query sees nothing.
     """
-    return _online(q, pages.decode, pages.shape, scale, mask, softcap, start, window)
+    return _online(q, pages.decode, pages.shape, params)
 
 
 @without_autocast
@@ -56,23 +48,18 @@ def attend_exact(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    *,
-    start: int | None = None,
-    window: int | None = None,
+    params: AttendParams,
 ) -> tuple[Tensor, Tensor]:
     """`attend` over keys and values that are not packed. k, v: (batch, kv_heads, tokens, head_dim)."""
-    check_exact(q, k, v, mask)
+    check_exact(q, k, v, params)
 
     def block(a: int, b: int) -> tuple[Tensor, Tensor]:
         return k[:, :, a:b], v[:, :, a:b]
 
-    return _online(q, block, tuple(k.shape), scale, mask, softcap, start, window)
+    return _online(q, block, tuple(k.shape), params)
 
 
-def check_exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+def check_exact(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> None:
     """Refuse keys, values or a mask that do not fit the queries.
 
     Raises:
@@ -80,15 +67,14 @@ def check_exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     """
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} differ in shape")
-    _check(q, tuple(k.shape), mask)
+    _check(q, tuple(k.shape), params)
 
 
-def _check(q: Tensor, keys: tuple[int, ...], mask: Tensor | None) -> None:
+def _check(q: Tensor, keys: tuple[int, ...], params: AttendParams) -> None:
     batch, heads, tokens, dim = q.shape
     if keys[0] != batch or heads % keys[1] or keys[3] != dim:
         raise ValueError(f"queries {tuple(q.shape)} do not fit keys {keys}")
-    if mask is not None and mask.shape[-2:] != (tokens, keys[2]):
-        raise ValueError(f"mask {tuple(mask.shape)} does not fit {tokens} queries and {keys[2]} keys")
+    params.check(tokens, keys[2])
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -116,26 +102,20 @@ def _online(
     q: Tensor,
     block: Callable[[int, int], tuple[Tensor, Tensor]],
     keys: tuple[int, ...],
-    scale: float,
-    mask: Tensor | None,
-    softcap: float | None,
-    start: int | None,
-    window: int | None,
+    params: AttendParams,
 ) -> tuple[Tensor, Tensor]:
     """Online softmax over blocks of keys, for tiles of queries."""
     batch, heads, tokens, _ = q.shape
     kv_heads, count = keys[1], keys[2]
-    _check(q, keys, mask)
+    _check(q, keys, params)
     tile = max(1, min(tokens, SCORES // (batch * heads * FEW)))
     step = max(FEW, min(MANY, SCORES // (batch * heads * tile) // FEW * FEW))
     if tile == tokens:
-        return _tile(q, block, kv_heads, count, scale, mask, softcap, start, window, step)
+        return _tile(q, block, kv_heads, count, params, step)
     outs, lses = [], []
     for a in range(0, tokens, tile):
         b = min(a + tile, tokens)
-        rows = None if mask is None else mask[:, :, a:b]
-        first = None if start is None else start + a
-        out, lse = _tile(q[:, :, a:b], block, kv_heads, count, scale, rows, softcap, first, window, step)
+        out, lse = _tile(q[:, :, a:b], block, kv_heads, count, params.queries(a, b), step)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
@@ -146,29 +126,24 @@ def _tile(
     block: Callable[[int, int], tuple[Tensor, Tensor]],
     kv_heads: int,
     count: int,
-    scale: float,
-    mask: Tensor | None,
-    softcap: float | None,
-    start: int | None,
-    window: int | None,
+    params: AttendParams,
     step: int,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, dim = q.shape
     group = heads // kv_heads
-    folded = (q.float() * scale).reshape(batch, kv_heads, group * tokens, dim)
+    folded = (q.float() * params.scale).reshape(batch, kv_heads, group * tokens, dim)
     top = q.new_full((batch, heads, tokens, 1), -math.inf, dtype=torch.float32)
     total = torch.zeros_like(top)
     out: Tensor | None = None
-    last = count if start is None else min(count, start + tokens)
-    begin = 0 if start is None or window is None else max(0, start - window + 1)
+    begin, last = params.keys(count, tokens)
     for a in range(begin // step * step, last, step):
         b = min(a + step, last)
         k, v = block(a, b)
         scores = (folded @ k.float().transpose(-1, -2)).view(batch, heads, tokens, b - a)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        seen = None if mask is None else mask[..., a:b]
-        rule = _positions(a, b, tokens, start, window, q.device)
+        if params.softcap is not None:
+            scores = torch.tanh(scores / params.softcap) * params.softcap
+        seen = None if params.mask is None else params.mask[..., a:b]
+        rule = _positions(a, b, tokens, params.start, params.window, q.device)
         if rule is not None:
             seen = rule if seen is None else seen & rule
         if seen is not None:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tessera.cache.config import check_shapes, read_config
-from tessera.cache.spec import BLOCK, Spec, parse
+from tessera.cache.model_config import check_shapes, read_config
+from tessera.cache.per_layer import AnySpec, PerLayer, layer_specs, parse
+from tessera.cache.spec import BLOCK, Spec
 from tessera.planning.candidates import forgetting, keeping, sizes
 from tessera.planning.held import LayerShape, held, steady_after
 from tessera.planning.measured import measured
@@ -34,8 +35,9 @@ class PlanRow:
         spec: of the cache.
         nbytes: what `Cache.report().nbytes` of a real one would be behind the context, all rows together.
         fits: whether that is within the budget.
-        kl: measured KL divergence from the exact model, in nats a token, of the codec on the model of the table; 0 for an exact
-            cache. None: of a codec that was not measured, or where tokens are dropped, whose loss no codec's error tells.
+        kl: measured KL divergence from the exact model, in nats a token, of the codec on the model of the table, of several the
+            one that errs most; 0 for an exact cache. None: of a codec that was not measured or is not read whole, or where
+            tokens are dropped, whose loss no codec's error tells.
         kept: tokens of the context that a full layer still holds behind it.
         reach: most tokens, in whole 1,024, that the budget holds; None: any number.
         read: bytes of keys and values that attention reads for the next token of every row.
@@ -85,7 +87,7 @@ def plan(
     batch: int = 1,
     dtype: str | torch.dtype | None = None,
     bandwidth: int | str | None = None,
-    specs: Sequence[str | Spec] | None = None,
+    specs: Sequence[str | AnySpec] | None = None,
 ) -> Plan:
     """Find the cache that loses least within a budget. No weights are read, and no tensor of the cache is made.
 
@@ -116,7 +118,7 @@ def plan(
     kind = _dtype(dtype, given, text, config)
     needed = _needed(layers, tokens)
 
-    def row(spec: str | Spec) -> PlanRow:
+    def row(spec: str | AnySpec) -> PlanRow:
         return _row(parse(spec), layers, kind, batch, tokens, needed, most, rate)
 
     def fits(spec: str) -> bool:
@@ -174,7 +176,7 @@ def _needed(layers: Sequence[LayerShape], tokens: int) -> int:
 
 
 def _row(
-    spec: Spec,
+    spec: AnySpec,
     layers: Sequence[LayerShape],
     dtype: torch.dtype,
     batch: int,
@@ -188,7 +190,9 @@ def _row(
             f"a memory behind a window ('tc' in {str(spec)!r}) is attached to a model; a plan counts caches without"
         )
     found = held(spec, layers, dtype, batch, [context])[context]
-    kept = _kept(spec, context, needed, any(sliding is None for _, sliding in layers))
+    kept = min(
+        _kept(own, context, needed, any(sliding is None for _, sliding in layers)) for own in layer_specs(spec, len(layers))
+    )
     return PlanRow(
         spec=str(spec),
         nbytes=found.nbytes,
@@ -205,16 +209,17 @@ def _kept(spec: Spec, context: int, needed: int, full: bool) -> int:
     """Tokens of the context that are still there; all of it where only those are gone that no layer would look at."""
     if not spec.bounded:
         return context
-    most = spec.window if spec.window is not None else (spec.codec_limit or 0) + spec.recent
+    most = spec.window if spec.window is not None else sum(limit or 0 for _, limit in spec.codecs) + spec.recent
     most += spec.sink if full else 0  # of no use to a layer with a window of its own, which has none
     return context if most >= needed else most
 
 
-def _kl(spec: Spec) -> float | None:
-    if spec.codec is None:
-        return 0.0
-    found = measured().get(spec.codec)
-    return None if found is None else found.kl
+def _kl(spec: AnySpec) -> float | None:
+    """Of the codec that errs most, where there are several; None: one was not measured, or not read whole."""
+    if any(own.tops or own.others for own in (spec.specs if isinstance(spec, PerLayer) else [spec])):
+        return None
+    found = [measured().get(codec) for codec, _ in spec.codecs]
+    return max((row.kl for row in found if row is not None), default=0.0) if None not in found else None
 
 
 def _rank(row: PlanRow) -> tuple[bool, int, float, int]:
@@ -232,7 +237,7 @@ def _fitting(row: Callable[[str], PlanRow], fits: Callable[[str], bool], needed:
     return found
 
 
-def _reach(spec: Spec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: int, budget: int) -> int | None:
+def _reach(spec: AnySpec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: int, budget: int) -> int | None:
     """Most tokens, in whole `STEP`, whose cache fits; None: any number of them."""
     start = steady_after(spec, layers)
     whole, within = range(STEP, start + STEP + 1, STEP), range(start, start + STEP, BLOCK)

@@ -18,9 +18,10 @@ from torch import Tensor
 from tessera import codecs
 from tessera.cache.group import SequenceGroup
 from tessera.cache.learning import LEARN
+from tessera.cache.per_layer import AnySpec, layer_specs
 from tessera.cache.policy import RetentionPolicy
 from tessera.cache.spec import Spec
-from tessera.cache.tiers import PAGE
+from tessera.cache.tiers import PAGE, QuantizedTier
 from tessera.codecs import Codec, Packed, Role
 
 ROLES: tuple[Role, ...] = ("key", "value")
@@ -41,13 +42,15 @@ class Held:
     read: int
 
 
-def held(spec: Spec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: int, lengths: Iterable[int]) -> dict[int, Held]:
+def held(
+    spec: AnySpec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: int, lengths: Iterable[int]
+) -> dict[int, Held]:
     """What a cache holds after each number of tokens, read in one call or in calls of whole pages of 1,024.
 
     Calls that are cut otherwise can leave up to 64 tokens more of free room in each layer.
 
     Args:
-        spec: of the cache, without "tc".
+        spec: of the cache, without "tc"; perhaps one for each layer.
         layers: of the model.
         dtype: of its keys and values.
         batch: rows, all without padding.
@@ -60,8 +63,8 @@ def held(spec: Spec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: in
     wanted = {n: (n if n <= start + PAGE else start + (n - start) % PAGE) for n in lengths}
     asked = sorted({m for n, m in wanted.items()} | {m + PAGE for n, m in wanted.items() if m != n})
     totals = dict.fromkeys(asked, (0, 0))
-    for layer, count in Counter(layers).items():
-        for n, found in _replay(spec, layer, dtype, batch, asked).items():
+    for (own, layer), count in Counter(zip(layer_specs(spec, len(layers)), layers, strict=True)).items():
+        for n, found in _replay(own, layer, dtype, batch, asked).items():
             totals[n] = totals[n][0] + count * found.nbytes, totals[n][1] + count * found.read
     result = {}
     for n, m in wanted.items():
@@ -73,12 +76,14 @@ def held(spec: Spec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: in
     return result
 
 
-def steady_after(spec: Spec, layers: Sequence[LayerShape]) -> int:
+def steady_after(spec: AnySpec, layers: Sequence[LayerShape]) -> int:
     """Tokens, whole pages, from which on every further page adds the same number of bytes."""
-    windows = max((sliding for _, sliding in layers if sliding is not None), default=0) + (spec.window or 0)
-    limits = sum(limit for _, limit in spec.codecs if limit is not None)
-    tokens = spec.sink + spec.recent + limits + windows + LEARN + 2 * PAGE
-    return -(-tokens // PAGE) * PAGE
+    windows = max((sliding for _, sliding in layers if sliding is not None), default=0)
+    kept = max(
+        own.sink + own.recent + (own.window or 0) + sum(limit for _, limit in own.codecs if limit is not None)
+        for own in set(layer_specs(spec, len(layers)))
+    )
+    return -(-(kept + windows + LEARN + 2 * PAGE) // PAGE) * PAGE
 
 
 def _replay(spec: Spec, layer: LayerShape, dtype: torch.dtype, batch: int, lengths: Sequence[int]) -> dict[int, Held]:
@@ -112,7 +117,16 @@ def _count(group: SequenceGroup) -> Held:
     exact, held = [tier for tier in (chain.sink, chain.recent) if tier.buffers()], chain.buffers()
     packed = [tensor for name, tensors in held.items() if name not in ("sink", "recent") for tensor in tensors]
     nbytes = sum(map(_size, (tensor for tensors in held.values() for tensor in tensors)))
-    return Held(nbytes, sum(map(_size, (*packed, *(x for tier in exact for x in (tier.keys, tier.values))))))
+    read = sum(map(_size, (*packed, *(x for tier in exact for x in (tier.keys, tier.values)))))
+    return Held(nbytes, read - sum(map(_passed_over, chain.quantized)))
+
+
+def _passed_over(tier: QuantizedTier) -> int:
+    """Bytes of a tier that a query does not read, because it reads the best blocks only, and of the others their summaries."""
+    if tier.top is None or tier.tokens <= tier.top:
+        return 0
+    summaries = sum(_size(keys.tensors[name]) for keys, _ in tier.pages for name in ("centre", "scale"))
+    return (sum(map(_size, tier.buffers())) - summaries) * (tier.tokens - tier.top) // tier.tokens
 
 
 def _size(tensor: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tessera.tensor_cache.config import TensorCacheConfig
-from tessera.tensor_cache.module import TensorCache
 from tessera.tensor_cache.state import TensorCacheState
+from tessera.tensor_cache.tensor_cache import TensorCache
 
 __all__ = ["TensorCache", "TensorCacheConfig", "TensorCacheState"]

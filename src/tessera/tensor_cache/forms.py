@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import Tensor
 
-from tessera.kernels import cpu
 from tessera.kernels.cpu import absorb as cpu_absorb
-from tessera.kernels.dispatch import chosen, say_once
+from tessera.kernels.registry import Implementation, Operation
 from tessera.tensor_cache.config import Order, Rule
 from tessera.tensor_cache.fused import fused_scan
 from tessera.tensor_cache.fused import refusal as fused_refusal
@@ -39,16 +40,55 @@ def recur(
     """
     if rule == "wedge":
         return wedge(recur, q, k, v, g, eta, state, order, chunk, backend)
-    name = chosen(backend)
-    family, _, level = name.partition(":")
-    if family in ("auto", "triton") and fused_refusal(q, v, rule, order) is None:
-        return fused_scan(q, k, v, g, eta, state, rule)
-    if family in ("auto", "cpu"):
-        why = cpu_absorb.refusal(q, k, v, g, eta, state)
-        if why is None:
-            return cpu_absorb.absorb(q, k, v, g, eta, state, rule == "delta", order == "read_first", level or None)
-        if family == "cpu":
-            raise ValueError(f"backend {name!r} cannot run: {why}")
-        if q.device.type == "cpu" and cpu.MISSING is not None:
-            say_once("the recurrence of a Tensor Cache", cpu.MISSING)
+    found: tuple[Tensor, Tensor] = RECUR(q, k, v, g, eta, state, rule, order, chunk, backend=backend)
+    return found
+
+
+def _absorb(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    eta: Tensor,
+    state: Tensor,
+    rule: Rule,
+    order: Order,
+    chunk: int,
+    *,
+    level: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    return cpu_absorb.absorb(q, k, v, g, eta, state, rule == "delta", order == "read_first", level)
+
+
+def _scan(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, eta: Tensor, state: Tensor, rule: Rule, order: Order, chunk: int
+) -> tuple[Tensor, Tensor]:
     return scan(q, k, v, g, eta, state, rule, order, chunk)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, eta: Tensor, state: Tensor, rule: Rule, order: Order, chunk: int
+) -> tuple[Tensor, Tensor]:
+    return fused_scan(q, k, v, g, eta, state, rule)
+
+
+RECUR = Operation(
+    "recur",
+    "the recurrence of a Tensor Cache",
+    Implementation("reference", sys.modules[__name__], "_scan"),
+    [
+        Implementation(
+            "cpu",
+            sys.modules[__name__],
+            "_absorb",
+            lambda q, k, v, g, eta, state, *_: cpu_absorb.refusal(q, k, v, g, eta, state),
+            levels=True,
+        ),
+        Implementation(
+            "triton",
+            sys.modules[__name__],
+            "_fused",
+            lambda q, k, v, g, eta, state, rule, order, chunk: fused_refusal(q, v, rule, order),
+        ),
+    ],
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tessera.tensor_memory.config import TensorMemoryConfig
-from tessera.tensor_memory.module import TensorMemory
 from tessera.tensor_memory.state import TensorMemoryState
+from tessera.tensor_memory.tensor_memory import TensorMemory
 
 __all__ = ["TensorMemory", "TensorMemoryConfig", "TensorMemoryState"]

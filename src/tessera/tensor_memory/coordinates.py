@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from tessera.kernels.grid import interpolate
+from tessera.kernels.recurrent_grid import interpolate
 
 #: Weight of a Gaussian along an axis that counts as nothing where only the footprint of a write is changed: at three standard
 #: deviations.

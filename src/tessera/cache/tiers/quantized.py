@@ -7,11 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tessera.cache.offload import Store
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers.base import KVSource, Pairs, Tier
 from tessera.codecs import Codec, Packed, Role
 from tessera.codecs.key_stats import KeyStats
 from tessera.kernels import Pages
+from tessera.kernels.precision import join
 
 #: Tokens of a page of packed tokens at most.
 PAGE = 1024
@@ -28,13 +30,16 @@ class QuantizedTier(Tier):
         layer: index of the layer, for codebooks drawn per layer.
         limit: number of tokens that are held at most; None: any number.
         top: number of tokens that a query reads at most; None: all.
+        store: where pages of `PAGE` tokens go; None: nowhere.
 
     Attributes:
         stats: of the keys, by whose widths they are multiplied before they are encoded; None: they are encoded as they are.
             They are the caller's, who sets them, and are not counted here.
     """
 
-    def __init__(self, codec: Codec, layer: int, limit: int | None = None, top: int | None = None) -> None:
+    def __init__(
+        self, codec: Codec, layer: int, limit: int | None = None, top: int | None = None, store: Store | None = None
+    ) -> None:
         if BLOCK % codec.group:
             raise ValueError(f"{codec.spec} encodes {codec.group} tokens together, which does not divide {BLOCK}")
         self.codec = codec
@@ -42,8 +47,9 @@ class QuantizedTier(Tier):
         self.limit = limit
         self.top = top
         self.stats: KeyStats | None = None
+        self.store = store
         self._pages: list[tuple[Packed, Packed]] = []
-        self._view: Pages | None = None
+        self._views: list[Pages] = []
 
     @property
     def tokens(self) -> int:
@@ -57,16 +63,32 @@ class QuantizedTier(Tier):
 
     @property
     def view(self) -> Pages:
-        """The pages as kernels read them. There must be a token."""
-        assert self._view is not None
-        return self._view
+        """The pages as kernels read them. There must be a token, and all pages on one device."""
+        (view,) = self._views
+        return view
 
     def put(self, pages: list[tuple[Packed, Packed]]) -> None:
         """Hold these pages instead."""
-        self._pages, self._view = pages, self._seen(pages, self._view) if pages else None
+        if self.store is not None:
+            pages = [self._stored(self.store, page) for page in pages]
+        before = {view.pages[0][0].device: view for view in self._views}
+        devices = dict.fromkeys(keys.device for keys, _ in pages)
+        views = [[page for page in pages if page[0].device == device] for device in devices]
+        self._pages = pages
+        self._views = [self._seen(view, before.get(device)) for view, device in zip(views, devices, strict=True)]
+
+    @staticmethod
+    def _stored(store: Store, page: tuple[Packed, Packed]) -> tuple[Packed, Packed]:
+        if page[0].tokens < PAGE:  # it may yet be joined with others
+            return page
+        keys, values = (packed if store.holds(packed) else store.keep(packed) for packed in page)
+        return keys, values
 
     def _seen(self, pages: list[tuple[Packed, Packed]], before: Pages | None = None) -> Pages:
-        return Pages(pages, before, self.stats)
+        stats = self.stats
+        if stats is not None and stats.sizes.device != pages[0][0].device:
+            stats = stats.to(pages[0][0].device)
+        return Pages(pages, before, stats)
 
     def buffers(self) -> list[Tensor]:
         """Every tensor that is held."""
@@ -113,7 +135,13 @@ class QuantizedTier(Tier):
 
     def front(self, n: int) -> Pairs:
         """Keys and values of the `n` oldest tokens, a multiple of `BLOCK`, decoded."""
-        return self.view.decode(0, n)
+        found, device = [], self._pages[-1][0].device
+        for view in self._views:
+            few = min(n, view.tokens)
+            if few:
+                found.append([x.to(device) for x in view.decode(0, few)])
+            n -= few
+        return join([k for k, _ in found], 2), join([v for _, v in found], 2)
 
     def drop_front(self, n: int) -> None:
         """Forget the `n` oldest tokens, a multiple of `BLOCK`."""
@@ -156,21 +184,28 @@ class QuantizedTier(Tier):
 
     def sources(self, start: int, window: int | None) -> list[KVSource]:
         """See `Tier`."""
-        return [KVSource(self.view, start, self.tokens, window, top=self.top)] if self.tokens else []
+        found = []
+        for view in self._views:
+            # Of several, each gives its share of what is read.
+            top = None if self.top is None else max(BLOCK, self.top * view.tokens // self.tokens // BLOCK * BLOCK)
+            found.append(KVSource(view, start, view.tokens, window, top=top))
+            start += view.tokens
+        return found
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index. rows: (n,) int64."""
-        if self._pages:
-            rows = rows.to(self._pages[0][0].device)
-            self.put([(keys.select(rows), values.select(rows)) for keys, values in self._pages])
+        self.put([(keys.select(rows.to(keys.device)), values.select(rows.to(keys.device))) for keys, values in self._pages])
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""
-        self.put([(keys.to(device), values.to(device)) for keys, values in self._pages])
+        self.put([page if self._is_stored(page) else (page[0].to(device), page[1].to(device)) for page in self._pages])
+
+    def _is_stored(self, page: tuple[Packed, Packed]) -> bool:
+        return self.store is not None and page[0].tokens >= PAGE and all(map(self.store.holds, page))
 
     def copied(self) -> QuantizedTier:
         """See `Tier`."""
-        other = QuantizedTier(self.codec, self.layer, self.limit, self.top)
+        other = QuantizedTier(self.codec, self.layer, self.limit, self.top, self.store)
         other.stats = self.stats
         other.put(self.pages)
         return other

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.pages import Coded, Format, Pages, strided
+from tessera.kernels.params import AttendParams
 from tessera.kernels.products import ProductFormat
 from tessera.kernels.reference import check_exact
 
@@ -57,9 +58,9 @@ def _share_threads() -> str | None:
 OPENMP = None if _cpu is None else _share_threads()
 #: Instruction sets, the best last.
 LEVELS = ("portable", "avx2", "avxvnni", "avx512")
-#: 8-bit digits in which the kernels for AVX2 and above write a query and a softmax weight: with two the relative error is 4e-5,
-#: far below a codec's; with three it is that of float32 sums. Those for AVX2 write 16-bit numbers, so that one digit is as two.
-DIGITS = 2
+#: 8-bit limbs in which the kernels for AVX2 and above write a query and a softmax weight: with two the relative error is 4e-5,
+#: far below a codec's; with three it is that of float32 sums. Those for AVX2 write 16-bit numbers, so that one limb is as two.
+LIMBS = 2
 #: Longest head that the kernels know.
 MAX_DIM = 512
 #: Rows of queries a key head, up to which `attend_exact` is used.
@@ -111,26 +112,22 @@ def attend_refusal(q: Tensor, pages: Pages) -> str | None:
 def attend(
     q: Tensor,
     pages: Pages,
-    scale: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
+    params: AttendParams,
     *,
-    start: int | None = None,
-    window: int | None = None,
     level: str | None = None,
-    digits: int = DIGITS,
+    limbs: int = LIMBS,
 ) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.reference.attend` in C++.
 
     Args:
-        q, pages, scale, mask, softcap, start, window: as there.
+        q, pages, params: as there.
         level: instruction set; None: the best there is.
-        digits: 1, 2 or 3, see `DIGITS`; the portable form computes in float.
+        limbs: 1, 2 or 3, see `LIMBS`; the portable form computes in float.
     """
     batch, heads, tokens, dim = q.shape
-    key_form, value_form = pages.check(q, mask)
+    key_form, value_form = pages.check(q, params)
     layer = pages.pages[0][0].layer
-    mask, strides = strided(mask)
+    rule, _kept = _rule(params)
     wide = _narrowed(_wide(q), pages)
     out = torch.empty_like(wide)
     lse = wide.new_empty(batch, heads, tokens)
@@ -149,18 +146,21 @@ def attend(
         pages.shape[1],
         tokens,
         dim,
-        scale,
+        params.scale,
         value_form.value_gain,
-        softcap or 0.0,
-        0 if mask is None else mask.data_ptr(),
-        *strides,
-        start is not None,
-        start or 0,
-        (window or 0) if start is not None else 0,
-        digits,
+        *rule,
+        limbs,
         torch.get_num_threads(),
     )
     return out, lse
+
+
+def _rule(params: AttendParams) -> tuple[list[float], Tensor | None]:
+    """What the kernels read of the parameters behind the scale, and the mask that it points to."""
+    mask, strides = strided(params.mask)
+    start, window = params.start, params.window or 0
+    pointer = 0 if mask is None else mask.data_ptr()
+    return [params.softcap or 0.0, pointer, *strides, start is not None, start or 0, 0 if start is None else window], mask
 
 
 def _narrowed(q: Tensor, pages: Pages) -> Tensor:
@@ -203,18 +203,14 @@ def attend_exact(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
+    params: AttendParams,
     *,
-    start: int | None = None,
-    window: int | None = None,
     level: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.reference.attend_exact` in C++, for a few queries. `level`: see `attend`."""
-    check_exact(q, k, v, mask)
+    check_exact(q, k, v, params)
     batch, heads, tokens, dim = q.shape
-    mask, strides = strided(mask)
+    rule, _kept = _rule(params)
     wide = _wide(q)
     out = torch.empty_like(wide)
     lse = wide.new_empty(batch, heads, tokens)
@@ -231,13 +227,8 @@ def attend_exact(
         tokens,
         dim,
         k.shape[2],
-        scale,
-        softcap or 0.0,
-        0 if mask is None else mask.data_ptr(),
-        *strides,
-        start is not None,
-        start or 0,
-        (window or 0) if start is not None else 0,
+        params.scale,
+        *rule,
         k.dtype == torch.bfloat16,
         *(word for x in (k, v) for word in (x.data_ptr(), *(x.stride(i) * x.element_size() for i in range(3)))),
         torch.get_num_threads(),
@@ -254,12 +245,38 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def decode(packed: Coded, level: str | None = None) -> Tensor | None:
-    """What the vectors stand for, (batch, heads, tokens, head_dim) float32; None where there is no kernel for them."""
+def merge_refusal(parts: Sequence[tuple[Tensor, Tensor]]) -> str | None:
+    """Why `merge` cannot or need not be used, or None."""
+    if len(parts) == 1:
+        return "one part is the whole already"
+    tensors = [x for part in parts for x in part]
+    if any(x.requires_grad for x in tensors):
+        return "the C++ kernels have no gradients"
+    return float32_refusal(tensors)
+
+
+def decode_refusal(packed: Coded) -> str | None:
+    """Why `decode` cannot be used, or None if it can."""
+    dim = packed.shape[3]
+    if MISSING is not None:
+        return MISSING
+    if packed.device.type != "cpu":
+        return f"the codes are on {packed.device}"
+    if packed.codec.kernel_format(dim) is None or dim % 4 or dim > MAX_DIM:
+        return f"there is no kernel for {packed.codec.spec} of {dim} numbers"
+    return None
+
+
+def chunks_refusal(x: Tensor, *_: object) -> str | None:
+    """Why no kernel can take a tensor of any dtype, or None if one can."""
+    return MISSING or (None if x.device.type == "cpu" else f"the chunks are on {x.device}")
+
+
+def decode(packed: Coded, level: str | None = None) -> Tensor:
+    """What the vectors stand for, (batch, heads, tokens, head_dim) float32."""
     batch, heads, _, dim = packed.shape
     form = packed.codec.kernel_format(dim)
-    if MISSING is not None or packed.device.type != "cpu" or form is None or dim % 4 or dim > MAX_DIM:
-        return None
+    assert form is not None
     row, _kept = _row(packed, packed)
     out = torch.empty(packed.shape, dtype=torch.float32, device="cpu")
     _cpu.decode(
@@ -278,7 +295,7 @@ def decode(packed: Coded, level: str | None = None) -> Tensor | None:
 
 
 def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-    """`tessera.kernels.nearest_directions` in C++."""
+    """`tessera.kernels.directions` in C++."""
     batch, heads, tokens, n, _ = chunks.shape
     chunks, turns = chunks.float().contiguous(), turns.contiguous()
     codes = torch.empty(chunks.shape[:-1], dtype=torch.int32, device="cpu")

@@ -65,7 +65,7 @@ struct Problem {
     bool placed;             // query i sees no key after start + i
     int64_t start;
     int64_t window;          // 0: none; else query i sees no key before start + i - window + 1
-    int limbs;               // 8-bit digits of a query and of a weight: 1, 2 or 3; not used by the portable loops
+    int limbs;               // 8-bit limbs of a query and of a weight: 1, 2 or 3; not used by the portable loops
     float* out;              // (batch, q_heads, q_tokens, dim)
     float* lse;              // (batch, q_heads, q_tokens)
     int threads;

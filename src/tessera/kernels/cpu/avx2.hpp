@@ -221,7 +221,7 @@ class Avx2Keys {
           limbs_(limbs > 2 ? 2 : 1),
           codewords_{{book, 0}, {book, book.parts - 1}},
           rows_(book.row_bytes(chunks), exact_rows(book, chunks), 1, memory),
-          digits_(memory.take<int16_t>(size_t(TILE) * limbs_ * steps_ * 32)),
+          query_limbs_(memory.take<int16_t>(size_t(TILE) * limbs_ * steps_ * 32)),
           words_(memory.take<uint32_t>(size_t(UNIT) * steps_ * 8)),
           planes_(memory.take<__m256i>(size_t(book.parts) * 8 * steps_ * 4)) {}
 
@@ -246,7 +246,7 @@ class Avx2Keys {
             worth_[r][0] = most / MOST * book_.step;
             worth_[r][1] = worth_[r][0] / BASE;
             for (int l = 0; l < limbs_; ++l) {
-                __m128i* to = reinterpret_cast<__m128i*>(digits_ + (size_t(r) * limbs_ + l) * size);
+                __m128i* to = reinterpret_cast<__m128i*>(query_limbs_ + (size_t(r) * limbs_ + l) * size);
                 for (int c = 0; c < size; c += 16, to += 2) {
                     __m128 near[4];
                     for (int i = 0; i < 4; ++i) {
@@ -280,7 +280,7 @@ class Avx2Keys {
     }
 
   private:
-    static constexpr float MOST = 32767.0f;  // |digit|; 512 products of it with components up to 127 fit 32 bits
+    static constexpr float MOST = 32767.0f;  // |limb|; 512 products of it with components up to 127 fit 32 bits
     static constexpr float BASE = 65534.0f;
 
     // Planes 4 h + t, t < 4: tokens 8 h + t in the lower halves of registers and 8 h + 4 + t in the upper, so that sums come out
@@ -311,12 +311,12 @@ class Avx2Keys {
     template <int ROWS, int LIMBS>
     [[gnu::noinline]] void dot_some(int r, float* scores, int stride) const {
         const int steps = 4 * steps_;
-        const int16_t* digits = digits_ + size_t(r) * LIMBS * 8 * steps;
+        const int16_t* limbs = query_limbs_ + size_t(r) * LIMBS * 8 * steps;
         for (int half = 0; half < 2; ++half) {
             __m256 total[ROWS];
             for (int part = 0; part < book_.parts; ++part) {
                 __m256i sum[ROWS * LIMBS];
-                products<ROWS * LIMBS>(planes_ + (size_t(part) * 8 + 4 * half) * steps, digits, steps, sum);
+                products<ROWS * LIMBS>(planes_ + (size_t(part) * 8 + 4 * half) * steps, limbs, steps, sum);
                 const float weight = book_.parts == 2 ? TWO_PARTS[part] : 1.0f;
                 for (int i = 0; i < ROWS; ++i)
                     for (int l = 0; l < LIMBS; ++l) {
@@ -328,18 +328,18 @@ class Avx2Keys {
         }
     }
 
-    // Sums of products of four planes, eight vectors, with N rows of digits.
+    // Sums of products of four planes, eight vectors, with N rows of limbs.
     template <int N>
-    [[gnu::noinline]] static void products(const __m256i* plane, const int16_t* digits, int steps, __m256i out[N]) {
+    [[gnu::noinline]] static void products(const __m256i* plane, const int16_t* limbs, int steps, __m256i out[N]) {
         __m256i sum[N][4];
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
             for (int t = 0; t < 4; ++t) sum[n][t] = _mm256_setzero_si256();
-        for (int k = 0; k < steps; ++k, ++plane, digits += 8) {
+        for (int k = 0; k < steps; ++k, ++plane, limbs += 8) {
             __m256i q[N];
 #pragma GCC unroll 2
-            for (int n = 0; n < N; ++n) q[n] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(digits + size_t(n) * 8 * steps)));
+            for (int n = 0; n < N; ++n) q[n] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(limbs + size_t(n) * 8 * steps)));
 #pragma GCC unroll 4
             for (int t = 0; t < 4; ++t) add_all<Sum, N, 4>(&sum[0][t], q, load_once(plane + t * steps));
         }
@@ -352,7 +352,7 @@ class Avx2Keys {
     const int dim_, steps_, limbs_;  // steps: of eight chunks
     const Codewords<SHORT> codewords_[2];
     const Rows rows_;
-    int16_t* const digits_;   // (TILE, limbs, steps, 4, 8), in the order of the planes
+    int16_t* const query_limbs_;   // (TILE, limbs, steps, 4, 8), in the order of the planes
     uint32_t* const words_;   // (UNIT, steps, 8)
     __m256i* const planes_;   // (parts, 2, 4, steps, 4)
     float worth_[TILE][2] = {};

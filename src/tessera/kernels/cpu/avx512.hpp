@@ -1,6 +1,6 @@
 // The inner loops of attend_impl.hpp with AVX-512 and its dot product of bytes (VNNI).
 //
-// Queries are written as one to three 8-bit digits and softmax weights as two or three, codewords are 8-bit integers, and products are
+// Queries are written as one to three 8-bit limbs and softmax weights as two or three, codewords are 8-bit integers, and products are
 // added up exactly in 32 bits. Codewords come as planes, component j of 64 chunks in one register: for keys, sixteen chunks
 // of a vector lie side by side, so that a dot product of bytes adds over chunks; for values, four vectors' bytes do, so that
 // it adds over tokens. A decoder (avx512_permute.hpp, avx512_lookup.hpp) makes the planes from the codes as they lie.
@@ -64,7 +64,7 @@ class Avx512Keys {
           dim_(4 * chunks),
           limbs_(limbs),
           decoders_{{book, 0, true, KEYS}, {book, book.parts - 1, true, KEYS}},
-          digits_(memory.take<int8_t>(size_t(TILE) * limbs * spans_ * 64)),
+          query_limbs_(memory.take<int8_t>(size_t(TILE) * limbs * spans_ * 64)),
           planes_(memory.take<__m512i>(size_t(book.parts) * 4 * spans_ * 4)),
           partial_(book.row_bytes(chunks), memory) {
         alignas(64) uint8_t order[64];
@@ -90,18 +90,18 @@ class Avx512Keys {
             for (int c = 0; c < dim_; ++c) rest[c] = q[c] * inverse;
             float worth = unit * book_.step;
             for (int l = 0; l < limbs_; ++l, worth /= BASE) {
-                alignas(64) int8_t digit[MAX_DIM];
+                alignas(64) int8_t limb[MAX_DIM];
                 int32_t sum = 0;
                 for (int c = 0; c < dim_; ++c) {
                     const float near = std::nearbyint(rest[c]);
                     rest[c] = (rest[c] - near) * BASE;
-                    digit[c] = int8_t(near);
+                    limb[c] = int8_t(near);
                     sum += int32_t(near);
                 }
-                std::memset(digit + dim_, 0, size_t(spans_) * 64 - dim_);
+                std::memset(limb + dim_, 0, size_t(spans_) * 64 - dim_);
                 for (int s = 0; s < spans_; ++s) {
-                    const __m512i plane = _mm512_permutexvar_epi8(order_, _mm512_load_si512(digit + 64 * s));
-                    int8_t* to = digits_ + ((size_t(r / 4 * 4 * spans_ + s * 4) * 4 + r % 4) * limbs_ + l) * 16;
+                    const __m512i plane = _mm512_permutexvar_epi8(order_, _mm512_load_si512(limb + 64 * s));
+                    int8_t* to = query_limbs_ + ((size_t(r / 4 * 4 * spans_ + s * 4) * 4 + r % 4) * limbs_ + l) * 16;
                     const int next = 4 * limbs_ * 16;
                     _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_extracti32x4_epi32(plane, 0));
                     _mm_store_si128(reinterpret_cast<__m128i*>(to + next), _mm512_extracti32x4_epi32(plane, 1));
@@ -147,7 +147,7 @@ class Avx512Keys {
     }
 
   private:
-    static constexpr float BASE = 254.0f;  // of a query's digits, which lie in [-127, 127]
+    static constexpr float BASE = 254.0f;  // of a query's limbs, which lie in [-127, 127]
 
     template <int LIMBS>
     void dot_rows(int r, int rows, float* scores, int stride) const {
@@ -162,11 +162,11 @@ class Avx512Keys {
         __m512 total[ROWS];
         for (int part = 0; part < book_.parts; ++part) {
             const __m512i* plane = planes_ + size_t(part) * 4 * spans_ * 4;
-            const int8_t* digit = digits_ + size_t(r) * LIMBS * spans_ * 64;
+            const int8_t* limb = query_limbs_ + size_t(r) * LIMBS * spans_ * 64;
             const int steps = 4 * spans_;
             __m512i low[ROWS * LIMBS], high[ROWS * LIMBS];
-            products<ROWS * LIMBS>(plane, digit, steps, 4 * LIMBS, low);
-            products<ROWS * LIMBS>(plane + 2 * steps, digit, steps, 4 * LIMBS, high);
+            products<ROWS * LIMBS>(plane, limb, steps, 4 * LIMBS, low);
+            products<ROWS * LIMBS>(plane + 2 * steps, limb, steps, 4 * LIMBS, high);
             const float weight = book_.parts == 2 && part == 0 ? 128.0f : 1.0f;
 #pragma GCC unroll 4
             for (int i = 0; i < ROWS; ++i)
@@ -184,18 +184,18 @@ class Avx512Keys {
         for (int i = 0; i < ROWS; ++i) _mm512_storeu_ps(scores + (r + i) * stride, total[i]);
     }
 
-    // Products of two times four vectors with N rows of digits, added up but for pairs of lanes that lie two apart: lane
+    // Products of two times four vectors with N rows of limbs, added up but for pairs of lanes that lie two apart: lane
     // 4 i of half[n] plus lane 4 i + 2 is the sum for the first vector i, 4 i + 1 and 4 i + 3 are those of the second.
     template <int N>
-    static inline __attribute__((always_inline)) void products(const __m512i* plane, const int8_t* digit, int steps, int line, __m512i half[N]) {
+    static inline __attribute__((always_inline)) void products(const __m512i* plane, const int8_t* limb, int steps, int line, __m512i half[N]) {
         __m512i first[N], second[N];
 #pragma GCC unroll 12
         for (int n = 0; n < N; ++n) first[n] = second[n] = _mm512_setzero_si512();
-        for (int k = 0; k < steps; ++k, ++plane, digit += 16 * line) {
+        for (int k = 0; k < steps; ++k, ++plane, limb += 16 * line) {
             const __m512i a = _mm512_load_si512(plane), b = _mm512_load_si512(plane + steps);
 #pragma GCC unroll 12
             for (int n = 0; n < N; ++n) {
-                const __m512i q = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(digit + 16 * n)));
+                const __m512i q = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(limb + 16 * n)));
                 add_products(first[n], a, q);
                 add_products(second[n], b, q);
             }
@@ -208,7 +208,7 @@ class Avx512Keys {
     const Book& book_;
     const int chunks_, spans_, dim_, limbs_;  // spans: of 16 chunks
     const Decoder decoders_[2];               // of each part
-    int8_t* const digits_;                    // (TILE / 4, spans, 4, 4, limbs, 16): component j of 16 chunks, of four rows
+    int8_t* const query_limbs_;                    // (TILE / 4, spans, 4, 4, limbs, 16): component j of 16 chunks, of four rows
     __m512i* const planes_;                   // (parts, 4, spans, 4)
     Partial partial_;
     __m512i order_;  // puts the components of 16 chunks next to each other
@@ -264,7 +264,7 @@ class Avx512Values {
     }
 
   private:
-    // At least two digits: many small weights, each rounded to nothing, would be missed beside a large one.
+    // At least two limbs: many small weights, each rounded to nothing, would be missed beside a large one.
     template <int LIMBS>
     void set_weights(const float* w, int count, float most, int r) {
         constexpr int MOST = (1 << (8 * LIMBS)) - 1;
@@ -341,7 +341,7 @@ class Avx512Values {
     const int chunks_, spans_, dim_, limbs_;  // spans: of 16 chunks
     const Decoder decoders_[2];               // of each part
     __m512i* const planes_;                   // (parts, BLOCK / 4, 4)
-    uint32_t* const weights_;                 // (TILE, 3, BLOCK / 4): digits of four weights a word
+    uint32_t* const weights_;                 // (TILE, 3, BLOCK / 4): limbs of four weights a word
     Partial partial_;
     float share_[TILE] = {};
 };

@@ -13,7 +13,7 @@ from tessera.kernels.nearest import Codewords, reduction_tables
 
 
 def nearest(x: Tensor, book: Codewords, level: str | None = None) -> Tensor:
-    """`tessera.kernels.dispatch.nearest` in C++.
+    """`tessera.kernels.pack.nearest_codes` in C++.
 
     Args:
         x: (n, 4) float32, finite.
@@ -51,7 +51,7 @@ def _index(book: Codewords) -> Any:
 
 
 def pack_nearest(x: Tensor, scale: Tensor, book: Codewords, bits: int, level: str | None = None) -> Tensor:
-    """`tessera.kernels.dispatch.pack_nearest`; `level`: see `nearest`."""
+    """`tessera.kernels.pack.pack_nearest`; `level`: see `nearest`."""
     x, scale = x.contiguous(), scale.contiguous()
     dim = x.shape[-1]
     out = _packed(x, -(-dim // 4), bits)
@@ -73,20 +73,20 @@ def encode_feedback(y: Tensor, feedback: Tensor, book: Codewords, level: str | N
 
 
 def pack_linear(
-    x: Tensor, low: Tensor | None, scale: Tensor, least: int, most: int, bits: int, group: int, span: int
+    x: Tensor, low: Tensor | None, scale: Tensor, limits: tuple[int, int], bits: int, group: int, span: int
 ) -> Tensor:
-    """`tessera.kernels.dispatch.pack_linear`."""
+    """`tessera.kernels.pack.pack_linear`."""
     held = [None if t is None else t.contiguous() for t in (x, low, scale)]
     tokens, dim = x.shape[-2:]
     out = _packed(x, dim, bits)
     if out.numel():
         shape = [x.numel() // (tokens * dim), tokens, dim, group, span]
-        _cpu.pack_linear(addresses(held), shape, least, most, bits, out.data_ptr(), torch.get_num_threads())
+        _cpu.pack_linear(addresses(held), shape, *limits, bits, out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def pack_levels(x: Tensor, divisor: Tensor, factor: float, bounds: Tensor, values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`tessera.kernels.dispatch.pack_levels`."""
+    """`tessera.kernels.pack.pack_levels`."""
     held = [t.contiguous() for t in (x, divisor, bounds, values)]
     out, chosen = _packed(x, x.shape[-1], bits), torch.empty_like(held[0])
     if out.numel():
@@ -96,7 +96,7 @@ def pack_levels(x: Tensor, divisor: Tensor, factor: float, bounds: Tensor, value
 
 
 def pack_blocks(x: Tensor, ratio: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """`tessera.kernels.dispatch.pack_blocks`."""
+    """`tessera.kernels.pack.pack_blocks`."""
     x, ratio, scale = x.contiguous(), ratio.contiguous(), scale.contiguous()
     out = torch.empty(*x.shape[:-1], 2 + 4 * bits, dtype=torch.uint8, device="cpu")
     where = (x.data_ptr(), ratio.data_ptr(), scale.data_ptr(), ratio.numel(), bits, out.data_ptr(), torch.get_num_threads())

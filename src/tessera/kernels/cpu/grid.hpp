@@ -1,4 +1,4 @@
-// The recurrence of a grid of cells, defined by kernels/grid.py. All numbers are floats one behind the other, the last index
+// The recurrence of a grid of cells, defined by kernels/recurrent_grid.py. All numbers are floats one behind the other, the last index
 // fastest.
 #pragma once
 

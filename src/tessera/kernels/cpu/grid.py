@@ -1,4 +1,4 @@
-"""`tessera.kernels.grid.advance` in C++, forward and backward."""
+"""`tessera.kernels.recurrent_grid.advance` in C++, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tessera.kernels.cpu import _cpu, addresses, float32_refusal, levels, tracked
-from tessera.kernels.grid import Gates, Steps
+from tessera.kernels.recurrent_grid import Gates, Steps
 
 
 def refusal(h: Tensor, steps: Steps, gates: Gates) -> str | None:
@@ -21,7 +21,7 @@ def refusal(h: Tensor, steps: Steps, gates: Gates) -> str | None:
 def advance(
     h: Tensor, c: Tensor, steps: Steps, gates: Gates, level: str | None = None, every: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`tessera.kernels.grid.advance`. Sequences go side by side, a thread each.
+    """`tessera.kernels.recurrent_grid.advance`. Sequences go side by side, a thread each.
 
     Args:
         h, c, steps, gates, every: as there.

@@ -103,7 +103,7 @@ using Nearest = void (*)(const Search& s);
 void vector_codes(const Index& index, Nearest nearest, const VectorCodes& s, int64_t begin, int64_t end);
 
 // The best product 24 s + p of n chunks (n, 4): the one of the largest projection; that projection, and it, are given back.
-// turns: (size, 4, 4), of x·conj(s), see kernels/nearest_directions.py.
+// turns: (size, 4, 4), of x·conj(s), see kernels/directions.py.
 void nearest_product(const float* turns, int size, const float* x, int64_t n, int32_t* code, float* projection);
 
 }  // namespace tessera

@@ -1,4 +1,4 @@
-// The product of a unit and a secondary quaternion that is nearest to a chunk, see kernels/nearest_directions.py: only the
+// The product of a unit and a secondary quaternion that is nearest to a chunk, see kernels/directions.py: only the
 // secondaries are tried, for the best unit has a closed form.
 #include <algorithm>
 #include <cstring>

@@ -44,7 +44,7 @@ def attend_paged(
     *,
     out: Tensor,
     level: str | None = None,
-    digits: int = cpu.DIGITS,
+    limbs: int = cpu.LIMBS,
 ) -> None:
     """`tessera.kernels.paged.attend_paged`, and then `fill_rings`.
 
@@ -52,7 +52,7 @@ def attend_paged(
         q, k, v: as there, in the layout's dtype.
         pool, ring, layout, step, scale, softcap, window, drains: as there.
         out: (tokens, q_heads, head_dim) in the layout's dtype, takes the result.
-        level, digits: see `tessera.kernels.cpu.attend`.
+        level, limbs: see `tessera.kernels.cpu.attend`.
 
     Raises:
         ValueError: if a table names no block of the pool, or lengths do not fit.
@@ -76,7 +76,7 @@ def attend_paged(
         softcap or 0.0,
         window or 0,
         0 if drains is None else drains.data_ptr(),
-        digits,
+        limbs,
         torch.get_num_threads(),
     )
 

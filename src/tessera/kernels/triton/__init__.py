@@ -11,9 +11,11 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from tessera.kernels import pack
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.nearest import ROOT, CellIndex, brute_force
+from tessera.kernels.nearest import ROOT, CellIndex, Codewords, brute_force
 from tessera.kernels.pages import Coded, Pages, strided
+from tessera.kernels.params import AttendParams
 from tessera.kernels.triton.tables import (
     FRACTION,
     block_table,
@@ -74,26 +76,22 @@ def attend_refusal(q: Tensor, pages: Pages) -> str | None:
 def attend(
     q: Tensor,
     pages: Pages,
-    scale: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
+    params: AttendParams,
     *,
-    start: int | None = None,
-    window: int | None = None,
     splits: int | None = None,
     lookup: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.reference.attend` in Triton.
 
     Args:
-        q, pages, scale, mask, softcap, start, window: as there.
+        q, pages, params: as there.
         splits: parts that the tokens are cut into; None: as many as keep the device busy.
         lookup: one of `LOOKUPS` of `tables`, for keys and values; None: "held" where shared memory holds the points of one,
             else "moves".
     """
     from tessera.kernels.triton.attend_kernel import BLOCK
 
-    keys, values = pages.check(q, mask)
+    keys, values = pages.check(q, params)
     if not isinstance(keys, JointFormat) or not isinstance(values, JointFormat):
         raise ValueError(f"there is no Triton kernel for {pages.lacking(JointFormat)}")
     blocks, *aligns = block_table(pages, BLOCK, keys.group)
@@ -101,14 +99,10 @@ def attend(
         pages.narrowed(q),
         blocks,
         (keys, values),
-        scale,
-        mask,
-        softcap,
+        params,
         kv_heads=pages.shape[1],
         aligns=(aligns[0], aligns[1]),
         centred="centre" in pages.pages[0][0].tensors,
-        start=start,
-        window=window,
         splits=splits,
         lookup=lookup,
     )
@@ -118,15 +112,11 @@ def attend_blocks(
     q: Tensor,
     blocks: Tensor,
     forms: tuple[JointFormat, JointFormat],
-    scale: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
+    params: AttendParams,
     *,
     kv_heads: int,
     aligns: tuple[int, int],
     centred: bool,
-    start: int | None = None,
-    window: int | None = None,
     splits: int | None = None,
     lookup: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -134,7 +124,7 @@ def attend_blocks(
 
     Args:
         q: as they read keys whose channels were multiplied, see `Pages.narrowed`.
-        scale, mask, softcap, start, window, splits, lookup: as for `attend`.
+        params, splits, lookup: as for `attend`.
         blocks: (blocks, columns) int64 on the device, see `tables.block_table`.
         forms: of keys and of values.
         kv_heads: of the tokens.
@@ -149,7 +139,7 @@ def attend_blocks(
     rows = group * tokens
     rotation, halved, _ = rotations(keys, dim, q.device)
     _, _, back = rotations(values, dim, q.device)
-    query, turned, unit = _prepared(q, scale, rotation)
+    query, turned, unit = _prepared(q, params.scale, rotation)
     if len(blocks) == 0:
         none = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         return none, none.new_full(q.shape[:-1], -torch.inf)
@@ -165,7 +155,8 @@ def attend_blocks(
     splits = -(-len(blocks) // per_split)
     out = torch.empty((splits, lines, rows, dim), device=q.device, dtype=torch.float32)
     lse = torch.empty((splits, lines, rows), device=q.device, dtype=torch.float32)
-    mask, strides = strided(mask)
+    mask, strides = strided(params.mask)
+    placed = params.start is not None
     with _on(q.device):
         attend_kernel[(lines, splits, tiles)](
             query,
@@ -181,9 +172,9 @@ def attend_blocks(
             *strides,
             keys.step * FRACTION,
             values.step * FRACTION,
-            softcap or 0.0,
-            start or 0,
-            window or 0,
+            params.softcap or 0.0,
+            params.start or 0,
+            params.window or 0,
             len(blocks),
             per_split,
             lines,
@@ -195,9 +186,9 @@ def attend_blocks(
             APART=values is not keys,
             CENTRED=centred,
             MASKED=mask is not None,
-            PLACED=start is not None,
-            WINDOWED=start is not None and window is not None,
-            CAPPED=bool(softcap),
+            PLACED=placed,
+            WINDOWED=placed and params.window is not None,
+            CAPPED=bool(params.softcap),
         )
     whole, total = _joined(out.view(splits, -1, dim), lse.view(splits, -1))
     return (whole @ back).view(batch, heads, tokens, dim), total.view(batch, heads, tokens)
@@ -251,6 +242,15 @@ def _joined(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return whole, total
 
 
+def merge_refusal(parts: Sequence[tuple[Tensor, Tensor]]) -> str | None:
+    """Why `merge` cannot or need not be used, or None."""
+    if len(parts) == 1:
+        return "one part is the whole already"
+    if any(x.dtype != torch.float32 or x.requires_grad for part in parts for x in part):
+        return "the kernel takes float32 without gradients"
+    return device_refusal(parts[0][0])
+
+
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.reference.merge` in Triton, for float32 results on the device."""
     shape = parts[0][0].shape
@@ -262,15 +262,14 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return whole.view(shape), total.view(shape[:-1])
 
 
-def decode(packed: Coded) -> Tensor | None:
-    """What the vectors stand for, (batch, heads, tokens, head_dim) float32; None where there is no kernel for them."""
+def decode(packed: Coded) -> Tensor:
+    """What the vectors stand for, (batch, heads, tokens, head_dim) float32."""
     from tessera.kernels.triton.attend_kernel import BLOCK
     from tessera.kernels.triton.decode_kernel import decode_kernel
 
     batch, heads, tokens, dim = packed.shape
     form = packed.codec.kernel_format(dim)
-    if not isinstance(form, JointFormat) or dim % 4 or dim > MAX_DIM:
-        return None
+    assert isinstance(form, JointFormat)
     codes, scale = packed.tensors["codes"].contiguous(), packed.tensors["scale"].contiguous()
     out = torch.empty(packed.shape, dtype=torch.float32, device=codes.device)
     if out.numel():
@@ -334,3 +333,31 @@ def nearest(x: Tensor, index: CellIndex) -> Tensor:
     if far.any():
         code[far] = brute_force(x[far], index.words)
     return code
+
+
+def nearest_codes(x: Tensor, book: Codewords) -> Tensor:
+    """`tessera.kernels.pack.nearest_codes` with the search in Triton."""
+    return pack.nearest_codes(x, book, nearest)
+
+
+def pack_nearest(x: Tensor, scale: Tensor, book: Codewords, bits: int) -> Tensor:
+    """`tessera.kernels.pack.pack_nearest` with the search in Triton."""
+    return pack.pack_nearest(x, scale, book, bits, nearest)
+
+
+def device_refusal(x: Tensor) -> str | None:
+    """Why kernels cannot take a tensor: it must be on a GPU, or on the CPU where Triton interprets."""
+    there = x.device.type == "cuda" or interpreted()
+    return missing() or (None if there else f"the numbers are on {x.device}")
+
+
+def decode_refusal(packed: Coded) -> str | None:
+    """Why `decode` cannot be used, or None if it can."""
+    dim = packed.shape[3]
+    if missing() is not None:
+        return missing()
+    if packed.device.type != "cuda" and not interpreted():
+        return f"the codes are on {packed.device}"
+    if not isinstance(packed.codec.kernel_format(dim), JointFormat) or dim % 4 or dim > MAX_DIM:
+        return f"there is no Triton kernel for {packed.codec.spec} of {dim} numbers"
+    return None

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tessera.kernels import triton
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.paged import GROUP, BlockLayout, Step
+from tessera.kernels.paged import GROUP, BlockLayout, Step, fill_rings
+from tessera.kernels.params import AttendParams
 from tessera.kernels.triton.tables import COLUMNS
 
 
@@ -64,6 +65,26 @@ def attend_paged(
     return out
 
 
+def attend_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool: Tensor,
+    ring: Tensor,
+    layout: BlockLayout,
+    step: Step,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    drains: Tensor | None = None,
+    *,
+    out: Tensor,
+) -> None:
+    """`tessera.kernels.paged.attend_step`."""
+    out.copy_(attend_paged(q, k, v, pool, ring, layout, step, scale, softcap, window, drains))
+    fill_rings(k, v, ring, layout, step)
+
+
 def _packed(
     queries: Tensor,
     pool: Tensor,
@@ -92,14 +113,10 @@ def _packed(
         queries,
         blocks,
         (keys, values),
-        scale,
-        mask,
-        softcap,
+        AttendParams(scale, mask, softcap, start, window),
         kv_heads=pool.shape[1],
         aligns=aligns,
         centred="centre" in layout.fields["key"],
-        start=start,
-        window=window,
     )
 
 

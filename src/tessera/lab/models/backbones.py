@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from tessera import grammar
 from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
 Kind = Literal["plain", "wide", "slots", "memory"]
@@ -69,12 +70,7 @@ class BackboneConfig:
         Raises:
             ValueError: if `attention` is none of those that there are.
         """
-        name, _, length = self.attention.partition(":")
-        if name == "window" and length.isdigit() and int(length) > 0:
-            return int(length)
-        if self.attention not in ("whole", "frame"):
-            raise ValueError(f"attention must be 'whole', 'frame' or as in 'window:8', got {self.attention!r}")
-        return None
+        return grammar.one(self.attention, {"whole": "whole", "frame": "frame", "window": "window:8"})[1]
 
     def reach(self) -> int | None:
         """Tokens that all layers of attention together pass on, the newest among them; None: all, or those of a frame."""

@@ -9,11 +9,12 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tessera import grammar
 from tessera.adapters import install
 from tessera.attention import SlidingWindow, enable
 from tessera.cache.spec import parse
 from tessera.tensor_cache.config import TensorCacheConfig
-from tessera.tensor_cache.gated import TensorCacheLayer
+from tessera.tensor_cache.gated_read import TensorCacheLayer
 from tessera.tensor_cache.infini import Infini
 from tessera.tensor_cache.rotary import Phase
 
@@ -70,11 +71,8 @@ def read_attention(
     Raises:
         ValueError: naming what is wrong with it.
     """
-    name, colon, argument = "".join(text.split()).partition(":")
-    if name == "infini":
-        if not colon or not argument.isdigit() or int(argument) < 1:
-            raise ValueError(f"{text!r} needs the length of a segment, as in 'infini:64'")
-        return None, None, int(argument)
+    if text.strip().startswith("infini"):
+        return None, None, grammar.one(text, {"infini": "infini:64"})[1]
     spec = parse(text)
     if spec.codec is not None:
         raise ValueError(f"{text!r}: a codec is for caches, not for training; choose dense, window, sink, infini or tc")

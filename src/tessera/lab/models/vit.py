@@ -12,11 +12,12 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from tessera import grammar
 from tessera.lab.models.vit_state import ViTState
 from tessera.tensor_memory.config import TensorMemoryConfig
-from tessera.tensor_memory.gated import make_layers, make_memory
-from tessera.tensor_memory.module import TensorMemory
+from tessera.tensor_memory.gated_layer import make_layers, make_memory
 from tessera.tensor_memory.state import TensorMemoryState
+from tessera.tensor_memory.tensor_memory import TensorMemory
 
 
 class ViTConfig(PreTrainedConfig):
@@ -91,12 +92,8 @@ def read_frames(attention: str) -> int | None:
     Raises:
         ValueError: for any other word.
     """
-    name, _, count = attention.partition(":")
-    if attention in ("all", "frame"):
-        return None if attention == "all" else 1
-    if name != "window" or not count.isdigit() or int(count) < 1:
-        raise ValueError(f"attention must be 'all', 'frame' or, as an example, 'window:4', got {attention!r}")
-    return int(count)
+    name, count = grammar.one(attention, {"all": "all", "frame": "frame", "window": "window:4"}, "frames")
+    return {"all": None, "frame": 1}.get(name, count)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tessera.tensor_cache.gated import is_gate
+from tessera.tensor_cache.gated_read import is_gate
 
 
 def make_optimizers(
@@ -21,7 +21,7 @@ def make_optimizers(
         model: parameters that require no gradient are left out.
         muon_lr: of the hidden matrices.
         adamw_lr: of embeddings, norms and biases.
-        gate_lr: of gates, decays and write rates (`tessera.tensor_cache.gated.is_gate`), which never decay.
+        gate_lr: of gates, decays and write rates (`tessera.tensor_cache.gated_read.is_gate`), which never decay.
         weight_decay: of matrices.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad, softplus
 
 from tessera.kernels import dispatch
-from tessera.kernels.grid import Gates, Steps
+from tessera.kernels.recurrent_grid import Gates, Steps
 from tessera.modules import Float32Module
 from tessera.tensor_memory.config import SIGMA_LEAST, TensorMemoryConfig
 from tessera.tensor_memory.coordinates import gaussian, nearest, positions, sample, solid

@@ -1,10 +1,10 @@
-"""What it costs that the AVX-512 kernel writes queries in 8-bit digits: the demo model's perplexity with one, two and three.
+"""What it costs that the AVX-512 kernel writes queries in 8-bit limbs: the demo model's perplexity with one, two and three.
 
 The streaming protocol of `tessera compare`, the same text for all; "float" is the reference in plain PyTorch.
 
 Example:
 
-    python benchmarks/query_digits.py
+    python benchmarks/query_limbs.py
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--specs", nargs="+", default=("sink:4 + hqmq:4 + recent:64", "sink:4 + hqmq:3 + recent:64"))
     parser.add_argument("--count", type=int, default=4, help="windows of text")
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "query_digits.json")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "query_limbs.json")
     options = parser.parse_args()
     if cpu.MISSING is not None or cpu.levels()[-1] != "avx512":
         parser.error(f"this processor does not run the AVX-512 kernel: {cpu.MISSING or ', '.join(cpu.levels())}")
     source = load()
     text, name = read_text()
     rows: list[dict[str, Any]] = []
-    for way, digits in WAYS.items():
+    for way, limbs in WAYS.items():
         with ExitStack() as stack:
-            if digits is None:
+            if limbs is None:
                 stack.enter_context(patch.dict("os.environ", TESSERA_BACKEND="reference"))
             else:
-                stack.enter_context(patch.object(cpu, "attend", partial(cpu.attend, digits=digits)))
+                stack.enter_context(patch.object(cpu, "attend", partial(cpu.attend, limbs=limbs)))
             found = compare(source, text, options.specs, protocols=("streaming",), count=options.count, text_name=name)
         for row in found.rows:
             if row.spec != "dense":

@@ -10,8 +10,8 @@ from torch.nn.functional import layer_norm
 
 from tessera.modules import Float32Module
 from tessera.tensor_memory.config import TensorMemoryConfig
-from tessera.tensor_memory.module import TensorMemory
 from tessera.tensor_memory.state import TensorMemoryState
+from tessera.tensor_memory.tensor_memory import TensorMemory
 
 
 class TensorMemoryLayer(Float32Module):

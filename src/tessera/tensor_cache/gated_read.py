@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tessera.modules import Float32Module
 from tessera.tensor_cache.config import TensorCacheConfig
-from tessera.tensor_cache.module import TensorCache
 from tessera.tensor_cache.rotary import Phase
 from tessera.tensor_cache.state import TensorCacheState
+from tessera.tensor_cache.tensor_cache import TensorCache
 
 
 def is_gate(name: str) -> bool:
