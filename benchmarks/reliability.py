@@ -40,7 +40,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "tests/cache/test_attached_memory.py",
         "tests/cache/test_attached_tensor_memory.py",
         "tests/cache/test_attached_encoders.py",
-        "tests/cache/test_carry.py",
+        "tests/cache/test_truncated_bptt.py",
     ),
     "codecs keep their laws": ("tests/codecs",),
     "kernels equal the definition": ("tests/kernels", "tests/test_attention.py"),
