@@ -16,6 +16,7 @@ from tessera import codecs
 from tessera.cache import cache_file
 from tessera.cache.cache_layer import ATTACHED, CacheContext, TesseraLayer
 from tessera.cache.chain import tier_name
+from tessera.cache.finite import FiniteCheck
 from tessera.cache.model_config import check_shapes, read_config, rotary_partner
 from tessera.cache.offload import mapped, store
 from tessera.cache.per_layer import AnySpec, layer_specs, parse
@@ -100,6 +101,7 @@ class Cache(TransformersCache):
             enable(model_or_config)
         used = {spec: tuple(codecs.get(name) for name, _ in spec.codecs) for spec in self._specs}
         safe = all(spec.codec is None or spec.sink > 0 for spec in self._specs)
+        finite = FiniteCheck()
         context = CacheContext(text, self.prefill == "quantized", self.spec.bounded, len(layers) - 1, safe)
         given = getattr(model_or_config, ATTACHED).layers if self.spec.tensor_cache else ()
         known = _known_stats(stats, [codec for found in used.values() for codec in found], layers)
@@ -108,7 +110,7 @@ class Cache(TransformersCache):
                 TesseraLayer(
                     i,
                     RetentionPolicy.of(
-                        spec, used[spec], sliding, i in given, known[i], rotary_partner(text, shape[1]), self._store
+                        spec, used[spec], sliding, i in given, known[i], rotary_partner(text, shape[1]), self._store, finite
                     ),
                     shape,
                     sliding,
@@ -182,6 +184,12 @@ class Cache(TransformersCache):
             self.layers[0].context.masks.forget()
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow a beam search. beam_idx: (batch,) int64."""
+        rows = beam_idx.tolist()
+        for layer in self.layers:
+            layer.select(rows)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; see `TesseraLayer.crop`. If one layer refuses, none forgets anything."""
         for layer in self.layers:
@@ -250,7 +258,12 @@ class Cache(TransformersCache):
         Args:
             path: of the file.
             notes: text for the file's header, by names of the caller's own; `load` does not look at it.
+
+        Raises:
+            ValueError: if it has been given keys or values that are not finite, which on a GPU is found out here or at the next
+                call; nothing is written.
         """
+        self.layers[0].policy.finite.read()
         cache_file.save(self.layers, self._describe(), path, notes)
 
     def _describe(self) -> dict[str, str]:

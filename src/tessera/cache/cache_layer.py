@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -16,9 +19,8 @@ from tessera.cache.dense import assemble
 from tessera.cache.group import RECORDED, SequenceGroup, StepContext
 from tessera.cache.grouping import Share, shares
 from tessera.cache.layer_states import LayerStates
-from tessera.cache.masks import GroupMask, MaskMemo, boolean, new_tokens
+from tessera.cache.masks import GroupMask, MaskMemo, NewTokens, boolean, read_mask
 from tessera.cache.policy import RetentionPolicy
-from tessera.tensor_cache import TensorCache
 
 #: Where a model keeps what `tessera.attach` did to it.
 ATTACHED = "_tessera_attachment"
@@ -188,7 +190,7 @@ class TesseraLayer(CacheLayerMixin):
                 f"a model with {expected}; make a cache for each model"
             )
         if self.policy.tensor_cache:
-            TensorCache.check_finite(k, v)
+            self.policy.finite.look(k, v)
         if self.is_initialized and k.shape[0] != self.batch:
             raise ValueError(
                 f"the cache holds {self.batch} rows and was given {k.shape[0]}; use cache.batch_repeat_interleave or "
@@ -281,11 +283,9 @@ class TesseraLayer(CacheLayerMixin):
         n = k.shape[2]
         before = self.seen - n
         try:
-            if mask is not None:
-                self._check_mask(mask, n)
-            said = None if mask is None else self.context.masks.ask(mask, "new tokens", lambda: new_tokens(mask))
+            said = self._read_mask(mask, n)
             found = shares(self.policy, self.index, self.groups, self.waiting, said, n, before)
-            views = [self._view(mask, share) for share in found.shares]
+            views = [self._view(mask, share, said) for share in found.shares]
         except ValueError:
             self.seen = before
             raise
@@ -300,10 +300,12 @@ class TesseraLayer(CacheLayerMixin):
             asked = None
             if group.chain.learning is not None and queries is not None:
                 asked = tokens.of(self._rows(queries, group.rows), 0, 2)
-            steps.append((group.begin_step(keys, values, self.context.quantize_before_attend, tokens, own, hold, asked), view))
+            step = group.begin_step(keys, values, self.context.quantize_before_attend, tokens, own, hold, asked)
+            steps.append((replace(step, index=self._index(group.rows, k.device)), view))
         if not hold:
             given = {id(share.group) for share in found.shares}
-            steps += [(group.idle_step(), None) for group in self.groups if id(group) not in given and group.holds_back]
+            idle = [group for group in self.groups if id(group) not in given and group.holds_back]
+            steps += [(replace(group.idle_step(), index=self._index(group.rows, k.device)), None) for group in idle]
         return steps
 
     def _check_mask(self, mask: Tensor, n: int) -> None:
@@ -315,12 +317,46 @@ class TesseraLayer(CacheLayerMixin):
                 f"queries and {self.seen} slots"
             )
 
-    def _rows(self, x: Tensor, rows: list[int]) -> Tensor:
-        return x if len(rows) == self.batch else x.index_select(0, torch.tensor(rows, device=x.device))
+    def _read_mask(self, mask: Tensor | None, n: int) -> NewTokens | None:
+        """What the mask says of the call's tokens; None: all are real and see all before them.
 
-    def _view(self, mask: Tensor | None, share: Share) -> GroupMask | None:
-        """The mask as the rows of a share see it; None where positions alone say the same."""
+        In the first layer of a call the host also hears what the device has found since the call before.
+        """
+        finite = self.policy.finite if self.index == 0 else None
         if mask is None:
+            if finite is not None:
+                finite.read()
+            return None
+        self._check_mask(mask, n)
+        question = self.sliding, tuple((tuple(group.rows), group.slots) for group in self.groups)
+
+        def look() -> NewTokens | None:
+            known = np.zeros((self.batch, mask.shape[-1] - n), dtype=np.bool_)
+            first = self.seen - mask.shape[-1]
+            for group in self.groups:
+                for slot, size in group.slots.runs:
+                    begin = max(0, slot - first)
+                    if begin < slot + size - first:
+                        known[group.rows, begin : slot + size - first] = True
+            return read_mask(mask, known, self.sliding, finite)
+
+        said: NewTokens | None = self.context.masks.ask(mask, question, look)
+        return said
+
+    def _index(self, rows: list[int], device: torch.device) -> Tensor | None:
+        """Rows as a tensor where they are not all of the batch."""
+        return None if len(rows) == self.batch else self.context.masks.index(rows, device)
+
+    def _rows(self, x: Tensor, rows: list[int]) -> Tensor:
+        index = self._index(rows, x.device)
+        return x if index is None else x.index_select(0, index)
+
+    def _view(self, mask: Tensor | None, share: Share, said: NewTokens | None) -> GroupMask | None:
+        """The mask as the rows of a share see it; None where positions alone say the same."""
+        if mask is None or said is None:
+            return None
+        low = share.slots.before(self.seen - mask.shape[-1])
+        if all(said.plain[row] for row in share.group.rows) and low <= max(0, share.group.length - (self.sliding or 0) + 1):
             return None
         policy, first = self.policy, share.group.length
         memory = (policy.window or 0, policy.sink) if policy.tensor_cache and not policy.dissolves else None
@@ -328,7 +364,8 @@ class TesseraLayer(CacheLayerMixin):
         question = (tuple(share.group.rows), share.tokens, share.slots, first, self.sliding, memory, dissolved)
 
         def look() -> GroupMask | None:
-            view = GroupMask(boolean(mask), share.group.rows, share.tokens, share.slots, self.seen)
+            index = self._index(share.group.rows, mask.device)
+            view = GroupMask(boolean(mask), index, share.tokens, share.slots, self.seen)
             if view.shows_others():
                 raise ValueError(
                     f"layer {self.index}: the attention mask shows tokens that this cache no longer has: padding when they came"
@@ -387,12 +424,12 @@ class TesseraLayer(CacheLayerMixin):
 
     # Changes of the batch and of the length
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor | Sequence[int]) -> None:
         """Row i of the new batch is row rows[i] of the old one. rows: (n,) int64."""
         self.flush_staged()
         if not self.is_initialized:
             return
-        order: list[int] = rows.tolist()
+        order: list[int] = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         if order == list(range(self.batch)):
             return
         self.memory_states.reorder(torch.tensor(order, dtype=torch.long))
@@ -473,6 +510,7 @@ class TesseraLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self._empty()
+        self.policy.finite.reset()
         self.memory_states.reset()
         self._hold = ""
 
