@@ -87,7 +87,7 @@ def test_few_queries_over_exact_keys_run_in_cpp(dtype: torch.dtype, monkeypatch:
     k = torch.cat((k, k), dim=2)[:, :, 100:400]  # strided, as a ring is
     wanted = attend_exact(q, k, v, AttendParams(SCALE))
     monkeypatch.setattr(dispatch.reference, "attend_exact", None)
-    assert dispatch.exact_in_cpp(q, k, v)
+    assert dispatch.exact_family(q, k, v, AttendParams(SCALE)) == "cpu"
     torch.testing.assert_close(dispatch.attend_exact(q, k, v, AttendParams(SCALE)), wanted, atol=1e-5, rtol=1e-4)
     q[0, 1, 1, 3] = torch.nan
     out, lse = dispatch.attend_exact(q, k, v, AttendParams(SCALE))
@@ -95,11 +95,10 @@ def test_few_queries_over_exact_keys_run_in_cpp(dtype: torch.dtype, monkeypatch:
     assert lse.isnan().sum() == 1
 
 
-def test_gradients_and_many_queries_are_left_to_pytorch() -> None:
+def test_gradients_are_left_to_the_definition() -> None:
     q, k, v = inputs(200, 20)
-    assert not dispatch.exact_in_cpp(q, k, v)
     few = q[:, :, :2].requires_grad_()
-    assert not dispatch.exact_in_cpp(few, k, v)
+    assert dispatch.exact_family(few, k, v, AttendParams(SCALE)) == "reference"
     out, _ = dispatch.attend_exact(few, k, v, AttendParams(SCALE))
     assert torch.autograd.grad(out.sum(), few)[0].shape == few.shape
 

@@ -19,6 +19,7 @@ import tessera
 from tessera.attention import over_tiers as tiers
 from tessera.cache.group import RECORDED, StepContext
 from tessera.kernels import Pages, cpu, reference
+from tessera.kernels.cpu import sources
 
 PACKED = "sink:4 + hqmq:4 + recent:16"
 #: Dense results are the same up to rounding.
@@ -365,8 +366,14 @@ def test_steps_read_the_packed_tokens_as_they_are_packed(packed_reads: list[tupl
 def test_steps_run_on_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     ran: list[int] = []
-    real = cpu.attend
-    monkeypatch.setattr(cpu, "attend", lambda q, *rest, **options: (ran.append(q.shape[2]), real(q, *rest, **options))[1])
+    real = sources.attend_sources
+
+    def watch(q: Tensor, *args: Any, **options: Any) -> Tensor | None:
+        found = real(q, *args, **options)
+        ran.extend([] if found is None else [q.shape[2]])
+        return found
+
+    monkeypatch.setattr(sources, "attend_sources", watch)
     run(model, tessera.Cache(PACKED, model), Call(prompt=150).inputs(), new=20)
     assert ran == [1] * (model.config.num_hidden_layers * 19)
 

@@ -23,6 +23,7 @@ from tessera.adapters.attached import (
     wrapped,
 )
 from tessera.cache.cache_layer import ATTACHED
+from tessera.cache.ranks import ranks_of
 from tessera.devices import device_of
 from tessera.files import WHOLE, atomic_path, brief, open_tensors, read_json
 from tessera.tensor_cache.config import TensorCacheConfig
@@ -71,6 +72,12 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
     whole = unwrap_to_change(model, "tessera.attach")
     if attached_memory(whole) is not None:
         raise ValueError(f"{type(whole).__name__} has a memory attached already; call tessera.detach(model) first")
+    ranks = ranks_of(whole)
+    if ranks is not None:
+        raise ValueError(
+            f"tessera.attach: this {type(whole).__name__} is tensor-parallel: its heads are spread over {ranks.size} processes "
+            "and a memory needs them together; load the model without tp_plan, and train with DistributedDataParallel"
+        )
     own = [p for p in whole.parameters() if p.requires_grad and freeze]
     # Whatever may fail does so before anything is changed.
     done = (

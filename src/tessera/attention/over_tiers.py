@@ -16,7 +16,11 @@ from tessera.cache.group import StepContext
 from tessera.cache.masks import GroupMask, Runs
 from tessera.cache.tiers import KVSource, TensorCacheTier
 from tessera.kernels import AttendParams, Pages, dispatch
+from tessera.kernels.source import Source
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
+
+#: `start` and `window` of what every query reads whole.
+NO_RULE = (None, None)
 
 
 def over_tiers(
@@ -132,10 +136,13 @@ def _read(memory: TensorCacheLayer, q: Tensor, step: StepContext, matrix: Tensor
 
 def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, softmax: Softmax) -> Tensor:
     """One softmax over all sources. q: (rows, q_heads, tokens, head_dim), as the result."""
-    if len(step.sources) == 1 and mask is None and softmax.usual:
-        fused = _fused(q, step, scale)
-        if fused is not None:
-            return fused
+    if mask is None and softmax.s_aux is None and not any(_sparse(source) for source in step.sources):
+        given = [Source(source.held, *(NO_RULE if source.unmasked else _rule(step, source))) for source in step.sources]
+        read = dispatch.attend_sources(q, given, scale, softmax.softcap)
+        if read is None and len(given) == 1 and softmax.usual:
+            read = _fused(q, step, scale)
+        if read is not None:
+            return read
     results = []
     for source in step.sources:
         start, window = _rule(step, source)
@@ -159,12 +166,17 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
     return dispatch.merge(results)[0]
 
 
+def _sparse(source: KVSource) -> bool:
+    """Whether queries read only a choice of the source's blocks."""
+    return source.top is not None and source.top < source.tokens
+
+
 def _over_pages(q: Tensor, source: KVSource, pages: Pages, params: AttendParams) -> tuple[Tensor, Tensor]:
     """Partial attention to quantised tokens, where they lie; arguments as of `dispatch.attend`."""
     here, there = q.device, pages.pages[0][0].device
     if here != there:
         q, params = q.to(there), replace(params, mask=None if params.mask is None else params.mask.to(there))
-    if source.top is not None and source.top < source.tokens:
+    if _sparse(source):
         out, lse = _sparsely(q, source, params)
     else:
         out, lse = dispatch.attend(q, pages, params)
@@ -200,12 +212,12 @@ def _rule(step: StepContext, source: KVSource) -> tuple[int | None, int | None]:
 
 
 def _fused(q: Tensor, step: StepContext, scale: float) -> Tensor | None:
-    """PyTorch's own attention, where all that is read is one exact part with a rule that it knows, and many queries read it.
+    """PyTorch's own attention, where all that is read is one exact part with a rule that it knows.
 
-    For a few queries that share keys it is slower than the kernel for them.
+    Not where there is a kernel, but for many queries in bfloat16, of which processors may have products.
     """
     source = step.sources[0]
-    if isinstance(source.held, Pages) or source.held[0].dtype != q.dtype or dispatch.exact_in_cpp(q, *source.held):
+    if isinstance(source.held, Pages) or source.held[0].dtype != q.dtype:
         return None
     k, v = source.held
     if v.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
@@ -214,6 +226,8 @@ def _fused(q: Tensor, step: StepContext, scale: float) -> Tensor | None:
     if window is not None:
         return None
     rows, heads, tokens, dim = q.shape
+    if (q.dtype != torch.bfloat16 or tokens == 1) and dispatch.exact_family(q, k, v, AttendParams(scale, start=start)) == "cpu":
+        return None
     if start is None and tokens == 1:
         # The queries of a group become the query tokens of their key head, so keys are not repeated.
         packed = q.reshape(rows, k.shape[1], heads // k.shape[1], dim)

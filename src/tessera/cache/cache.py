@@ -21,6 +21,7 @@ from tessera.cache.model_config import check_shapes, read_config, rotary_partner
 from tessera.cache.offload import mapped, store
 from tessera.cache.per_layer import AnySpec, layer_specs, parse
 from tessera.cache.policy import RetentionPolicy
+from tessera.cache.ranks import Ranks, heads_here, ranks_of
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec
 from tessera.cache.stream import Stream
@@ -84,6 +85,7 @@ class Cache(TransformersCache):
         if config is None:
             raise TypeError(f"expected a transformers model or its config, got {type(model_or_config).__name__}")
         text, layers = read_config(config)
+        ranks: Ranks | None = None
         self._specs = layer_specs(self.spec, len(layers))
         self._store = store(offload)
         self.memory = self._check_memory(model_or_config) if self.spec.tensor_cache else ""
@@ -98,13 +100,17 @@ class Cache(TransformersCache):
                     "may be decoded for every call"
                 )
             check_shapes(model_or_config, layers)
+            ranks = ranks_of(model_or_config)
+            if ranks is not None:
+                layers = heads_here(model_or_config, layers, ranks)
             enable(model_or_config)
         used = {spec: tuple(codecs.get(name) for name, _ in spec.codecs) for spec in self._specs}
         safe = all(spec.codec is None or spec.sink > 0 for spec in self._specs)
         finite = FiniteCheck()
         context = CacheContext(text, self.prefill == "quantized", self.spec.bounded, len(layers) - 1, safe)
         given = getattr(model_or_config, ATTACHED).layers if self.spec.tensor_cache else ()
-        known = _known_stats(stats, [codec for found in used.values() for codec in found], layers)
+        known = _known_stats(stats, [codec for found in used.values() for codec in found], layers, ranks)
+        self.ranks = ranks
         super().__init__(
             layers=[
                 TesseraLayer(
@@ -212,8 +218,12 @@ class Cache(TransformersCache):
             layer.to(device)
         return self
 
-    def report(self) -> CacheReport:
-        """Count the bytes that are held."""
+    def report(self, *, all_ranks: bool = False) -> CacheReport:
+        """Count the bytes that are held.
+
+        Args:
+            all_ranks: of a tensor-parallel model, count those of all its processes; every process has to call this then.
+        """
         sizes: dict[str, int] = {}
         tokens: dict[str, int] = {}
         dense = 0
@@ -232,7 +242,7 @@ class Cache(TransformersCache):
                 wider = torch.promote_types(layer.dtype, layer.value_dtype)
                 dense += layer.batch * kept * heads * dim * (layer.dtype.itemsize + wider.itemsize)
         nbytes, elements = sum(sizes.values()), sum(tokens.values())
-        return CacheReport(
+        found = CacheReport(
             spec=str(self.spec),
             nbytes=nbytes,
             tiers={name: size for name, size in sizes.items() if size},
@@ -243,7 +253,9 @@ class Cache(TransformersCache):
             dense_nbytes=dense,
             compression=dense / max(1, nbytes),
             offloaded=sum(map(self._offloaded, self.layers)),
+            ranks=1 if self.ranks is None else self.ranks.size,
         )
+        return found if self.ranks is None or not all_ranks else self.ranks.sum(found)
 
     def _offloaded(self, layer: TesseraLayer) -> int:
         """Bytes of a layer that are not where the model computes: in files, or on the CPU."""
@@ -254,6 +266,8 @@ class Cache(TransformersCache):
 
     def save(self, path: str | os.PathLike[str], *, notes: Mapping[str, str] | None = None) -> None:
         """Write everything to a safetensors file; `path` is replaced only when the whole file is there.
+
+        Of a tensor-parallel model every process has a file of its own.
 
         Args:
             path: of the file.
@@ -268,6 +282,8 @@ class Cache(TransformersCache):
 
     def _describe(self) -> dict[str, str]:
         about = {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}
+        if self.ranks is not None:
+            about["ranks"] = str(self.ranks)
         read_along = cache_file.read_along(self.layers)
         return about if read_along is None else {**about, "tensor_memory": named(read_along)}
 
@@ -290,6 +306,12 @@ class Cache(TransformersCache):
             if stored.text("memory") != cache.memory:
                 raise ValueError(
                     f"this cache was saved with the memory {stored.text('memory') or 'none'}; yours is {cache.memory or 'none'}"
+                )
+            saved, here = stored.text("ranks", ""), "" if cache.ranks is None else str(cache.ranks)
+            if saved != here:
+                raise ValueError(
+                    f"this file holds the heads of {_process(saved)}, and they are wanted for {_process(here)}; save the "
+                    "cache of every process in a file of its own, and load it there"
                 )
             stored.fill(cache.layers, _streams(stored.tensor_memory, model_or_config))
         model = unwrap(model_or_config)
@@ -323,6 +345,10 @@ def _streams(config: str, model: Any) -> dict[int, tuple[Stream, int, bool]]:
     return {index: (Stream(0, done.owner, done.config), done.shared.dim, index == first) for index in done.layers}
 
 
+def _process(ranks: str) -> str:
+    return f"process {ranks}" if ranks else "a model in one process"
+
+
 def _tier_names(spec: Spec) -> dict[str, str]:
     """What a report calls the tiers of a layer, where that is not what the layer calls them."""
     exact = "dense" if spec.dense else "window" if spec.window is not None else "recent"
@@ -333,6 +359,7 @@ def _known_stats(
     stats: str | os.PathLike[str] | Sequence[KeyStats | None] | None,
     used: Sequence[codecs.Codec],
     layers: Sequence[tuple[tuple[int, int], int | None]],
+    ranks: Ranks | None,
 ) -> list[KeyStats | None]:
     """For each layer the statistics that were given for it.
 
@@ -351,6 +378,8 @@ def _known_stats(
         raise ValueError(f"these statistics are of a model of {len(known)} layers; yours has {len(layers)}")
     for index, (found, (shape, _)) in enumerate(zip(known, layers, strict=True)):
         if found is not None:
+            if ranks is not None and found.sizes.ndim == 3 and found.sizes.shape[1] == ranks.size * shape[0]:
+                known[index] = found = KeyStats(found.sizes.chunk(ranks.size, dim=1)[ranks.index])
             try:
                 found.check(*shape)
             except ValueError as error:

@@ -169,9 +169,9 @@ class Stored:
         self._header = header
         self._left = set(file.names)
 
-    def text(self, key: str) -> str:
-        """What was saved about the cache."""
-        return _typed(self._header, key, str)
+    def text(self, key: str, default: str | None = None) -> str:
+        """What was saved about the cache; `default` where nothing was."""
+        return default if default is not None and key not in self._header else _typed(self._header, key, str)
 
     @property
     def tensor_memory(self) -> str:

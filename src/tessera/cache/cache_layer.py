@@ -187,7 +187,8 @@ class TesseraLayer(CacheLayerMixin):
         if k.shape != v.shape or (k.shape[1], k.shape[3]) != self.shape:
             raise ValueError(
                 f"layer {self.index} was given keys {tuple(k.shape)} and values {tuple(v.shape)}, but this cache was made for "
-                f"a model with {expected}; make a cache for each model"
+                f"a model with {expected}; make a cache for each model, and of a tensor-parallel one from the model itself, "
+                "not from its config"
             )
         if self.policy.tensor_cache:
             self.policy.finite.look(k, v)

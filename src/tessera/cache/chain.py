@@ -54,6 +54,10 @@ class Chain:
         if policy.tensor_cache:
             self.tensor_cache = TensorCacheTier(None if policy.dissolves else policy.window)
         self.dropped = 0
+        #: Tokens leave `recent` for codecs that take any number, and nothing else ever leaves anything.
+        self._only_quantises = policy.window is None and not any(
+            (policy.limited, self.others, self.tensor_cache, len(self.quantized) > 1)
+        )
         self.learning: Learning | None = None
         self._stats: KeyStats | None = None
         if policy.weighs:
@@ -125,6 +129,8 @@ class Chain:
                 codec; without, what leaves `recent` is quantised and that is all.
             spare: this many tokens more stay exact.
         """
+        if self._only_quantises and not self.recent.excess(spare):
+            return  # as at nearly every step
         if self.tensor_cache is not None:
             # What left at queries that may still be taken back is written later, so it is still needed.
             spare = max(spare, self.tensor_cache.unwritten(length))

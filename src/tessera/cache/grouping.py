@@ -58,6 +58,10 @@ def shares(
         n: tokens of the call.
         before: slots before it.
     """
+    if said is None and len(groups) == 1 and not waiting:
+        # Every step of rows without padding: what is below, in short.
+        tokens = Runs(((0, n),))
+        return Shares([Share(groups[0], tokens, groups[0].slots.joined(tokens, before))], [groups[0]], [])
     found = Shares([], [], [])
     for group in (*groups, None):
         rows = waiting if group is None else group.rows

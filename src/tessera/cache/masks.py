@@ -206,6 +206,8 @@ class Runs:
 
     def of(self, tensor: Tensor, first: int, dim: int) -> Tensor:
         """What a tensor whose `dim` counts the slots from `first` on has for these slots; nothing may lie before `first`."""
+        if len(self.runs) == 1 and self.runs[0] == (first, tensor.shape[dim]):
+            return tensor  # all of it, which is the rule in a step
         parts = [tensor.narrow(dim, slot - first, size) for slot, size in self.runs]
         return parts[0] if len(parts) == 1 else torch.cat([tensor.narrow(dim, 0, 0), *parts], dim)
 

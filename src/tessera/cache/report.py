@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class CacheReport:
         dense_nbytes: what transformers' `DynamicCache` would hold for the same tokens.
         compression: dense_nbytes / nbytes.
         offloaded: of `nbytes`, those that are in files or on the CPU while the model computes elsewhere.
+        ranks: processes that a tensor-parallel model is spread over; the figures are those of one of them, unless they were
+            summed.
+        summed: whether the figures are those of all of them.
     """
 
     spec: str
@@ -32,11 +36,39 @@ class CacheReport:
     dense_nbytes: int
     compression: float
     offloaded: int = 0
+    ranks: int = 1
+    summed: bool = False
+
+    @staticmethod
+    def total(reports: Sequence[CacheReport]) -> CacheReport:
+        """The reports of all processes as one."""
+        nbytes, elements = sum(r.nbytes for r in reports), sum(r.elements for r in reports)
+        dense = sum(r.dense_nbytes for r in reports)
+        tiers = {name: sum(r.tiers.get(name, 0) for r in reports) for name in reports[0].tiers}
+        # Of each tier as many elements in every process as bytes and bits say.
+        held = {
+            name: sum(8 * r.tiers[name] / r.tier_bits[name] for r in reports if r.tier_bits.get(name))
+            for name in reports[0].tier_bits
+            if name in tiers
+        }
+        return replace(
+            reports[0],
+            nbytes=nbytes,
+            tiers=tiers,
+            tier_bits={name: 8 * tiers[name] / count for name, count in held.items() if count},
+            elements=elements,
+            bits_per_element=8 * nbytes / max(1, elements),
+            dense_nbytes=dense,
+            compression=dense / max(1, nbytes),
+            offloaded=sum(r.offloaded for r in reports),
+            summed=True,
+        )
 
     def __str__(self) -> str:
         lines = [
             f"{self.spec}: {self.tokens} tokens in {_size(self.nbytes)}, {self.bits_per_element:.3f} bits per element, "
             f"{self.compression:.2f}x smaller than the dense {_size(self.dense_nbytes)}"
+            + ("" if self.ranks == 1 else f", in {'all' if self.summed else 'one of'} {self.ranks} processes")
         ]
         width = max((len(name) for name in self.tiers), default=0)
         for name, size in self.tiers.items():

@@ -10,12 +10,14 @@ from tessera.kernels import cpu, directions, feedback, pack, paged, pages, recur
 from tessera.kernels.cpu import encode as cpu_encode
 from tessera.kernels.cpu import grid as cpu_grid
 from tessera.kernels.cpu import paged as cpu_paged
+from tessera.kernels.cpu import sources, tiled
 from tessera.kernels.nearest import Codewords
 from tessera.kernels.pages import Coded, Pages
 from tessera.kernels.params import AttendParams
 from tessera.kernels.precision import without_autocast
 from tessera.kernels.recurrent_grid import Gates, Steps
 from tessera.kernels.registry import BACKENDS, OPERATIONS, Implementation, Operation, chosen, say_once
+from tessera.kernels.source import Source
 from tessera.kernels.triton import paged as triton_paged
 
 __all__ = ["BACKENDS", "OPERATIONS", "chosen", "say_once"]
@@ -27,7 +29,7 @@ ATTEND = Operation(
     "attention over the compressed cache",
     Implementation("reference", reference, "attend"),
     [
-        Implementation("cpu", cpu, "attend", lambda q, tier, params: cpu.attend_refusal(q, tier), levels=True),
+        Implementation("cpu", tiled, "attend", tiled.attend_refusal, levels=True),
         Implementation("triton", triton, "attend", lambda q, tier, params: triton.attend_refusal(q, tier)),
     ],
 )
@@ -35,7 +37,7 @@ ATTEND_EXACT = Operation(
     "attend_exact",
     "attention over exact keys and values",
     Implementation("reference", reference, "attend_exact"),
-    [Implementation("cpu", cpu, "attend_exact", lambda q, k, v, params: cpu.attend_exact_refusal(q, k, v), levels=True)],
+    [Implementation("cpu", tiled, "attend_exact", tiled.attend_exact_refusal, levels=True)],
     strict=False,
     quiet=True,
 )
@@ -182,15 +184,36 @@ def attend(q: Tensor, tier: Pages, params: AttendParams, backend: str | None = N
 def attend_exact(q: Tensor, k: Tensor, v: Tensor, params: AttendParams, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Partial attention over keys and values as they are, see `tessera.kernels.reference.attend_exact`.
 
-    In C++ for the few queries of a decoding step on a CPU, else in PyTorch. `backend`: see `attend`.
+    On a CPU in C++ for the few queries of a decoding step, by PyTorch's flash attention for many. `backend`: see `attend`.
     """
     found: tuple[Tensor, Tensor] = ATTEND_EXACT(q, k, v, params, backend=backend)
     return found
 
 
-def exact_in_cpp(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attend_exact` would run in C++."""
-    return ATTEND_EXACT.choose(None, q, k, v, None)[0].family == "cpu"
+def attend_sources(
+    q: Tensor, given: Sequence[Source], scale: float, softcap: float | None = None, backend: str | None = None
+) -> Tensor | None:
+    """Attention to several sources in one softmax by one call into C++, for a few queries on a CPU.
+
+    Args:
+        q: (batch, q_heads, q_tokens, head_dim).
+        given: at least one source.
+        scale, softcap: see `AttendParams`.
+        backend: see `attend`.
+
+    Returns:
+        (batch, q_heads, q_tokens, head_dim) float32, 0 where a query sees nothing; None where it cannot be done, or would be
+        slower: then `attend`, `attend_exact` and `merge` do it.
+    """
+    family, _, level = chosen(backend).partition(":")
+    if family not in ("auto", "cpu"):
+        return None
+    return sources.attend_sources(q, given, scale, softcap, level=level or None)
+
+
+def exact_family(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str:
+    """The family whose `attend_exact` would run."""
+    return ATTEND_EXACT.choose(None, q, k, v, params)[0].family
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]], backend: str | None = None) -> tuple[Tensor, Tensor]:

@@ -136,8 +136,9 @@ class SinkTier(ExactTier):
     def append(self, k: Tensor, v: Tensor, place: int = 0) -> Pairs | None:
         """Take in as many tokens as there is room for; returns the rest."""
         few = min(max(self.capacity - place, 0), k.shape[2])
-        if few:
-            super().append(k[:, :, :few], v[:, :, :few], place)
+        if not few:
+            return k, v
+        super().append(k[:, :, :few], v[:, :, :few], place)
         return k[:, :, few:], v[:, :, few:]
 
 

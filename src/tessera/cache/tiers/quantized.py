@@ -63,7 +63,7 @@ class QuantizedTier(Tier):
     @property
     def tokens(self) -> int:
         """Number of tokens held."""
-        return sum(keys.tokens for keys, _ in self._pages)
+        return sum(view.tokens for view in self._views)
 
     @property
     def pages(self) -> list[tuple[Packed, Packed]]:

@@ -67,6 +67,7 @@ MAX_DIM = 512
 FEW_ROWS = 64
 
 
+@cache
 def levels() -> tuple[str, ...]:
     """Instruction sets that this processor and this build have, the best last; none if the kernels are not built."""
     return () if _cpu is None else tuple(_cpu.levels())
@@ -128,15 +129,15 @@ def attend(
     key_form, value_form = pages.check(q, params)
     layer = pages.pages[0][0].layer
     rule, _kept = _rule(params)
-    wide = _narrowed(_wide(q), pages)
+    wide = _narrowed(widened(q), pages)
     out = torch.empty_like(wide)
     lse = wide.new_empty(batch, heads, tokens)
     if not q.numel():
         return out, lse
     _cpu.attend(
-        _book(key_form, pages.shape[1], layer),
-        _book(value_form, pages.shape[1], layer),
-        _addresses(pages),
+        book(key_form, pages.shape[1], layer),
+        book(value_form, pages.shape[1], layer),
+        table_of(pages),
         level or levels()[-1],
         wide.data_ptr(),
         out.data_ptr(),
@@ -170,11 +171,11 @@ def _narrowed(q: Tensor, pages: Pages) -> Tensor:
     sizes, out = pages.stats.sizes.contiguous(), torch.empty_like(q)
     rows, heads, dim = sizes.shape
     queries = q.shape[1] // heads * q.shape[2]
-    _cpu.narrow(q.data_ptr(), sizes.data_ptr(), pages.stats.table.numpy(), out.data_ptr(), rows * heads, queries, dim)
+    _cpu.narrow(q.data_ptr(), sizes.data_ptr(), pages.stats.table.data_ptr(), out.data_ptr(), rows * heads, queries, dim)
     return out
 
 
-def _wide(q: Tensor) -> Tensor:
+def widened(q: Tensor) -> Tensor:
     """Queries as the kernels read them."""
     if q.requires_grad or q.dtype != torch.float32 or not q.is_contiguous():
         q = q.detach().to(torch.float32).contiguous()
@@ -211,7 +212,7 @@ def attend_exact(
     check_exact(q, k, v, params)
     batch, heads, tokens, dim = q.shape
     rule, _kept = _rule(params)
-    wide = _wide(q)
+    wide = widened(q)
     out = torch.empty_like(wide)
     lse = wide.new_empty(batch, heads, tokens)
     if not q.numel():
@@ -280,7 +281,7 @@ def decode(packed: Coded, level: str | None = None) -> Tensor:
     row, _kept = _row(packed, packed)
     out = torch.empty(packed.shape, dtype=torch.float32, device="cpu")
     _cpu.decode(
-        _book(form, heads, packed.layer),
+        book(form, heads, packed.layer),
         torch.tensor([row]).numpy(),
         level or levels()[-1],
         packed.role == "value",
@@ -305,7 +306,8 @@ def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     return codes, projections
 
 
-def _book(form: Format, heads: int, layer: int) -> Any:
+def book(form: Format, heads: int, layer: int) -> Any:
+    """A codec's tables as the kernels have them, made once."""
     return _joint(form) if isinstance(form, JointFormat) else _products(form, heads, layer)
 
 
@@ -322,7 +324,7 @@ def _products(form: ProductFormat, heads: int, layer: int) -> Any:
     return _cpu.Products(form.bits, form.radius_bits, *(table.contiguous().numpy() for table in tables))
 
 
-def _addresses(pages: Pages) -> Any:
+def table_of(pages: Pages) -> Any:
     """Where the tensors of each page are, as `page_at` in module.cpp reads it: (pages, 20) int64."""
     if "cpu" not in pages.memo:
         pages.memo["cpu"] = torch.tensor([row for row, _ in pages.notes("cpu", _row)]).numpy()

@@ -106,6 +106,16 @@ Page page_at(const int64_t* row) {
     return {{side(KEY, 0), side(VALUE, 9)}, row[18], row[19]};
 }
 
+std::vector<Page> pages_of(const Table& table, int64_t& tokens) {
+    std::vector<Page> list(table.shape(0));
+    tokens = 0;
+    for (size_t i = 0; i < list.size(); ++i) {
+        list[i] = page_at(table.data() + 20 * i);
+        tokens += list[i].tokens;
+    }
+    return list;
+}
+
 Coding coding(const Book& book) { return {&book, nullptr}; }
 Coding coding(const Products& products) { return {nullptr, &products}; }
 
@@ -115,6 +125,25 @@ bool fits(const Codes& codes, int dim) {
     return dim % 4 == 0 && dim <= MAX_DIM && dim >= 4 && (!codes.rotation.dim || codes.rotation.dim == dim);
 }
 
+void run(const std::string& level, const Problem& p) {
+#if defined(TESSERA_X86)
+    if (at_least(level, AVX512)) return attend_avx512(p);
+#if defined(TESSERA_AVX_VNNI)
+    if (at_least(level, AVXVNNI)) return attend_avxvnni(p);
+#endif
+    if (at_least(level, AVX2)) return attend_avx2(p);
+#endif
+    attend_portable(p);
+}
+
+void run(const std::string& level, const Problem& p, const Exact& x) {
+#if defined(TESSERA_X86)
+    if (at_least(level, AVX512)) return attend_exact_avx512(p, x);
+    if (at_least(level, AVX2)) return attend_exact_avx2(p, x);
+#endif
+    attend_exact_portable(p, x);
+}
+
 template <class KeyCodes, class ValueCodes>
 void attend(const KeyCodes& keys, const ValueCodes& values, Table pages, const std::string& level, uintptr_t q, uintptr_t out,
             uintptr_t lse, int batch, int q_heads, int kv_heads, int q_tokens, int dim, float scale, float value_gain, float softcap, uintptr_t mask,
@@ -122,17 +151,11 @@ void attend(const KeyCodes& keys, const ValueCodes& values, Table pages, const s
             int threads) {
     if (!fits(keys, dim) || !fits(values, dim) || limbs < 1 || limbs > 3)
         throw nb::value_error("shapes that this kernel does not know");
-    std::vector<Page> list(pages.shape(0));
-    int64_t tokens = 0;
-    for (size_t i = 0; i < list.size(); ++i) {
-        list[i] = page_at(pages.data() + 20 * i);
-        tokens += list[i].tokens;
-    }
     Problem p{};
+    const std::vector<Page> list = pages_of(pages, p.tokens);
     p.key = coding(keys), p.value = coding(values);
     p.pages = list.data();
     p.page_count = int64_t(list.size());
-    p.tokens = tokens;
     p.batch = batch, p.q_heads = q_heads, p.kv_heads = kv_heads, p.q_tokens = q_tokens, p.dim = dim;
     p.q = reinterpret_cast<const float*>(q);
     p.scale = scale, p.value_gain = value_gain, p.softcap = softcap;
@@ -142,14 +165,7 @@ void attend(const KeyCodes& keys, const ValueCodes& values, Table pages, const s
     p.out = reinterpret_cast<float*>(out);
     p.lse = reinterpret_cast<float*>(lse);
     nb::gil_scoped_release release;
-#if defined(TESSERA_X86)
-    if (at_least(level, AVX512)) return attend_avx512(p);
-#if defined(TESSERA_AVX_VNNI)
-    if (at_least(level, AVXVNNI)) return attend_avxvnni(p);
-#endif
-    if (at_least(level, AVX2)) return attend_avx2(p);
-#endif
-    attend_portable(p);
+    run(level, p);
 }
 
 void attend_exact(const std::string& level, uintptr_t q, uintptr_t out, uintptr_t lse, int batch, int q_heads, int kv_heads,
@@ -170,11 +186,7 @@ void attend_exact(const std::string& level, uintptr_t q, uintptr_t out, uintptr_
     p.lse = reinterpret_cast<float*>(lse);
     const Exact x{reinterpret_cast<const uint8_t*>(k), reinterpret_cast<const uint8_t*>(v), bfloat, k_batch, k_head, k_token, v_batch, v_head, v_token};
     nb::gil_scoped_release release;
-#if defined(TESSERA_X86)
-    if (at_least(level, AVX512)) return attend_exact_avx512(p, x);
-    if (at_least(level, AVX2)) return attend_exact_avx2(p, x);
-#endif
-    attend_exact_portable(p, x);
+    run(level, p, x);
 }
 
 // What stays the same from step to step of a layer in an engine.
@@ -256,24 +268,106 @@ void collect(const Pool& pool, const std::vector<int64_t>& requests, const std::
     collect_groups(p, numbers, numbers + count, count, reinterpret_cast<float*>(keys), reinterpret_cast<float*>(values));
 }
 
-// One softmax over the keys of all parts: outs and lses of (rows, dim) and (rows,).
-void merge(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses, int64_t rows, int dim, uintptr_t out, uintptr_t lse) {
+// One softmax over the keys of all parts: outs and lses of (rows, dim) and (rows,). lse may be null.
+void merge_rows(const float* const* outs, const float* const* lses, size_t parts, int64_t rows, int dim, float* out, float* lse) {
     constexpr float NONE = -std::numeric_limits<float>::infinity();
     for (int64_t r = 0; r < rows; ++r) {
         float most = NONE, total = 0;
-        const auto at = [&](size_t i) { return reinterpret_cast<const float*>(lses[i])[r]; };
-        for (size_t i = 0; i < lses.size(); ++i) most = std::max(most, std::isnan(at(i)) ? NONE : at(i));
+        for (size_t i = 0; i < parts; ++i) most = std::max(most, std::isnan(lses[i][r]) ? NONE : lses[i][r]);
         const float base = most == NONE ? 0.0f : most;
-        for (size_t i = 0; i < lses.size(); ++i) total += std::exp(at(i) - base);
-        float* to = reinterpret_cast<float*>(out) + r * dim;
+        for (size_t i = 0; i < parts; ++i) total += std::exp(lses[i][r] - base);
+        float* to = out + r * dim;
         std::fill(to, to + dim, 0.0f);
-        for (size_t i = 0; i < outs.size(); ++i) {
-            const float weight = total == 0 ? 0.0f : std::exp(at(i) - base) / total;
-            const float* from = reinterpret_cast<const float*>(outs[i]) + r * dim;
+        for (size_t i = 0; i < parts; ++i) {
+            const float weight = total == 0 ? 0.0f : std::exp(lses[i][r] - base) / total;
+            const float* from = outs[i] + r * dim;
             for (int c = 0; c < dim; ++c) to[c] += weight * from[c];
         }
-        reinterpret_cast<float*>(lse)[r] = total == 0 ? NONE : base + std::log(total);
+        if (lse) lse[r] = total == 0 ? NONE : base + std::log(total);
     }
+}
+
+void merge(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses, int64_t rows, int dim, uintptr_t out, uintptr_t lse) {
+    std::vector<const float*> from, logs;
+    for (uintptr_t x : outs) from.push_back(reinterpret_cast<const float*>(x));
+    for (uintptr_t x : lses) logs.push_back(reinterpret_cast<const float*>(x));
+    merge_rows(from.data(), logs.data(), from.size(), rows, dim, reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse));
+}
+
+// Channels of queries, each times what the byte of its channel stands for; bytes are of a batch row and key head.
+void narrow_rows(const float* from, const uint8_t* code, const float* table, float* to, int64_t lines, int64_t queries, int64_t dim) {
+    for (int64_t line = 0; line < lines; ++line, code += dim)
+        for (int64_t query = 0; query < queries; ++query, from += dim, to += dim)
+            for (int64_t i = 0; i < dim; ++i) to[i] = from[i] * table[code[i]];
+}
+
+void narrow(uintptr_t q, uintptr_t bytes, uintptr_t table, uintptr_t out, int64_t lines, int64_t queries, int64_t dim) {
+    narrow_rows(reinterpret_cast<const float*>(q), reinterpret_cast<const uint8_t*>(bytes), reinterpret_cast<const float*>(table),
+                reinterpret_cast<float*>(out), lines, queries, dim);
+}
+
+// All that a step's queries read, joined. shape: batch, query heads, key heads, query tokens, head_dim, threads. exact: 13 numbers
+// for each source: address of keys and their strides in bytes over batch rows, heads and tokens, the same of values, tokens,
+// whether bfloat16, whether queries have places, the first one's, and the window. `packed`: the quantised source, or null; its queries are narrowed by the bytes of `sizes`, which stand for numbers of `table`, where there are any.
+void attend_all(const std::string& level, const float* q, float* out, const std::vector<int64_t>& shape, float scale, float softcap,
+                const std::vector<int64_t>& exact, Problem* packed, const uint8_t* sizes, const float* table) {
+    constexpr size_t FIELDS = 13;
+    if (shape.size() != 6 || exact.size() % FIELDS) throw nb::value_error("shapes that this kernel does not know");
+    Problem p{};
+    p.batch = int(shape[0]), p.q_heads = int(shape[1]), p.kv_heads = int(shape[2]), p.q_tokens = int(shape[3]), p.dim = int(shape[4]);
+    p.threads = int(shape[5]);
+    if (p.dim > MAX_DIM || p.kv_heads < 1 || p.q_heads % p.kv_heads || (!exact.empty() && p.q_heads / p.kv_heads * p.q_tokens > TILE))
+        throw nb::value_error("shapes that this kernel does not know");
+    nb::gil_scoped_release release;
+    const size_t parts = exact.size() / FIELDS + (packed ? 1 : 0), rows = size_t(p.batch) * p.q_heads * p.q_tokens, dim = size_t(p.dim);
+    const bool one = parts == 1;
+    std::vector<float> scratch(parts * rows + (one ? 0 : parts * rows * dim) + (packed && sizes ? rows * dim : 0));
+    float *const logs = scratch.data(), *const sums = one ? out : logs + parts * rows, *const narrowed = logs + parts * rows + (one ? 0 : parts * rows * dim);
+    std::vector<const float*> outs, lses;
+    const auto next = [&](Problem& problem) {
+        problem.out = sums + outs.size() * rows * dim, problem.lse = logs + lses.size() * rows;
+        outs.push_back(problem.out), lses.push_back(problem.lse);
+    };
+    p.q = q, p.scale = scale, p.softcap = softcap;
+    if (packed) {
+        Problem own = *packed;
+        own.batch = p.batch, own.q_heads = p.q_heads, own.kv_heads = p.kv_heads, own.q_tokens = p.q_tokens, own.dim = p.dim;
+        own.threads = p.threads, own.q = q, own.scale = scale, own.softcap = softcap;
+        if (sizes) {
+            narrow_rows(q, sizes, table, narrowed, int64_t(p.batch) * p.kv_heads, p.q_heads / p.kv_heads * p.q_tokens, p.dim);
+            own.q = narrowed;
+        }
+        next(own);
+        run(level, own);
+    }
+    for (size_t i = 0; i < exact.size(); i += FIELDS) {
+        const int64_t* x = exact.data() + i;
+        const Exact source{reinterpret_cast<const uint8_t*>(uintptr_t(x[0])), reinterpret_cast<const uint8_t*>(uintptr_t(x[4])), x[9] != 0, x[1], x[2], x[3], x[5], x[6], x[7]};
+        p.tokens = x[8], p.placed = x[10] != 0, p.start = x[11], p.window = x[12];
+        next(p);
+        run(level, p, source);
+    }
+    if (!one) merge_rows(outs.data(), lses.data(), parts, int64_t(rows), p.dim, out, nullptr);
+}
+
+void attend_exact_sources(const std::string& level, uintptr_t q, uintptr_t out, const std::vector<int64_t>& shape, float scale, float softcap,
+                          const std::vector<int64_t>& exact) {
+    attend_all(level, reinterpret_cast<const float*>(q), reinterpret_cast<float*>(out), shape, scale, softcap, exact, nullptr, nullptr, nullptr);
+}
+
+// rule: whether queries have places among the packed tokens, the first one's, the window; limbs. narrowing: addresses, or zeros.
+template <class KeyCodes, class ValueCodes>
+void attend_sources(const std::string& level, uintptr_t q, uintptr_t out, const std::vector<int64_t>& shape, float scale, float softcap,
+                    const std::vector<int64_t>& exact, const KeyCodes& keys, const ValueCodes& values, Table pages, float value_gain,
+                    const std::vector<int64_t>& rule, const std::vector<uintptr_t>& narrowing) {
+    if (shape.size() != 6 || rule.size() != 4 || narrowing.size() != 2 || !fits(keys, int(shape[4])) || !fits(values, int(shape[4])) || rule[3] < 1 || rule[3] > 3)
+        throw nb::value_error("shapes that this kernel does not know");
+    Problem p{};
+    const std::vector<Page> list = pages_of(pages, p.tokens);
+    p.key = coding(keys), p.value = coding(values), p.pages = list.data(), p.page_count = int64_t(list.size()), p.value_gain = value_gain;
+    p.placed = rule[0] != 0, p.start = rule[1], p.window = rule[2], p.limbs = int(rule[3]);
+    attend_all(level, reinterpret_cast<const float*>(q), reinterpret_cast<float*>(out), shape, scale, softcap, exact, &p,
+               reinterpret_cast<const uint8_t*>(narrowing[0]), reinterpret_cast<const float*>(narrowing[1]));
 }
 
 template <class Codes>
@@ -487,18 +581,6 @@ void absorb_backward(const std::string& level, const std::vector<int64_t>& shape
 
 }  // namespace
 
-/// Channels of queries, each times what the byte of its channel stands for; bytes are of a batch row and key head.
-void narrow(uintptr_t q, uintptr_t bytes, nb::ndarray<const float, nb::shape<256>, nb::c_contig> table, uintptr_t out,
-            int64_t lines, int64_t queries, int64_t dim) {
-    auto from = reinterpret_cast<const float*>(q);
-    auto to = reinterpret_cast<float*>(out);
-    auto code = reinterpret_cast<const uint8_t*>(bytes);
-    for (int64_t line = 0; line < lines; ++line, code += dim)
-        for (int64_t query = 0; query < queries; ++query, from += dim, to += dim)
-            for (int64_t i = 0; i < dim; ++i) to[i] = from[i] * table.data()[code[i]];
-}
-
-
 NB_MODULE(_cpu, m) {
     m.doc() = "Tessera's kernels for CPUs.";
     nb::class_<Book>(m, "Book")
@@ -514,6 +596,11 @@ NB_MODULE(_cpu, m) {
     m.def("attend", &attend<Book, Products>);
     m.def("attend", &attend<Products, Book>);
     m.def("attend_exact", &attend_exact);
+    m.def("attend_exact_sources", &attend_exact_sources);
+    m.def("attend_sources", &attend_sources<Book, Book>);
+    m.def("attend_sources", &attend_sources<Products, Products>);
+    m.def("attend_sources", &attend_sources<Book, Products>);
+    m.def("attend_sources", &attend_sources<Products, Book>);
     m.def("merge", &merge);
     m.def("narrow", &narrow);
     nb::class_<Pool>(m, "Pool").def("__init__", &make_pool);

@@ -63,8 +63,8 @@ def attend_paged(
     if out.stride(2) != 1:
         raise ValueError("a result's numbers must lie next to each other")
     cpu._cpu.attend_paged(
-        cpu._book(key_form, heads, layout.layer),
-        cpu._book(value_form, heads, layout.layer),
+        cpu.book(key_form, heads, layout.layer),
+        cpu.book(value_form, heads, layout.layer),
         _pool(pool, ring, layout),
         level or cpu.levels()[-1],
         _requests(step),

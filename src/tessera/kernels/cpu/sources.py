@@ -1,0 +1,72 @@
+"""All that a decoding step reads, in one call: attention to each source, and the parts joined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera.kernels import cpu
+from tessera.kernels.pages import Pages
+from tessera.kernels.source import Source
+
+
+def attend_sources(
+    q: Tensor, sources: Sequence[Source], scale: float, softcap: float | None = None, *, level: str | None = None
+) -> Tensor | None:
+    """`tessera.kernels.dispatch.attend_sources`. `level`: instruction set; None: the best there is."""
+    batch, heads, tokens, dim = q.shape
+    if cpu.MISSING is not None or q.device.type != "cpu" or not q.numel() or (q.requires_grad and torch.is_grad_enabled()):
+        return None
+    exact: list[int] = []
+    packed: tuple[Pages, Source] | None = None
+    kv_heads = 0
+    for source in sources:
+        held = source.held
+        if isinstance(held, Pages):
+            if packed is not None or not _prepared(held, q):
+                return None
+            packed, kv_heads = (held, source), held.shape[1]
+            continue
+        k, v = held
+        if cpu.attend_exact_refusal(q, k, v) is not None:
+            return None
+        kv_heads, size = k.shape[1], k.element_size()
+        (a, b, c, _), (d, e, f, _) = k.stride(), v.stride()
+        exact += (k.data_ptr(), a * size, b * size, c * size, v.data_ptr(), d * size, e * size, f * size, k.shape[2])
+        exact += (k.dtype == torch.bfloat16, *_rule(source))
+    wide = cpu.widened(q)
+    out = torch.empty(q.shape, dtype=torch.float32, device="cpu")
+    given: list[Any] = [level or cpu.levels()[-1], wide.data_ptr(), out.data_ptr()]
+    given += [(batch, heads, kv_heads, tokens, dim, torch.get_num_threads()), scale, softcap or 0.0, exact]
+    if packed is None:
+        cpu._cpu.attend_exact_sources(*given)
+    else:
+        pages, source = packed
+        keys, values, addresses, gain, narrowing, _kept = pages.memo["sources"]
+        cpu._cpu.attend_sources(*given, keys, values, addresses, gain, (*_rule(source), cpu.LIMBS), narrowing)
+    return out
+
+
+def _rule(source: Source) -> tuple[bool, int, int]:
+    """Whether queries have places, the first one's, and the window or 0."""
+    if source.start is None:
+        return False, 0, 0
+    return True, source.start, source.window or 0
+
+
+def _prepared(pages: Pages, q: Tensor) -> bool:
+    """Whether there is a kernel for pages; what it reads of them is then in their memo, for all steps until they change."""
+    if "sources" not in pages.memo:
+        if cpu.attend_refusal(q, pages) is not None:
+            return False
+        (keys, values), kv_heads, layer = pages.form(), pages.shape[1], pages.pages[0][0].layer
+        assert keys is not None
+        assert values is not None
+        sizes = None if pages.stats is None else pages.stats.sizes.contiguous()
+        narrowing = (0, 0) if sizes is None or pages.stats is None else (sizes.data_ptr(), pages.stats.table.data_ptr())
+        books = cpu.book(keys, kv_heads, layer), cpu.book(values, kv_heads, layer)
+        pages.memo["sources"] = (*books, cpu.table_of(pages), values.value_gain, narrowing, sizes)
+    return q.shape[1] % pages.shape[1] == 0 and q.shape[3] == pages.shape[3] and q.shape[0] == pages.shape[0]

@@ -1,0 +1,162 @@
+"""Attention of many queries on a CPU: PyTorch's flash attention, tile by tile, joined by log-sum-exp.
+
+The definition multiplies whole matrices and writes their scores to memory. PyTorch's flash attention for CPUs keeps them in
+cache and tells the log-sum-exp, so what it finds for parts can be joined. Codes are decoded a tile at a time, once for all
+queries. `benchmarks/prefill_attention.py` measures where that is the fastest way, and `attend` goes by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from tessera.kernels import cpu, reference
+from tessera.kernels.joint import JointFormat
+from tessera.kernels.pages import Pages
+from tessera.kernels.params import AttendParams
+
+#: Bytes of decoded or widened keys and values at once at most, but for those of `BLOCK` tokens.
+TILE_BYTES = 64 << 20
+#: Tokens of a tile at least.
+BLOCK = 64
+#: Rows of queries a key head from which a tile is worth decoding where there is no kernel for the codes, and where there is one
+#: that does not multiply in integers.
+NO_KERNEL, SLOW_KERNEL = 16, 256
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attend(q: Tensor, pages: Pages, params: AttendParams, *, level: str | None = None) -> tuple[Tensor, Tensor]:
+    """`tessera.kernels.reference.attend` the fastest way that there is on a CPU. `level`: see `tessera.kernels.cpu.attend`."""
+    if cpu.attend_refusal(q, pages) is None:
+        many = q.shape[1] // pages.shape[1] * q.shape[2] >= SLOW_KERNEL
+        if not many or _fast(pages, level) or tiled_refusal(q, pages, params) is not None:
+            return cpu.attend(q, pages, params, level=level)
+    return attend_tiled(q, pages, params)
+
+
+def attend_exact(q: Tensor, k: Tensor, v: Tensor, params: AttendParams, *, level: str | None = None) -> tuple[Tensor, Tensor]:
+    """`tessera.kernels.reference.attend_exact`, likewise."""
+    if cpu.attend_exact_refusal(q, k, v) is None:
+        return cpu.attend_exact(q, k, v, params, level=level)
+    return attend_exact_tiled(q, k, v, params)
+
+
+def attend_refusal(q: Tensor, pages: Pages, params: AttendParams) -> str | None:
+    """Why `attend` cannot be used, or None if it can."""
+    why = cpu.attend_refusal(q, pages)
+    return why if why is None or tiled_refusal(q, pages, params) is not None else None
+
+
+def attend_exact_refusal(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str | None:
+    """Why `attend_exact` cannot or should not be used, or None."""
+    why = cpu.attend_exact_refusal(q, k, v)
+    return why if why is None or exact_tiled_refusal(q, k, v, params) is not None else None
+
+
+def _fast(pages: Pages, level: str | None) -> bool:
+    """Whether codes are multiplied in integers, which takes less time than dense keys do, however many queries there are."""
+    return (level or cpu.levels()[-1]) != "portable" and all(isinstance(form, JointFormat) for form in pages.form())
+
+
+def tiled_refusal(q: Tensor, pages: Pages, params: AttendParams) -> str | None:
+    """Why `attend_tiled` cannot or should not be used, or None."""
+    if q.device.type != "cpu" or pages.pages[0][0].device.type != "cpu":
+        return "PyTorch's flash attention that tells its log-sum-exp is for CPUs"
+    if torch.is_grad_enabled() and q.requires_grad:
+        return "its result has no gradients"
+    if q.shape[1] // pages.shape[1] * q.shape[2] < NO_KERNEL:
+        return "so few queries are not worth a decoded tile"
+    return _refusal(q, params)
+
+
+def exact_tiled_refusal(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str | None:
+    """Why `attend_exact_tiled` cannot be used, or None."""
+    if any(x.device.type != "cpu" for x in (q, k, v)):
+        return "PyTorch's flash attention that tells its log-sum-exp is for CPUs"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "its result has no gradients"
+    if k.dtype not in _FLOATS or v.dtype not in _FLOATS or k.shape != v.shape or not k.numel():
+        return f"it is for keys like values, in 16 or 32 bits, not {k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}"
+    return _refusal(q, params)
+
+
+def _refusal(q: Tensor, params: AttendParams) -> str | None:
+    if q.dtype not in _FLOATS or not q.numel():
+        return f"it is for queries in 16 or 32 bits, not {q.dtype} {tuple(q.shape)}"
+    if params.mask is not None or params.softcap is not None:
+        return "it knows neither masks nor soft-capping"
+    if params.start is not None and (params.window is not None or params.start < 0):
+        return "it knows no window, and every query must see a key"
+    return None
+
+
+def attend_tiled(q: Tensor, pages: Pages, params: AttendParams) -> tuple[Tensor, Tensor]:
+    """`tessera.kernels.reference.attend` without a mask, soft-capping or a window; a tile of the codes is dense at a time."""
+    return _over_tiles(q, pages.shape, pages.decode, params, _tile(pages.shape))
+
+
+def attend_exact_tiled(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> tuple[Tensor, Tensor]:
+    """`tessera.kernels.reference.attend_exact` likewise; keys and values in 16 bits are widened a tile at a time."""
+    reference.check_exact(q, k, v, params)
+    step = k.shape[2] if k.dtype == v.dtype == torch.float32 else _tile(k.shape)
+    return _over_tiles(q, tuple(k.shape), lambda a, b: (k[:, :, a:b], v[:, :, a:b]), params, step)
+
+
+def _tile(shape: tuple[int, ...]) -> int:
+    """Tokens of a tile of keys and values (batch, kv_heads, tokens, head_dim)."""
+    # While they are decoded there are two copies in float32 at most.
+    return max(BLOCK, TILE_BYTES // (16 * shape[0] * shape[1] * shape[3]) // BLOCK * BLOCK)
+
+
+def _over_tiles(
+    q: Tensor, shape: tuple[int, ...], tile: Callable[[int, int], tuple[Tensor, Tensor]], params: AttendParams, step: int
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, dim = q.shape
+    rows, kv_heads, count, own = shape
+    if batch != rows or heads % kv_heads or dim != own:
+        raise ValueError(f"queries {tuple(q.shape)} do not fit keys {tuple(shape)}")
+    q, start = q.float(), params.start
+    end = count if start is None else min(count, start + tokens)
+    # Every query sees the keys before `split`; query i sees i + 1 of the others at most.
+    split = count if start is None else min(start, count)
+    cuts = sorted({*range(0, split, step), *range(split, end, step), end})
+    found: tuple[Tensor, Tensor] | None = None
+    for a, b in pairwise(cuts):
+        causal, first = a >= split, max(0, a - split)
+        k, v = tile(a, b)
+        part = _flash(q[:, :, first:], k.float(), v.float(), params.scale, causal)
+        if found is None:
+            found = part
+        else:
+            _join(found, part, first)
+    assert found is not None
+    return found
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention in float32; causal: query i sees the keys up to number i."""
+    batch, heads, tokens, dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    if causal and group > 1:
+        # A key head is a row of its own, whose keys are those of each of its query heads.
+        q = q.reshape(batch * kv_heads, group, tokens, dim)
+        k, v = (x.reshape(batch * kv_heads, 1, *x.shape[2:]).expand(-1, group, -1, -1) for x in (k, v))
+    else:
+        # Query heads that share keys become more queries of their key head.
+        q = q.reshape(batch, kv_heads, group * tokens, dim)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(q, k, v, 0.0, causal, scale=scale)
+    return out.reshape(batch, heads, tokens, dim), lse.reshape(batch, heads, tokens)
+
+
+def _join(found: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], first: int) -> None:
+    """Let the queries from number `first` on see what a part gives too; changes `found`."""
+    out, lse = found[0][:, :, first:], found[1][:, :, first:]
+    total = torch.logaddexp(lse, part[1])
+    out.mul_(torch.exp(lse - total).unsqueeze(-1)).addcmul_(part[0], torch.exp(part[1] - total).unsqueeze(-1))
+    lse.copy_(total)

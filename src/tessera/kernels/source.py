@@ -1,0 +1,22 @@
+"""A source of keys and values, and where the queries stand to it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tessera.kernels.pages import Pages
+
+
+class Source(NamedTuple):
+    """What queries read in one go.
+
+    Attributes:
+        held: packed pages, or keys and values (batch, kv_heads, tokens, head_dim).
+        start, window: as of `AttendParams`.
+    """
+
+    held: Pages | tuple[Tensor, Tensor]
+    start: int | None = None
+    window: int | None = None
