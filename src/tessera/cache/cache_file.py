@@ -176,7 +176,7 @@ class Stored:
     @property
     def tensor_memory(self) -> str:
         """The config of the Tensor Memory that had read along, as JSON; empty if none had."""
-        return self.text("tensor_memory") if "tensor_memory" in self._header else ""
+        return self.text("tensor_memory", "")
 
     def fill(self, layers: Sequence[TesseraLayer], streams: Mapping[int, tuple[Stream, int, bool]] | None = None) -> None:
         """Put what was saved into empty layers.

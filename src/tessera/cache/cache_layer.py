@@ -1,4 +1,15 @@
-"""One layer of the cache: it stages what the model gives it until the attention function, which sees the mask, asks."""
+"""One layer of the cache, and a call's way through it.
+
+`update` only stages keys and values: where padding ends is known from the mask, which transformers passes to the attention
+function, so tokens are stored there. A call has three stations, the two of this file and the attention between them:
+
+    update        the model gives keys and values; they are staged, and `DeferredKV`s go to the attention function
+    begin_step    that has the mask: staged tokens are sorted into groups, and each group says what its queries read
+    end_step      the queries have read: tokens are taken in, quantised, passed on and dropped
+
+`tessera.attention.over_tiers` begins and ends the step of a call. Where nobody does, because the attention is another
+(`_materialise`) or never asked (`flush_staged`), the layer does both itself.
+"""
 
 from __future__ import annotations
 
@@ -145,8 +156,8 @@ class TesseraLayer(CacheLayerMixin):
             keys and values as Tessera's attention function understands them; decoded if the model uses another.
 
         Raises:
-            ValueError: if they do not fit the model that the cache was made for, or its batch, and for keys or values that are
-                not finite where a memory will absorb them.
+            ValueError: if they do not fit the model that the cache was made for, or its batch, and on a CPU for keys or values
+                that are not finite where a memory will absorb them; elsewhere see `FiniteCheck`.
             RuntimeError: in gradient mode.
         """
         self.flush_staged()
