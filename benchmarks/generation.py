@@ -7,9 +7,12 @@ bits, which decodes everything at every step (needs optimum-quanto and hqq: pip 
 
 "attention" is the time of a step less that of a step after a context of no tokens: what the context costs.
 
+With `--model` a pretrained model generates instead: see model_generation.py.
+
 Example:
 
     python benchmarks/generation.py
+    python benchmarks/generation.py --model SmolLM2-135M-Instruct
     python benchmarks/generation.py --tokens 4096 --caches DynamicCache "sink:4 + hqmq:4 + recent:128" --layers 2
 """
 
@@ -36,7 +39,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedC
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tessera
-from tessera.cache.tiers import BLOCK
+from tessera.cache.spec import BLOCK
 from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.evaluation.records import environment
 from tessera.evaluation.table import size
@@ -108,8 +111,8 @@ def steps(model: LlamaForCausalLM, cache: Any, count: int) -> float:
 def breakdown(model: LlamaForCausalLM, cache: Any) -> dict[str, float]:
     """Milliseconds a step and layer, over as many steps as it takes until a block of tokens has been compressed.
 
-    "kernel": partial attention over the compressed tier. "compress": encoding. "update": the cache takes new keys and
-    values. "attention": all else of the attention function, that is the exact tiers and joining.
+    "kernel": attention to all tiers in one call, or over the compressed one where it takes several. "compress": encoding.
+    "update": the cache takes new keys and values. "attention": all else of the attention function.
     """
     spent = dict.fromkeys(("kernel", "compress", "update", "attention"), 0.0)
     inner = [0.0]  # for each call that is going on the time of the calls within it
@@ -130,6 +133,7 @@ def breakdown(model: LlamaForCausalLM, cache: Any) -> dict[str, float]:
     layers, kind = model.config.num_hidden_layers, ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
     with (
         patch.object(dispatch, "attend", timed("kernel", dispatch.attend)),
+        patch.object(dispatch, "attend_sources", timed("kernel", dispatch.attend_sources)),
         patch.object(JointHQMQ, "encode", timed("compress", JointHQMQ.encode)),
         patch.object(type(cache), "update", timed("update", type(cache).update)),
         patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, {model.config._attn_implementation: timed("attention", kind)}),
@@ -186,16 +190,59 @@ def run(name: str, tokens: int, layers: int, count: int, width: int = WIDTH) -> 
     return row  # type: ignore[no-any-return]
 
 
+def pretrained(options: argparse.Namespace, console: Console) -> int:
+    """Measure a pretrained model, see model_generation.py."""
+    import model_generation
+
+    path = options.json or ROOT / "docs" / "results" / "model_generation.json"
+    settings = {"steps": options.steps or 136, "repeats": options.repeats, "environment": environment()}
+
+    def save(made: dict[str, Any]) -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps({**settings, **made}, indent=1) + "\n", encoding="utf-8")
+
+    made = model_generation.measure(
+        options.model,
+        options.tokens or model_generation.LENGTHS,
+        options.caches or model_generation.CACHES,
+        chunk=options.chunk,
+        steps=settings["steps"],
+        repeats=options.repeats,
+        gguf=options.gguf,
+        save=save,
+        say=lambda line: console.print(line, highlight=False),
+    )
+    table = Table("cache", "tokens", "a call", "prefill, s", "ms a step", "slowest", "peak memory")
+    for row in made["rows"]:
+        cells = (f"{row['prefill_s']:.2f}", f"{row['step_ms']:.1f}", f"{row['slowest_step_ms']:.1f}")
+        held = size(row["peak_growth"]) if "peak_growth" in row else ""
+        table.add_row(row["cache"], f"{row['tokens']:,}", f"{row['chunk']:,}", *cells, held)
+    console.print(table)
+    console.print(f"Saved {path}", highlight=False)
+    return 0
+
+
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=(4096, 16384, 32768))
-    parser.add_argument("--caches", nargs="+", default=CACHES)
+    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--caches", nargs="+")
     parser.add_argument("--layers", type=int, default=4, help="of the model; an 8B model has 32")
-    parser.add_argument("--steps", type=int, default=8, help="tokens decoded, of which the first does not count")
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "generation.json")
+    parser.add_argument("--steps", type=int, help="tokens decoded, of which the first does not count")
+    parser.add_argument("--json", type=Path, help="where the record goes; by default into docs/results")
+    parser.add_argument("--model", help="a pretrained model: a folder, a GGUF file or a name on the Hub")
+    parser.add_argument("--chunk", type=int, default=512, help="with --model: prompts are read in one call and in such chunks")
+    parser.add_argument("--repeats", type=int, default=3, help="with --model: of the prefill")
+    parser.add_argument(
+        "--gguf", type=Path, help="with --model: the same model for llama.cpp, if llama-cpp-python is installed"
+    )
     options = parser.parse_args()
     console = Console()
+    if options.model is not None:
+        return pretrained(options, console)
+    options.tokens = options.tokens or (4096, 16384, 32768)
+    options.caches, options.steps = options.caches or CACHES, options.steps or 8
+    options.json = options.json or ROOT / "docs" / "results" / "generation.json"
     rows: list[dict[str, Any]] = []
 
     def save() -> None:

@@ -4,7 +4,7 @@
 2. One new token for each of some requests over long contexts, against scaled dot product attention over dense keys and values
    in float16 that lie there already, one call for all requests: the dense cache's best case.
 
-The engine itself is measured by `benchmarks/vllm_engine.py`, which on a GPU takes `--attention-backend CUSTOM`.
+The engine itself is measured by `benchmarks/vllm_engine.py`, which on a GPU asks for the backend CUSTOM.
 
 Example:
 

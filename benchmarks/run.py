@@ -173,6 +173,14 @@ BENCHMARKS = (
         measured="2026-11-25",
     ),
     Benchmark(
+        "model-generation",
+        "first token, median and slowest step, memory of SmolLM2 by kind of cache; two generations side by side",
+        ("benchmarks/generation.py", "--model", "results/models/smollm2"),
+        ("model_generation.json",),
+        takes="an hour",
+        needs="pip install 'tessera[bench]', and the model in results/models (benchmarks/real_models.py)",
+    ),
+    Benchmark(
         "query-limbs",
         "what it costs that a kernel writes queries in 8-bit digits",
         ("benchmarks/query_limbs.py",),
@@ -209,10 +217,19 @@ BENCHMARKS = (
     ),
     Benchmark(
         "vllm-engine",
-        "vLLM with packed pages: what its pool holds, what it says, how fast its attention is",
+        "vLLM with packed pages: what its pool holds, what it says, how fast it answers",
         ("benchmarks/vllm_engine.py",),
         ("vllm_engine.json",),
-        "an hour",
+        "half an hour",
+        "the environment of make test-vllm, --model FOLDER --text BOOK",
+        measured="2026-11-30",
+    ),
+    Benchmark(
+        "vllm-serve",
+        "vLLM's server with packed pages, what clients see of it, and its metrics: the transcript in docs/vllm.md",
+        ("benchmarks/vllm_serve.py",),
+        ("vllm_serve.json",),
+        "minutes",
         "the environment of make test-vllm, --model FOLDER --text BOOK",
         measured="2026-11-30",
     ),
@@ -346,7 +363,7 @@ BENCHMARKS = (
     Benchmark("layers", "draw what imports what", ("docs/layers.py",), takes="seconds"),
 )
 #: Files of this folder that are imported by others.
-HELPERS = ("run.py", "stretches.py", "timing.py")
+HELPERS = ("model_generation.py", "run.py", "stretches.py", "timing.py")
 
 
 def find(name: str) -> Benchmark:

@@ -98,24 +98,69 @@ def decode_attention(shape: str) -> str:
     return markdown_table(("way", "tokens", "ms", "speed of the fastest dense way", "bytes of dense"), cells)
 
 
-def vllm_engine() -> str:
-    """What the pool of an engine holds, what it says and, where that was taken, how fast, by cache."""
-    record = _load("vllm_engine")
-    rows = record["rows"]
-    lengths = [int(n) for n in rows[0]["held"]]
-    head = ["cache", "blocks", *(f"held at {n:,}" for n in lengths), "perplexity", "KL", "top-1"]
+def vllm_pool() -> str:
+    """What the pool of an engine holds, and how many times that of the dense cache, by length of requests."""
+    rows = _load("vllm_engine")["rows"]
+    dense = next(r for r in rows if r["cache"] == "dense")
     cells = [
-        [f"`{r['cache']}`", f"{r['blocks']:,}"]
-        + [f"{r['held'][str(n)]:,}" for n in lengths]
-        + [f"{r['perplexity']:.2f}", *((f"{r['kl']:.4f}", f"{r['top1']:.1%}") if "kl" in r else ("", ""))]
+        [f"`{r['cache']}`", f"{r['blocks']:,}", f"{r['blocks'] / dense['blocks']:.2f}x"]
+        + [f"{held:,.0f} ({held / dense['held'][n]:.2f}x)" for n, held in r["held"].items()]
         for r in rows
+        if "blocks" in r
     ]
-    if all("first_token" in r for r in rows):
-        head.append(f"first token of {record['long']:,}, s")
-        head += [f"tokens/s, {record[n]} of {record[size]:,}" for n, size in (("requests", "prompt"), ("few", "long"))]
-        for cell, r in zip(cells, rows, strict=True):
-            cell += [f"{r['first_token']:.1f}", *(f"{r[name]['tokens_per_second']:.1f}" for name in ("many", "long"))]
+    head = ("cache", "blocks", "of dense", *(f"requests of {int(n):,}" for n in dense["held"]))
     return markdown_table(head, cells)
+
+
+def vllm_quality() -> str:
+    """What an engine says, by cache."""
+    rows = _load("vllm_engine")["rows"]
+    cells = [
+        (
+            f"`{r['cache']}`",
+            f"{r['perplexity']:.2f}",
+            f"{r['kl']:.4f}" if "kl" in r else "",
+            f"{r['top1']:.1%}" if "top1" in r else "",
+            f"{r['recall']['right']:.1%}",
+            f"{r['recall']['logprob']:.3f}",
+        )
+        for r in rows
+        if "perplexity" in r
+    ]
+    return markdown_table(("cache", "perplexity", "KL", "top-1", "words again", "their log-probability"), cells)
+
+
+def vllm_speed() -> str:
+    """How fast engines answer, by cache."""
+    record = _load("vllm_engine")
+    many, few, prompt, long = (record[name] for name in ("requests", "few", "prompt", "long"))
+    cells = [
+        [f"`{r['cache']}`", f"{r['first']['first']:.2f}", f"{r['many']['all_first']:.1f}"]
+        + [f"{count / r[name]['step']:.1f}" for name, count in (("many", many), ("long", few))]
+        for r in record["rows"]
+        if "many" in r
+    ]
+    head = ("cache", f"first token of {long:,}, s", f"all first of {many} x {prompt:,}, s")
+    return markdown_table(head + tuple(f"tokens/s, {n} x {size:,}" for n, size in ((many, prompt), (few, long))), cells)
+
+
+def vllm_server(part: str) -> str:
+    """The transcript of a server, "packed" or "dense": its command, its log and its metrics."""
+    found = _load("vllm_serve")[part]
+    return "\n".join(
+        ("```", f"$ {found['command']}", *found["log"], "$ curl --silent localhost:8000/metrics", *found["metrics"], "```")
+    )
+
+
+def vllm_client(part: str) -> str:
+    """What the clients of a server, "packed" or "dense", saw."""
+    lines = _load("vllm_serve")[part]["client"]
+    return "\n".join(("```", "$ python docs/vllm_client.py http://localhost:8000/v1 article.txt", *lines, "```"))
+
+
+def source(path: str) -> str:
+    """A program of the repository, as it is."""
+    return "\n".join(("```python", (ROOT / path).read_text(encoding="utf-8").rstrip(), "```"))
 
 
 def vllm_kernels() -> str:
@@ -216,6 +261,40 @@ def generation(tokens: str = "") -> str:
         if tokens in ("", str(r["tokens"]))
     ]
     return markdown_table(("cache", "tokens", "ms a step", "of them for the context", "tokens/s", "peak memory"), cells)
+
+
+def model_generation() -> str:
+    """First token, steps and memory of a pretrained model, each beside DynamicCache's in the same turn."""
+    rows = _load("model_generation")["rows"]
+    base = {(r["tokens"], r["chunk"]): r for r in rows if r["cache"] == "DynamicCache"}
+    cells = []
+    for r in rows:
+        peer = base[r["tokens"], r["chunk"]]
+        parts = ("prefill", "step", "slowest_step")
+        units = ("s", "ms", "ms")
+        figures = [
+            f"{r[f'{part}_processor_{unit}']:.2f} ({r[f'{part}_processor_{unit}'] / peer[f'{part}_processor_{unit}']:.2f})"
+            for part, unit in zip(parts, units, strict=True)
+        ]
+        held = size(r["peak_growth"]) if "peak_growth" in r else "-"
+        cells.append((f"`{r['cache']}`", f"{r['tokens']:,}", f"{r['chunk']:,}", *figures, held))
+    head = ("cache", "prompt", "tokens a call", "prefill, s", "step, ms", "slowest step, ms", "peak memory")
+    return markdown_table(head, cells)
+
+
+def side_by_side() -> str:
+    """Two generations at once against one after the other."""
+    cells = [
+        (
+            f"`{r['cache']}`",
+            f"{r['one_after_the_other_s']:.1f}",
+            *(f"{r[key]:.1f} ({r[key] / r['one_after_the_other_s']:.2f})" for key in ("at_once_half_s", "at_once_all_s")),
+        )
+        for r in _load("model_generation")["side_by_side"]
+    ]
+    return markdown_table(
+        ("cache", "one after the other, s", "at once, half of the threads each", "at once, all threads each"), cells
+    )
 
 
 def overheads() -> str:
@@ -560,6 +639,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "families": families,
     "reliability": reliability,
     "generation": generation,
+    "model-generation": model_generation,
+    "side-by-side": side_by_side,
     "language": language,
     "language-trained": language_trained,
     "llamacpp": llamacpp,
@@ -578,8 +659,13 @@ TABLES: dict[str, Callable[..., str]] = {
     "triton-static": triton_static,
     "training": training,
     "video": video,
-    "vllm-engine": vllm_engine,
+    "source": source,
+    "vllm-client": vllm_client,
     "vllm-kernels": vllm_kernels,
+    "vllm-pool": vllm_pool,
+    "vllm-quality": vllm_quality,
+    "vllm-server": vllm_server,
+    "vllm-speed": vllm_speed,
 }
 
 

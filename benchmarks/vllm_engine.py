@@ -1,8 +1,9 @@
 """vLLM with packed pages against its own dense and fp8 caches: what the pool holds, how fast it answers, what it says.
 
-Each cache is measured in processes of its own, one after the other in rounds, so that a disturbance of the machine meets all
-of them; times are medians over the rounds. Quality is the divergence of the engine's distribution of every next token of a
-text, read in chunks, from that of the engine with the dense cache.
+Each cache has an engine in a process of its own. The engines take their steps in turns, so that a disturbance of the machine
+meets all of them; times are of an engine's own steps, medians over steps and rounds. Quality is the divergence of the engine's
+distribution of every next token of a text, read in chunks, from that of the engine with the dense cache, and how well
+it reads a list of words a second time, by the engine's own log-probabilities.
 
 Run it with the Python that has vLLM (`make test-vllm` makes one in .venv-vllm).
 
@@ -16,26 +17,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
 from itertools import count
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Specifications of Tessera's that are measured, and what vLLM's own caches are called here.
-SPECS = ("sink:4 + hqmq:4", "sink:1 + hqmq:4", "sink:4 + hqmq:3")
+SPECS = ("sink:4 + hqmq:4", "sink:4 + hqmq:4, with statistics", "sink:4 + hqmq:3")
 DENSE, FP8 = "dense", "fp8"
+#: What a specification ends with where keys are coded by statistics of the end of the text.
+STATS = ", with statistics"
 #: Lengths of requests, in tokens, for which it is said how many the pool holds.
 LENGTHS = (1024, 4096, 8192)
 #: Query heads, key heads, head_dim of layers, and requests, tokens and new tokens of steps, whose attention is timed by itself.
 SHAPES = ((9, 3, 64), (32, 8, 128))
 STEPS = ((1, 4096, 1), (8, 4096, 1), (32, 1024, 1), (32, 4096, 1), (1, 2048, 2048))
 #: What a small pool is: enough for every workload in the dense cache.
-POOL = 1 << 31
+POOL = 1 << 30
 
 
 def parse() -> argparse.Namespace:
@@ -45,22 +49,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", required=True, type=Path, help="a text of at least 40,000 words")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=2721, help="of text that quality is measured on")
+    parser.add_argument("--lists", type=int, default=4, help="of 300 words, of the task")
     parser.add_argument("--requests", type=int, default=32, help="at once")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of a request's prompt")
     parser.add_argument("--long", type=int, default=4096, help="tokens of a long request's prompt")
     parser.add_argument("--few", type=int, default=4, help="long requests at once")
     parser.add_argument("--new", type=int, default=64, help="tokens that are written")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--block-size", type=int, default=256, help="tokens of a block")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "vllm_engine.json")
     parser.add_argument("--caches", nargs="+", default=[DENSE, FP8, *SPECS], help="'dense', 'fp8' and specifications")
     parser.add_argument("--cache", help=argparse.SUPPRESS)
-    parser.add_argument("--what", choices=("speed", "quality", "kernels"), help=argparse.SUPPRESS)
+    parser.add_argument("--what", choices=("serve", "quality", "kernels"), help=argparse.SUPPRESS)
     parser.add_argument("--scores", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stats", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def start(args: argparse.Namespace, **options: Any) -> Any:
     """An engine with the cache that is asked for."""
+    import torch
     from vllm import LLM
 
     usual: dict[str, Any] = {
@@ -68,13 +76,18 @@ def start(args: argparse.Namespace, **options: Any) -> Any:
         "max_model_len": max(args.long, args.prompt) + args.new + 64,
         "max_num_seqs": args.requests,
         "kv_cache_memory_bytes": POOL,
+        "block_size": args.block_size,
         "enforce_eager": True,
         "enable_prefix_caching": False,
     }
     if args.cache == FP8:
         usual["kv_cache_dtype"] = "fp8"
     elif args.cache != DENSE:
-        usual["additional_config"] = {"tessera": args.cache}
+        usual["additional_config"] = {"tessera": args.cache.removesuffix(STATS)}
+        if args.cache.endswith(STATS):
+            usual["additional_config"]["tessera_stats"] = str(args.stats)
+        if torch.cuda.is_available():  # the CPU platform knows one backend only
+            usual["attention_backend"] = "CUSTOM"
     return LLM(model=args.model, **{**usual, **options})
 
 
@@ -85,48 +98,141 @@ def pieces(llm: Any, text: Path, count: int, size: int) -> list[list[int]]:
     return [tokens[i * step : i * step + size] for i in range(count)]
 
 
-def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Blocks in the pool, and seconds to first tokens and for the tokens after it."""
+def serve(args: argparse.Namespace) -> None:
+    """Be one of several engines that take their steps in turns: answer each line of the input with one of JSON.
+
+    A line is the name of a workload, whose requests are added, "step", or "end".
+    """
+    import torch
     from vllm import SamplingParams
 
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is none of them
     llm = start(args)
-    config = llm.llm_engine.vllm_config.cache_config
-    found: dict[str, Any] = {"blocks": config.num_gpu_blocks, "block_size": config.block_size, "pool": POOL}
-    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
-    found["rings"] = len(groups) - 1  # of a model without windows: all groups but that of its attention
-    engine = llm.llm_engine
-    serial = count()
+    engine, serial = llm.llm_engine, count()
+    workloads = {
+        "warm": (pieces(llm, args.text, 1, 64), 2),
+        "many": (pieces(llm, args.text, args.requests, args.prompt), 1 + args.new),
+        "long": (pieces(llm, args.text, args.few, args.long), 1 + args.new),
+        "first": (pieces(llm, args.text, 1, args.long), 1),
+    }
 
-    def run(prompts: list[list[int]], tokens: int) -> dict[str, float]:
-        """Seconds until the first and until the last first token, and tokens a second once all requests write."""
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        for prompt in prompts:
-            engine.add_request(f"request-{next(serial)}", {"prompt_token_ids": prompt}, params)
+    def answer(found: dict[str, Any]) -> None:
+        print(json.dumps(found), file=answers, flush=True)
+
+    config = engine.vllm_config.cache_config
+    groups = engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    # Of a model without windows all groups but one are rings.
+    pool = {"blocks": config.num_gpu_blocks, "block_size": config.block_size, "pool": POOL, "rings": len(groups) - 1}
+    answer({**pool, "threads": torch.get_num_threads()})
+    for line in sys.stdin:
+        asked = line.strip()
+        if asked == "end":
+            break
+        if asked in workloads:
+            prompts, tokens = workloads[asked]
+            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+            for prompt in prompts:
+                engine.add_request(f"request-{next(serial)}", {"prompt_token_ids": prompt}, params)
+            answer({"requests": len(prompts)})
+            continue
         began = time.perf_counter()
-        arrived: dict[str, float] = {}
-        written, spent = 0, 0.0
-        while engine.has_unfinished_requests():
-            reading = len(arrived) < len(prompts)
-            before = time.perf_counter()
-            answers = engine.step()
-            now = time.perf_counter()
-            for answer in answers:
-                arrived.setdefault(answer.request_id, now - began)
-            if not reading:
-                written += len(answers)
-                spent += now - before
-        return {
-            "first": min(arrived.values()),
-            "all_first": max(arrived.values()),
-            "tokens_per_second": written / spent if spent else 0.0,
-        }
+        wrote = [one.request_id for one in engine.step()]
+        answer({"seconds": time.perf_counter() - began, "wrote": wrote, "more": engine.has_unfinished_requests()})
 
-    many, long = pieces(llm, args.text, args.requests, args.prompt), pieces(llm, args.text, args.few, args.long)
-    run(many[:1], 2)
-    found["many"] = run(many, 1 + args.new)
-    found["long"] = run(long, 1 + args.new)
-    found["first_token"] = run(long[:1], 1)["first"]
+
+class Engine:
+    """One of the engines that take turns, in a process of its own.
+
+    Attributes:
+        cache: that it has.
+        pool: what it says of its pool, or the error that kept it from starting, as "error".
+    """
+
+    def __init__(self, args: argparse.Namespace, cache: str) -> None:
+        self.cache = cache
+        with tempfile.TemporaryFile("w+") as log:
+            self.process = subprocess.Popen(
+                command(args, cache, "serve"),
+                env=environment_of_children(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+            try:
+                self.pool: dict[str, Any] = self._heard()
+            except EOFError:
+                log.seek(0)
+                self.pool = {"error": complaint(log.read(), self.process.wait())}
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """What the engine answers to a line."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self._heard()
+
+    def _heard(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise EOFError(f"the engine with {self.cache!r} has ended")
+        return json.loads(line)
+
+    def end(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin is not None
+        if "error" not in self.pool:
+            self.process.stdin.write("end\n")
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def speed(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Of each cache what its pool holds, and seconds until first tokens and of the steps after them; by cache."""
+    engines = [Engine(args, cache) for cache in args.caches]
+    running = [one for one in engines if "error" not in one.pool]
+    found = {one.cache: dict(one.pool) for one in engines}
+    for one in running:
+        turns([one], "warm")
+    for workload in ("first", "many", "long"):
+        rounds = [turns(running, workload) for _ in range(args.rounds)]
+        for cache in (one.cache for one in running):
+            found[cache][workload] = {name: median(r[cache][name] for r in rounds) for name in rounds[0][cache]}
+            print(cache, workload, found[cache][workload], flush=True)
+    for one in engines:
+        one.end()
     return found
+
+
+def turns(engines: list[Engine], workload: str) -> dict[str, dict[str, float]]:
+    """Run a workload in all engines, one step of each after the other, so that a disturbance of the machine meets all.
+
+    Returns:
+        By cache: "first" and "all_first", the seconds of its own steps until the first of the requests and until all of them
+        had a token; and, if they write more, "step", the median of the steps in which each of them writes one.
+    """
+    wanted = {one.cache: one.ask(workload)["requests"] for one in engines}
+    spent = dict.fromkeys(wanted, 0.0)
+    arrived: dict[str, dict[str, float]] = {cache: {} for cache in wanted}
+    steps: dict[str, list[float]] = {cache: [] for cache in wanted}
+    active = list(engines)
+    while active:
+        for one in list(active):
+            answer, mine = one.ask("step"), arrived[one.cache]
+            spent[one.cache] += answer["seconds"]
+            if len(mine) == wanted[one.cache] == len(answer["wrote"]):
+                steps[one.cache].append(answer["seconds"])
+            for request in answer["wrote"]:
+                mine.setdefault(request, spent[one.cache])
+            if not answer["more"]:
+                active.remove(one)
+    return {
+        cache: {"first": min(times.values()), "all_first": max(times.values())}
+        | ({"step": median(steps[cache])} if steps[cache] else {})
+        for cache, times in arrived.items()
+    }
 
 
 def quality(args: argparse.Namespace) -> dict[str, Any]:
@@ -134,27 +240,28 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from vllm import SamplingParams
 
-    kept: list[torch.Tensor] = []
+    heard: list[torch.Tensor] = []
 
     def listen(model: Any) -> None:
         compute = model.compute_logits
 
-        def heard(*given: Any, **more: Any) -> Any:
+        def computed(*given: Any, **more: Any) -> Any:
             logits = compute(*given, **more)
             if logits is not None and len(logits) > 1:
-                kept.append(logits.float().log_softmax(-1))
+                heard.append(logits.float().log_softmax(-1))
             return logits
 
-        model.compute_logits = heard
+        model.compute_logits = computed
 
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     llm = start(args, max_num_batched_tokens=256, max_num_seqs=1, max_model_len=args.tokens + 64)
     prompt = pieces(llm, args.text, 1, args.tokens)[0]
     llm.apply_model(listen)
     llm.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-    scores = torch.cat(kept)[: args.tokens - 1]
+    scores = torch.cat(heard)[: args.tokens - 1]
     target = torch.tensor(prompt[1 : len(scores) + 1])
     found = {"tokens": len(scores), "perplexity": float((-scores.gather(1, target[:, None])).mean().exp())}
+    found["recall"] = recall(args, llm)
     if args.cache == DENSE:
         torch.save(scores, args.scores)
     else:
@@ -162,6 +269,27 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         found["kl"] = float((dense.exp() * (dense - scores)).sum(-1).mean())
         found["top1"] = float((dense.argmax(-1) == scores.argmax(-1)).float().mean())
     return found
+
+
+def recall(args: argparse.Namespace, llm: Any) -> dict[str, float]:
+    """A task: words in an order that nothing tells but the context, and the same words again.
+
+    Returns:
+        The share of tokens of the second list that are the engine's first choice, and the mean of their log-probabilities.
+    """
+    from vllm import SamplingParams
+
+    tokenizer, draw = llm.get_tokenizer(), random.Random(0)
+    words = sorted({word for word in args.text.read_text(encoding="utf-8").split() if word.isalpha()})
+    scores = []
+    for _ in range(args.lists):
+        listed = tokenizer.encode(" ".join(draw.sample(words, 300)), add_special_tokens=False)
+        prompt = [*listed, *tokenizer.encode("\n", add_special_tokens=False), *listed]
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        [read] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        second = range(len(prompt) - len(listed) + 8, len(prompt))  # the first words say which list it is
+        scores += [read.prompt_logprobs[i][prompt[i]] for i in second]
+    return {"right": sum(one.rank == 1 for one in scores) / len(scores), "logprob": mean(one.logprob for one in scores)}
 
 
 def kernels(args: argparse.Namespace) -> dict[str, Any]:
@@ -176,16 +304,16 @@ def kernels(args: argparse.Namespace) -> dict[str, Any]:
     from tessera.kernels.cpu.paged import attend_paged
     from timing import medians
 
-    dtype, size = torch.bfloat16, 128
+    dtype, size = torch.bfloat16, args.block_size
+    pages = torch.arange(size // 64)
     rows = []
     for heads, kv_heads, dim in SHAPES:
         for requests, length, new in STEPS:
             blocks = -(-length // size)
             codec = codecs.get("hqmq:4")
-            layout = block_layout(codec, dim, dtype, pages=2, sink=4, heads=kv_heads)
+            layout = block_layout(codec, dim, dtype, pages=len(pages), sink=4, heads=kv_heads)
             pool = torch.zeros(requests * blocks + 1, kv_heads, layout.nbytes, dtype=torch.uint8)
-            two = torch.arange(2)
-            write(codec, layout, pool, two * 0, two, *torch.randn(2, 2, kv_heads, 64, dim), two == 0)
+            write(codec, layout, pool, pages * 0, pages, *torch.randn(2, len(pages), kv_heads, 64, dim), pages == 0)
             pool[1:] = pool[:1]
             dense = torch.randn(1, kv_heads, 2 * size, dim).to(dtype).repeat(len(pool), 1, 1, 1)
             ring = torch.zeros(requests, kv_heads, 64, layout.ring_bytes, dtype=torch.uint8)
@@ -226,70 +354,84 @@ def instructions() -> list[str]:
     return [flag for flag in flags.split() if flag.startswith(("avx", "amx", "fma", "f16c"))]
 
 
+def command(args: argparse.Namespace, cache: str, what: str, **more: Any) -> list[str]:
+    """The command of a process of its own for one cache."""
+    given = {"--model": args.model, "--text": args.text, "--dtype": args.dtype, "--tokens": args.tokens, "--new": args.new}
+    given |= {"--few": args.few, "--requests": args.requests, "--prompt": args.prompt, "--long": args.long}
+    given |= {"--lists": args.lists, "--block-size": args.block_size, "--cache": cache, "--what": what, "--stats": args.stats}
+    given |= {f"--{name}": value for name, value in more.items()}
+    return [sys.executable, __file__, *(str(word) for pair in given.items() for word in pair)]
+
+
+def environment_of_children() -> dict[str, str]:
+    """Engines run in the process that asks for them, and say little."""
+    return {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def complaint(log: str, status: int) -> str:
+    """What a process that failed said last."""
+    lines = [line for line in log.splitlines() if "Error" in line]
+    return lines[-1].strip() if lines else f"exit {status}"
+
+
+def measure_statistics(args: argparse.Namespace, folder: Path) -> Path:
+    """Statistics of keys from the last tenth of the text, which nothing else here reads."""
+    text, path = args.text.read_text(encoding="utf-8"), folder / "stats.safetensors"
+    (folder / "end.txt").write_text(text[-len(text) // 10 :], encoding="utf-8")
+    words = {"--model": args.model, "--text": folder / "end.txt", "--out": path}
+    made = [sys.executable, "-m", "tessera", "stats", *(str(word) for pair in words.items() for word in pair)]
+    subprocess.run(made, check=True, capture_output=True)
+    return path
+
+
 def child(args: argparse.Namespace, cache: str, what: str, scores: Path) -> dict[str, Any]:
     """One measurement in a process of its own; what went wrong there is said in its place."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        given = {"--model": args.model, "--text": args.text, "--dtype": args.dtype, "--tokens": args.tokens, "--new": args.new}
-        given |= {"--few": args.few, "--requests": args.requests, "--prompt": args.prompt, "--long": args.long}
-        given |= {"--cache": cache, "--what": what, "--scores": scores, "--json": out.name}
-        command = [sys.executable, __file__, *(str(word) for pair in given.items() for word in pair)]
-        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        asked = command(args, cache, what, scores=scores, json=out.name)
+        done = subprocess.run(asked, env=environment_of_children(), capture_output=True, text=True)
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "Error" in line]
-            return {"error": lines[-1].strip() if lines else f"exit {done.returncode}"}
+            return {"error": complaint(done.stderr, done.returncode)}
         return json.loads(Path(out.name).read_text())
 
 
-def tokens_held(row: dict[str, Any], length: int) -> int:
-    """Tokens of requests of one length that the pool holds at once."""
+def tokens_held(row: dict[str, Any], length: int) -> float:
+    """Tokens of requests of one length that the pool holds at once, were requests divisible: rounding favours nobody."""
     blocks = -(-length // row["block_size"]) + row["rings"]
-    return (row["blocks"] - 1) // blocks * length
+    return (row["blocks"] - 1) / blocks * length
 
 
 def main() -> None:
     """Measure all, or in a child process one."""
     args = parse()
-    if args.cache:
-        found = {"speed": speed, "quality": quality, "kernels": kernels}[args.what](args)
-        args.json.write_text(json.dumps(found))
+    if args.what == "serve":
+        serve(args)
         return
-    import torch
+    if args.what:
+        args.json.write_text(json.dumps({"quality": quality, "kernels": kernels}[args.what](args)))
+        return
     import vllm
 
     from tessera.evaluation.records import environment
     from tessera.files import atomic_path
 
-    caches = args.caches
-    rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         scores = Path(folder) / "scores.pt"
-        for cache in caches:
-            rows[cache] = {"quality": child(args, cache, "quality", scores), "rounds": []}
-            print(cache, rows[cache]["quality"], flush=True)
-        for _ in range(args.rounds):
-            for cache in caches:
-                rows[cache]["rounds"].append(child(args, cache, "speed", scores))
-                print(cache, rows[cache]["rounds"][-1], flush=True)
-    result = []
-    for cache in caches:
-        rounds = [one for one in rows[cache]["rounds"] if "error" not in one]
-        row = {"cache": cache, **rows[cache]["quality"]}
-        if rounds:
-            row |= {name: rounds[0][name] for name in ("blocks", "block_size", "rings", "pool")}
-            row["held"] = {str(n): tokens_held(rounds[0], n) for n in LENGTHS}
-            row["first_token"] = median(one["first_token"] for one in rounds)
-            for name in ("many", "long"):
-                row[name] = {key: median(one[name][key] for one in rounds) for key in rounds[0][name]}
-        else:
-            row["error"] = rows[cache]["rounds"][0]["error"]
-        result.append(row)
+        args.stats = measure_statistics(args, Path(folder))
+        rows = []
+        for cache in args.caches:
+            rows.append({"cache": cache, **child(args, cache, "quality", scores)})
+            print(rows[-1], flush=True)
+        found = speed(args)
+        for row in rows:
+            row |= found[row["cache"]]
+            if "blocks" in row:
+                row["held"] = {str(n): tokens_held(row, n) for n in LENGTHS}
     record = {
         "environment": {
             **environment(),
             "vllm": vllm.__version__,
             "instructions": instructions(),
-            "threads": torch.get_num_threads(),
+            "threads": rows[0].get("threads"),
         },
         "model": Path(args.model).name,
         "dtype": args.dtype,
@@ -298,7 +440,8 @@ def main() -> None:
         "long": args.long,
         "few": args.few,
         "new": args.new,
-        "rows": result,
+        "block_size": args.block_size,
+        "rows": rows,
         "kernels": child(args, DENSE, "kernels", Path())["rows"],
     }
     with atomic_path(args.json) as temporary:

@@ -210,6 +210,26 @@ def test_tokens_on_their_way_are_counted_as_staged() -> None:
     assert cache.report().tiers == {"staged": 2 * k.numel() * 4} == {"staged": memory(cache)}
 
 
+def test_of_a_short_context_it_says_what_is_set_aside() -> None:
+    cache = filled("sink:4 + hqmq:4 + recent:128", make(), cuts=(20,))
+    report, layers = cache.report(), cache.layers
+    assert report.compression < 1
+    # Four sinks fill their buffer; sixteen others lie in one of sixteen tokens.
+    learned = sum(x.numel() * 4 for layer in layers for x in layer.groups[0].chain.learning.buffers())
+    assert report.set_aside == report.nbytes - report.dense_nbytes == learned > 0
+    assert "smaller" not in str(report)
+    assert f"{learned / 1024:.1f} KiB set aside for tokens to come" in str(report)
+    assert "smaller" in str(filled("sink:4 + hqmq:4 + recent:128", make(), cuts=(400,)).report())
+
+
+def test_buffers_grow_in_steps_of_an_eighth_or_sixteen_tokens() -> None:
+    model = make()
+    for count in (5, 21, 40, 130, 300, 800):
+        report = filled("dense", model, cuts=(1,) * count if count < 50 else (count // 2, count - count // 2)).report()
+        assert report.set_aside == report.nbytes - report.dense_nbytes
+        assert report.nbytes <= report.dense_nbytes * max(1 + 1 / 8, -(-count // 16) * 16 / count)
+
+
 def test_it_reads_well() -> None:
     report = filled("sink:4 + hqmq:4 + recent:16", make()).report()
     first, *rest = str(report).splitlines()

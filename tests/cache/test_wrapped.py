@@ -94,6 +94,14 @@ def test_a_model_with_a_memory_and_no_cache_compiles(config: Any) -> None:
 
 
 @pytest.mark.usefixtures("_fresh")
+def test_one_graph_is_refused_with_the_remedy() -> None:
+    model = tessera.enable(make())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), pytest.raises(Exception, match="compile without fullgraph=True"):
+        compiled(tokens(1, 20), past_key_values=tessera.Cache(PACKED, model))
+
+
+@pytest.mark.usefixtures("_fresh")
 def test_a_compiled_model_with_a_tensor_memory_goes_on_from_a_cache() -> None:
     model = tessera.attach(make(), TensorMemoryConfig(channels=4, grid=(3, 3)))
     opened(model)

@@ -21,6 +21,8 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.attention import selector
 
+from tessera.codecs.key_stats import KeyStats
+
 SPEC = "sink:4 + hqmq:4"
 
 
@@ -60,15 +62,24 @@ def engine(model: Any, spec: str | None = SPEC, *, apart: bool = False, **option
         usual["additional_config"] = {"tessera": spec}
     # vLLM remembers in a process which backend it chose.
     selector._cached_get_attn_backend.cache_clear()
-    llm = LLM(model=str(model), **{**usual, **options})
+    llm = None
     try:
+        llm = LLM(model=str(model), **{**usual, **options})
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         if not apart:
             cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def random_stats(layers: int, kv_heads: int, dim: int) -> list[KeyStats]:
+    """Statistics of no model: widths of a quarter to four, and every weight there is."""
+    shape = (layers, 1, kv_heads, dim)
+    sizes = 8 * torch.randint(17, 26, shape) + torch.randint(0, 8, shape)
+    return [KeyStats(one.to(torch.uint8)) for one in sizes]
 
 
 def ask(llm: LLM, prompts: Sequence[list[int]], tokens: int = 40, **options: Any) -> list[Answer]:

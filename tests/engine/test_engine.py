@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_fixtures import SPEC, Answer, ask, counter, engine
+from engine_fixtures import SPEC, Answer, ask, counter, engine, random_stats
+
+from tessera.codecs.key_stats import save_stats
 
 pytestmark = pytest.mark.vllm
 
@@ -63,7 +65,7 @@ def test_requests_that_are_preempted(demo: Path, prompts: list[list[int]]) -> No
     with engine(demo) as llm:
         wanted = ask(llm, prompts[:5], tokens=300)
     for sharing in (False, True):
-        with engine(demo, num_gpu_blocks_override=45, enable_prefix_caching=sharing, max_model_len=512) as llm:
+        with engine(demo, num_gpu_blocks_override=39, enable_prefix_caching=sharing, max_model_len=512) as llm:
             same(ask(llm, prompts[:5], tokens=300), wanted)
             assert counter(llm, "num_preemptions") > 0
 
@@ -81,20 +83,25 @@ def test_all_at_once(demo: Path, prompts: list[list[int]]) -> None:
     options = {"speculative_config": drafting, "enable_prefix_caching": True, "max_num_batched_tokens": 150}
     with engine(demo) as llm:
         wanted = ask(llm, prompts[:5], tokens=300)
-    with engine(demo, apart=True, num_gpu_blocks_override=45, max_model_len=512, **options) as llm:
+    with engine(demo, apart=True, num_gpu_blocks_override=39, max_model_len=512, **options) as llm:
         same(ask(llm, prompts[:5], tokens=300), wanted)
         same(ask(llm, prompts[4::-1], tokens=300), wanted[::-1])
         assert counter(llm, "num_preemptions") > 0
 
 
-def test_heads_on_two_devices(demo: Path, prompts: list[list[int]], usual: list[Answer]) -> None:
+def test_heads_on_two_devices(demo: Path, prompts: list[list[int]], tmp_path: Path) -> None:
     """Each process has one of the two key heads; sums over both are made in another order than in one process."""
-    with engine(demo, apart=True, tensor_parallel_size=2) as llm:
+    torch.manual_seed(0)
+    save_stats(random_stats(6, 2, 64), tmp_path / "stats.safetensors")
+    settings = {"tessera": SPEC, "tessera_stats": str(tmp_path / "stats.safetensors")}
+    with engine(demo, additional_config=settings) as llm:
+        alone = ask(llm, prompts, logprobs=0, prompt_logprobs=0)
+    with engine(demo, apart=True, tensor_parallel_size=2, additional_config=settings) as llm:
         got = ask(llm, prompts, logprobs=0, prompt_logprobs=0)
-    for one, wanted, prompt in zip(got, usual, prompts, strict=True):
+    for one, wanted, prompt in zip(got, alone, prompts, strict=True):
         n = len(prompt) - 1
         assert (one.logprobs[:n] - wanted.logprobs[:n]).abs().mean() < 0.01
-    assert sum(one.tokens == wanted.tokens for one, wanted in zip(got, usual, strict=True)) >= len(usual) - 2
+    assert sum(one.tokens == wanted.tokens for one, wanted in zip(got, alone, strict=True)) >= len(alone) - 2
 
 
 def test_a_model_that_is_compiled(

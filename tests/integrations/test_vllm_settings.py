@@ -12,7 +12,7 @@ import torch
 from tessera.codecs.key_stats import KeyStats, save_stats
 from tessera.integrations.vllm import statistics
 from tessera.integrations.vllm.plugin import version_refusal
-from tessera.integrations.vllm.refusals import engine_refusal, layer_refusal
+from tessera.integrations.vllm.refusals import engine_refusal, layer_refusal, spec_refusal
 from tessera.integrations.vllm.settings import configured, read
 
 
@@ -72,6 +72,7 @@ def config(**changes: Any) -> SimpleNamespace:
             pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1
         ),
         kv_transfer_config=None,
+        model_config=SimpleNamespace(is_hybrid=False),
         speculative_config=None,
     )
     for path, value in changes.items():
@@ -99,13 +100,14 @@ def drafting(method: str, count: int) -> SimpleNamespace:
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallel"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallel"),
         ({"kv_transfer_config": "a connector"}, "--kv-transfer-config"),
+        ({"model_config__is_hybrid": True}, "Mamba"),
         ({"speculative_config": drafting("eagle", 5)}, "eagle"),
         ({"speculative_config": drafting("ngram", 65)}, "at most 64"),
     ],
     ids=str,
 )
 def test_engines(changes: dict[str, Any], message: str | None) -> None:
-    why = engine_refusal(config(**changes), "0.32.0")
+    why = engine_refusal(config(**changes))
     assert why is None if message is None else message in str(why)
     if why is not None:
         assert "\n" not in why
@@ -128,6 +130,20 @@ def test_engines(changes: dict[str, Any], message: str | None) -> None:
 def test_layers(changes: dict[str, Any], message: str | None) -> None:
     usual: dict[str, Any] = {"heads": 8, "kv_heads": 2, "attn_type": "decoder", "alibi": None, "shared_with": None}
     why = layer_refusal(**{**usual, "dtype": torch.bfloat16, "extra": {}, **changes})
+    assert why is None if message is None else message in str(why)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("FullAttentionSpec", None),
+        ("SlidingWindowSpec", None),
+        ("ChunkedLocalAttentionSpec", "chunked local attention"),
+        ("CrossAttentionSpec", "another kind (CrossAttentionSpec)"),
+    ],
+)
+def test_memory_that_layers_want(kind: str, message: str | None) -> None:
+    why = spec_refusal(kind)
     assert why is None if message is None else message in str(why)
 
 

@@ -96,7 +96,7 @@ def test_every_family_is_counted(family: str) -> None:
 def test_what_is_read_is_what_is_held_without_free_room() -> None:
     layers: list[tuple[tuple[int, int], int | None]] = [((2, 16), None)]
     token = 2 * 2 * 16 * 4
-    assert held(parse("dense"), layers, torch.float32, 1, [70])[70] == Held(128 * token, 70 * token)
+    assert held(parse("dense"), layers, torch.float32, 1, [70])[70] == Held(80 * token, 70 * token)
 
 
 def test_a_codec_whose_bytes_depend_on_the_numbers_is_refused() -> None:

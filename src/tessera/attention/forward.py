@@ -16,6 +16,7 @@ from tessera.attention.past import recall, tokens_so_far
 from tessera.attention.truncated_bptt import over_segment
 from tessera.attention.windowed import SlidingWindow, Softmax, dense, windowed
 from tessera.cache.cache_layer import ATTENTION, DeferredKV
+from tessera.cache.deferred import UNCOMPILED
 from tessera.cache.masks import by_lengths, check_absorbed, documents
 from tessera.cache.truncated_bptt import Segment
 from tessera.tensor_cache.gated_read import MemoryCall
@@ -28,7 +29,7 @@ ROOM = "_tessera_room"
 UNREAD = "_tessera_unread"
 
 #: torch.compile breaks its graph here: what tiers hold changes from call to call, and kernels are no part of a graph.
-_over_tiers = torch.compiler.disable(over_tiers)
+_over_tiers = torch.compiler.disable(over_tiers, reason=UNCOMPILED)
 
 
 def attention_forward(

@@ -16,6 +16,7 @@ from tessera import codecs
 from tessera.cache import cache_file
 from tessera.cache.cache_layer import ATTACHED, CacheContext, TesseraLayer
 from tessera.cache.chain import tier_name
+from tessera.cache.deferred import UNCOMPILED
 from tessera.cache.finite import FiniteCheck
 from tessera.cache.model_config import check_shapes, read_config, rotary_partner
 from tessera.cache.offload import mapped, store
@@ -168,7 +169,7 @@ class Cache(TransformersCache):
             "DynamicCache of its own in place of this cache; use prompt tuning or LoRA, or no tessera.Cache"
         )
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=UNCOMPILED)
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Stage the new tokens of a layer; see `TesseraLayer.update`.
 
@@ -253,6 +254,7 @@ class Cache(TransformersCache):
             dense_nbytes=dense,
             compression=dense / max(1, nbytes),
             offloaded=sum(map(self._offloaded, self.layers)),
+            set_aside=sum(group.chain.set_aside for layer in self.layers for group in layer.groups),
             ranks=1 if self.ranks is None else self.ranks.size,
         )
         return found if self.ranks is None or not all_ranks else self.ranks.sum(found)

@@ -100,6 +100,12 @@ class Chain:
             found["tc"] = self.tensor_cache.buffers()
         return found
 
+    @property
+    def set_aside(self) -> int:
+        """Bytes that hold no key or value: the room of buffers, and what is learned of the first tokens while it is."""
+        learning = [] if self.learning is None else self.learning.buffers()
+        return self.sink.room + self.recent.room + sum(x.numel() * x.element_size() for x in learning)
+
     def sources(self) -> list[KVSource]:
         """Everything that queries can read, in order."""
         # Sinks stay visible outside the window; a layer whose own window hides them has none.

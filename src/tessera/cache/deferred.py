@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 #: Name of the attention function in transformers' `AttentionInterface`.
 ATTENTION = "tessera"
 
+#: What torch.compile says where it may not break its graph.
+UNCOMPILED = "a tessera.Cache holds other tokens at every call, so the graph breaks here: compile without fullgraph=True"
+
 
 class DeferredKVError(AttributeError):
     """Something other than Tessera's attention has touched deferred keys or values."""

@@ -21,6 +21,8 @@ class CacheReport:
         dense_nbytes: what transformers' `DynamicCache` would hold for the same tokens.
         compression: dense_nbytes / nbytes.
         offloaded: of `nbytes`, those that are in files or on the CPU while the model computes elsewhere.
+        set_aside: of `nbytes`, those that hold no key or value: room for tokens to come, and what is learned of the first ones
+            until keys can be quantised.
         ranks: processes that a tensor-parallel model is spread over; the figures are those of one of them, unless they were
             summed.
         summed: whether the figures are those of all of them.
@@ -36,8 +38,16 @@ class CacheReport:
     dense_nbytes: int
     compression: float
     offloaded: int = 0
+    set_aside: int = 0
     ranks: int = 1
     summed: bool = False
+
+    @property
+    def gain(self) -> str:
+        """How much smaller than a dense cache, in words; of a context too short for that, what is set aside."""
+        if self.nbytes <= self.dense_nbytes or not self.set_aside:
+            return f"{self.compression:.2f}x smaller"
+        return f"{_size(self.set_aside)} set aside for tokens to come"
 
     @staticmethod
     def total(reports: Sequence[CacheReport]) -> CacheReport:
@@ -61,13 +71,14 @@ class CacheReport:
             dense_nbytes=dense,
             compression=dense / max(1, nbytes),
             offloaded=sum(r.offloaded for r in reports),
+            set_aside=sum(r.set_aside for r in reports),
             summed=True,
         )
 
     def __str__(self) -> str:
         lines = [
             f"{self.spec}: {self.tokens} tokens in {_size(self.nbytes)}, {self.bits_per_element:.3f} bits per element, "
-            f"{self.compression:.2f}x smaller than the dense {_size(self.dense_nbytes)}"
+            f"{self.gain}, dense: {_size(self.dense_nbytes)}"
             + ("" if self.ranks == 1 else f", in {'all' if self.summed else 'one of'} {self.ranks} processes")
         ]
         width = max((len(name) for name in self.tiers), default=0)

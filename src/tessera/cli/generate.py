@@ -177,10 +177,7 @@ class _Display:
     def _line(self, report: CacheReport) -> str:
         from tessera.evaluation.table import size
 
-        return (
-            f"{report.tokens:,} tokens: cache {size(report.nbytes)}, dense {size(report.dense_nbytes)} "
-            f"({report.compression:.2f}x smaller)"
-        )
+        return f"{report.tokens:,} tokens: cache {size(report.nbytes)}, dense {size(report.dense_nbytes)} ({report.gain})"
 
     def summary(self) -> None:
         """Say what the cache holds in the end, tier by tier."""

@@ -9,18 +9,17 @@ from tessera.cache.spec import BLOCK
 from tessera.cache.tiers.base import KVSource, Pairs, Tier, whole_blocks
 from tessera.kernels.precision import join
 
+#: A buffer grows by at least so many tokens.
+LEAST = 16
+
 
 class ExactTier(Tier):
     """Keys and values as they came; where later ones have a wider dtype, all are widened to it, so that none is rounded.
 
     They lie at the front of a buffer with a little room behind them, so that a step of one token writes one token.
-
-    Args:
-        room: the buffer grows by multiples of this many tokens.
     """
 
-    def __init__(self, room: int = BLOCK) -> None:
-        self.room = room
+    def __init__(self) -> None:
         self._tokens = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -70,7 +69,14 @@ class ExactTier(Tier):
         return buffer
 
     def _round(self, tokens: int) -> int:
-        return -(-tokens // self.room) * self.room
+        """Tokens that a buffer for so many has room for: an eighth more at most, but for `LEAST`."""
+        step = min(BLOCK, max(LEAST, tokens // 8 // LEAST * LEAST))
+        return -(-tokens // step) * step
+
+    @property
+    def room(self) -> int:
+        """Bytes of the buffers that hold no token yet."""
+        return sum(x[:, :, self.tokens :].numel() * x.element_size() for x in self.buffers())
 
     def front(self, n: int) -> Pairs:
         """Keys and values of the `n` oldest tokens; what is appended or dropped later does not change them."""
@@ -80,7 +86,7 @@ class ExactTier(Tier):
         """Forget the `n` oldest tokens; what stays shares no memory with them."""
         keys, values = self.keys, self.values
         self._tokens -= n
-        size = self._round(self.tokens + self.room)
+        size = self._round(self.tokens + 1)
         self._keys, self._values = self._moved(keys[:, :, n:], size), self._moved(values[:, :, n:], size)
 
     @staticmethod
@@ -93,7 +99,7 @@ class ExactTier(Tier):
         """Forget the `n` newest tokens."""
         self._tokens -= n
         if self._keys is not None and self._values is not None:
-            size = self._round(self.tokens + self.room)
+            size = self._round(self.tokens + 1)
             if self._keys.shape[2] > size:
                 self._keys, self._values = self._moved(self.keys, size), self._moved(self.values, size)
         return None
@@ -130,8 +136,11 @@ class SinkTier(ExactTier):
     """
 
     def __init__(self, capacity: int) -> None:
-        super().__init__(room=max(1, capacity))
+        super().__init__()
         self.capacity = capacity
+
+    def _round(self, tokens: int) -> int:
+        return max(self.capacity, tokens)
 
     def append(self, k: Tensor, v: Tensor, place: int = 0) -> Pairs | None:
         """Take in as many tokens as there is room for; returns the rest."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import vllm
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -55,7 +54,7 @@ class TesseraAttention(AttentionImpl[TesseraMetadata]):
         self.window, self.softcap, self.drains = sliding_window, logits_soft_cap or None, sinks
         self.kv_cache_dtype = kv_cache_dtype
         self.dtype = torch.get_default_dtype()
-        why = engine_refusal(config, vllm.__version__) or layer_refusal(
+        why = engine_refusal(config) or layer_refusal(
             heads=num_heads,
             kv_heads=self.num_kv_heads,
             attn_type=attn_type,

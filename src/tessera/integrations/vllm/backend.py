@@ -20,9 +20,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from tessera.codecs.key_stats import KeyStats
 from tessera.codecs.pages import block_layout
+from tessera.integrations.vllm.refusals import spec_refusal
 from tessera.integrations.vllm.ring import RingMetadata
-from tessera.integrations.vllm.settings import Settings
+from tessera.integrations.vllm.settings import Settings, required
 from tessera.kernels.paged import GROUP, BlockLayout, Step
+
+#: Tokens of a block with which the pool holds most: a request's rings fill one, and few blocks waste room for sinks.
+PREFERRED = 4 * GROUP
 
 
 @dataclass
@@ -50,9 +54,16 @@ class TesseraMetadata(AttentionMetadata):
 
 
 class TesseraBuilder(AttentionMetadataBuilder[TesseraMetadata]):
-    """Takes out of what vLLM says of a step what `TesseraMetadata` holds."""
+    """Takes out of what vLLM says of a step what `TesseraMetadata` holds.
+
+    Raises:
+        ValueError: where layers want memory of a kind that is not pages, in one line.
+    """
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+        why = spec_refusal(type(kv_cache_spec).__name__)
+        if why is not None:
+            raise ValueError(f"Tessera cannot serve this model with {required(vllm_config).text!r}: {why}")
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
@@ -104,6 +115,11 @@ class TesseraBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         """Blocks hold whole pages."""
         return [MultipleOf(GROUP)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Where none is set, and the platform asks: blocks of 4 pages hold the rings of all layers in one."""
+        return PREFERRED
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

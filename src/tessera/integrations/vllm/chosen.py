@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tessera.integrations.vllm.plugin import version_refusal
 from tessera.integrations.vllm.settings import configured
 
 #: vLLM's own backends for what Tessera does not serve, or serves only where it is asked to.
@@ -24,6 +25,11 @@ def __getattr__(name: str) -> Any:
         if name in _OWN:
             return resolve_obj_by_qualname(_OWN[name])
         raise ValueError("the attention backend CUSTOM is Tessera's: set TESSERA_SPEC, as in TESSERA_SPEC='sink:4 + hqmq:4'")
+    import vllm
+
+    why = version_refusal(vllm.__version__)  # first, for the backend imports what other versions may not have
+    if why is not None:
+        raise ValueError(f"{settings.text!r} is set, but {why}")
     if name.endswith("Latent"):
         raise ValueError(f"Tessera cannot serve this model with {settings.text!r}: its layers keep latent vectors (MLA)")
     from tessera.integrations.vllm.backend import backend

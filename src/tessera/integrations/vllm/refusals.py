@@ -6,23 +6,18 @@ from typing import Any
 
 import torch
 
-from tessera.integrations.vllm.plugin import version_refusal
 from tessera.kernels.paged import GROUP
 
 #: Tokens that a ring holds beyond a group, where tokens are drafted: the most that may be drafted at once.
 DRAFTS = GROUP
 
 
-def engine_refusal(config: Any, version: str) -> str | None:
+def engine_refusal(config: Any) -> str | None:
     """Why an engine cannot serve with Tessera, or None if it can.
 
     Args:
         config: its `VllmConfig`.
-        version: of vLLM.
     """
-    why = version_refusal(version)
-    if why is not None:
-        return why
     cache, parallel = config.cache_config, config.parallel_config
     if cache.block_size % GROUP:
         return f"blocks of {cache.block_size} tokens are no multiple of a page's {GROUP}; set --block-size {2 * GROUP}"
@@ -37,6 +32,8 @@ def engine_refusal(config: Any, version: str) -> str | None:
         return "contexts that are cut over devices (context parallel) are not supported"
     if config.kv_transfer_config is not None:
         return "moving keys and values between engines (--kv-transfer-config) is not supported"
+    if config.model_config.is_hybrid:
+        return "some of its layers keep a state of a fixed size (Mamba and its like) in blocks of their own size"
     speculative = config.speculative_config
     if speculative is not None:
         if speculative.method not in ("ngram", "suffix"):
@@ -44,6 +41,19 @@ def engine_refusal(config: Any, version: str) -> str | None:
         if speculative.num_speculative_tokens > DRAFTS:
             return f"at most {DRAFTS} tokens can be drafted at once, not {speculative.num_speculative_tokens}"
     return None
+
+
+def spec_refusal(kind: str) -> str | None:
+    """Why vLLM's demand for a layer's memory cannot be met, or None if it can.
+
+    Args:
+        kind: name of the class of its `KVCacheSpec`.
+    """
+    if kind in ("FullAttentionSpec", "SlidingWindowSpec"):
+        return None
+    if kind == "ChunkedLocalAttentionSpec":
+        return "some of its layers forget all at the end of a chunk (chunked local attention); windows that slide are supported"
+    return f"some of its layers want memory of another kind ({kind})"
 
 
 def layer_refusal(
