@@ -41,8 +41,8 @@ SHAPES = ("32,8,128", "28,4,128", "32,8,64")
 TOKENS = (4096, 32768)
 #: Configurations of the HQMQ paper, the second with outlier chunks.
 PAPER = ("hqmq:s96_r4", "hqmq:s96_r4_med3")
-#: Codecs without a kernel of their own, decoded block by block in PyTorch: what they cost.
-OTHERS = ("q4_0", "scalar:4", "kivi:4", "int:4")
+#: Baselines, and codecs for keys and values of different kinds.
+OTHERS = ("q4_0", "q8_0", "int:4", "kivi:4", "scalar:4", "fp8", "(k=q8_0,v=hqmq:3)")
 
 
 def dense_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
@@ -128,7 +128,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="lengths of the cache, multiples of 64")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="H,KV,D", help="query heads, key heads, head_dim")
-    parser.add_argument("--specs", nargs="+", default=("hqmq:4", "hqmq:3", *PAPER, *OTHERS), help="codecs")
+    specs = ("hqmq:4", "hqmq:3", *PAPER, *OTHERS)
+    parser.add_argument("--codecs", "--specs", dest="specs", nargs="+", default=specs, metavar="CODEC", help="codecs")
     best = cpu.levels()[-1] if cpu.levels() else None
     parser.add_argument("--level", choices=cpu.levels(), default=best, help="instructions; default: the best here")
     parser.add_argument("--repeats", type=int, default=9, help="of which the median is taken")

@@ -38,6 +38,7 @@ class Benchmark:
         takes: about how long, on two cores.
         needs: what it needs beyond `make install`; what needs something is not run by `--all`.
         measured: the date of results that do not say it themselves.
+        shown: documents, in docs/, that show the results.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Benchmark:
     takes: str = "minutes"
     needs: str = ""
     measured: str = ""
+    shown: tuple[str, ...] = ()
 
     def line(self, more: Sequence[str] = ()) -> list[str]:
         """The command as the operating system takes it."""
@@ -66,6 +68,7 @@ BENCHMARKS = (
         _compare("demo"),
         ("demo/compare.json",),
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "demo-long",
@@ -77,6 +80,7 @@ BENCHMARKS = (
         ),
         ("demo_long/compare.json",),
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "demo-long-paper",
@@ -84,6 +88,7 @@ BENCHMARKS = (
         _compare("demo_long_paper", "--windows", "16", "--protocol", "paper", "--specs", *LONG),
         ("demo_long_paper/compare.json",),
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "demo-memory",
@@ -91,6 +96,7 @@ BENCHMARKS = (
         _compare("demo_memory", "--protocol", "streaming", *(word for spec in WINDOWS for word in ("--specs", spec))),
         ("demo_memory/compare.json",),
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "demo-training",
@@ -100,6 +106,7 @@ BENCHMARKS = (
         "hours",
         "--out FOLDER, where summary.json has the figures",
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "tiny1m",
@@ -108,6 +115,7 @@ BENCHMARKS = (
         ("tiny1m/compare.json",),
         needs="--model FOLDER --text STORIES",
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "real-model",
@@ -128,6 +136,7 @@ BENCHMARKS = (
         "hours",
         "--text wikitext-2-valid.txt; a download of 93 MB from PyPI",
         measured="2026-11-30",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "rescaled-keys",
@@ -136,11 +145,25 @@ BENCHMARKS = (
         needs="--model FOLDER --out FOLDER",
     ),
     Benchmark(
+        "frontier",
+        "loss and recall against all bytes of a cache, for every policy, on the demo model",
+        ("benchmarks/frontier.py",),
+        ("frontier.json",),
+        "half an hour",
+    ),
+    Benchmark(
+        "sparse-reading",
+        "what reading the best blocks only saves and loses",
+        ("benchmarks/sparse_reading.py",),
+        ("sparse_reading.json",),
+    ),
+    Benchmark(
         "codec-error",
         "error and true bits of every codec on four kinds of vectors, and whether the bars hold",
         ("benchmarks/codec_error.py",),
         ("codec_error.json",),
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "resident-memory",
@@ -148,6 +171,7 @@ BENCHMARKS = (
         ("benchmarks/resident_memory.py",),
         ("resident_memory.json",),
         measured="2026-11-21",
+        shown=("measurements.md",),
     ),
     Benchmark(
         "decode-attention",
@@ -155,6 +179,7 @@ BENCHMARKS = (
         ("benchmarks/decode_attention.py",),
         ("decode_attention.json",),
         measured="2026-11-25",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "llamacpp-attention",
@@ -163,6 +188,7 @@ BENCHMARKS = (
         ("llamacpp_attention.json",),
         needs="pip install 'tessera[bench]', which builds llama.cpp",
         measured="2026-11-25",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "generation",
@@ -171,6 +197,13 @@ BENCHMARKS = (
         ("generation.json",),
         needs="pip install 'tessera[bench]'",
         measured="2026-11-25",
+        shown=("kernels.md",),
+    ),
+    Benchmark(
+        "prefill-attention",
+        "attention of many queries: kernels, flash attention over decoded tiles, and the definition",
+        ("benchmarks/prefill_attention.py",),
+        ("prefill_attention.json",),
     ),
     Benchmark(
         "model-generation",
@@ -186,6 +219,7 @@ BENCHMARKS = (
         ("benchmarks/query_limbs.py",),
         ("query_limbs.json",),
         measured="2026-11-21",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "encode",
@@ -193,6 +227,7 @@ BENCHMARKS = (
         ("benchmarks/encode.py",),
         ("encode.json",),
         measured="2026-11-30",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "triton-static",
@@ -200,6 +235,7 @@ BENCHMARKS = (
         ("benchmarks/triton_static.py",),
         ("triton_static.json",),
         measured="2026-11-30",
+        shown=("kernels.md",),
     ),
     Benchmark(
         "gpu",
@@ -232,6 +268,7 @@ BENCHMARKS = (
         "minutes",
         "the environment of make test-vllm, --model FOLDER --text BOOK",
         measured="2026-11-30",
+        shown=("vllm.md",),
     ),
     Benchmark(
         "capacity",
@@ -239,6 +276,7 @@ BENCHMARKS = (
         ("benchmarks/capacity.py",),
         ("capacity.json",),
         measured="2026-11-21",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "associative-cost",
@@ -247,6 +285,7 @@ BENCHMARKS = (
         ("associative_cost.json",),
         "an hour",
         measured="2026-11-29",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "long-run",
@@ -254,6 +293,7 @@ BENCHMARKS = (
         ("benchmarks/long_run.py",),
         ("long_run.json",),
         measured="2026-11-21",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "recall",
@@ -262,6 +302,7 @@ BENCHMARKS = (
         ("recall.json",),
         "hours",
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "language-scratch",
@@ -282,6 +323,10 @@ BENCHMARKS = (
         "hours",
         "--data STORIES",
         measured="2026-11-29",
+        shown=(
+            "tensor_cache.md",
+            "tensor_memory.md",
+        ),
     ),
     Benchmark(
         "memory-options",
@@ -290,6 +335,7 @@ BENCHMARKS = (
         ("memory_options.json",),
         "hours",
         measured="2026-11-29",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "language-memory",
@@ -297,6 +343,7 @@ BENCHMARKS = (
         ("benchmarks/language_memory.py",),
         ("language_memory.json",),
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
     ),
     Benchmark(
         "language-tuned",
@@ -305,6 +352,32 @@ BENCHMARKS = (
         ("language_tuned.json",),
         "hours",
         measured="2026-11-25",
+        shown=("tensor_cache.md",),
+    ),
+    Benchmark(
+        "frontier",
+        "loss and recall beyond the window against all bytes of a cache, for every policy",
+        ("benchmarks/frontier.py",),
+        ("frontier.json",),
+        "hours",
+    ),
+    Benchmark(
+        "long-context-needle",
+        "what a model still finds in a long text through a cache: needles",
+        ("tessera", "eval", "needle"),
+        ("long_context/needle.json",),
+        "hours",
+        "--model FOLDER; see tessera eval needle --help",
+        measured="2026-11-30",
+    ),
+    Benchmark(
+        "long-context-ruler",
+        "the same on the tasks of RULER",
+        ("tessera", "eval", "ruler"),
+        ("long_context/ruler.json",),
+        "hours",
+        "--model FOLDER; see tessera eval ruler --help",
+        measured="2026-11-30",
     ),
     Benchmark(
         "tensor-memory-cost",
@@ -312,6 +385,7 @@ BENCHMARKS = (
         ("benchmarks/tensor_memory_cost.py",),
         ("tensor_memory_cost.json",),
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "retention",
@@ -319,6 +393,7 @@ BENCHMARKS = (
         ("benchmarks/retention.py",),
         ("retention.json",),
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "diagnostics",
@@ -327,6 +402,7 @@ BENCHMARKS = (
         ("diagnostics.json",),
         "hours",
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "pictures",
@@ -335,6 +411,7 @@ BENCHMARKS = (
         ("pictures.json",),
         "an hour",
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "video",
@@ -343,6 +420,7 @@ BENCHMARKS = (
         ("video.json",),
         "hours",
         measured="2026-11-29",
+        shown=("tensor_memory.md",),
     ),
     Benchmark(
         "families",
@@ -350,6 +428,7 @@ BENCHMARKS = (
         ("benchmarks/families.py",),
         ("families.json",),
         measured="2026-11-30",
+        shown=("models.md",),
     ),
     Benchmark(
         "reliability",
@@ -357,6 +436,7 @@ BENCHMARKS = (
         ("benchmarks/reliability.py",),
         ("reliability.json",),
         measured="2026-11-30",
+        shown=("reliability.md",),
     ),
     Benchmark("plan-errors", "the errors by which tessera plan ranks caches, from real-models", ("benchmarks/plan_errors.py",)),
     Benchmark("tables", "write the tables of the documents from docs/results", ("benchmarks/tables.py",), takes="seconds"),

@@ -28,6 +28,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+import run
 import tessera
 from tessera.evaluation.records import Comparison, Row, load_all
 from tessera.evaluation.table import caption, markdown, markdown_table, size
@@ -39,6 +40,38 @@ from tessera.planning import table as plans
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 _BLOCK = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def benchmarks() -> str:
+    """What is measured, by which command, where and when it was, and where it is shown."""
+    parts = []
+    for each in run.BENCHMARKS:
+        facts = [f"command: `python benchmarks/run.py {each.name}`, which takes {each.takes}"]
+        if each.needs:
+            facts.append(f"needs: {each.needs}")
+        made = [name for name in each.results if (RESULTS / name).is_file()]
+        if made:
+            facts.append(f"measured: {_measured(each, made[0])}")
+            facts.append("results: " + ", ".join(f"`docs/results/{name}`" for name in made))
+        elif each.results:
+            facts.append("measured: not yet")
+        if each.shown:
+            facts.append("shown in: " + ", ".join(f"[{page}]({page})" for page in each.shown))
+        lines = "\n".join(f"- {fact}" for fact in facts)
+        parts.append(f"## {each.name}\n\n{each.measures[0].upper()}{each.measures[1:]}.\n\n{lines}")
+    return "\n\n".join(parts)
+
+
+def _measured(each: run.Benchmark, name: str) -> str:
+    """Day, processor and versions of a result, as far as they are known."""
+    data = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    if "comparisons" in data:
+        data = data["comparisons"][0]
+    about = data.get("environment") or data.get("versions") or {}
+    words = [about.get("date") or each.measured, about.get("device"), about.get("processor")]
+    words += [f"{about['threads']} thread{'s' * (about['threads'] != '1')}" if "threads" in about else None]
+    words += [f"{key} {about[key]}" for key in ("kernels", "torch", "transformers") if key in about]
+    return ", ".join(word for word in words if word)
 
 
 def compare(name: str, protocol: str) -> str:
@@ -66,6 +99,49 @@ def _change(row: Row) -> tuple[str, str]:
     change = f"{row.delta:+.2%} ± {row.delta_error:.2%}" if row.delta < 10 else f"{1 + row.delta:,.0f} times"
     digits = 4 if row.kl > 0.002 else 5
     return change, f"{row.kl:.{digits}f} ± {row.kl_error:.{digits}f}"
+
+
+def frontier() -> str:
+    """Loss and recall against all bytes, by model and length."""
+    rows = _load("frontier")["rows"]
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["length"], row["spec"]), {}).update(row)
+    recalled = any("nats" in row for row in found.values())
+    head = ["model", "tokens", "cache", "MiB", "loss over the exact cache's, nats"] + ["needle, nats a token"] * recalled
+    lines = []
+    for (model, length, spec), row in sorted(found.items(), key=lambda item: (item[0][0], item[0][1], item[1]["nbytes"])):
+        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}" if "loss" in row else ""
+        cells = [model, f"{length:,}", f"`{spec}`", f"{row['nbytes'] / 2**20:.2f}", loss]
+        lines.append(cells + [f"{mean(row['nats']):.2f}" if "nats" in row else ""] * recalled)
+    return markdown_table(head, lines)
+
+
+def sparse_speed() -> str:
+    """One token's attention, everything read and the best."""
+    lines = [
+        (
+            f"{row['tokens']:,}",
+            f"{row['ms']['all']:.2f}",
+            f"{row['ms']['best']:.2f}",
+            f"{row['ms']['all'] / row['ms']['best']:.1f}",
+        )
+        for row in _load("sparse_reading")["speed"]
+    ]
+    top = _load("sparse_reading")["speed"][0]["top"]
+    return markdown_table(("tokens", "all read, ms", f"the best {top:,}, chosen and read, ms", "times as fast"), lines)
+
+
+def sparse_quality() -> str:
+    """KL by how much is read and how much a block's width counts."""
+    rows = _load("sparse_reading")["quality"]
+    spreads = sorted({row["spread"] for row in rows if row["top"]})
+    lines = []
+    for top in sorted({row["top"] for row in rows}, reverse=True):
+        own = {row["spread"]: f"{row['kl']:.5f}" for row in rows if row["top"] == top}
+        cells = [own.get(spread, "") for spread in spreads] if top else [next(iter(own.values()))] * len(spreads)
+        lines.append((f"{top:,} of {rows[0]['length']:,}" if top else "everything", *cells))
+    return markdown_table(("tokens read", *(f"KL, width x {spread:g}" for spread in spreads)), lines)
 
 
 def codec_error(inputs: str, head_dim: str) -> str:
@@ -261,6 +337,22 @@ def generation(tokens: str = "") -> str:
         if tokens in ("", str(r["tokens"]))
     ]
     return markdown_table(("cache", "tokens", "ms a step", "of them for the context", "tokens/s", "peak memory"), cells)
+
+
+def prefill_attention() -> str:
+    """Milliseconds of attention of many queries, by keys, heads and way."""
+    rows = _load("prefill_attention")["rows"]
+    names = list(dict.fromkeys(name for r in rows for name in r["processor_ms"]))
+    cells = [
+        (
+            r["spec"] if r["spec"] == "exact" else f"`{r['spec']}`",
+            "/".join(map(str, r["shape"])),
+            str(r["queries"]),
+            *(f"{r['processor_ms'][name]:.2f}" if name in r["processor_ms"] else "-" for name in names),
+        )
+        for r in rows
+    ]
+    return markdown_table(("keys", "heads", "queries", *names), cells)
 
 
 def model_generation() -> str:
@@ -625,6 +717,7 @@ def plan(context: str, budget: str, bandwidth: str) -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
+    "benchmarks": benchmarks,
     "plan": plan,
     "real_models": real_models,
     "compare": compare,
@@ -639,6 +732,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "families": families,
     "reliability": reliability,
     "generation": generation,
+    "prefill-attention": prefill_attention,
     "model-generation": model_generation,
     "side-by-side": side_by_side,
     "language": language,
@@ -650,6 +744,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "query-limbs": query_limbs,
     "recall": recall,
     "recall-limits": recall_limits,
+    "frontier": frontier,
+    "sparse-speed": sparse_speed,
+    "sparse-quality": sparse_quality,
     "recall-state": recall_state,
     "resident-memory": resident_memory,
     "retention": retention,
@@ -693,7 +790,7 @@ def documents() -> list[Path]:
     """Every document that may hold tables."""
     return [
         ROOT / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
         ROOT / "src" / "tessera" / "models" / "demo" / "README.md",
     ]
 

@@ -266,6 +266,7 @@ def test_every_command_shows_an_example() -> None:
         ("compare",),
         ("generate",),
         ("info",),
+        ("lm-eval",),
         ("plan",),
         ("prefill",),
         ("stats",),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").rglob("*.md"))
 
 
 @pytest.fixture(scope="module")
 def tables() -> Any:
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as when the script runs
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     assert spec is not None
     assert spec.loader is not None
@@ -45,7 +47,7 @@ def test_an_unknown_table_is_an_error(tables: Any) -> None:
         tables.render("<!-- table: nothing -->\n<!-- end -->")
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_between_files_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
@@ -69,3 +71,52 @@ def test_the_promises_name_tests_that_there_are(request: pytest.FixtureRequest) 
         # How many cases there are of kernels depends on the processor.
         if "tests/kernels" not in row["tests"] and row["promise"] != "everything else":
             assert row == wanted, "run python benchmarks/reliability.py, then python benchmarks/tables.py"
+
+
+@pytest.fixture(scope="module")
+def hooks() -> Any:
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_symbols_that_documents_link_to_are_defined(hooks: Any) -> None:
+    found = 0
+    for path in DOCUMENTS:
+        for _, target, symbol in hooks.links(path, path.read_text(encoding="utf-8")):
+            if symbol is not None and target.suffix == ".py":
+                assert hooks.line_of(target, symbol) > 0
+                found += 1
+    assert found > 30
+
+
+def test_a_symbol_is_found_at_its_line(hooks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    file = tmp_path / "module.py"
+    file.write_text("A = 1\n\nclass B:\n    c: int = 2\n\n    @property\n    def d(self):\n        pass\n")
+    assert [hooks.line_of(file, name) for name in ("A", "B", "B.c", "B.d")] == [1, 3, 4, 7]
+    with pytest.raises(ValueError, match=r"module\.py does not define B\.e"):
+        hooks.line_of(file, "B.e")
+
+
+def test_the_picture_of_a_tokens_life_is_what_its_script_draws(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("token_life", ROOT / "docs" / "token_life.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.draw(tmp_path / "life.svg")
+    import matplotlib
+
+    drawn, kept = (tmp_path / "life.svg").read_text(encoding="utf-8"), module.OUT.read_text(encoding="utf-8")
+    if f"Matplotlib v{matplotlib.__version__}" in kept:  # another version writes other numbers
+        assert drawn == kept
+
+
+def test_every_document_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert f" {path.relative_to(ROOT / 'docs').as_posix()}" in navigation, path

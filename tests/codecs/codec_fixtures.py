@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
 import torch
+from allpairspy import AllPairs
 from torch import Tensor
 
 import codec_error  # of benchmarks/
@@ -34,6 +39,29 @@ SPECS = (
 BY_TOKEN = tuple(spec for spec in SPECS if "_med3" not in spec)
 #: Those of which it depends on no other row.
 BY_ROW = tuple(spec for spec in SPECS if "_med3_authors" not in spec)
+
+
+def pairwise(**axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrize a test so that every two values of two axes meet in a case, instead of all combinations of all axes."""
+    return pytest.mark.parametrize(tuple(axes), [tuple(row) for row in AllPairs(list(axes.values()))])
+
+
+class Laws:
+    """Cases for several tests that hold for all codecs, such that every two of a test, a codec and a role meet in one.
+
+    A test meets every codec and both roles, and a codec both roles in some test, in half of the cases that all combinations
+    would be. Use it as a decorator: ``@LAWS`` takes the test's own name, which must be among `names`.
+    """
+
+    def __init__(self, names: Sequence[str], specs: Sequence[str] = SPECS) -> None:
+        self.rows = [tuple(row) for row in AllPairs([list(names), list(specs), list(ROLES)])]
+        self.names = set(names)
+
+    def __call__(self, test: Any) -> Any:
+        if test.__name__ not in self.names:
+            raise ValueError(f"{test.__name__} is not among the laws")
+        rows = [(spec, role) for name, spec, role in self.rows if name == test.__name__]
+        return pytest.mark.parametrize(("spec", "role"), rows)(test)
 
 
 def nmse(x: Tensor, approximation: Tensor) -> float:

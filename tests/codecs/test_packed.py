@@ -7,11 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from codec_fixtures import ROLES, SPECS, gaussian
+from codec_fixtures import SPECS, Laws, gaussian
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tessera.codecs import HQMQ, Packed, Role, get
+
+LAWS = Laws(
+    (
+        "test_nbytes_counts_every_kept_tensor",
+        "test_nothing_outside_the_kept_tensors_is_needed_to_decode",
+        "test_a_slice_decodes_to_the_slice",
+        "test_parts_join_to_the_whole",
+        "test_rows_are_selected_in_the_order_given",
+        "test_a_file_gives_back_what_was_saved",
+        "test_damaged_tensors_are_refused_by_name",
+    ),
+)
 
 
 def packed(spec: str, role: Role = "key", tokens: int = 150, dim: int = 32) -> Packed:
@@ -36,8 +48,7 @@ def same(a: Packed, b: Packed) -> None:
         assert torch.equal(tensor, b.tensors[name])
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("spec", SPECS)
+@LAWS
 def test_nbytes_counts_every_kept_tensor(spec: str, role: Role) -> None:
     p = packed(spec, role)
     kept = [value for value in vars(p).values() if isinstance(value, torch.Tensor)] + list(p.tensors.values())
@@ -46,8 +57,7 @@ def test_nbytes_counts_every_kept_tensor(spec: str, role: Role) -> None:
     assert p.bits_per_element == 8 * total / (2 * 3 * 150 * 32)
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("spec", SPECS)
+@LAWS
 def test_nothing_outside_the_kept_tensors_is_needed_to_decode(spec: str, role: Role, tmp_path: Path) -> None:
     p = packed(spec, role)
     p.save(tmp_path / "a.safetensors")
@@ -56,8 +66,7 @@ def test_nothing_outside_the_kept_tensors_is_needed_to_decode(spec: str, role: R
     assert torch.equal(fresh.decode(), p.decode())
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("spec", SPECS)
+@LAWS
 def test_a_slice_decodes_to_the_slice(spec: str, role: Role) -> None:
     p = packed(spec, role)
     whole = p.decode()
@@ -81,8 +90,7 @@ def test_a_slice_shares_memory_and_a_compact_one_does_not(spec: str) -> None:
     assert sum(t.untyped_storage().nbytes() for t in own.tensors.values()) == own.nbytes < p.nbytes
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("spec", SPECS)
+@LAWS
 def test_parts_join_to_the_whole(spec: str, role: Role) -> None:
     p = packed(spec, role)
     parts = [p.slice(a, b) for a, b in ((0, 64), (64, 64), (64, 128), (128, 150))]
@@ -128,8 +136,7 @@ def test_what_differs_does_not_join(other: Callable[[], Packed]) -> None:
         Packed.cat([packed("int:4"), other()])
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("spec", SPECS)
+@LAWS
 def test_rows_are_selected_in_the_order_given(spec: str, role: Role) -> None:
     p = packed(spec, role)
     rows = torch.tensor([1, 0, 0, 1, 1])
@@ -157,8 +164,7 @@ def test_decoding_on_a_gpu_gives_the_same(spec: str) -> None:
     torch.testing.assert_close(p.to("cuda").decode().cpu(), p.decode(), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("spec", SPECS)
+@LAWS
 def test_a_file_gives_back_what_was_saved(spec: str, role: Role, tmp_path: Path) -> None:
     p = packed(spec, role)
     for name, part in (("whole", p), ("part", p.slice(70, 100))):
@@ -211,8 +217,7 @@ def test_a_header_with_a_wrong_word_names_it(name: str, word: str, message: str)
         Packed.from_parts({**p.metadata(), name: word}, p.tensors)
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("spec", SPECS)
+@LAWS
 def test_damaged_tensors_are_refused_by_name(spec: str, role: Role) -> None:
     p = packed(spec, role)
     header = p.metadata()

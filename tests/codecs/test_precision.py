@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from codec_fixtures import ROLES, SPECS, gaussian
+from codec_fixtures import ROLES, SPECS, gaussian, pairwise
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,9 +32,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("spec", SPECS)
+@pairwise(spec=SPECS, role=ROLES, backend=("auto", "reference"))
 def test_autocast_changes_no_bit(spec: str, role: Role, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TESSERA_BACKEND", backend)
     x = gaussian(tokens=20)

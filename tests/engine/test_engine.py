@@ -148,13 +148,21 @@ def test_a_pool_holds_what_the_bytes_say(demo: Path) -> None:
     [
         ({"block_size": 32}, "no multiple of a page's 64"),
         ({"spec": "hqmq:4 + recent:128"}, "at most 'recent:64'"),
-        ({"spec": "q4_0"}, "no kernel"),
+        ({"spec": "hqmq:s96_r4_med3"}, "another number of bytes"),
         ({"kv_cache_dtype": "fp8"}, "leave it out"),
     ],
     ids=str,
 )
 def test_what_cannot_be_served_is_refused_at_start(demo: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message), engine(demo, **options):
+        pass
+
+
+def test_another_version_is_refused(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.30.2")
+    with pytest.raises(ValueError, match=r"serves in vLLM 0\.31 to 0\.33; this is 0\.30\.2"), engine(demo):
         pass
 
 

@@ -7,9 +7,21 @@ from torch import Tensor
 
 from tessera.codecs import Codec, Packed, Role
 from tessera.codecs.codebooks import joint
+from tessera.codecs.fp8 import FP8
 from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.kernels import Pages
 from tessera.kernels.bits import pack_bits
+
+
+class NoKernel(FP8):
+    """A codec that only PyTorch decodes, as one of a user's own is at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = "no-kernel"
+
+    def kernel_format(self, dim: int) -> None:  # type: ignore[override]
+        return None
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:

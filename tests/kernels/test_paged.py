@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from kernel_inputs import NoKernel
 from torch import Tensor
 
 from tessera import codecs
@@ -169,6 +170,13 @@ def test_a_step_gives_what_a_loop_over_tokens_gives(backend: str) -> None:
         {"spec": "(k=hqmq:4,v=hqmq:s96_r4)", "stats": True},
         {"stats": True},
         {"dim": 128, "spec": "hqmq:k5v3", "stats": True},
+        {"heads": 4, "kv_heads": 2, "dim": 80, "spec": "q4_0"},
+        {"spec": "q8_0", "sink": 0, "pages": 1},
+        {"spec": "kivi:3", "dim": 36},
+        {"spec": "int:3"},
+        {"spec": "scalar:4"},
+        {"spec": "(k=fp8:scaled,v=kivi:4)"},
+        {"spec": "(k=kivi:4,v=hqmq:3)"},
     ],
     ids=str,
 )
@@ -308,7 +316,7 @@ def test_codecs_without_pages_of_one_size_are_refused() -> None:
     with pytest.raises(ValueError, match="another number of bytes"):
         block_layout(codecs.get("hqmq:s96_r4_med3"), 64, torch.float32, pages=2)
     with pytest.raises(ValueError, match="no kernel"):
-        block_layout(codecs.get("q4_0"), 64, torch.float32, pages=2)
+        block_layout(NoKernel(), 64, torch.float32, pages=2)
 
 
 def test_pages_hold_what_the_codec_keeps() -> None:

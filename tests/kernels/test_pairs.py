@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import make_pages, random_codes, relative
+from kernel_inputs import NoKernel, make_pages, random_codes, relative
 from torch import Tensor
 
 from tessera import codecs
+from tessera.codecs.base import Role
 from tessera.codecs.hqmq import HQMQ
 from tessera.codecs.hqmq_joint import JointHQMQ
-from tessera.codecs.pair import Pair
+from tessera.codecs.pair import Pair, pair
 from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.products import ProductFormat
+from tessera.kernels.scalars import ScalarFormat
 
 built = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 
@@ -122,9 +124,10 @@ def test_the_kernel_is_what_runs(spec: str, monkeypatch: pytest.MonkeyPatch) -> 
     pages.decode()
 
 
-@pytest.mark.parametrize("spec", ["(k=q8_0,v=hqmq:3)", "(k=hqmq:3,v=q8_0)"])
-def test_where_one_has_no_kernel_the_definition_runs_without_a_word(spec: str) -> None:
-    pages = make_pages(codecs.get(spec), 1, 2, [128, 30], 64)
+@pytest.mark.parametrize("roles", [("key", "value"), ("value", "key")])
+def test_where_one_has_no_kernel_the_definition_runs_without_a_word(roles: tuple[Role, Role]) -> None:
+    coders = dict(zip(roles, (NoKernel(), codecs.get("hqmq:3")), strict=True))
+    pages = make_pages(pair(coders["key"], coders["value"]), 1, 2, [128, 30], 64)
     q = torch.randn(1, 4, 2, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -133,9 +136,9 @@ def test_where_one_has_no_kernel_the_definition_runs_without_a_word(spec: str) -
     assert relative(out, wanted) < FLOAT
     assert torch.allclose(lse, wanted_lse, atol=1e-4)
     if cpu.MISSING is None:
-        with pytest.raises(ValueError, match="backend 'cpu' cannot run: there is no kernel for q8_0"):
+        with pytest.raises(ValueError, match="backend 'cpu' cannot run: there is no kernel for no-kernel"):
             dispatch.attend(q, pages, AttendParams(0.1), backend="cpu")
-    with pytest.raises(ValueError, match="there is no kernel for q8_0"):
+    with pytest.raises(ValueError, match="there is no kernel for no-kernel"):
         pages.check(q, AttendParams(0.1))
 
 
@@ -145,6 +148,7 @@ def test_pages_know_the_formats_of_keys_and_of_values() -> None:
         ("hqmq:4", "hqmq:3", (JointFormat, JointFormat)),
         ("hqmq:s24_r2", "hqmq:3", (ProductFormat, JointFormat)),
         ("hqmq:4", "hqmq:4", (JointFormat, JointFormat)),
+        ("q8_0", "hqmq:3", (ScalarFormat, JointFormat)),
     ):
         pages = Pages([(codecs.get(key).encode(x, "key"), codecs.get(value).encode(x, "value"))])
         assert tuple(codec.spec for codec in pages.codecs) == (key, value)
@@ -154,7 +158,7 @@ def test_pages_know_the_formats_of_keys_and_of_values() -> None:
             == pages.form()
             == (pages.codecs[0].kernel_format(32), pages.codecs[1].kernel_format(32))
         )
-    pages = Pages([(codecs.get("q8_0").encode(x, "key"), codecs.get("hqmq:3").encode(x, "value"))])
+    pages = Pages([(NoKernel().encode(x, "key"), codecs.get("hqmq:3").encode(x, "value"))])
     assert pages.form()[0] is None
     assert pages.form()[1] is codecs.get("hqmq:3").kernel_format(32)
 

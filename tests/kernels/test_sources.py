@@ -7,7 +7,7 @@ from itertools import combinations_with_replacement
 
 import pytest
 import torch
-from kernel_inputs import make_pages, relative
+from kernel_inputs import NoKernel, make_pages, relative
 from torch import Tensor
 
 import tessera.kernels.cpu.sources as fused
@@ -41,8 +41,9 @@ KINDS: dict[str, Callable[[], Source]] = {
     "hqmq": lambda: Source(pages("hqmq:4")),
     "paper": lambda: Source(pages("hqmq:s96_r4"), 190, 100),
     "weighed": lambda: Source(weighed()),
+    "blocks": lambda: Source(pages("q4_0"), 190),
 }
-PACKED = ("hqmq", "paper", "weighed")
+PACKED = ("hqmq", "paper", "weighed", "blocks")
 
 
 def one_by_one(
@@ -88,7 +89,7 @@ def test_what_cannot_run_in_one_call_is_left() -> None:
     wide = tuple(x.double() for x in exact(9))
     for given in (
         [Source(pages("hqmq:4")), Source(pages("hqmq:3"))],
-        [Source(pages("q4_0")), Source(exact(9))],
+        [Source(make_pages(NoKernel(), 2, 2, [64], 64)), Source(exact(9))],
         [Source((wide[0], wide[1]))],
         [Source(exact(9)), Source((exact(9)[0].to("meta"), exact(9)[1]))],
     ):

@@ -112,6 +112,24 @@ def test_the_fastest_way_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
+@pytest.mark.parametrize(
+    ("level", "queries", "decoded"), [("portable", 40, True), ("portable", 9, False), ("avx512", 40, False)]
+)
+def test_a_kernel_that_does_not_multiply_integers_is_left_for_many_queries(
+    level: str, queries: int, decoded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if level not in cpu.levels():
+        pytest.skip(f"this processor has no {level}")
+    pages, q = make_pages(codecs.get("hqmq:s96_r4"), 1, 2, [64], 64), torch.randn(1, 6, queries, 64)
+    if decoded:
+        monkeypatch.setattr(cpu, "attend", None)
+    else:
+        monkeypatch.setattr(tiled, "attend_tiled", None)
+    found = tiled.attend(q, pages, AttendParams(0.05), level=level)
+    torch.testing.assert_close(found, reference.attend(q, pages, AttendParams(0.05)), atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "params",
     [

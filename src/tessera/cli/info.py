@@ -36,7 +36,7 @@ def info() -> None:
         why = cpu.MISSING or ("the fastest here" if level == best else "" if here else "the processor lacks its instructions")
         table.add_row(f"cpu:{level}", "yes" if here else "no", why)
     table.add_row("triton", "no" if triton.missing() else "yes", triton.missing() or "for tensors on the GPU")
-    table.add_row("reference", "yes", "plain PyTorch: the definition, and for codecs without kernels")
+    table.add_row("reference", "yes", "plain PyTorch: the definition, and what no kernel can do")
     console.print(table)
     operations = Table("operation", "cpu", "triton", "runs here", title="What has kernels", title_justify="left")
     family = asked.partition(":")[0]

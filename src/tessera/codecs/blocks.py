@@ -8,6 +8,7 @@ Vectors are rotated first, as llama.cpp does for its cache; ``q4_0:norot`` leave
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from torch.nn.functional import pad
 from tessera.codecs.base import Codec, Layout, Packed, Role
 from tessera.codecs.registry import register
 from tessera.codecs.rotation import rotation
+from tessera.codecs.scalar_format import scalar_format
 from tessera.kernels import dispatch
+from tessera.kernels.scalars import ScalarFormat
 
 BLOCK = 32
 HALF_MAX = 65504.0
@@ -64,6 +67,10 @@ class Blocks(Codec):
         inverse = torch.where(half != 0, 1 / d, 0.0)
         return {"blocks": dispatch.pack_blocks(x, inverse, half, self.bits)}
 
+    def kernel_format(self, dim: int) -> ScalarFormat:
+        """See `ScalarFormat`."""
+        return _format(self.bits, dim if self.rotate else 0)
+
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""
         dim, blocks = packed.shape[-1], packed.tensors["blocks"]
@@ -75,6 +82,11 @@ class Blocks(Codec):
             q = codes.view(torch.int8).float()
         x = (q * d).flatten(-2)[..., :dim]
         return x @ rotation(dim, device=x.device) if self.rotate else x
+
+
+@lru_cache(maxsize=64)
+def _format(bits: int, rotated: int) -> ScalarFormat:
+    return scalar_format("blocks", bits, {"codes": "blocks"}, rotated=rotated)
 
 
 def _rotate(argument: str) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from tessera.codecs.base import Codec, Layout, Packed, Role
 from tessera.codecs.registry import register
+from tessera.codecs.scalar_format import scalar_format
+from tessera.kernels.scalars import ScalarFormat
 
 HALF_MAX = 65504.0
 #: Largest number of e4m3.
@@ -47,10 +50,20 @@ class FP8(Codec):
         codes = x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
         return {"codes": codes, **tensors}
 
+    def kernel_format(self, dim: int) -> ScalarFormat:
+        """See `ScalarFormat`."""
+        return _format(self.scaled)
+
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""
         x = packed.tensors["codes"].contiguous().view(torch.float8_e4m3fn).float()
         return x * (packed.tensors["most"].float() / FP8_MAX).unsqueeze(-1) if self.scaled else x
+
+
+@cache
+def _format(scaled: bool) -> ScalarFormat:
+    fields = {"codes": "codes", "scale": "most"} if scaled else {"codes": "codes"}
+    return scalar_format("fp8", 8, fields, factor=1 / FP8_MAX if scaled else 1.0)
 
 
 @register("fp8", ("fp8", "fp8:scaled"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,8 +11,10 @@ from torch import Tensor
 from tessera.codecs.base import Codec, Layout, Packed, Role, group_index
 from tessera.codecs.precondition import split_groups
 from tessera.codecs.registry import register
+from tessera.codecs.scalar_format import scalar_format
 from tessera.kernels import dispatch
 from tessera.kernels.bits import unpack_bits
+from tessera.kernels.scalars import ScalarFormat
 
 HALF_MAX = 65504.0
 #: Smallest half-precision number that is not zero; a divisor in the place of zero.
@@ -45,6 +48,10 @@ class Int(Codec):
         limits = (-self.most, self.most)
         codes = dispatch.pack_linear(x, None, divisor, limits, self.bits, group=1, span=max(2, x.shape[-1]))
         return {"codes": codes, "scale": scale.squeeze(-1)}
+
+    def kernel_format(self, dim: int) -> ScalarFormat:
+        """See `ScalarFormat`."""
+        return _int_format(self.bits)
 
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""
@@ -96,6 +103,10 @@ class Kivi(Codec):
         codes = dispatch.pack_linear(x, start, divisor, (0, most), self.bits, group=group, span=span)
         return {"codes": codes, f"{role}_min": low, f"{role}_scale": scale}
 
+    def kernel_format(self, dim: int) -> ScalarFormat:
+        """See `ScalarFormat`."""
+        return _kivi_format(self.bits)
+
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""
         dim = packed.shape[-1]
@@ -106,6 +117,17 @@ class Kivi(Codec):
         else:
             low, scale = (t.repeat_interleave(GROUP, -1)[..., :dim] for t in (low, scale))
         return unpack_bits(packed.tensors["codes"], self.bits, dim) * scale + low
+
+
+@cache
+def _int_format(bits: int) -> ScalarFormat:
+    return scalar_format("uniform", bits, {"codes": "codes", "scale": "scale"}, zero=2 ** (bits - 1) - 1)
+
+
+@cache
+def _kivi_format(bits: int) -> ScalarFormat:
+    keys, values = ({"codes": "codes", "scale": f"{role}_scale", "low": f"{role}_min"} for role in ("key", "value"))
+    return scalar_format("groups", bits, keys, values)
 
 
 def _bits(argument: str) -> int:

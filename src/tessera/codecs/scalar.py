@@ -7,7 +7,7 @@ kept scale is |x| over the norm of the levels chosen, so that x̂ has the norm o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from tessera.codecs.base import Codec, Layout, Packed, Role
 from tessera.codecs.lloyd_max import lloyd_max
 from tessera.codecs.registry import register
 from tessera.codecs.rotation import rotation
+from tessera.codecs.scalar_format import scalar_format
 from tessera.kernels import dispatch
 from tessera.kernels.bits import packed_bytes, unpack_bits
+from tessera.kernels.scalars import ScalarFormat
 
 HALF_MAX = 65504.0
 
@@ -56,12 +58,21 @@ class Scalar(Codec):
         scale = norm.squeeze(-1) / chosen.norm(dim=-1)
         return {"codes": codes, "scale": scale.clamp(max=HALF_MAX).half()}
 
+    def kernel_format(self, dim: int) -> ScalarFormat:
+        """See `ScalarFormat`."""
+        return _format(self.bits, dim)
+
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""
         dim = packed.shape[-1]
         levels = normal_levels(self.bits).to(packed.device)
         x = levels[unpack_bits(packed.tensors["codes"], self.bits, dim)] * packed.tensors["scale"].float().unsqueeze(-1)
         return x @ rotation(dim, device=x.device)
+
+
+@lru_cache(maxsize=64)
+def _format(bits: int, dim: int) -> ScalarFormat:
+    return scalar_format("levels", bits, {"codes": "codes", "scale": "scale"}, levels=normal_levels(bits), rotated=dim)
 
 
 @cache

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -41,3 +44,8 @@ class JointFormat:
     group: int
     dct: Tensor
     signs: Tensor
+
+    #: By role, which kept field holds what kernels read.
+    fields: ClassVar[Mapping[Literal["key", "value"], Mapping[str, str]]] = MappingProxyType(
+        {role: MappingProxyType({name: name for name in ("codes", "scale", "centre")}) for role in ("key", "value")}
+    )

@@ -14,9 +14,10 @@ from tessera.kernels.joint import JointFormat
 from tessera.kernels.params import AttendParams
 from tessera.kernels.precision import join
 from tessera.kernels.products import ProductFormat
+from tessera.kernels.scalars import ScalarFormat
 
 T = TypeVar("T")
-Format: TypeAlias = JointFormat | ProductFormat
+Format: TypeAlias = JointFormat | ProductFormat | ScalarFormat
 
 
 class KernelCodec(Protocol):

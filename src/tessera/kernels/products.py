@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -34,3 +35,7 @@ class ProductFormat:
 
     #: Values are multiplied by it.
     value_gain = 1.0
+    #: By role, which kept field holds what kernels read.
+    fields: ClassVar[Mapping[Literal["key", "value"], Mapping[str, str]]] = MappingProxyType(
+        {role: MappingProxyType({name: name for name in ("codes", "scale", "flags", "kept")}) for role in ("key", "value")}
+    )

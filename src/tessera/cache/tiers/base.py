@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tessera.cache.spec import BLOCK
 from tessera.kernels import Pages
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing since Python 3.11
 
 #: Keys and values, each (rows, kv_heads, tokens, head_dim).
 Pairs = tuple[Tensor, Tensor]

@@ -17,6 +17,7 @@ from tessera.kernels.pages import Coded, Format, Pages, strided
 from tessera.kernels.params import AttendParams
 from tessera.kernels.products import ProductFormat
 from tessera.kernels.reference import check_exact
+from tessera.kernels.scalars import ScalarFormat
 
 _cpu: Any
 try:
@@ -308,13 +309,21 @@ def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
 
 def book(form: Format, heads: int, layer: int) -> Any:
     """A codec's tables as the kernels have them, made once."""
-    return _joint(form) if isinstance(form, JointFormat) else _products(form, heads, layer)
+    if isinstance(form, JointFormat):
+        return _joint(form)
+    return _scalars(form) if isinstance(form, ScalarFormat) else _products(form, heads, layer)
 
 
 @cache
 def _joint(form: JointFormat) -> Any:
     tables = (form.points, form.permutation, form.sign, form.scales, form.dct, form.signs)
     return _cpu.Book(form.bits, form.move_bits, form.step, *(table.contiguous().numpy() for table in tables))
+
+
+@cache
+def _scalars(form: ScalarFormat) -> Any:
+    tables = (form.levels, form.dct, form.signs)
+    return _cpu.Scalars(form.number, form.bits, form.zero, form.factor, *(table.contiguous().numpy() for table in tables))
 
 
 @lru_cache(maxsize=256)  # a layer each
@@ -325,7 +334,7 @@ def _products(form: ProductFormat, heads: int, layer: int) -> Any:
 
 
 def table_of(pages: Pages) -> Any:
-    """Where the tensors of each page are, as `page_at` in module.cpp reads it: (pages, 20) int64."""
+    """Where the tensors of each page are, as `page_at` in module.cpp reads it: (pages, 24) int64."""
     if "cpu" not in pages.memo:
         pages.memo["cpu"] = torch.tensor([row for row, _ in pages.notes("cpu", _row)]).numpy()
     return pages.memo["cpu"]
@@ -336,11 +345,14 @@ def _row(keys: Coded, values: Coded) -> tuple[list[int], list[Tensor | None]]:
     row: list[int] = []
     held: list[Tensor | None] = []
     for packed in (keys, values):
-        for name in ("codes", "scale", "centre", "flags"):
-            field = packed.tensors.get(name)
+        form = packed.codec.kernel_format(packed.shape[3])
+        assert form is not None
+        names = form.fields["key" if packed.role == "key" else "value"]
+        for what in ("codes", "scale", "centre", "low", "flags"):
+            field = packed.tensors.get(names.get(what, ""))
             held.append(None if field is None else _plain(field))
             row += [0, 0] if held[-1] is None else [held[-1].data_ptr(), held[-1].stride(1) * held[-1].element_size()]
-        kept = packed.tensors.get("kept")
+        kept = packed.tensors.get(names.get("kept", ""))
         held.append(None if kept is None else kept.contiguous())
         row.append(0 if held[-1] is None else held[-1].data_ptr())
     return [*row, keys.tokens, keys.offset], held
@@ -348,6 +360,8 @@ def _row(keys: Coded, values: Coded) -> tuple[list[int], list[Tensor | None]]:
 
 def _plain(field: Tensor) -> Tensor:
     """The field as the kernel takes it: rows of a head packed, batch rows kv_heads times a head's distance apart."""
+    if field.ndim > 4:
+        field = field.flatten(3)
     _, heads, rows, width = field.shape if field.ndim == 4 else (*field.shape, 1)
     packed = field.stride(2) == width and (field.ndim == 3 or field.stride(3) == 1)
     if (packed or rows <= 1) and (field.shape[0] == 1 or field.stride(0) == heads * field.stride(1)):

@@ -10,6 +10,7 @@
 
 #include "book.hpp"
 #include "products.hpp"
+#include "scalars.hpp"
 
 namespace tessera {
 
@@ -34,8 +35,10 @@ struct Side {
     Role role;
     Field codes, scale;
     Field centre;               // 16-bit words, or none
+    Field low;                  // what is added to each number, or none
     Field flags;                // a bit for each chunk that is kept as it is, or none
     const uint8_t* kept;        // those chunks, ordered by token, line, chunk: four half-precision numbers each
+    int64_t offset;             // of the first token within its group
     Field before;               // how many of them come before: 32-bit words; made when it is needed
 };
 
@@ -45,14 +48,8 @@ struct Page {
     int64_t offset;  // of the first token within its group
 };
 
-// How keys, or values, are coded: by `book`, or else by `products`.
-struct Coding {
-    const Book* book;
-    const Products* products;
-};
-
 struct Problem {
-    Coding key, value;
+    const Coder *key, *value;
     const Page* pages;
     int64_t page_count, tokens;
     int batch, q_heads, kv_heads, q_tokens, dim;
@@ -98,7 +95,7 @@ void attend_exact_avx512(const Problem&, const Exact&);
 
 // Packed vectors, to be decoded: those of side[role] of one page.
 struct Vectors {
-    Coding coding;
+    const Coder* coder;
     const Page* page;
     Role role;
     int batch, heads;

@@ -15,28 +15,29 @@
 #include "threads.hpp"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi2")
+#pragma GCC target("avx2,fma,bmi2,f16c")
 #define TESSERA_LANES 8
 #include "attend_impl.hpp"
 #include "prefetch.hpp"
 #include "avx2.hpp"
 #include "exact.hpp"
-#include "portable.hpp"
-#include "directions.hpp"
 #include "paged_impl.hpp"
+#include "readers.hpp"
 
 namespace {
 
 template <class Sum, class Keys>
 void attend_points(const Problem& p) {
-    if (short_codes(*p.value.book)) attend_with<Keys, Avx2Values<true, Sum>>(p, *p.key.book, *p.value.book);
-    else attend_with<Keys, Avx2Values<false, Sum>>(p, *p.key.book, *p.value.book);
+    if (short_codes(*static_cast<const Book*>(p.value))) attend_with<Keys, Avx2Values<true, Sum>>(p);
+    else attend_with<Keys, Avx2Values<false, Sum>>(p);
 }
 
 template <class Sum>
 void attend_words(const Problem& p) {
-    if (p.key.products || p.value.products || !p.key.book->few_moves || !p.value.book->few_moves) attend_loops(p);
-    else if (short_codes(*p.key.book)) attend_points<Sum, Avx2Keys<true, Sum>>(p);
+    if (!both_joint(p)) return attend_tiles(p);
+    const Book &keys = *static_cast<const Book*>(p.key), &values = *static_cast<const Book*>(p.value);
+    if (!keys.few_moves || !values.few_moves) attend_tiles(p);
+    else if (short_codes(keys)) attend_points<Sum, Avx2Keys<true, Sum>>(p);
     else attend_points<Sum, Avx2Keys<false, Sum>>(p);
 }
 
@@ -48,8 +49,7 @@ void tessera::attend_avxvnni(const Problem& p) { attend_words<MultiplyAndAdd>(p)
 #endif
 void tessera::attend_exact_avx2(const Problem& p, const Exact& x) { attend_exact(p, x); }
 void tessera::decode_avx2(const Vectors& p) {
-    if (p.coding.products) return decode_directions(p);
-    decode_with<Points>(p, *p.coding.book);
+    decode_tiles(p);
 }
-void tessera::attend_paged_avx2(const Paged& p) { attend_paged_loops(p); }
+void tessera::attend_paged_avx2(const Paged& p) { attend_paged_tiles(p); }
 #pragma GCC pop_options

@@ -16,7 +16,7 @@
 #include "threads.hpp"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
+#pragma GCC target("avx2,fma,bmi2,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
 #define TESSERA_LANES 16
 #include "attend_impl.hpp"
 #include "prefetch.hpp"
@@ -24,39 +24,36 @@
 #include "avx512_lookup.hpp"
 #include "avx512_permute.hpp"
 #include "exact.hpp"
-#include "portable.hpp"
-#include "directions.hpp"
 #include "paged_impl.hpp"
+#include "readers.hpp"
 
 namespace {
 
 template <class Keys>
 void attend_points(const Problem& p) {
-    const Book &keys = *p.key.book, &values = *p.value.book;
-    switch (values.blocks) {
-        case 1: return attend_with<Keys, Avx512Values<Permute<1>>>(p, keys, values);
-        case 4: return attend_with<Keys, Avx512Values<Permute<4>>>(p, keys, values);
-        case 6: return attend_with<Keys, Avx512Values<Permute<6>>>(p, keys, values);
-        default: return attend_with<Keys, Avx512Values<Lookup>>(p, keys, values);
+    switch (static_cast<const Book*>(p.value)->blocks) {
+        case 1: return attend_with<Keys, Avx512Values<Permute<1>>>(p);
+        case 4: return attend_with<Keys, Avx512Values<Permute<4>>>(p);
+        case 6: return attend_with<Keys, Avx512Values<Permute<6>>>(p);
+        default: return attend_with<Keys, Avx512Values<Lookup>>(p);
     }
 }
 
 template <class Keys>
 void attend_paged_points(const Paged& p) {
-    const Book &keys = *p.key.book, &values = *p.value.book;
-    switch (values.blocks) {
-        case 1: return attend_paged_with<Keys, Avx512Values<Permute<1>>>(p, keys, values);
-        case 4: return attend_paged_with<Keys, Avx512Values<Permute<4>>>(p, keys, values);
-        case 6: return attend_paged_with<Keys, Avx512Values<Permute<6>>>(p, keys, values);
-        default: return attend_paged_with<Keys, Avx512Values<Lookup>>(p, keys, values);
+    switch (static_cast<const Book*>(p.value)->blocks) {
+        case 1: return attend_paged_with<Keys, Avx512Values<Permute<1>>>(p);
+        case 4: return attend_paged_with<Keys, Avx512Values<Permute<4>>>(p);
+        case 6: return attend_paged_with<Keys, Avx512Values<Permute<6>>>(p);
+        default: return attend_paged_with<Keys, Avx512Values<Lookup>>(p);
     }
 }
 
 }  // namespace
 
 void tessera::attend_avx512(const Problem& p) {
-    if (p.key.products || p.value.products) return attend_loops(p);
-    switch (p.key.book->blocks) {
+    if (!both_joint(p)) return attend_tiles(p);
+    switch (static_cast<const Book*>(p.key)->blocks) {
         case 1: return attend_points<Avx512Keys<Permute<1>>>(p);
         case 4: return attend_points<Avx512Keys<Permute<4>>>(p);
         case 6: return attend_points<Avx512Keys<Permute<6>>>(p);
@@ -65,12 +62,11 @@ void tessera::attend_avx512(const Problem& p) {
 }
 void tessera::attend_exact_avx512(const Problem& p, const Exact& x) { attend_exact(p, x); }
 void tessera::decode_avx512(const Vectors& p) {
-    if (p.coding.products) return decode_directions(p);
-    decode_with<Points>(p, *p.coding.book);
+    decode_tiles(p);
 }
 void tessera::attend_paged_avx512(const Paged& p) {
-    if (p.key.products || p.value.products) return attend_paged_loops(p);
-    switch (p.key.book->blocks) {
+    if (!both_joint(p)) return attend_paged_tiles(p);
+    switch (static_cast<const Book*>(p.key)->blocks) {
         case 1: return attend_paged_points<Avx512Keys<Permute<1>>>(p);
         case 4: return attend_paged_points<Avx512Keys<Permute<4>>>(p);
         case 6: return attend_paged_points<Avx512Keys<Permute<6>>>(p);

@@ -188,14 +188,14 @@ struct Worker {
 
     int64_t set = -1;  // the queries that `keys` hold, by line and first row, without any channel's factor; -1: others
 
-    Worker(const Problem& p, const typename Keys::Book& key_book, const typename Values::Book& value_book)
+    explicit Worker(const Problem& p)
         : p(p),
-          rotation(key_book.rotation),
+          rotation(p.key->rotation),
           dim(p.dim),
-          key_bytes(key_book.row_bytes(p.dim / 4)),
-          value_bytes(value_book.row_bytes(p.dim / 4)),
-          keys(key_book, p.dim / 4, p.limbs, p.kv_heads, memory),
-          values(value_book, p.dim / 4, p.limbs, p.kv_heads, memory) {}
+          key_bytes(p.key->row_bytes(p.dim / 4)),
+          value_bytes(p.value->row_bytes(p.dim / 4)),
+          keys(static_cast<const typename Keys::Book&>(*p.key), p.dim / 4, p.limbs, p.kv_heads, memory),
+          values(static_cast<const typename Values::Book&>(*p.value), p.dim / 4, p.limbs, p.kv_heads, memory) {}
 
     // Tokens [begin, end) of the tier for rows [row, row + rows) of key head `head` of batch row `b`. The result is not
     // normalised: sum (rows, dim), with `top` and `total` (rows,) the largest score and the sum of exponentials.
@@ -339,7 +339,7 @@ inline void finish(const Problem& p, const Rotation& rotation, int64_t at, const
 }
 
 template <class Keys, class Values>
-void attend_with(const Problem& p, const typename Keys::Book& key_book, const typename Values::Book& value_book) {
+void attend_with(const Problem& p) {
     const int all_rows = p.q_heads / p.kv_heads * p.q_tokens, dim = p.dim;
     const int tiles = (all_rows + TILE - 1) / TILE;
     const int64_t lines = int64_t(p.batch) * p.kv_heads;
@@ -361,7 +361,7 @@ void attend_with(const Problem& p, const typename Keys::Book& key_book, const ty
     for (auto& count : left) count.store(splits, std::memory_order_relaxed);
     std::vector<std::unique_ptr<Worker<Keys, Values>>> workers(size_t(std::max(1, p.threads)));
     Threads::get().run(lines * tiles * splits, std::max(1, p.threads), [&](int64_t task, int who) {
-        if (!workers[who]) workers[who].reset(new Worker<Keys, Values>(p, key_book, value_book));
+        if (!workers[who]) workers[who].reset(new Worker<Keys, Values>(p));
         const int64_t split = task % splits, tile = task / splits % tiles, line = task / splits / tiles;
         const int row = int(tile) * tile_rows, rows = std::min(tile_rows, all_rows - row);
         if (rows <= 0) return;
@@ -371,7 +371,7 @@ void attend_with(const Problem& p, const typename Keys::Book& key_book, const ty
         // Whoever is the last to work on a tile puts its parts together.
         if (left[line * tiles + tile].fetch_sub(1) > 1) return;
         for (int r = 0; r < rows; ++r)
-            finish(p, value_book.rotation, line * all_rows + row + r, sums + (first + r) * dim, tops + first + r, totals + first + r, splits, all_rows);
+            finish(p, p.value->rotation, line * all_rows + row + r, sums + (first + r) * dim, tops + first + r, totals + first + r, splits, all_rows);
     });
 }
 

@@ -5,17 +5,11 @@
 #include <stdexcept>
 #include <vector>
 
+#include "coder.hpp"
+
 namespace tessera {
 
-// y = R x: signs, then the Kronecker product of a small DCT and a Hadamard matrix, see codecs/rotation.py.
-struct Rotation {
-    int dim = 0, odd = 0;
-    const float* dct = nullptr;    // (odd, odd)
-    const float* signs = nullptr;  // (dim,), null for no rotation at all
-};
-
-struct Book {
-    Rotation rotation;  // of what is coded
+struct Book : Coder {
     int bits = 0;       // of a code
     int move_bits = 0;  // of them, the move
     int parts = 0;      // 1: components fit int8. 2: a component is 128 * high + low
@@ -48,7 +42,7 @@ struct Book {
 
     Book(int bits, int move_bits, float step, const int16_t* points, int64_t count, const int64_t* permutation,
          const int64_t* sign, const float* scales, const float* dct, int odd, const float* signs, int dim)
-        : bits(bits), move_bits(move_bits), step(step), dct_(dct, dct + odd * odd), signs_(signs, signs + dim) {
+        : Coder(JOINT), bits(bits), move_bits(move_bits), step(step), dct_(dct, dct + odd * odd), signs_(signs, signs + dim) {
         if (dim) rotation = {dim, odd, dct_.data(), signs_.data()};
         if (bits < 4 || bits > 24 || move_bits < 1 || move_bits > 5) throw std::invalid_argument("no such codebook");
         const int64_t room = int64_t{1} << (bits - move_bits);
@@ -97,12 +91,9 @@ struct Book {
         return p == 0 ? high : value - 128 * high;
     }
 
-    int64_t row_bytes(int chunks) const { return (int64_t(chunks) * bits + 7) / 8; }
+    int64_t row_bytes(int chunks) const override { return (int64_t(chunks) * bits + 7) / 8; }
     uint32_t index(uint32_t code) const { return code >> move_bits; }
     uint32_t move(uint32_t code) const { return code & ((1u << move_bits) - 1); }
-
-    Book(const Book&) = delete;
-    Book& operator=(const Book&) = delete;
 
   private:
     std::vector<float> dct_, signs_;

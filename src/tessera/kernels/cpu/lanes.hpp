@@ -12,6 +12,7 @@ namespace {
 constexpr int LANES = TESSERA_LANES;
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
+typedef float Quarter __attribute__((vector_size(16)));
 
 inline Lanes load(const float* x) {
     Lanes lanes;

@@ -35,7 +35,9 @@ using Floats = nb::ndarray<const float, nb::shape<-1>, nb::c_contig, nb::device:
 using Square = nb::ndarray<const float, nb::shape<-1, -1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
 using Longs = nb::ndarray<const int64_t, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
-using Table = nb::ndarray<const int64_t, nb::shape<-1, 20>, nb::c_contig, nb::device::cpu>;
+// Of a page: see `page_at`.
+constexpr int COLUMNS = 24;
+using Table = nb::ndarray<const int64_t, nb::shape<-1, COLUMNS>, nb::c_contig, nb::device::cpu>;
 
 // Of instruction sets. What has no kernel of its own for one runs that of the level below.
 enum Level { PORTABLE, AVX2, AVXVNNI, AVX512 };
@@ -44,7 +46,7 @@ constexpr const char* NAMES[] = {"portable", "avx2", "avxvnni", "avx512"};
 #if defined(TESSERA_X86)
 bool has(Level level) {
     __builtin_cpu_init();
-    if (level == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (level == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
     if (level == AVXVNNI) {
 #if defined(TESSERA_AVX_VNNI)
         unsigned a = 0, b = 0, c = 0, d = 0;
@@ -98,31 +100,33 @@ void make_products(Products* self, int bits, int radius_bits, Floats levels, Wor
                         int(signs.shape(0)));
 }
 
-// A row: of the keys, then of the values, codes, scale, centre and flags with their strides, and kept; tokens; offset.
+void make_scalars(Scalars* self, int form, int bits, float zero, float factor, Floats levels, Square dct, Floats signs) {
+    if (dct.shape(0) != dct.shape(1)) throw nb::value_error("the DCT is no square matrix");
+    new (self) Scalars(form, bits, zero, factor, levels.data(), int64_t(levels.shape(0)), dct.data(), int(dct.shape(0)), signs.data(),
+                       int(signs.shape(0)));
+}
+
+// A row: of the keys, then of the values, codes, scale, centre, low and flags with their strides, and kept; tokens; offset.
 Page page_at(const int64_t* row) {
     const auto at = [row](int j) { return reinterpret_cast<const uint8_t*>(uintptr_t(row[j])); };
     const auto field = [&](int j) { return Field{at(j), row[j + 1]}; };
-    const auto side = [&](Role role, int j) { return Side{role, field(j), field(j + 2), field(j + 4), field(j + 6), at(j + 8), {}}; };
-    return {{side(KEY, 0), side(VALUE, 9)}, row[18], row[19]};
+    const auto side = [&](Role role, int j) { return Side{role, field(j), field(j + 2), field(j + 4), field(j + 6), field(j + 8), at(j + 10), row[23], {}}; };
+    return {{side(KEY, 0), side(VALUE, 11)}, row[22], row[23]};
 }
 
 std::vector<Page> pages_of(const Table& table, int64_t& tokens) {
     std::vector<Page> list(table.shape(0));
     tokens = 0;
     for (size_t i = 0; i < list.size(); ++i) {
-        list[i] = page_at(table.data() + 20 * i);
+        list[i] = page_at(table.data() + COLUMNS * i);
         tokens += list[i].tokens;
     }
     return list;
 }
 
-Coding coding(const Book& book) { return {&book, nullptr}; }
-Coding coding(const Products& products) { return {nullptr, &products}; }
-
 // Whether vectors of `dim` numbers can be coded so.
-template <class Codes>
-bool fits(const Codes& codes, int dim) {
-    return dim % 4 == 0 && dim <= MAX_DIM && dim >= 4 && (!codes.rotation.dim || codes.rotation.dim == dim);
+bool fits(const Coder& coder, int dim) {
+    return dim % 4 == 0 && dim <= MAX_DIM && dim >= 4 && (!coder.rotation.dim || coder.rotation.dim == dim);
 }
 
 void run(const std::string& level, const Problem& p) {
@@ -144,8 +148,7 @@ void run(const std::string& level, const Problem& p, const Exact& x) {
     attend_exact_portable(p, x);
 }
 
-template <class KeyCodes, class ValueCodes>
-void attend(const KeyCodes& keys, const ValueCodes& values, Table pages, const std::string& level, uintptr_t q, uintptr_t out,
+void attend(const Coder& keys, const Coder& values, Table pages, const std::string& level, uintptr_t q, uintptr_t out,
             uintptr_t lse, int batch, int q_heads, int kv_heads, int q_tokens, int dim, float scale, float value_gain, float softcap, uintptr_t mask,
             int64_t mask_batch, int64_t mask_head, int64_t mask_query, bool placed, int64_t start, int64_t window, int limbs,
             int threads) {
@@ -153,7 +156,7 @@ void attend(const KeyCodes& keys, const ValueCodes& values, Table pages, const s
         throw nb::value_error("shapes that this kernel does not know");
     Problem p{};
     const std::vector<Page> list = pages_of(pages, p.tokens);
-    p.key = coding(keys), p.value = coding(values);
+    p.key = &keys, p.value = &values;
     p.pages = list.data();
     p.page_count = int64_t(list.size());
     p.batch = batch, p.q_heads = q_heads, p.kv_heads = kv_heads, p.q_tokens = q_tokens, p.dim = dim;
@@ -191,7 +194,7 @@ void attend_exact(const std::string& level, uintptr_t q, uintptr_t out, uintptr_
 
 // What stays the same from step to step of a layer in an engine.
 // pool: address, blocks, bytes of a block, of a head in it, of a page; pages of a head in a block; offsets of codes, scales,
-// centres and sinks, of keys and of values each; sinks. ring: address, blocks, bytes of a block, of a head in it, of a token;
+// centres, lows and sinks, of keys and of values each; sinks. ring: address, blocks, bytes of a block, of a head in it, of a token;
 // where values lie behind keys; tokens. shape: kv_heads, head_dim, type of exact numbers; narrowing: its address, or 0.
 struct Pool {
     Paged paged{};
@@ -199,12 +202,12 @@ struct Pool {
 
 void make_pool(Pool* self, const std::vector<int64_t>& pool, const std::vector<int64_t>& ring, const std::vector<int64_t>& shape,
                uintptr_t narrowing) {
-    if (pool.size() != 15 || ring.size() != 7 || shape.size() != 3) throw nb::value_error("a pool of another make");
+    if (pool.size() != 17 || ring.size() != 7 || shape.size() != 3) throw nb::value_error("a pool of another make");
     Paged p{};
     p.pool = reinterpret_cast<uint8_t*>(uintptr_t(pool[0]));
     p.blocks = pool[1], p.block_bytes = pool[2], p.head_bytes = pool[3], p.page_bytes = pool[4], p.groups = int(pool[5]);
-    for (int role = 0; role < 2; ++role) p.codes[role] = pool[6 + role], p.lengths_at[role] = pool[8 + role], p.centre[role] = pool[10 + role], p.sink[role] = pool[12 + role];
-    p.sinks = int(pool[14]);
+    for (int role = 0; role < 2; ++role) p.codes[role] = pool[6 + role], p.lengths_at[role] = pool[8 + role], p.centre[role] = pool[10 + role], p.low[role] = pool[12 + role], p.sink[role] = pool[14 + role];
+    p.sinks = int(pool[16]);
     p.ring = reinterpret_cast<uint8_t*>(uintptr_t(ring[0]));
     p.ring_blocks = ring[1], p.ring_block = ring[2], p.ring_head = ring[3], p.ring_token = ring[4], p.ring_value = ring[5], p.ring_tokens = int(ring[6]);
     p.kv_heads = int(shape[0]), p.dim = int(shape[1]), p.type = Number(shape[2]);
@@ -235,14 +238,13 @@ Paged step_of(const Pool& pool, const std::vector<int64_t>& requests, const std:
 }
 
 // rows: address and strides in bytes over tokens and heads, of queries and of results.
-template <class KeyCodes, class ValueCodes>
-void attend_paged(const KeyCodes& keys, const ValueCodes& values, const Pool& pool, const std::string& level, const std::vector<int64_t>& requests,
+void attend_paged(const Coder& keys, const Coder& values, const Pool& pool, const std::string& level, const std::vector<int64_t>& requests,
                   const std::vector<int64_t>& vectors, const std::vector<int64_t>& rows, int q_heads, float scale, float value_gain, float softcap, int64_t window, uintptr_t drains,
                   int limbs, int threads) {
     Paged p = step_of(pool, requests, vectors);
     if (rows.size() != 6 || q_heads % p.kv_heads || !fits(keys, p.dim) || !fits(values, p.dim) || limbs < 1 || limbs > 3)
         throw nb::value_error("shapes that this kernel does not know");
-    p.key = coding(keys), p.value = coding(values);
+    p.key = &keys, p.value = &values;
     const auto at = [&](int i) { return Rows{reinterpret_cast<uint8_t*>(uintptr_t(rows[i])), rows[i + 1], rows[i + 2]}; };
     p.q = at(0), p.out = at(3);
     p.q_heads = q_heads, p.scale = scale, p.value_gain = value_gain, p.softcap = softcap, p.window = window;
@@ -356,28 +358,26 @@ void attend_exact_sources(const std::string& level, uintptr_t q, uintptr_t out, 
 }
 
 // rule: whether queries have places among the packed tokens, the first one's, the window; limbs. narrowing: addresses, or zeros.
-template <class KeyCodes, class ValueCodes>
 void attend_sources(const std::string& level, uintptr_t q, uintptr_t out, const std::vector<int64_t>& shape, float scale, float softcap,
-                    const std::vector<int64_t>& exact, const KeyCodes& keys, const ValueCodes& values, Table pages, float value_gain,
+                    const std::vector<int64_t>& exact, const Coder& keys, const Coder& values, Table pages, float value_gain,
                     const std::vector<int64_t>& rule, const std::vector<uintptr_t>& narrowing) {
     if (shape.size() != 6 || rule.size() != 4 || narrowing.size() != 2 || !fits(keys, int(shape[4])) || !fits(values, int(shape[4])) || rule[3] < 1 || rule[3] > 3)
         throw nb::value_error("shapes that this kernel does not know");
     Problem p{};
     const std::vector<Page> list = pages_of(pages, p.tokens);
-    p.key = coding(keys), p.value = coding(values), p.pages = list.data(), p.page_count = int64_t(list.size()), p.value_gain = value_gain;
+    p.key = &keys, p.value = &values, p.pages = list.data(), p.page_count = int64_t(list.size()), p.value_gain = value_gain;
     p.placed = rule[0] != 0, p.start = rule[1], p.window = rule[2], p.limbs = int(rule[3]);
     attend_all(level, reinterpret_cast<const float*>(q), reinterpret_cast<float*>(out), shape, scale, softcap, exact, &p,
                reinterpret_cast<const uint8_t*>(narrowing[0]), reinterpret_cast<const float*>(narrowing[1]));
 }
 
-template <class Codes>
-void decode(const Codes& book, Table pages, const std::string& level, bool values, float gain, int batch, int heads, int dim,
+void decode(const Coder& coder, Table pages, const std::string& level, bool values, float gain, int batch, int heads, int dim,
             uintptr_t out, int threads) {
-    if (pages.shape(0) != 1 || !fits(book, dim))
+    if (pages.shape(0) != 1 || !fits(coder, dim))
         throw nb::value_error("shapes that this kernel does not know");
     const Page page = page_at(pages.data());
     Vectors p{};
-    p.coding = coding(book);
+    p.coder = &coder;
     p.page = &page, p.role = values ? VALUE : KEY;
     p.batch = batch, p.heads = heads, p.dim = dim, p.gain = gain, p.threads = threads;
     p.out = reinterpret_cast<float*>(out);
@@ -583,34 +583,26 @@ void absorb_backward(const std::string& level, const std::vector<int64_t>& shape
 
 NB_MODULE(_cpu, m) {
     m.doc() = "Tessera's kernels for CPUs.";
-    nb::class_<Book>(m, "Book")
+    nb::class_<Coder>(m, "Coder");
+    nb::class_<Book, Coder>(m, "Book")
         .def("__init__", &make_book)
         .def_ro("blocks", &Book::blocks, "Tables that codewords are picked from in registers; 0: they are looked up in memory.");
     m.def("use_openmp", [](uintptr_t parallel, uintptr_t number) {
         Threads::use(reinterpret_cast<Threads::Parallel>(parallel), reinterpret_cast<Threads::Number>(number));
     });
     m.def("levels", &levels, "Names of the instruction sets that this processor and this build have, the best last.");
-    nb::class_<Products>(m, "Products").def("__init__", &make_products);
-    m.def("attend", &attend<Book, Book>);
-    m.def("attend", &attend<Products, Products>);
-    m.def("attend", &attend<Book, Products>);
-    m.def("attend", &attend<Products, Book>);
+    nb::class_<Products, Coder>(m, "Products").def("__init__", &make_products);
+    nb::class_<Scalars, Coder>(m, "Scalars").def("__init__", &make_scalars);
+    m.def("attend", &attend);
     m.def("attend_exact", &attend_exact);
     m.def("attend_exact_sources", &attend_exact_sources);
-    m.def("attend_sources", &attend_sources<Book, Book>);
-    m.def("attend_sources", &attend_sources<Products, Products>);
-    m.def("attend_sources", &attend_sources<Book, Products>);
-    m.def("attend_sources", &attend_sources<Products, Book>);
+    m.def("attend_sources", &attend_sources);
     m.def("merge", &merge);
     m.def("narrow", &narrow);
     nb::class_<Pool>(m, "Pool").def("__init__", &make_pool);
-    m.def("attend_paged", &attend_paged<Book, Book>);
-    m.def("attend_paged", &attend_paged<Products, Products>);
-    m.def("attend_paged", &attend_paged<Book, Products>);
-    m.def("attend_paged", &attend_paged<Products, Book>);
+    m.def("attend_paged", &attend_paged);
     m.def("collect", &collect);
-    m.def("decode", &decode<Book>);
-    m.def("decode", &decode<Products>);
+    m.def("decode", &decode);
     nb::class_<Index>(m, "Index").def("__init__", &make_index);
     m.def("nearest", &nearest);
     m.def("pack_nearest", &pack_nearest);

@@ -19,7 +19,7 @@ struct Rows {
 };
 
 struct Paged {
-    Coding key, value;
+    const Coder *key, *value;
     const float* narrowing;  // (kv_heads, dim), what queries are multiplied by where they read packed keys, or null
 
     // The pool: blocks of `groups` pages of GROUP tokens for each key head. Offsets are of fields within a head's part of a
@@ -27,7 +27,7 @@ struct Paged {
     uint8_t* pool;
     int64_t block_bytes, head_bytes, page_bytes, blocks;
     int groups;
-    int64_t codes[2], lengths_at[2], centre[2];  // by role
+    int64_t codes[2], lengths_at[2], centre[2], low[2];  // by role
     int64_t sink[2];                        // of the exact first tokens, once a block
     int sinks;                              // how many these are
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import cpu
-from tessera.kernels.paged import GROUP, BlockLayout, Step
+from tessera.kernels.paged import GROUP, ROLES, BlockLayout, Step
 
 #: Numbers that exact keys and values may be in, as the kernels count them.
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -137,9 +137,9 @@ def _pool(pool: Tensor, ring: Tensor, layout: BlockLayout) -> Any:
     kept = _POOLS.get(layout)
     if kept is None or kept[0] != key:
         offsets = [
-            layout.fields[role][name].offset if name in layout.fields[role] else -1
-            for name in ("codes", "scale", "centre")
-            for role in ("key", "value")
+            layout.fields[role][form.fields[role][what]].offset if form.fields[role].get(what) in layout.fields[role] else -1
+            for what in ("codes", "scale", "centre", "low")
+            for role, form in zip(ROLES, layout.forms, strict=True)
         ]
         sink = layout.sink_offset
         narrowing = None if layout.stats is None else layout.stats.narrowing[0].to("cpu").contiguous()

@@ -92,7 +92,7 @@ inline void attend_own(const Paged& p, const Item& item, int head, int row, int 
 }
 
 template <class Keys, class Values>
-void attend_paged_with(const Paged& p, const typename Keys::Book& key_book, const typename Values::Book& value_book) {
+void attend_paged_with(const Paged& p) {
     const int dim = p.dim, group = p.q_heads / p.kv_heads, threads = std::max(1, p.threads);
     std::vector<Item> items = items_of(p);
     if (items.empty()) return;
@@ -105,7 +105,7 @@ void attend_paged_with(const Paged& p, const typename Keys::Book& key_book, cons
             const int64_t block = p.table[item.request * p.table_width + page / p.groups];
             const uint8_t* at = p.pool + block * p.block_bytes + page % p.groups * p.page_bytes;
             const auto field = [&](int64_t offset) { return offset < 0 ? Field{nullptr, 0} : Field{at + offset, p.head_bytes}; };
-            const auto side = [&](Role role) { return Side{role, field(p.codes[role]), field(p.lengths_at[role]), field(p.centre[role]), {}, nullptr, {}}; };
+            const auto side = [&](Role role) { return Side{role, field(p.codes[role]), field(p.lengths_at[role]), field(p.centre[role]), field(p.low[role]), {}, nullptr, 0, {}}; };
             list.push_back({{side(KEY), side(VALUE)}, GROUP, 0});
         }
     }
@@ -167,10 +167,11 @@ void attend_paged_with(const Paged& p, const typename Keys::Book& key_book, cons
         if (!mine[size_t(who)]) {
             mine[size_t(who)].reset(new Mine);
             Mine& m = *mine[size_t(who)];
+            m.problem.key = p.key, m.problem.value = p.value;
             m.problem.batch = 1, m.problem.q_heads = p.q_heads, m.problem.kv_heads = p.kv_heads, m.problem.dim = dim;
             m.problem.scale = p.scale, m.problem.value_gain = p.value_gain, m.problem.softcap = p.softcap;
             m.problem.placed = p.window > 0, m.problem.window = p.window, m.problem.limbs = p.limbs;
-            m.worker.reset(new Worker<Keys, Values>(m.problem, key_book, value_book));
+            m.worker.reset(new Worker<Keys, Values>(m.problem));
             m.sum = m.memory.template take<float>(size_t(TILE) * dim), m.own_sum = m.memory.template take<float>(size_t(TILE) * dim);
             m.top = m.memory.template take<float>(TILE), m.total = m.memory.template take<float>(TILE);
             m.own_top = m.memory.template take<float>(TILE), m.own_total = m.memory.template take<float>(TILE);
@@ -221,7 +222,7 @@ void attend_paged_with(const Paged& p, const typename Keys::Book& key_book, cons
                 const float* from_row = parts + (s * stride + r) * dim;
                 for (int c = 0; c < dim; ++c) m.row[c] += weight * p.value_gain * from_row[c];
             }
-            rotate_back(value_book.rotation, m.row);
+            rotate_back(p.value->rotation, m.row);
             const float weight = exp_negative(m.own_top[r] - most);
             const bool broken = !finite(query + size_t(r) * dim, dim);
             for (int c = 0; c < dim; ++c) {
@@ -231,18 +232,6 @@ void attend_paged_with(const Paged& p, const typename Keys::Book& key_book, cons
             from_floats(m.row, p.type, dim, p.out.data + (item.token + t) * p.out.token + h * p.out.head);
         }
     });
-}
-
-template <class Keys>
-void attend_paged_values(const Paged& p, const typename Keys::Book& keys) {
-    if (p.value.products) attend_paged_with<Keys, LoopValues<Directions>>(p, keys, *p.value.products);
-    else attend_paged_with<Keys, LoopValues<Points>>(p, keys, *p.value.book);
-}
-
-// In the loops of portable.hpp, for any kinds of keys and values.
-inline void attend_paged_loops(const Paged& p) {
-    if (p.key.products) attend_paged_values<LoopKeys<Directions>>(p, *p.key.products);
-    else attend_paged_values<LoopKeys<Points>>(p, *p.key.book);
 }
 
 }  // namespace

@@ -5,12 +5,11 @@
 #include <stdexcept>
 #include <vector>
 
-#include "book.hpp"
+#include "coder.hpp"
 
 namespace tessera {
 
-struct Products {
-    Rotation rotation;  // of what is coded
+struct Products : Coder {
     int bits = 0;       // of a code
     int radius_bits = 0;
     std::vector<float> levels;  // of the radius, as a share of the vector's scale
@@ -22,7 +21,7 @@ struct Products {
 
     Products(int bits, int radius_bits, const float* levels, const float* k_words, int64_t k_heads, const float* v_words,
              int64_t v_heads, uint32_t count, const float* dct, int odd, const float* signs, int dim)
-        : bits(bits), radius_bits(radius_bits), levels(levels, levels + (int64_t{1} << radius_bits)), count(count),
+        : Coder(PRODUCT), bits(bits), radius_bits(radius_bits), levels(levels, levels + (int64_t{1} << radius_bits)), count(count),
           dct_(dct, dct + odd * odd), signs_(signs, signs + dim) {
         if (dim) rotation = {dim, odd, dct_.data(), signs_.data()};
         if (radius_bits < 1 || bits <= radius_bits || bits > 25) throw std::invalid_argument("no such codebook");
@@ -38,10 +37,7 @@ struct Products {
         }
     }
 
-    int64_t row_bytes(int chunks) const { return (int64_t(chunks) * bits + 7) / 8; }
-
-    Products(const Products&) = delete;
-    Products& operator=(const Products&) = delete;
+    int64_t row_bytes(int chunks) const override { return (int64_t(chunks) * bits + 7) / 8; }
 
   private:
     std::vector<float> dct_, signs_;

@@ -22,9 +22,9 @@ from tessera.kernels.params import AttendParams
 TILE_BYTES = 64 << 20
 #: Tokens of a tile at least.
 BLOCK = 64
-#: Rows of queries a key head from which a tile is worth decoding where there is no kernel for the codes, and where there is one
-#: that does not multiply in integers.
-NO_KERNEL, SLOW_KERNEL = 16, 256
+#: Rows of queries a key head from which a tile is worth decoding: where codes have no kernel, and where they have one
+#: that does not multiply in integers, for AVX-512 or for less.
+NO_KERNEL, WIDE_KERNEL, SLOW_KERNEL = 16, 256, 96
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,8 +32,10 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def attend(q: Tensor, pages: Pages, params: AttendParams, *, level: str | None = None) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.reference.attend` the fastest way that there is on a CPU. `level`: see `tessera.kernels.cpu.attend`."""
     if cpu.attend_refusal(q, pages) is None:
-        many = q.shape[1] // pages.shape[1] * q.shape[2] >= SLOW_KERNEL
-        if not many or _fast(pages, level) or tiled_refusal(q, pages, params) is not None:
+        level = level or cpu.levels()[-1]
+        enough = WIDE_KERNEL if level == "avx512" else SLOW_KERNEL
+        few = q.shape[1] // pages.shape[1] * q.shape[2] < enough
+        if few or _fast(pages, level) or tiled_refusal(q, pages, params) is not None:
             return cpu.attend(q, pages, params, level=level)
     return attend_tiled(q, pages, params)
 
@@ -57,9 +59,9 @@ def attend_exact_refusal(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) 
     return why if why is None or exact_tiled_refusal(q, k, v, params) is not None else None
 
 
-def _fast(pages: Pages, level: str | None) -> bool:
+def _fast(pages: Pages, level: str) -> bool:
     """Whether codes are multiplied in integers, which takes less time than dense keys do, however many queries there are."""
-    return (level or cpu.levels()[-1]) != "portable" and all(isinstance(form, JointFormat) for form in pages.form())
+    return level != "portable" and all(isinstance(form, JointFormat) for form in pages.form())
 
 
 def tiled_refusal(q: Tensor, pages: Pages, params: AttendParams) -> str | None:

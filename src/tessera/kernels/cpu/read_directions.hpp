@@ -1,4 +1,4 @@
-// Vectors coded by direction and radius, for the loops of portable.hpp.
+// Vectors coded by direction and radius, for tiles.hpp.
 
 namespace {
 
@@ -15,17 +15,18 @@ inline uint32_t flagged(const uint8_t* flags, int i, int chunks) {
     return flags[i] & (chunks >= 8 * (i + 1) ? 255u : (1u << (chunks - 8 * i)) - 1);
 }
 
-class Directions {
+class ReadDirections : public Reader {
   public:
-    using Book = Products;
-
-    Directions(const Products& book, int chunks, int heads, Memory&) : book_(book), chunks_(chunks), heads_(heads) {}
+    ReadDirections(const Products& book, int chunks, int heads) : book_(book), chunks_(chunks), heads_(heads) {}
 
     // Chunks that are kept as they are know no scale: `read` has multiplied the others.
-    float length(const Side&, int64_t, int64_t) const { return 1.0f; }
+    void lengths(const Side&, int64_t, int64_t, int n, float* to) const override {
+        std::fill(to, to + n, 1.0f);
+        std::fill(to + n, to + UNIT, 0.0f);
+    }
 
     // Aligned: where its short loops happen to lie makes a quarter of the speed of the portable form.
-    __attribute__((aligned(64))) void read(const Unit& unit, float* to) const {
+    __attribute__((aligned(64))) void read(const Unit& unit, float* to) override {
         const Side& side = *unit.side;
         const float* words = book_.words[side.role].data() + book_.head_words[side.role] * (unit.line % heads_);
         const int64_t bytes = book_.row_bytes(chunks_);
@@ -86,32 +87,6 @@ inline std::vector<Page> counted(const Page* pages, int64_t count, int64_t lines
             }
     });
     return list;
-}
-
-inline void decode_directions(Vectors p) {
-    Memory memory;
-    const std::vector<Page> pages = counted(p.page, 1, int64_t(p.batch) * p.heads, p.dim / 4, p.threads, memory);
-    p.page = pages.data();
-    decode_with<Directions>(p, *p.coding.products);
-}
-
-// Attention where values, or keys and values, are directions: each with what reads it in the loops of portable.hpp.
-template <class Keys>
-inline void attend_values(const Problem& p, const typename Keys::Book& keys) {
-    if (p.value.products) attend_with<Keys, LoopValues<Directions>>(p, keys, *p.value.products);
-    else attend_with<Keys, LoopValues<Points>>(p, keys, *p.value.book);
-}
-
-// The same for either kind of keys.
-inline void attend_loops(Problem p) {
-    Memory memory;
-    std::vector<Page> pages;
-    if (p.key.products || p.value.products) {
-        pages = counted(p.pages, p.page_count, int64_t(p.batch) * p.kv_heads, p.dim / 4, p.threads, memory);
-        p.pages = pages.data();
-    }
-    if (p.key.products) attend_values<LoopKeys<Directions>>(p, *p.key.products);
-    else attend_values<LoopKeys<Points>>(p, *p.key.book);
 }
 
 }  // namespace
