@@ -33,6 +33,7 @@ import tessera
 from tessera.evaluation.records import Comparison, Row, load_all
 from tessera.evaluation.table import caption, markdown, markdown_table, size
 from tessera.files import atomic_path
+from tessera.lab.evaluation import long_context
 from tessera.lab.evaluation.recall import config_of
 from tessera.lab.training.recall import state_bytes
 from tessera.planning import table as plans
@@ -716,6 +717,22 @@ def plan(context: str, budget: str, bandwidth: str) -> str:
     return "\n\n".join((table, plans.caption(found, "Llama, 8 billion parameters"), f"`{plans.advice(found)}`"))
 
 
+def needle() -> str:
+    """Needles found in SmolLM2's haystacks, for each cache and length over all depths."""
+    rows = _load("long_context/needle")["rows"]
+    return _with_remarks(rows, "length", markdown_table(*long_context.grid(rows, "length")))
+
+
+def ruler(length: str) -> str:
+    """RULER's tasks on SmolLM2, for each cache and task at one length."""
+    rows = [row for row in _load("long_context/ruler")["rows"] if row["length"] == int(length)]
+    return _with_remarks(rows, "task", markdown_table(*long_context.grid(rows, "task")))
+
+
+def _with_remarks(rows: list[dict[str, Any]], columns: str, table: str) -> str:
+    return "\n\n".join([table, *long_context.remarks(rows, columns)])
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "benchmarks": benchmarks,
     "plan": plan,
@@ -741,6 +758,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "overheads": overheads,
     "pictures": pictures,
     "memory-options": memory_options,
+    "needle": needle,
     "query-limbs": query_limbs,
     "recall": recall,
     "recall-limits": recall_limits,
@@ -750,6 +768,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "recall-state": recall_state,
     "resident-memory": resident_memory,
     "retention": retention,
+    "ruler": ruler,
     "scan": scan,
     "streams": streams,
     "tensor-memory-cost": tensor_memory_cost,
