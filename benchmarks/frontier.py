@@ -131,40 +131,37 @@ def key(job: Job) -> tuple[Any, ...]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Loss against bytes, a panel for each model and length, and recall below where it was measured."""
-    panels = list(dict.fromkeys((row["model"], row["length"]) for row in rows))
-    recalled = any("nats" in row for row in rows)
-    figure = Figure(figsize=(4.1 * len(panels), 7.4 if recalled else 4.4), layout="constrained")
-    axes = figure.subplots(1 + recalled, len(panels), squeeze=False)
-    for column, (model, length) in enumerate(panels):
-        own = [row for row in rows if (row["model"], row["length"]) == (model, length)]
-        for line, name in enumerate(("loss", "nats")[: 1 + recalled]):
-            axis = axes[line][column]
-            if not any(name in row for row in own):
-                axis.set_visible(False)
-                continue
-            for kind, (colour, marker) in KINDS.items():
-                points = [row for row in own if row["kind"] == kind and name in row and (kind != "exact" or name == "nats")]
-                if not points:
-                    continue
-                x = [row["nbytes"] / 2**20 for row in points]
-                y = [row[name] if name == "loss" else mean(row[name]) for row in points]
+    """Loss against bytes, a panel for each model and length, and behind these recall where it was measured."""
+    names = {"loss": "loss over the exact cache's, nats a token", "nats": "needle, nats a token"}
+    found = dict.fromkeys((name, row["model"], row["length"]) for name in names for row in rows if name in row)
+    columns = min(3, len(found))
+    lines = -(-len(found) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.1 * lines + 1.1), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis, (name, model, length) in zip(axes, found, strict=False):
+        own = [row for row in rows if name in row and (row["model"], row["length"]) == (model, length)]
+        for kind, (colour, marker) in KINDS.items():
+            points = [row for row in own if row["kind"] == kind and (kind != "exact" or name == "nats")]
+            x = [row["nbytes"] / 2**20 for row in points]
+            y = [row[name] if name == "loss" else mean(row[name]) for row in points]
+            if points:
                 axis.scatter(x, y, color=colour, marker=marker, s=42, label=kind, zorder=3)
-                if name == "loss":
-                    axis.errorbar(x, y, [row["error"] for row in points], fmt="none", ecolor=colour, lw=0.8, zorder=2)
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.set_yscale("symlog", linthresh=0.001 if name == "loss" else 0.1)
-            axis.grid(alpha=0.25)
-            axis.set_xlabel("all bytes of the cache, MiB")
-            if not line:
-                axis.set_title(f"{model}, {length:,} tokens", fontsize=10)
-            if not column:
-                axis.set_ylabel("loss over the exact cache's,\nnats a token" if name == "loss" else "needle, nats a token")
-    found = {label: handle for row in axes for a in row for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+            if points and name == "loss":
+                axis.errorbar(x, y, [row["error"] for row in points], fmt="none", ecolor=colour, lw=0.8, zorder=2)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_yscale("symlog", linthresh=0.001 if name == "loss" else 0.1)
+        axis.margins(0.1)
+        axis.grid(alpha=0.25)
+        axis.set_xlabel("all bytes of the cache, MiB")
+        axis.set_ylabel(names[name], fontsize=9)
+        axis.set_title(f"{model}, {length:,} tokens", fontsize=10)
+    for axis in axes[len(found) :]:
+        axis.set_visible(False)
+    legend = {label: handle for a in axes for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> int:

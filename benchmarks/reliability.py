@@ -25,6 +25,13 @@ OUT = ROOT / "docs" / "results" / "reliability.json"
 PROMISES: dict[str, tuple[str, ...]] = {
     "any sequence of calls and changes gives what the definition says": ("tests/machine/test_machine.py",),
     "the definition itself is right": ("tests/machine/test_oracle.py",),
+    "tiers pass tokens on, also one that is added, read sparsely or kept in files": (
+        "tests/cache/test_chain.py",
+        "tests/cache/test_dissolved.py",
+        "tests/cache/test_added_tier.py",
+        "tests/cache/test_sparse_reading.py",
+        "tests/cache/test_offload.py",
+    ),
     "masks are honoured exactly or refused": ("tests/cache/test_masks.py", "tests/cache/test_tensor_memory_calls.py"),
     "the result does not depend on the cut of calls, the batch or padding": ("tests/cache/test_invariance.py",),
     "generation is that of transformers": ("tests/cache/test_generation.py", "tests/cache/test_recording.py"),
@@ -40,7 +47,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "tests/cache/test_attached_memory.py",
         "tests/cache/test_attached_tensor_memory.py",
         "tests/cache/test_attached_encoders.py",
-        "tests/cache/test_carry.py",
+        "tests/cache/test_truncated_bptt.py",
     ),
     "codecs keep their laws": ("tests/codecs",),
     "kernels equal the definition": ("tests/kernels", "tests/test_attention.py"),

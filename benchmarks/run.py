@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 #: Codecs that are measured on four times as much text.
 LONG = ("hqmq:3", "hqmq:4", "hqmq:s24_r2", "hqmq:s96_r4", "scalar:3", "scalar:4", "q4_0")
+LENGTHS = ("1024", "2048", "4096")
 WINDOWS = ("window:256", "sink:4 + window:256", "sink:4 + window:256 + tc")
 
 
@@ -143,6 +144,19 @@ BENCHMARKS = (
         "make a model whose key channels have very different widths, and which computes what it did before",
         ("benchmarks/rescaled_keys.py",),
         needs="--model FOLDER --out FOLDER",
+    ),
+    Benchmark(
+        "frontier",
+        "loss and recall against all bytes of a cache, for every policy, on the demo model",
+        ("benchmarks/frontier.py",),
+        ("frontier.json",),
+        "half an hour",
+    ),
+    Benchmark(
+        "sparse-reading",
+        "what reading the best blocks only saves and loses",
+        ("benchmarks/sparse_reading.py",),
+        ("sparse_reading.json",),
     ),
     Benchmark(
         "codec-error",
@@ -342,31 +356,6 @@ BENCHMARKS = (
         shown=("tensor_cache.md",),
     ),
     Benchmark(
-        "frontier",
-        "loss and recall beyond the window against all bytes of a cache, for every policy",
-        ("benchmarks/frontier.py",),
-        ("frontier.json",),
-        "hours",
-    ),
-    Benchmark(
-        "long-context-needle",
-        "what a model still finds in a long text through a cache: needles",
-        ("tessera", "eval", "needle"),
-        ("long_context/needle.json",),
-        "hours",
-        "--model FOLDER; see tessera eval needle --help",
-        measured="2026-11-30",
-    ),
-    Benchmark(
-        "long-context-ruler",
-        "the same on the tasks of RULER",
-        ("tessera", "eval", "ruler"),
-        ("long_context/ruler.json",),
-        "hours",
-        "--model FOLDER; see tessera eval ruler --help",
-        measured="2026-11-30",
-    ),
-    Benchmark(
         "tensor-memory-cost",
         "what a Tensor Memory costs: its fast forms against the plain loop",
         ("benchmarks/tensor_memory_cost.py",),
@@ -424,6 +413,22 @@ BENCHMARKS = (
         ("reliability.json",),
         measured="2026-11-30",
         shown=("reliability.md",),
+    ),
+    Benchmark(
+        "needle",
+        "a number hidden in prose, by length and depth, through eight caches; what is in the JSON is not measured again",
+        ("tessera", "eval", "needle", "--out", "docs/results/long_context", "--samples", "1", "--lengths", *LENGTHS),
+        ("long_context/needle.json",),
+        "hours",
+        "--model FOLDER, of SmolLM2-135M-Instruct",
+    ),
+    Benchmark(
+        "ruler",
+        "RULER's synthetic tasks through eight caches; what is in the JSON is not measured again",
+        ("tessera", "eval", "ruler", "--out", "docs/results/long_context", "--lengths", *LENGTHS),
+        ("long_context/ruler.json",),
+        "hours",
+        "--model FOLDER, of SmolLM2-135M-Instruct",
     ),
     Benchmark("plan-errors", "the errors by which tessera plan ranks caches, from real-models", ("benchmarks/plan_errors.py",)),
     Benchmark("tables", "write the tables of the documents from docs/results", ("benchmarks/tables.py",), takes="seconds"),

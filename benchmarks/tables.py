@@ -33,6 +33,7 @@ import tessera
 from tessera.evaluation.records import Comparison, Row, load_all
 from tessera.evaluation.table import caption, markdown, markdown_table, size
 from tessera.files import atomic_path
+from tessera.lab.evaluation import long_context
 from tessera.lab.evaluation.recall import config_of
 from tessera.lab.training.recall import state_bytes
 from tessera.planning import table as plans
@@ -94,11 +95,105 @@ def real_models(protocol: str) -> str:
     return caption(first) + "\n\n" + markdown_table(head, lines)
 
 
+#: What the README shows of a pretrained model: the codecs that people know, at about four bits, and what is asked for most.
+README = ("hqmq:5", "hqmq:4", "hqmq:3", "q4_0", "kivi:4", "scalar:4", "int:4", "fp8")
+
+
+def readme_model() -> str:
+    """A few rows of `real_models streaming`, without its caption."""
+    runs = [load_all(path) for path in sorted((RESULTS / "real_models").glob("streaming*.json"))]
+    rows = {row.spec: row for run in runs for row in run[0].rows}
+    lines = []
+    for codec in README:
+        row = rows[f"sink:4 + {codec} + recent:128"]
+        lines.append((f"`{row.spec}`", f"{row.codec_bits:.2f}", f"{row.bits:.2f}", *_change(row), f"{row.top1:.1%}"))
+    return markdown_table(("cache", "bits", "in all", "perplexity", "KL", "top-1"), lines)
+
+
+def readme_rescaled() -> str:
+    """A few rows of `real_models paper`: the model and the one with rescaled keys."""
+    one, other = load_all(RESULTS / "real_models" / "paper.json")
+    rows = [{row.spec: row for row in each.rows} for each in (one, other)]
+    lines = []
+    for codec in README:
+        first, second = (each[f"sink:4 + {codec}"] for each in rows)
+        lines.append((f"`{codec}`", f"{first.codec_bits:.2f}", *(cell for row in (first, second) for cell in _change(row))))
+    return markdown_table(("codec", "bits", "perplexity", "KL", "rescaled: perplexity", "rescaled: KL"), lines)
+
+
+def readme_speed() -> str:
+    """Attention of one token over 32,768 in one layer, against dense ways, llama.cpp and transformers' caches, a run each."""
+    lines = []
+    shape = [r for r in _load("decode_attention")["rows"] if r["shape"] == "32,8,128" and r["tokens"] == 32768]
+    peer = next(r["milliseconds"] for r in shape if r["name"] == r["peer"])
+    ours = {codec: next(r for r in shape if r["name"] == f"{codec}, 16-bit queries") for codec in ("hqmq:4", "hqmq:3")}
+    usual = next(r["milliseconds"] for r in shape if r["name"] == "sdpa, enable_gqa")
+    times = {codec: r["milliseconds"] for codec, r in ours.items()}
+    lines.append(_versus("the fastest dense bf16 way of PyTorch", peer, times))
+    lines.append(_versus("its usual way, `scaled_dot_product_attention`", usual, times))
+    for name, cached in (("llamacpp_attention", "llama.cpp, {}"), ("generation", "{}")):
+        data = _load(name)
+        rows = {r["cache"]: r["attention_ms"] / data["layers"] for r in data["rows"] if r["tokens"] == 32768}
+        times = {codec: rows[f"sink:4 + {codec} + recent:128"] for codec in ("hqmq:4", "hqmq:3")}
+        peers = ("f16", "q4_0") if name == "llamacpp_attention" else ("DynamicCache", "QuantizedCache, quanto")
+        lines += [_versus(f"`{cached.format(each)}`", rows[cached.format(each)], times) for each in peers]
+    return markdown_table(
+        ("attention of one new token, against", "ms", "`hqmq:4`, ms", "`hqmq:3`, ms", "`hqmq:4` is faster"), lines
+    )
+
+
+def _versus(name: str, peer: float, ours: dict[str, float]) -> tuple[str, ...]:
+    return name, f"{peer:.1f}", *(f"{ms:.1f}" for ms in ours.values()), f"{peer / ours['hqmq:4']:.1f}x"
+
+
 def _change(row: Row) -> tuple[str, str]:
     # Where a model is lost, percents are a row of digits.
     change = f"{row.delta:+.2%} ± {row.delta_error:.2%}" if row.delta < 10 else f"{1 + row.delta:,.0f} times"
     digits = 4 if row.kl > 0.002 else 5
     return change, f"{row.kl:.{digits}f} ± {row.kl_error:.{digits}f}"
+
+
+def frontier() -> str:
+    """Loss and recall against all bytes, by model and length."""
+    rows = _load("frontier")["rows"]
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["length"], row["spec"]), {}).update(row)
+    recalled = any("nats" in row for row in found.values())
+    head = ["model", "tokens", "cache", "MiB", "loss over the exact cache's, nats"] + ["needle, nats a token"] * recalled
+    lines = []
+    for (model, length, spec), row in sorted(found.items(), key=lambda item: (item[0][0], item[0][1], item[1]["nbytes"])):
+        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}" if "loss" in row else ""
+        cells = [model, f"{length:,}", f"`{spec}`", f"{row['nbytes'] / 2**20:.2f}", loss]
+        lines.append(cells + [f"{mean(row['nats']):.2f}" if "nats" in row else ""] * recalled)
+    return markdown_table(head, lines)
+
+
+def sparse_speed() -> str:
+    """One token's attention, everything read and the best."""
+    lines = [
+        (
+            f"{row['tokens']:,}",
+            f"{row['ms']['all']:.2f}",
+            f"{row['ms']['best']:.2f}",
+            f"{row['ms']['all'] / row['ms']['best']:.1f}",
+        )
+        for row in _load("sparse_reading")["speed"]
+    ]
+    top = _load("sparse_reading")["speed"][0]["top"]
+    return markdown_table(("tokens", "all read, ms", f"the best {top:,}, chosen and read, ms", "times as fast"), lines)
+
+
+def sparse_quality() -> str:
+    """KL by how much is read and how much a block's width counts."""
+    rows = _load("sparse_reading")["quality"]
+    spreads = sorted({row["spread"] for row in rows if row["top"]})
+    lines = []
+    for top in sorted({row["top"] for row in rows}, reverse=True):
+        own = {row["spread"]: f"{row['kl']:.5f}" for row in rows if row["top"] == top}
+        cells = [own.get(spread, "") for spread in spreads] if top else [next(iter(own.values()))] * len(spreads)
+        lines.append((f"{top:,} of {rows[0]['length']:,}" if top else "everything", *cells))
+    return markdown_table(("tokens read", *(f"KL, width x {spread:g}" for spread in spreads)), lines)
 
 
 def codec_error(inputs: str, head_dim: str) -> str:
@@ -673,8 +768,27 @@ def plan(context: str, budget: str, bandwidth: str) -> str:
     return "\n\n".join((table, plans.caption(found, "Llama, 8 billion parameters"), f"`{plans.advice(found)}`"))
 
 
+def needle() -> str:
+    """Needles found in SmolLM2's haystacks, for each cache and length over all depths."""
+    rows = _load("long_context/needle")["rows"]
+    return _with_remarks(rows, "length", markdown_table(*long_context.grid(rows, "length")))
+
+
+def ruler(length: str) -> str:
+    """RULER's tasks on SmolLM2, for each cache and task at one length."""
+    rows = [row for row in _load("long_context/ruler")["rows"] if row["length"] == int(length)]
+    return _with_remarks(rows, "task", markdown_table(*long_context.grid(rows, "task")))
+
+
+def _with_remarks(rows: list[dict[str, Any]], columns: str, table: str) -> str:
+    return "\n\n".join([table, *long_context.remarks(rows, columns)])
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "benchmarks": benchmarks,
+    "readme-model": readme_model,
+    "readme-rescaled": readme_rescaled,
+    "readme-speed": readme_speed,
     "plan": plan,
     "real_models": real_models,
     "compare": compare,
@@ -698,12 +812,17 @@ TABLES: dict[str, Callable[..., str]] = {
     "overheads": overheads,
     "pictures": pictures,
     "memory-options": memory_options,
+    "needle": needle,
     "query-limbs": query_limbs,
     "recall": recall,
     "recall-limits": recall_limits,
+    "frontier": frontier,
+    "sparse-speed": sparse_speed,
+    "sparse-quality": sparse_quality,
     "recall-state": recall_state,
     "resident-memory": resident_memory,
     "retention": retention,
+    "ruler": ruler,
     "scan": scan,
     "streams": streams,
     "tensor-memory-cost": tensor_memory_cost,

@@ -111,7 +111,6 @@ def serve(args: argparse.Namespace) -> None:
     llm = start(args)
     engine, serial = llm.llm_engine, count()
     workloads = {
-        "warm": (pieces(llm, args.text, 1, 64), 2),
         "many": (pieces(llm, args.text, args.requests, args.prompt), 1 + args.new),
         "long": (pieces(llm, args.text, args.few, args.long), 1 + args.new),
         "first": (pieces(llm, args.text, 1, args.long), 1),
@@ -194,8 +193,7 @@ def speed(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     engines = [Engine(args, cache) for cache in args.caches]
     running = [one for one in engines if "error" not in one.pool]
     found = {one.cache: dict(one.pool) for one in engines}
-    for one in running:
-        turns([one], "warm")
+    turns(running, "first")  # whoever uses memory for the first time waits for it
     for workload in ("first", "many", "long"):
         rounds = [turns(running, workload) for _ in range(args.rounds)]
         for cache in (one.cache for one in running):

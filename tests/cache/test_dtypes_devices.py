@@ -306,6 +306,24 @@ def test_the_weights_of_an_offloaded_model_are_found_once_each(tied: bool) -> No
     assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
 
 
+@pytest.mark.parametrize("spec", SPECS[:3])
+def test_a_model_whose_layers_device_map_has_put_apart_generates_what_it_does_in_one_place(spec: str, tmp_path: Path) -> None:
+    """On the CPU and on disk, which are the places that every machine has."""
+    whole, ids = make(), tokens(2, 150)
+    whole.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = type(whole).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload").eval()
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    caches = [tessera.Cache(spec, each) for each in (whole, model)]
+    wanted, made = (each.generate(ids, past_key_values=c, **how) for each, c in zip((whole, model), caches, strict=True))
+    assert torch.equal(made, wanted)
+    assert caches[1].report() == caches[0].report()
+    caches[1].save(tmp_path / "c")
+    assert {x.device.type for x in tensors(tessera.Cache.load(tmp_path / "c", model))} == {"cpu"}
+
+
 class Hook:
     """As accelerate puts it on a module."""
 

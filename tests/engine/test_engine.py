@@ -158,6 +158,14 @@ def test_what_cannot_be_served_is_refused_at_start(demo: Path, options: dict, me
         pass
 
 
+def test_another_version_is_refused(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.30.2")
+    with pytest.raises(ValueError, match=r"serves in vLLM 0\.31 to 0\.33; this is 0\.30\.2"), engine(demo):
+        pass
+
+
 def test_layers_with_windows(tmp_path: Path) -> None:
     """A model whose layers see windows but for each third, of random weights."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig

@@ -220,7 +220,7 @@ def test_what_the_model_cannot_do_itself_is_said(tmp_path: Path) -> None:
     rows = [made(spec, task, n, 1.0 if task == "vt" else 0.25) for spec in specs for task in ("vt", "cwe") for n in (512, 1024)]
     head, lines = long_context.grid(rows, "task", length=512)
     assert head == ["cache", "bits", "vt", "cwe"]
-    assert lines[1] == ["hqmq:4", "4.00", "100% 1.50", "(25% 1.50)"]
+    assert lines[1] == ["hqmq:4", "4.00", "100% 1.500", "(25% 1.500)"]
     (remark,) = long_context.remarks(rows, "task")
     assert "cwe (512 tokens: 25%, 1,024 tokens: 25% with the exact cache)" in remark
     plot_ruler(rows, tmp_path / "ruler.png")

@@ -334,6 +334,7 @@ class LayerOracle:
                 dropped=min(row.dropped, whole),
                 kept=min(row.kept, max(rest, sink)),
                 asked=None if row.asked is None else row.asked[:, :rest],
+                stats=row.stats if rest else None,  # a row of which nothing is left begins anew
                 begins=row.begins[:rest],
                 matrices=row.matrices[:rest],
             )

@@ -138,6 +138,8 @@ def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Adapters that peft has put around parts of the memory, as LoRA does with target_modules="all-linear", are merged into the
     weights that are written, so that the file holds what the memory computes now; the memory in the model keeps them apart.
 
+    Where FSDP2 has spread the model over processes, with the memory's parameters ignored, every process has to call this.
+
     Raises:
         ValueError: if nothing is attached, or if parts of it were replaced by what cannot be merged, or if the
             model is in a wrapper that has spread its parameters; nothing is written.

@@ -81,6 +81,8 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
     for name, tensor, parameter in weights(model):
         own = _own_name(name, cores)
         if own is not None and id(parameter) not in added and _can_be_read(tensor):
+            # Of a model that FSDP2 has spread every process holds a part.
+            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             found[own] = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED)][:SAMPLED].tolist()
     return found
 

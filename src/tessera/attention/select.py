@@ -18,7 +18,7 @@ from tessera.cache.tiers import KVSource
 from tessera.kernels import Pages
 
 #: How many times the usual deviation of a score counts, measured by `benchmarks/sparse_reading.py`.
-SPREAD = 1.0
+SPREAD = 0.5
 #: Bytes of a mask at most; more queries are read in turn.
 MOST = 16 << 20
 

@@ -199,7 +199,7 @@ def cell(rows: Sequence[Row], **wanted: Any) -> str:
     share, nats = over(rows, "scores", **wanted), over(rows, "nats", **wanted)
     if share is None or nats is None:
         return ""
-    text = f"{share:.0%} {nats:.2f}"
+    text = f"{share:.0%} {nats:.3f}"
     rest = {name: value for name, value in wanted.items() if name != "spec"}
     return f"({text})" if incapable(rows, **rest) else text
 

@@ -46,7 +46,8 @@ def plot_ruler(rows: Rows, path: str | os.PathLike[str]) -> None:
             axis.tick_params("x", rotation=30)
             axis.set_title(f"{length:,} tokens", fontsize=10, loc="left")
         _bar(figure, image, axes, "score")
-        figure.supxlabel("* the model itself scores less than one half, with the exact cache", fontsize=9)
+        if any(incapable(rows, task=task, length=length) for task in tasks for length in lengths):
+            figure.supxlabel("* the model itself scores less than one half, with the exact cache", fontsize=9)
 
 
 class _figure:
