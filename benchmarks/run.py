@@ -356,13 +356,6 @@ BENCHMARKS = (
         shown=("tensor_cache.md",),
     ),
     Benchmark(
-        "frontier",
-        "loss and recall beyond the window against all bytes of a cache, for every policy",
-        ("benchmarks/frontier.py",),
-        ("frontier.json",),
-        "hours",
-    ),
-    Benchmark(
         "tensor-memory-cost",
         "what a Tensor Memory costs: its fast forms against the plain loop",
         ("benchmarks/tensor_memory_cost.py",),

@@ -95,6 +95,57 @@ def real_models(protocol: str) -> str:
     return caption(first) + "\n\n" + markdown_table(head, lines)
 
 
+#: What the README shows of a pretrained model: the codecs that people know, at about four bits, and what is asked for most.
+README = ("hqmq:5", "hqmq:4", "hqmq:3", "q4_0", "kivi:4", "scalar:4", "int:4", "fp8")
+
+
+def readme_model() -> str:
+    """A few rows of `real_models streaming`, without its caption."""
+    runs = [load_all(path) for path in sorted((RESULTS / "real_models").glob("streaming*.json"))]
+    rows = {row.spec: row for run in runs for row in run[0].rows}
+    lines = []
+    for codec in README:
+        row = rows[f"sink:4 + {codec} + recent:128"]
+        lines.append((f"`{row.spec}`", f"{row.codec_bits:.2f}", f"{row.bits:.2f}", *_change(row), f"{row.top1:.1%}"))
+    return markdown_table(("cache", "bits", "in all", "perplexity", "KL", "top-1"), lines)
+
+
+def readme_rescaled() -> str:
+    """A few rows of `real_models paper`: the model and the one with rescaled keys."""
+    one, other = load_all(RESULTS / "real_models" / "paper.json")
+    rows = [{row.spec: row for row in each.rows} for each in (one, other)]
+    lines = []
+    for codec in README:
+        first, second = (each[f"sink:4 + {codec}"] for each in rows)
+        lines.append((f"`{codec}`", f"{first.codec_bits:.2f}", *(cell for row in (first, second) for cell in _change(row))))
+    return markdown_table(("codec", "bits", "perplexity", "KL", "rescaled: perplexity", "rescaled: KL"), lines)
+
+
+def readme_speed() -> str:
+    """Attention of one token over 32,768 in one layer, against dense ways, llama.cpp and transformers' caches, a run each."""
+    lines = []
+    shape = [r for r in _load("decode_attention")["rows"] if r["shape"] == "32,8,128" and r["tokens"] == 32768]
+    peer = next(r["milliseconds"] for r in shape if r["name"] == r["peer"])
+    ours = {codec: next(r for r in shape if r["name"] == f"{codec}, 16-bit queries") for codec in ("hqmq:4", "hqmq:3")}
+    usual = next(r["milliseconds"] for r in shape if r["name"] == "sdpa, enable_gqa")
+    times = {codec: r["milliseconds"] for codec, r in ours.items()}
+    lines.append(_versus("the fastest dense bf16 way of PyTorch", peer, times))
+    lines.append(_versus("its usual way, `scaled_dot_product_attention`", usual, times))
+    for name, cached in (("llamacpp_attention", "llama.cpp, {}"), ("generation", "{}")):
+        data = _load(name)
+        rows = {r["cache"]: r["attention_ms"] / data["layers"] for r in data["rows"] if r["tokens"] == 32768}
+        times = {codec: rows[f"sink:4 + {codec} + recent:128"] for codec in ("hqmq:4", "hqmq:3")}
+        peers = ("f16", "q4_0") if name == "llamacpp_attention" else ("DynamicCache", "QuantizedCache, quanto")
+        lines += [_versus(f"`{cached.format(each)}`", rows[cached.format(each)], times) for each in peers]
+    return markdown_table(
+        ("attention of one new token, against", "ms", "`hqmq:4`, ms", "`hqmq:3`, ms", "`hqmq:4` is faster"), lines
+    )
+
+
+def _versus(name: str, peer: float, ours: dict[str, float]) -> tuple[str, ...]:
+    return name, f"{peer:.1f}", *(f"{ms:.1f}" for ms in ours.values()), f"{peer / ours['hqmq:4']:.1f}x"
+
+
 def _change(row: Row) -> tuple[str, str]:
     # Where a model is lost, percents are a row of digits.
     change = f"{row.delta:+.2%} ± {row.delta_error:.2%}" if row.delta < 10 else f"{1 + row.delta:,.0f} times"
@@ -735,6 +786,9 @@ def _with_remarks(rows: list[dict[str, Any]], columns: str, table: str) -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     "benchmarks": benchmarks,
+    "readme-model": readme_model,
+    "readme-rescaled": readme_rescaled,
+    "readme-speed": readme_speed,
     "plan": plan,
     "real_models": real_models,
     "compare": compare,

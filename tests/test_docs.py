@@ -42,6 +42,10 @@ def test_a_changed_figure_is_noticed(tables: Any) -> None:
     assert tables.render(text.replace(row[0], row[0].replace("| ", "| 9", 1))) == text
 
 
+def test_the_readme_is_read_in_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
 def test_an_unknown_table_is_an_error(tables: Any) -> None:
     with pytest.raises(ValueError, match="no table 'nothing'"):
         tables.render("<!-- table: nothing -->\n<!-- end -->")

@@ -8,7 +8,9 @@ import pytest
 from mktestdocs import check_md_file
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [path for folder in ("tutorials", "howto") for path in sorted((ROOT / "docs" / folder).glob("*.md"))]
+PAGES = [ROOT / "README.md"] + [
+    path for folder in ("tutorials", "howto") for path in sorted((ROOT / "docs" / folder).glob("*.md"))
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -240,6 +240,8 @@ def test_logits_that_drain_the_softmax(tmp_path: Path) -> None:
         ("sink:1 + hqmq:3", True, 4, 128),
         ("hqmq:k4.5v3.5", False, 1, 64),
         ("sink:4 + hqmq:s96_r4", False, 3, 64),
+        ("sink:4 + q4_0", False, 2, 64),
+        ("(k=kivi:4,v=hqmq:3)", False, 4, 64),
     ],
 )
 def test_codecs_statistics_and_sizes_of_blocks(spec: str, counted: bool, pages: int, dim: int, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ class TesseraLayer(CacheLayerMixin):
 
     @property
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of keys and of values; there must have been some."""
+        """The dtypes of keys and of values; some must have been given."""
         assert self.dtype is not None
         assert self.value_dtype is not None
         return self.dtype, self.value_dtype

@@ -204,7 +204,7 @@ class Chain:
 
     @property
     def stats(self) -> KeyStats | None:
-        """Of the keys, for the codecs that use them; set while these hold no token."""
+        """Statistics of the keys, for the codecs that use them; they are set while these codecs hold no token."""
         return self._stats
 
     @stats.setter

@@ -287,7 +287,7 @@ class Documents(NamedTuple):
         return Documents(self.number[rows], self.place[rows], self.single)
 
     def first(self, slots: int) -> Documents:
-        """Of the first `slots` slots."""
+        """The documents of the first `slots` slots."""
         return Documents(self.number[:, :slots], self.place[:, :slots], self.single)
 
 

@@ -66,7 +66,7 @@ class Identity:
         return Identity(**{**found, "weights": read_fingerprint(found["weights"]), "memory": memory})
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The identity as JSON has it."""
         return asdict(self)
 
     def difference(self, other: Identity) -> str | None:

@@ -13,7 +13,7 @@ BESIDE = 4
 
 
 def layer_tables(comparison: Comparison) -> Iterator[Table]:
-    """For each protocol, tables of KL of the rows of attention and the error of what it gives: a row a layer."""
+    """Tables for each protocol, a row a layer: KL of the rows of attention, and the error of what attention gives."""
     for protocol in dict.fromkeys(row.protocol for row in comparison.layers):
         own = {(row.layer, row.spec): row for row in comparison.layers if row.protocol == protocol}
         specs = list(dict.fromkeys(spec for _, spec in own))

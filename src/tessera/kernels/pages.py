@@ -141,7 +141,7 @@ class Pages:
 
     @property
     def codecs(self) -> tuple[KernelCodec, KernelCodec]:
-        """Of keys and of values."""
+        """The codecs of keys and of values."""
         keys, values = self.pages[0]
         return keys.codec, values.codec
 

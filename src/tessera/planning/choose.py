@@ -215,7 +215,7 @@ def _kept(spec: Spec, context: int, needed: int, full: bool) -> int:
 
 
 def _kl(spec: AnySpec) -> float | None:
-    """Of the codec that errs most, where there are several; None: one was not measured, or not read whole."""
+    """The error of the codec that errs most, where a cache has several; None if one was not measured, or not read whole."""
     if any(own.tops or own.others for own in (spec.specs if isinstance(spec, PerLayer) else [spec])):
         return None
     found = [measured().get(codec) for codec, _ in spec.codecs]
@@ -228,7 +228,7 @@ def _rank(row: PlanRow) -> tuple[bool, int, float, int]:
 
 
 def _fitting(row: Callable[[str], PlanRow], fits: Callable[[str], bool], needed: int) -> list[PlanRow]:
-    """Of each cache that forgets the one that keeps most and fits; the smallest, if none does."""
+    """For each kind of cache that forgets, the largest that fits, or the smallest if none does."""
     found = []
     for specs in zip(*map(forgetting, sizes(needed)), strict=True):
         # The bytes grow with the size, so the largest that fits is found by halving.

@@ -55,7 +55,7 @@ def advice(plan: Plan) -> str:
 
 
 def table(plan: Plan) -> Table:
-    """For a terminal."""
+    """The plan as a table for a terminal."""
     from rich.table import Table
 
     made = Table()

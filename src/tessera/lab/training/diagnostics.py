@@ -60,7 +60,7 @@ class DiagnosticConfig:
     """A task, a model, how it is trained."""
 
     task: Any
-    """Of `tessera.tasks`; see `Task`."""
+    """The task that is learned, as `tessera.lab.tasks` defines it; see `Task`."""
     backbone: BackboneConfig
     """Its features, classes and frame are the task's."""
     steps: int = 300
@@ -70,7 +70,7 @@ class DiagnosticConfig:
     rate: float = 1.0
     """Learning rates, in those of long runs."""
     seed: int = 0
-    """Of the model and of the sequences."""
+    """The seed of the model and of the sequences."""
     delays: tuple[int, ...] = ()
     """Delays of the task that the trained model is measured with too. It then learns from every delay up to the task's: of one
     long delay alone a model learns nothing, since at first nothing of what it was told is left to learn from."""
