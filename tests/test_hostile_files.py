@@ -29,6 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tessera
 from tessera import codecs
 from tessera.adapters import attached_memory
+from tessera.cache.layer_states import state_of
+from tessera.cache.stream import TENSOR_MEMORY, Stream
 from tessera.codecs import KeyStats, Packed, save_stats
 from tessera.codecs.codebooks import direction_path, joint_path, read_directions, read_joint
 from tessera.lab.models.vit import ViT, ViTConfig
@@ -52,6 +54,7 @@ SPECS = {
     "cache-window": "sink:4 + window:30",
     "cache-dense": "dense",
     "cache-tc": "sink:3 + window:24 + tc",
+    "cache-tm": "sink:4 + hqmq:4 + recent:16",
 }
 CODECS = ("hqmq:3", "hqmq:o21_r3", "hqmq:s24_r3_med3", "q4_0", "q8_0:norot", "int:3", "kivi:2", "scalar:3", "fp8", "fp8:scaled")
 
@@ -83,8 +86,17 @@ def llama(memory: Any = None) -> Any:
 def step(model: Any, cache: tessera.Cache) -> None:
     """One token more for every row."""
     cache.report()
+    layer = cache.layers[0]
+    rows, stream, mask = layer.batch or 1, state_of(layer, TENSOR_MEMORY), None
+    if isinstance(stream, Stream) and stream.kept is not None:
+        mask = torch.cat((stream.kept, torch.ones(rows, 1, dtype=torch.bool)), 1)
     with torch.no_grad():
-        model(torch.ones(cache.layers[0].batch or 1, 1, dtype=torch.long), past_key_values=cache)
+        try:
+            model(torch.ones(rows, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache)
+        except ValueError as error:
+            # Of keys and values that are too large the model makes numbers that a Tensor Memory does not take.
+            if stream is None or "tokens must be finite" not in str(error):
+                raise
 
 
 def read_once(model: Any) -> None:
@@ -112,13 +124,15 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 def make(folder: Path) -> dict[str, Kind]:
     found = {}
     for name, spec in SPECS.items():
-        model = llama(TC if name == "cache-tc" else None)
+        model = llama({"cache-tc": TC, "cache-tm": TM}.get(name))
         cache, ids = tessera.Cache(spec, model), torch.randint(3, 97, (3, 150))
         mask = torch.ones_like(ids)
         mask[1, :70] = 0
         mask[2] = 0
         with torch.no_grad():
             model(ids, attention_mask=mask, past_key_values=cache)
+        if name == "cache-tm":
+            cache.crop(-3)  # so that something is to be read again
         cache.save(folder / name)
         found[name] = Kind(
             folder / name,
@@ -488,6 +502,11 @@ def everywhere(**changes: Any) -> Lie:
     return lie
 
 
+def along(**changes: Any) -> Lie:
+    """Of what a Tensor Memory has read, in every layer."""
+    return lambda words, _: [layer["tensor_memory"].update(changes) for layer in words["layers"]] and None
+
+
 def without(part: str) -> Lie:
     def lie(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if part in name]:
@@ -537,6 +556,20 @@ LIES: list[tuple[str, str, Lie]] = [
     ("cache-tc", CACHE, without(".tc.")),
     ("cache-tc", CACHE, without(".tc.slow")),
     ("cache-tc", CACHE, twice(".tc.")),
+    ("cache-tm", CACHE, without(".tm.")),
+    ("cache-tm", CACHE, without(".tm.read0.x")),
+    ("cache-tm", CACHE, along(behind=False)),
+    ("cache-tm", CACHE, along(log=[])),
+    ("cache-tm", CACHE, along(log=[{"start": 10**12, "groups": []}])),
+    ("cache-tm", CACHE, lambda words, _: words["layers"][1].pop("tensor_memory")),
+    ("cache-tm", CACHE, lambda words, _: words.pop("tensor_memory")),
+    ("cache-tm", CACHE, lambda words, _: words.update(tensor_memory="{}")),
+    ("cache-tm", CACHE, lambda words, _: words["layers"][0]["tensor_memory"]["log"][-1].update(start=1)),
+    ("cache-tm", CACHE, lambda words, _: words["layers"][0]["tensor_memory"]["log"][0]["groups"].pop()),
+    ("cache-tm", CACHE, lambda words, _: words["layers"][0]["tensor_memory"]["log"][0]["groups"][0].update(rows=[0, 1, 2])),
+    ("cache-tm", CACHE, lambda words, x: x.update({name: t[..., :1].clone() for name, t in x.items() if name.endswith(".h")})),
+    ("cache-tm", CACHE, lambda words, x: x.update({name: t.half() for name, t in x.items() if name.endswith(".waiting")})),
+    ("cache-tm", CACHE, lambda words, x: x.update({name: t * torch.nan for name, t in x.items() if name.endswith(".x")})),
     ("packed-kivi:2-key", "", lambda words, _: words.update(shape="1000000000000,2,65,36")),
     ("packed-kivi:2-key", "", lambda words, _: words.update(shape="2,2,65," + "9" * 400)),
     ("packed-kivi:2-key", "", lambda words, _: words.update(offset="32")),

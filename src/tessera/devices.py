@@ -28,6 +28,13 @@ def device_of(module: nn.Module) -> torch.device | None:
     return None
 
 
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for the device."""
+    if device.type == "cpu":
+        return values
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
 def layer_devices(model: Any, count: int) -> list[torch.device | None]:
     """The device that each of `count` layers of a decoder computes on, see `device_of`; the model's where none is told."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model

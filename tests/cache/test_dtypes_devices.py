@@ -13,12 +13,12 @@ import pytest
 import torch
 from cache_models import make, tokens
 from safetensors import safe_open
+from test_tensor_memory_calls import streams
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 import tessera
 from tessera.adapters import attached_memory
-from tessera.cache.cache_layer import STREAMS
 from tessera.codecs import Packed, get
 from tessera.devices import device_of, layer_devices, weights
 from tessera.tensor_cache import TensorCacheConfig
@@ -190,7 +190,7 @@ def test_a_cache_that_was_reset_is_saved_and_loaded_as_a_new_one(tmp_path: Path)
 def states(model: Any, cache: Any) -> list[Tensor]:
     """The floating-point tensors of what a memory carries, but for keys and values of the model that wait."""
     if attached_memory(model).kind == "TensorMemory":
-        found = [state for layer in getattr(cache, STREAMS).layers.values() for _, state in layer.groups]
+        found = [state for stream in streams(cache) for _, state in stream.groups]
         return [x for state in found if state is not None for x in state.tensors().values()]
     found = [
         group.chain.tensor_cache.state

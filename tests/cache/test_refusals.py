@@ -120,7 +120,7 @@ def test_a_mistake_in_the_spec_is_named(spec: str, words: list[str]) -> None:
 
 
 def test_an_unknown_prefill_is_refused() -> None:
-    with pytest.raises(ValueError, match="prefill must be 'exact' or 'packed', got 'quick'"):
+    with pytest.raises(ValueError, match="prefill must be 'exact' or 'quantized', got 'quick'"):
         tessera.Cache(PACKED, make().config, prefill="quick")  # type: ignore[arg-type]
 
 

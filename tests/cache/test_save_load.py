@@ -229,7 +229,7 @@ def header_of(saved: Path) -> dict[str, Any]:
 
 def test_a_later_format_is_refused(saved: Path, tmp_path: Path) -> None:
     header = header_of(saved) | {"format": 99}
-    with pytest.raises(ValueError, match="has format 99; this version reads formats 1 to 3"):
+    with pytest.raises(ValueError, match="has format 99; this version reads formats 1 to 4"):
         load(rewritten(saved, tmp_path / "new.safetensors", json.dumps(header)))
 
 

@@ -27,6 +27,8 @@ from transformers import (
 
 import tessera
 from tessera.adapters import attached_memory
+from tessera.cache.layer_states import state_of
+from tessera.cache.stream import TENSOR_MEMORY, Stream
 from tessera.tensor_memory import TensorMemoryConfig
 
 SPECS = [None, "dense", "sink:2 + window:200"]
@@ -34,6 +36,12 @@ SPECS = [None, "dense", "sink:2 + window:200"]
 
 def cache_of(model: Any, spec: str | None) -> Any:
     return DynamicCache(config=model.config.get_text_config()) if spec is None else tessera.Cache(spec, model)
+
+
+def streams(cache: Any) -> list[Stream]:
+    """What the Tensor Memory keeps on the layers of a cache."""
+    found = [state_of(layer, TENSOR_MEMORY) for layer in cache.layers]
+    return [stream for stream in found if isinstance(stream, Stream)]
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -523,13 +531,12 @@ def test_what_gradients_are_kept_of_is_not_taken_back() -> None:
 
 @torch.no_grad()
 def test_what_is_kept_to_be_taken_back_is_bounded() -> None:
-    from tessera.adapters.streams import BACK, STRIDE
-    from tessera.cache.cache_layer import STREAMS
+    from tessera.cache.stream import BACK, STRIDE
 
     model = attached()
     cache = tessera.Cache("sink:4 + window:16", model)
     logits(model, cache, tokens(1, 500), (200, *(1,) * 300))
-    for stream in getattr(cache, STREAMS).layers.values():
+    for stream in streams(cache):
         assert BACK <= sum(read.x.shape[1] for read in stream.log) <= BACK + STRIDE
         assert len(stream.log) <= BACK // STRIDE + 1
 
@@ -553,8 +560,6 @@ def test_a_cache_that_is_reset_begins_anew_with_other_padding(spec: str | None) 
 @pytest.mark.parametrize("autocast", [True, False])
 @torch.no_grad()
 def test_the_state_is_float32_in_half_precision(dtype: torch.dtype, autocast: bool) -> None:
-    from tessera.cache.cache_layer import STREAMS
-
     model, ids = attached(dtype=torch.float32 if autocast else dtype), tokens(2, 30)
     cache = DynamicCache(config=model.config)
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
@@ -562,6 +567,6 @@ def test_the_state_is_float32_in_half_precision(dtype: torch.dtype, autocast: bo
         model(ids[:, 20:], past_key_values=cache)
         found = model(ids, use_cache=False).logits
     assert found.dtype == dtype
-    for stream in getattr(cache, STREAMS).layers.values():
+    for stream in streams(cache):
         for _, state in stream.groups:
             assert {tensor.dtype for tensor in state.tensors().values()} == {torch.float32}

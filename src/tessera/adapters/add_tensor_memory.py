@@ -64,7 +64,9 @@ def add(model: nn.Module, config: TensorMemoryConfig) -> AttachedMemory:
     threaded = not target.causal if config.threaded is None else config.threaded
     assert isinstance(done.shared, TensorMemory)
     place = (target.owner, target.layers, target.norms, target.causal, target.window)
-    done.hooks += MemoryHooks(*place, done.shared, layers, threaded).handles
+    hooks = MemoryHooks(*place, done.shared, layers, threaded)
+    done.hooks += hooks.handles
+    done.owner = hooks.name
     setattr(model, MEMORY, nn.ModuleDict({"shared": done.shared, **{str(index): layer for index, layer in layers.items()}}))
     setattr(model, ATTACHED, done)
     return done

@@ -29,6 +29,7 @@ class AttachedMemory:
         frozen: parameters that learned before, and shall again.
         limited: attention modules that were given a window without a memory, each with the limits that it had before, or None.
         enabled: whether the model's attention was switched.
+        owner: by which caches know what this memory has read; empty for a Tensor Cache.
         names: of the tensors of each of `modules`, before anything has wrapped a part of it.
     """
 
@@ -40,6 +41,7 @@ class AttachedMemory:
     frozen: list[nn.Parameter] = field(default_factory=list)
     limited: list[tuple[nn.Module, Any]] = field(default_factory=list)
     enabled: bool = False
+    owner: str = ""
     names: dict[str, frozenset[str]] = field(init=False)
 
     def __post_init__(self) -> None:

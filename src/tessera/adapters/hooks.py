@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache as TransformersCache
 
-from tessera.adapters.streams import Stream, Streams, advance_documents, streams_of
+from tessera.adapters.streams import advance_documents, known_stream, stream_of, tokens_back
 from tessera.adapters.tokens import PACKED, Tokens, read_tokens
-from tessera.cache.cache_layer import STREAMS
+from tessera.cache.layer_states import stateful
+from tessera.cache.stream import Stream
 from tessera.tensor_memory.gated_layer import TensorMemoryLayer
 from tessera.tensor_memory.state import TensorMemoryState
 from tessera.tensor_memory.tensor_memory import TensorMemory
@@ -110,10 +111,9 @@ class MemoryHooks:
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})
         cache = next((value for value in given.values() if isinstance(value, TransformersCache)), None)
-        past, kept = 0 if cache is None else int(cache.get_seq_length()), None
-        streams: Streams | None = getattr(cache, STREAMS, None)
-        if past and streams is not None and streams.owner == self.name:
-            kept = streams.kept
+        past = 0 if cache is None else int(cache.get_seq_length())
+        known = known_stream(cache, self.first, self.name) if past else None
+        kept = None if known is None else known.kept
         made = given.get("use_cache")
         made = getattr(getattr(owner, "config", None), "use_cache", False) if made is None else made
         call = self.stack.frames[-1]
@@ -176,7 +176,7 @@ class MemoryHooks:
         layer, memory = self.added[index], self.memory
 
         def run(part: Tensor, state: TensorMemoryState | None) -> tuple[Tensor, TensorMemoryState]:
-            return layer(memory, part, state)
+            return layer(memory, part, None if state is None else state.to(memory.device))
 
         rows, count = x.shape[0], x.shape[1]
         if tokens.shape not in (None, (rows, count)):
@@ -187,12 +187,13 @@ class MemoryHooks:
             return Stream(rows).advance(run, x, tokens.real)
         if tokens.begins is not None:
             raise ValueError(PACKED)
-        streams = streams_of(cache, self.name)
         past = int(cache.get_seq_length(index)) - count
-        stream = streams.layer(index, rows, past)
+        stream = stream_of(cache, index, rows, past, self.name, memory.config)
         if index == self.first:
-            streams.note(rows, past, count, tokens.real)
-        return stream.advance(run, x, tokens.real, streams.back(cache))
+            stream.note(count, tokens.real)
+        added = stream.advance(run, x, tokens.real, tokens_back(cache, stream))
+        stateful(cache.layers[index]).used()
+        return added
 
     def _threaded(self, visit: Visit, x: Tensor) -> Tensor:
         index, call = visit.index, visit.call

@@ -12,9 +12,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from tessera.attention.infini import over_whole
 from tessera.attention.over_tiers import over_tiers
-from tessera.attention.past import tokens_so_far
+from tessera.attention.past import recall, tokens_so_far
 from tessera.attention.truncated_bptt import over_segment
-from tessera.attention.windowed import SlidingWindow, Softmax, dense, recalled, windowed
+from tessera.attention.windowed import SlidingWindow, Softmax, dense, windowed
 from tessera.cache.cache_layer import ATTENTION, DeferredKV
 from tessera.cache.deferred import UNCOMPILED
 from tessera.cache.masks import by_lengths, check_absorbed, documents
@@ -24,6 +24,9 @@ from tessera.tensor_cache.infini import Infini
 
 #: What the mask of a cache with slots for tokens to come, as transformers' StaticCache, says of their number.
 ROOM = "_tessera_room"
+
+#: On a mask that hides nothing but what the padding that a caller has told hides, and that has not been looked at.
+UNREAD = "_tessera_unread"
 
 #: torch.compile breaks its graph here: what tiers hold changes from call to call, and kernels are no part of a graph.
 _over_tiers = torch.compiler.disable(over_tiers, reason=UNCOMPILED)
@@ -65,6 +68,8 @@ def attention_forward(
     infini: Infini | None = getattr(module, "infini", None)
     softmax = Softmax(dropout, scaling, softcap, s_aux)
     lengths = kwargs.get("cu_seq_lens_q")
+    if not isinstance(key, DeferredKV):
+        attention_mask = _unless_all(attention_mask)
     if isinstance(key, Segment):
         if attention_mask is not None or lengths is not None:
             raise ValueError(
@@ -117,7 +122,7 @@ def _bounded(
         of = past.documents
         if mask is not None:
             check_absorbed(mask, of, limits.window, limits.sink)
-        call.added = recalled(call.memory, query, key, value, of, past.positions)
+        call.added = recall(call, past, query, key, value)
     return windowed(module, limits, query, key, value, mask, of, softmax)
 
 
@@ -139,18 +144,35 @@ def mask_unless_causal(
     """
     causal = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
     room = 0 if torch.compiler.is_compiling() else int(kv_offset) + kv_length - int(q_offset) - q_length
-    if causal and not torch.compiler.is_compiling() and room == 0 and (attention_mask is None or bool(attention_mask.all())):
-        return None
+    skip = allow_is_causal_skip and not room
+    if not torch.compiler.is_compiling():
+        if causal and room == 0 and q_length == 1 and attention_mask is not None:
+            # Whoever needs to know whether anything is hidden looks, once a call; a cache has more to ask in the same look.
+            padding = attention_mask[:, None, None, int(kv_offset) : int(kv_offset) + kv_length]
+            if padding.dtype == torch.bool and padding.shape[-1] == kv_length:
+                setattr(padding, UNREAD, True)
+                return padding
+        if causal and room == 0 and (attention_mask is None or bool(attention_mask.all())):
+            return None
+        # Where it is known that something is hidden, or one token sees a window, to look again costs more than the mask.
+        skip = skip and not (causal and attention_mask is not None) and q_length > 1
     # A mask that is left out is taken for that of the newest queries.
-    rest = {
-        "attention_mask": attention_mask,
-        "local_size": local_size,
-        "allow_is_causal_skip": allow_is_causal_skip and not room,
-    }
+    rest = {"attention_mask": attention_mask, "local_size": local_size, "allow_is_causal_skip": skip}
     mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **rest, **kwargs)
     if mask is not None and room > 0:
         setattr(mask, ROOM, room)
     return mask
+
+
+def _unless_all(mask: Tensor | None) -> Tensor | None:
+    """The mask, or None if it was not looked at before and hides nothing; it is looked at once for all layers."""
+    unread = getattr(mask, UNREAD, False)
+    if mask is None or not unread:
+        return mask
+    if unread is True:
+        unread = "all" if bool(mask.all()) else "some"
+        setattr(mask, UNREAD, unread)
+    return None if unread == "all" else mask
 
 
 def _bottom_right(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:

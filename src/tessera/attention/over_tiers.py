@@ -43,32 +43,34 @@ def over_tiers(
     out: Tensor | None = None
     added = None if memory is None else query.new_zeros((batch, tokens, memory.out.out_features))
     for step, seen in steps:
-        rows = step.group.rows
-        whole = len(rows) == batch
-        index = None if whole else torch.tensor(rows, device=query.device)
+        index = step.index
         q = step.queries.of(query if index is None else query.index_select(0, index), 0, 2)
         if memory is not None and added is not None:
-            _put(added, _recall(memory, q, step), rows, step.queries)
+            _put(added, _recall(memory, q, step), index, step.queries)
         if not step.tokens:
             continue
         read = _attend(q, step, seen, scale, softmax).to(query.dtype).transpose(1, 2)
-        if whole and step.tokens == tokens:
+        if index is None and step.tokens == tokens:
             out = read.contiguous()
             break
         if out is None:
             out = query.new_zeros((batch, tokens, heads, dim))
-        _put(out, read, rows, step.queries)
+        _put(out, read, index, step.queries)
     layer.end_step(steps)
     if call is not None:
         call.added = added
     return query.new_zeros((batch, tokens, heads, dim)) if out is None else out
 
 
-def _put(into: Tensor, given: Tensor, rows: list[int], queries: Runs) -> None:
+def _put(into: Tensor, given: Tensor, index: Tensor | None, queries: Runs) -> None:
     """Write what some rows and queries have got into (batch, tokens, ...)."""
     at = 0
     for first, size in queries.runs:
-        into[rows, first : first + size] = given[:, at : at + size].to(into.dtype)
+        part, own = into[:, first : first + size], given[:, at : at + size].to(into.dtype)
+        if index is None:
+            part.copy_(own)
+        else:
+            part.index_copy_(0, index, own)
         at += size
 
 
@@ -84,7 +86,7 @@ def _recall(memory: TensorCacheLayer, q: Tensor, step: StepContext) -> Tensor:
         return _read(memory, q, step, matrix)
     begin, end = matrix.written, step.first + step.tokens
     k, v = step.pairs(max(0, begin - window), max(0, end - window))
-    memory.memory.check_finite(k, v)
+    group.policy.finite.look(k, v)
     # What left at earlier queries, which might have been taken back, has not been written yet; those read nothing now.
     late = step.first - begin
     at = matrix.positions_of(step.first, end, end)
@@ -117,7 +119,7 @@ def _read(memory: TensorCacheLayer, q: Tensor, step: StepContext, matrix: Tensor
         q = memory.unrotated(q, at)
 
     def absorb(k: Tensor, v: Tensor, place: int) -> None:
-        memory.memory.check_finite(k, v)
+        group.policy.finite.look(k, v)
         at = matrix.positions_of(place, place + k.shape[2], end)
         k = k if at is None else memory.unrotated(k, at)
         real = torch.ones((len(group.rows), k.shape[2]), dtype=torch.bool, device=k.device)

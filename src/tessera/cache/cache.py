@@ -14,9 +14,10 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from tessera import codecs
 from tessera.cache import cache_file
-from tessera.cache.cache_layer import ATTACHED, STREAMS, CacheContext, TesseraLayer
+from tessera.cache.cache_layer import ATTACHED, CacheContext, TesseraLayer
 from tessera.cache.chain import tier_name
 from tessera.cache.deferred import UNCOMPILED
+from tessera.cache.finite import FiniteCheck
 from tessera.cache.model_config import check_shapes, read_config, rotary_partner
 from tessera.cache.offload import mapped, store
 from tessera.cache.per_layer import AnySpec, layer_specs, parse
@@ -24,8 +25,11 @@ from tessera.cache.policy import RetentionPolicy
 from tessera.cache.ranks import Ranks, heads_here, ranks_of
 from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec
+from tessera.cache.stream import Stream
+from tessera.cache.stream_file import named
 from tessera.codecs.key_stats import KeyStats, load_stats
 from tessera.devices import layer_devices
+from tessera.files import brief
 from tessera.wrapped import replaces_cache, unwrap
 
 #: "packed" is what "quantized" was called in version 0.1.
@@ -103,6 +107,7 @@ class Cache(TransformersCache):
             enable(model_or_config)
         used = {spec: tuple(codecs.get(name) for name, _ in spec.codecs) for spec in self._specs}
         safe = all(spec.codec is None or spec.sink > 0 for spec in self._specs)
+        finite = FiniteCheck()
         context = CacheContext(text, self.prefill == "quantized", self.spec.bounded, len(layers) - 1, safe)
         given = getattr(model_or_config, ATTACHED).layers if self.spec.tensor_cache else ()
         known = _known_stats(stats, [codec for found in used.values() for codec in found], layers, ranks)
@@ -112,7 +117,7 @@ class Cache(TransformersCache):
                 TesseraLayer(
                     i,
                     RetentionPolicy.of(
-                        spec, used[spec], sliding, i in given, known[i], rotary_partner(text, shape[1]), self._store
+                        spec, used[spec], sliding, i in given, known[i], rotary_partner(text, shape[1]), self._store, finite
                     ),
                     shape,
                     sliding,
@@ -185,6 +190,12 @@ class Cache(TransformersCache):
         if layer_idx == 0:
             self.layers[0].context.masks.forget()
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow a beam search. beam_idx: (batch,) int64."""
+        rows = beam_idx.tolist()
+        for layer in self.layers:
+            layer.select(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; see `TesseraLayer.crop`. If one layer refuses, none forgets anything."""
@@ -265,15 +276,18 @@ class Cache(TransformersCache):
             notes: text for the file's header, by names of the caller's own; `load` does not look at it.
 
         Raises:
-            ValueError: if a Tensor Memory has read along, whose state the file of a cache cannot hold.
+            ValueError: if it has been given keys or values that are not finite, which on a GPU is found out here or at the next
+                call; nothing is written.
         """
-        if hasattr(self, STREAMS):
-            raise ValueError("a Tensor Memory has read along with this cache; the file of a cache cannot hold its state")
+        self.layers[0].policy.finite.read()
         cache_file.save(self.layers, self._describe(), path, notes)
 
     def _describe(self) -> dict[str, str]:
-        found = {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}
-        return found if self.ranks is None else {**found, "ranks": str(self.ranks)}
+        about = {"spec": str(self.spec), "prefill": self.prefill, "memory": self.memory}
+        if self.ranks is not None:
+            about["ranks"] = str(self.ranks)
+        read_along = cache_file.read_along(self.layers)
+        return about if read_along is None else {**about, "tensor_memory": named(read_along)}
 
     @classmethod
     def load(
@@ -301,13 +315,36 @@ class Cache(TransformersCache):
                     f"this file holds the heads of {_process(saved)}, and they are wanted for {_process(here)}; save the "
                     "cache of every process in a file of its own, and load it there"
                 )
-            stored.fill(cache.layers)
+            stored.fill(cache.layers, _streams(stored.tensor_memory, model_or_config))
         model = unwrap(model_or_config)
         if isinstance(model, nn.Module):
             for layer, device in zip(cache.layers, layer_devices(model, len(cache.layers)), strict=True):
                 if device is not None:
                     layer.to(device)
         return cache
+
+
+def _streams(config: str, model: Any) -> dict[int, tuple[Stream, int, bool]]:
+    """For each layer of a model with a Tensor Memory an empty stream, the width of what it reads, and whether it is the first.
+
+    Args:
+        config: of the memory that had read along with a cache, as JSON; empty: none had.
+        model: that the cache is to serve.
+
+    Raises:
+        ValueError: if the model has no such memory.
+    """
+    if not config:
+        return {}
+    done: Any = getattr(unwrap(model), ATTACHED, None)
+    own = "" if done is None or done.kind != "TensorMemory" else named(done.config)
+    if own != config:
+        raise ValueError(
+            f"a Tensor Memory {brief(config)} had read along with this cache, and yours is {own or 'none'}; attach it to the "
+            "model first (tessera.load_memory), and give the model instead of its config"
+        )
+    first = min(done.layers)
+    return {index: (Stream(0, done.owner, done.config), done.shared.dim, index == first) for index in done.layers}
 
 
 def _process(ranks: str) -> str:

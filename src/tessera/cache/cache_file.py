@@ -14,16 +14,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tessera.cache import stream_file
 from tessera.cache.group import SequenceGroup
 from tessera.cache.learning import LEARN
 from tessera.cache.masks import Runs
 from tessera.cache.policy import RetentionPolicy
 from tessera.cache.spec import BLOCK
+from tessera.cache.stream import TENSOR_MEMORY, Stream
 from tessera.cache.tiers import PAGE, ExactTier, QuantizedTier
 from tessera.codecs import Codec, Packed
 from tessera.codecs.key_stats import KeyStats
 from tessera.files import WHOLE, TensorFile, atomic_path, brief, open_tensors, read_json
 from tessera.tensor_cache import TensorCacheConfig, TensorCacheState
+from tessera.tensor_memory.config import TensorMemoryConfig
 
 if TYPE_CHECKING:
     from tessera.cache.cache_layer import TesseraLayer
@@ -34,8 +37,8 @@ Size = tuple[int, int, int]
 Dtypes = tuple[torch.dtype, torch.dtype]
 
 #: Changes when a reader of the older form would misread the newer. The first form knew padding before the first token only, the
-#: first two no statistics of keys.
-FORMAT = 3
+#: first two no statistics of keys, the first three nothing of a Tensor Memory.
+FORMAT = 4
 #: No cache has seen more tokens, or batches of more rows.
 MOST = 1 << 40
 #: What keys and values may be in, by the names that headers use.
@@ -68,10 +71,26 @@ def save(
             tensors[f"{layer.index}.stats"] = layer.policy.stats.sizes.clone()  # layers may share one
         if layer.is_initialized and value_dtype != dtype:
             about_layer["value_dtype"] = str(value_dtype).removeprefix("torch.")
+        stream = _stream(layer)
+        if stream is not None:
+            about_layer["tensor_memory"] = stream_file.put(stream, f"{layer.index}.tm", tensors)
         described.append(about_layer)
-    header = {**(notes or {}), "tessera_cache": json.dumps({"format": FORMAT, **about, "layers": described})}
+    # Files that an older version can read are given its number.
+    number = FORMAT if "tensor_memory" in about else FORMAT - 1
+    header = {**(notes or {}), "tessera_cache": json.dumps({"format": number, **about, "layers": described})}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, header)
+
+
+def _stream(layer: TesseraLayer) -> Stream | None:
+    """What a Tensor Memory has read of a layer, if it is still in use."""
+    found = layer.memory_states.get(TENSOR_MEMORY)
+    return found if isinstance(found, Stream) and found.seen == layer.seen > 0 else None
+
+
+def read_along(layers: Sequence[TesseraLayer]) -> TensorMemoryConfig | None:
+    """The config of the Tensor Memory that has read along with layers, or None."""
+    return next((stream.config for stream in map(_stream, layers) if stream is not None), None)
 
 
 def held_dtypes(layer: TesseraLayer) -> tuple[torch.dtype | None, torch.dtype | None]:
@@ -154,8 +173,17 @@ class Stored:
         """What was saved about the cache; `default` where nothing was."""
         return default if default is not None and key not in self._header else _typed(self._header, key, str)
 
-    def fill(self, layers: Sequence[TesseraLayer]) -> None:
+    @property
+    def tensor_memory(self) -> str:
+        """The config of the Tensor Memory that had read along, as JSON; empty if none had."""
+        return self.text("tensor_memory", "")
+
+    def fill(self, layers: Sequence[TesseraLayer], streams: Mapping[int, tuple[Stream, int, bool]] | None = None) -> None:
         """Put what was saved into empty layers.
+
+        Args:
+            layers: of the cache.
+            streams: of the Tensor Memory that had read along, by layer: see `stream_file.fill`.
 
         Raises:
             ValueError: if the file was made for another model, or is damaged.
@@ -173,10 +201,22 @@ class Stored:
                     f"yours has {list(layer.shape)} and {layer.sliding}"
                 )
             self._fill(layer, about)
+            self._read_along(layer, about.get("tensor_memory"), (streams or {}).get(layer.index))
         if len({(layer.seen, layer.batch) for layer in layers}) > 1:
             raise ValueError("the header is damaged: its layers have seen different numbers of tokens or rows")
         if self._left:
             raise ValueError(f"the file is damaged: its header does not mention {brief(sorted(self._left)[:3])}")
+
+    def _read_along(self, layer: TesseraLayer, about: Any, given: tuple[Stream, int, bool] | None) -> None:
+        if (about is None) != (given is None or not self.tensor_memory):
+            raise ValueError(
+                f"the header is damaged: layer {layer.index} "
+                + ("lacks" if about is None else "has")
+                + " what a Tensor Memory has read, which its model's has there"
+                + ("" if about is None else " not")
+            )
+        if given is not None and about is not None:
+            stream_file.fill(layer, *given, about, f"{layer.index}.tm", self._take)
 
     def _fill(self, layer: TesseraLayer, about: dict[str, Any]) -> None:
         layer.seen = _count(about, "seen")

@@ -1,11 +1,25 @@
-"""One layer of the cache: it stages what the model gives it until the attention function, which sees the mask, asks."""
+"""One layer of the cache, and a call's way through it.
+
+`update` only stages keys and values: where padding ends is known from the mask, which transformers passes to the attention
+function, so tokens are stored there. A call has three stations, the two of this file and the attention between them:
+
+    update        the model gives keys and values; they are staged, and `DeferredKV`s go to the attention function
+    begin_step    that has the mask: staged tokens are sorted into groups, and each group says what its queries read
+    end_step      the queries have read: tokens are taken in, quantised, passed on and dropped
+
+`tessera.attention.over_tiers` begins and ends the step of a call. Where nobody does, because the attention is another
+(`_materialise`) or never asked (`flush_staged`), the layer does both itself.
+"""
 
 from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -15,15 +29,12 @@ from tessera.cache.deferred import ATTENTION, DeferredKV
 from tessera.cache.dense import assemble
 from tessera.cache.group import RECORDED, SequenceGroup, StepContext
 from tessera.cache.grouping import Share, shares
-from tessera.cache.masks import GroupMask, MaskMemo, boolean, new_tokens
+from tessera.cache.layer_states import LayerStates
+from tessera.cache.masks import GroupMask, MaskMemo, NewTokens, boolean, read_mask
 from tessera.cache.policy import RetentionPolicy
-from tessera.tensor_cache import TensorCache
 
 #: Where a model keeps what `tessera.attach` did to it.
 ATTACHED = "_tessera_attachment"
-
-#: Where a cache, ours or transformers', has what an attached Tensor Memory has read of its sequences.
-STREAMS = "_tessera_streams"
 
 
 class CacheContext:
@@ -111,6 +122,7 @@ class TesseraLayer(CacheLayerMixin):
         self.is_sliding = sliding is not None
         self.is_croppable = policy.recent is None
         self.record_past = False
+        self.memory_states = LayerStates()  # of memories beside the tiers, which are not told of padding by them
         #: Who crops behind one call is expected to crop behind the next: "next" until that call, "now" until it is cropped.
         self._hold: Literal["", "next", "now"] = ""
         self.dtype: torch.dtype | None = None  # of keys, the widest so far
@@ -144,8 +156,8 @@ class TesseraLayer(CacheLayerMixin):
             keys and values as Tessera's attention function understands them; decoded if the model uses another.
 
         Raises:
-            ValueError: if they do not fit the model that the cache was made for, or its batch, and for keys or values that are
-                not finite where a memory will absorb them.
+            ValueError: if they do not fit the model that the cache was made for, or its batch, and on a CPU for keys or values
+                that are not finite where a memory will absorb them; elsewhere see `FiniteCheck`.
             RuntimeError: in gradient mode.
         """
         self.flush_staged()
@@ -190,7 +202,7 @@ class TesseraLayer(CacheLayerMixin):
                 "not from its config"
             )
         if self.policy.tensor_cache:
-            TensorCache.check_finite(k, v)
+            self.policy.finite.look(k, v)
         if self.is_initialized and k.shape[0] != self.batch:
             raise ValueError(
                 f"the cache holds {self.batch} rows and was given {k.shape[0]}; use cache.batch_repeat_interleave or "
@@ -283,11 +295,9 @@ class TesseraLayer(CacheLayerMixin):
         n = k.shape[2]
         before = self.seen - n
         try:
-            if mask is not None:
-                self._check_mask(mask, n)
-            said = None if mask is None else self.context.masks.ask(mask, "new tokens", lambda: new_tokens(mask))
+            said = self._read_mask(mask, n)
             found = shares(self.policy, self.index, self.groups, self.waiting, said, n, before)
-            views = [self._view(mask, share) for share in found.shares]
+            views = [self._view(mask, share, said) for share in found.shares]
         except ValueError:
             self.seen = before
             raise
@@ -302,10 +312,12 @@ class TesseraLayer(CacheLayerMixin):
             asked = None
             if group.chain.learning is not None and queries is not None:
                 asked = tokens.of(self._rows(queries, group.rows), 0, 2)
-            steps.append((group.begin_step(keys, values, self.context.quantize_before_attend, tokens, own, hold, asked), view))
+            step = group.begin_step(keys, values, self.context.quantize_before_attend, tokens, own, hold, asked)
+            steps.append((replace(step, index=self._index(group.rows, k.device)), view))
         if not hold:
             given = {id(share.group) for share in found.shares}
-            steps += [(group.idle_step(), None) for group in self.groups if id(group) not in given and group.holds_back]
+            idle = [group for group in self.groups if id(group) not in given and group.holds_back]
+            steps += [(replace(group.idle_step(), index=self._index(group.rows, k.device)), None) for group in idle]
         return steps
 
     def _check_mask(self, mask: Tensor, n: int) -> None:
@@ -317,12 +329,46 @@ class TesseraLayer(CacheLayerMixin):
                 f"queries and {self.seen} slots"
             )
 
-    def _rows(self, x: Tensor, rows: list[int]) -> Tensor:
-        return x if len(rows) == self.batch else x.index_select(0, torch.tensor(rows, device=x.device))
+    def _read_mask(self, mask: Tensor | None, n: int) -> NewTokens | None:
+        """What the mask says of the call's tokens; None: all are real and see all before them.
 
-    def _view(self, mask: Tensor | None, share: Share) -> GroupMask | None:
-        """The mask as the rows of a share see it; None where positions alone say the same."""
+        In the first layer of a call the host also hears what the device has found since the call before.
+        """
+        finite = self.policy.finite if self.index == 0 else None
         if mask is None:
+            if finite is not None:
+                finite.read()
+            return None
+        self._check_mask(mask, n)
+        question = self.sliding, tuple((tuple(group.rows), group.slots) for group in self.groups)
+
+        def look() -> NewTokens | None:
+            known = np.zeros((self.batch, mask.shape[-1] - n), dtype=np.bool_)
+            first = self.seen - mask.shape[-1]
+            for group in self.groups:
+                for slot, size in group.slots.runs:
+                    begin = max(0, slot - first)
+                    if begin < slot + size - first:
+                        known[group.rows, begin : slot + size - first] = True
+            return read_mask(mask, known, self.sliding, finite)
+
+        said: NewTokens | None = self.context.masks.ask(mask, question, look)
+        return said
+
+    def _index(self, rows: list[int], device: torch.device) -> Tensor | None:
+        """Rows as a tensor where they are not all of the batch."""
+        return None if len(rows) == self.batch else self.context.masks.index(rows, device)
+
+    def _rows(self, x: Tensor, rows: list[int]) -> Tensor:
+        index = self._index(rows, x.device)
+        return x if index is None else x.index_select(0, index)
+
+    def _view(self, mask: Tensor | None, share: Share, said: NewTokens | None) -> GroupMask | None:
+        """The mask as the rows of a share see it; None where positions alone say the same."""
+        if mask is None or said is None:
+            return None
+        low = share.slots.before(self.seen - mask.shape[-1])
+        if all(said.plain[row] for row in share.group.rows) and low <= max(0, share.group.length - (self.sliding or 0) + 1):
             return None
         policy, first = self.policy, share.group.length
         memory = (policy.window or 0, policy.sink) if policy.tensor_cache and not policy.dissolves else None
@@ -330,7 +376,8 @@ class TesseraLayer(CacheLayerMixin):
         question = (tuple(share.group.rows), share.tokens, share.slots, first, self.sliding, memory, dissolved)
 
         def look() -> GroupMask | None:
-            view = GroupMask(boolean(mask), share.group.rows, share.tokens, share.slots, self.seen)
+            index = self._index(share.group.rows, mask.device)
+            view = GroupMask(boolean(mask), index, share.tokens, share.slots, self.seen)
             if view.shows_others():
                 raise ValueError(
                     f"layer {self.index}: the attention mask shows tokens that this cache no longer has: padding when they came"
@@ -389,14 +436,15 @@ class TesseraLayer(CacheLayerMixin):
 
     # Changes of the batch and of the length
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor | Sequence[int]) -> None:
         """Row i of the new batch is row rows[i] of the old one. rows: (n,) int64."""
         self.flush_staged()
         if not self.is_initialized:
             return
-        order: list[int] = rows.tolist()
+        order: list[int] = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         if order == list(range(self.batch)):
             return
+        self.memory_states.reorder(torch.tensor(order, dtype=torch.long))
         groups = []
         for group in self.groups:
             place = {row: i for i, row in enumerate(group.rows)}
@@ -432,6 +480,7 @@ class TesseraLayer(CacheLayerMixin):
         assisted generation. A call that is not cropped before the next one ends that.
         """
         self.record_past = True
+        self.memory_states.record_past()
 
     def check_crop(self, tokens_to_remove: int) -> int:
         """How many slots `crop` will forget; refuses as it does.
@@ -446,6 +495,7 @@ class TesseraLayer(CacheLayerMixin):
         n = min(n, self.seen)
         for group in self.groups:
             group.check_crop(group.length - group.slots.before(self.seen - n))
+        self.memory_states.check_crop(self.seen, self.seen - n)
         return n
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -456,6 +506,7 @@ class TesseraLayer(CacheLayerMixin):
             ValueError: if tokens would be needed again that have been dropped; then nothing is forgotten.
         """
         n = self.check_crop(tokens_to_remove)
+        self.memory_states.crop(self.seen, self.seen - n)
         if n:
             for group in self.groups:
                 group.crop(group.length - group.slots.before(self.seen - n))
@@ -471,6 +522,8 @@ class TesseraLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self._empty()
+        self.policy.finite.reset()
+        self.memory_states.reset()
         self._hold = ""
 
     def offload(self) -> None:
@@ -489,17 +542,19 @@ class TesseraLayer(CacheLayerMixin):
         self.held_on = device
         for group in self.groups:
             group.chain.to(device)
+        self.memory_states.to(device)
 
     # What there is
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """Every tensor that is held, by tier."""
-        found: dict[str, list[Tensor]] = {name: [] for name in self._tier_names("tc")}
+        found: dict[str, list[Tensor]] = {name: [] for name in self._tier_names("tc", "tm")}
         for group in self.groups:
             for tier, tensors in group.chain.buffers().items():
                 found[tier] += tensors
         if self.policy.stats is not None:
             found[tier_name(0)].append(self.policy.stats.sizes)
+        found["tm"] += self.memory_states.buffers()
         if self._staged is not None:
             found["staged"] += self._staged
         return found

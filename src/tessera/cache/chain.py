@@ -46,7 +46,7 @@ class Chain:
         self.recent = RecentTier(policy.recent)
         tops = policy.tops or (None,) * len(policy.codecs)
         self.quantized = [
-            QuantizedTier(codec, layer, limit, top, policy.store)
+            QuantizedTier(codec, layer, limit, top, policy.store, policy.finite)
             for (codec, limit), top in zip(policy.codecs, tops, strict=True)
         ]
         self.others: list[tuple[str, Tier]] = [(word, make(word)) for word in policy.others]

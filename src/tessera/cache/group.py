@@ -34,6 +34,7 @@ class StepContext:
         pending: the new keys and values if the group has not taken them in yet.
         queries: which of the call's tokens these are.
         hold: so many of the newest tokens may still be taken back, so they are neither quantised, dropped nor written for good.
+        index: (rows,) int64 on the device of the queries, the batch rows; None: all.
     """
 
     group: SequenceGroup
@@ -43,6 +44,7 @@ class StepContext:
     pending: tuple[Tensor, Tensor] | None
     queries: Runs = NONE
     hold: int = 0
+    index: Tensor | None = None
 
     def pairs(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the places [begin, end), which are all held exactly: (rows, kv_heads, end - begin, head_dim)."""

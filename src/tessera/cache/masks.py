@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from tessera.cache.finite import FiniteCheck
+from tessera.devices import upload
 
 
 class MaskMemo:
@@ -27,11 +32,19 @@ class MaskMemo:
     """
 
     def __init__(self) -> None:
-        self._known: list[tuple[weakref.ref[Tensor], Hashable, Any]] = []
+        self.forget()
 
     def forget(self) -> None:
         """A step begins."""
-        self._known = []
+        self._known: list[tuple[weakref.ref[Tensor], Hashable, Any]] = []
+        self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+    def index(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Row numbers as a tensor on a device, brought there once a step."""
+        key = tuple(rows), device
+        if key not in self._indices:
+            self._indices[key] = upload(torch.tensor(rows, dtype=torch.long), device)
+        return self._indices[key]
 
     def ask(self, mask: Tensor, question: Hashable, answer: Callable[[], Any]) -> Any:
         """What `answer` returned when this was first asked about this mask."""
@@ -43,7 +56,7 @@ class MaskMemo:
         return said
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_known": []}  # weak references cannot be pickled, and no copy needs them
+        return {"_known": [], "_indices": {}}  # weak references cannot be pickled, and no copy needs them
 
     def __deepcopy__(self, memo: object) -> MaskMemo:
         return MaskMemo()
@@ -72,21 +85,66 @@ class NewTokens:
     Attributes:
         real: for each row, one byte for each token: 1 for a token, 0 for padding.
         begins: for each row, the numbers of the tokens at which a document begins.
+        plain: for each row of the batch, whether its real tokens see what causality and the layer's window show them of the
+            tokens that are known, and nothing else.
     """
 
     real: list[bytes]
     begins: list[list[int]]
+    plain: list[bool]
 
 
-def new_tokens(mask: Tensor) -> NewTokens:
-    """Read the mask of a call."""
-    seen = boolean(mask).any(1)
-    n, slots = seen.shape[-2:]
-    real = seen[..., slots - n :].any(-2)
-    earlier = seen & torch.ones((n, slots), dtype=torch.bool, device=mask.device).tril(slots - n - 1)
-    begins = real & ~earlier.any(-1)
-    both = torch.stack((real, begins)).cpu()
-    return NewTokens([bytes(row) for row in both[0].tolist()], [row.nonzero().flatten().tolist() for row in both[1]])
+def read_mask(mask: Tensor, known: NDArray[np.bool_], sliding: int | None, finite: FiniteCheck | None) -> NewTokens | None:
+    """Read the mask of a call, and what else the device has to say, in one look.
+
+    Args:
+        mask: of the call.
+        known: (batch, columns before the call's) bool, which slots hold tokens that the rows have.
+        sliding: window of the layer's own attention in tokens, or None.
+        finite: told what it waits to hear; None: nothing.
+
+    Returns:
+        None if it says no more than causality: every row has all slots, and the one new token sees them.
+
+    Raises:
+        ValueError: see `FiniteCheck.tell`.
+    """
+    n, slots = mask.shape[-2:]
+    found = None if finite is None else finite.pending()
+    if found is None:
+        found = torch.zeros((), dtype=torch.bool, device=mask.device)
+    found = found.to(mask.device, non_blocking=True)
+    seen = boolean(mask)
+    if n == 1 and sliding is None and bool(known.all()):
+        # As it is for most tokens that are decoded.
+        whole, found_before = torch.stack((seen.all(), found)).tolist()
+        if finite is not None:
+            finite.tell(found_before)
+        if whole:
+            return None
+        found = torch.zeros_like(found)
+    heads = seen.any(1)
+    real = heads[..., slots - n :].any(-2)
+    earlier = torch.ones((n, slots), dtype=torch.bool, device=mask.device).tril(slots - n - 1)
+    begins = real & ~(heads & earlier).any(-1)
+    batch = known.shape[0]
+    held = torch.cat((upload(torch.from_numpy(known), mask.device), real.expand(batch, -1)), 1)
+    column = torch.arange(slots, device=mask.device)
+    wanted = held[:, None] & (column <= column[slots - n :, None])
+    if sliding is not None:
+        place = held.cumsum(1)
+        wanted &= place[:, None] > place[:, slots - n :, None] - sliding
+    plain = ((seen == wanted[:, None]) | ~real.expand(batch, -1)[:, None, :, None]).flatten(1).all(1)
+    said = torch.cat((real.flatten(), begins.flatten(), plain, found[None])).cpu().numpy()
+    if finite is not None:
+        finite.tell(bool(said[-1]))
+    rows, size = real.shape[0], real.numel()
+    begin = said[size : 2 * size].reshape(rows, n)
+    return NewTokens(
+        [row.tobytes() for row in said[:size].reshape(rows, n)],
+        [row.nonzero()[0].tolist() for row in begin],
+        said[2 * size : -1].tolist(),
+    )
 
 
 @dataclass(frozen=True)
@@ -159,15 +217,15 @@ class GroupMask:
 
     Args:
         mask: of the call, boolean; its last column is the newest slot.
-        rows: batch rows.
+        index: (rows,) int64 on the mask's device; None: all rows of the batch.
         queries: which of the call's tokens the queries are.
         slots: of all tokens of these rows up to now, by place.
         seen: number of slots up to now.
     """
 
-    def __init__(self, mask: Tensor, rows: list[int], queries: Runs, slots: Runs, seen: int) -> None:
-        if mask.shape[0] > 1 and rows != list(range(mask.shape[0])):
-            mask = mask[torch.tensor(rows, device=mask.device)]
+    def __init__(self, mask: Tensor, index: Tensor | None, queries: Runs, slots: Runs, seen: int) -> None:
+        if mask.shape[0] > 1 and index is not None:
+            mask = mask.index_select(0, index)
         self.first = seen - mask.shape[-1]
         self.mask = queries.of(mask, 0, -2)
         self.slots, self.seen = slots, seen

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tessera.cache.finite import FiniteCheck
 from tessera.cache.offload import Store
 from tessera.cache.spec import Spec
 from tessera.codecs import Codec
@@ -27,6 +28,7 @@ class RetentionPolicy:
         partner: of each channel of the keys the one that a rotary embedding turns it into; None: nowhere.
         store: where whole pages of quantised tokens go; None: they stay where the model computes.
         tops: for each codec how many of its tokens a query reads at most, or None: all.
+        finite: shared by all layers of a cache: whether what they have been given is finite.
         others: the words of tiers that were added to the grammar, which stand behind the codecs.
     """
 
@@ -42,6 +44,7 @@ class RetentionPolicy:
     others: tuple[str, ...] = ()
     tops: tuple[int | None, ...] = ()
     store: Store | None = None
+    finite: FiniteCheck = field(default_factory=FiniteCheck, compare=False)
 
     @staticmethod
     def of(
@@ -52,6 +55,7 @@ class RetentionPolicy:
         stats: KeyStats | None = None,
         partner: tuple[int, ...] | None = None,
         store: Store | None = None,
+        finite: FiniteCheck | None = None,
     ) -> RetentionPolicy:
         """What a layer keeps.
 
@@ -60,7 +64,7 @@ class RetentionPolicy:
             codecs: of the spec, in its order.
             sliding: tokens that the layer's own attention sees; None: all.
             memory: whether "tc" has given the layer a Tensor Cache.
-            stats, partner, store: see `RetentionPolicy`.
+            stats, partner, store, finite: see `RetentionPolicy`.
         """
         window = min((w for w in (spec.window, sliding) if w is not None), default=None)
         if spec.tensor_cache and sliding is not None:
@@ -84,7 +88,19 @@ class RetentionPolicy:
         if not any(codec.weighs for codec in codecs):
             stats = None
         return RetentionPolicy(
-            sink, recent, limited, window, tensor_cache, masked, by_document, stats, partner, others, tops, store
+            sink,
+            recent,
+            limited,
+            window,
+            tensor_cache,
+            masked,
+            by_document,
+            stats,
+            partner,
+            others,
+            tops,
+            store,
+            FiniteCheck() if finite is None else finite,
         )
 
     @property

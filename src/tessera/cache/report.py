@@ -13,7 +13,8 @@ class CacheReport:
     Attributes:
         spec: of the cache.
         nbytes: bytes of all tensors that are held, the free room of buffers included.
-        tiers: the same by tier: "sink", the codec's spec, "recent" ("window" or "dense" where that is the spec), "staged".
+        tiers: the same by tier: "sink", the codec's spec, "recent" ("window" or "dense" where that is the spec), "tc",
+            "tm" (what an attached Tensor Memory keeps of the sequences), "staged".
         tier_bits: true bits per element of each tier that holds tokens.
         elements: elements of keys and values that are held in any form.
         bits_per_element: 8 · nbytes / elements.

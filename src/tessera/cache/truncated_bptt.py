@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin
 
+from tessera.cache.layer_states import LayerStates
 from tessera.tensor_cache import TensorCacheState
 from tessera.tensor_cache.infini import InfiniState
 
@@ -48,6 +49,7 @@ class TruncatedBPTTLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
+        self.memory_states = LayerStates()
         self.seen = 0
         self.k: Tensor | None = None
         self.v: Tensor | None = None
@@ -90,6 +92,7 @@ class TruncatedBPTTLayer(CacheLayerMixin):
         self.k, self.v = (None if x is None else x.detach() for x in (self.k, self.v))
         self.memory = None if self.memory is None else self.memory.detach()
         self.infini = None if self.infini is None else self.infini.detach()
+        self.memory_states.detach()
 
 
 class TruncatedBPTTCache(TransformersCache):

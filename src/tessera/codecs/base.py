@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
@@ -284,7 +284,15 @@ class Codec(ABC):
         """What packs keys, or values: the codec itself, unless each has one of its own, see `codecs.pair`."""
         return self
 
-    def encode(self, x: Tensor, role: Role = "value", layer: int = 0, *, weights: Tensor | None = None) -> Packed:
+    def encode(
+        self,
+        x: Tensor,
+        role: Role = "value",
+        layer: int = 0,
+        *,
+        weights: Tensor | None = None,
+        tell: Callable[[Tensor], None] | None = None,
+    ) -> Packed:
         """Pack keys or values.
 
         Args:
@@ -294,9 +302,11 @@ class Codec(ABC):
             layer: index of the layer, for codebooks drawn per layer.
             weights: (batch, kv_heads, head_dim) float32, positive: how much a squared error of each channel counts; what
                 is kept means the same without. None: alike. Codecs for which `weighs` is false leave it out.
+            tell: is given whether there is a number that is not finite, () bool on the device of `x`, in place of an error,
+                for which the host would have to wait; such numbers are encoded as zeros. None: they are refused.
 
         Raises:
-            ValueError: for another shape or role, or values that are not finite.
+            ValueError: for another shape or role, or, without `tell`, values that are not finite.
             TypeError: for a dtype that is not floating point.
         """
         if x.ndim != 4 or x.shape[-1] == 0:
@@ -306,15 +316,20 @@ class Codec(ABC):
         if role not in ("key", "value"):
             raise ValueError(f"{self.spec}: role must be 'key' or 'value', got {role!r}")
         wide = x.detach().float()
-        # One pass tells whether there is a number that is not finite, or too large.
-        least, most = (float(end) for end in wide.aminmax()) if wide.numel() else (0.0, 0.0)
-        if not (math.isfinite(least) and math.isfinite(most)):
-            bad = int((~torch.isfinite(wide)).sum())
-            raise ValueError(f"{self.spec}: {bad} of {wide.numel()} {role}s of layer {layer} are NaN or infinite")
+        if tell is None:
+            # One pass tells whether there is a number that is not finite, or too large.
+            least, most = torch.stack(wide.aminmax()).tolist() if wide.numel() else (0.0, 0.0)
+            if not (math.isfinite(least) and math.isfinite(most)):
+                bad = int((~torch.isfinite(wide)).sum())
+                raise ValueError(f"{self.spec}: {bad} of {wide.numel()} {role}s of layer {layer} are NaN or infinite")
+            large = max(-least, most) > HUGE
+        else:
+            tell(~wide.isfinite().all())
+            wide, large = torch.where(wide.isfinite(), wide, 0.0), True
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         # Autocast would round the products with a rotation or a codebook to half precision.
         with no_autocast(x.device):
-            wide = wide.clamp(-HUGE, HUGE) if max(-least, most) > HUGE else wide
+            wide = wide.clamp(-HUGE, HUGE) if large else wide
             if weights is not None and self.weighs:
                 tensors = self._encode_weighed(wide, role, layer, weights)
             else:

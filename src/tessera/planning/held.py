@@ -11,6 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,7 +160,9 @@ class _Outline(Codec):
         """See `Codec`."""
         return self._sides[role]
 
-    def encode(self, x: Tensor, role: Role = "value", layer: int = 0, *, weights: Tensor | None = None) -> Packed:
+    def encode(
+        self, x: Tensor, role: Role = "value", layer: int = 0, *, weights: Tensor | None = None, tell: Any = None
+    ) -> Packed:
         """See `Codec`; x is looked at for its shape only."""
         batch, heads, tokens, dim = x.shape
         side = self.side(role)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class TensorCacheLayer(Float32Module):
         self._phase = (phase,)
         #: Off: reads count for nothing, to measure what the memory is worth.
         self.reads = True
+        #: By which caches know whose writes they hold.
+        self.name = uuid.uuid4().hex
 
     @property
     def unrotates(self) -> bool:

@@ -270,7 +270,8 @@ class TensorMemory(Float32Module):
                 cut = None if places is None else places[:, :ends].unflatten(1, (steps, chunk))
                 reads, h, c = recurrence(tokens[:, :ends].unflatten(1, (steps, chunk)), cut, h, c)
                 parts.append(self._out(reads, chunk).flatten(1, 2))
-            waiting, left = tokens[:, ends:], None if places is None else places[:, ends:]
+            # Copies: a view would keep all tokens of the call.
+            waiting, left = tokens[:, ends:].clone(), None if places is None else places[:, ends:].clone()
             if rest:
                 at = self.coordinates(waiting.unsqueeze(1), None if left is None else left.unsqueeze(1))
                 parts.append(self._out(sample(h, at[:, 0]), rest))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tessera.cache.finite import FiniteCheck
 from tessera.cache.offload import Store
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers.base import KVSource, Pairs, Tier
@@ -31,6 +32,7 @@ class QuantizedTier(Tier):
         limit: number of tokens that are held at most; None: any number.
         top: number of tokens that a query reads at most; None: all.
         store: where pages of `PAGE` tokens go; None: nowhere.
+        finite: is told of numbers that cannot be encoded; None: they are refused at once.
 
     Attributes:
         stats: of the keys, by whose widths they are multiplied before they are encoded; None: they are encoded as they are.
@@ -38,7 +40,13 @@ class QuantizedTier(Tier):
     """
 
     def __init__(
-        self, codec: Codec, layer: int, limit: int | None = None, top: int | None = None, store: Store | None = None
+        self,
+        codec: Codec,
+        layer: int,
+        limit: int | None = None,
+        top: int | None = None,
+        store: Store | None = None,
+        finite: FiniteCheck | None = None,
     ) -> None:
         if BLOCK % codec.group:
             raise ValueError(f"{codec.spec} encodes {codec.group} tokens together, which does not divide {BLOCK}")
@@ -48,6 +56,7 @@ class QuantizedTier(Tier):
         self.top = top
         self.stats: KeyStats | None = None
         self.store = store
+        self.finite = finite
         self._pages: list[tuple[Packed, Packed]] = []
         self._views: list[Pages] = []
 
@@ -122,7 +131,8 @@ class QuantizedTier(Tier):
     def _encode(self, x: Tensor, role: Role, weights: Tensor | None = None) -> Packed:
         # A block at a time where tokens of one call are judged together, so that it does not matter how calls were cut.
         parts = x.split(BLOCK, 2) if self.codec.side(role).by_call else (x,)
-        packed = [self.codec.encode(part, role, self.layer, weights=weights) for part in parts]
+        tell = self.finite.add if self.finite is not None and self.finite.defers(x.device) else None
+        packed = [self.codec.encode(part, role, self.layer, weights=weights, tell=tell) for part in parts]
         return packed[0] if len(packed) == 1 else Packed.cat(packed)
 
     def excess(self, spare: int) -> int:

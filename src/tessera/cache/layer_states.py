@@ -1,0 +1,221 @@
+"""What memories keep beside the keys and values of a layer of a cache, ours or transformers'.
+
+It is on the layer, as the state of transformers' own recurrent layers is, because every method of a cache is that of its
+layers, one after the other. So whoever reorders, crops, resets, offloads, copies or pickles a cache does it to the memories'
+states too, and a cache that is thrown away takes them with it. Our own layers call `LayerStates` themselves; a layer of
+transformers becomes one of a class that is made of its own and `_Stateful`, which does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+#: Where a layer has its states.
+STATES = "memory_states"
+
+
+class LayerState:
+    """What one memory keeps for one layer; as it stands, nothing.
+
+    Attributes:
+        batch: number of rows.
+    """
+
+    batch = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Row i of the new batch is row rows[i] of this one. rows: (n,) int64 on the CPU."""
+
+    def check_crop(self, seen: int, length: int) -> None:
+        """Refuse to go back from `seen` tokens to `length`, padding included, where that cannot be done.
+
+        Raises:
+            ValueError: saying why, and what to do.
+        """
+
+    def crop(self, seen: int, length: int) -> None:
+        """Go back from `seen` tokens to `length`; see `check_crop`."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to another device."""
+
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that is held."""
+        return []
+
+    def record_past(self) -> None:
+        """What calls to come bring may be taken back."""
+
+    def detach(self) -> None:
+        """Cut the graph."""
+
+
+class LayerStates:
+    """The states of one layer, by the kind of memory that they are of.
+
+    Attributes:
+        away: the layer is offloaded, so that what has been used is to be moved away again.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[str, LayerState] = {}
+        self.away = False
+
+    def get(self, kind: str) -> LayerState | None:
+        """The state of the memory of this kind."""
+        return self._states.get(kind)
+
+    def put(self, kind: str, state: LayerState) -> None:
+        """Keep this state."""
+        self._states[kind] = state
+
+    def __iter__(self) -> Iterator[LayerState]:
+        return iter(self._states.values())
+
+    def select(self, rows: Callable[[int], Tensor]) -> None:
+        """Change the rows; `rows` gives, for a number of old ones, the old one of each new one."""
+        for state in self:
+            state.select(rows(state.batch))
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i of the new batch is row rows[i] of the old one. rows: (n,) int64, or bool for the rows to keep."""
+        if self._states:
+            order = torch.as_tensor(rows).cpu()
+            self.select(lambda batch: torch.arange(batch)[order])
+
+    def repeat(self, times: int) -> None:
+        """Repeat each row."""
+        self.select(lambda batch: torch.arange(batch).repeat_interleave(times))
+
+    def check_crop(self, seen: int, length: int) -> None:
+        """See `LayerState.check_crop`."""
+        for state in self:
+            state.check_crop(seen, length)
+
+    def crop(self, seen: int, length: int) -> None:
+        """See `LayerState.crop`."""
+        for state in self:
+            state.crop(seen, length)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for state in self:
+            state.reset()
+
+    def record_past(self) -> None:
+        """See `LayerState.record_past`."""
+        for state in self:
+            state.record_past()
+
+    def detach(self) -> None:
+        """Cut the graph."""
+        for state in self:
+            state.detach()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to another device; states come back by themselves where they are used."""
+        for state in self:
+            state.to(device)
+
+    def offload(self) -> None:
+        """Move to the CPU, also after each use from now on, until `prefetch`."""
+        self.away = True
+        self.to("cpu")
+
+    def prefetch(self) -> None:
+        """Stay where they are used from now on."""
+        self.away = False
+
+    def used(self) -> None:
+        """A state has been used, and may have been moved for it."""
+        if self.away:
+            self.to("cpu")
+
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that is held, one of several that share their memory."""
+        return list({(t.data_ptr(), t.numel()): t for state in self for t in state.buffers() if t.numel()}.values())
+
+
+def stateful(layer: Any) -> LayerStates:
+    """The states of a layer of any cache, none at first. A layer of transformers follows them with its states from now on."""
+    found: LayerStates | None = getattr(layer, STATES, None)
+    if found is None:
+        found = LayerStates()
+        kind: Any = type(layer)
+        layer.__class__ = _stateful(kind)
+        setattr(layer, STATES, found)
+    return found
+
+
+def state_of(layer: Any, kind: str) -> LayerState | None:
+    """What a layer keeps for the memory of this kind; the layer is left as it is."""
+    found: LayerStates | None = getattr(layer, STATES, None)
+    return None if found is None else found.get(kind)
+
+
+class _Stateful(CacheLayerMixin):
+    """The first of two classes that a layer is of: its methods lead the states along and are otherwise those of the second."""
+
+    # So that transformers does not take this for its own class of the type.
+    _layer_type = None
+    memory_states: LayerStates
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.memory_states.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.memory_states.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.memory_states.reorder(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        seen = int(self.get_seq_length())
+        after = seen + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, seen)
+        self.memory_states.check_crop(seen, max(0, after))
+        super().crop(tokens_to_remove)
+        self.memory_states.crop(seen, int(self.get_seq_length()))
+
+    def reset(self) -> None:
+        super().reset()
+        self.memory_states.reset()
+
+    def activate_past_recording(self) -> None:
+        record: Callable[[], None] | None = getattr(super(), "activate_past_recording", None)
+        if record is not None:
+            record()
+        self.memory_states.record_past()
+
+    def offload(self) -> None:
+        super().offload()
+        self.memory_states.offload()
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        self.memory_states.prefetch()
+
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        # The class was made while the program ran, so whoever unpickles makes it again.
+        return _again, (type(self).__bases__[1],), self.__dict__
+
+
+@cache
+def _stateful(kind: Any) -> type:
+    return type(kind.__name__, (_Stateful, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _again(kind: Any) -> Any:
+    made: Any = _stateful(kind)
+    return made.__new__(made)
