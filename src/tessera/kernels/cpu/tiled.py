@@ -24,7 +24,7 @@ TILE_BYTES = 64 << 20
 BLOCK = 64
 #: Rows of queries a key head from which a tile is worth decoding: where codes have no kernel, and where they have one
 #: that does not multiply in integers, for AVX-512 or for less.
-NO_KERNEL, WIDE_KERNEL, SLOW_KERNEL = 16, 256, 96
+NO_KERNEL, WIDE_KERNEL, SLOW_KERNEL = 16, 768, 192
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
