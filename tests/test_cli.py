@@ -276,6 +276,8 @@ def test_every_command_shows_an_example() -> None:
         ("eval", "capacity"),
         ("eval", "language"),
         ("eval", "streams"),
+        ("eval", "needle"),
+        ("eval", "ruler"),
         ("train", "lm"),
         ("train", "recall"),
         ("train", "image"),

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, DynamicCache
 
 import tessera
-from tessera.attention import switch, tiers
+from tessera.attention import over_tiers, switch
 from tessera.attention.source import touches, windowed
 from tessera.tensor_cache import TensorCacheConfig
 from tessera.tensor_memory import TensorMemoryConfig
@@ -66,8 +66,8 @@ def test_the_walk_notices_a_family_that_is_neither_served_nor_refused(monkeypatc
 
 
 def test_the_walk_notices_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = tiers._attend
-    monkeypatch.setattr(tiers, "_attend", lambda *args: right(*args) * 1.01)
+    right = over_tiers._attend
+    monkeypatch.setattr(over_tiers, "_attend", lambda *args: right(*args) * 1.01)
     row = families.walk("llama")
     assert row["cache"]["outcome"] == "fault"
     assert "wrong numbers" in row["cache"]["reason"]

@@ -14,7 +14,7 @@ import torch
 
 import sink_models
 import tessera
-from tessera.attention import missing_sinks, tiers
+from tessera.attention import missing_sinks, over_tiers
 from tessera.models import heldout_text, load_demo
 
 
@@ -92,7 +92,7 @@ def test_nothing_is_looked_at_after_the_first_call() -> None:
         cache = tessera.Cache("q4_0", model)
         said(model, cache, text(tokens))
         for other in (cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-            with patch.object(tiers, "warn_if_sinks_are_missing", side_effect=AssertionError):
+            with patch.object(over_tiers, "warn_if_sinks_are_missing", side_effect=AssertionError):
                 said(model, other, text(1), text(100))
 
 

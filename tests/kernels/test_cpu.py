@@ -277,7 +277,7 @@ def test_backends_are_chosen_forced_and_refused(monkeypatch: pytest.MonkeyPatch)
     q = torch.randn(1, 1, 1, 64)
     dispatch.attend(q, pages, AttendParams(0.1))
     dispatch.attend(q, pages, AttendParams(0.1), backend="cpu:portable")
-    assert ran == ["None", "portable"]
+    assert ran in (["None", "portable"], [cpu.levels()[-1], "portable"])
     dispatch.attend(q, pages, AttendParams(0.1), backend="reference")
     monkeypatch.setenv("TESSERA_BACKEND", "reference")
     dispatch.attend(q, pages, AttendParams(0.1))

@@ -177,7 +177,7 @@ def test_another_recipe_is_refused_and_a_fresh_run_is_not(small_text: Path, tmp_
         (["lm", "--head-dim", "15"], "must be even"),
         (["lm", "--steps", "1", "--minutes", "1"], "--minutes or --steps"),
         (["recall", "--pairs", "0"], "pairs must lie between 1"),
-        (["recall", "--spec", "infini"], "needs a whole number of tokens of at least 1, as in .infini:64."),
+        (["recall", "--spec", "infini"], "needs a whole number of tokens of at least 1, as in 'infini:64'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(words: list[str], message: str, small_text: Path, tmp_path: Path) -> None:

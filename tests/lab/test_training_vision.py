@@ -114,7 +114,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         (["image", "--data", "{tmp}/nothing"], "there is no folder"),
         (["image", "--hidden", "30"], "must be a multiple of twice"),
         (["image", "--precision", "fp16"], "must be 'bf16' or 'no', got 'fp16'"),
-        (["video", "--attention", "windw:4"], "got 'windw:4'"),
+        (["video", "--attention", "windw:4"], "unknown word 'windw' in 'windw:4'; did you mean 'window'"),
         (["video", "--frames", "1"], "two frames at least"),
         (["video", "--batch", "6", "--micro-batch", "4"], "micro_batch 4 does not divide batch 6"),
     ],

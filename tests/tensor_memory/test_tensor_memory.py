@@ -104,8 +104,8 @@ def test_the_kernel_runs_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> N
     x, _ = inputs(memory, 9)
     called = []
     form = "cpu_grid" if cpu.MISSING is None else None
-    plain = dispatch.grid.advance
-    monkeypatch.setattr(dispatch.grid, "advance", lambda *a, **k: called.append("reference") or plain(*a, **k))
+    plain = dispatch.recurrent_grid.advance
+    monkeypatch.setattr(dispatch.recurrent_grid, "advance", lambda *a, **k: called.append("reference") or plain(*a, **k))
     if form is not None:
         kernel = dispatch.cpu_grid.advance
         monkeypatch.setattr(dispatch.cpu_grid, "advance", lambda *a, **k: called.append("cpu") or kernel(*a, **k))
