@@ -14,6 +14,10 @@ def lm_eval(ctx: typer.Context) -> None:
 
         tessera lm-eval --model tessera --model_args pretrained=MODEL,cache="sink:4 + hqmq:4 + recent:128" --tasks hellaswag
     """
+    if {"--help", "-h"} & set(ctx.args):
+        typer.echo(ctx.get_help())
+        if find_spec("lm_eval") is None:
+            raise typer.Exit
     if find_spec("lm_eval") is None:
         typer.echo("error: `tessera lm-eval` needs the package lm_eval: pip install 'tessera[lm_eval]'", err=True)
         raise typer.Exit(2)
