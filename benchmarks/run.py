@@ -179,7 +179,13 @@ BENCHMARKS = (
         "attention of one new token over a long cache against the fastest dense way of PyTorch",
         ("benchmarks/decode_attention.py",),
         ("decode_attention.json",),
-        measured="2026-11-25",
+        shown=("kernels.md",),
+    ),
+    Benchmark(
+        "decode-attention-avx2",
+        "the same with our kernels held to AVX2",
+        ("benchmarks/decode_attention.py", "--level", "avx2", "--json", "docs/results/decode_attention_avx2.json"),
+        ("decode_attention_avx2.json",),
         shown=("kernels.md",),
     ),
     Benchmark(

@@ -226,6 +226,16 @@ def decode_attention(shape: str) -> str:
     return markdown_table(("way", "tokens", "ms", "speed of the fastest dense way", "bytes of dense"), cells)
 
 
+def decode_avx2() -> str:
+    """`hqmq:4` held to AVX2, by shape and length."""
+    rows = [r for r in _load("decode_attention_avx2")["rows"] if r["name"] in ("hqmq:4, 16-bit queries", "q4_0")]
+    cells = [
+        (r["shape"].replace(",", "/"), f"{r['tokens']:,}", r["name"], f"{r['milliseconds']:.2f}", f"{r['times_the_peer']:.2f}x")
+        for r in rows
+    ]
+    return markdown_table(("heads, key heads, head_dim", "tokens", "way", "ms", "speed of the fastest dense way"), cells)
+
+
 def vllm_pool() -> str:
     """What the pool of an engine holds, and how many times that of the dense cache, by length of requests."""
     rows = _load("vllm_engine")["rows"]
@@ -797,6 +807,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "codec-error": codec_error,
     "codec-bars": codec_bars,
     "decode-attention": decode_attention,
+    "decode-avx2": decode_avx2,
     "diagnostics": diagnostics,
     "encode": encode,
     "encode-vectors": encode_vectors,
