@@ -8,7 +8,7 @@ cache holds at the end, exact tiers and free room included. Rows are written one
 Example:
 
     python benchmarks/frontier.py                                        # the demo model, 2,048 to 16,384 tokens
-    python benchmarks/frontier.py --model SMOLLM2 --text wikitext-2-valid.txt --lengths 8192
+    python benchmarks/frontier.py --model FOLDER --name SmolLM2-135M --text wikitext-2-valid.txt --lengths 8192
     python benchmarks/frontier.py --draw                                 # only the picture, from the JSON
 """
 
@@ -168,6 +168,7 @@ def main() -> int:
     """Measure, print, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a transformers model; without it: the demo model")
+    parser.add_argument("--name", help="what the model is called in tables; without it: its folder")
     parser.add_argument("--text", type=Path, help="to be read; without it: the text that the demo model never saw")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
     parser.add_argument("--needles", type=int, default=0, help="needles at each depth, which take as long as so many texts")
@@ -180,7 +181,7 @@ def main() -> int:
     rows: list[Row] = []
     jobs: list[Job] = []
     demo = options.model is None
-    name = "demo model" if demo else options.model.name
+    name = "demo model" if demo else options.name or options.model.name
     asked = [("text", 1), *([("needle", options.needles)] if options.needles else [])]
     for ask, count in [] if options.draw else asked:
         for length in options.lengths:

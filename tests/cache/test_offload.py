@@ -102,8 +102,9 @@ def test_pages_elsewhere_are_a_source_of_their_own() -> None:
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere for the pages"):
-        tessera.Cache(SPECS[0], make(), offload=tmp_path / "nowhere")
+    for where in (tmp_path / "nowhere", ""):
+        with pytest.raises(FileNotFoundError, match=r"there is no folder '.*' for the pages of a cache; make it first"):
+            tessera.Cache(SPECS[0], make(), offload=where)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ SPECS = [
     "kivi:4 + recent:16",
     f"sink:1 + {GROUPED}@256 + recent:3",
     "q4_0",
+    "sink:2 + hqmq:4/top:64 + recent:30",
 ]
 FAMILIES = ["llama", "mistral", "gemma3", "phi3", "gpt-neox"]
 CUTS = (300, 1, 1, 60, 1)

@@ -52,12 +52,9 @@ def selected(q: Tensor, pages: Pages, top: int) -> Tensor:
 
 def summaries(pages: Pages) -> tuple[Tensor, Tensor]:
     """Means (rows, kv_heads, blocks, head_dim) of each block's keys, as they are coded, and widths (rows, kv_heads, blocks)."""
-    if "summaries" not in pages.memo:
-        noted = pages.notes("summaries", lambda keys, _: keys.codec.summary(keys))
-        means, widths = zip(*noted, strict=True)
-        pages.memo["summaries"] = torch.cat(means, 2), torch.cat(widths, 2)
-    found: tuple[Tensor, Tensor] = pages.memo["summaries"]
-    return found
+    # Made anew for each call: kept, they would be bytes of the cache, and many.
+    codec, _ = pages.codecs
+    return codec.summary([keys for keys, _ in pages.pages])
 
 
 def in_turn(q: Tensor, source: KVSource) -> Iterator[tuple[slice, Tensor]]:

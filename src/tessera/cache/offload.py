@@ -61,8 +61,8 @@ class InFiles(Store):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {os.fspath(folder)} for the pages of a cache; make it first")
+        if not os.fspath(folder) or not self.folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {os.fspath(folder)!r} for the pages of a cache; make it first")
 
     def holds(self, packed: Packed) -> bool:
         """See `Store`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
@@ -336,11 +336,11 @@ class Codec(ABC):
                 tensors = self._encode(wide, role, layer)
         return Packed(self.side(role), tensors, shape, x.dtype, role, layer)
 
-    def summary(self, packed: Packed) -> tuple[Tensor, Tensor]:
+    def summary(self, pages: Sequence[Packed]) -> tuple[Tensor, Tensor]:
         """What is known of the keys of each group without decoding them, for codecs with `summarises`.
 
         Args:
-            packed: keys, whole groups.
+            pages: keys, whole groups.
 
         Returns:
             their means (batch, kv_heads, groups, head_dim), and the largest root mean square, over channels, of what is left of

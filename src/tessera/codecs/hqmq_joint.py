@@ -18,7 +18,7 @@ paper, each of which lowers the error (benchmarks/codec_error.py):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
@@ -81,11 +81,11 @@ class JointHQMQ(Codec):
             del fields["centre"]
         return fields
 
-    def summary(self, packed: Packed) -> tuple[Tensor, Tensor]:
+    def summary(self, pages: Sequence[Packed]) -> tuple[Tensor, Tensor]:
         """See `Codec`."""
-        mean, _ = precondition.unpack(packed.tensors["centre"])
-        widths = logscale.from_byte(packed.tensors["scale"]).unflatten(2, (-1, self.group)).amax(3)
-        return mean, widths
+        centres, scales = (torch.cat([page.tensors[name] for page in pages], 2) for name in ("centre", "scale"))
+        # A larger byte is a larger scale.
+        return precondition.means(centres), logscale.from_byte(scales.unflatten(2, (-1, self.group)).amax(3))
 
     def check(self, packed: Packed) -> None:
         """See `Codec`."""

@@ -65,8 +65,12 @@ def _word(mean: Tensor, exponent: Tensor) -> Tensor:
 
 def unpack(words: Tensor) -> tuple[Tensor, Tensor]:
     """words int16 -> (mean, factor), float32, of the same shape: a channel was (x - mean) / factor."""
-    mean = (words & -16).view(torch.float16).float()
-    return mean, torch.exp2((words & 15).float())
+    return means(words), torch.exp2((words & 15).float())
+
+
+def means(words: Tensor) -> Tensor:
+    """The first of what `unpack` gives."""
+    return (words & -16).view(torch.float16).float()
 
 
 def apply(x: Tensor, words: Tensor, index: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ class KernelCodec(Protocol):
     def decode_reference(self, packed: Any) -> Tensor:
         """What packed vectors stand for, in PyTorch: the definition, in float32."""
 
-    def summary(self, packed: Any) -> tuple[Tensor, Tensor]:
-        """What is known of the keys of each block without decoding them, if the codec keeps it."""
+    def summary(self, pages: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """What is known of the keys of each block of pages without decoding them, if the codec keeps it."""
 
 
 class Coded(Protocol):
