@@ -29,7 +29,7 @@ from tessera.codecs.pages import block_layout, write
 from tessera.evaluation.records import environment
 from tessera.files import write_json
 from tessera.kernels import paged
-from tessera.kernels.paged import GROUP, BlockLayout, Step
+from tessera.kernels.paged import GROUP, BlockLayout, PagedCall, Step
 from tessera.kernels.triton import paged as triton_paged
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -73,7 +73,7 @@ class Served:
     def attend(self, run: Any) -> Tensor:
         """The step, by `paged.attend_paged` or what does the same."""
         scale = self.q.shape[-1] ** -0.5
-        return run(self.q, self.k, self.v, self.pool, self.ring, self.layout, self.step, scale)
+        return run(PagedCall(self.q, self.k, self.v, self.pool, self.ring, self.layout, self.step, scale))
 
 
 def timed(run: Any, device: torch.device, repeats: int = 20) -> float:

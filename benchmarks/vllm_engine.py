@@ -330,9 +330,10 @@ def kernels(args: argparse.Namespace) -> dict[str, Any]:
             given = {"query": q, "key_cache": keys, "value_cache": values, "output": torch.empty_like(q), "block_table": table}
             given |= {"alibi_slopes": None, "sliding_window": -1, "softcap": 0.0, "scheduler_metadata": plan, "s_aux": None}
             given |= {**where, "scale": scale}
+            call = paged.PagedCall(q, k, v, pool, ring, layout, step, scale)
             seconds = medians(
                 {
-                    "packed": lambda a=(q, k, v, pool, ring, layout, step, scale), out=out: attend_paged(*a, out=out),
+                    "packed": lambda call=call, out=out: attend_paged(call, out=out),
                     "dense": lambda given=given: ops.cpu_attention_with_kv_cache(**given),
                 },
                 repeats=7,

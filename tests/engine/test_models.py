@@ -83,7 +83,8 @@ def definition(
             whole = paged.collect(k, v, ring, layout, step)
             write(settings.codec, layout, pool, group // pages, group % pages, *whole, group == 0)
         scale = dim**-0.5 if scaling is None else scaling
-        return paged.attend_paged(q, k, v, pool, ring, layout, step, scale, softcap, sliding_window, s_aux)[None], None
+        call = paged.PagedCall(q, k, v, pool, ring, layout, step, scale, softcap, sliding_window, s_aux)
+        return paged.attend_paged(call)[None], None
 
     return attention
 

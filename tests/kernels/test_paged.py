@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tessera import codecs
 from tessera.codecs.key_stats import KeyStats
 from tessera.codecs.pages import block_layout, write
 from tessera.kernels import cpu, dispatch, paged, triton
-from tessera.kernels.paged import GROUP, BlockLayout, Step
+from tessera.kernels.paged import GROUP, BlockLayout, PagedCall, Step
 
 #: Every backend that can run here; the AVX-512 kernel with three limbs is as exact as float32 sums.
 LEVELS = ("reference", *(f"cpu:{level}" for level in cpu.levels()))
@@ -73,31 +73,30 @@ class Engine:
         ring_table = torch.randperm(len(lengths) + 2)[: len(lengths), None].int()
         return Engine(layout, codec, pool, rings, table, ring_table, q, k, v)
 
-    def step(self, spans: list[tuple[int, int]], run: partial[Tensor]) -> list[Tensor]:
-        """Tokens [a, b) of each request, by a function like `dispatch.attend_paged`: the result of each request."""
+    def step(self, spans: list[tuple[int, int]], backend: str, **rules: Any) -> list[Tensor]:
+        """Tokens [a, b) of each request: the result of each. rules: window, softcap and drains."""
         counts = torch.tensor([b - a for a, b in spans])
         first = torch.cat((torch.zeros(1, dtype=torch.long), counts.cumsum(0))).int()
         step = Step(first, torch.tensor([b for _, b in spans]).int(), self.table, self.rings, {})
         q, k, v = (torch.cat([x[r][a:b] for r, (a, b) in enumerate(spans)]) for x in (self.q, self.k, self.v))
         groups = step.whole_groups()
         if groups.shape[1]:
-            backend = run.keywords.get("backend")
             keys, values = dispatch.collect(k, v, self.pool, self.ring, self.layout, step, backend=backend)
             request, group = groups.long()
             block = self.table[request, group // self.layout.pages].long()
             write(self.codec, self.layout, self.pool, block, group % self.layout.pages, keys, values, group == 0)
         out = torch.empty_like(q)
-        run(q, k, v, self.pool, self.ring, self.layout, step, self.layout.head_dim**-0.5, out=out)
+        call = PagedCall(q, k, v, self.pool, self.ring, self.layout, step, self.layout.head_dim**-0.5, **rules)
+        dispatch.attend_paged(call, out=out, backend=backend)
         return list(out.split(counts.tolist()))
 
-    def serve(self, sizes: list[int], **options: object) -> list[Tensor]:
+    def serve(self, sizes: list[int], backend: str, **rules: Any) -> list[Tensor]:
         """All tokens, request r in steps of sizes[r]; requests that are done wait, with no tokens in a step."""
-        run = partial(dispatch.attend_paged, **options)
         done = [0] * len(self.q)
         found: list[list[Tensor]] = [[] for _ in self.q]
         while any(n < len(q) for n, q in zip(done, self.q, strict=True)):
             spans = [(n, min(len(q), n + size)) for n, q, size in zip(done, self.q, sizes, strict=True)]
-            for r, part in enumerate(self.step(spans, run)):
+            for r, part in enumerate(self.step(spans, backend, **rules)):
                 found[r].append(part)
             done = [b for _, b in spans]
         return [torch.cat(parts) for parts in found]
@@ -234,14 +233,13 @@ def test_triton(options: dict) -> None:
 def test_threads_and_long_contexts_that_are_cut_change_nothing() -> None:
     engine = Engine.make([3000, 70])
     last = [(2999, 3000), (69, 70)]
-    run = partial(dispatch.attend_paged, backend="cpu")
-    engine.step([(0, 2999), (0, 69)], run)
+    engine.step([(0, 2999), (0, 69)], "cpu")
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = engine.step(last, run)
+        one = engine.step(last, "cpu")
         torch.set_num_threads(4)
-        four = engine.step(last, run)
+        four = engine.step(last, "cpu")
     finally:
         torch.set_num_threads(threads)
     for a, b in zip(one, four, strict=True):
@@ -252,7 +250,6 @@ def test_threads_and_long_contexts_that_are_cut_change_nothing() -> None:
 def test_tokens_that_were_drafted_in_vain_leave_no_trace(backend: str) -> None:
     engine = Engine.make([150], ring=2 * GROUP)
     wanted = engine.serve([150], backend=backend)[0]
-    run = partial(dispatch.attend_paged, backend=backend)
     right = engine.q[0], engine.k[0], engine.v[0]
     wrong = tuple(torch.randn_like(x) for x in right)
     done, got = 0, []
@@ -262,7 +259,7 @@ def test_tokens_that_were_drafted_in_vain_leave_no_trace(backend: str) -> None:
         # Tokens behind `keep` are drafts that are turned down: the next step writes others in their place.
         for i, x in enumerate((engine.q, engine.k, engine.v)):
             x[0] = torch.cat((right[i][:keep], wrong[i][keep:]))
-        got.append(engine.step([(done, end)], run)[0][: keep - done])
+        got.append(engine.step([(done, end)], backend)[0][: keep - done])
         done = keep
     close(torch.cat(got), wanted, 1e-4)
 
@@ -274,8 +271,7 @@ def test_pages_that_are_shared_read_the_same() -> None:
     # The second request finds the first block of the other, and begins behind it with a ring that holds anything.
     engine.table[1, 0] = engine.table[0, 0]
     engine.ring.random_(0, 256)
-    run = partial(dispatch.attend_paged, backend="auto")
-    assert torch.equal(engine.step([(0, 0), (128, 200)], run)[1], whole[1][128:])
+    assert torch.equal(engine.step([(0, 0), (128, 200)], "auto")[1], whole[1][128:])
 
 
 @pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
@@ -290,7 +286,8 @@ def test_the_kernels_gather_and_keep_what_the_definition_does() -> None:
     ring = engine.ring.clone()
     paged.fill_rings(k, v, ring, engine.layout, step)
     q = torch.randn(164, 6, 64)
-    dispatch.attend_paged(q, k, v, engine.pool, engine.ring, engine.layout, step, 0.1, out=torch.empty_like(q), backend="cpu")
+    call = PagedCall(q, k, v, engine.pool, engine.ring, engine.layout, step, 0.1)
+    dispatch.attend_paged(call, out=torch.empty_like(q), backend="cpu")
     assert torch.equal(engine.ring, ring)
 
 
@@ -300,7 +297,7 @@ def test_a_table_that_names_no_block_is_refused() -> None:
     engine.serve([150], backend="cpu")
     engine.table[0, 0] = len(engine.pool)
     with pytest.raises(ValueError, match="names no block"):
-        engine.step([(149, 150)], partial(dispatch.attend_paged, backend="cpu"))
+        engine.step([(149, 150)], "cpu")
 
 
 def test_bytes_of_a_block() -> None:

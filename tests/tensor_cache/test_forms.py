@@ -84,7 +84,7 @@ def test_strong_decays_are_those_of_the_loop(g: float, rule: Rule) -> None:
 @built
 def test_a_memory_runs_the_kernel_and_by_wish_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    for module, name in ((forms.cpu_absorb, "absorb"), (forms, "scan")):
+    for module, name in ((forms.cpu_absorb, "absorb"), (forms.scan, "scan")):
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, kernel=kernel: ran.append(name) or kernel(*a))
     memory = TensorCache(TensorCacheConfig(window=4, sink=0), 2, 16)

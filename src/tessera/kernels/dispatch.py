@@ -14,7 +14,7 @@ from tessera.kernels.cpu import sources, tiled
 from tessera.kernels.nearest import Codewords
 from tessera.kernels.pages import Coded, Pages
 from tessera.kernels.params import AttendParams
-from tessera.kernels.precision import without_autocast
+from tessera.kernels.precision import no_autocast, without_autocast
 from tessera.kernels.recurrent_grid import Gates, Steps
 from tessera.kernels.registry import BACKENDS, OPERATIONS, Implementation, Operation, chosen, say_once
 from tessera.kernels.source import Source
@@ -46,12 +46,8 @@ ATTEND_PAGED = Operation(
     "attention over packed pages",
     Implementation("reference", paged, "attend_step"),
     [
-        Implementation(
-            "cpu", cpu_paged, "attend_paged", lambda q, k, v, pool, ring, layout, *_: cpu_paged.refusal(q, layout), levels=True
-        ),
-        Implementation(
-            "triton", triton_paged, "attend_step", lambda q, k, v, pool, ring, layout, *_: triton_paged.refusal(q, layout)
-        ),
+        Implementation("cpu", cpu_paged, "attend_paged", lambda call: cpu_paged.refusal(call.q, call.layout), levels=True),
+        Implementation("triton", triton_paged, "attend_step", lambda call: triton_paged.refusal(call.q, call.layout)),
     ],
 )
 COLLECT = Operation(
@@ -222,34 +218,19 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], backend: str | None = None) ->
     return found
 
 
-@without_autocast
-def attend_paged(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool: Tensor,
-    ring: Tensor,
-    layout: paged.BlockLayout,
-    step: paged.Step,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    drains: Tensor | None = None,
-    *,
-    out: Tensor,
-    backend: str | None = None,
-) -> None:
+def attend_paged(call: paged.PagedCall, *, out: Tensor, backend: str | None = None) -> None:
     """Attention of an engine's step by block table; the rings then hold the step's newest tokens. See `tessera.kernels.paged`.
 
     Args:
-        q, k, v, pool, ring, layout, step, scale, softcap, window, drains: as for `tessera.kernels.paged.attend_paged`.
+        call: what it takes.
         out: (tokens, q_heads, head_dim), takes the result.
         backend: see `attend`.
 
     Raises:
         ValueError: if a backend is asked for that cannot do it, saying why.
     """
-    ATTEND_PAGED(q, k, v, pool, ring, layout, step, scale, softcap, window, drains, out=out, backend=backend)
+    with no_autocast(call.q.device):
+        ATTEND_PAGED(call, out=out, backend=backend)
 
 
 def collect(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -158,22 +158,10 @@ class Step:
         return self.memo["groups"]
 
 
-def attend_paged(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool: Tensor,
-    ring: Tensor,
-    layout: BlockLayout,
-    step: Step,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    drains: Tensor | None = None,
-) -> Tensor:
-    """Attention of all tokens of a step. What the step makes whole must be in the pool already (`codecs.pages.write`).
+class PagedCall(NamedTuple):
+    """What attention of a step takes.
 
-    Args:
+    Attributes:
         q: (tokens, q_heads, head_dim), the requests' tokens one behind the other.
         k, v: (tokens, kv_heads, head_dim), of the same tokens.
         pool: (blocks, kv_heads, nbytes) uint8.
@@ -181,17 +169,35 @@ def attend_paged(
         layout: of a block.
         step: whose tokens these are.
         scale: multiplies the scores.
-        softcap: scores become softcap · tanh(score / softcap).
-        window: a query sees this many newest tokens, itself included.
-        drains: (q_heads,) logits that take their share of the softmax and give nothing, as gpt-oss has them.
+        softcap: scores become softcap · tanh(score / softcap); None: they stay.
+        window: a query sees this many newest tokens, itself included; None: all.
+        drains: (q_heads,) logits that take their share of the softmax and give nothing, as gpt-oss has them; None: none.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pool: Tensor
+    ring: Tensor
+    layout: BlockLayout
+    step: Step
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    drains: Tensor | None = None
+
+
+def attend_paged(call: PagedCall) -> Tensor:
+    """Attention of all tokens of a step. What the step makes whole must be in the pool already (`codecs.pages.write`).
 
     Returns:
         (tokens, q_heads, head_dim) float32.
     """
+    q, pool, layout, step = call.q, call.pool, call.layout, call.step
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     for r, (token, start, end) in enumerate(step.spans()):
         keys, values = _packed(pool, layout, step.table[r], end // GROUP)
-        own_k, own_v = _exact(k, v, ring, layout, step, r)
+        own_k, own_v = _exact(call, r)
         sinks = layout.sinks(pool)[int(step.table[r, 0])].float() if layout.sink else None
         for group in range(start // GROUP, -(-end // GROUP)):
             low, high = group * GROUP, min(end, (group + 1) * GROUP)
@@ -203,7 +209,7 @@ def attend_paged(
             all_k = torch.cat((past_k, own_k[:, low - base : high - base]), dim=1)
             all_v = torch.cat((past_v, own_v[:, low - base : high - base]), dim=1)
             rows = slice(token + a - start, token + b - start)
-            out[rows] = _softmax(q[rows], all_k, all_v, a, scale, softcap, window, drains)
+            out[rows] = _softmax(call, q[rows], all_k, all_v, a)
     return out
 
 
@@ -221,45 +227,36 @@ def _packed(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -> tu
     return found[0], found[1]
 
 
-def _exact(k: Tensor, v: Tensor, ring: Tensor, layout: BlockLayout, step: Step, r: int) -> tuple[Tensor, Tensor]:
+def _exact(call: PagedCall, r: int) -> tuple[Tensor, Tensor]:
     """A request's exact tokens, from the group on that its step begins in: (kv_heads, n, head_dim) float32 each."""
-    token, start, end = step.spans()[r]
+    token, start, end = call.step.spans()[r]
     base = start // GROUP * GROUP
-    mine = layout.ring(ring)[int(step.rings[r, 0])]
-    slots = torch.arange(base, start, device=ring.device) % ring.shape[2]
+    mine = call.layout.ring(call.ring)[int(call.step.rings[r, 0])]
+    slots = torch.arange(base, start, device=call.ring.device) % call.ring.shape[2]
     kept = mine[:, slots].float()
     new = slice(token, token + end - start)
     return (
-        torch.cat((kept[:, :, 0], k[new].float().transpose(0, 1)), dim=1),
-        torch.cat((kept[:, :, 1], v[new].float().transpose(0, 1)), dim=1),
+        torch.cat((kept[:, :, 0], call.k[new].float().transpose(0, 1)), dim=1),
+        torch.cat((kept[:, :, 1], call.v[new].float().transpose(0, 1)), dim=1),
     )
 
 
-def _softmax(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    drains: Tensor | None,
-) -> Tensor:
+def _softmax(call: PagedCall, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     """Causal attention of queries (n, q_heads, d), the first at `start`, over keys (kv_heads, positions from 0 on, d)."""
     n, heads, _ = q.shape
     shared = heads // k.shape[0]
     k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
-    scores = q.float().transpose(0, 1) @ k.transpose(1, 2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = q.float().transpose(0, 1) @ k.transpose(1, 2) * call.scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
     query = torch.arange(start, start + n, device=q.device)[:, None]
     key = torch.arange(k.shape[1], device=q.device)
     seen = key <= query
-    if window is not None:
-        seen &= key > query - window
+    if call.window is not None:
+        seen &= key > query - call.window
     scores = scores.masked_fill(~seen, -math.inf)
-    if drains is not None:
-        scores = torch.cat((scores, drains.float().view(-1, 1, 1).expand(-1, n, 1)), dim=-1)
+    if call.drains is not None:
+        scores = torch.cat((scores, call.drains.float().view(-1, 1, 1).expand(-1, n, 1)), dim=-1)
     weights = scores.softmax(-1)[..., : k.shape[1]]
     return (weights @ v).transpose(0, 1)
 
@@ -295,21 +292,12 @@ def fill_rings(k: Tensor, v: Tensor, ring: Tensor, layout: BlockLayout, step: St
     layout.ring(ring)[block, :, slot] = torch.stack((k[token], v[token]), dim=2).to(layout.dtype)
 
 
-def attend_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool: Tensor,
-    ring: Tensor,
-    layout: BlockLayout,
-    step: Step,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    drains: Tensor | None = None,
-    *,
-    out: Tensor,
-) -> None:
-    """`attend_paged` into `out`, (tokens, q_heads, head_dim), and then `fill_rings`."""
-    out.copy_(attend_paged(q, k, v, pool, ring, layout, step, scale, softcap, window, drains))
-    fill_rings(k, v, ring, layout, step)
+def finish(found: Tensor, call: PagedCall, out: Tensor) -> None:
+    """Put what `attend_paged` gives into `out`, (tokens, q_heads, head_dim), and then `fill_rings`."""
+    out.copy_(found)
+    fill_rings(call.k, call.v, call.ring, call.layout, call.step)
+
+
+def attend_step(call: PagedCall, *, out: Tensor) -> None:
+    """`attend_paged` and `finish`."""
+    finish(attend_paged(call), call, out)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tessera.kernels.cpu import absorb as cpu_absorb
 from tessera.kernels.registry import Implementation, Operation
+from tessera.tensor_cache import scan
 from tessera.tensor_cache.config import Order, Rule
 from tessera.tensor_cache.fused import fused_scan
 from tessera.tensor_cache.fused import refusal as fused_refusal
 from tessera.tensor_cache.recurrence import wedge
-from tessera.tensor_cache.scan import scan
 
 
 def recur(
@@ -60,12 +60,6 @@ def _absorb(
     return cpu_absorb.absorb(q, k, v, g, eta, state, rule == "delta", order == "read_first", level)
 
 
-def _scan(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, eta: Tensor, state: Tensor, rule: Rule, order: Order, chunk: int
-) -> tuple[Tensor, Tensor]:
-    return scan(q, k, v, g, eta, state, rule, order, chunk)
-
-
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, eta: Tensor, state: Tensor, rule: Rule, order: Order, chunk: int
 ) -> tuple[Tensor, Tensor]:
@@ -75,7 +69,7 @@ def _fused(
 RECUR = Operation(
     "recur",
     "the recurrence of a Tensor Cache",
-    Implementation("reference", sys.modules[__name__], "_scan"),
+    Implementation("reference", scan, "scan"),
     [
         Implementation(
             "cpu",

@@ -20,7 +20,7 @@ from tessera.integrations.vllm.refusals import engine_refusal, layer_refusal
 from tessera.integrations.vllm.ring import Ring
 from tessera.integrations.vllm.settings import STATS_VARIABLE, required
 from tessera.kernels import dispatch
-from tessera.kernels.paged import GROUP, BlockLayout
+from tessera.kernels.paged import GROUP, BlockLayout, PagedCall
 
 _log = init_logger("vllm.tessera")
 
@@ -130,7 +130,6 @@ class TesseraAttention(AttentionImpl[TesseraMetadata]):
             request, group = groups.to(pool.device).long()
             block = step.table.to(pool.device)[request, group // self.layout.pages].long()
             write(self.settings.codec, self.layout, pool, block, group % self.layout.pages, keys, values, group == 0)
-        dispatch.attend_paged(
-            q, k, v, pool, ring, self.layout, step, self.scale, self.softcap, self.window, self.drains, out=output[:n]
-        )
+        call = PagedCall(q, k, v, pool, ring, self.layout, step, self.scale, self.softcap, self.window, self.drains)
+        dispatch.attend_paged(call, out=output[:n])
         return output

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import cpu
-from tessera.kernels.paged import GROUP, ROLES, BlockLayout, Step
+from tessera.kernels.paged import GROUP, ROLES, BlockLayout, PagedCall, Step
 
 #: Numbers that exact keys and values may be in, as the kernels count them.
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,53 +29,36 @@ def refusal(q: Tensor, layout: BlockLayout) -> str | None:
     return None
 
 
-def attend_paged(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool: Tensor,
-    ring: Tensor,
-    layout: BlockLayout,
-    step: Step,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    drains: Tensor | None = None,
-    *,
-    out: Tensor,
-    level: str | None = None,
-    limbs: int = cpu.LIMBS,
-) -> None:
+def attend_paged(call: PagedCall, *, out: Tensor, level: str | None = None, limbs: int = cpu.LIMBS) -> None:
     """`tessera.kernels.paged.attend_paged`, and then `fill_rings`.
 
     Args:
-        q, k, v: as there, in the layout's dtype.
-        pool, ring, layout, step, scale, softcap, window, drains: as there.
+        call: its queries, keys and values in the layout's dtype.
         out: (tokens, q_heads, head_dim) in the layout's dtype, takes the result.
         level, limbs: see `tessera.kernels.cpu.attend`.
 
     Raises:
         ValueError: if a table names no block of the pool, or lengths do not fit.
     """
-    heads = pool.shape[1]
+    heads, layout = call.pool.shape[1], call.layout
     key_form, value_form = layout.forms
-    q, k, v = _packed(q), _packed(k), _packed(v)
+    q, k, v = _packed(call.q), _packed(call.k), _packed(call.v)
     if out.stride(2) != 1:
         raise ValueError("a result's numbers must lie next to each other")
     cpu._cpu.attend_paged(
         cpu.book(key_form, heads, layout.layer),
         cpu.book(value_form, heads, layout.layer),
-        _pool(pool, ring, layout),
+        _pool(call.pool, call.ring, layout),
         level or cpu.levels()[-1],
-        _requests(step),
+        _requests(call.step),
         [*_rows(k), *_rows(v)],
         [*_rows(q), *_rows(out)],
         q.shape[1],
-        scale,
+        call.scale,
         value_form.value_gain,
-        softcap or 0.0,
-        window or 0,
-        0 if drains is None else drains.data_ptr(),
+        call.softcap or 0.0,
+        call.window or 0,
+        0 if call.drains is None else call.drains.data_ptr(),
         limbs,
         torch.get_num_threads(),
     )

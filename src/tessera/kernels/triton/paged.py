@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tessera.kernels import triton
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.paged import GROUP, BlockLayout, Step, fill_rings
+from tessera.kernels.paged import GROUP, BlockLayout, PagedCall, finish
 from tessera.kernels.params import AttendParams
 from tessera.kernels.triton.tables import COLUMNS
 
@@ -33,70 +33,34 @@ def refusal(q: Tensor, layout: BlockLayout) -> str | None:
     return None
 
 
-def attend_paged(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool: Tensor,
-    ring: Tensor,
-    layout: BlockLayout,
-    step: Step,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    drains: Tensor | None = None,
-) -> Tensor:
-    """`tessera.kernels.paged.attend_paged` in Triton and PyTorch; arguments and result as there."""
-    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    for r, (token, start, end) in enumerate(step.spans()):
+def attend_paged(call: PagedCall) -> Tensor:
+    """`tessera.kernels.paged.attend_paged` in Triton and PyTorch."""
+    out = torch.zeros(call.q.shape, dtype=torch.float32, device=call.q.device)
+    for r, (token, start, end) in enumerate(call.step.spans()):
         if start == end:
             continue
         rows = slice(token, token + end - start)
-        queries = q[rows].transpose(0, 1)[None]  # (1, heads, n, d)
-        parts = [_own(queries, k[rows], v[rows], pool, ring, layout, step, r, scale, softcap, window)]
+        queries = call.q[rows].transpose(0, 1)[None]  # (1, heads, n, d)
+        parts = [_own(call, queries, call.k[rows], call.v[rows], r)]
         groups = (end - 1) // GROUP
         if groups:
-            parts.append(_packed(queries, pool, layout, step.table[r], groups, start, scale, softcap, window))
-        if drains is not None:
-            lse = drains.float()[None, :, None].expand(queries.shape[:3]).contiguous()
+            parts.append(_packed(call, queries, call.step.table[r], groups, start))
+        if call.drains is not None:
+            lse = call.drains.float()[None, :, None].expand(queries.shape[:3]).contiguous()
             parts.append((torch.zeros_like(parts[0][0]), lse))
         found = triton.merge(parts)[0] if len(parts) > 1 else parts[0][0]
         out[rows] = found[0].transpose(0, 1)
     return out
 
 
-def attend_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool: Tensor,
-    ring: Tensor,
-    layout: BlockLayout,
-    step: Step,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    drains: Tensor | None = None,
-    *,
-    out: Tensor,
-) -> None:
+def attend_step(call: PagedCall, *, out: Tensor) -> None:
     """`tessera.kernels.paged.attend_step`."""
-    out.copy_(attend_paged(q, k, v, pool, ring, layout, step, scale, softcap, window, drains))
-    fill_rings(k, v, ring, layout, step)
+    finish(attend_paged(call), call, out)
 
 
-def _packed(
-    queries: Tensor,
-    pool: Tensor,
-    layout: BlockLayout,
-    table: Tensor,
-    groups: int,
-    start: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
+def _packed(call: PagedCall, queries: Tensor, table: Tensor, groups: int, start: int) -> tuple[Tensor, Tensor]:
     """Attention to the first groups of a request, without the sinks: each query sees those before its own."""
+    pool, layout = call.pool, call.layout
     keys, values = layout.forms
     assert isinstance(keys, JointFormat)
     assert isinstance(values, JointFormat)
@@ -113,7 +77,7 @@ def _packed(
         queries,
         blocks,
         (keys, values),
-        AttendParams(scale, mask, softcap, start, window),
+        AttendParams(call.scale, mask, call.softcap, start, call.window),
         kv_heads=pool.shape[1],
         aligns=aligns,
         centred="centre" in layout.fields["key"],
@@ -124,7 +88,7 @@ def group_table(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -
     """The table of `tables.block_table` for the first groups of a request, less its sinks.
 
     Args:
-        pool, layout: see `tessera.kernels.paged.attend_paged`.
+        pool, layout: see `tessera.kernels.paged.PagedCall`.
         table: (any,) int32, the request's blocks.
         groups: that are wanted.
 
@@ -162,23 +126,12 @@ def group_table(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -
     return rows, (gcd(*divisors["key"]), gcd(*divisors["value"])), kept
 
 
-def _own(
-    queries: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool: Tensor,
-    ring: Tensor,
-    layout: BlockLayout,
-    step: Step,
-    r: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
+def _own(call: PagedCall, queries: Tensor, k: Tensor, v: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Attention to a token's own group and to the sinks: (1, heads, n, d) and its log-sum-exp, float32.
 
     Groups lie side by side: (groups, heads, GROUP, sinks + GROUP) scores, whatever the length of the step.
     """
+    pool, ring, layout, step = call.pool, call.ring, call.layout, call.step
     _, start, end = step.spans()[r]
     first, last = start // GROUP, (end - 1) // GROUP
     base, count = first * GROUP, last - first + 1
@@ -195,16 +148,16 @@ def _own(
     keys, values = torch.cat((sinks[:, None].expand(-1, count, -1, -1, -1), own), dim=3)
     rows = torch.nn.functional.pad(queries[0].float(), (0, 0, start - base, count * GROUP - (end - base)))
     rows = rows.view(kv_heads, heads // kv_heads, count, GROUP, dim).permute(2, 0, 1, 3, 4)
-    scores = torch.einsum("gkhid,gkjd->gkhij", rows, keys) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.einsum("gkhid,gkjd->gkhij", rows, keys) * call.scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
     at = torch.arange(first * GROUP, (last + 1) * GROUP, device=device).view(count, GROUP)
     place = torch.cat((torch.arange(layout.sink, device=device).expand(count, -1), at), dim=1)[:, None]
     seen = place <= at[..., None]
     # In a request's first group the sinks are among its own tokens.
     seen[:, :, : layout.sink] &= (torch.arange(first, last + 1, device=device) > 0)[:, None, None]
-    if window is not None:
-        seen &= place > at[..., None] - window
+    if call.window is not None:
+        seen &= place > at[..., None] - call.window
     scores = scores.masked_fill(~seen[:, None, None], -math.inf)
     lse = scores.logsumexp(-1)
     found = torch.einsum("gkhij,gkjd->gkhid", (scores - lse[..., None]).exp(), values)
