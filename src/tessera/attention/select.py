@@ -28,7 +28,7 @@ def queries_at_a_time(q: Tensor, tokens: int) -> int:
     return max(1, MOST // max(1, q.shape[0] * q.shape[1] * tokens))
 
 
-def selected(q: Tensor, pages: Pages, top: int) -> Tensor:
+def selected(q: Tensor, pages: Pages, top: int, known: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The tokens that queries read.
 
     Args:
@@ -36,11 +36,12 @@ def selected(q: Tensor, pages: Pages, top: int) -> Tensor:
         pages: whose tokens are whole blocks, and whose codec keeps a summary of each block of keys.
         top: number of tokens that a query reads at most, a multiple of `BLOCK`. The query heads that share a key head read the
             same ones, those with the best prospect for any of them.
+        known: the `summaries` of the pages; None: they are asked for.
 
     Returns:
         (rows, q_heads, queries, tokens) bool.
     """
-    means, widths = summaries(pages)
+    means, widths = summaries(pages) if known is None else known
     rows, kv_heads, blocks, dim = means.shape
     heads, queries = q.shape[1], q.shape[2]
     seen = pages.narrowed(q.float()).view(rows, kv_heads, -1, dim)
@@ -61,7 +62,7 @@ def in_turn(q: Tensor, source: KVSource) -> Iterator[tuple[slice, Tensor]]:
     """Queries as many at a time as may be given a mask, and what they read of a source."""
     assert isinstance(source.held, Pages)
     assert source.top is not None
-    size = queries_at_a_time(q, source.tokens)
+    size, known = queries_at_a_time(q, source.tokens), summaries(source.held)
     for begin in range(0, q.shape[2], size):
         part = slice(begin, begin + size)
-        yield part, selected(q[:, :, part], source.held, source.top)
+        yield part, selected(q[:, :, part], source.held, source.top, known)
