@@ -27,10 +27,10 @@ def stream_of(cache: Any, index: int, batch: int, past: int, owner: str, config:
 
     Args:
         cache: tessera's or transformers'.
-        index: of the layer.
+        index: index of the layer.
         batch: rows that are given.
         past: tokens in the cache before these.
-        owner, config: of the memory, see `Stream`.
+        owner, config: the memory's, see `Stream`.
 
     Raises:
         ValueError: if the memory has not read what the cache holds, or the cache is of other rows.

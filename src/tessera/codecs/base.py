@@ -46,7 +46,7 @@ class Packed:
         codec: made this and can decode it.
         tensors: everything that is kept, by field name; `codec.fields` says how each is laid out.
         shape: (batch, kv_heads, tokens, head_dim) of what was encoded.
-        dtype: of what was encoded; `decode` gives it back.
+        dtype: dtype of what was encoded; `decode` gives it back.
         role: "key" or "value".
         layer: index of the layer in its model; codebooks drawn per layer depend on it.
         offset: tokens of the first group that were sliced away.
@@ -239,7 +239,7 @@ class Packed:
         """Read what `save` wrote.
 
         Args:
-            path: of the file.
+            path: path of the file.
             codec: what encoded it, where the spec in the file alone does not define it.
 
         Raises:

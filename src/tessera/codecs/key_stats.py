@@ -97,7 +97,7 @@ class KeyStats:
         Args:
             queries: (batch, kv_heads, n, head_dim) float32, of n tokens the mean squares over the query heads of a key head.
             keys: (batch, kv_heads, tokens, head_dim); these need not be the same tokens.
-            partner: of each channel the one that a rotary embedding turns it into, itself if there is none; None: nowhere.
+            partner: for each channel the other one of its rotary pair, itself if there is none; None: no rotary embedding.
         """
         keys = keys.float()
         square, tokens = torch.zeros_like(keys[:, :, 0]), keys.shape[2]
