@@ -30,8 +30,7 @@ def compare(
     skip: Annotated[int, typer.Option(help="Tokens of the text to leave out before the first window.")] = 0,
     chunk: Annotated[int, typer.Option(help="Tokens per call in the streaming protocol.")] = 64,
     layers: Annotated[
-        bool, typer.Option("--layers/--no-layers", help="Also measure the attention of every single layer, on the first
-        window.")
+        bool, typer.Option("--layers/--no-layers", help="Also measure every layer's attention alone, on the first window.")
     ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: float32 on a CPU, else auto]")
