@@ -1,4 +1,4 @@
-"""What models call instead of their own attention, and for its mask."""
+"""The attention function and the mask function that models call instead of their own."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tessera.cache.truncated_bptt import Segment
 from tessera.tensor_cache.gated_read import MemoryCall
 from tessera.tensor_cache.infini import Infini
 
-#: What the mask of a cache with slots for tokens to come, as transformers' StaticCache, says of their number.
+#: Attribute of a mask of a static cache, such as transformers' StaticCache, with its number of slots.
 ROOM = "_tessera_room"
 
-#: On a mask that hides nothing but what the padding that a caller has told hides, and that has not been looked at.
+#: Attribute of a mask that hides nothing beyond the caller's padding mask and that has not been read yet.
 UNREAD = "_tessera_unread"
 
 #: torch.compile breaks its graph here: what tiers hold changes from call to call, and kernels are no part of a graph.
@@ -53,12 +53,12 @@ def attention_forward(
         key: deferred keys or values from `tessera.Cache`, or keys (batch, kv_heads, slots, head_dim) from anywhere else.
         value: likewise.
         attention_mask: (batch or 1, heads or 1, tokens, slots), True where a query sees a slot, or None: causal.
-        dropout: of the attention weights; only without deferred keys.
-        scaling: of the scores; None: head_dim ** -0.5.
+        dropout: dropout rate of the attention weights; only without deferred keys.
+        scaling: what scores are multiplied by; None: head_dim ** -0.5.
         softcap: scores become softcap · tanh(score / softcap).
-        s_aux: (q_heads,) logits of sinks that take part in the softmax and give nothing.
-        memory_call: of a module with a Tensor Cache, which leaves there what it adds to the module's output.
-        kwargs: the rest that models pass; the window is in the mask already.
+        s_aux: (q_heads,) logits of sinks that take part in the softmax and have no value.
+        memory_call: the call of a module with a Tensor Cache; what the cache adds to the module's output is left there.
+        kwargs: other arguments that models pass, ignored; the window is in the mask already.
 
     Returns:
         (batch, tokens, q_heads, head_dim) and no weights.
@@ -112,7 +112,7 @@ def _bounded(
     softmax: Softmax,
     call: MemoryCall | None,
 ) -> Tensor:
-    """Attention to a window and sinks, and what a Tensor Cache adds to it, over plain keys and values."""
+    """Attention to a window and sinks over plain keys and values, with the contribution of a Tensor Cache."""
     if torch.compiler.is_compiling() and mask is not None and key.shape[2] > query.shape[2]:
         raise ValueError("a window over a cache of fixed length cannot be compiled; generate(..., disable_compile=True)")
     if call is None:
@@ -138,23 +138,23 @@ def mask_unless_causal(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """What models call for the mask that `attention_forward` is given: transformers' `sdpa_mask`, or None for plain causality.
+    """Make the mask for `attention_forward`: transformers' `sdpa_mask`, or None for plain causality.
 
-    That of the newest queries over everything seen before grows with what was seen, and would be made to say nothing.
+    A mask of the newest queries over all earlier tokens grows with them, and would carry no information.
     """
     causal = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
     room = 0 if torch.compiler.is_compiling() else int(kv_offset) + kv_length - int(q_offset) - q_length
     skip = allow_is_causal_skip and not room
     if not torch.compiler.is_compiling():
         if causal and room == 0 and q_length == 1 and attention_mask is not None:
-            # Whoever needs to know whether anything is hidden looks, once a call; a cache has more to ask in the same look.
+            # The code that needs to know whether anything is hidden reads the mask, once a call; a cache reads more with it.
             padding = attention_mask[:, None, None, int(kv_offset) : int(kv_offset) + kv_length]
             if padding.dtype == torch.bool and padding.shape[-1] == kv_length:
                 setattr(padding, UNREAD, True)
                 return padding
         if causal and room == 0 and (attention_mask is None or bool(attention_mask.all())):
             return None
-        # Where it is known that something is hidden, or one token sees a window, to look again costs more than the mask.
+        # Where something is known to be hidden, or one token sees a window, reading it again costs more than the mask.
         skip = skip and not (causal and attention_mask is not None) and q_length > 1
     # A mask that is left out is taken for that of the newest queries.
     rest = {"attention_mask": attention_mask, "local_size": local_size, "allow_is_causal_skip": skip}
@@ -165,7 +165,7 @@ def mask_unless_causal(
 
 
 def _unless_all(mask: Tensor | None) -> Tensor | None:
-    """The mask, or None if it was not looked at before and hides nothing; it is looked at once for all layers."""
+    """Return the mask, or None if it hides nothing; it is read once for all layers."""
     unread = getattr(mask, UNREAD, False)
     if mask is None or not unread:
         return mask
@@ -176,7 +176,7 @@ def _unless_all(mask: Tensor | None) -> Tensor | None:
 
 
 def _bottom_right(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
-    """The causal mask that was left out, for attention that would take it for that of equally many queries and keys."""
+    """Make the causal mask that was omitted, for attention that would assume equally many queries and keys."""
     tokens, slots = query.shape[2], key.shape[2]
     if tokens == 1 or tokens == slots or not getattr(module, "is_causal", True):
         return None

@@ -1,8 +1,8 @@
-"""Whether what a cache takes in is finite: looked at where it is, and told to the host with its one look at a call.
+"""Checks that keys and values are finite, on their own device; the host reads the result once per call.
 
-Whoever reads a number on another device waits for all that the device has been told to do. So there every finding is added to a
-flag on the device, numbers that are not finite are encoded as zeros, and the flag is read when the next call begins, together
-with that call's mask. On a CPU there is nothing to wait for, and a finding is refused at once.
+Reading a number from another device waits for all work queued there. So every finding is added to a flag on that device,
+numbers that are not finite are encoded as zeros, and the flag is read when the next call begins, together with that call's
+mask. On a CPU there is nothing to wait for, and non-finite numbers are refused at once.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from torch import Tensor
 
 
 class FiniteCheck:
-    """What the layers of a cache have found.
+    """The findings of all layers of a cache.
 
     Attributes:
-        at_once: refuse at once, whatever the device; False: never; None: on a CPU. For looking for what makes such numbers.
-        broken: something that is not finite has been taken in, so nothing but a reset helps.
+        at_once: refuse at once, whatever the device; False: never; None: on a CPU. Set it to find the call that makes such
+            numbers.
+        broken: non-finite numbers are in the cache, so that only a reset helps.
     """
 
     def __init__(self) -> None:
         self.at_once: bool | None = None
         self.broken = False
-        self._found: Tensor | None = None  # () bool on a device: whether there was anything since the last look
+        self._found: Tensor | None = None  # () bool on a device: whether there was a finding since it was last read
 
     def look(self, k: Tensor, v: Tensor) -> None:
-        """Look at pairs that a memory is about to absorb.
+        """Check pairs that a memory is about to absorb.
 
         Raises:
             ValueError: if one is not finite and that is known at once.
@@ -38,20 +39,20 @@ class FiniteCheck:
                 raise ValueError(f"{name} must be finite; a matrix that has absorbed NaN or infinity never recovers")
 
     def defers(self, device: torch.device) -> bool:
-        """Whether what is found on a device is told later."""
+        """Whether a finding on this device is reported later."""
         return device.type != "cpu" if self.at_once is None else not self.at_once
 
     def add(self, found: Tensor) -> None:
-        """A finding, () bool: whether there is a number that is not finite."""
+        """Add a finding, () bool: whether there is a number that is not finite."""
         self._found = found if self._found is None else self._found.to(found.device, non_blocking=True) | found
 
     def pending(self) -> Tensor | None:
-        """What was found since the last look, () bool on a device, to be read by the caller; None: nothing was looked at."""
+        """Return the findings since the last read, () bool on a device, for the caller to read; None: no check was made."""
         found, self._found = self._found, None
         return found
 
     def tell(self, found: bool) -> None:
-        """What the caller has read.
+        """Record the value that the caller has read.
 
         Raises:
             ValueError: if it is true, or was once.
@@ -64,7 +65,7 @@ class FiniteCheck:
             )
 
     def read(self) -> None:
-        """Look now, at the price of a synchronisation if there is something to be read.
+        """Read the findings now, which synchronises with the device if there are any to read.
 
         Raises:
             ValueError: see `tell`.
@@ -73,5 +74,5 @@ class FiniteCheck:
         self.tell(found is not None and bool(found))
 
     def reset(self) -> None:
-        """The cache has forgotten all that it held."""
+        """Clear the findings, for a cache that was reset."""
         self.broken, self._found = False, None

@@ -26,28 +26,28 @@ from tessera.devices import upload
 
 
 class MaskMemo:
-    """Answers about the masks of one step: all layers of a step are given the same few.
+    """Memoised properties of the masks of one step, whose layers are all given the same few.
 
-    Masks are known by identity, so nothing is remembered beyond the step: the next one may find the same buffer written anew.
+    Masks are compared by identity, so nothing is kept beyond the step: the next one may reuse the same buffer.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """A step begins."""
+        """Clear the memo at the beginning of a step."""
         self._known: list[tuple[weakref.ref[Tensor], Hashable, Any]] = []
         self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def index(self, rows: Sequence[int], device: torch.device) -> Tensor:
-        """Row numbers as a tensor on a device, brought there once a step."""
+        """Return row numbers as a tensor on a device, copied there once a step."""
         key = tuple(rows), device
         if key not in self._indices:
             self._indices[key] = upload(torch.tensor(rows, dtype=torch.long), device)
         return self._indices[key]
 
     def ask(self, mask: Tensor, question: Hashable, answer: Callable[[], Any]) -> Any:
-        """What `answer` returned when this was first asked about this mask."""
+        """Return the result of `answer`, computed once for each mask and question."""
         for known, asked, said in self._known:
             if known() is mask and asked == question:
                 return said
@@ -63,7 +63,7 @@ class MaskMemo:
 
 
 def boolean(mask: Tensor) -> Tensor:
-    """The mask as (batch or 1, heads or 1, queries, slots) bool, True where a query sees a slot.
+    """Convert the mask to (batch or 1, heads or 1, queries, slots) bool, True where a query sees a slot.
 
     Raises:
         ValueError: for an additive mask that does more than hide.
@@ -80,7 +80,7 @@ def boolean(mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What a mask says of the new tokens of its call, for each of its rows.
+    """The new tokens of a call according to its mask, for each row.
 
     Attributes:
         real: for each row, one byte for each token: 1 for a token, 0 for padding.
@@ -95,16 +95,16 @@ class NewTokens:
 
 
 def read_mask(mask: Tensor, known: NDArray[np.bool_], sliding: int | None, finite: FiniteCheck | None) -> NewTokens | None:
-    """Read the mask of a call, and what else the device has to say, in one look.
+    """Read the mask of a call, and pending findings of the finite checks, in one transfer from the device.
 
     Args:
-        mask: of the call.
+        mask: attention mask of the call.
         known: (batch, columns before the call's) bool, which slots hold tokens that the rows have.
         sliding: window of the layer's own attention in tokens, or None.
-        finite: told what it waits to hear; None: nothing.
+        finite: receives its findings; None: there is no check.
 
     Returns:
-        None if it says no more than causality: every row has all slots, and the one new token sees them.
+        None if it only states causality: every row has all slots, and the single new token sees them.
 
     Raises:
         ValueError: see `FiniteCheck.tell`.
@@ -116,7 +116,7 @@ def read_mask(mask: Tensor, known: NDArray[np.bool_], sliding: int | None, finit
     found = found.to(mask.device, non_blocking=True)
     seen = boolean(mask)
     if n == 1 and sliding is None and bool(known.all()):
-        # As it is for most tokens that are decoded.
+        # This holds for most decoding steps.
         whole, found_before = torch.stack((seen.all(), found)).tolist()
         if finite is not None:
             finite.tell(found_before)
@@ -149,7 +149,7 @@ def read_mask(mask: Tensor, known: NDArray[np.bool_], sliding: int | None, finit
 
 @dataclass(frozen=True)
 class Runs:
-    """Slots of a row, ascending, as (first slot, how many) each.
+    """Slots of a row, ascending, as runs of (first slot, count).
 
     Rows without padding between their tokens have one run, so this stays small however long they grow.
     """
@@ -168,7 +168,7 @@ class Runs:
         return Runs(tuple(runs))
 
     def joined(self, later: Runs, by: int) -> Runs:
-        """These and, behind them, `later` moved by so many slots."""
+        """Append `later`, moved by so many slots."""
         runs = [*self.runs]
         for first, size in later.runs:
             if runs and sum(runs[-1]) == first + by:
@@ -178,7 +178,7 @@ class Runs:
         return Runs(tuple(runs))
 
     def before(self, slot: int) -> int:
-        """How many of these slots lie before `slot`."""
+        """Count the slots before `slot`."""
         return sum(min(size, max(0, slot - first)) for first, size in self.runs)
 
     def cut(self, begin: int, end: int) -> Runs:
@@ -192,7 +192,7 @@ class Runs:
         return Runs(tuple(kept))
 
     def between(self, begin: int, end: int) -> Runs:
-        """The slots of this that lie in [begin, end), which are not in it."""
+        """Return the slots in [begin, end) that are missing from these."""
         gaps, at = [], begin
         for first, size in (*self.runs, (end, 0)):
             if at < min(first, end):
@@ -205,21 +205,21 @@ class Runs:
         return torch.cat([torch.arange(first, first + size, device=device) for first, size in self.runs])
 
     def of(self, tensor: Tensor, first: int, dim: int) -> Tensor:
-        """What a tensor whose `dim` counts the slots from `first` on has for these slots; nothing may lie before `first`."""
+        """Select these slots from a tensor whose `dim` counts slots from `first` on; none may be before `first`."""
         if len(self.runs) == 1 and self.runs[0] == (first, tensor.shape[dim]):
-            return tensor  # all of it, which is the rule in a step
+            return tensor  # the whole tensor, which is usual in a step
         parts = [tensor.narrow(dim, slot - first, size) for slot, size in self.runs]
         return parts[0] if len(parts) == 1 else torch.cat([tensor.narrow(dim, 0, 0), *parts], dim)
 
 
 class GroupMask:
-    """A mask as the rows that share their tiers see it.
+    """A call's mask restricted to the rows that share their tiers.
 
     Args:
-        mask: of the call, boolean; its last column is the newest slot.
+        mask: attention mask of the call, boolean; its last column is the newest slot.
         index: (rows,) int64 on the mask's device; None: all rows of the batch.
         queries: which of the call's tokens the queries are.
-        slots: of all tokens of these rows up to now, by place.
+        slots: slots of all tokens of these rows up to now, by place.
         seen: number of slots up to now.
     """
 
@@ -231,7 +231,7 @@ class GroupMask:
         self.slots, self.seen = slots, seen
 
     def columns(self, start: int, tokens: int) -> Tensor:
-        """The columns of the places [start, start + tokens); slots before the mask begins are hidden."""
+        """Return the columns of the places [start, start + tokens); slots before the mask's first column are hidden."""
         return self._columns(self.slots.cut(start, start + tokens))
 
     def _columns(self, wanted: Runs) -> Tensor:
@@ -240,8 +240,7 @@ class GroupMask:
         return torch.nn.functional.pad(found, (wanted.count - known.count, 0), value=False)
 
     def causal(self, first: int, sliding: int | None) -> bool:
-        """Whether it says no more than: no later token, and none outside the window of `sliding` tokens. first: place of the
-        first query."""
+        """Whether it hides only later tokens and those outside a window of `sliding`. first: place of the first query."""
         count = self.slots.count
         query = torch.arange(first, first + self.mask.shape[-2], device=self.mask.device)[:, None]
         place = torch.arange(count, device=self.mask.device)
@@ -250,11 +249,11 @@ class GroupMask:
             rule &= place > query - sliding
         low = self.slots.before(self.first)
         if sliding is not None and low > max(0, first - sliding + 1):
-            return False  # there is padding within the window, which is of slots: it hides more than one of places would
+            return False  # the window counts slots, so padding within it hides more than a window of places would
         return bool((self.columns(low, count - low) == rule[:, low:]).all())
 
     def shows_others(self) -> bool:
-        """Whether a query sees a slot that is none of these rows' tokens."""
+        """Whether a query sees a slot that holds no token of these rows."""
         others = self.slots.between(self.first, self.seen)
         return bool(others.runs) and bool(self._columns(others).any())
 
@@ -269,12 +268,12 @@ class GroupMask:
 
 
 class Documents(NamedTuple):
-    """Which document every slot of a batch belongs to, as whole tensors, for attention that keeps no tiers.
+    """The document of every slot of a batch, as whole tensors, for attention without tiers.
 
     Attributes:
         number: (batch, slots) int64, of the document, counted within its row; -1 for padding.
         place: (batch, slots) int64, of a token in its document.
-        single: every row is one document without padding, which needs no looking at the tensors.
+        single: every row is one document without padding, so the tensors need not be read.
     """
 
     number: Tensor
@@ -292,12 +291,12 @@ class Documents(NamedTuple):
 
 
 def by_lengths(lengths: Tensor, mask: Tensor | None, batch: int, queries: int, slots: int) -> Tensor:
-    """The mask of a row of packed documents whose ends are given as kernels for packed attention want them.
+    """Make the mask of a row of packed documents from their lengths, as kernels for packed attention are given them.
 
     Args:
         lengths: (documents + 1,) where documents begin, and at last the end, as in the keyword argument `cu_seq_lens_q`.
-        mask: of the call, which counts too, or None.
-        batch, queries, slots: of the call.
+        mask: attention mask of the call, which counts too, or None.
+        batch, queries, slots: sizes of the call.
 
     Raises:
         ValueError: for several rows, or another number of tokens.
@@ -314,13 +313,13 @@ def by_lengths(lengths: Tensor, mask: Tensor | None, batch: int, queries: int, s
 
 
 def documents(mask: Tensor | None, query: Tensor, slots: int, before: Documents | None = None) -> Documents:
-    """Sort the slots of a call into documents.
+    """Find the document of each slot of a call.
 
     Args:
-        mask: of the call; None: plain causality.
+        mask: attention mask of the call; None: plain causality.
         query: (batch, heads, tokens, head_dim) of the call.
         slots: all up to now.
-        before: what was found out about the slots before the call; None: those that the mask shows are one document.
+        before: documents of the slots before the call; None: those that the mask shows are one document.
 
     Raises:
         ValueError: if the mask shows what was padding when it came.
@@ -356,16 +355,16 @@ def _placed(number: Tensor) -> Documents:
 
 
 def check_absorbed(mask: Tensor, of: Documents, window: int, sink: int) -> None:
-    """Refuse a mask that a memory behind a window cannot follow: it reads whole what has left the window of its document.
+    """Refuse a mask that a memory behind a window cannot follow, because it holds all that left its document's window.
 
     Args:
-        mask: of the call.
+        mask: attention mask of the call.
         of: the documents of all slots.
         window: tokens that a query sees itself.
         sink: first tokens of a document that it sees too.
 
     Raises:
-        ValueError: naming what the mask may not do.
+        ValueError: if the mask hides absorbed tokens or shows another document.
     """
     seen, n = boolean(mask), mask.shape[-2]
     number, place = of.number[:, None, None], of.place[:, None, None]

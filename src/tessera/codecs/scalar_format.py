@@ -1,4 +1,4 @@
-"""What kernels must know of codecs that code number by number."""
+"""Construction of the formats that kernels read for codecs that code number by number."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def scalar_format(
 
     Args:
         numbers, bits, zero, levels, factor: as there.
-        fields: of keys, and of values too unless they have
-        values: of their own.
+        fields: kept fields of keys, and of values too unless they have
+        values: kept fields of values.
         rotated: numbers of a vector if it is rotated, else 0.
     """
     none = torch.zeros(0, dtype=torch.float32)

@@ -66,7 +66,7 @@ class Gates:
     Attributes:
         weight: W, (4 channels, 2 channels): rows i, f, o, g, columns V, h; or (4 channels, channels): h is not seen.
         bias: b, (4 channels,).
-        taps: of S, (3, channels, 3): axis, channel, cell before, itself, cell behind; None: S h is h.
+        taps: weights of S, (3, channels, 3): axis, channel, cell before, itself, cell behind; None: S h is h.
     """
 
     weight: Tensor

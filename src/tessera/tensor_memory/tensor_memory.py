@@ -45,7 +45,7 @@ class TensorMemory(Float32Module):
 
     Args:
         config: see `TensorMemoryConfig`.
-        dim: of the tokens, E.
+        dim: width of a token, E.
 
     Parameters, names and starts after the paper where no other source is given; as `torch.nn.Linear` starts them unless said
     otherwise:
@@ -199,7 +199,7 @@ class TensorMemory(Float32Module):
 
         Args:
             read_at: (batch, steps, reads, n).
-            writes: of as many steps.
+            writes: the writes of as many steps.
             h, c: (batch, channels, *grid).
 
         Returns:
