@@ -156,16 +156,17 @@ def _change(row: Row) -> tuple[str, str]:
 def frontier() -> str:
     """Loss and recall against all bytes, by model and length."""
     rows = _load("frontier")["rows"]
-    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    rows.sort(key=lambda row: (row["model"] == "demo model", row["model"], row["length"], row["nbytes"]))
+    lines: list[tuple[str, ...]] = []
+    before = None
     for row in rows:
-        found.setdefault((row["model"], row["length"], row["spec"]), {}).update(row)
-    recalled = any("nats" in row for row in found.values())
-    head = ["model", "tokens", "cache", "MiB", "loss over the exact cache's, nats"] + ["needle, nats a token"] * recalled
-    lines = []
-    for (model, length, spec), row in sorted(found.items(), key=lambda item: (item[0][0], item[0][1], item[1]["nbytes"])):
-        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}" if "loss" in row else ""
-        cells = [model, f"{length:,}", f"`{spec}`", f"{row['nbytes'] / 2**20:.2f}", loss]
-        lines.append(cells + [f"{mean(row['nats']):.2f}" if "nats" in row else ""] * recalled)
+        about = (row["model"], f"{row['length']:,}")
+        if about != before:
+            lines.append((*about, "nothing to recall: at first sight", "", "", f"{row['first']:.1%}"))
+            before = about
+        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}"
+        lines.append((*about, f"`{row['spec']}`", f"{row['nbytes'] / 2**20:.2f}", loss, f"{row['recall']:.1%}"))
+    head = ("model", "tokens", "cache", "MiB", "loss over the exact cache's, nats", "repeated tokens predicted")
     return markdown_table(head, lines)
 
 
