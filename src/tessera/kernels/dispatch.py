@@ -258,9 +258,9 @@ def nearest(x: Tensor, book: Codewords, backend: str | None = None) -> Tensor:
 
 
 @without_autocast
-def nearest_directions(chunks: Tensor, turns: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def nearest_directions(chunks: Tensor, rotations: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The best products of a unit and a secondary quaternion, see `tessera.kernels.directions`."""
-    found: tuple[Tensor, Tensor] = NEAREST_DIRECTIONS(chunks, turns, backend=backend)
+    found: tuple[Tensor, Tensor] = NEAREST_DIRECTIONS(chunks, rotations, backend=backend)
     return found
 
 

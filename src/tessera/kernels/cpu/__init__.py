@@ -296,14 +296,15 @@ def decode(packed: Coded, level: str | None = None) -> Tensor:
     return out
 
 
-def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_directions(chunks: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.directions` in C++."""
     batch, heads, tokens, n, _ = chunks.shape
-    chunks, turns = chunks.float().contiguous(), turns.contiguous()
+    chunks, rotations = chunks.float().contiguous(), rotations.contiguous()
     codes = torch.empty(chunks.shape[:-1], dtype=torch.int32, device="cpu")
     projections = torch.empty(chunks.shape[:-1], dtype=torch.float32, device="cpu")
     where = (codes.data_ptr(), projections.data_ptr(), torch.get_num_threads())
-    _cpu.nearest_directions(turns.data_ptr(), len(turns), turns.shape[1], chunks.data_ptr(), batch * heads, tokens * n, *where)
+    given = (rotations.data_ptr(), len(rotations), rotations.shape[1])
+    _cpu.nearest_directions(*given, chunks.data_ptr(), batch * heads, tokens * n, *where)
     return codes, projections
 
 
