@@ -52,7 +52,7 @@ class Identity:
 
     @staticmethod
     def read(found: Any) -> Identity:
-        """What `to_dict` made.
+        """Read a result of `to_dict`.
 
         Raises:
             ValueError: if it is something else.

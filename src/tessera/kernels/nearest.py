@@ -219,7 +219,7 @@ def build_index(words: Tensor, conjugations: bool) -> CellIndex:
 
 
 def _touches(low: Tensor, size: float, radius: float, conjugations: bool) -> Tensor:
-    """Which cubes may meet the reduced region (a few that do not are kept): (n,) bool."""
+    """Find the cubes that may intersect the reduced region (a few that do not are kept): (n,) bool."""
     low, high = low - MARGIN, low + size + MARGIN
     least = torch.where((low < 0) & (high > 0), 0.0, torch.minimum(low.abs(), high.abs()))
     keep = (least[:, 1:].sum(-1) <= high[:, 0]) & (least.norm(dim=-1) <= radius)

@@ -1,4 +1,4 @@
-"""The recurrence of a grid of cells that are written and read, in PyTorch.
+"""The recurrence of a grid of cells, in PyTorch.
 
 What does not depend on the state is computed for many steps at once.
 
@@ -36,7 +36,7 @@ _SEGMENT = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """What each step brings.
+    """The inputs of each step.
 
     Attributes:
         written: V's vectors by axis, (batch, steps, size, channels) each.

@@ -56,7 +56,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.
+    """The result of `plan`.
 
     Attributes:
         spec: specification of the cache to use; None: no candidate fits.

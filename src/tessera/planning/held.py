@@ -46,7 +46,7 @@ class Held:
 def held(
     spec: AnySpec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: int, lengths: Iterable[int]
 ) -> dict[int, Held]:
-    """What a cache holds after each number of tokens, read in one call or in calls of whole pages of 1,024.
+    """Count the bytes of a cache after each number of tokens, read in one call or in calls of whole pages of 1,024.
 
     Other cuts of calls can leave up to 64 tokens more of free room in each layer.
 

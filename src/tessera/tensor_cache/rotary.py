@@ -42,7 +42,7 @@ class Phase:
 
 
 def phase_of(model: Any, attention: nn.Module, head_dim: int) -> Phase:
-    """The phase of an attention module of `model`, checked against the model's own rotation.
+    """Return the phase of an attention module of `model`, checked against the model's own rotation.
 
     Raises:
         ValueError: if the model rotates in a way that is not known here.

@@ -35,7 +35,7 @@ class TensorMemoryLayer(Float32Module):
     def forward(
         self, memory: TensorMemory, x: Tensor, state: TensorMemoryState | None, places: Tensor | None = None
     ) -> tuple[Tensor, TensorMemoryState]:
-        """What is added to the residual stream.
+        """Compute the addition to the residual stream.
 
         Args:
             memory: the memory that all layers share.

@@ -24,7 +24,7 @@ REACH = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Writes:
-    """What chunks write.
+    """The writes of chunks.
 
     Attributes:
         at: (batch, steps, n), places in [-1, 1].
@@ -167,7 +167,7 @@ class TensorMemory(Float32Module):
         return self._place(self.coord_net, chunks, places)
 
     def writes(self, chunks: Tensor, places: Tensor | None, read_at: Tensor) -> Writes:
-        """What whole chunks write.
+        """Compute the writes of whole chunks.
 
         Args:
             chunks: (batch, steps, chunk, dim).

@@ -25,7 +25,7 @@ STATS_VARIABLE, STATS_KEY = "TESSERA_STATS", "tessera_stats"
 
 @dataclass(frozen=True)
 class Settings:
-    """What pages are made of.
+    """The codec and options of pages.
 
     Attributes:
         text: the specification as it was given.

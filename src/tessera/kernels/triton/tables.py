@@ -162,10 +162,10 @@ def _moves(form: JointFormat) -> Tensor:
 
 
 def block_table(pages: Pages, block: int, group: int) -> tuple[Tensor, int, int]:
-    """Where the kernel finds each block of tokens, (blocks, `COLUMNS`) int64; what divides the addresses and the bytes of key
-    codes and centres; and what divides those of value codes.
+    """Return the table of blocks, (blocks, `COLUMNS`) int64, and divisors of the addresses of keys and of value codes.
 
-    Columns: addresses of key codes, key scales, key centres, the largest exponents in these, value codes and value scales of
+    The first divisor is for key codes and centres. Columns: addresses of key codes, key scales, key centres, the largest
+        exponents in these, value codes and value scales of
     its first token; in the same order the distances from one key head to the next in bytes; number of tokens; place of the
     first.
     """
