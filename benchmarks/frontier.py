@@ -162,6 +162,10 @@ def draw(rows: list[Row], path: Path) -> None:
         loss.set_yscale("symlog", linthresh=0.001)
         loss.set_ylabel("loss over the exact cache's, nats a token", fontsize=9)
         recall.axhline(100 * own[0]["first"], color="#000000", lw=1, ls=":")
+        where = {"xy": (0.98, 100 * own[0]["first"]), "xycoords": ("axes fraction", "data")}
+        recall.annotate(
+            "at first sight", **where, xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", fontsize=8
+        )
         recall.set_ylabel("repeated tokens predicted, %", fontsize=9)
         for axis in (loss, recall):
             axis.set_xscale("log", base=2)
