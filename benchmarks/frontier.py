@@ -160,7 +160,7 @@ def draw(rows: list[Row], path: Path) -> None:
             loss.errorbar(x, lost, [row["error"] for row in points], fmt="none", ecolor=colour, lw=0.8, zorder=2)
             recall.scatter(x, [100 * row["recall"] for row in points], color=colour, marker=marker, s=42, zorder=3)
         loss.set_yscale("symlog", linthresh=0.001)
-        loss.set_ylabel("loss over the exact cache's, nats a token", fontsize=9)
+        loss.set_ylabel("loss over exact, nats a token", fontsize=9)
         recall.axhline(100 * own[0]["first"], color="#000000", lw=1, ls=":")
         where = {"xy": (0.98, 100 * own[0]["first"]), "xycoords": ("axes fraction", "data")}
         recall.annotate(
