@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tessera.cache.finite import FiniteCheck
+from tessera.finite import FiniteCheck
 from tessera.cache.offload import Store
 from tessera.cache.spec import Spec
 from tessera.codecs import Codec

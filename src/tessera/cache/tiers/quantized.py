@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tessera.cache.finite import FiniteCheck
+from tessera.finite import FiniteCheck
 from tessera.cache.offload import Store
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers.base import KVSource, Pairs, Tier
