@@ -65,7 +65,7 @@ def open_tensors(path: str | os.PathLike[str], what: str) -> Iterator[TensorFile
     """Open a safetensors file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         what: what is said of it if that fails, as "is no saved cache".
 
     Raises:

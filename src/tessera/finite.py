@@ -1,13 +1,11 @@
-"""Whether what a cache or a memory takes in is finite: looked at where it is, and told to the host with its one look at a call.
+"""Checks that what a cache or a memory takes in is finite, on its own device; the host reads the result once per call.
 
-On a GPU every finding is added to a flag on the device, numbers that are not finite are taken for zeros, and the flag is read
-when the next call begins, together with that call's mask (`tessera.readback`). On a CPU there is nothing to wait for, and a
-finding is refused at once.
+Reading a number from another device waits for all work queued there. So every finding is added to a flag on that device,
+numbers that are not finite are replaced by zeros, and the flag is read when the next call begins, together with that call's
+mask (`tessera.readback`). On a CPU there is nothing to wait for, and non-finite numbers are refused at once.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,20 +16,21 @@ from tessera.readback import Awaited, bring, note
 
 
 class FiniteCheck(Awaited):
-    """What the layers of a cache have found.
+    """The findings of all layers of a cache.
 
     Attributes:
-        at_once: refuse at once, whatever the device; False: never; None: on a CPU. For looking for what makes such numbers.
-        broken: something that is not finite has been taken in, so nothing but a reset helps.
+        at_once: refuse at once, whatever the device; False: never; None: on a CPU. Set it to find the call that makes such
+            numbers.
+        broken: non-finite numbers are in the cache, so that only a reset helps.
     """
 
     def __init__(self) -> None:
         self.at_once: bool | None = None
         self.broken = False
-        self._found: Tensor | None = None  # () bool on a device: whether there was anything since the last look
+        self._found: Tensor | None = None  # () bool on a device: whether there was a finding since it was last read
 
     def look(self, k: Tensor, v: Tensor) -> None:
-        """Look at pairs that a memory is about to absorb.
+        """Check pairs that a memory is about to absorb.
 
         Raises:
             ValueError: if one is not finite and that is known at once.
@@ -44,11 +43,11 @@ class FiniteCheck(Awaited):
                 raise ValueError(f"{name} must be finite; a matrix that has absorbed NaN or infinity never recovers")
 
     def defers(self, device: torch.device) -> bool:
-        """Whether what is found on a device is told later."""
+        """Whether a finding on this device is reported later."""
         return device.type != "cpu" if self.at_once is None else not self.at_once
 
     def add(self, found: Tensor) -> None:
-        """A finding, () bool: whether there is a number that is not finite."""
+        """Add a finding, () bool: whether there is a number that is not finite."""
         self._found = found if self._found is None else self._found.to(found.device, non_blocking=True) | found
         note(self)
 
@@ -57,15 +56,15 @@ class FiniteCheck(Awaited):
         return self._found
 
     def receive(self, said: NDArray[np.generic]) -> None:
-        """See `Awaited`. It is told by `read`: others may have read it along, whom it does not concern."""
+        """See `Awaited`. Only `read` raises: the transfer may have been made for another cache."""
         self._found = None
         self.broken = self.broken or bool(said)
 
     def read(self, *others: Awaited) -> None:
-        """Look now, at the price of a synchronisation if there is something to be read, here or of `others`.
+        """Read the findings, and what `others` wait for, with one synchronisation; none if nothing is pending.
 
         Raises:
-            ValueError: if something was not finite.
+            ValueError: if there is a finding, or was one since the last reset.
         """
         if self._found is not None or others:
             bring(self, *others)
@@ -80,14 +79,13 @@ class FiniteCheck(Awaited):
         self.broken, self._found = False, None
 
 
-
 def finite_only(x: Tensor, message: str, check: FiniteCheck | None) -> Tensor:
-    """`x`, of which all numbers must be finite; where that is told later, with zeros in place of those that are not.
+    """Check that all numbers of `x` are finite, and return it; where that is reported later, with zeros for those that are not.
 
     Args:
-        x: to be looked at.
+        x: tensor of any shape.
         message: of the error.
-        check: is told what is found where it defers that; None: it is refused at once.
+        check: receives the finding on devices where it defers them; None: it is refused at once.
 
     Raises:
         ValueError: if one is not finite and that is known at once.

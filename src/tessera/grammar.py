@@ -12,7 +12,7 @@ def words(text: str, examples: Iterable[str], what: str = "word") -> list[str]:
 
     Args:
         text: words joined by `+`.
-        examples: of words, which the error shows.
+        examples: examples of words, which the error shows.
         what: a word stands for.
 
     Raises:
@@ -30,7 +30,7 @@ def count(argument: str, word: str, example: str, text: str, least: int = 0, of:
     Args:
         argument: what stands there.
         word: the word with it.
-        example: of the word, which the error shows.
+        example: example of the word, which the error shows.
         text: the specification, which the error names.
         least: the smallest number that means something.
         of: what is counted.
@@ -48,10 +48,10 @@ def unknown(name: str, text: str, names: Iterable[str], examples: Iterable[str],
     """Refuse a name that there is none of, with the nearest and all that there are.
 
     Args:
-        name: of the word.
+        name: name of the word.
         text: the specification.
         names: that there are.
-        examples: of words with these names.
+        examples: examples of words with these names.
         what: a word stands for.
 
     Raises:

@@ -1,7 +1,7 @@
-"""What the host has to learn from a device, brought in one transfer.
+"""Reads of numbers from a device, gathered into one transfer.
 
-Whoever reads a number on another device waits for all that the device has been told to do. So what is to be read is noted where
-it comes up, and the first one who cannot go on without knowing brings everything that is noted along with its own.
+Reading a number from another device waits for all work queued there. So a read is noted where the need for it arises, and the
+first caller that cannot go on without its number transfers all noted reads together.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 
 
 class Awaited(ABC):
-    """Waits for numbers that are on a device."""
+    """A read that is yet to be made."""
 
     @abstractmethod
     def pending(self) -> Tensor | None:
-        """What is to be read; None: nothing. It is asked for once, and `receive` is given the numbers."""
+        """Return the tensor to be read, or None; `receive` is then given its numbers."""
 
     @abstractmethod
     def receive(self, said: NDArray[np.generic]) -> None:
-        """Take in the numbers, in the shape and dtype of what `pending` returned."""
+        """Take the numbers, in the shape and dtype of the tensor that `pending` returned."""
 
 
 class _Waiting(threading.local):
-    """What this thread has noted. Weak, as whoever is gone waits no more."""
+    """The reads that this thread has noted, by weak references: one that nobody holds any more is not made."""
 
     def __init__(self) -> None:
         self.each: weakref.WeakSet[Awaited] = weakref.WeakSet()
@@ -39,12 +39,12 @@ _WAITING = _Waiting()
 
 
 def note(awaited: Awaited) -> None:
-    """Have this thread's next `bring` read along what `awaited` waits for."""
+    """Add a read to this thread's next transfer."""
     _WAITING.each.add(awaited)
 
 
 def bring(*wanted: Awaited) -> None:
-    """Read what these wait for, and all that this thread has noted: one synchronisation, or none if nothing is pending."""
+    """Make these reads and all that this thread has noted: one synchronisation, or none if nothing is pending."""
     asked = [(each, each.pending()) for each in dict.fromkeys((*wanted, *_WAITING.each))]
     _WAITING.each.clear()
     found = [(each, tensor) for each, tensor in asked if tensor is not None]
@@ -61,7 +61,7 @@ def bring(*wanted: Awaited) -> None:
 
 
 class HostCopy(Awaited):
-    """A tensor of which the host will want a copy: `get` brings it, unless another `bring` has by then.
+    """A tensor of which the host will want a copy: `get` transfers it, unless another `bring` has done so by then.
 
     Args:
         tensor: bool or float32, of any shape.
@@ -81,7 +81,7 @@ class HostCopy(Awaited):
         self._said, self._tensor = said, None
 
     def get(self) -> NDArray[np.generic]:
-        """The numbers, at the price of a synchronisation if nobody has brought them yet."""
+        """Return the numbers, with a synchronisation if they have not been transferred yet."""
         if self._said is None:
             bring(self)
         assert self._said is not None

@@ -38,7 +38,7 @@ def check_seal(path: str | os.PathLike[str], what: str) -> None:
     """Compare the seal with the file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         what: what is said of it if it is no safetensors file, as "is no saved cache".
 
     Raises:

@@ -58,7 +58,7 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
     Args:
         model: see above, by itself or adapted by peft. One that `DistributedDataParallel`, `DataParallel`, FSDP or
             `torch.compile` has wrapped already is refused, because these do not notice what is added behind their back.
-        config: of the memory.
+        config: configuration of the memory.
         freeze: only what is added learns.
 
     Returns:
@@ -186,7 +186,7 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
 
     Args:
         model: the one that the memory was trained for, in any precision.
-        path: of the file.
+        path: path of the file.
         strict: refuse a model whose weights are others; without it, its shape alone must fit.
 
     Raises:

@@ -21,7 +21,7 @@ class AttachedMemory:
     """What `attach` did to a model, so that it can be undone.
 
     Attributes:
-        config: of the memory, a `TensorCacheConfig` or a `TensorMemoryConfig`.
+        config: configuration of the memory, a `TensorCacheConfig` or a `TensorMemoryConfig`.
         shape: what the memory must know of its model, as JSON has it.
         layers: what was added to each layer of the model, by its index.
         shared: what was added for all layers, or None.
@@ -30,7 +30,7 @@ class AttachedMemory:
         limited: attention modules that were given a window without a memory, each with the limits that it had before, or None.
         enabled: whether the model's attention was switched.
         owner: by which caches know what this memory has read; empty for a Tensor Cache.
-        names: of the tensors of each of `modules`, before anything has wrapped a part of it.
+        names: names of the tensors of each of `modules`, before anything has wrapped a part of it.
     """
 
     config: Any

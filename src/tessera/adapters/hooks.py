@@ -57,11 +57,11 @@ class MemoryHooks:
 
     Args:
         owner: what calls the layers.
-        layers: of the model, in the order in which they run.
+        layers: layers of the model, in the order in which they run.
         norms: between attention and MLP of each.
         causal: whether no output may depend on a later token.
-        window: of the model's sliding layers, in tokens, or None.
-        memory: of all layers.
+        window: window of the model's sliding layers, in tokens, or None.
+        memory: the memory that all layers share.
         added: what each layer gets, by index.
         threaded: see `TensorMemoryConfig`.
     """

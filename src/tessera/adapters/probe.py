@@ -19,8 +19,8 @@ def check_form(model: Any, layer: nn.Module, norm: nn.Module, causal: bool) -> N
 
     Args:
         model: see `tessera.attach`.
-        layer: of the model.
-        norm: of the layer, which should be given the residual stream behind the attention, x.
+        layer: layer of the model.
+        norm: norm of the layer whose input should be the residual stream behind the attention, x.
         causal: whether the model reads tokens or images.
 
     Raises:

@@ -35,7 +35,7 @@ def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, pas
         cached: whether the call has a cache, or the model makes one.
         kept: (rows, past) bool on the CPU, which tokens of earlier calls with the same cache were real; None: all.
         past: tokens of a row in the earlier calls.
-        window: of the model's sliding layers, in tokens, or None.
+        window: window of the model's sliding layers, in tokens, or None.
 
     Raises:
         ValueError: for what a memory that reads one token after the other cannot follow, saying why and what to do.

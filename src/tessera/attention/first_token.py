@@ -1,4 +1,4 @@
-"""How much attention the first token draws: in many models it is a sink, to which heads attend that look for nothing.
+"""The attention weight of the first token, which is a sink in many models: heads without a match attend to it.
 
 After "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453). The error of a codec in the key of a
 token that draws half of all attention is felt by every query, so such a token is best kept exact: "sink:4".
@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Mean weight over the heads of a layer above which the first token is called a sink. Where there is none, some layer gives it
-#: up to about 0.35 of a text of a hundred tokens; where there is one, more than 0.5 however long the text.
+#: Mean weight over the heads of a layer above which the first token is called a sink. In models without a sink some layer gives
+#: it up to about 0.35 in a text of a hundred tokens; in models with one, more than 0.5 at any length.
 SINK = 0.4
-#: Newest queries whose weights are looked at.
+#: Number of newest queries whose weights are averaged.
 QUERIES = 16
 
 
@@ -24,7 +24,7 @@ def first_key_weight(
     Args:
         query: (rows, q_heads, tokens, head_dim).
         key: (rows, kv_heads, slots, head_dim); the last query is that of the last slot, and queries see all slots up to theirs.
-        scale: of the scores.
+        scale: what scores are multiplied by.
         softcap: scores become softcap · tanh(score / softcap).
         s_aux: (q_heads,) logits that take part in the softmax.
     """

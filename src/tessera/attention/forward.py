@@ -1,4 +1,4 @@
-"""What models call instead of their own attention, and for its mask."""
+"""The attention function and the mask function that models call instead of their own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tessera.cache.truncated_bptt import Segment
 from tessera.tensor_cache.gated_read import MemoryCall
 from tessera.tensor_cache.infini import Infini
 
-#: What the mask of a cache with slots for tokens to come, as transformers' StaticCache, says of their number.
+#: Attribute of a mask of a static cache, such as transformers' StaticCache, with its number of slots.
 ROOM = "_tessera_room"
 
 #: What transformers masks a sliding window with, to tell it from other functions.
@@ -59,12 +59,12 @@ def attention_forward(
         key: deferred keys or values from `tessera.Cache`, or keys (batch, kv_heads, slots, head_dim) from anywhere else.
         value: likewise.
         attention_mask: (batch or 1, heads or 1, tokens, slots), True where a query sees a slot, or None: causal.
-        dropout: of the attention weights; only without deferred keys.
-        scaling: of the scores; None: head_dim ** -0.5.
+        dropout: dropout rate of the attention weights; only without deferred keys.
+        scaling: what scores are multiplied by; None: head_dim ** -0.5.
         softcap: scores become softcap · tanh(score / softcap).
-        s_aux: (q_heads,) logits of sinks that take part in the softmax and give nothing.
-        memory_call: of a module with a Tensor Cache, which leaves there what it adds to the module's output.
-        kwargs: the rest that models pass; the window is in the mask already.
+        s_aux: (q_heads,) logits of sinks that take part in the softmax and have no value.
+        memory_call: the call of a module with a Tensor Cache; what the cache adds to the module's output is left there.
+        kwargs: other arguments that models pass, ignored; the window is in the mask already.
 
     Returns:
         (batch, tokens, q_heads, head_dim) and no weights.
@@ -118,7 +118,7 @@ def _bounded(
     softmax: Softmax,
     call: MemoryCall | None,
 ) -> Tensor:
-    """Attention to a window and sinks, and what a Tensor Cache adds to it, over plain keys and values."""
+    """Attention to a window and sinks over plain keys and values, with the contribution of a Tensor Cache."""
     if torch.compiler.is_compiling() and mask is not None and key.shape[2] > query.shape[2]:
         raise ValueError("a window over a cache of fixed length cannot be compiled; generate(..., disable_compile=True)")
     if call is None:
@@ -144,7 +144,7 @@ def mask_unless_causal(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """What models call for the mask that `attention_forward` is given: transformers' `sdpa_mask`, or None for plain causality.
+    """Make the mask for `attention_forward`: transformers' `sdpa_mask`, or None for plain causality.
 
     One that is made of padding, and perhaps of a window, is made when something has to see it whole: it grows with what was
     seen before, mostly to say nothing. What it says is read once a call, with what else there is to be read.
@@ -197,12 +197,12 @@ def _unless_all(mask: Tensor | None) -> Tensor | None:
     # Where one token sees a window, to look costs more than the mask.
     if mask.window is not None and (mask.shape[2] == 1 or mask.shape[3] >= mask.window):
         return mask.whole
-    real = mask.real()
+    real = mask.real_slots()
     return None if real is None or real.all() else mask.whole
 
 
 def _bottom_right(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
-    """The causal mask that was left out, for attention that would take it for that of equally many queries and keys."""
+    """Make the causal mask that was omitted, for attention that would assume equally many queries and keys."""
     tokens, slots = query.shape[2], key.shape[2]
     if tokens == 1 or tokens == slots or not getattr(module, "is_causal", True):
         return None

@@ -34,13 +34,13 @@ def over_whole(
         )
     where = torch.arange(slots, device=query.device).expand(batch, -1)
     if position_ids is not None:
-        # What came before is taken to have had the positions before them.
+        # Earlier tokens are assumed to have the positions before them.
         where = where + (position_ids[:, :1] - past)
         where = torch.cat((where[:, :past].clamp(min=0), position_ids.expand(batch, -1)), dim=1)
     phase: Phase = module.infini_phase[0]
     plain_q, plain_k = phase.remove(query, where[:, past:]), phase.remove(key, where)
     if past:
-        # The memory is made again from all tokens; queries that were answered before are not asked again.
+        # The memory is computed again from all tokens; only new queries are computed.
         query, plain_q = (torch.cat((x.new_zeros((*x.shape[:2], past, x.shape[3])), x), dim=2) for x in (query, plain_q))
     out, _ = infini(query, key, value, plain_q, plain_k, scaling)
     return out[:, :, past : past + n].transpose(1, 2).contiguous()

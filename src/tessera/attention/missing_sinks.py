@@ -1,4 +1,4 @@
-"""One warning where a cache compresses a first token that draws much of the model's attention."""
+"""A warning where a cache compresses a first token that draws much of the model's attention."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from tessera.attention.windowed import Softmax
 from tessera.cache.cache_layer import TesseraLayer
 from tessera.cache.group import StepContext
 
-#: Fewer new tokens than this say too little: of a few keys the first has much weight anyway.
+#: With fewer new tokens the weight means little: among a few keys the first one has much weight anyway.
 ENOUGH = 64
 
 
 def warn_if_sinks_are_missing(
     layer: TesseraLayer, query: Tensor, steps: Sequence[StepContext], scale: float, softmax: Softmax
 ) -> None:
-    """Look, in the first call of a cache without sinks, at how much attention the first token draws; warn once if it is much.
+    """Measure the first token's attention weight in the first call of a cache without sinks; warn once if it is large.
 
-    Only there is it known for little more than nothing: the call begins the sequence, and its keys are exact still. It must
-    have more than `ENOUGH` tokens. Looked at are the layers of the second half without a sliding window, until one has a sink.
-    After the last layer of that call nothing is looked at any more.
+    In that call it costs little, because the call begins the sequence and its keys are still exact. It must have more than
+        `ENOUGH` tokens. Only layers of the second half without a sliding window are measured, until one has a sink. After the
+        last layer of that call nothing more is measured.
 
     Args:
-        layer: of the cache, whose `context.sinks_known` says whether there is nothing left to find out.
+        layer: layer of the cache; its `context.sinks_known` says whether the check is done.
         query: (batch, q_heads, tokens, head_dim).
-        steps: of the call, as `TesseraLayer.begin_step` gave them.
-        scale: of the scores.
+        steps: steps of the call, as `TesseraLayer.begin_step` gave them.
+        scale: what scores are multiplied by.
         softmax: how scores become weights.
     """
     context, policy = layer.context, layer.policy
@@ -40,7 +40,7 @@ def warn_if_sinks_are_missing(
         return
     (step,) = steps
     assert step.pending is not None
-    rows = query if len(step.group.rows) == query.shape[0] else query[step.group.rows]
+    rows = query if step.index is None else query.index_select(0, step.index)
     weight = first_key_weight(step.queries.of(rows, 0, 2), step.pending[0], scale, softmax.softcap, softmax.s_aux)
     if weight > SINK:
         context.sinks_known = True

@@ -1,4 +1,4 @@
-"""Seeing what attention modules give to their attention function, for measurements."""
+"""Observation of attention calls, for measurements."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tessera.cache.deferred import ATTENTION
 
 @dataclass(frozen=True)
 class Call:
-    """What an attention module gave to Tessera's attention function.
+    """The arguments that an attention module passed to Tessera's attention function.
 
     Attributes:
         module: the model's attention module.
         query: (batch, q_heads, tokens, head_dim), after the rotary embedding.
         key: (batch, kv_heads, slots, head_dim), likewise; deferred where the call is made through a `tessera.Cache`.
-        value: likewise, without a rotary embedding.
+        value: (batch, kv_heads, slots, head_dim), without a rotary embedding.
         mask: (batch or 1, heads or 1, tokens, slots), or None: causal.
-        options: whatever else was given by name, "scaling" among it.
+        options: the other keyword arguments, such as "scaling".
     """
 
     module: nn.Module
@@ -42,16 +42,16 @@ class Call:
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied with."""
+        """The factor of the scores."""
         scaling = self.options.get("scaling")
         return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 @contextmanager
 def observed(see: Callable[[Call], None]) -> Iterator[None]:
-    """Within the block, have `see` called before each call of attention is answered, in every model that `enable` was given.
+    """Call `see` before each attention call within the block, in every model that `enable` was given.
 
-    What `see` does with `attention_forward` itself is not observed. For measurements in one thread: the function is exchanged
+    Calls that `see` makes of `attention_forward` are not observed. For measurements in one thread: the function is exchanged
     for all models.
     """
 

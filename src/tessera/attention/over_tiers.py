@@ -1,4 +1,4 @@
-"""One softmax over all tiers of a `tessera.Cache`, and what its Tensor Cache adds."""
+"""One softmax over all tiers of a `tessera.Cache`, and the contribution of its Tensor Cache."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tessera.kernels import AttendParams, Pages, dispatch
 from tessera.kernels.source import Source
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 
-#: `start` and `window` of what every query reads whole.
+#: `start` and `window` of a source that every query reads completely.
 NO_RULE = (None, None)
 
 
 def over_tiers(
     module: nn.Module, query: Tensor, deferred: DeferredKV, mask: Tensor | None, softmax: Softmax, call: MemoryCall | None
 ) -> Tensor:
-    """Attention to all that a layer of a cache holds; arguments as of `attention_forward`.
+    """Attention over all tiers of a cache's layer; arguments as in `attention_forward`.
 
     Returns (batch, tokens, heads, head_dim).
     """
@@ -63,7 +63,7 @@ def over_tiers(
 
 
 def _put(into: Tensor, given: Tensor, index: Tensor | None, queries: Runs) -> None:
-    """Write what some rows and queries have got into (batch, tokens, ...)."""
+    """Copy the results of some rows and queries into (batch, tokens, ...)."""
     at = 0
     for first, size in queries.runs:
         part, own = into[:, first : first + size], given[:, at : at + size].to(into.dtype)
@@ -75,7 +75,7 @@ def _put(into: Tensor, given: Tensor, index: Tensor | None, queries: Runs) -> No
 
 
 def _recall(memory: TensorCacheLayer, q: Tensor, step: StepContext) -> Tensor:
-    """What the Tensor Cache adds for the queries of a step, whose group then knows the pairs that left as written.
+    """Compute the Tensor Cache's contribution for a step's queries; the pairs that left then count as written.
 
     q: (rows, heads, tokens, head_dim); returns (rows, tokens, hidden).
     """
@@ -87,17 +87,17 @@ def _recall(memory: TensorCacheLayer, q: Tensor, step: StepContext) -> Tensor:
     begin, end = matrix.written, step.first + step.tokens
     k, v = step.pairs(max(0, begin - window), max(0, end - window))
     group.policy.finite.look(k, v)
-    # What left at earlier queries, which might have been taken back, has not been written yet; those read nothing now.
+    # Pairs that left at earlier, then croppable queries have not been written yet; those queries read nothing now.
     late = step.first - begin
     at = matrix.positions_of(step.first, end, end)
     if at is not None:
         q = memory.unrotated(q, at)
-    # Sinks, whose positions may not be known any more, are never written.
+    # Sinks, whose positions may be gone, are never written.
     at = matrix.positions_of(max(0, begin - window), max(0, end - window), end)
     if at is not None:
         k = memory.unrotated(k, at)
     live = (torch.arange(begin, end, device=q.device) - window >= memory.config.sink).expand(len(group.rows), -1)
-    # The first tokens push nothing out, until the window is full.
+    # No pair leaves until the window is full.
     idle = end - begin - k.shape[2]
     k, v = pad(k, (0, 0, idle, 0)), pad(v, (0, 0, idle, 0))
     before = matrix.state_for(memory.memory, k)
@@ -112,7 +112,7 @@ def _recall(memory: TensorCacheLayer, q: Tensor, step: StepContext) -> Tensor:
 
 
 def _read(memory: TensorCacheLayer, q: Tensor, step: StepContext, matrix: TensorCacheTier) -> Tensor:
-    """What a memory behind codecs adds, which has what left before this call; what leaves at the call's end is written then."""
+    """Compute the contribution of a memory behind codecs, which holds pairs of earlier calls; this call's leave at its end."""
     group, end = step.group, step.first + step.tokens
     at = matrix.positions_of(step.first, end, end)
     if at is not None:
@@ -135,7 +135,7 @@ def _read(memory: TensorCacheLayer, q: Tensor, step: StepContext, matrix: Tensor
 
 
 def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, softmax: Softmax) -> Tensor:
-    """One softmax over all sources. q: (rows, q_heads, tokens, head_dim), as the result."""
+    """Compute one softmax over all sources. q, and the result: (rows, q_heads, tokens, head_dim)."""
     if mask is None and softmax.s_aux is None and not any(_sparse(source) for source in step.sources):
         given = [Source(source.held, *(NO_RULE if source.unmasked else _rule(step, source))) for source in step.sources]
         read = dispatch.attend_sources(q, given, scale, softmax.softcap)
@@ -148,7 +148,7 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
         start, window = _rule(step, source)
         seen = None
         if mask is not None:
-            # The mask may say something else than causality, so a window only hides what is older than it.
+            # The mask may differ from causality, so a window only hides what is older than it.
             seen = mask.columns(source.start, source.tokens)
             if window is not None and not step.group.policy.masked:
                 seen = seen & _newer(step, source, window, q.device)
@@ -167,12 +167,12 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
 
 
 def _sparse(source: KVSource) -> bool:
-    """Whether queries read only a choice of the source's blocks."""
+    """Whether queries read only selected blocks of the source."""
     return source.top is not None and source.top < source.tokens
 
 
 def _over_pages(q: Tensor, source: KVSource, pages: Pages, params: AttendParams) -> tuple[Tensor, Tensor]:
-    """Partial attention to quantised tokens, where they lie; arguments as of `dispatch.attend`."""
+    """Partial attention to quantised tokens, on the device that holds them; arguments as in `dispatch.attend`."""
     here, there = q.device, pages.pages[0][0].device
     if here != there:
         q, params = q.to(there), replace(params, mask=None if params.mask is None else params.mask.to(there))
@@ -184,7 +184,7 @@ def _over_pages(q: Tensor, source: KVSource, pages: Pages, params: AttendParams)
 
 
 def _sparsely(q: Tensor, source: KVSource, params: AttendParams) -> tuple[Tensor, Tensor]:
-    """Partial attention of queries to the blocks of a source that promise most; arguments as of `dispatch.attend`."""
+    """Partial attention to the selected blocks of a source; arguments as in `dispatch.attend`."""
     assert isinstance(source.held, Pages)
     parts = []
     for part, chosen in select.in_turn(q, source):
@@ -196,13 +196,13 @@ def _sparsely(q: Tensor, source: KVSource, params: AttendParams) -> tuple[Tensor
 
 
 def _newer(step: StepContext, source: KVSource, window: int, device: torch.device) -> Tensor:
-    """Whether a key of the part lies within the window of a query, or behind it: (queries, tokens) bool."""
+    """Whether a key of the part is within a query's window or newer than the query: (queries, tokens) bool."""
     query = torch.arange(step.first, step.first + step.tokens, device=device)[:, None]
     return torch.arange(source.start, source.start + source.tokens, device=device) > query - window
 
 
 def _rule(step: StepContext, source: KVSource) -> tuple[int | None, int | None]:
-    """The part's `start` and `window` for the kernels, None where they hide nothing."""
+    """Return the part's `start` and `window` for the kernels, None where they hide nothing."""
     start, window = step.first - source.start, source.window
     if window is not None and start + step.tokens - window <= 0:
         window = None
@@ -212,9 +212,9 @@ def _rule(step: StepContext, source: KVSource) -> tuple[int | None, int | None]:
 
 
 def _fused(q: Tensor, step: StepContext, scale: float) -> Tensor | None:
-    """PyTorch's own attention, where all that is read is one exact part with a rule that it knows.
+    """Use PyTorch's attention where a single exact part with a causal rule is read.
 
-    Not where there is a kernel, but for many queries in bfloat16, of which processors may have products.
+    Kernels go first, except for many queries in bfloat16, for which processors may have matrix products.
     """
     source = step.sources[0]
     if isinstance(source.held, Pages) or source.held[0].dtype != q.dtype:
@@ -229,7 +229,7 @@ def _fused(q: Tensor, step: StepContext, scale: float) -> Tensor | None:
     if (q.dtype != torch.bfloat16 or tokens == 1) and dispatch.exact_family(q, k, v, AttendParams(scale, start=start)) == "cpu":
         return None
     if start is None and tokens == 1:
-        # The queries of a group become the query tokens of their key head, so keys are not repeated.
+        # The query heads of a group are folded into the query tokens of their key head, so keys are not repeated.
         packed = q.reshape(rows, k.shape[1], heads // k.shape[1], dim)
         return scaled_dot_product_attention(packed, k, v, scale=scale).reshape(rows, heads, 1, dim)
     if start == 0 and tokens == source.tokens:

@@ -1,4 +1,4 @@
-"""What a Tensor Cache keeps beside a cache of transformers, which has the keys and values of its tokens only."""
+"""The state of a Tensor Cache beside a cache of transformers, which holds only keys and values."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from torch.nn.functional import pad
 from tessera.attention.windowed import recalled
 from tessera.cache.layer_states import LayerState, state_of, stateful
 from tessera.cache.masks import Documents, documents
+from tessera.devices import upload
 from tessera.tensor_cache import TensorCacheState
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 
-#: What `LayerStates` calls it.
+#: Its kind in `LayerStates`.
 TENSOR_CACHE = "tensor_cache"
-#: When so many of the newest tokens or fewer are taken back, little is written again.
+#: A crop by at most this many newest tokens needs few writes again.
 BACK = 64
 
 
 class Past(LayerState):
-    """Documents and rotary positions of the tokens of one layer, and what has been written of them.
+    """Documents and rotary positions of the tokens of one layer, and the memory's state.
 
-    The state is that of the newest document of each row. What has left the window up to the query of slot `written` is in it,
-    so a call runs the recurrence over its own tokens only. Keys and values stay with the cache: where the state does not serve,
-    as behind a crop that goes back further than `before`, it is made again from them, once.
+    The state is that of the newest document of each row. It contains what left the window up to the query of slot `written`, so
+    a call runs the recurrence over its own tokens only. Keys and values are in the cache: where the state cannot be used, as
+    after a crop further back than `before`, it is computed again from them, once.
 
     Attributes:
-        documents: see there.
+        documents: see `Documents`.
         slots: number of tokens, padding included.
-        positions: (batch, slots) int64; None: nobody needs them.
+        positions: (batch, slots) int64; None: not needed.
         state: None: nothing has been written yet.
         written: slots.
-        before: an earlier state, and its slots.
+        before: an earlier state, and its number of slots.
     """
 
     def __init__(self, of: Documents, positions: Tensor | None) -> None:
@@ -39,23 +40,23 @@ class Past(LayerState):
         self.forget()
 
     def note(self, of: Documents, positions: Tensor | None) -> None:
-        """Documents and positions of all tokens up to now."""
+        """Store documents and positions of all tokens so far."""
         self.documents, self.positions = of, positions
         self.batch, self.slots = of.number.shape
 
     def forget(self) -> None:
-        """What has been written is to be written again."""
+        """Drop the state, so that it is computed again."""
         self.owner = ""
         self.state: TensorCacheState | None = None
         self.written = 0
         self.before: tuple[TensorCacheState | None, int] = (None, 0)
 
-    # What is done to its layer
+    # Changes of its layer
 
     def select(self, rows: Tensor) -> None:
         """See `LayerState`."""
         at = self.positions
-        self.note(self.documents.select(rows), None if at is None else at[rows.to(at.device)])
+        self.note(self.documents.select(rows), None if at is None else at[upload(rows, at.device)])
         self.state = None if self.state is None else self.state.select(rows)
         before, slots = self.before
         self.before = None if before is None else before.select(rows), slots
@@ -94,19 +95,19 @@ class Past(LayerState):
     # Within a call
 
     def recall(self, memory: TensorCacheLayer, query: Tensor, key: Tensor, value: Tensor, keep: bool) -> Tensor:
-        """What the memory adds for the newest tokens, whose documents and positions are known by now.
+        """Compute the memory's contribution for the newest tokens, whose documents and positions have been noted.
 
         Args:
-            memory: of the layer.
+            memory: the layer's memory.
             query: (batch, heads, n, head_dim).
             key, value: (batch, kv_heads, slots, head_dim).
-            keep: whether what is written stays; else it is written for this call alone, and can be differentiated.
+            keep: whether the new state is kept; if False it is computed for this call alone, and is differentiable.
 
         Returns:
             (batch, n, hidden).
         """
         past, of = key.shape[2] - query.shape[2], self.documents
-        # Means of chunks depend on where these begin, and a state is of one document.
+        # Means of chunks depend on where chunks begin, and a state belongs to one document.
         keep = keep and not torch.is_grad_enabled() and memory.config.write != "chunk_means"
         if not keep or (not of.single and bool(((of.place == 0) & (of.number > 0))[:, past:].any())):
             self.forget()
@@ -119,16 +120,16 @@ class Past(LayerState):
             query = memory.unrotated(query, self.positions[:, past:])
         asked = pad(query, (0, 0, past - self.written, 0))
         start, reads = self.written, []
-        # In two parts where there is much to be written, so that the newest tokens can be taken back.
+        # Many writes are made in two parts, so that the newest tokens can be cropped.
         for end in sorted({max(start, key.shape[2] - BACK), key.shape[2]} - {start}):
             self.before = self.state, self.written
             reads.append(self._write(memory, asked[:, :, self.written - start : end - start], key, value, end))
         return memory.project(torch.cat(reads, 2)[:, :, past - start :], query)
 
     def _write(self, memory: TensorCacheLayer, query: Tensor, key: Tensor, value: Tensor, end: int) -> Tensor:
-        """Write what leaves the window at the slots from `written` to `end`, and read at each.
+        """Write what leaves the window at the slots from `written` to `end`, and read at each of them.
 
-        query: (batch, heads, end - written, head_dim); returns as much.
+        query, and the result: (batch, heads, end - written, head_dim).
         """
         at, live = self._leaving(memory.config.window, memory.config.sink, end)
         k, v = (x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (key, value))
@@ -140,7 +141,7 @@ class Past(LayerState):
         return read
 
     def _leaving(self, window: int, sink: int, end: int) -> tuple[Tensor, Tensor]:
-        """Which slot leaves the window at each slot from `written` to `end`, and whether there is one to be written."""
+        """Find the slot that leaves the window at each slot from `written` to `end`, and whether it is to be written."""
         number, place, single = self.documents
         new = slice(self.written, end)
         live = place[:, new] - window >= sink
@@ -148,7 +149,7 @@ class Past(LayerState):
             slot = torch.arange(self.written, end, device=number.device).expand(self.batch, -1)
             return (slot - window).clamp(min=0), live
         real = number >= 0
-        # The slots of real tokens, in order, in front.
+        # The slots of real tokens, in order, come first.
         order = (~real).to(torch.int8).argsort(dim=1, stable=True)
         count = real.cumsum(1)[:, new] - 1
         live &= real[:, new] & (number[:, new] == number.amax(1, keepdim=True))
@@ -156,16 +157,16 @@ class Past(LayerState):
 
 
 def tokens_so_far(call: MemoryCall, query: Tensor, slots: int, mask: Tensor | None) -> Past:
-    """Documents and positions of all slots of a call, noted on the layer of its cache for the next one.
+    """Find documents and positions of all slots of a call, and store them on the cache's layer for the next call.
 
     Args:
         call: whose cache is transformers' own, or None.
         query: (batch, heads, tokens, head_dim).
         slots: tokens in the cache, the call's own included.
-        mask: of the call.
+        mask: attention mask of the call.
 
     Raises:
-        ValueError: if the cache holds tokens that went through attention without the memory.
+        ValueError: if the cache holds tokens that the memory has not seen.
     """
     batch, n = query.shape[0], query.shape[2]
     past, layer = slots - n, None if call.cache is None else call.cache.layers[call.layer]
@@ -179,11 +180,11 @@ def tokens_so_far(call: MemoryCall, query: Tensor, slots: int, mask: Tensor | No
         )
     if known is not None:
         known.to(query.device)
-        known.crop(known.slots, past)  # what lies behind has been cut off by hand
+        known.crop(known.slots, past)  # the newest tokens were cut off without `crop`
     of = documents(mask, query, slots, None if known is None else known.documents)
     positions = call.positions_of(query)
     if positions is not None:
-        # A copy in any case: what the caller gave is written anew for its next call, as likely as not.
+        # A copy in any case: the caller is likely to overwrite its tensor for its next call.
         positions = positions.expand(batch, -1)
         old = positions[:, :0] if known is None else known.positions
         assert old is not None
@@ -197,7 +198,7 @@ def tokens_so_far(call: MemoryCall, query: Tensor, slots: int, mask: Tensor | No
 
 
 def recall(call: MemoryCall, past: Past, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What a Tensor Cache adds for the tokens of a call; see `Past.recall`, and `tokens_so_far` for `past`."""
+    """Compute a Tensor Cache's contribution for a call's tokens; see `Past.recall`, and `tokens_so_far` for `past`."""
     added = past.recall(call.memory, query, key, value, keep=call.cache is not None)
     if call.cache is not None:
         stateful(call.cache.layers[call.layer]).used()

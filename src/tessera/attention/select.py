@@ -1,9 +1,9 @@
-"""Sparse reading: which blocks of a quantised tier a query reads, by what their summaries promise.
+"""Sparse reading: selection of the blocks of a quantised tier that a query reads, by estimated scores.
 
-As in Quest (arXiv 2406.10774) and MoBA (arXiv 2502.13189) a query reads the blocks of 64 tokens with the best prospects only.
-The prospect of a block is the query's score with the mean of its keys, which the codec keeps, and `SPREAD` times what a key of
-usual direction may lie above it: the length of the query times the largest root mean square of what is left of a key when the
-mean is taken away. It costs one score a block instead of one a token.
+As in Quest (arXiv 2406.10774) and MoBA (arXiv 2502.13189) a query reads only the blocks of 64 tokens with the highest
+estimates. The estimate for a block is the query's score with the mean of its keys, which the codec keeps, plus `SPREAD` times a
+typical deviation from it: the length of the query times the largest root mean square of a centred key. It costs one score a
+block instead of one a token.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import KVSource
 from tessera.kernels import Pages
 
-#: How many times the usual deviation of a score counts, measured by `benchmarks/sparse_reading.py`.
+#: Weight of the typical deviation of a score, chosen with `benchmarks/sparse_reading.py`.
 SPREAD = 0.5
-#: Bytes of a mask at most; more queries are read in turn.
+#: Maximum bytes of a mask; more queries are processed in turn.
 MOST = 16 << 20
 
 
 def queries_at_a_time(q: Tensor, tokens: int) -> int:
-    """How many queries of (rows, q_heads, queries, head_dim) may be given a mask of their own over so many tokens."""
+    """Number of queries of (rows, q_heads, queries, head_dim) whose masks over so many tokens fit the limit."""
     return max(1, MOST // max(1, q.shape[0] * q.shape[1] * tokens))
 
 
@@ -35,7 +35,7 @@ def selected(q: Tensor, pages: Pages, top: int, known: tuple[Tensor, Tensor] | N
         q: (rows, q_heads, queries, head_dim).
         pages: whose tokens are whole blocks, and whose codec keeps a summary of each block of keys.
         top: number of tokens that a query reads at most, a multiple of `BLOCK`. The query heads that share a key head read the
-            same ones, those with the best prospect for any of them.
+            same ones, those with the highest estimate for any of them.
         known: the `summaries` of the pages; None: they are asked for.
 
     Returns:
@@ -52,14 +52,14 @@ def selected(q: Tensor, pages: Pages, top: int, known: tuple[Tensor, Tensor] | N
 
 
 def summaries(pages: Pages) -> tuple[Tensor, Tensor]:
-    """Means (rows, kv_heads, blocks, head_dim) of each block's keys, as they are coded, and widths (rows, kv_heads, blocks)."""
-    # Made anew for each call: kept, they would be bytes of the cache, and many.
+    """Return means (rows, kv_heads, blocks, head_dim) of each block's coded keys, and widths (rows, kv_heads, blocks)."""
+    # Computed in each call: keeping them would add many bytes to the cache.
     codec, _ = pages.codecs
     return codec.summary([keys for keys, _ in pages.pages])
 
 
 def in_turn(q: Tensor, source: KVSource) -> Iterator[tuple[slice, Tensor]]:
-    """Queries as many at a time as may be given a mask, and what they read of a source."""
+    """Yield as many queries at a time as the limit of masks allows, and the mask of what they read of a source."""
     assert isinstance(source.held, Pages)
     assert source.top is not None
     size, known = queries_at_a_time(q, source.tokens), summaries(source.held)

@@ -1,4 +1,4 @@
-"""What the code of attention modules says: whether they leave alone what the cache gave them, and whether they know windows."""
+"""Inspection of attention modules' code: whether they change the cached keys or values, and whether they know windows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def touches(module: nn.Module) -> str | None:
         module: an attention module of the model.
 
     Returns:
-        the expression, as it is written there; None if there is none, or no code to be read.
+        the expression as written there; None if there is none, or no source code.
     """
     tree = _code(type(module).forward)
     if tree is None:
@@ -48,7 +48,7 @@ def touches(module: nn.Module) -> str | None:
 
 
 def windowed(module: nn.Module) -> bool:
-    """Whether a module's code knows a sliding window, or its file makes masks with one; True where no code is found."""
+    """Whether a module's code knows a sliding window, or its file makes masks with one; True if there is no source code."""
     if hasattr(module, "sliding_window"):
         return True
     try:
@@ -84,7 +84,7 @@ def _assigned(tree: ast.AST, word: str) -> Iterator[str]:
 
 
 def _edges(node: ast.AST, module: nn.Module, other: set[str]) -> Iterator[tuple[ast.AST, ast.AST]]:
-    """All parents and children, but for what does not run, because of an option or another attention, and what only stores."""
+    """Walk over all parents and children, without code that an option or another attention disables, and without stores."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and (_off(child.test, module) or any(word in ast.unparse(child.test) for word in other)):
             continue
@@ -95,7 +95,7 @@ def _edges(node: ast.AST, module: nn.Module, other: set[str]) -> Iterator[tuple[
 
 
 def _off(test: ast.AST, module: nn.Module) -> bool:
-    """Whether it asks for an attribute, as `self.x` or `self.x is not None`, that this module lacks or has switched off."""
+    """Whether it tests an attribute, as `self.x` or `self.x is not None`, that this module lacks or has switched off."""
     if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot) and ast.unparse(test.comparators[0]) == "None":
         test = test.left
     if not (isinstance(test, ast.Attribute) and isinstance(test.value, ast.Name) and test.value.id == "self"):

@@ -1,4 +1,4 @@
-"""Routing a model's attention through Tessera, and back."""
+"""Switching a model's attention to Tessera's, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tessera.wrapped import unwrap
 
 M = TypeVar("M", bound=nn.Module)
 
-#: Where `enable` notes what `disable` shall restore.
+#: Attribute in which `enable` keeps what `disable` restores.
 _PREVIOUS = "_attention_before_tessera"
 
 
@@ -47,7 +47,7 @@ def enable(model: M) -> M:
 
 
 def disable(model: M) -> M:
-    """Give `model` back the attention it had before `enable`. Returns the model.
+    """Restore the attention that `model` had before `enable`. Returns the model.
 
     Raises:
         ValueError: if a Tensor Cache is attached, which lives in Tessera's attention.
@@ -59,7 +59,7 @@ def disable(model: M) -> M:
 
 
 def restore(model: M) -> M:
-    """`disable`, whatever is attached."""
+    """Do what `disable` does, also with a memory attached."""
     outer, model = model, unwrap(model)
     config: Any = model.config
     if config.get_text_config(decoder=True)._attn_implementation == ATTENTION:
@@ -108,7 +108,7 @@ def using(model: M) -> Iterator[M]:
 
 
 def _configs(model: Any) -> Iterator[Any]:
-    """Every config of a model that says which attention a part of it has."""
+    """Yield every config of a model that selects the attention of a part of it."""
     whole = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     while whole:
         config = whole.pop()
@@ -118,14 +118,14 @@ def _configs(model: Any) -> Iterator[Any]:
 
 
 def unsupported(model: Any) -> str | None:
-    """Why the model's attention cannot be replaced, or None if it can."""
+    """Say why the model's attention cannot be replaced, or return None if it can."""
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
         return "it is not a transformers model"
     if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
         return "its code computes attention itself and does not ask transformers' AttentionInterface"
     text = model.config.get_text_config(decoder=True)
     if text._attn_implementation == ATTENTION:
-        return None  # and was looked at when that was done
+        return None  # and was checked then
     slides = getattr(text, "sliding_window", None) is not None and getattr(text, "layer_types", None) is None
     for module in model.modules():
         if not type(module).__name__.endswith("Attention"):

@@ -1,4 +1,4 @@
-"""Attention in a segment of documents whose state is carried on, see `tessera.cache.truncated_bptt`."""
+"""Attention in a segment of documents with carried state, see `tessera.cache.truncated_bptt`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def over_segment(
     softmax: Softmax,
     call: MemoryCall | None,
 ) -> Tensor:
-    """The next segment of documents whose state `layer` carries on; (batch, tokens, heads, head_dim)."""
+    """Compute the next segment of documents whose state `layer` carries; (batch, tokens, heads, head_dim)."""
     batch, n = query.shape[0], query.shape[2]
     positions = torch.arange(n, device=query.device)[None] + layer.seen if position_ids is None else position_ids
     layer.seen += n
@@ -38,7 +38,7 @@ def over_segment(
         real = torch.ones((batch, n), dtype=torch.bool, device=query.device)
         call.added, layer.memory = call.memory(query, key, value, real, positions, layer.memory)
     key, value = layer.joined(key, value)
-    # By slot instead of place: what was carried begins with the sinks, and all behind them are neighbours.
+    # Slots replace places: carried tokens begin with the sinks, and those after them are consecutive.
     out = windowed(module, limits, query, key, value, None, documents(None, query, key.shape[2]), softmax)
     layer.keep(key, value, limits.sink, limits.window)
     return out

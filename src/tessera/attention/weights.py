@@ -1,4 +1,4 @@
-"""Attention weights are never made, so a call that asks for them is refused instead of answered with nothing."""
+"""Refusal of calls that ask for attention weights, which Tessera's attention never computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tessera.cache.cache_layer import ATTENTION
 
-#: Set on a model whose calls are looked at.
+#: Attribute of a model whose calls are checked.
 _WATCHED = "_tessera_refuses_weights"
 
 
@@ -21,7 +21,7 @@ def refuse_weights(model: nn.Module) -> Callable[[], None]:
     taken in tokens already.
 
     Returns:
-        what undoes it: a call takes away the hooks that this one has added.
+        a function that removes the hooks added here.
     """
     added = []
     for source in model.modules():

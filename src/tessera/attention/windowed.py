@@ -1,4 +1,4 @@
-"""Attention over plain tensors, differentiable: to a window and sinks, and what PyTorch's own does not know."""
+"""Differentiable attention over plain tensors: with a window and sinks, and with options that PyTorch's lacks."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from tessera.tensor_cache.gated_read import TensorCacheLayer
 
 
 class SlidingWindow(NamedTuple):
-    """What a model's own attention sees: the newest `window` tokens, the query's own included, and the first `sink`."""
+    """The limits of a model's attention: the newest `window` tokens, the query's own included, and the first `sink`."""
 
     window: int
     sink: int
 
 
 class Softmax(NamedTuple):
-    """How a model turns scores into weights.
+    """The parameters by which a model turns scores into weights.
 
     Attributes:
-        dropout: of the weights, while training.
-        scaling: of the scores; None: head_dim ** -0.5.
+        dropout: dropout rate of the weights, while training.
+        scaling: what scores are multiplied by; None: head_dim ** -0.5.
         softcap: scores become softcap · tanh(score / softcap).
-        s_aux: (q_heads,) logits of sinks that take part in the softmax and give nothing.
+        s_aux: (q_heads,) logits of sinks that take part in the softmax and have no value.
     """
 
     dropout: float = 0.0
@@ -36,7 +36,7 @@ class Softmax(NamedTuple):
 
     @property
     def usual(self) -> bool:
-        """Whether PyTorch's own attention knows it."""
+        """Whether PyTorch's attention supports it."""
         return self.softcap is None and self.s_aux is None
 
 
@@ -50,10 +50,10 @@ def windowed(
     of: Documents,
     softmax: Softmax,
 ) -> Tensor:
-    """Attention to a window and to sinks over plain tensors, differentiable; only what lies near is computed.
+    """Differentiable attention to a window and to sinks over plain tensors; only scores near the diagonal are computed.
 
-    A query sees of its own document the first `limits.sink` tokens and those that are no older than its window, and of these
-    what the mask shows it, be it later.
+    In its own document a query sees the first `limits.sink` tokens and those no older than its window, later ones included, as
+    far as the mask shows them.
 
     Args:
         module: the model's attention module.
@@ -78,7 +78,7 @@ def windowed(
         columns = torch.arange(past + b if plain else slots, device=query.device)
         if plain:
             begin = max(0, past + a - window + 1)
-            # The sinks, and what lies near.
+            # The sinks, and tokens near the diagonal.
             columns = torch.cat((columns[: min(begin, limits.sink)], columns[begin:]))
             distance = newest[:, None] - columns
             seen = ((distance >= 0) & ((distance < window) | (columns < limits.sink)))[None, None]
@@ -88,7 +88,7 @@ def windowed(
             seen = (number == keys[0]) & (number >= 0) & ((keys[1] > place - window) | (keys[1] < limits.sink))
             seen = seen & (columns <= newest[:, None] if shown is None else shown[:, :, a:b])
             columns = seen.any(dim=(0, 1, 2)).nonzero().flatten()
-            # A padding query sees nothing; it is given something, for a softmax over nothing is NaN.
+            # A padding query sees nothing; it is shown a token, because a softmax over nothing is NaN.
             columns = columns if len(columns) else newest[:1]
             seen = seen[..., columns] | (number < 0)
         q, k, v = query[:, :, a:b], key[:, :, columns], value[:, :, columns]
@@ -107,10 +107,10 @@ def windowed(
 def recalled(
     memory: TensorCacheLayer, query: Tensor, key: Tensor, value: Tensor, of: Documents, positions: Tensor | None
 ) -> Tensor:
-    """What a Tensor Cache adds for the newest tokens of whole rows, differentiable; each document by itself, without padding.
+    """Compute a Tensor Cache's contribution for the newest tokens of whole rows, differentiably, document by document.
 
     Args:
-        memory: of the layer.
+        memory: the layer's memory.
         query: (batch, heads, n, head_dim).
         key, value: (batch, kv_heads, slots, head_dim).
         of: the documents of all slots.
@@ -162,7 +162,7 @@ def dense(
     mask: Tensor | None,
     softmax: Softmax,
 ) -> Tensor:
-    """Attention with soft-capping and sinks over plain tensors, differentiable; PyTorch's own has neither."""
+    """Differentiable attention with soft-capping and sinks over plain tensors; PyTorch's has neither."""
     batch, heads, tokens, dim = query.shape
     slots = key.shape[2]
     grouped = query.reshape(batch, key.shape[1], -1, dim)

@@ -1,4 +1,4 @@
-"""The cache: a token's life from exact to packed to dropped."""
+"""The cache, whose tokens are first exact, then quantised, and at last dropped."""
 
 from tessera.cache.cache import Cache, Prefill
 from tessera.cache.per_layer import PerLayer

@@ -1,4 +1,4 @@
-"""Tiers that are added to the grammar: a word for each, and what makes one. CONTRIBUTING shows how."""
+"""The registry of tiers that are added to the grammar, each with its word; CONTRIBUTING shows how to add one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class AddedTier(NamedTuple):
     """A word of the grammar.
 
     Attributes:
-        make: makes a tier from what stands behind the colon of the word; raises `ValueError` saying what is wrong with it.
-        example: of the word, for errors.
+        make: makes a tier from the text behind the word's colon; raises `ValueError` saying what is wrong with it.
+        example: example of the word, for errors.
     """
 
     make: Callable[[str], Tier]
@@ -28,8 +28,8 @@ def register(name: str, example: str) -> Callable[[Callable[[str], Tier]], Calla
     """Register ``make(argument) -> Tier`` as the word `name`, which stands for a tier behind the codecs of a spec.
 
     Args:
-        name: of the word, without a colon.
-        example: of the word with its argument, which errors show.
+        name: name of the word, without a colon.
+        example: example of the word with its argument, which errors show.
     """
 
     def add(make: Callable[[str], Tier]) -> Callable[[str], Tier]:
@@ -40,12 +40,12 @@ def register(name: str, example: str) -> Callable[[Callable[[str], Tier]], Calla
 
 
 def examples() -> dict[str, str]:
-    """An example of each word."""
+    """List an example of each word."""
     return {name: added.example for name, added in _ADDED.items()}
 
 
 def make(word: str) -> Tier:
-    """A new tier of a word with its argument, such as "stride:4".
+    """Make a new tier from a word with its argument, such as "stride:4".
 
     Raises:
         ValueError: for an argument that is wrong.

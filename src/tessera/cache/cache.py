@@ -17,7 +17,6 @@ from tessera.cache import cache_file
 from tessera.cache.cache_layer import ATTACHED, CacheContext, TesseraLayer
 from tessera.cache.chain import tier_name
 from tessera.cache.deferred import UNCOMPILED
-from tessera.finite import FiniteCheck
 from tessera.cache.model_config import check_shapes, read_config, rotary_partner
 from tessera.cache.offload import mapped, store
 from tessera.cache.per_layer import AnySpec, layer_specs, parse
@@ -30,6 +29,7 @@ from tessera.cache.stream_file import named
 from tessera.codecs.key_stats import KeyStats, load_stats
 from tessera.devices import layer_devices
 from tessera.files import brief
+from tessera.finite import FiniteCheck
 from tessera.wrapped import replaces_cache, unwrap
 
 #: "packed" is what "quantized" was called in version 0.1.
@@ -37,7 +37,7 @@ Prefill = Literal["exact", "quantized", "packed"]
 
 
 class Cache(TransformersCache):
-    """Keys and values in tiers, for `model.generate(..., past_key_values=tessera.Cache(spec, model))`.
+    """A cache of keys and values in tiers, for `model.generate(..., past_key_values=tessera.Cache(spec, model))`.
 
     Args:
         spec: tiers joined by `+`, such as "sink:4 + hqmq:4 + recent:128"; see `tessera.cache.spec.parse`. Or one for each
@@ -47,12 +47,14 @@ class Cache(TransformersCache):
             `tessera.disable` undoes it, and so does the end of a block ``with tessera.using(model):`` around all this). Or the
             model's own config object: then nothing is switched, and as long as the model uses another attention, keys and
             values are decoded for every call, with one warning.
-        prefill: "exact": the tokens of a call are attended to as they are, and quantised after it. "quantized": what leaves
-            `recent` is quantised first and attended to in that form, also by the call's own queries. What is kept is the same.
-            For measuring: where a codec encodes tokens in groups, a query reads tokens of its group whose common mean was
-            taken over later tokens too, so that a later token can change an earlier result, by less than the codec's error.
-            What a call packs stays in the first of several codecs, and past a limit, until the call has ended.
-        stats: of the model's keys, a file of `tessera stats` or what `load_stats` gives; None: each sequence measures its own.
+        prefill: "exact": queries of a call read the call's own tokens in full precision; these are quantised after it.
+            "quantized": what leaves `recent` is quantised first and read in that form, also by the call's own queries. The
+            tokens kept afterwards are the same. The second is for measurements: where a codec encodes tokens in groups, a query
+            reads tokens of its group whose common mean was taken over later tokens too, so that a later token can change an
+            earlier result, by less than the codec's error. Until the call ends, the tokens that it quantises stay in the first
+            of several codecs, even past its limit.
+        stats: statistics of the model's keys, a file of `tessera stats` or a result of `load_stats`; None: each sequence
+            measures its own.
         offload: where whole pages of 1,024 quantised tokens go: "cpu", for a model on another device, or a folder, in whose
             files they are mapped into memory. They are attended to there, and only partial results travel. None: nowhere.
 
@@ -128,7 +130,7 @@ class Cache(TransformersCache):
         )
 
     def _check_memory(self, model: Any) -> str:
-        """The config of the memory that "tc" names, as JSON; refuse it without one that fits."""
+        """Return the attached memory's configuration for a spec with "tc", as JSON; refuse one that does not fit."""
         done = getattr(model, ATTACHED, None)
         if done is None or done.kind != "TensorCache":
             raise ValueError(
@@ -154,12 +156,12 @@ class Cache(TransformersCache):
             yield keys, values, None if layer.sliding is None else torch.tensor(layer.sliding)
 
     def __copy__(self) -> Cache:
-        # A copy that shared its layers would take in what is given to the other.
+        # A copy that shared its layers would receive the tokens given to the other.
         return copy.deepcopy(self)
 
     @property
     def max_cache_len(self) -> int:
-        """Asked for by peft's prefix tuning only, which would leave this cache unused.
+        """Refuse peft's prefix tuning, the only caller of this property, because it would leave this cache unused.
 
         Raises:
             RuntimeError: always, saying so.
@@ -198,7 +200,7 @@ class Cache(TransformersCache):
             layer.select(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens; see `TesseraLayer.crop`. If one layer refuses, none forgets anything."""
+        """Remove the newest tokens; see `TesseraLayer.crop`. If one layer refuses, no layer is changed."""
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
         for layer in self.layers:
@@ -211,7 +213,7 @@ class Cache(TransformersCache):
     def to(self, device: torch.device | str | int | None, non_blocking: bool = False) -> Cache:
         """Move all tiers to a device; None: leave them. They come back when a model on another device goes on with them.
 
-        `non_blocking` is what accelerate says of everything that it hands to a model, and means nothing here.
+        `non_blocking` is ignored; accelerate passes it to every `to`.
         """
         if device is None:
             return self
@@ -220,10 +222,10 @@ class Cache(TransformersCache):
         return self
 
     def report(self, *, all_ranks: bool = False) -> CacheReport:
-        """Count the bytes that are held.
+        """Count the bytes that the cache holds.
 
         Args:
-            all_ranks: of a tensor-parallel model, count those of all its processes; every process has to call this then.
+            all_ranks: for a tensor-parallel model, add up the bytes of all processes; every process has to call this then.
         """
         sizes: dict[str, int] = {}
         tokens: dict[str, int] = {}
@@ -260,7 +262,7 @@ class Cache(TransformersCache):
         return found if self.ranks is None or not all_ranks else self.ranks.sum(found)
 
     def _offloaded(self, layer: TesseraLayer) -> int:
-        """Bytes of a layer that are not where the model computes: in files, or on the CPU."""
+        """Count the bytes of a layer that are in files, or on the CPU while the model computes elsewhere."""
         if self._store is None:
             return 0
         held = (tensor for tensors in layer.buffers().values() for tensor in tensors)
@@ -272,7 +274,7 @@ class Cache(TransformersCache):
         Of a tensor-parallel model every process has a file of its own.
 
         Args:
-            path: of the file.
+            path: path of the file.
             notes: text for the file's header, by names of the caller's own; `load` does not look at it.
 
         Raises:
@@ -325,10 +327,10 @@ class Cache(TransformersCache):
 
 
 def _streams(config: str, model: Any) -> dict[int, tuple[Stream, int, bool]]:
-    """For each layer of a model with a Tensor Memory an empty stream, the width of what it reads, and whether it is the first.
+    """Make an empty stream for each layer of a model with a Tensor Memory.
 
     Args:
-        config: of the memory that had read along with a cache, as JSON; empty: none had.
+        config: configuration of the memory that had read along with a cache, as JSON; empty: none had.
         model: that the cache is to serve.
 
     Raises:
@@ -352,7 +354,7 @@ def _process(ranks: str) -> str:
 
 
 def _tier_names(spec: Spec) -> dict[str, str]:
-    """What a report calls the tiers of a layer, where that is not what the layer calls them."""
+    """Map a layer's own names of its tiers to the names in a report, where these differ."""
     exact = "dense" if spec.dense else "window" if spec.window is not None else "recent"
     return {**{tier_name(number): codec for number, (codec, _) in enumerate(spec.codecs)}, "recent": exact}
 
@@ -363,7 +365,7 @@ def _known_stats(
     layers: Sequence[tuple[tuple[int, int], int | None]],
     ranks: Ranks | None,
 ) -> list[KeyStats | None]:
-    """For each layer the statistics that were given for it.
+    """Match the statistics that the caller gave to the layers of the model.
 
     Raises:
         ValueError: if the codec has no use for them, or they are of another model.

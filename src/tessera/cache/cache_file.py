@@ -1,4 +1,4 @@
-"""A cache in a safetensors file: the tensors of every tier, and a header of plain JSON that says what they are."""
+"""The format of a saved cache: a safetensors file with the tensors of every tier and a header of plain JSON."""
 
 from __future__ import annotations
 
@@ -83,18 +83,18 @@ def save(
 
 
 def _stream(layer: TesseraLayer) -> Stream | None:
-    """What a Tensor Memory has read of a layer, if it is still in use."""
+    """The stream of a Tensor Memory on a layer, if it is still in use."""
     found = layer.memory_states.get(TENSOR_MEMORY)
     return found if isinstance(found, Stream) and found.seen == layer.seen > 0 else None
 
 
 def read_along(layers: Sequence[TesseraLayer]) -> TensorMemoryConfig | None:
-    """The config of the Tensor Memory that has read along with layers, or None."""
+    """Return the config of the Tensor Memory that is attached to the layers' model, or None."""
     return next((stream.config for stream in map(_stream, layers) if stream is not None), None)
 
 
 def held_dtypes(layer: TesseraLayer) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """The widest dtypes of keys and of values that a layer holds; what it was given last where it holds none."""
+    """Return the widest dtypes of keys and of values that a layer holds, or those it was given last where it holds none."""
     widest: list[torch.dtype | None] = []
     for role, rest in enumerate((layer.dtype, layer.value_dtype)):
         held = [
@@ -157,12 +157,12 @@ def _put_group(group: SequenceGroup, seen: int, prefix: str, tensors: dict[str, 
 
 
 def _page(prefix: str, tier: int, number: int) -> str:
-    """What the tensors of a page are called: of the first compressed tier, or of one behind it."""
+    """Name the tensors of a page, of the first compressed tier or of one behind it."""
     return f"{prefix}.page{number}" if not tier else f"{prefix}.tier{tier}.page{number}"
 
 
 class Stored:
-    """An open file, its header read and found to be of the right form."""
+    """An open file whose header has been read and checked."""
 
     def __init__(self, file: TensorFile, header: dict[str, Any]) -> None:
         self._file = file
@@ -170,20 +170,20 @@ class Stored:
         self._left = set(file.names)
 
     def text(self, key: str, default: str | None = None) -> str:
-        """What was saved about the cache; `default` where nothing was."""
+        """Return an entry saved about the cache, or `default` where there is none."""
         return default if default is not None and key not in self._header else _typed(self._header, key, str)
 
     @property
     def tensor_memory(self) -> str:
-        """The config of the Tensor Memory that had read along, as JSON; empty if none had."""
+        """Return the config of the Tensor Memory attached when the cache was saved, as JSON; empty if there was none."""
         return self.text("tensor_memory", "")
 
     def fill(self, layers: Sequence[TesseraLayer], streams: Mapping[int, tuple[Stream, int, bool]] | None = None) -> None:
-        """Put what was saved into empty layers.
+        """Fill empty layers with what was saved.
 
         Args:
-            layers: of the cache.
-            streams: of the Tensor Memory that had read along, by layer: see `stream_file.fill`.
+            layers: layers of the cache.
+            streams: streams of the Tensor Memory that had read along, by layer: see `stream_file.fill`.
 
         Raises:
             ValueError: if the file was made for another model, or is damaged.
@@ -304,7 +304,7 @@ class Stored:
         return stats
 
     def _learned(self, group: SequenceGroup, layer: TesseraLayer, prefix: str, said: str) -> None:
-        """How a group sees its keys; those of older files are as they came."""
+        """Read the statistics by which a group scales its keys; files of the first two formats have none."""
         learning, group.chain.learning = group.chain.learning, None
         group.chain.stats = None
         if said == "known" and group.chain.quantized:
@@ -435,7 +435,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[Stored]:
 
 
 def _may_drop(policy: RetentionPolicy, length: int, sink: int) -> int:
-    """Tokens behind the sinks that a layer may have dropped after `length` tokens."""
+    """Number of tokens behind the sinks that a layer may have dropped after `length` tokens."""
     if policy.limited:
         return max(0, length - sink)
     if policy.window is None:
@@ -445,7 +445,7 @@ def _may_drop(policy: RetentionPolicy, length: int, sink: int) -> int:
 
 
 def _within(dtype: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether `wide` holds all numbers of `dtype`: tokens of earlier calls may be in a narrower one than the layer's."""
+    """Whether `wide` represents all numbers of `dtype`: earlier tokens may have a narrower dtype than the layer's."""
     return dtype in DTYPES.values() and torch.promote_types(dtype, wide) == wide
 
 
@@ -471,7 +471,7 @@ def _count(table: dict[str, Any], key: str) -> int:
 
 
 def _written(group: SequenceGroup) -> int:
-    """Up to which query pairs have been written, which the state knows."""
+    """Read from the state up to which query pairs have been written."""
     matrix, recent = group.chain.tensor_cache, group.chain.recent
     if matrix is None or matrix.state is None:
         return 0

@@ -1,7 +1,8 @@
-"""One layer of the cache, and a call's way through it.
+"""One layer of the cache, and the steps of a call through it.
 
 `update` only stages keys and values: where padding ends is known from the mask, which transformers passes to the attention
-function, so tokens are stored there. A call has three stations, the two of this file and the attention between them:
+function, so tokens are stored there. A call has three steps, of which this file has two and the attention function runs in
+between:
 
     update        the model gives keys and values; they are staged, and `DeferredKV`s go to the attention function
     begin_step    that has the mask: staged tokens are sorted into groups, and each group says what its queries read
@@ -43,10 +44,11 @@ class CacheContext:
 
     Args:
         config: the very config object that the model's attention modules read.
-        quantize_before_attend: whether queries of a call read what it lets age as it is quantised, see `Cache`.
+        quantize_before_attend: whether queries of a call read the tokens that it quantises in their quantised form, see
+            `Cache`.
         bounded: the spec drops tokens.
         last: index of the last layer.
-        sinks_known: whether nothing is to be said of sinks that are missing: the spec has some, or compresses nothing.
+        sinks_known: whether the check for missing sinks is done: the spec has some, compresses nothing, or was checked.
     """
 
     def __init__(self, config: Any, quantize_before_attend: bool, bounded: bool, last: int, sinks_known: bool = True) -> None:
@@ -60,7 +62,7 @@ class CacheContext:
         self.read = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # The memo is of masks of this process, by identity.
+        # The memo identifies masks by object identity, which holds in this process only.
         return {name: value for name, value in self.__dict__.items() if name != "masks"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -77,7 +79,7 @@ class CacheContext:
         return getattr(self.config, "_attn_implementation", None) == ATTENTION
 
     def warn(self) -> None:
-        """Say once that the memory advantage is lost while attention runs."""
+        """Warn once that attention needs dense keys and values, so memory is saved between calls only."""
         if not self.warned:
             self.warned = True
             warnings.warn(
@@ -88,7 +90,7 @@ class CacheContext:
             )
 
     def warn_read(self) -> None:
-        """Say once what it costs to read the cache as plain tensors."""
+        """Warn once what it costs to read the cache as plain tensors."""
         if not self.read:
             self.read = True
             warnings.warn(
@@ -102,7 +104,7 @@ class TesseraLayer(CacheLayerMixin):
     """The tiers of one attention layer.
 
     Args:
-        index: of the layer in its model.
+        index: index of the layer in its model.
         policy: what to keep.
         shape: (kv_heads, head_dim).
         sliding: window of the layer's own attention in tokens, or None.
@@ -123,8 +125,9 @@ class TesseraLayer(CacheLayerMixin):
         self.is_sliding = sliding is not None
         self.is_croppable = policy.recent is None
         self.record_past = False
-        self.memory_states = LayerStates()  # of memories beside the tiers, which are not told of padding by them
-        #: Who crops behind one call is expected to crop behind the next: "next" until that call, "now" until it is cropped.
+        self.memory_states = LayerStates()  # states of memories beside the tiers, which track padding themselves
+        #: A caller that cropped after one call is expected to crop after the next: "next" until that call, "now" until its
+        #: crop.
         self._hold: Literal["", "next", "now"] = ""
         self.dtype: torch.dtype | None = None  # of keys, the widest so far
         self.value_dtype: torch.dtype | None = None
@@ -174,7 +177,7 @@ class TesseraLayer(CacheLayerMixin):
         return self._materialise()
 
     def _follow(self, k: Tensor, v: Tensor) -> None:
-        """Go where the newest keys are; tokens in a wider dtype than those before are not narrowed to theirs."""
+        """Move to the device of the newest keys, and widen the dtypes to theirs where those are wider."""
         assert self.dtype is not None
         assert self.value_dtype is not None
         self.dtype, self.value_dtype = torch.promote_types(self.dtype, k.dtype), torch.promote_types(self.value_dtype, v.dtype)
@@ -184,7 +187,7 @@ class TesseraLayer(CacheLayerMixin):
 
     @property
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """The dtypes of keys and of values; some must have been given."""
+        """Return the dtypes of keys and of values, which must have been given before."""
         assert self.dtype is not None
         assert self.value_dtype is not None
         return self.dtype, self.value_dtype
@@ -231,13 +234,13 @@ class TesseraLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """What is held of the keys, decoded: see `dense`. None before the first tokens."""
+        """The keys that are held, decoded: see `dense`. None before the first tokens."""
         held = self.dense()
         return None if held is None else held[0]
 
     @property
     def values(self) -> Tensor | None:
-        """What is held of the values, decoded: see `dense`. None before the first tokens."""
+        """The values that are held, decoded: see `dense`. None before the first tokens."""
         held = self.dense()
         return None if held is None else held[1]
 
@@ -265,7 +268,7 @@ class TesseraLayer(CacheLayerMixin):
         groups = [(group.rows, group.slots, group.chain.sources()) for group in self.groups]
         keys, values = assemble(groups, size, first, self._dtypes, self.device)
         if self._staged is not None:
-            # Within a call: where its padding ends is not known yet.
+            # Within a call its tokens have not been sorted yet, because its padding is not known.
             n = min(self._staged[0].shape[2], size[2])
             keys[:, :, size[2] - n :], values[:, :, size[2] - n :] = (x[:, :, x.shape[2] - n :] for x in self._staged)
         return keys, values
@@ -283,11 +286,13 @@ class TesseraLayer(CacheLayerMixin):
             queries: (batch, q_heads, queries, head_dim) of the new tokens; None: they are not known.
 
         Returns:
-            for each group what the queries of its rows read, and the mask as they see it where one is needed. Lanes that get no
-            token are not among them, but for those whose memory is to be written now what it held back: their step has none.
+            for each group what the queries of its rows read, and the mask for these rows where one is needed. Groups without
+            new tokens are left out, except those with writes to their memory held back, which are made now in a step without
+            tokens.
 
         Raises:
-            ValueError: for a mask that shows what is no longer held, or hides what a memory has absorbed; nothing is changed.
+            ValueError: for a mask that shows tokens that are no longer held, or hides tokens that a memory has absorbed;
+                nothing is changed.
         """
         if self._staged is None:
             raise RuntimeError(f"layer {self.index}: attention was called twice for one update of the cache")
@@ -331,9 +336,9 @@ class TesseraLayer(CacheLayerMixin):
             )
 
     def _read_mask(self, mask: Tensor | None, n: int) -> NewTokens | None:
-        """What the mask says of the call's tokens; None: all are real and see all before them.
+        """Read which of the call's tokens are padding; None: all are real and see all before them.
 
-        In the first layer of a call the host also hears what the device has found since the call before.
+        In the first layer of a call the findings of the finite checks since the last call are read with it.
         """
         finite = self.policy.finite if self.index == 0 else None
         if mask is None:
@@ -360,7 +365,7 @@ class TesseraLayer(CacheLayerMixin):
         return said
 
     def _index(self, rows: list[int], device: torch.device) -> Tensor | None:
-        """Rows as a tensor where they are not all of the batch."""
+        """Return row numbers as a tensor, or None for the whole batch."""
         return None if len(rows) == self.batch else self.context.masks.index(rows, device)
 
     def _rows(self, x: Tensor, rows: list[int]) -> Tensor:
@@ -368,7 +373,7 @@ class TesseraLayer(CacheLayerMixin):
         return x if index is None else x.index_select(0, index)
 
     def _view(self, mask: Tensor | None, share: Share, said: NewTokens | None) -> GroupMask | None:
-        """The mask as the rows of a share see it; None where positions alone say the same."""
+        """Return the mask for the rows of a share; None where positions alone imply it."""
         if mask is None or said is None:
             return None
         group, low = share.group, share.slots.before(self.seen - mask.shape[-1])
@@ -399,11 +404,11 @@ class TesseraLayer(CacheLayerMixin):
         return view
 
     def end_step(self, steps: list[tuple[StepContext, GroupMask | None]]) -> None:
-        """End the call: take in, pack, drop."""
+        """End the call: store its tokens, quantise, and drop."""
         for step, _ in steps:
             step.group.end_step(step)
         if not self.record_past and not self._hold:
-            # Rows that had nothing but padding in this call may still hold back what could be taken back until now.
+            # Rows that had only padding in this call may still have held-back tokens, which can no longer be cropped.
             for group in self.groups:
                 group.evict_blocks()
         if self.index == self.context.last:
@@ -412,12 +417,12 @@ class TesseraLayer(CacheLayerMixin):
     # For attention functions that are not ours
 
     def flush_staged(self) -> None:
-        """Take in what was staged and never asked for."""
+        """Store staged tokens that no attention function asked for."""
         if self._staged is not None:
             self.end_step(self.begin_step(None))
 
     def _materialise(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all slots that the mask has columns for: (batch, kv_heads, slots, head_dim)."""
+        """Decode keys and values of all slots that the mask has columns for: (batch, kv_heads, slots, head_dim)."""
         if self.context.bounded:
             raise RuntimeError(
                 "a spec that drops tokens ('window', '@limit') works with Tessera's attention only, because other attention "
@@ -473,7 +478,7 @@ class TesseraLayer(CacheLayerMixin):
         self.select(torch.arange(self.batch)[torch.as_tensor(indices).cpu()])
 
     def activate_past_recording(self) -> None:
-        """Hold back packing, dropping and writing for good until the next `crop`, for up to `RECORDED` tokens.
+        """Keep up to `RECORDED` newest tokens exact and croppable: packing, dropping and writing wait until the next `crop`.
 
         Behind a crop the next call is recorded likewise, so that one activation serves for call, crop, call, crop, as in
         assisted generation. A call that is not cropped before the next one ends that.
@@ -482,7 +487,7 @@ class TesseraLayer(CacheLayerMixin):
         self.memory_states.record_past()
 
     def check_crop(self, tokens_to_remove: int) -> int:
-        """How many slots `crop` will forget; refuses as it does.
+        """Return the number of slots that `crop` would remove; refuses as `crop` does.
 
         Raises:
             TypeError: if it is no whole number.
@@ -498,11 +503,11 @@ class TesseraLayer(CacheLayerMixin):
         return n
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest -`tokens_to_remove` slots; a positive number is the length that shall remain.
+        """Remove the newest -`tokens_to_remove` slots; a positive number is the length to keep.
 
         Raises:
             TypeError: if it is no whole number.
-            ValueError: if tokens would be needed again that have been dropped; then nothing is forgotten.
+            ValueError: if tokens would be needed again that have been dropped; then nothing is removed.
         """
         n = self.check_crop(tokens_to_remove)
         self.memory_states.crop(self.seen, self.seen - n)
@@ -543,7 +548,7 @@ class TesseraLayer(CacheLayerMixin):
             group.chain.to(device)
         self.memory_states.to(device)
 
-    # What there is
+    # Inspection
 
     def buffers(self) -> dict[str, list[Tensor]]:
         """Every tensor that is held, by tier."""
@@ -574,7 +579,7 @@ class TesseraLayer(CacheLayerMixin):
 
 
 def _whole(number: Any) -> int:
-    """A number of tokens: an int, or what stands for one, such as a tensor of one element."""
+    """Convert a number of tokens to int, from an int or, for example, a tensor of one element."""
     truth = isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool
     try:
         if truth:

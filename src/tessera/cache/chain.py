@@ -1,9 +1,9 @@
-"""The tiers of some sequences, one behind the other: what one lets go the next takes in, and the last one's is dropped.
+"""The tiers of some sequences in a chain: tokens that leave one tier go to the next, and those that leave the last are dropped.
 
     tokens -> sink -> recent -> hqmq:4 @ 32768 -> hqmq:3 @ 131072 -> tc
 
-Tokens pass from tier to tier in whole blocks, the oldest first, decoded by the one and encoded by the next. Which tier a token
-is in depends on how many tokens have come behind it and on nothing else, so neither on how calls were cut nor on other rows.
+Tokens move from tier to tier in whole blocks, the oldest first, decoded by one and encoded by the next. Which tier holds a
+token depends only on how many tokens came after it, not on how calls were cut or on other rows.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class Chain:
         quantized: the tiers with codecs, that of the newest tokens first.
         others: tiers that were added to the grammar, behind the codecs.
         tensor_cache: the last tier, or None.
-        dropped: how many tokens behind the sinks no tier stands for any more.
-        learning: while it is there nothing is quantised; None: what there is to learn is known, or cannot be.
+        dropped: how many tokens behind the sinks are in no tier any more.
+        learning: the statistics still being collected, during which nothing is quantised; None: they are complete, or cannot be
+            collected.
     """
 
     def __init__(self, policy: RetentionPolicy, layer: int, rows: int) -> None:
@@ -68,12 +69,12 @@ class Chain:
 
     @property
     def aging(self) -> list[Tier]:
-        """The tiers that tokens go through behind `recent`, the newest first."""
+        """The tiers behind `recent`, that of the newest tokens first."""
         return [*self.quantized, *(tier for _, tier in self.others)]
 
     @property
     def tiers(self) -> list[Tier]:
-        """All tiers in the order of a token's way."""
+        """All tiers in the order in which a token passes them."""
         last = [] if self.tensor_cache is None else [self.tensor_cache]
         return [self.sink, self.recent, *self.aging, *last]
 
@@ -102,7 +103,7 @@ class Chain:
 
     @property
     def set_aside(self) -> int:
-        """Bytes that hold no key or value: the room of buffers, and what is learned of the first tokens while it is."""
+        """Bytes that hold no key or value: free room of buffers, and statistics while they are being collected."""
         learning = [] if self.learning is None else self.learning.buffers()
         return self.sink.room + self.recent.room + sum(x.numel() * x.element_size() for x in learning)
 
@@ -115,10 +116,10 @@ class Chain:
             start += tier.tokens
         return found
 
-    # A token's way
+    # How tokens move through the tiers
 
     def append(self, k: Tensor, v: Tensor, place: int) -> None:
-        """Take in tokens that come. k, v: (rows, kv_heads, n, head_dim); place: of the first of them."""
+        """Add new tokens. k, v: (rows, kv_heads, n, head_dim); place: place of the first of them."""
         for tier in (self.sink, self.recent):
             rest = tier.append(k, v, place)
             if rest is None:
@@ -127,18 +128,18 @@ class Chain:
             k, v = rest
 
     def evict_blocks(self, length: int, drop: bool = True, spare: int = 0) -> None:
-        """Let whole blocks go on to the next tier.
+        """Move whole blocks on to the next tier.
 
         Args:
-            length: of the sequences.
-            drop: also forget what no later query sees and what exceeds the last limit, and let tokens go on from codec to
-                codec; without, what leaves `recent` is quantised and that is all.
-            spare: this many tokens more stay exact.
+            length: length of the sequences.
+            drop: also remove what no later query sees and what exceeds the last limit, and move tokens from codec to codec; if
+                False, only `recent` passes tokens on, to be quantised.
+            spare: how many more tokens stay exact.
         """
         if self._only_quantises and not self.recent.excess(spare):
             return  # as at nearly every step
         if self.tensor_cache is not None:
-            # What left at queries that may still be taken back is written later, so it is still needed.
+            # Pairs that left at queries which may still be cropped are written later, so they are still needed.
             spare = max(spare, self.tensor_cache.unwritten(length))
         way = self.tiers[1:]
         for tier, following in zip_longest(way, way[1:]):
@@ -165,7 +166,7 @@ class Chain:
         k, v = tier.front(count)
         if self._stats is not None and self._stats.sizes.device != k.device:
             self.stats = self._stats.to(k.device)  # given, and on the CPU until now
-        # Encoded before they leave: what cannot be, NaN above all, stays where it is.
+        # Encode before removing: if encoding fails, on NaN above all, the tokens stay where they are.
         following.append(k[:, :, useless:], v[:, :, useless:], self.sink.tokens + self.dropped + useless)
         tier.drop_front(count)
         self.dropped += count if following is self.tensor_cache else useless
@@ -175,7 +176,7 @@ class Chain:
         self.dropped += count
 
     def _unseen(self, length: int, aged: int) -> int:
-        """How many of the oldest of `aged` tokens behind `recent` no query at a place from `length` on sees, whole blocks."""
+        """Count, in whole blocks, the oldest of `aged` tokens behind `recent` that no query from place `length` on sees."""
         if self.policy.window is None:
             return 0
         # The query at place `length` sees places greater than length - window.
@@ -190,12 +191,12 @@ class Chain:
             unseen -= few
 
     def commit(self) -> None:
-        """A call has ended: what its queries wrote into the Tensor Cache counts."""
+        """Make the writes of the call that ended, into the Tensor Cache, permanent."""
         if self.tensor_cache is not None:
             self.tensor_cache.commit()
 
     def release(self) -> None:
-        """The end of a call is over: positions of tokens that are gone are forgotten, and nobody writes any more."""
+        """Finish the end of a call: remove positions of tokens that are gone, and the writer of the Tensor Cache."""
         if self.tensor_cache is not None:
             self.tensor_cache.keep_positions(self.recent.tokens + sum(tier.tokens for tier in self.aging))
             self.tensor_cache.absorb = None
@@ -204,7 +205,7 @@ class Chain:
 
     @property
     def stats(self) -> KeyStats | None:
-        """Statistics of the keys, for the codecs that use them; they are set while these codecs hold no token."""
+        """Statistics of the keys, for the codecs that use them; they may be set only while these codecs hold no token."""
         return self._stats
 
     @stats.setter
@@ -214,10 +215,11 @@ class Chain:
             tier.stats = stats if tier.codec.weighs else None
 
     def learn(self, queries: Tensor | None, kv_heads: int) -> None:
-        """Take in the queries of tokens that come.
+        """Collect statistics of the queries of new tokens.
 
         Args:
-            queries: (rows, q_heads, n, head_dim); None: whoever attends to them does not tell, so keys are packed as they are.
+            queries: (rows, q_heads, n, head_dim); None: the attention function does not pass them, so keys are packed as they
+                are.
             kv_heads: number of key heads.
         """
         if self.learning is not None and queries is None:
@@ -226,13 +228,13 @@ class Chain:
             self.learning.note(queries, kv_heads)
 
     def _learned(self, length: int, spare: int) -> bool:
-        """Whether blocks may be quantised; fixes what has been learned once none of it will be taken back."""
+        """Whether blocks may be quantised; completes the statistics once none of their tokens can be cropped."""
         if self.learning is None:
             return True
         enough = max(LEARN, self.policy.sink + BLOCK)
         if length - spare < enough:
             return False
-        # Sinks are not quantised, and are unlike the rest.
+        # Sinks are not quantised, and differ from other tokens, so they do not count.
         keys = self.recent.keys[:, :, : enough - self.policy.sink]
         self.stats, self.learning = self.learning.measure(keys, self.policy.partner), None
         return True
@@ -240,7 +242,7 @@ class Chain:
     # Changes of the length and of the rows
 
     def crop(self, n: int, rest: int) -> None:
-        """Forget the `n` newest tokens; `rest` remain."""
+        """Remove the `n` newest tokens; `rest` remain."""
         left = n
         for tier in (self.recent, *self.aging, self.sink):
             few = min(left, tier.tokens)
@@ -270,7 +272,7 @@ class Chain:
             self.learning.to(device)
 
     def copied(self) -> Chain:
-        """The same tokens, of which rows may be taken here while there they stay; both share memory until then."""
+        """Return a copy whose rows can be selected without changing this one; both share memory until then."""
         other = copy.copy(self)
         other.sink, other.recent, other.learning = self.sink.copied(), self.recent.copied(), copy.copy(self.learning)
         other.quantized = [tier.copied() for tier in self.quantized]
@@ -280,5 +282,5 @@ class Chain:
 
 
 def tier_name(number: int) -> str:
-    """What the quantised tier of this number is called."""
+    """Name the quantised tier of this number."""
     return f"quantized.{number}" if number else "quantized"

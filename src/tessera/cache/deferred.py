@@ -1,4 +1,4 @@
-"""What the cache gives a model in place of keys and values, on their way to Tessera's attention function."""
+"""Placeholders that the cache gives a model instead of keys and values, which only Tessera's attention function can read."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 #: Name of the attention function in transformers' `AttentionInterface`.
 ATTENTION = "tessera"
 
-#: What torch.compile says where it may not break its graph.
+#: The error of torch.compile where it may not break its graph.
 UNCOMPILED = "a tessera.Cache holds other tokens at every call, so the graph breaks here: compile without fullgraph=True"
 
 
 class DeferredKVError(AttributeError):
-    """Something other than Tessera's attention has touched deferred keys or values."""
+    """Raised when something other than Tessera's attention uses deferred keys or values."""
 
 
 class DeferredKV:
-    """Stands for the keys or values of a layer on their way from the cache to Tessera's attention function.
+    """A placeholder for the keys or values of a layer between the cache and Tessera's attention function.
 
-    Whatever else touches it is told what to do: methods and attributes of tensors, and torch functions that are given it.
+    Any other use raises an error that names the remedy: tensor methods and attributes, and torch functions.
 
     Args:
-        layer: of the cache, which has what this stands for.
+        layer: the cache's layer that has these keys or values.
         role: "key" or "value".
     """
 
@@ -50,7 +50,7 @@ class DeferredKV:
         )
 
     def __getattr__(self, name: str) -> Any:
-        # Copying, compiling and inspecting ask for names of Python's own, also on an object whose slots are empty yet.
+        # Copying, compiling and inspecting ask for names of Python's own, also before an object's slots are set.
         if name in DeferredKV.__slots__ or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         self._refuse(f".{name}")
@@ -80,9 +80,9 @@ def _first(kind: type[DeferredKV], given: Any) -> DeferredKV | None:
 
 
 def _attention_of_caller() -> str | None:
-    """The attention that the module which touches deferred keys or values was told to use; None if no module is found.
+    """Find the attention implementation of the module that uses deferred keys or values; None if no module is found.
 
-    The cache cannot tell, because it may be given to another model than the one it was made for.
+    The cache cannot know it, because it may be given to another model than the one it was made for.
     """
     frame = sys._getframe(1)
     while frame is not None:

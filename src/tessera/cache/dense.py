@@ -1,4 +1,4 @@
-"""What the tiers of a layer hold as plain tensors, for whatever cannot read tiers."""
+"""Decoding of a layer's tiers into plain tensors, for code that cannot read tiers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def assemble(
     """Decode sources into dense keys and values.
 
     Args:
-        groups: for each group of batch rows these rows, the slots of their tokens, and what is held of them.
+        groups: for each group of batch rows: the rows, the slots of their tokens, and the sources that hold them.
         size: (batch, kv_heads, slots, head_dim) of the result.
         first: slot that becomes the first of the result; what lies before it is left out.
-        dtypes: of keys and of values.
-        device: of the result.
+        dtypes: dtypes of keys and of values.
+        device: device of the result.
 
     Returns:
         keys and values, zero where nothing is held.

@@ -1,4 +1,4 @@
-"""Batch rows whose tokens came in the same slots: they have equal lengths, so their tiers are stored as one tensor each."""
+"""Groups of batch rows whose tokens came in the same slots; they have equal lengths, so each tier is one tensor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NONE = Runs()
 
 @dataclass(frozen=True)
 class StepContext:
-    """One call's share of a group.
+    """The part of one call that belongs to one group.
 
     Attributes:
         group: whose rows they are.
@@ -33,7 +33,7 @@ class StepContext:
         sources: what the queries read, each up to its own place.
         pending: the new keys and values if the group has not taken them in yet.
         queries: which of the call's tokens these are.
-        hold: so many of the newest tokens may still be taken back, so they are neither quantised, dropped nor written for good.
+        hold: number of newest tokens that may still be cropped, so they are neither quantised, dropped nor written permanently.
         index: (rows,) int64 on the device of the queries, the batch rows; None: all.
     """
 
@@ -73,7 +73,7 @@ class SequenceGroup:
         before: tokens of the rows' earlier documents, which are gone.
 
     Attributes:
-        slots: of the tokens, by place; those of padding are not among them.
+        slots: slots of the tokens, by place; those of padding are not among them.
         length: number of tokens up to now, dropped ones included.
         chain: the tiers.
     """
@@ -89,24 +89,24 @@ class SequenceGroup:
 
     @property
     def holds_back(self) -> bool:
-        """Whether the Tensor Cache has yet to be written what left at queries that could be taken back."""
+        """Whether pairs that left the window at croppable queries have yet to be written to the Tensor Cache."""
         matrix = self.chain.tensor_cache
         return matrix is not None and matrix.unwritten(self.length) > 0
 
     @property
     def irrevocable(self) -> bool:
-        """Whether tokens are in a tier that cannot tell them apart, so that no mask can hide them any more."""
+        """Whether some tokens are in a tier that cannot tell them apart, so that no mask can hide them."""
         chain = self.chain
         merged = any(tier.tokens and not tier.keeps_tokens for tier in chain.tiers)
         return merged or (self.policy.dissolves and chain.dropped > 0)
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Take new tokens in. k, v: (rows, kv_heads, n, head_dim)."""
+        """Store new tokens. k, v: (rows, kv_heads, n, head_dim)."""
         self.chain.append(k, v, self.length)
         self.length += k.shape[2]
 
     def evict_blocks(self, drop: bool = True, spare: int = 0) -> None:
-        """Let whole blocks go on to the next tier, see `Chain.evict_blocks`."""
+        """Move whole blocks on to the next tier, see `Chain.evict_blocks`."""
         self.chain.evict_blocks(self.length, drop, spare)
 
     def begin_step(
@@ -119,7 +119,7 @@ class SequenceGroup:
         hold: int = 0,
         asked: Tensor | None = None,
     ) -> StepContext:
-        """Begin a call: what its queries read.
+        """Begin a call, and return what its queries read.
 
         Args:
             k, v: (rows, kv_heads, n, head_dim) of the new tokens.
@@ -137,7 +137,7 @@ class SequenceGroup:
             if quantize_before_attend:
                 self.evict_blocks(drop=False, spare=hold)
             return StepContext(self, first, n, chain.sources(), None, queries, hold)
-        # A long call is read where it lies and taken in afterwards, so it is never copied whole.
+        # The tokens of a long call are read where they are and stored afterwards, so they are never copied whole.
         sources, window = chain.sources(), self.policy.window
         split = min(max(self.policy.sink - first, 0), n) if window is not None else 0
         if split:
@@ -147,11 +147,11 @@ class SequenceGroup:
         return StepContext(self, first, n, sources, (k, v), queries, hold)
 
     def idle_step(self) -> StepContext:
-        """Begin a call that brings nothing but padding."""
+        """Begin a call that has only padding for this group."""
         return StepContext(self, self.length, 0, self.chain.sources(), None)
 
     def end_step(self, step: StepContext) -> None:
-        """End a call: take in what has not been yet, quantise, drop."""
+        """End a call: store tokens that are still pending, quantise, and drop."""
         self.chain.commit()
         if step.pending is not None:
             k, v = step.pending
@@ -164,7 +164,7 @@ class SequenceGroup:
         self.chain.release()
 
     def check_crop(self, n: int) -> None:
-        """Refuse to forget the `n` newest tokens where tokens would be needed again that have been dropped.
+        """Refuse to remove the `n` newest tokens where tokens would be needed again that have been dropped.
 
         Raises:
             ValueError: saying which.
@@ -194,17 +194,17 @@ class SequenceGroup:
             raise ValueError(f"layer {self.layer} has dropped its tokens up to {oldest}; it cannot be cropped to {rest}")
 
     def crop(self, n: int) -> None:
-        """Forget the `n` newest tokens; see `check_crop`."""
+        """Remove the `n` newest tokens; see `check_crop`."""
         self.length -= n
         self.chain.crop(n, self.length)
         self.slots = self.slots.cut(0, self.length)
 
     def select(self, index: Tensor) -> None:
-        """Take rows of the group by their place in it. index: (n,) int64."""
+        """Keep the rows with these indices within the group. index: (n,) int64."""
         self.chain.select(index)
 
     def taken(self, rows: list[int]) -> SequenceGroup:
-        """A group of some of the rows; this one stays as it is."""
+        """Return a group of some of the rows; this one is not changed."""
         other = copy.copy(self)
         other.chain = self.chain.copied()
         other.rows = rows

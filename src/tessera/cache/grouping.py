@@ -1,4 +1,4 @@
-"""Who gets which of a call's new tokens: rows whose tokens come in the same slots share their tiers."""
+"""Assignment of a call's new tokens to groups: rows whose tokens come in the same slots share their tiers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Share(NamedTuple):
     """New tokens of a group.
 
     Attributes:
-        group: which does not know of them yet.
+        group: the group that they will be stored in.
         tokens: which of the call's tokens they are.
-        slots: of all tokens that the group will have then.
+        slots: slots of all tokens that the group will have then.
     """
 
     group: SequenceGroup
@@ -27,12 +27,12 @@ class Share(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """What `shares` found.
+    """The result of `shares`.
 
     Attributes:
-        shares: in the order in which they are to be taken in.
-        groups: that there are when the call ends.
-        waiting: rows that have seen nothing but padding.
+        shares: in the order in which they are to be stored.
+        groups: all groups at the end of the call.
+        waiting: rows that have seen only padding.
     """
 
     shares: list[Share]
@@ -49,18 +49,18 @@ def shares(
     n: int,
     before: int,
 ) -> Shares:
-    """Sort a call's tokens; the groups that are given stay as they are.
+    """Assign a call's tokens to groups; the given groups are not changed.
 
     Args:
-        policy, layer: of new groups.
-        groups: that there are.
-        waiting: rows that have seen nothing but padding.
+        policy, layer: what new groups are made with.
+        groups: the groups before the call.
+        waiting: rows that have seen only padding.
         said: what the mask says; None: all of the tokens are real and no document begins.
         n: tokens of the call.
         before: slots before it.
     """
     if said is None and len(groups) == 1 and not waiting:
-        # Every step of rows without padding: what is below, in short.
+        # Shortcut for steps of rows without padding.
         tokens = Runs(((0, n),))
         return Shares([Share(groups[0], tokens, groups[0].slots.joined(tokens, before))], [groups[0]], [])
     found = Shares([], [], [])
@@ -93,7 +93,7 @@ def _pattern(said: NewTokens | None, row: int, n: int, by_document: bool) -> tup
 
 
 def _documents(tokens: Runs, begins: tuple[int, ...], new: bool) -> list[tuple[bool, Runs]]:
-    """A row's tokens, document by document, and whether it has had another before. new: the row has had no token yet."""
+    """Split a row's tokens into documents, each with whether an earlier one precedes it. new: the row has had no token yet."""
     cuts = [cut for cut in map(tokens.before, begins) if cut or not new]
     found = [(number > 0, tokens.cut(a, b)) for number, (a, b) in enumerate(pairwise([0, *cuts, tokens.count]))]
     return [(begin, runs) for begin, runs in found if runs.runs]

@@ -1,9 +1,9 @@
-"""What memories keep beside the keys and values of a layer of a cache, ours or transformers'.
+"""States that memories keep on a layer of a cache, ours or transformers', beside its keys and values.
 
 It is on the layer, as the state of transformers' own recurrent layers is, because every method of a cache is that of its
-layers, one after the other. So whoever reorders, crops, resets, offloads, copies or pickles a cache does it to the memories'
-states too, and a cache that is thrown away takes them with it. Our own layers call `LayerStates` themselves; a layer of
-transformers becomes one of a class that is made of its own and `_Stateful`, which does.
+layers, one after the other. So reordering, cropping, resetting, offloading, copying, pickling and deleting a cache do the same
+to the states. Our own layers call `LayerStates` themselves; a layer of transformers gets a new class, derived from its own and
+`_Stateful`, which calls them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-#: Where a layer has its states.
+#: Attribute of a layer that holds its states.
 STATES = "memory_states"
 
 
 class LayerState:
-    """What one memory keeps for one layer; as it stands, nothing.
+    """The state of one memory on one layer; this base class keeps nothing.
 
     Attributes:
         batch: number of rows.
@@ -33,14 +33,14 @@ class LayerState:
         """Row i of the new batch is row rows[i] of this one. rows: (n,) int64 on the CPU."""
 
     def check_crop(self, seen: int, length: int) -> None:
-        """Refuse to go back from `seen` tokens to `length`, padding included, where that cannot be done.
+        """Refuse to crop from `seen` tokens to `length`, padding included, where that is impossible.
 
         Raises:
             ValueError: saying why, and what to do.
         """
 
     def crop(self, seen: int, length: int) -> None:
-        """Go back from `seen` tokens to `length`; see `check_crop`."""
+        """Crop from `seen` tokens to `length`; see `check_crop`."""
 
     def reset(self) -> None:
         """Forget everything."""
@@ -53,17 +53,17 @@ class LayerState:
         return []
 
     def record_past(self) -> None:
-        """What calls to come bring may be taken back."""
+        """Prepare for crops of the tokens of later calls."""
 
     def detach(self) -> None:
         """Cut the graph."""
 
 
 class LayerStates:
-    """The states of one layer, by the kind of memory that they are of.
+    """The states of one layer, by kind of memory.
 
     Attributes:
-        away: the layer is offloaded, so that what has been used is to be moved away again.
+        away: the layer is offloaded, so that states are moved back to the CPU after use.
     """
 
     def __init__(self) -> None:
@@ -75,14 +75,14 @@ class LayerStates:
         return self._states.get(kind)
 
     def put(self, kind: str, state: LayerState) -> None:
-        """Keep this state."""
+        """Set the state of the memory of this kind."""
         self._states[kind] = state
 
     def __iter__(self) -> Iterator[LayerState]:
         return iter(self._states.values())
 
     def select(self, rows: Callable[[int], Tensor]) -> None:
-        """Change the rows; `rows` gives, for a number of old ones, the old one of each new one."""
+        """Change the rows; `rows(n)` gives, for n old rows, the old row of each new one."""
         for state in self:
             state.select(rows(state.batch))
 
@@ -132,11 +132,11 @@ class LayerStates:
         self.to("cpu")
 
     def prefetch(self) -> None:
-        """Stay where they are used from now on."""
+        """Keep states on the device that uses them from now on."""
         self.away = False
 
     def used(self) -> None:
-        """A state has been used, and may have been moved for it."""
+        """Move a state back to the CPU after use, if the layer is offloaded."""
         if self.away:
             self.to("cpu")
 
@@ -146,7 +146,10 @@ class LayerStates:
 
 
 def stateful(layer: Any) -> LayerStates:
-    """The states of a layer of any cache, none at first. A layer of transformers follows them with its states from now on."""
+    """Return the states of a layer of any cache, none at first.
+
+    From now on a layer of transformers applies its own changes to its states too.
+    """
     found: LayerStates | None = getattr(layer, STATES, None)
     if found is None:
         found = LayerStates()
@@ -157,13 +160,13 @@ def stateful(layer: Any) -> LayerStates:
 
 
 def state_of(layer: Any, kind: str) -> LayerState | None:
-    """What a layer keeps for the memory of this kind; the layer is left as it is."""
+    """Return a layer's state of the memory of this kind, without changing the layer."""
     found: LayerStates | None = getattr(layer, STATES, None)
     return None if found is None else found.get(kind)
 
 
 class _Stateful(CacheLayerMixin):
-    """The first of two classes that a layer is of: its methods lead the states along and are otherwise those of the second."""
+    """The first base of a layer's new class: its methods apply changes to the states, and otherwise call the layer's own."""
 
     # So that transformers does not take this for its own class of the type.
     _layer_type = None

@@ -1,4 +1,4 @@
-"""What a group learns of its first tokens before any of their keys are quantised."""
+"""Statistics that a group collects of its first tokens before any of their keys are quantised."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from tessera.codecs.key_stats import KeyStats
+from tessera.devices import upload
 
-#: Tokens whose queries and keys tell how keys are to be quantised. Until they have come all tokens stay exact.
+#: Number of tokens whose queries and keys the statistics are computed from. Until then all tokens stay exact.
 LEARN = 128
 
 
 class Learning:
-    """The queries of the first tokens, token by token, so that what is cropped is forgotten.
+    """Statistics of the first tokens' queries, kept token by token, so that a crop can remove them.
 
     Attributes:
-        squares: (rows, kv_heads, n, head_dim) float32, means over the query heads of a key head; None: nothing yet.
+        squares: (rows, kv_heads, n, head_dim) float32, means over the query heads of a key head; None: no token yet.
     """
 
     def __init__(self) -> None:
@@ -25,11 +26,11 @@ class Learning:
 
     @property
     def tokens(self) -> int:
-        """How many tokens have told their queries."""
+        """Number of tokens whose queries have been collected."""
         return 0 if self.squares is None else self.squares.shape[2]
 
     def note(self, queries: Tensor, kv_heads: int) -> None:
-        """Take in the queries of the tokens that come next. queries: (rows, q_heads, n, head_dim), any number of tokens."""
+        """Add the queries of the next tokens. queries: (rows, q_heads, n, head_dim), any number of tokens."""
         few = queries[:, :, : LEARN - self.tokens].float()
         rows, _, n, dim = few.shape
         if n:
@@ -37,19 +38,19 @@ class Learning:
             self.squares = squares if self.squares is None else torch.cat((self.squares, squares), 2)
 
     def measure(self, keys: Tensor, partner: Sequence[int] | None) -> KeyStats:
-        """What all `LEARN` tokens tell. keys: (rows, kv_heads, n, head_dim) of those of them that are to be quantised."""
+        """Compute the statistics of all `LEARN` tokens. keys: (rows, kv_heads, n, head_dim), those to be quantised."""
         assert self.squares is not None
         assert self.tokens == LEARN
         return KeyStats.measure(self.squares, keys, partner)
 
     def cut(self, tokens: int) -> None:
-        """Forget all but the first `tokens`."""
+        """Remove all but the first `tokens`."""
         if self.squares is not None:
             self.squares = self.squares[:, :, :tokens].clone() if tokens else None
 
     def select(self, rows: Tensor) -> None:
         """Take rows by index."""
-        self.squares = None if self.squares is None else self.squares[rows.to(self.squares.device)]
+        self.squares = None if self.squares is None else self.squares[upload(rows, self.squares.device)]
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""

@@ -1,8 +1,8 @@
 """What an attention mask means: which new tokens are padding, where documents begin, and what a mask may say.
 
-Caches, windows and memories ask here; what a cache has to know of a call's tokens `tessera.cache.new_tokens` reads. A mask is (batch or 1, heads or 1, queries, slots),
-True where a query sees a slot; its last columns are the slots of the call's own tokens, one for each query. None stands for
-plain causality.
+A mask is (batch or 1, heads or 1, queries, slots), True where a query sees a slot; its last columns are the slots of the call's
+own tokens, one for each query. None stands for plain causality. What a cache has to know of a call's new tokens is read in
+`tessera.cache.new_tokens`.
 
 - A new token is *padding* if no query of its call sees it, itself included. Padding is never stored, counted or written.
 - A document *begins* at a token that sees no earlier slot, as rows of packed documents have it.
@@ -24,28 +24,28 @@ from tessera.devices import upload
 
 
 class MaskMemo:
-    """Answers about the masks of one step: all layers of a step are given the same few.
+    """Memoised properties of the masks of one step, whose layers are all given the same few.
 
-    Masks are known by identity, so nothing is remembered beyond the step: the next one may find the same buffer written anew.
+    Masks are compared by identity, so nothing is kept beyond the step: the next one may reuse the same buffer.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """A step begins."""
+        """Clear the memo at the beginning of a step."""
         self._known: list[tuple[weakref.ref[Tensor], Hashable, Any]] = []
         self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def index(self, rows: Sequence[int], device: torch.device) -> Tensor:
-        """Row numbers as a tensor on a device, brought there once a step."""
+        """Return row numbers as a tensor on a device, copied there once a step."""
         key = tuple(rows), device
         if key not in self._indices:
             self._indices[key] = upload(torch.tensor(rows, dtype=torch.long), device)
         return self._indices[key]
 
     def ask(self, mask: Tensor, question: Hashable, answer: Callable[[], Any]) -> Any:
-        """What `answer` returned when this was first asked about this mask."""
+        """Return the result of `answer`, computed once for each mask and question."""
         for known, asked, said in self._known:
             if known() is mask and asked == question:
                 return said
@@ -61,7 +61,7 @@ class MaskMemo:
 
 
 def boolean(mask: Tensor) -> Tensor:
-    """The mask as (batch or 1, heads or 1, queries, slots) bool, True where a query sees a slot.
+    """Convert the mask to (batch or 1, heads or 1, queries, slots) bool, True where a query sees a slot.
 
     Raises:
         ValueError: for an additive mask that does more than hide.
@@ -78,7 +78,7 @@ def boolean(mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Runs:
-    """Slots of a row, ascending, as (first slot, how many) each.
+    """Slots of a row, ascending, as runs of (first slot, count).
 
     Rows without padding between their tokens have one run, so this stays small however long they grow.
     """
@@ -97,7 +97,7 @@ class Runs:
         return Runs(tuple(runs))
 
     def joined(self, later: Runs, by: int) -> Runs:
-        """These and, behind them, `later` moved by so many slots."""
+        """Append `later`, moved by so many slots."""
         runs = [*self.runs]
         for first, size in later.runs:
             if runs and sum(runs[-1]) == first + by:
@@ -107,7 +107,7 @@ class Runs:
         return Runs(tuple(runs))
 
     def before(self, slot: int) -> int:
-        """How many of these slots lie before `slot`."""
+        """Count the slots before `slot`."""
         return sum(min(size, max(0, slot - first)) for first, size in self.runs)
 
     def cut(self, begin: int, end: int) -> Runs:
@@ -121,7 +121,7 @@ class Runs:
         return Runs(tuple(kept))
 
     def between(self, begin: int, end: int) -> Runs:
-        """The slots of this that lie in [begin, end), which are not in it."""
+        """Return the slots in [begin, end) that are missing from these."""
         gaps, at = [], begin
         for first, size in (*self.runs, (end, 0)):
             if at < min(first, end):
@@ -134,21 +134,21 @@ class Runs:
         return torch.cat([torch.arange(first, first + size, device=device) for first, size in self.runs])
 
     def of(self, tensor: Tensor, first: int, dim: int) -> Tensor:
-        """What a tensor whose `dim` counts the slots from `first` on has for these slots; nothing may lie before `first`."""
+        """Select these slots from a tensor whose `dim` counts slots from `first` on; none may be before `first`."""
         if len(self.runs) == 1 and self.runs[0] == (first, tensor.shape[dim]):
-            return tensor  # all of it, which is the rule in a step
+            return tensor  # the whole tensor, which is usual in a step
         parts = [tensor.narrow(dim, slot - first, size) for slot, size in self.runs]
         return parts[0] if len(parts) == 1 else torch.cat([tensor.narrow(dim, 0, 0), *parts], dim)
 
 
 class GroupMask:
-    """A mask as the rows that share their tiers see it.
+    """A call's mask restricted to the rows that share their tiers.
 
     Args:
-        mask: of the call, boolean; its last column is the newest slot.
+        mask: attention mask of the call, boolean; its last column is the newest slot.
         index: (rows,) int64 on the mask's device; None: all rows of the batch.
         queries: which of the call's tokens the queries are.
-        slots: of all tokens of these rows up to now, by place.
+        slots: slots of all tokens of these rows up to now, by place.
         seen: number of slots up to now.
     """
 
@@ -168,12 +168,12 @@ class GroupMask:
 
 
 class Documents(NamedTuple):
-    """Which document every slot of a batch belongs to, as whole tensors, for attention that keeps no tiers.
+    """The document of every slot of a batch, as whole tensors, for attention without tiers.
 
     Attributes:
         number: (batch, slots) int64, of the document, counted within its row; -1 for padding.
         place: (batch, slots) int64, of a token in its document.
-        single: every row is one document without padding, which needs no looking at the tensors.
+        single: every row is one document without padding, so the tensors need not be read.
     """
 
     number: Tensor
@@ -182,7 +182,7 @@ class Documents(NamedTuple):
 
     def select(self, rows: Tensor) -> Documents:
         """Row i of the new batch is row rows[i] of this one. rows: (n,) int64."""
-        rows = rows.to(self.number.device)
+        rows = upload(rows, self.number.device)
         return Documents(self.number[rows], self.place[rows], self.single)
 
     def first(self, slots: int) -> Documents:
@@ -191,12 +191,12 @@ class Documents(NamedTuple):
 
 
 def by_lengths(lengths: Tensor, mask: Tensor | None, batch: int, queries: int, slots: int) -> Tensor:
-    """The mask of a row of packed documents whose ends are given as kernels for packed attention want them.
+    """Make the mask of a row of packed documents from their lengths, as kernels for packed attention are given them.
 
     Args:
         lengths: (documents + 1,) where documents begin, and at last the end, as in the keyword argument `cu_seq_lens_q`.
-        mask: of the call, which counts too, or None.
-        batch, queries, slots: of the call.
+        mask: attention mask of the call, which counts too, or None.
+        batch, queries, slots: sizes of the call.
 
     Raises:
         ValueError: for several rows, or another number of tokens.
@@ -213,13 +213,13 @@ def by_lengths(lengths: Tensor, mask: Tensor | None, batch: int, queries: int, s
 
 
 def documents(mask: Tensor | None, query: Tensor, slots: int, before: Documents | None = None) -> Documents:
-    """Sort the slots of a call into documents.
+    """Find the document of each slot of a call.
 
     Args:
-        mask: of the call; None: plain causality.
+        mask: attention mask of the call; None: plain causality.
         query: (batch, heads, tokens, head_dim) of the call.
         slots: all up to now.
-        before: what was found out about the slots before the call; None: those that the mask shows are one document.
+        before: documents of the slots before the call; None: those that the mask shows are one document.
 
     Raises:
         ValueError: if the mask shows what was padding when it came.
@@ -255,16 +255,16 @@ def _placed(number: Tensor) -> Documents:
 
 
 def check_absorbed(mask: Tensor, of: Documents, window: int, sink: int) -> None:
-    """Refuse a mask that a memory behind a window cannot follow: it reads whole what has left the window of its document.
+    """Refuse a mask that a memory behind a window cannot follow, because it holds all that left its document's window.
 
     Args:
-        mask: of the call.
+        mask: attention mask of the call.
         of: the documents of all slots.
         window: tokens that a query sees itself.
         sink: first tokens of a document that it sees too.
 
     Raises:
-        ValueError: naming what the mask may not do.
+        ValueError: if the mask hides absorbed tokens or shows another document.
     """
     seen, n = boolean(mask), mask.shape[-2]
     number, place = of.number[:, None, None], of.place[:, None, None]

@@ -1,4 +1,4 @@
-"""What a cache must know of a model, read from its config; models that it cannot serve are refused here, by cause."""
+"""What a cache needs to know about a model, read from its config; other models are refused with the cause."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def read_config(config: Any) -> tuple[Any, list[tuple[tuple[int, int], int | None]]]:
-    """What the cache must know of a model.
+    """Read what the cache needs to know about a model.
 
     Returns:
         the config of its text decoder, and for each layer (kv_heads, head_dim) and the window of its own attention or None.
@@ -39,7 +39,7 @@ def read_config(config: Any) -> tuple[Any, list[tuple[tuple[int, int], int | Non
     count = getattr(text, "num_hidden_layers", None)
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        heads = 1  # Falcon counts its one key head nowhere
+        heads = 1  # Falcon's config does not count its single key head
     dim = getattr(text, "head_dim", None)
     if dim is None and getattr(text, "hidden_size", None) and getattr(text, "num_attention_heads", None):
         dim = text.hidden_size // text.num_attention_heads
@@ -73,7 +73,7 @@ def check_shapes(model: nn.Module, layers: list[tuple[tuple[int, int], int | Non
     """Compare what `read_config` found with the projections of the model, for families whose code deviates from their config.
 
     Args:
-        model: of transformers.
+        model: a transformers model.
         layers: as `read_config` returns them.
 
     Raises:
@@ -92,21 +92,21 @@ def check_shapes(model: nn.Module, layers: list[tuple[tuple[int, int], int | Non
             )
 
 
-#: Families whose rotary embedding turns neighbouring channels into each other; the others turn channel i and i + half.
+#: Families whose rotary embedding rotates pairs of neighbouring channels; the others rotate channels i and i + half.
 NEIGHBOURS = frozenset(
     ("chatglm", "codegen", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium", "llama4_text")
 )
 
 
 def rotary_partner(text: Any, dim: int) -> tuple[int, ...] | None:
-    """Of each channel of the keys the one that the rotary embedding turns it into, itself where it turns nothing.
+    """Find the other channel of each channel's rotary pair; channels that are not rotated are their own partners.
 
     Args:
         text: config of the text decoder.
         dim: head_dim.
 
     Returns:
-        head_dim numbers; None if the config speaks of no rotary embedding.
+        head_dim channel numbers; None if the config has no rotary embedding.
     """
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
     if not rope and getattr(text, "rope_theta", None) is None and getattr(text, "rotary_dim", None) is None:

@@ -74,7 +74,7 @@ def read_mask(mask: Tensor, known: NDArray[np.bool_], rule: Rule, finite: Finite
     if isinstance(mask, PaddingMask) and mask.window == rule.sliding:
         if finite is not None:
             finite.read(*([] if mask.padding is None else [mask.padding]))
-        shown = mask.real()
+        shown = mask.real_slots()
         said = None if shown is None and known.all() else _of_padding(shown, known, mask.shape[-2], rule)
     else:
         said = _looked_at(mask, known, rule, finite)
@@ -146,11 +146,11 @@ def _of_padding(shown: NDArray[np.bool_] | None, known: NDArray[np.bool_], n: in
     if shown is None:
         shown = np.ones((batch, past + n), dtype=np.bool_)
     real, before, window = shown[:, past:], shown[:, :past], rule.sliding
-    asks = real.any(1)
+    asks = _any(real)
     first = past + real.argmax(1)  # slot of the first real query
     begins: list[list[int]] = [[] for _ in range(batch)]
     if window is None:
-        alone = asks & ~before.any(1)
+        alone = asks & ~_any(before)
         for row in alone.nonzero()[0]:
             begins[row] = [int(first[row]) - past]
     else:
@@ -169,7 +169,7 @@ def _of_padding(shown: NDArray[np.bool_] | None, known: NDArray[np.bool_], n: in
             count = _sums(np.concatenate((own, real), 1))
             seen_first = unlike & (np.arange(past) > first[:, None] - window)
             shown_first = unlike & (count[:, 1 : past + 1] > np.take_along_axis(count, first[:, None] + 1, 1) - window)
-        strange, hidden = (seen_first & before).any(1), (shown_first & own).any(1)
+        strange, hidden = _any(seen_first & before), _any(shown_first & own)
     plain = ~asks | ~(strange | hidden)
     if window is not None:
         count = _sums(np.concatenate((own, real), 1))
@@ -180,7 +180,7 @@ def _of_padding(shown: NDArray[np.bool_] | None, known: NDArray[np.bool_], n: in
         place = own.cumsum(1) - 1
         last = own.sum(1) + real.sum(1) - 1
         old = own & (place <= (last - rule.memory[0])[:, None]) & (place >= rule.memory[1])
-        absorbed = (old & ~before & asks[:, None]).any(1)
+        absorbed = _any(old & ~before & asks[:, None])
     return NewTokens([row.tobytes() for row in real], begins, plain.tolist(), strange.tolist(), absorbed.tolist())
 
 
@@ -189,3 +189,7 @@ def _sums(x: NDArray[np.bool_]) -> NDArray[np.int32]:
     out = np.zeros((x.shape[0], x.shape[1] + 1), dtype=np.int32)
     np.cumsum(x, 1, out=out[:, 1:])
     return out
+
+
+def _any(x: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return np.asarray(x.any(1))

@@ -1,8 +1,8 @@
-"""Where whole pages of quantised tokens go when they leave the memory of the model's device: the CPU's memory, or a file.
+"""Storage for whole pages of quantised tokens outside the memory of the model's device: the CPU's memory, or files.
 
-They are attended to where they lie, and what travels is a partial result: as many numbers as there are queries, and one
-log-sum-exp each. So a context may be longer than a GPU's memory at the price of the CPU's bandwidth, or longer than the CPU's
-memory at that of the disk's, whose pages the operating system reads and lets go as it sees fit.
+Attention to them runs where they are stored, and only a partial result is transferred: an output and a log-sum-exp for each
+query. So a context may be longer than a GPU's memory at the price of the CPU's bandwidth, or longer than the CPU's memory at
+that of the disk's, whose pages the operating system reads and evicts.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ ALIGNED = 64
 
 
 class Store(ABC):
-    """Takes pages, which never change."""
+    """A store of pages, which never change."""
 
     @abstractmethod
     def holds(self, packed: Packed) -> bool:
-        """Whether a page lies here already."""
+        """Whether a page is already in this store."""
 
     @abstractmethod
     def keep(self, packed: Packed) -> Packed:
-        """The same page, here."""
+        """Return the same page, in this store."""
 
     def __deepcopy__(self, memo: object) -> Store:
         return self
@@ -92,12 +92,12 @@ class InFiles(Store):
 
 
 def mapped(tensor: Tensor) -> bool:
-    """Whether a tensor lies in a file."""
+    """Whether a tensor is mapped from a file."""
     return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
 
 
 def store(where: str | os.PathLike[str] | None) -> Store | None:
-    """The store that is meant by "cpu" or by a folder; None: pages stay where the model computes.
+    """Make the store for "cpu" or for a folder; None: pages stay where the model computes.
 
     Raises:
         FileNotFoundError: if there is no such folder.

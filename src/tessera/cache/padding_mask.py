@@ -44,11 +44,12 @@ class PaddingMask(Tensor):
         window: int | None,
         make: Callable[[], Tensor],
     ) -> PaddingMask:
+        """Make one that has no numbers of its own."""
         self: PaddingMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         self.padding, self.window, self._make, self._whole = padding, window, make, None
         return self
 
-    def real(self) -> NDArray[np.bool_] | None:
+    def real_slots(self) -> NDArray[np.bool_] | None:
         """Which slots are no padding, (batch, slots); None: all. They are read if nobody has read them yet."""
         return None if self.padding is None else cast("NDArray[np.bool_]", self.padding.get())
 
@@ -59,7 +60,7 @@ class PaddingMask(Tensor):
             self._whole = self._make()
         return self._whole
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PaddingMask({tuple(self.shape)}, window={self.window})"
 
     # What does not come to `__torch_dispatch__`.
@@ -78,10 +79,12 @@ class PaddingMask(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.whole.__reduce_ex__(protocol)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function is torch.ops.aten._to_copy.default and kwargs.get("device") is not None and "dtype" not in kwargs:
             # To another device, as accelerate takes it from layer to layer: what has been read stays known.

@@ -9,14 +9,14 @@ from functools import cached_property
 from tessera.cache.spec import Spec
 from tessera.cache.spec import parse as parse_one
 
-#: How one is written; for errors.
+#: An example for errors.
 EXAMPLE = "{0-1,-1: sink:4 + hqmq:5 + recent:128; *: sink:4 + hqmq:3 + recent:128}"
 _RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 
 
 @dataclass(frozen=True)
 class PerLayer:
-    """A spec for each layer of a model, the first choice that names it.
+    """A spec for each layer of a model, from the first choice that names the layer.
 
     Attributes:
         choices: layers as they are written, numbers and ranges separated by commas, negative ones counted from the last layer,
@@ -47,7 +47,7 @@ class PerLayer:
         return [found[number] for number in range(layers)]
 
     def with_sinks(self, sink: int) -> PerLayer:
-        """The same with so many sinks where tokens are compressed."""
+        """Return the same with this many sinks in the layers that compress tokens."""
         return PerLayer(tuple((words, s if s.codec is None else s.with_sinks(sink)) for words, s in self.choices))
 
     @property

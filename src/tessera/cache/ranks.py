@@ -1,7 +1,7 @@
-"""Tensor parallelism: the key heads of a model that this process has, and what all processes hold together.
+"""Tensor parallelism: the key heads of this process, and totals over all processes.
 
 With `tp_plan="auto"` transformers spreads the heads of every layer over the processes of a group. A cache holds those of its
-own process; masks, lengths and everything else of it are the same in all of them.
+own process; masks and lengths are the same in all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from tessera.cache.report import CacheReport
 
 Shape = tuple[int, int]
-#: Projections whose output has the keys, alone or among others.
+#: Names of projections that compute keys, alone or with others.
 KEYS = ("k_proj", "qkv_proj", "query_key_value")
 
 
@@ -25,9 +25,9 @@ class Ranks:
     """The processes that a model's heads are spread over.
 
     Attributes:
-        index: of this one.
+        index: rank of this process.
         size: how many there are.
-        group: of `torch.distributed`; None in a copy that went through pickle.
+        group: process group of `torch.distributed`; None in a copy that went through pickle.
     """
 
     index: int
@@ -63,7 +63,7 @@ class Ranks:
 
 
 def ranks_of(model: nn.Module) -> Ranks | None:
-    """The processes that transformers has spread a model's heads over; None: the model is whole."""
+    """Find the processes over which transformers has sharded a model's heads; None: the model is not sharded."""
     size = getattr(model, "_tp_size", None) or 1
     mesh = getattr(model, "_device_mesh", None)
     if size == 1 or mesh is None:
@@ -74,7 +74,7 @@ def ranks_of(model: nn.Module) -> Ranks | None:
 
 
 def heads_here(model: nn.Module, layers: Sequence[tuple[Shape, int | None]], ranks: Ranks) -> list[tuple[Shape, int | None]]:
-    """What `read_config` found, with the heads of this process in place of all.
+    """Return the result of `read_config` with the number of heads of this process.
 
     Raises:
         ValueError: if the heads of a layer cannot be spread evenly.

@@ -1,4 +1,4 @@
-"""What a cache holds, in bytes."""
+"""The report of a cache's bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class CacheReport:
     """Bytes of a cache, counted from its tensors.
 
     Attributes:
-        spec: of the cache.
+        spec: specification of the cache.
         nbytes: bytes of all tensors that are held, the free room of buffers included.
         tiers: the same by tier: "sink", the codec's spec, "recent" ("window" or "dense" where that is the spec), "tc",
             "tm" (what an attached Tensor Memory keeps of the sequences), "staged".
@@ -21,8 +21,8 @@ class CacheReport:
         tokens: slots that the cache has seen, padding included.
         dense_nbytes: what transformers' `DynamicCache` would hold for the same tokens.
         compression: dense_nbytes / nbytes.
-        offloaded: of `nbytes`, those that are in files or on the CPU while the model computes elsewhere.
-        set_aside: of `nbytes`, those that hold no key or value: room for tokens to come, and what is learned of the first ones
+        offloaded: the part of `nbytes` that is in files, or on the CPU while the model computes elsewhere.
+        set_aside: the part of `nbytes` that holds no key or value: free room of buffers, and the statistics of the first tokens
             until keys can be quantised.
         ranks: processes that a tensor-parallel model is spread over; the figures are those of one of them, unless they were
             summed.
@@ -45,18 +45,18 @@ class CacheReport:
 
     @property
     def gain(self) -> str:
-        """How much smaller than a dense cache, in words; of a context too short for that, what is set aside."""
+        """Say how much smaller than a dense cache; for a context too short to save bytes, how many are set aside."""
         if self.nbytes <= self.dense_nbytes or not self.set_aside:
             return f"{self.compression:.2f}x smaller"
         return f"{_size(self.set_aside)} set aside for tokens to come"
 
     @staticmethod
     def total(reports: Sequence[CacheReport]) -> CacheReport:
-        """The reports of all processes as one."""
+        """Add up the reports of all processes."""
         nbytes, elements = sum(r.nbytes for r in reports), sum(r.elements for r in reports)
         dense = sum(r.dense_nbytes for r in reports)
         tiers = {name: sum(r.tiers.get(name, 0) for r in reports) for name in reports[0].tiers}
-        # Of each tier as many elements in every process as bytes and bits say.
+        # The number of elements of a tier in a process follows from its bytes and bits.
         held = {
             name: sum(8 * r.tiers[name] / r.tier_bits[name] for r in reports if r.tier_bits.get(name))
             for name in reports[0].tier_bits

@@ -9,16 +9,16 @@ from typing import Any
 from tessera import codecs, grammar
 from tessera.cache import added_tiers
 
-#: Tokens that are compressed, and dropped, together. The group of every codec divides it.
+#: Number of tokens that are compressed, and dropped, together. Every codec's group divides it.
 BLOCK = 64
 
-#: What each tier that is no codec is for, with the example that errors show.
+#: The purpose of each tier that is no codec, with the example that errors show.
 TIERS = {
     "sink": ("sink:4", "the first tokens, exact for ever"),
     "recent": ("recent:128", "the newest tokens, exact"),
     "window": ("window:512", "the newest tokens, exact, and nothing behind them"),
     "dense": ("dense", "every token, exact"),
-    "tc": ("tc", "an Tensor Cache of what was dropped"),
+    "tc": ("tc", "a Tensor Cache of what was dropped"),
 }
 
 
@@ -32,7 +32,7 @@ class Spec:
         codec: spec of the codec that holds the tokens between the two, as the codec itself writes it, or None.
         codec_limit: number of tokens that the codec tier holds at most; the oldest whole blocks go on to the next codec, or are
             dropped. None: no limit.
-        older: further codecs and their limits, each for what the one before lets go.
+        older: further codecs and their limits, each for the tokens past the limit of the one before.
         window: a query sees this many newest tokens, itself included, and the sinks, and nothing else. None: no window.
         others: words of tiers that were added to the grammar, in the order in which tokens come to them, behind the codecs.
         tops: codecs whose tokens are read sparsely, each with the number of them that a query reads at most.
@@ -144,7 +144,7 @@ class Spec:
             raise ValueError(f"{name!r} and {clash[0]!r} contradict each other: {name} - {why}")
 
     def top(self, codec: str) -> int | None:
-        """How many tokens of a codec a query reads at most; None: all."""
+        """Return how many tokens of a codec a query reads at most; None: all."""
         return dict(self.tops).get(codec)
 
     @property
@@ -154,7 +154,7 @@ class Spec:
 
     @property
     def bounded(self) -> bool:
-        """Whether the cache stops growing, or keeps no key of some tokens."""
+        """Whether the cache stops growing, or drops the keys of some tokens."""
         return self.window is not None or bool(self.others) or (self.codec is not None and self.codecs[-1][1] is not None)
 
     def __str__(self) -> str:
@@ -176,7 +176,7 @@ class Spec:
 
 
 def codec_examples() -> tuple[str, ...]:
-    """Specs of the codecs there are, to be shown in errors."""
+    """Specs of the registered codecs, for errors."""
     return codecs.examples() or ("hqmq:4",)
 
 
@@ -185,8 +185,8 @@ def parse(text: str | Spec) -> Spec:
 
     Args:
         text: tiers joined by `+`, in any order, each `name` or `name:argument`, or codecs for keys and for values in brackets;
-            spaces do not matter. Of several codecs the first has the newest tokens, and each takes in what the one before lets
-            go. A `Spec` is returned as it is.
+            spaces do not matter. Of several codecs the first has the newest tokens, and each takes the tokens past the limit of
+            the one before. A `Spec` is returned as it is.
 
     Raises:
         ValueError: naming the word that is wrong and the words that would be right.
@@ -216,7 +216,7 @@ def parse(text: str | Spec) -> Spec:
 
 
 def _tier(word: str, text: str) -> dict[str, Any]:
-    """One tier as fields of `Spec`."""
+    """Parse one tier into fields of `Spec`."""
     if word.startswith("("):
         return _codec(word, text)
     name, colon, argument = word.partition(":")
@@ -235,7 +235,7 @@ def _tier(word: str, text: str) -> dict[str, Any]:
 
 
 def _codec(word: str, text: str) -> dict[str, Any]:
-    """A codec and its limit as fields of `Spec`."""
+    """Parse a codec and its limit into fields of `Spec`."""
     word, slash, rule = word.partition("/")
     codec, at, limit = word.partition("@")
     if at and codec.startswith("(") and not codec.endswith(")"):

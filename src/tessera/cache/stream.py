@@ -1,6 +1,6 @@
-"""What a Tensor Memory has read of the sequences of a cache, for one layer, on which it is kept: see `layer_states`.
+"""The stream of a Tensor Memory through a cache's sequences, kept on each layer of the cache: see `layer_states`.
 
-A state cannot forget a token, so what has to be taken back, such as a rejected draft, is read again from an earlier state: the
+A state cannot remove a token, so after a crop, as of a rejected draft, an earlier state reads the remaining tokens again: the
 newest tokens are kept for that.
 """
 
@@ -14,18 +14,19 @@ from torch import Tensor
 
 from tessera.cache.group import RECORDED
 from tessera.cache.layer_states import LayerState
+from tessera.devices import upload
 from tessera.tensor_memory.config import TensorMemoryConfig
 from tessera.tensor_memory.state import TensorMemoryState
 
-#: What `LayerStates` calls it.
+#: Its kind in `LayerStates`.
 TENSOR_MEMORY = "tensor_memory"
 
 Run = Callable[[Tensor, TensorMemoryState | None], tuple[Tensor, TensorMemoryState]]
 Groups = list[tuple[Tensor, TensorMemoryState | None]]
 
-#: So many of the newest tokens a cache can be cropped by, and `RECORDED` while it records its past or has been cropped.
+#: Number of newest tokens by which a cache can be cropped; `RECORDED` while it records its past or after a crop.
 BACK = 64
-#: Tokens of short calls between two states that are kept, so that no more are read again than these and one call's.
+#: Tokens of short calls between two kept states: after a crop at most these and one call's are read again.
 STRIDE = 16
 
 
@@ -47,16 +48,16 @@ class Read:
 
     @property
     def stop(self) -> int:
-        """How many tokens there are with these."""
+        """Number of tokens up to the end of these."""
         return self.start + self.x.shape[1]
 
     def joined(self, x: Tensor, real: Tensor | None) -> Read:
-        """These and more behind them."""
+        """Append further tokens."""
         both = None if self.real is None and real is None else torch.cat((_whole(self.x, self.real), _whole(x, real)), 1)
         return Read(self.start, self.groups, torch.cat((self.x.to(x.device), x), 1), both)
 
     def cut(self, length: int) -> Read:
-        """Those of them that are among the first `length` tokens of all."""
+        """Keep those that are among the first `length` tokens of the sequence."""
         n = length - self.start
         real = None if self.real is None else self.real[:, :n].clone()
         return Read(self.start, self.groups, self.x[:, :n].clone(), real)
@@ -72,24 +73,24 @@ class Read:
     def select(self, rows: Tensor) -> Read:
         """See `Stream.select`."""
         real = None if self.real is None else self.real[rows]
-        return Read(self.start, _select(self.groups, rows), self.x[rows.to(self.x.device)], real)
+        return Read(self.start, _select(self.groups, rows), self.x[upload(rows, self.x.device)], real)
 
 
 class Stream(LayerState):
-    """The state of one layer: rows that have padding at different places are apart, so that it is never written.
+    """The state of one layer; rows with padding at different places have states of their own, so that padding is never written.
 
     Args:
         batch: rows.
-        owner: names the memory that it is of; empty where nothing is kept from call to call.
-        config: of that memory, or None likewise.
+        owner: name of the memory whose stream this is; empty where nothing is kept from call to call.
+        config: that memory's configuration, or None likewise.
 
     Attributes:
         seen: tokens of a row so far, padding included.
         groups: row numbers, (n,) int64, and their state, None before their first token.
         log: the newest tokens, oldest first.
-        behind: the last of them have been taken back in part; what is left of those has yet to be read again.
+        behind: whether the last of them were cropped in part, and the rest has yet to be read again.
         kept: (batch, seen) bool on the CPU, False for padding; None: there has been none, or another layer's stream knows it.
-        recording: the newest tokens may have to be taken back, for the cache was told so, or has been cropped.
+        recording: whether the newest tokens may be cropped: the cache records its past, or has been cropped.
     """
 
     def __init__(self, batch: int, owner: str = "", config: TensorMemoryConfig | None = None) -> None:
@@ -98,7 +99,7 @@ class Stream(LayerState):
         self.begin(batch)
 
     def begin(self, batch: int) -> None:
-        """Forget everything; sequences begin."""
+        """Reset everything at the beginning of sequences."""
         self.batch = batch
         self.seen = 0
         self.groups: Groups = [(torch.arange(batch), None)]
@@ -121,7 +122,7 @@ class Stream(LayerState):
             run: (tokens, state) -> (what is added, new state), for some of the rows.
             x: (batch, tokens, dim).
             real: (batch, tokens) bool on the CPU, False for padding; None: there is none.
-            back: so many of the newest tokens can be taken back afterwards.
+            back: number of newest tokens by which a later crop may go back.
 
         Returns:
             (batch, tokens, dim), zero at padding.
@@ -135,8 +136,8 @@ class Stream(LayerState):
             self.log = []
             return self._step(run, x, real)
         count = x.shape[1]
-        # The first call of generation with drafts comes before anything says that there are any, and is of one sequence. What
-        # is kept beyond `back` for it goes with the next call.
+        # The first call of assisted generation comes before anything announces drafts, and has one sequence. What is kept
+        # beyond `back` for it is dropped at the next call.
         kept = RECORDED if self.seen == 0 and self.batch == 1 else back
         ends = sorted({max(0, count - kept), max(0, count - back), count} - {0})
         parts = []
@@ -164,7 +165,7 @@ class Stream(LayerState):
                 own = state if len(where) == len(rows) or state is None else state.select(where)
                 places = torch.arange(x.shape[1]) if real is None else real[members[0]].nonzero().flatten()
                 if len(places):
-                    at = members.to(x.device)[:, None], places.to(x.device)
+                    at = upload(members, x.device)[:, None], upload(places, x.device)
                     added, own = run(x[at], own)
                     out = out.index_put(at, added)
                 groups.append((members, own))
@@ -183,14 +184,14 @@ class Stream(LayerState):
 
     @property
     def earliest(self) -> int:
-        """The fewest tokens that this can be cropped to, but for none at all."""
+        """The smallest length above 0 that this can be cropped to."""
         return self.log[0].start if self.log else self.seen
 
-    # What is done to its layer
+    # Changes of its layer
 
     def check_crop(self, seen: int, length: int) -> None:
         """See `LayerState`."""
-        # One that has seen something else has gone out of use already, and will be refused when it is used.
+        # A stream that has seen other tokens is stale already, and will be refused at its next use.
         if self.seen == seen and 0 < length < self.earliest:
             raise ValueError(
                 f"this cache cannot be cropped from {seen} to {length} tokens, for its Tensor Memory goes back to "
@@ -200,7 +201,7 @@ class Stream(LayerState):
 
     def crop(self, seen: int, length: int) -> None:
         """See `LayerState`."""
-        self.recording = True  # more drafts will follow
+        self.recording = True  # further drafts are likely
         if self.seen != seen:
             return
         if not length:
@@ -244,10 +245,10 @@ class Stream(LayerState):
 
 
 class CropGuard(LayerState):
-    """On the first layer of a cache of transformers, which is cropped before the others: refuses what they would refuse.
+    """A guard on the first layer of a cache of transformers, which is cropped first: it refuses what later layers would refuse.
 
     Args:
-        stream: of a layer behind it.
+        stream: the stream of a later layer.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -259,7 +260,7 @@ class CropGuard(LayerState):
 
 
 def padded(kept: Tensor) -> Tensor | None:
-    """Which tokens were real, or None where all that are left were."""
+    """Return which tokens are real, or None where all remaining ones are."""
     return None if bool(kept.all()) else kept
 
 
@@ -286,7 +287,7 @@ def _select(groups: Groups, rows: Tensor) -> Groups:
 
 
 def _alike(rows: Tensor, real: Tensor | None) -> list[Tensor]:
-    """Parts of `rows`, as places in it, whose padding is at the same places."""
+    """Split `rows`, as indices into it, into parts with padding at the same places."""
     if real is None:
         return [torch.arange(len(rows))]
     kinds, which = real[rows].unique(dim=0, return_inverse=True)

@@ -1,4 +1,4 @@
-"""What a Tensor Memory has read of a cache, in the file of that cache."""
+"""The streams of a Tensor Memory in the file of a cache."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tessera.state import MODEL_DTYPES
 from tessera.tensor_memory.config import TensorMemoryConfig
 from tessera.tensor_memory.state import TensorMemoryState
 
-#: What a layer norm can square in float32, which every token has gone through.
+#: The largest number that a layer norm, which every token has passed, can square in float32.
 LARGE = 1e18
-#: Gives a tensor of the file by its name, or says that it is missing.
+#: Returns a tensor of the file by its name, or raises that it is missing.
 Take = Callable[[str], Tensor]
 
 
 def named(config: TensorMemoryConfig) -> str:
-    """A config as files and messages have it."""
+    """Describe a config for files and messages."""
     return json.dumps(config.to_dict(), sort_keys=True)
 
 
 def put(stream: Stream, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Add the tensors of a stream to those of a file; returns what its header says of them."""
+    """Add the tensors of a stream to those of a file; returns their description for the header."""
 
     def put_groups(groups: Groups, name: str) -> list[dict[str, Any]]:
         about = []
@@ -44,7 +44,7 @@ def put(stream: Stream, prefix: str, tensors: dict[str, Tensor]) -> dict[str, An
         name = f"{prefix}.read{number}"
         tensors[f"{name}.x"] = read.x.detach().clone(memory_format=torch.contiguous_format)
         log.append({"start": read.start, "groups": put_groups(read.groups, name)})
-    # Which of the tokens were real is known by the tiers.
+    # The tiers know which tokens are real.
     return {
         "recording": stream.recording,
         "behind": stream.behind,
@@ -54,14 +54,14 @@ def put(stream: Stream, prefix: str, tensors: dict[str, Tensor]) -> dict[str, An
 
 
 def fill(layer: TesseraLayer, stream: Stream, dim: int, first: bool, about: Any, prefix: str, take: Take) -> None:
-    """Put what a file says into a stream that has read nothing, and the stream on its layer.
+    """Fill an empty stream from a file, and put it on its layer.
 
     Args:
-        layer: of the cache, which has been filled.
+        layer: layer of the cache, which has been filled.
         stream: see above.
-        dim: of the tokens that the memory reads.
-        first: no layer before it has a stream.
-        about: of the header.
+        dim: width of the tokens that the memory reads.
+        first: whether no earlier layer has a stream.
+        about: entry of the header.
         prefix, take: where the tensors are.
 
     Raises:

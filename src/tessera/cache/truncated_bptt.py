@@ -1,4 +1,4 @@
-"""The state that a bounded model hands from one segment of a document to the next while it is trained.
+"""The state that a bounded model carries from one segment of a document to the next in training.
 
 `tessera.Cache` keeps no gradients. A `TruncatedBPTTCache` does: pass it to consecutive calls and they compute, forward and
 backward, what one call on the whole sequence would; detach it in between and gradients stop there (truncated backpropagation
@@ -22,7 +22,7 @@ from tessera.tensor_cache.infini import InfiniState
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Stands for the new keys, or values, of a layer on their way to Tessera's attention function.
+    """A placeholder for the new keys, or values, of a layer, which Tessera's attention function reads.
 
     Attributes:
         layer: what the layer carries.
@@ -40,8 +40,8 @@ class TruncatedBPTTLayer(CacheLayerMixin):
         seen: tokens so far.
         k, v: (batch, kv_heads, n, head_dim), the sinks and, behind them, the newest tokens that a later query sees; None: the
             document begins, or the layer keeps no such tokens.
-        memory: of a Tensor Cache, the pairs in its window included, or None.
-        infini: of Infini-attention, or None.
+        memory: state of a Tensor Cache, the pairs in its window included, or None.
+        infini: state of Infini-attention, or None.
     """
 
     is_sliding = False
@@ -57,10 +57,10 @@ class TruncatedBPTTLayer(CacheLayerMixin):
         self.infini: InfiniState | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing has to be known beforehand."""
+        """Do nothing: no size has to be known beforehand."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """Hand new keys and values, (batch, kv_heads, tokens, head_dim), on to the attention function."""
+        """Pass new keys and values, (batch, kv_heads, tokens, head_dim), on to the attention function."""
         return Segment(self, key_states), Segment(self, value_states)
 
     def get_seq_length(self) -> int:
@@ -68,21 +68,21 @@ class TruncatedBPTTLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The model's own mask is over the new tokens alone; what was carried is visible by its own rule."""
+        """Return the size of the new tokens alone; visibility of carried tokens follows the window and sinks."""
         return query_length, self.seen
 
     def get_max_length(self) -> int:
-        """Any number of tokens."""
+        """Return -1: there may be any number of tokens."""
         return -1
 
     def joined(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values that are carried, then new ones."""
+        """Return the carried keys and values, followed by the new ones."""
         if self.k is None or self.v is None:
             return k, v
         return torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
 
     def keep(self, k: Tensor, v: Tensor, sink: int, window: int) -> None:
-        """Carry on what queries to come see of `joined` keys and values: `sink` first tokens and the newest `window` - 1."""
+        """Keep what later queries see of `joined` keys and values: the first `sink` tokens and the newest `window` - 1."""
         sink = min(sink, k.shape[2])
         newest = max(sink, k.shape[2] - window + 1)
         self.k, self.v = (torch.cat((x[:, :, :sink], x[:, :, newest:]), dim=2) for x in (k, v))
@@ -119,7 +119,7 @@ class TruncatedBPTTCache(TransformersCache):
         super().__init__(layers=[TruncatedBPTTLayer() for _ in found])
 
     def detach(self) -> TruncatedBPTTCache:
-        """Let gradients stop here. Returns the carry."""
+        """Stop gradients here, and return this cache."""
         for layer in self.layers:
             layer.detach()
         return self

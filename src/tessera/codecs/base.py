@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tessera.devices import upload
 from tessera.files import WHOLE, atomic_path, brief, open_tensors
 from tessera.kernels import dispatch
 from tessera.kernels.bits import unpack_bits
@@ -46,7 +47,7 @@ class Packed:
         codec: made this and can decode it.
         tensors: everything that is kept, by field name; `codec.fields` says how each is laid out.
         shape: (batch, kv_heads, tokens, head_dim) of what was encoded.
-        dtype: of what was encoded; `decode` gives it back.
+        dtype: dtype of what was encoded; `decode` gives it back.
         role: "key" or "value".
         layer: index of the layer in its model; codebooks drawn per layer depend on it.
         offset: tokens of the first group that were sliced away.
@@ -117,6 +118,7 @@ class Packed:
 
     def select(self, rows: Tensor) -> Packed:
         """Batch rows by index, in the order given; a row may be taken more than once. rows: (n,) int64."""
+        rows = upload(rows, self.device)
         parts = {}
         for name, tensor in self.tensors.items():
             if self.codec.fields[name] == "ragged":
@@ -239,7 +241,7 @@ class Packed:
         """Read what `save` wrote.
 
         Args:
-            path: of the file.
+            path: path of the file.
             codec: what encoded it, where the spec in the file alone does not define it.
 
         Raises:

@@ -108,7 +108,7 @@ class JointCodebook:
     number them: code = point · moves + move. A decoder needs the points and no arithmetic but signs.
 
     Attributes:
-        bits: of a code.
+        bits: width of a code, in bits.
         base: (n, 4) int16, what is shipped.
         step: what one integer is worth, for chunks of unit mean square.
         conjugations: whether every rotation u·s·ū of a base quaternion is a secondary too; then the secondaries are
@@ -244,7 +244,7 @@ def read_arrays(path: str | os.PathLike[str], wanted: Mapping[str, Wanted]) -> d
     """The arrays of an ``.npz`` file whose shapes and dtypes are known: nothing else is taken into memory.
 
     Args:
-        path: of the file.
+        path: path of the file.
         wanted: shape and dtype of every array that there must be, by name; no other may be there.
 
     Raises:

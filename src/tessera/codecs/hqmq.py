@@ -51,7 +51,7 @@ class HQMQ(Codec):
             `codebooks.DIRECTION_SIZES`; or unit quaternions (S, 4), shared, or (heads, S, 4).
         radius: "uniform": 2^b_r levels from 0 to the vector's largest radius; "chi": levels that are optimal for Gaussian
             chunks, times the vector's root mean square.
-        seed: of random codebooks.
+        seed: seed of random codebooks.
         outlier_rule: see `outliers`. With "vector" outliers do not enter the scale; with the others they do, as in the paper.
         rotate: rotate vectors first; never in the paper.
         bf16_search: search as the authors' code does, in bfloat16 (for comparison only).

@@ -15,7 +15,7 @@ def lloyd_max(density: Callable[[Tensor], Tensor], low: float, high: float, leve
     """Levels that minimise the mean squared error of rounding to the nearest one.
 
     Args:
-        density: of the source, up to a factor; called with a float64 grid from `low` to `high`, which must hold all but
+        density: density of the source, up to a factor; called with a float64 grid from `low` to `high`, which must hold all but
             a negligible part of it.
         low, high: the grid's ends.
         levels: how many.

@@ -35,14 +35,14 @@ def block_layout(
     """Where everything lies in one key head of a block.
 
     Args:
-        codec: of keys and values, or a pair of codecs.
+        codec: codec of keys and values, or a pair of codecs.
         head_dim: numbers of a key, and of a value.
-        dtype: of exact keys and values.
-        pages: of 64 tokens, in a block.
+        dtype: dtype of exact keys and values.
+        pages: number of pages, of 64 tokens, in a block.
         sink: first tokens of a request that stay exact.
         heads: key heads of the layer, and
         layer: its index; some codecs depend on them.
-        stats: of the layer's keys, of one row; None: keys are coded as they come.
+        stats: statistics of the layer's keys, of one row; None: keys are coded as they come.
 
     Raises:
         ValueError: if a codec's bytes for 64 tokens are no fixed number, or no kernel reads them, saying so; or if the

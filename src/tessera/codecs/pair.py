@@ -27,8 +27,8 @@ class Pair(Codec):
     True bits per element: the mean of what the two have, since there are as many keys as values.
 
     Args:
-        key: of keys.
-        value: of values, another one; see `pair` where they may be the same.
+        key: codec of the keys.
+        value: codec of the values, another one; see `pair` where they may be the same.
 
     Raises:
         ValueError: if they are the same, or one is a pair itself.

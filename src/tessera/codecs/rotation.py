@@ -17,7 +17,7 @@ def rotation(dim: int, seed: int = 0, device: torch.device | str = "cpu") -> Ten
 
     Args:
         dim: number of coordinates.
-        seed: of the signs.
+        seed: seed of the signs.
         device: where the matrix should be.
 
     Returns:

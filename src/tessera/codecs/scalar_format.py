@@ -27,8 +27,8 @@ def scalar_format(
 
     Args:
         numbers, bits, zero, levels, factor: as there.
-        fields: of keys, and of values too unless they have
-        values: of their own.
+        fields: kept fields of keys, and of values too unless they have
+        values: kept fields of values.
         rotated: numbers of a vector if it is rotated, else 0.
     """
     none = torch.zeros(0, dtype=torch.float32)

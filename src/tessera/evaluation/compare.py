@@ -68,14 +68,14 @@ class _Tally:
     """What one specification did to each token, and how long it took.
 
     Attributes:
-        spec: of the cache.
+        spec: specification of the cache.
         nll: for each group of windows its chunks, each (windows, tokens) float64: negative log-likelihood of the text, in nats.
         kl: likewise, KL(exact || spec) of the predictions, in nats.
         same: tokens at which both models' likeliest next token is the same.
         seconds: for each group.
         filler: tokens that are read behind a window to make its last block whole; only where windows are read in one call.
-        cache: of the group that is being read.
-        report: of the last group's cache.
+        cache: cache of the group that is being read.
+        report: report of the last group's cache.
     """
 
     spec: str
@@ -134,14 +134,14 @@ def compare(
         text: to be predicted.
         specs: cache specifications, "dense" is measured in any case, and those without sinks also with them where the
             model's first token is a sink; None: `default_specs`.
-        protocols: of `PROTOCOLS`.
+        protocols: one or both of `PROTOCOLS`.
         context: tokens of a window, each of which starts with an empty cache; None: `CONTEXT`, or the model's if shorter.
         chunk: tokens of a call in the streaming protocol.
         count: windows to read, fewer if the text is shorter.
         batch: windows read at once.
         skip: tokens of the text that are left out before the first window.
         layers: also measure every layer by itself on the first window, see `tessera.evaluation.layers`.
-        stats: of the model's keys, for the caches that can use them; None: each learns its own.
+        stats: statistics of the model's keys, for the caches that can use them; None: each learns its own.
         text_name: for the record.
         progress: called with (protocol, steps done, steps in all).
 

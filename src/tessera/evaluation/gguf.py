@@ -30,8 +30,8 @@ def load_gguf(file: Path, dtype: Any) -> tuple[Any, Any]:
     """The causal language model in a GGUF file, and its tokenizer.
 
     Args:
-        file: of any quantisation that transformers knows; the weights are unpacked, so they take the room of `dtype`.
-        dtype: of the unpacked weights, or "auto".
+        file: a file of any quantisation that transformers knows; the weights are unpacked, so they take the room of `dtype`.
+        dtype: dtype of the unpacked weights, or "auto".
 
     Raises:
         ValueError: if a package is missing, or the file is damaged or holds something else.

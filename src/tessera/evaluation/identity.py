@@ -23,7 +23,7 @@ class Identity:
         name: what it was called; not compared.
         kind: name of its class.
         config: SHA-256 of its config.
-        dtype: of its weights, as "float32".
+        dtype: dtype of its weights, as "float32".
         weights: a few numbers of each weight.
         memory: the same of an attached memory; None: there is none.
     """

@@ -27,7 +27,7 @@ def measure_stats(
 
     Args:
         source: the model and its tokenizer; its attention is routed through Tessera.
-        text: of the kind that the model is to read later, though another serves nearly as well.
+        text: a text of the kind that the model is to read later, though another serves nearly as well.
         tokens: to be read, fewer if the text or the model's context is shorter.
         progress: called with the layers that are done and those there are.
 

@@ -130,8 +130,8 @@ def _measure(call: Call, layer: TesseraLayer, window: int | None, step: int, mor
 
     Args:
         call: with all tokens of one sequence.
-        layer: of a new cache.
-        window: of the model's layer, or None.
+        layer: layer of a new cache.
+        window: window of the model's layer, or None.
         step: tokens at a time.
         more: tokens behind them that make the last block whole; where all are taken at once.
     """

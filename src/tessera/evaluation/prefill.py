@@ -30,7 +30,7 @@ class Prefilled:
     """What a file says of the cache in it.
 
     Attributes:
-        spec: of the cache.
+        spec: specification of the cache.
         tokens: that were read.
         text: SHA-256 of these tokens, as int64.
         model: that read them.
@@ -59,7 +59,7 @@ def prefill(
     Args:
         source: the model and its tokenizer.
         text: to be read, with whatever the tokenizer puts in front of one.
-        spec: of the cache.
+        spec: specification of the cache.
         stats: file of key statistics; None: the text's own.
         chunk: tokens of a call.
         progress: called with the tokens that are read and those there are.
@@ -123,7 +123,7 @@ def load_prefilled(path: str | os.PathLike[str], source: Source, about: Prefille
     """The cache in a file, for the model that made it.
 
     Args:
-        path: of the file.
+        path: path of the file.
         source: the model.
         about: what `read_prefilled` has just said of the file, which is not hashed again then.
 

@@ -24,7 +24,7 @@ class Row:
 
     Attributes:
         protocol: "streaming" or "paper", see `tessera.evaluation.compare`.
-        spec: of the cache.
+        spec: specification of the cache.
         perplexity: exp of the mean negative log-likelihood of the text.
         delta: perplexity relative to the exact cache, minus one.
         delta_error: standard error of `delta` over the tokens of this text, paired with the exact cache; see
@@ -65,8 +65,8 @@ class Pair:
 
     Attributes:
         protocol: "streaming" or "paper".
-        spec: of the one cache.
-        other: of the other.
+        spec: specification of the first cache.
+        other: specification of the second cache.
         nll: mean difference of the negative log-likelihoods of the text.
         nll_error: standard error of `nll`, see `tessera.evaluation.errors`.
         kl: mean difference of the divergences from the exact model.
@@ -88,10 +88,10 @@ class LayerRow:
 
     Attributes:
         protocol: "streaming" or "paper".
-        spec: of the cache.
+        spec: specification of the cache.
         layer: index of the layer, from 0.
         kl: mean over heads and queries of KL(exact weights || weights over decoded keys), in nats; None where keys are dropped.
-        error: of what attention gives: root of the sum of squares of the difference, relative to that of the exact one.
+        error: error of what attention gives: root of the sum of squares of the difference, relative to that of the exact one.
     """
 
     protocol: str
@@ -111,7 +111,7 @@ class Comparison:
         tokens: tokens that were predicted, per protocol.
         context: tokens of a window.
         chunk: tokens of a call in the streaming protocol.
-        dtype: of the model, and so of the exact cache.
+        dtype: dtype of the model, and so of the exact cache.
         rows: the results.
         environment: versions and processor.
         pairs: every two specifications that are not exact; none in older records.

@@ -22,7 +22,7 @@ class Source:
     """A model with its tokenizer.
 
     Attributes:
-        name: of the folder or file, or on the hub.
+        name: name of the folder or file, or on the hub.
         model: a causal language model in evaluation mode.
         tokenizer: its tokenizer.
     """
@@ -48,7 +48,7 @@ def load(
     Args:
         name: a folder, a GGUF file, a folder with one, or the name of a model on the hub; None: the demo model, which ships
             with the package.
-        dtype: of `DTYPES`; None: float32 on a CPU, else as it was saved.
+        dtype: one of `DTYPES`; None: float32 on a CPU, else as it was saved.
         device: where to put it.
         memory: a file that `tessera.save_memory` wrote for the model, to be attached; None: none.
 

@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the harness's command `lm_eval` with the model type `tessera` known to it.
 
     Args:
-        arguments: of the command; None: those of this process.
+        arguments: arguments of the command; None: those of this process.
     """
     from lm_eval.__main__ import cli_evaluate
 

@@ -18,8 +18,8 @@ class JointFormat:
     being sign[move] · points[point][permutation[move]] · step.
 
     Attributes:
-        bits: of a code.
-        move_bits: of them, the lowest, the move.
+        bits: width of a code, in bits.
+        move_bits: how many of them, the lowest, are the move.
         step: what one integer of a point is worth.
         value_gain: values are multiplied by it.
         points: (n, 4) int16.

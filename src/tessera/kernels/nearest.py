@@ -298,7 +298,7 @@ def nearest(x: Tensor, index: CellIndex) -> Tensor:
 
     Args:
         x: (n, 4) float32, finite.
-        index: of the codebook, on the same device.
+        index: the codebook's index, on the same device.
 
     Returns:
         (n,) int64. Where two codewords are equally near to within rounding, either.

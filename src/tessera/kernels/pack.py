@@ -35,7 +35,7 @@ def pack_nearest(
         x: (..., d) float32, finite; the last chunk is filled up with zeros.
         scale: (...), what the vectors are divided by; where it is zero the codes are zero.
         book: the codebook.
-        bits: of a code.
+        bits: width of a code, in bits.
         search: see `nearest_codes`.
 
     Returns:
@@ -58,7 +58,7 @@ def pack_linear(
         x: (..., tokens, d) float32.
         low, scale: (..., ceil(tokens / group), ceil(d / span)) float32; low None: zero, if span is not 1.
         limits: whole numbers.
-        bits: of a code, 1 to 8.
+        bits: width of a code in bits, 1 to 8.
         group, span: tokens and channels that share a low and a scale.
 
     Returns:
@@ -82,7 +82,7 @@ def pack_levels(x: Tensor, divisor: Tensor, factor: float, bounds: Tensor, value
         factor: see above.
         bounds: (2^bits - 1,) float32, between the intervals, ascending; an interval includes its upper bound.
         values: (2^bits,) float32, one for each interval.
-        bits: of a code, 1 to 8.
+        bits: width of a code in bits, 1 to 8.
 
     Returns:
         The codes (..., bytes) uint8, and their values (..., d).

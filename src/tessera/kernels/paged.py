@@ -33,8 +33,8 @@ class Field:
 
     Attributes:
         offset: bytes from the beginning of the page.
-        shape: of one page's tensor.
-        dtype: of its numbers.
+        shape: shape of one page's tensor.
+        dtype: dtype of its numbers.
     """
 
     offset: int
@@ -52,12 +52,12 @@ class BlockLayout:
         decode: (role, fields of pages (kv_heads, pages, *shape)) -> (kv_heads, pages · GROUP, head_dim) float32.
         head_dim: numbers of a key, and of a value.
         pages: in a block, of `GROUP` tokens each.
-        page_bytes: of a page, keys and values together.
-        fields: of a page, by role ("key", "value") and by the codec's name for it.
+        page_bytes: bytes of a page, keys and values together.
+        fields: fields of a page, by role ("key", "value") and by the codec's name for it.
         sink: first tokens of a request that are kept exactly, in its first block.
         sink_offset: bytes from the beginning of the block to the sinks' keys; their values follow.
-        dtype: of exact keys and values.
-        nbytes: of the whole, a multiple of the block's tokens.
+        dtype: dtype of exact keys and values.
+        nbytes: bytes of the whole, a multiple of the block's tokens.
         stats: by what the channels of keys were multiplied before they were coded, of one row; None: by nothing. Exact keys
             are as they came.
     """
@@ -166,7 +166,7 @@ class PagedCall(NamedTuple):
         k, v: (tokens, kv_heads, head_dim), of the same tokens.
         pool: (blocks, kv_heads, nbytes) uint8.
         ring: (blocks, kv_heads, ring tokens, ring_bytes) uint8; token t of a request lies at t modulo the ring's tokens.
-        layout: of a block.
+        layout: layout of a block.
         step: whose tokens these are.
         scale: multiplies the scores.
         softcap: scores become softcap · tanh(score / softcap); None: they stay.

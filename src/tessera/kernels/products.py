@@ -18,8 +18,8 @@ class ProductFormat:
     a bit of "flags" is set for four numbers that are rows of "kept" instead.
 
     Attributes:
-        bits: of a code.
-        radius_bits: of them, the lowest, the level.
+        bits: width of a code, in bits.
+        radius_bits: how many of them, the lowest, are the level.
         levels: (2^radius_bits,) float32, of the radius as a share of the scale.
         directions: (kv_heads, role, layer) -> unit quaternions (kv_heads or 1, n, 4) float32, of each head or of all.
         dct: (m, m) float32, and

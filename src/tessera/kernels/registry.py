@@ -42,7 +42,7 @@ class Implementation:
     Attributes:
         family: "reference", "cpu" or "triton".
         module, name: where the function is; it is looked up when it runs.
-        refusal: of the operation's positional arguments: why it cannot run, or None.
+        refusal: a function of the operation's positional arguments that says why it cannot run, or None.
         levels: whether the function takes `level`, an instruction set, by name.
         asked: whether it runs only where its family is asked for.
     """
@@ -64,10 +64,10 @@ class Operation:
     """A function with several implementations; registered under its name.
 
     Args:
-        name: of the operation.
+        name: name of the operation.
         what: a few words on it.
         definition: the implementation in PyTorch, which can always run.
-        implementations: of other families, the preferred first.
+        implementations: implementations of other families, the preferred first.
         strict: whether it is an error if a family that is asked for cannot run.
         quiet: whether the definition is fast enough to run without a word.
     """

@@ -23,7 +23,7 @@ class ScalarFormat:
                 for q4_0 are those of numbers 0 to 15 in low and of numbers 16 to 31 in high halves of bytes;
             "groups": code · scale + low, both of a channel of 32 tokens of keys, and of 32 channels of a token of values;
             "fp8": float8_e4m3fn, times the scale of the vector if there is one.
-        bits: of a code.
+        bits: width of a code, in bits.
         zero: the code of 0, for "uniform".
         levels: (2^bits,) float32, for "levels"; else without elements.
         factor: the scale of a vector is to be multiplied by it.

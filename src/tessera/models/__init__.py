@@ -53,7 +53,7 @@ def introduce(model_type: str | None) -> None:
     """Let transformers' Auto classes know a kind of model that is trained here, where a configuration names one.
 
     Args:
-        model_type: of a configuration; nothing happens unless it is "tessera_gpt" or "tessera_vit".
+        model_type: the field of a configuration; nothing happens unless it is "tessera_gpt" or "tessera_vit".
     """
     if model_type in _KINDS:
         __getattr__(_KINDS[model_type])

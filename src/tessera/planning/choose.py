@@ -32,7 +32,7 @@ class PlanRow:
     """One candidate.
 
     Attributes:
-        spec: of the cache.
+        spec: specification of the cache.
         nbytes: what `Cache.report().nbytes` of a real one would be behind the context, all rows together.
         fits: whether that is within the budget.
         kl: measured KL divergence from the exact model, in nats a token, of the codec on the model of the table, of several the
@@ -59,12 +59,12 @@ class Plan:
     """What `plan` found.
 
     Attributes:
-        spec: of the cache to use; None: no candidate fits.
+        spec: specification of the cache to use; None: no candidate fits.
         rows: all candidates, those that fit first, the best first.
         context: tokens of a row.
         budget: bytes for the cache.
         batch: rows.
-        dtype: of keys and values, as "bfloat16".
+        dtype: dtype of keys and values, as "bfloat16".
         bandwidth: bytes a second, or None.
         made_for: tokens that the model was made for, if its config says so.
     """
@@ -99,8 +99,8 @@ def plan(
         context: tokens of a row, padding excluded: 131072, "128k".
         budget: bytes for the cache, the weights and the working memory of the model excluded: "8GiB".
         batch: rows.
-        dtype: of keys and values; None: of the model or, as far as the config says, of its weights, else bfloat16.
-        bandwidth: of the memory in bytes a second, for the time that reading takes: "50GB/s". None: no time is told.
+        dtype: dtype of keys and values; None: of the model or, as far as the config says, of its weights, else bfloat16.
+        bandwidth: bandwidth of the memory in bytes a second, "50GB/s", to estimate reading time. None: no estimate.
         specs: candidates; None: see `tessera.planning.candidates`.
 
     Raises:

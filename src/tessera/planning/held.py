@@ -35,8 +35,8 @@ class Held:
     """Bytes of a cache.
 
     Attributes:
-        nbytes: of all tensors, the free room of buffers included: what `Cache.report().nbytes` says.
-        read: of the keys and values themselves, which attention reads for the next token of every row.
+        nbytes: bytes of all tensors, the free room of buffers included: what `Cache.report().nbytes` says.
+        read: bytes of the keys and values themselves that attention reads for the next token of every row.
     """
 
     nbytes: int
@@ -51,9 +51,9 @@ def held(
     Calls that are cut otherwise can leave up to 64 tokens more of free room in each layer.
 
     Args:
-        spec: of the cache, without "tc"; perhaps one for each layer.
-        layers: of the model.
-        dtype: of its keys and values.
+        spec: specification of the cache, without "tc"; perhaps one for each layer.
+        layers: layers of the model.
+        dtype: dtype of its keys and values.
         batch: rows, all without padding.
         lengths: numbers of tokens, at least 1 each.
 

@@ -31,7 +31,7 @@ def recur(
 
     Args:
         q, k, v, g, eta, state, rule, order: as there.
-        chunk: of `tessera.tensor_cache.scan.scan`, which runs where no kernel can.
+        chunk: tokens of a chunk of `tessera.tensor_cache.scan.scan`, which runs where no kernel can.
         backend: see `tessera.kernels.dispatch.attend`. "cpu" is the kernel in C++, "triton" flash-linear-attention's where they
             fit, "reference" the scan.
 

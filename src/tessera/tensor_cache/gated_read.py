@@ -28,7 +28,7 @@ class TensorCacheLayer(Float32Module):
         config: see `TensorCacheConfig`.
         heads: query heads.
         kv_heads: key heads.
-        head_dim: of queries, keys and values.
+        head_dim: length of a query, a key and a value.
         hidden: width of the residual stream.
         phase: how to take off the rotary phase; None: it stays on.
 
@@ -118,7 +118,7 @@ class MemoryCall:
     the module: what belongs to a call is kept by nothing else, so that calls may run side by side.
 
     Args:
-        memory: of the module.
+        memory: the module's memory.
         positions: (batch or 1, tokens) int64, rotary positions of the call's tokens, or None.
         cache: that the module was given, or None.
         layer: index of the module's layer.

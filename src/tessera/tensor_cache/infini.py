@@ -80,7 +80,7 @@ class Infini(nn.Module):
         Args:
             q: (batch, heads, tokens, head_dim); plain_q the same without rotary phase.
             k, v: (batch, kv_heads, tokens, head_dim); plain_k likewise.
-            scale: of the scores within a segment.
+            scale: what scores within a segment are multiplied by.
             state: what the previous part returned.
         """
         batch, heads, tokens, dim = q.shape

@@ -20,7 +20,7 @@ class TensorCacheState(State):
 
     Attributes:
         a: (batch, heads · slots, head_dim, head_dim) float32, the matrices.
-        slow: of the same shape, the second timescale, or None.
+        slow: matrices of the second timescale, of the same shape, or None.
         z: (batch, heads · slots, head_dim, 1) float32, sums of keys, or None.
         k, v: (batch, heads, n, head_dim), the newest n <= window pairs, which have not been written yet.
         live: (batch, n) bool, which of them will be: not padding and not sinks.

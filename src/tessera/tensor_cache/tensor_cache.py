@@ -29,7 +29,7 @@ class TensorCache(Float32Module):
     Args:
         config: see `TensorCacheConfig`.
         num_heads: key heads; each has matrices of its own, which all query heads that share the key head read.
-        head_dim: of keys and values.
+        head_dim: length of a key and of a value.
 
     Parameters: `decay_logit`, `rate_logit` (heads,), started as `config` says; with rates "token" also `rate_weight`
     (heads, 2, 2 · head_dim), zero at the start; with a second timescale `slow_decay_logit`, `slow_rate_logit` and
@@ -154,7 +154,7 @@ class TensorCache(Float32Module):
             q: (batch, query heads, tokens, head_dim).
             k, v: (batch, num_heads, tokens, head_dim), the pair that leaves at each token.
             live: (batch, tokens) bool, False where nothing leaves.
-            state: of the matrices before.
+            state: the matrices before the call.
             by_loop: token by token, the definition, instead of in chunks.
         """
         config, dtype = self.config, q.dtype

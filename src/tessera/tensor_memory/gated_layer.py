@@ -38,10 +38,10 @@ class TensorMemoryLayer(Float32Module):
         """What is added to the residual stream.
 
         Args:
-            memory: of all layers.
+            memory: the memory that all layers share.
             x: (batch, tokens, dim).
             state: this layer's own, or, in a model that sees everything at once, what the layer before left.
-            places: of the tokens, for a memory that is anchored; see `TensorMemory.forward`.
+            places: the tokens' places, for a memory that is anchored; see `TensorMemory.forward`.
 
         Returns:
             (batch, tokens, dim) in the dtype of `x`, and the new state.

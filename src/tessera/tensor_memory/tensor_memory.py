@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, softplus
 
+from tessera.devices import upload
 from tessera.kernels import dispatch
 from tessera.kernels.recurrent_grid import Gates, Steps
 from tessera.modules import Float32Module
@@ -45,7 +46,7 @@ class TensorMemory(Float32Module):
 
     Args:
         config: see `TensorMemoryConfig`.
-        dim: of the tokens, E.
+        dim: width of a token, E.
 
     Parameters, names and starts after the paper where no other source is given; as `torch.nn.Linear` starts them unless said
     otherwise:
@@ -199,7 +200,7 @@ class TensorMemory(Float32Module):
 
         Args:
             read_at: (batch, steps, reads, n).
-            writes: of as many steps.
+            writes: the writes of as many steps.
             h, c: (batch, channels, *grid).
 
         Returns:
@@ -223,7 +224,7 @@ class TensorMemory(Float32Module):
             around = (pad(f, (1, 1)).unfold(-1, 3, 1) for f in factors)
             vectors += [near @ tap[:channels].T for near, tap in zip(around, own, strict=True)]
             if config.gates == "state":
-                same = own.new_tensor([0.0, 1.0, 0.0]).expand(missing, channels, 3)
+                same = upload(torch.tensor([0.0, 1.0, 0.0]), own.device).expand(missing, channels, 3)
                 taps = torch.cat((same, own[:, channels:]))
         vectors[-1] = vectors[-1] * writes.content.unsqueeze(2)
         # A kernel may take a place that is not a number for one of the grid's.

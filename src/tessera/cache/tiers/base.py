@@ -1,7 +1,7 @@
-"""What a tier of the cache is: it takes pairs in, says what queries can read of it, and lets its oldest go on to the next tier.
+"""The interface of a tier: it takes pairs, says what queries can read, and passes its oldest tokens on.
 
-Exact tiers hold the first and the newest tokens; a quantised tier holds what has aged; what leaves the last tier is dissolved
-or dropped. A tier knows neither the tiers beside it nor where padding lies: `tessera.cache.chain` joins them.
+Exact tiers hold the first and the newest tokens, a quantised tier holds older ones, and what leaves the last tier is written
+into a Tensor Cache or dropped. A tier knows neither its neighbours nor where padding is: `tessera.cache.chain` connects them.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Pairs = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class KVSource:
-    """Neighbouring tokens that attention reads in one go.
+    """Consecutive tokens that attention reads in one operation.
 
     Attributes:
         held: quantised pages, or keys and values (rows, kv_heads, tokens, head_dim).
         start: place of the first of them in the sequence.
         tokens: how many.
         window: a query sees only this many newest tokens of them, itself included; None: no such rule.
-        top: a query reads at most so many of them, those that promise most; None: all.
-        unmasked: every query reads every key. The keys need not be one a token then, and no mask can hide any.
+        top: number of tokens that a query reads at most, in the blocks with the highest estimated scores; None: all.
+        unmasked: whether every query reads every key. There need not be one key for each token then, and no mask can hide any.
     """
 
     held: Pages | Pairs
@@ -57,27 +57,26 @@ class Tier(ABC):
     @property
     @abstractmethod
     def tokens(self) -> int:
-        """How many tokens of each sequence the tier stands for; the oldest are those that came first."""
+        """Number of tokens of each sequence that the tier represents; the oldest are those that came first."""
 
     @property
     def ready(self) -> bool:
-        """Whether the tier can take pairs in now. Until it can they stay in the tier before it."""
+        """Whether the tier can take pairs now; until then they stay in the tier before it."""
         return True
 
     @abstractmethod
     def append(self, k: Tensor, v: Tensor, place: int) -> Pairs | None:
-        """Take in tokens that are newer than all that are held.
+        """Add tokens that are newer than all held ones.
 
         Args:
             k, v: (rows, kv_heads, n, head_dim).
-            place: of the first of them in its sequence.
+            place: place of the first of them in its sequence.
 
-        Returns:
-            what the tier has no room for, which goes on to the next one at once; None: it has taken all.
+        Returns: tokens for which there is no room, which go on to the next tier at once; None: all were taken.
         """
 
     def excess(self, spare: int) -> int:
-        """How many of the oldest tokens, whole blocks, are to go on to the next tier; `spare` more than usual may stay."""
+        """Number of oldest tokens, in whole blocks, that should go on to the next tier; `spare` more than usual may stay."""
         return 0
 
     def front(self, n: int) -> Pairs:
@@ -85,20 +84,20 @@ class Tier(ABC):
         raise NotImplementedError
 
     def drop_front(self, n: int) -> None:
-        """Forget the `n` oldest tokens. Only for a tier whose `excess` is not always 0."""
+        """Remove the `n` oldest tokens. Only for a tier whose `excess` is not always 0."""
         raise NotImplementedError
 
     def crop_back(self, n: int) -> Pairs | None:
-        """Forget the `n` newest tokens.
+        """Remove the `n` newest tokens.
 
         Returns:
-            tokens that the tier can no longer hold because they fill no block now, decoded; None: there are none.
+            tokens that the tier can no longer hold because they no longer fill a block, decoded; None: there are none.
         """
         raise NotImplementedError
 
     @abstractmethod
     def sources(self, start: int, window: int | None) -> list[KVSource]:
-        """What queries can read.
+        """Return what queries can read.
 
         Args:
             start: place of the oldest token.
@@ -111,29 +110,29 @@ class Tier(ABC):
 
     @abstractmethod
     def select(self, rows: Tensor) -> None:
-        """Take sequences by index, into memory of this tier's own. rows: (n,) int64."""
+        """Keep the sequences with these indices, in memory that this tier owns. rows: (n,) int64."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""
 
     def copied(self) -> Self:
-        """The same tokens, of which rows may be taken here while there they stay; both share memory until then."""
+        """Return a copy whose rows can be selected without changing this one; both share memory until then."""
         return copy.copy(self)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the file of a cache is to hold of a tier of one's own, by name."""
+        """Tensors that a cache's file should hold for a tier that was added to the grammar, by name."""
         raise NotImplementedError
 
     def restore(self, tensors: dict[str, Tensor], rows: int, kv_heads: int, head_dim: int) -> None:
-        """Hold what `tensors` gave, from a file that may be damaged.
+        """Restore what `tensors` returned, from a file that may be damaged.
 
         Raises:
-            ValueError: if it is not that.
+            ValueError: if the tensors do not fit this tier.
         """
         raise NotImplementedError
 
 
 def whole_blocks(tokens: int) -> int:
-    """As many tokens or fewer, whole blocks; 0 for a negative number."""
+    """Round a number of tokens down to whole blocks; 0 for a negative number."""
     return max(0, tokens) // BLOCK * BLOCK

@@ -1,4 +1,4 @@
-"""Tiers that keep keys and values as they came: the first tokens, and the newest."""
+"""Tiers that keep keys and values unchanged: the first tokens, and the newest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers.base import KVSource, Pairs, Tier, whole_blocks
+from tessera.devices import upload
 from tessera.kernels.precision import join
 
 #: A buffer grows by at least so many tokens.
@@ -14,7 +15,7 @@ LEAST = 16
 
 
 class ExactTier(Tier):
-    """Keys and values as they came; where later ones have a wider dtype, all are widened to it, so that none is rounded.
+    """A tier of unchanged keys and values; where later ones have a wider dtype, all are widened to it, so that none is rounded.
 
     They lie at the front of a buffer with a little room behind them, so that a step of one token writes one token.
     """
@@ -26,7 +27,7 @@ class ExactTier(Tier):
 
     @property
     def tokens(self) -> int:
-        """How many tokens of each sequence are held."""
+        """Number of tokens of each sequence."""
         return self._tokens
 
     @property
@@ -69,7 +70,7 @@ class ExactTier(Tier):
         return buffer
 
     def _round(self, tokens: int) -> int:
-        """Tokens that a buffer for so many has room for: an eighth more at most, but for `LEAST`."""
+        """Number of tokens to allocate for so many: at most an eighth more, and at least `LEAST` more."""
         step = min(BLOCK, max(LEAST, tokens // 8 // LEAST * LEAST))
         return -(-tokens // step) * step
 
@@ -83,7 +84,7 @@ class ExactTier(Tier):
         return self.keys[:, :, :n], self.values[:, :, :n]
 
     def drop_front(self, n: int) -> None:
-        """Forget the `n` oldest tokens; what stays shares no memory with them."""
+        """Remove the `n` oldest tokens; the others share no memory with them."""
         keys, values = self.keys, self.values
         self._tokens -= n
         size = self._round(self.tokens + 1)
@@ -96,7 +97,7 @@ class ExactTier(Tier):
         return buffer
 
     def crop_back(self, n: int) -> Pairs | None:
-        """Forget the `n` newest tokens."""
+        """Remove the `n` newest tokens."""
         self._tokens -= n
         if self._keys is not None and self._values is not None:
             size = self._round(self.tokens + 1)
@@ -119,7 +120,7 @@ class ExactTier(Tier):
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index. rows: (n,) int64."""
         if self._keys is not None and self._values is not None:
-            rows = rows.to(self._keys.device)
+            rows = upload(rows, self._keys.device)
             self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
 
     def to(self, device: torch.device | str) -> None:
@@ -129,10 +130,10 @@ class ExactTier(Tier):
 
 
 class SinkTier(ExactTier):
-    """The first tokens of a sequence, for ever.
+    """The first tokens of a sequence, which stay until it ends.
 
     Args:
-        capacity: how many.
+        capacity: number of tokens.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -143,7 +144,7 @@ class SinkTier(ExactTier):
         return max(self.capacity, tokens)
 
     def append(self, k: Tensor, v: Tensor, place: int = 0) -> Pairs | None:
-        """Take in as many tokens as there is room for; returns the rest."""
+        """Add as many tokens as there is room for; returns the rest."""
         few = min(max(self.capacity - place, 0), k.shape[2])
         if not few:
             return k, v
@@ -155,7 +156,7 @@ class RecentTier(ExactTier):
     """The newest tokens.
 
     Args:
-        capacity: how many at least; up to `BLOCK` - 1 more wait until a block is whole. None: all.
+        capacity: number of tokens kept at least; up to `BLOCK` - 1 more wait until a block is whole. None: all.
     """
 
     def __init__(self, capacity: int | None) -> None:

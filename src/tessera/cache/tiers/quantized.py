@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tessera.finite import FiniteCheck
 from tessera.cache.offload import Store
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers.base import KVSource, Pairs, Tier
 from tessera.codecs import Codec, Packed, Role
 from tessera.codecs.key_stats import KeyStats
+from tessera.finite import FiniteCheck
 from tessera.kernels import Pages
 from tessera.kernels.precision import join
 
@@ -23,8 +23,8 @@ PAGE = 1024
 class QuantizedTier(Tier):
     """Keys and values in the bytes of a codec, whole blocks of `BLOCK` tokens only, in pages of `PAGE` tokens at most.
 
-    What is appended becomes a page of its own and nothing else is touched; pages that together have `PAGE` tokens are joined.
-    So a token is copied once at most after it was packed, and no room lies idle, as it would in buffers that grow.
+    Appended tokens become a page of their own; pages that together have `PAGE` tokens are joined. So a token is copied at most
+    once after it was packed, and there is no free room, as a growing buffer would have.
 
     Args:
         codec: packs and unpacks; its group must divide `BLOCK`.
@@ -32,11 +32,11 @@ class QuantizedTier(Tier):
         limit: number of tokens that are held at most; None: any number.
         top: number of tokens that a query reads at most; None: all.
         store: where pages of `PAGE` tokens go; None: nowhere.
-        finite: is told of numbers that cannot be encoded; None: they are refused at once.
+        finite: is notified of numbers that cannot be encoded; None: they are refused at once.
 
     Attributes:
-        stats: of the keys, by whose widths they are multiplied before they are encoded; None: they are encoded as they are.
-            They are the caller's, who sets them, and are not counted here.
+        stats: statistics whose widths multiply the keys before encoding; None: keys are encoded as they are. The caller owns
+            them, so their bytes are not counted here.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class QuantizedTier(Tier):
 
     @property
     def pages(self) -> list[tuple[Packed, Packed]]:
-        """The pages, to be read."""
+        """Return the pages, for reading."""
         return list(self._pages)
 
     @property
@@ -118,7 +118,7 @@ class QuantizedTier(Tier):
             if self.stats is not None:
                 coming = coming.float() * self.stats.widths.unsqueeze(2)
             keys = self._encode(coming, "key", weights)
-            keys = replace(keys, dtype=k.dtype)  # what they are to be decoded to
+            keys = replace(keys, dtype=k.dtype)  # the dtypes that decoding returns
             values = self._encode(v[:, :, chunk], "value")
             pages.append((keys, values))
             if few and held + size == PAGE:
@@ -129,7 +129,8 @@ class QuantizedTier(Tier):
         return None
 
     def _encode(self, x: Tensor, role: Role, weights: Tensor | None = None) -> Packed:
-        # A block at a time where tokens of one call are judged together, so that it does not matter how calls were cut.
+        # One block at a time for codecs that look at all tokens of a call, so that the result does not depend on how calls were
+        # cut.
         parts = x.split(BLOCK, 2) if self.codec.side(role).by_call else (x,)
         tell = self.finite.add if self.finite is not None and self.finite.defers(x.device) else None
         packed = [self.codec.encode(part, role, self.layer, weights=weights, tell=tell) for part in parts]
@@ -157,7 +158,7 @@ class QuantizedTier(Tier):
         """Forget the `n` oldest tokens, a multiple of `BLOCK`."""
         assert n % BLOCK == 0
         if not n:
-            return  # so that the view, and what kernels know about it, stays
+            return  # so that the view, and the tables that kernels keep for it, stay valid
         pages = self.pages
         while n:
             keys, values = pages[0]
@@ -172,8 +173,8 @@ class QuantizedTier(Tier):
     def crop_back(self, n: int) -> Pairs | None:
         """Forget the `n` newest tokens.
 
-        Returns:
-            the tokens of the block that was cut, decoded, for they no longer make a whole one; None if it was cut cleanly.
+        Returns: the remaining tokens of the block that was cut, decoded, because they no longer fill it; None if the cut was at
+        a block's end.
         """
         rest = None
         pages = self.pages
@@ -204,7 +205,7 @@ class QuantizedTier(Tier):
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index. rows: (n,) int64."""
-        self.put([(keys.select(rows.to(keys.device)), values.select(rows.to(keys.device))) for keys, values in self._pages])
+        self.put([(keys.select(rows), values.select(rows)) for keys, values in self._pages])
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""
@@ -215,14 +216,14 @@ class QuantizedTier(Tier):
 
     def copied(self) -> QuantizedTier:
         """See `Tier`."""
-        other = QuantizedTier(self.codec, self.layer, self.limit, self.top, self.store)
+        other = QuantizedTier(self.codec, self.layer, self.limit, self.top, self.store, self.finite)
         other.stats = self.stats
         other.put(self.pages)
         return other
 
 
 def _unfinished(pages: list[tuple[Packed, Packed]]) -> tuple[int, int]:
-    """How many of the last pages have fewer than `PAGE` tokens together, and how many tokens these are."""
+    """Count the last pages that have fewer than `PAGE` tokens together, and their tokens."""
     few = held = 0
     for keys, _ in reversed(pages):
         if held + keys.tokens >= PAGE:

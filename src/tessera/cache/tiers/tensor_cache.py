@@ -1,7 +1,7 @@
 """The last tier of a cache with a Tensor Cache: pairs that come here are written into its matrix, and read through its gate.
 
 Behind a window (`window:512 + tc`) a pair is written at the very query that it leaves the window of, so reading and writing
-take turns within a call: the attention function does both (`tessera.attention.over_tiers`), this tier keeps what comes of it.
+take turns within a call: the attention function does both (`tessera.attention.over_tiers`), this tier keeps the result.
 Behind codecs (`hqmq:3@32768 + tc`) whole blocks come here when a call has ended.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tessera.cache.tiers.base import KVSource, Pairs, Tier
+from tessera.devices import upload
 from tessera.tensor_cache import TensorCache, TensorCacheState
 
 
@@ -26,10 +27,10 @@ class TensorCacheTier(Tier):
 
     Attributes:
         state: what has been written for good, or None.
-        written: the queries of all places before this one have had what left at them written into `state`.
+        written: what left the window at all queries before this place has been written into `state`.
         positions: (rows, n) int64, rotary positions of the newest n tokens; None: nobody needs them.
         absorb: behind codecs, within a call only: given keys and values (rows, kv_heads, n, head_dim) and the place of the
-            first, writes them; None: whoever can is not there, so nothing comes.
+            first, writes them; None: no writer is set, so the tier is not ready.
     """
 
     keeps_tokens = False
@@ -46,7 +47,7 @@ class TensorCacheTier(Tier):
 
     @property
     def tokens(self) -> int:
-        """0: what is written cannot be told apart."""
+        """Always 0: tokens that were written cannot be told apart."""
         return 0
 
     @property
@@ -62,7 +63,7 @@ class TensorCacheTier(Tier):
         return None
 
     def sources(self, start: int, window: int | None) -> list[KVSource]:
-        """None for softmax: a matrix is read beside it."""
+        """Return no source: the matrix is read beside the softmax."""
         return []
 
     def buffers(self) -> list[Tensor]:
@@ -72,7 +73,7 @@ class TensorCacheTier(Tier):
     def select(self, rows: Tensor) -> None:
         """See `Tier`."""
         self.state = None if self.state is None else self.state.select(rows)
-        self.positions = None if self.positions is None else self.positions[rows.to(self.positions.device)]
+        self.positions = None if self.positions is None else self.positions[upload(rows, self.positions.device)]
 
     def to(self, device: torch.device | str) -> None:
         """See `Tier`."""
@@ -90,24 +91,24 @@ class TensorCacheTier(Tier):
         return 0 if self.window is None else length - self.written
 
     def state_for(self, memory: TensorCache, pairs: Tensor) -> TensorCacheState:
-        """What has been written, or a state with nothing in it. pairs: (rows, ...)."""
+        """Return the written state, or an empty one. pairs: (rows, ...)."""
         return memory.initial_state(pairs.shape[0], pairs[:, :, :0]) if self.state is None else self.state
 
     def propose(self, state: TensorCacheState, written: int) -> None:
-        """What `state` and `written` shall be when the call ends."""
+        """Set what `state` and `written` become when the call ends."""
         self._coming = replace(state.detach(), seen=torch.full_like(state.seen, written)), written
 
     def commit(self) -> None:
-        """The call has ended: what it wrote counts."""
+        """Make the proposed state permanent at the end of a call."""
         if self._coming is not None:
             (self.state, self.written), self._coming = self._coming, None
 
-    # Rotary positions, which must be taken off what is written
+    # Rotary positions, whose phase must be removed before a write
 
     def note(self, positions: Tensor | None) -> None:
-        """Positions of the tokens that come, (rows, n)."""
+        """Remember the positions of new tokens, (rows, n)."""
         if positions is not None:
-            # A copy in any case: what the caller gave is written anew for its next call, as likely as not.
+            # A copy in any case: the caller is likely to overwrite its tensor for its next call.
             known = positions[:, :0] if self.positions is None else self.positions.to(positions.device)
             self.positions = torch.cat((known, positions), dim=1)
 
@@ -120,12 +121,12 @@ class TensorCacheTier(Tier):
         return torch.nn.functional.pad(known, (end - begin - known.shape[1], 0))
 
     def keep_positions(self, tokens: int) -> None:
-        """Forget the positions of all but the newest `tokens`."""
+        """Remove the positions of all but the newest `tokens`."""
         if self.positions is not None and self.positions.shape[1] > tokens:
             self.positions = self.positions[:, self.positions.shape[1] - tokens :].clone()
 
     def crop(self, tokens: int, rest: int) -> None:
-        """Forget the newest `tokens` of the sequence; `rest` remain."""
+        """Remove the newest `tokens` of the sequence; `rest` remain."""
         self.written = min(self.written, rest)
         if self.positions is not None:
             self.positions = self.positions[:, : max(0, self.positions.shape[1] - tokens)].clone()

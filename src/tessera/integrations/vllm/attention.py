@@ -108,7 +108,7 @@ class TesseraAttention(AttentionImpl[TesseraMetadata]):
             query: (tokens, heads, head_size).
             key, value: (tokens, kv_heads, head_size), of the same tokens.
             kv_cache: (blocks, kv_heads, tokens of a block, bytes of a token) uint8.
-            attn_metadata: of the step; None while vLLM measures memory.
+            attn_metadata: metadata of the step; None while vLLM measures memory.
             output: (tokens, heads, head_size), takes the result.
             output_scale, output_block_scale: not supported.
         """

@@ -37,7 +37,7 @@ class TesseraMetadata(AttentionMetadata):
         first: (requests + 1,) int32 on the CPU, where each request's tokens begin.
         lengths: (requests,) int32 on the CPU, tokens of each request with those of the step.
         table: (requests, any) int32, its blocks.
-        tokens: of the step, without what it may be filled up with.
+        tokens: number of tokens of the step, padding left out.
     """
 
     first: Tensor

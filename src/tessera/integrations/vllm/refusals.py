@@ -69,11 +69,11 @@ def layer_refusal(
     """Why a layer of attention cannot be served, or None if it can.
 
     Args:
-        heads, kv_heads: of queries and of keys.
+        heads, kv_heads: number of query heads and of key heads.
         attn_type: "decoder" or another of vLLM's `AttentionType`.
         alibi: its slopes, or None.
         shared_with: the layer whose keys and values it reads instead of its own, or None.
-        dtype: of the model.
+        dtype: dtype of the model.
         extra: arguments beyond those of every layer.
     """
     if attn_type != "decoder":

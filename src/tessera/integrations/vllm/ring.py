@@ -91,8 +91,8 @@ class Ring(torch.nn.Module, AttentionLayerBase):
 
     Args:
         name: that no other layer has; vLLM wants one number in it.
-        kv_heads: of the layer.
-        token_bytes: of an exact key and its value.
+        kv_heads: number of key heads of the layer.
+        token_bytes: bytes of an exact key and its value.
         tokens: that the ring holds.
 
     Attributes:

@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
         text: the specification as it was given.
-        codec: of pages.
+        codec: codec of pages.
         sink: first tokens of each request that stay exact, in its first block.
         stats: path of the statistics of keys, for all requests; None: keys are coded as they come.
     """

@@ -20,12 +20,12 @@ def of_layer(path: str, number: int, layers: int, kv_heads: int, head_dim: int, 
     """Statistics of the key heads that a rank has of a layer.
 
     Args:
-        path: of the file.
-        number: of the layer.
-        layers: of the model.
-        kv_heads: of the layer on this rank; where there are more ranks than heads, ranks next to each other have the same.
+        path: path of the file.
+        number: number of the layer.
+        layers: layers of the model.
+        kv_heads: key heads of the layer on this rank; with more ranks than heads, neighbouring ranks have the same.
         head_dim: numbers of a key.
-        rank: of `ranks` that share the heads of a layer.
+        rank: index of this rank among the `ranks` that share the heads of a layer.
         ranks: how many.
 
     Raises:

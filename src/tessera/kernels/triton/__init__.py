@@ -126,8 +126,8 @@ def attend_blocks(
         q: as they read keys whose channels were multiplied, see `Pages.narrowed`.
         params, splits, lookup: as for `attend`.
         blocks: (blocks, columns) int64 on the device, see `tables.block_table`.
-        forms: of keys and of values.
-        kv_heads: of the tokens.
+        forms: formats of the codes of keys and of values.
+        kv_heads: number of key heads of the tokens.
         aligns: what divides all addresses of key codes and centres, and all of value codes.
         centred: whether keys have centres.
     """

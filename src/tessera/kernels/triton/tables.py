@@ -35,7 +35,7 @@ def code_options(form: JointFormat, lookup: str, align: int) -> dict[str, Any]:
     """What a kernel that reads codes is compiled for.
 
     Args:
-        form: of the codes.
+        form: format of the codes.
         lookup: one of `LOOKUPS`.
         align: divides all addresses of codes and, of keys, centres.
     """
@@ -53,8 +53,8 @@ def options(dim: int, rows: int, keys: dict[str, Any], values: dict[str, Any]) -
     """What `attend_kernel` is compiled for, and how, but for what is seen.
 
     Args:
-        dim: of keys and values.
-        rows: of a program.
+        dim: head_dim of keys and values.
+        rows: query rows of a program.
         keys, values: `code_options` of each.
     """
     from tessera.kernels.triton.attend_kernel import BLOCK, SLICE

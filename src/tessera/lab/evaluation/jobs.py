@@ -33,7 +33,7 @@ def resume(
 
     Args:
         jobs: to be run.
-        path: of the JSON.
+        path: path of the JSON.
         run: a function of a module, so that other processes find it.
         key: what tells one run from another, of a job and of a row; hashable.
         about: what the file says beside its rows.

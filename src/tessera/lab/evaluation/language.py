@@ -33,7 +33,7 @@ def loss_by_distance(model: Any, windows: Tensor, spec: str | None, edges: Seque
     Args:
         model: a causal language model.
         windows: (count, tokens) ids, each read from the beginning.
-        spec: of the cache that it reads through; None: none.
+        spec: specification of the cache that it reads through; None: none.
         edges: ascending places; the result has one number for each stretch between neighbours.
         chunk: tokens of a call.
     """
@@ -76,9 +76,9 @@ def language(
     Args:
         source: the model and its tokenizer.
         text: to be predicted.
-        tokens: of a sequence, at most the model's context.
+        tokens: length of a sequence, at most the model's context.
         count: sequences to read, fewer if the text is shorter; None: all of it.
-        names: of the rows to measure; None: all.
+        names: names of the rows to measure; None: all.
         progress: called with (caches measured, caches in all).
 
     Returns:

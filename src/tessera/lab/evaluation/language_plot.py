@@ -29,8 +29,8 @@ def plot_language(
 
     Args:
         rows: with ``losses`` of each stretch, of several seeds where there are.
-        edges: of the stretches.
-        path: of the picture.
+        edges: edges of the stretches.
+        path: path of the picture.
         name: field that tells one attention from another.
 
     Raises:

@@ -100,8 +100,8 @@ def measure(source: Source, jobs: Sequence[Job], path: Path) -> Iterator[list[Ro
 
     Args:
         source: the model and its tokenizer.
-        jobs: of `needle_plan` or `ruler_plan`, for this model.
-        path: of the JSON; a plan that was cut short goes on where it was.
+        jobs: jobs that `needle_plan` or `ruler_plan` made for this model.
+        path: path of the JSON; a plan that was cut short goes on where it was.
 
     Raises:
         ValueError: for a job that cannot be, before anything is run, or a file that holds something else.

@@ -55,7 +55,7 @@ def quick_plan(methods: Sequence[str] = QUICK_METHODS, seeds: int = 1, **task: i
     """The same task made small enough to be learned in seconds: few pairs of few symbols.
 
     Args:
-        methods: of `METHODS`.
+        methods: names from `METHODS`.
         seeds: models of each.
         task: fields of a `Job` that are to differ.
     """
@@ -107,8 +107,8 @@ def recall(jobs: Sequence[Job], path: Path, processes: int = 1) -> Iterator[list
     """Run what is not in a file yet; yields all rows of the file once, and again after each run, when it is written.
 
     Args:
-        jobs: of `full_plan` or `quick_plan`.
-        path: of the JSON; a plan that was cut short goes on where it was.
+        jobs: jobs that `full_plan` or `quick_plan` made.
+        path: path of the JSON; a plan that was cut short goes on where it was.
         processes: models trained at once.
 
     Raises:

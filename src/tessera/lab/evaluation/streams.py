@@ -40,7 +40,7 @@ def stream(spec: str, limit: int, dense_limit: int) -> list[dict[str, Any]]:
     """Rows of one cache, at `FIRST` tokens and every doubling.
 
     Args:
-        spec: of the cache.
+        spec: specification of the cache.
         limit: tokens at least, unless the cache grows without bound.
         dense_limit: the same of a cache that does.
 

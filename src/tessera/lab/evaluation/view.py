@@ -74,8 +74,8 @@ def follow(
     Args:
         memory: that is written and read.
         x: (tokens, dim); what is left of the last chunk is not written.
-        gate: of the layer.
-        state: of one sequence, in which no token waits; None: the stream begins.
+        gate: the layer's gate.
+        state: state of one sequence without a partial chunk; None: the stream begins.
         places: (tokens, n), of an anchored memory.
 
     Raises:

@@ -34,7 +34,7 @@ def plot_state(size: Tensor, path: str | os.PathLike[str], title: str = "") -> N
 
     Args:
         size: (*grid), |h| of each cell.
-        path: of the PNG.
+        path: path of the PNG.
         title: above it.
     """
     pyplot = _pyplot()
@@ -63,8 +63,8 @@ def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str
     """Draw a run as PNG: for each layer what lies where at some moments, how much there is over time, and the gates.
 
     Args:
-        traces: of each layer.
-        path: of the PNG.
+        traces: traces of each layer.
+        path: path of the PNG.
         title: above it.
     """
     pyplot = _pyplot()
@@ -120,8 +120,8 @@ def animate(traces: Sequence[Trace], path: str | os.PathLike[str], title: str = 
     """Draw a run as GIF: what lies where in every layer, the write and the reads of each step, and below it all cells in space.
 
     Args:
-        traces: of each layer.
-        path: of the GIF.
+        traces: traces of each layer.
+        path: path of the GIF.
         title: above it.
         frames: at most so many; of a longer run every n-th step.
         fps: frames a second.

@@ -88,7 +88,7 @@ class Attention(nn.Module):
     """Causal attention with rotary positions, over the tokens that a mask leaves and over learned slots.
 
     Args:
-        width: of the tokens.
+        width: width of the tokens.
         heads: that there are.
         slots: learned tokens, which every token sees.
     """
@@ -127,9 +127,9 @@ class Layer(nn.Module):
     """Attention, what a memory reads, MLP, each added to the stream.
 
     Args:
-        config: of the backbone.
+        config: configuration of the backbone.
         hidden: width of the MLP.
-        slots: of attention.
+        slots: number of learned keys and values in attention.
     """
 
     def __init__(self, config: BackboneConfig, hidden: int, slots: int) -> None:

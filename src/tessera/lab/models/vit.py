@@ -25,8 +25,8 @@ class ViTConfig(PreTrainedConfig):
 
     Attributes:
         image_size: pixels along each side of a frame.
-        patch_size: of a patch; divides `image_size`.
-        num_channels: of a pixel.
+        patch_size: side of a patch in pixels; divides `image_size`.
+        num_channels: channels of a pixel.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as in transformers' ViT.
         classes: what a frame may be; 0: every patch is given its pixels instead.
         positions: "learned" for each patch of a frame, or "sincos". Frames are numbered by sines and cosines.
@@ -193,7 +193,7 @@ class ViT(PreTrainedModel):
 
         Args:
             times: numbers of frames, (frames,), from 0 to `count` - 1.
-            count: of a clip or of a window; of one the only frame is in the middle.
+            count: number of frames of a clip or of a window; a single frame is in the middle.
         """
         if self.memory is None or not self.memory.config.anchored:
             return None

@@ -98,7 +98,7 @@ def _needles(
     Args:
         haystack: "prose", "line" (one line repeated) or "needles" (nothing but other needles).
         keys: names.
-        values: of each name.
+        values: number of values of each name.
         asked: names that are asked for.
         kind: "number", or "UUID" for values and, in a haystack of needles, for names.
         depth: where the needles stand, 0 (first) to 1 (last); None: anywhere.
@@ -243,8 +243,8 @@ def fit(task: Task, tokenizer: Any, tokens: int, seed: str) -> Prompt:
 
     Args:
         task: what is hidden.
-        tokenizer: of transformers; where it has a chat template the question is asked in a chat.
-        tokens: of the prompt and the answer together.
+        tokenizer: a tokenizer of transformers; where it has a chat template the question is asked in a chat.
+        tokens: length of the prompt and the answer together.
         seed: the same words give the same example.
 
     Raises:

@@ -25,8 +25,8 @@ class MapBuilding:
 
     Attributes:
         size: cells along a side of the map, each 0 or 1.
-        glimpses: of 2x2 cells at random places, a token each.
-        ask: of "seen" cells, or of "any" as in the original.
+        glimpses: number of glimpses, of 2x2 cells at random places, a token each.
+        ask: whether "seen" cells are asked for, or "any" as in the original.
         delay: blank tokens between the glimpses and the first question.
         queries: cells that are asked for, a token each.
     """

@@ -30,7 +30,7 @@ class MovingDigits:
     """The task.
 
     Attributes:
-        frames: of a clip.
+        frames: number of frames of a clip.
         size: pixels along each side of a frame.
         bar: columns in the middle behind which digits pass.
         patch: side of the patches that frames are made for.
@@ -39,7 +39,7 @@ class MovingDigits:
         stay: frames for which a digit stays in a place where it is whole behind the bar.
         alone: share of the clips to learn from that show one digit, asked for in every frame from the first that shows it
             whole: what digits look like is learned from these. No model is measured on them.
-        pictures: of digits; scikit-learn's unless given.
+        pictures: pictures of digits; scikit-learn's unless given.
     """
 
     frames: int = 16

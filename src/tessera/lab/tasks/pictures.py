@@ -26,7 +26,7 @@ class Pictures:
     Attributes:
         pixels: (n, channels, size, size), or (n, frames, channels, size, size), float32 from 0 to 1.
         labels: (n,) int64.
-        names: of the labels.
+        names: names of the labels.
     """
 
     pixels: Tensor

@@ -204,7 +204,7 @@ def export(
         tokenizer: its tokenizer.
         target: the directory to write; a README in it is kept.
         weights: values by parameter name to write in place of the model's own.
-        dtype: of what is written.
+        dtype: dtype of what is written.
     """
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 

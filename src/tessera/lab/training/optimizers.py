@@ -19,10 +19,10 @@ def make_optimizers(
 
     Args:
         model: parameters that require no gradient are left out.
-        muon_lr: of the hidden matrices.
-        adamw_lr: of embeddings, norms and biases.
-        gate_lr: of gates, decays and write rates (`tessera.tensor_cache.gated_read.is_gate`), which never decay.
-        weight_decay: of matrices.
+        muon_lr: learning rate of the hidden matrices.
+        adamw_lr: learning rate of embeddings, norms and biases.
+        gate_lr: learning rate of gates, decays and write rates (`tessera.tensor_cache.gated_read.is_gate`), which never decay.
+        weight_decay: weight decay of matrices.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     output = getattr(model, "get_output_embeddings", lambda: None)()

@@ -174,7 +174,7 @@ def train_vision(
         config: the model and the schedule.
         task: `Digits`, `MovingDigits` or `Clips`.
         out: the run's directory, with the model in ``model``.
-        name: of the result, "image" or "video".
+        name: name of the result, "image" or "video".
         resume: go on with the run found there; otherwise it is deleted first.
         stop_at: stop after this many steps, as an interruption would.
         show: draw a bar.
