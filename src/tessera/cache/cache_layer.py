@@ -60,14 +60,15 @@ class CacheContext:
         self.masks = MaskMemo()
         self.warned = False
         self.read = False
+        self.unread: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The memo identifies masks by object identity, which holds in this process only.
-        return {name: value for name, value in self.__dict__.items() if name != "masks"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("masks", "unread")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.masks = MaskMemo()
+        self.masks, self.unread = MaskMemo(), None
 
     def __deepcopy__(self, memo: object) -> CacheContext:
         # A copied cache serves the same model, whose attention may be switched later.

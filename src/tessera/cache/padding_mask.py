@@ -53,6 +53,16 @@ class PaddingMask(Tensor):
         """Which slots are no padding, (batch, slots); None: all. They are read if nobody has read them yet."""
         return None if self.padding is None else cast("NDArray[np.bool_]", self.padding.get())
 
+    def on_cpu(self) -> Tensor:
+        """The mask itself on the CPU, made there of the slots that are no padding."""
+        batch, _, queries, slots = self.shape
+        column = torch.arange(slots)
+        seen = column <= column[slots - queries :, None]
+        if self.window is not None:
+            seen &= column > column[slots - queries :, None] - self.window
+        real = self.real_slots()
+        return seen.expand(batch, 1, -1, -1) if real is None else torch.as_tensor(real)[:, None, None] & seen
+
     @property
     def whole(self) -> Tensor:
         """The mask itself."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from tessera.cache.group import RECORDED
 from tessera.cache.layer_states import LayerState
 from tessera.devices import upload
+from tessera.finite import FiniteCheck
 from tessera.tensor_memory.config import TensorMemoryConfig
 from tessera.tensor_memory.state import TensorMemoryState
 
@@ -91,15 +92,18 @@ class Stream(LayerState):
         behind: whether the last of them were cropped in part, and the rest has yet to be read again.
         kept: (batch, seen) bool on the CPU, False for padding; None: there has been none, or another layer's stream knows it.
         recording: whether the newest tokens may be cropped: the cache records its past, or has been cropped.
+        finite: findings in a cache that has no check of its own, kept by the first layer with a memory.
     """
 
     def __init__(self, batch: int, owner: str = "", config: TensorMemoryConfig | None = None) -> None:
         self.owner, self.config = owner, config
         self.recording = False
+        self.finite = FiniteCheck()
         self.begin(batch)
 
     def begin(self, batch: int) -> None:
         """Reset everything at the beginning of sequences."""
+        self.finite.reset()
         self.batch = batch
         self.seen = 0
         self.groups: Groups = [(torch.arange(batch), None)]
