@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = ["Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "plan", "save_memory", "using"]
 
-#: Where the public names are. They are imported when first used, so that the codecs need torch only.
+#: The modules of the public names. They are imported at first use, so that the codecs need torch only.
 _HOMES = {
     "Cache": "tessera.cache",
     "CacheReport": "tessera.cache",
@@ -38,7 +38,7 @@ _HOMES = {
     "save_memory": "tessera.adapters",
     "using": "tessera.attention",
 }
-#: Packages that `import tessera` is enough for. They are imported when first used, too.
+#: Packages that are available after `import tessera`. They are imported at first use, too.
 _PACKAGES = (
     *("adapters", "attention", "cache", "codecs", "evaluation", "kernels", "models", "tensor_cache", "tensor_memory"),
     *("associative", "attachment", "spatial"),  # the names of version 0.1

@@ -1,4 +1,4 @@
-"""Where a module computes and what its weights are, also when accelerate keeps them elsewhere between calls.
+"""The device and the weights of a module, also when accelerate keeps the weights elsewhere between calls.
 
 `device_map` and `cpu_offload` of accelerate leave parameters on the device "meta" and hooks on the modules, each with the
 device that the weights are brought to for a call and, where they are offloaded, a table of the weights themselves.
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """The device that a module computes on: what the first hook of accelerate says, else where its first weight is.
+    """Return the device that a module computes on: that of accelerate's first hook, else that of its first weight.
 
-    None: all its weights are on "meta" and no hook brings them anywhere, or it has none.
+    None: all its weights are on "meta" without a hook that loads them, or it has none.
     """
     for part in module.modules():
         for hook in _hooks(part):
@@ -36,7 +36,7 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
 
 
 def layer_devices(model: Any, count: int) -> list[torch.device | None]:
-    """The device that each of `count` layers of a decoder computes on, see `device_of`; the model's where none is told."""
+    """Return the device on which each of `count` layers of a decoder computes, see `device_of`; else the model's device."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     found: dict[int, torch.device] = {}
     for module in decoder.modules():
@@ -50,7 +50,7 @@ def layer_devices(model: Any, count: int) -> list[torch.device | None]:
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
-    """Every weight of a model by its name, what it holds, and the parameter itself, which may be on "meta"; once where tied."""
+    """Yield every weight of a model: its name, its value, and the parameter itself, which may be on "meta"; tied ones once."""
     known: set[int] = set()
     for place, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -59,7 +59,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
                 tables = (getattr(hook, "weights_map", None) for hook in _hooks(module))
                 found = next((t[name] for t in tables if isinstance(t, Mapping) and name in t), None)
                 tensor = tensor if found is None else found.detach()
-            # Tied weights that are offloaded are parameters of their own and the same memory.
+            # Offloaded tied weights are separate parameters that share memory.
             same = id(parameter) if tensor.is_meta or not tensor.numel() else hash((tensor.data_ptr(), tensor.shape))
             if same not in known:
                 known.add(same)
@@ -67,6 +67,6 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """Hooks of accelerate, one or several in a row."""
+    """Return the hooks of accelerate, one or several in sequence."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", (hook,)))

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one; reading files that may be damaged, or made to do harm."""
+"""Atomic writing of files, and safe reading of files that may be damaged or malicious."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-#: Characters of a file that a message repeats at most, and those of a message that may do so.
+#: Maximum number of characters of a file's contents that a message quotes, and of a message that quotes them.
 SHOWN, WHOLE = 200, 1000
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path in the same folder; rename it to `path` when the block ends well, remove it when not."""
+    """Yield a temporary path in the same folder; rename it to `path` when the block succeeds, remove it otherwise."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex}{target.suffix}")
@@ -31,20 +31,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], record: object) -> None:
-    """Write a record as JSON, whole or not at all."""
+    """Write a record as JSON, completely or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def brief(found: object, most: int = SHOWN) -> str:
-    """An error, or what a file holds, for a message: in one line of `most` characters or little more."""
+    """Shorten an error or a file's contents for a message: to one line of about `most` characters."""
     text = str(found) if isinstance(found, BaseException | str) else repr(found)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 class TensorFile:
-    """An open safetensors file, to be read in the block of `open_tensors`."""
+    """An open safetensors file, for use within the block of `open_tensors`."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -52,10 +52,10 @@ class TensorFile:
         self.names: list[str] = list(file.keys())
 
     def get(self, name: str) -> Tensor:
-        """A tensor by its name; its size is that of its bytes in the file."""
+        """Return a tensor by its name; its size is that of its bytes in the file."""
         try:
             tensor: Tensor = self._file.get_tensor(name)
-        except (TypeError, RuntimeError, OverflowError, AttributeError) as error:  # no shape or dtype of torch's
+        except (TypeError, RuntimeError, OverflowError, AttributeError) as error:  # a shape or dtype that torch does not have
             raise SafetensorError(f"tensor {name!r} cannot be read: {error}") from None
         return tensor
 
@@ -66,7 +66,7 @@ def open_tensors(path: str | os.PathLike[str], what: str) -> Iterator[TensorFile
 
     Args:
         path: path of the file.
-        what: what is said of it if that fails, as "is no saved cache".
+        what: the description of a failure, such as "is no saved cache".
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -82,7 +82,7 @@ def open_tensors(path: str | os.PathLike[str], what: str) -> Iterator[TensorFile
 
 
 def read_json(text: str) -> Any:
-    """What a text of JSON says.
+    """Parse a text of JSON.
 
     Raises:
         ValueError: if it is none, is nested too deeply, or holds NaN or infinity, which JSON does not have.
@@ -98,7 +98,7 @@ def read_json(text: str) -> Any:
 
 
 def read_utf8(path: str | os.PathLike[str]) -> str:
-    """The contents of a text file.
+    """Read a UTF-8 text file.
 
     Raises:
         FileNotFoundError: if there is no such file.

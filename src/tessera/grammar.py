@@ -1,4 +1,4 @@
-"""How specifications are read wherever there are some: words joined by `+`, each a name and maybe a number behind a colon."""
+"""The grammar of specifications: words joined by `+`, each a name and optionally a number after a colon."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NoReturn
 
 
 def words(text: str, examples: Iterable[str], what: str = "word") -> list[str]:
-    """The words of a specification, in their order, without spaces.
+    """Split a specification into its words, in order, without spaces.
 
     Args:
         text: words joined by `+`.
@@ -25,14 +25,14 @@ def words(text: str, examples: Iterable[str], what: str = "word") -> list[str]:
 
 
 def count(argument: str, word: str, example: str, text: str, least: int = 0, of: str = "tokens") -> int:
-    """The whole number behind the colon of a word.
+    """Read the whole number after the colon of a word.
 
     Args:
-        argument: what stands there.
+        argument: the text after the colon.
         word: the word with it.
         example: example of the word, which the error shows.
         text: the specification, which the error names.
-        least: the smallest number that means something.
+        least: the smallest valid number.
         of: what is counted.
 
     Raises:
@@ -45,12 +45,12 @@ def count(argument: str, word: str, example: str, text: str, least: int = 0, of:
 
 
 def unknown(name: str, text: str, names: Iterable[str], examples: Iterable[str], what: str = "word") -> NoReturn:
-    """Refuse a name that there is none of, with the nearest and all that there are.
+    """Refuse an unknown name, naming the nearest one and all that exist.
 
     Args:
         name: name of the word.
         text: the specification.
-        names: that there are.
+        names: the existing names.
         examples: examples of words with these names.
         what: a word stands for.
 
@@ -63,7 +63,7 @@ def unknown(name: str, text: str, names: Iterable[str], examples: Iterable[str],
 
 
 def one(text: str, examples: Mapping[str, str], of: str = "tokens") -> tuple[str, int | None]:
-    """The name and the number of a specification that is one word.
+    """Read the name and the number of a specification of one word.
 
     Args:
         text: the specification.

@@ -1,4 +1,4 @@
-"""What the modules of memories have in common: parameters that stay in float32."""
+"""The base class of memory modules, whose parameters stay in float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Float32Module(nn.Module):
-    """A module whose floating-point parameters, and those of its parts, are float32 and stay so when a model is cast.
+    """A module whose floating-point parameters, its submodules' included, are float32 and stay so when a model is cast.
 
     `half`, `bfloat16`, `double` and `to(dtype)` of it or of a module around it move its parameters to another device at the
     most: in half precision a slow decay would be none, and what a memory absorbs adds up.

@@ -1,4 +1,4 @@
-"""What the configurations of modules have in common: frozen dataclasses that JSON can hold."""
+"""The base class of configurations: frozen dataclasses that can be stored as JSON."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ C = TypeVar("C", bound="Options")
 
 @dataclass(frozen=True)
 class Options:
-    """A configuration."""
+    """The base class of a module's configuration."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the fields as a dictionary for JSON."""
         return asdict(self)
 
     @classmethod
@@ -22,7 +22,7 @@ class Options:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError: naming a field that there is none of, or a value that cannot be.
+            ValueError: if a field is unknown or a value is invalid (the message names it).
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"a {cls.__name__} is made from a table, got a {type(values).__name__}")
@@ -37,13 +37,13 @@ class Options:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def check_words(self, words: Mapping[str, Sequence[str]]) -> None:
-        """Refuse a field whose value is none of its words."""
+        """Refuse a field whose value is not one of its words."""
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
 
 
 def check_whole(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number, or too small."""
+    """Refuse a field that is not a whole number, or is too small."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -1,7 +1,7 @@
-"""A seal in a safetensors file: a SHA-256 of all its bytes, which says whether it was cut short or altered since.
+"""A seal in a safetensors file: a SHA-256 of all its bytes, which shows whether it was truncated or altered since.
 
-The seal stands in the file's own header. It is computed over the file with zeros in its place, so header and tensors are under
-it, and whoever reads safetensors reads the file as before. It finds damage, not malice: anyone can seal a file.
+The seal stands in the file's own header. It is computed over the file with zeros in its place, so it covers header and tensors,
+and the file stays a normal safetensors file. It finds damage, not malice: anyone can seal a file.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from tessera.files import open_tensors
 
 #: Its name in the header.
 SEAL = "tessera_seal"
-#: What stands there before the file is sealed, and what is hashed in place of the seal.
+#: The placeholder before the file is sealed, which is also hashed in place of the seal.
 OPEN = "sha256:" + "0" * 64
 #: No header is longer; safetensors refuses it.
 MOST = 100_000_000
-#: Bytes that are hashed at a time.
+#: Number of bytes hashed at a time.
 PART = 1 << 22
 
 
@@ -39,7 +39,7 @@ def check_seal(path: str | os.PathLike[str], what: str) -> None:
 
     Args:
         path: path of the file.
-        what: what is said of it if it is no safetensors file, as "is no saved cache".
+        what: the description of a file that is no safetensors file, such as "is no saved cache".
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -55,7 +55,7 @@ def check_seal(path: str | os.PathLike[str], what: str) -> None:
 
 
 def _digest(path: str | os.PathLike[str], said: str) -> tuple[str, int]:
-    """The seal that a file should have where `said` stands, and where that is."""
+    """Compute the seal that a file should have in place of `said`, and its position."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         size = file.read(8)

@@ -1,4 +1,4 @@
-"""What every state of a stream is: a value made of tensors whose first dimension is the batch."""
+"""The base class of streams' states: immutable values made of tensors whose first dimension is the batch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tessera.files import atomic_path, brief, open_tensors
 
 S = TypeVar("S", bound="State")
 
-#: What keys and values of a model may be in.
+#: Dtypes that keys and values of a model may have.
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A value: methods return a new one. Fields are tensors (batch, ...), or None where there is no such thing.
+    """An immutable state: methods return a new one. Fields are tensors (batch, ...), or None for optional ones.
 
     Attributes:
-        OWNER: whose state it is, for messages.
-        KIND: what files of it say they are.
+        OWNER: name of the module that the state belongs to, for messages.
+        KIND: kind of its files, in their headers.
         OPTIONAL: fields that may be None.
-        UNMARKED: fields that `reset` leaves alone.
-        DTYPES: what the fields may be in that are not float32 always.
+        UNMARKED: fields that `reset` does not change.
+        DTYPES: dtypes of the fields that are not always float32.
     """
 
     OWNER: ClassVar[str]
@@ -38,7 +38,7 @@ class State:
     DTYPES: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that there is, by name."""
+        """All tensors, by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -48,11 +48,11 @@ class State:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def detach(self: S) -> S:
-        """The same without a graph."""
+        """Return the same state detached from the graph."""
         return replace(self, **{name: tensor.detach() for name, tensor in self.tensors().items()})
 
     def to(self: S, device: torch.device | str) -> S:
-        """The same on another device."""
+        """Return the same state on another device."""
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def select(self: S, rows: Tensor) -> S:
@@ -62,7 +62,7 @@ class State:
         )
 
     def reset(self: S, rows: Tensor) -> S:
-        """The rows that `rows`, (batch,) bool, marks begin anew."""
+        """Return the state with the rows marked by `rows`, (batch,) bool, reset to the beginning."""
         tensors = self.tensors()
         first = next(iter(tensors.values()))
         if rows.shape != first.shape[:1] or rows.dtype != torch.bool:
@@ -91,7 +91,7 @@ class State:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file holds something else, or a state that no stream can go on with.
+            ValueError: if the file holds something else, or a state that no stream can continue.
         """
         with open_tensors(path, f"holds no state of {cls.OWNER}") as file:
             if file.metadata.get("tessera") != cls.KIND:
@@ -108,7 +108,7 @@ class State:
         return state
 
     def check(self) -> None:
-        """Look at what can be seen without knowing whose state this is.
+        """Check what does not depend on the module that the state belongs to.
 
         Raises:
             ValueError: if there are tensors without rows or of different numbers of them, of another dtype than they can have,
@@ -126,7 +126,7 @@ class State:
                 raise ValueError(f"{name} must be finite")
 
     def check_shapes(self, **wanted: tuple[int, ...]) -> None:
-        """Refuse fields that are there and not of these shapes.
+        """Refuse fields that are present but have other shapes.
 
         Raises:
             ValueError: naming the field, its shape and what it would be.

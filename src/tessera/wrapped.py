@@ -1,4 +1,4 @@
-"""`unwrap`: the model within wrappers that train it, spread it, compile it or adapt it."""
+"""`unwrap`: finds the model within wrappers for training, sharding, compiling or adapting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-#: Wrappers that have taken stock of the parameters or the code of the model when they were made, and what to say of each.
+#: Wrappers that recorded the parameters or the code of the model at their construction, with the message for each.
 _FIXED = {
     "DistributedDataParallel": "synchronises only the parameters that the model had when it was wrapped",
     "FullyShardedDataParallel": "shards only the parameters that the model had when it was wrapped",
@@ -14,15 +14,15 @@ _FIXED = {
     "DataParallel": "runs copies of the model, whose hooks would be those of the original",
     "OptimizedModule": "may go on with code that was compiled for the model as it was",
 }
-#: Of these, the ones in whose model no parameter is whole.
+#: Those of them whose model's parameters are sharded.
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def unwrap(model: Any) -> Any:
-    """The model within `DataParallel`, `DistributedDataParallel`, a model of peft, `torch.compile`, and the like.
+    """Find the model within `DataParallel`, `DistributedDataParallel`, a model of peft, `torch.compile`, and the like.
 
     Args:
-        model: anything; what is no wrapper is returned as it is.
+        model: any object; one that is no wrapper is returned unchanged.
     """
     while True:
         inner = _inner(model)
@@ -32,7 +32,7 @@ def unwrap(model: Any) -> Any:
 
 
 def unwrap_to_change(model: Any, what: str) -> Any:
-    """`unwrap`, for a change of the model's parts, which some wrappers would not notice.
+    """Do what `unwrap` does, but refuse wrappers that would not notice a change of the model's modules.
 
     Args:
         model: see `unwrap`.
@@ -54,7 +54,7 @@ def unwrap_to_change(model: Any, what: str) -> Any:
 
 
 def unwrap_to_read(model: Any, what: str) -> Any:
-    """`unwrap`, for reading whole parameters.
+    """Do what `unwrap` does, but refuse wrappers that shard the parameters.
 
     Args:
         model: see `unwrap`.
@@ -70,7 +70,7 @@ def unwrap_to_read(model: Any, what: str) -> Any:
 
 
 def replaces_cache(model: Any) -> str | None:
-    """Why a model of peft would not use the cache that it is given, or None if it would."""
+    """Say why a model of peft would not use the cache that it is given, or return None if it would."""
     if any(kind.__module__.split(".")[0] == "peft" for kind in type(model).__mro__):
         kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
         if getattr(kind, "value", kind) in ("PREFIX_TUNING", "CARTRIDGE"):
@@ -83,12 +83,12 @@ def replaces_cache(model: Any) -> str | None:
 
 
 def _inner(model: Any) -> nn.Module | None:
-    """What a wrapper wraps; None for what is none."""
+    """Return what a wrapper wraps; None if it is no wrapper."""
     if not isinstance(model, nn.Module):
         return None
     kinds = type(model).__mro__
     if any(kind.__module__.split(".")[0] == "peft" for kind in kinds):
-        # Adapters are put into the model; prompts stay with the wrapper.
+        # Adapters are inside the model; prompts belong to the wrapper.
         found: Any = getattr(model, "get_base_model", None)
         inner = getattr(model, "model", None) if found is None else found()
     elif any(kind.__name__ == "OptimizedModule" for kind in kinds):

@@ -191,7 +191,7 @@ def test_every_call_costs_one_look_at_most(model_of: str, how: str) -> None:
 
 
 def test_a_tensor_memory_beside_a_cache_of_transformers_costs_one_look() -> None:
-    model, ids, mask = attached_tensor_memory(), tokens(2, 60), padding((0, 9), 60)
+    model, ids, mask = tessera.enable(attached_tensor_memory()), tokens(2, 60), padding((0, 9), 60)
     cache = DynamicCache(config=model.config)
     with Looks():  # which knows then what is the host's own
         logits(model, cache, ids[:, :40], (40,), mask[:, :40])

@@ -1,4 +1,4 @@
-"""Memories of models that exist: added, trained with the model frozen, saved by themselves, taken away again."""
+"""Memories for pretrained models: attaching, training with the model frozen, saving them alone, detaching."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Tensor Cache in the attention modules of a transformers causal model."""
+"""Attaching a Tensor Cache to the attention modules of a transformers causal model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tessera.tensor_cache.config import TensorCacheConfig
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 from tessera.tensor_cache.rotary import phase_of
 
-#: Where an attention module keeps its memory.
+#: Attribute of an attention module that holds its memory.
 MEMORY = "tensor_cache"
 #: The keyword argument by which `MemoryCall` reaches the attention function.
 CALL = "memory_call"
-#: Where one that gets none keeps what its attention sees.
+#: Attribute of a module without a memory that holds the limits of its attention.
 LIMITS = "limits"
 
 
@@ -30,7 +30,7 @@ def add(model: Any, config: TensorCacheConfig) -> AttachedMemory:
     text, shapes = read_config(model.config)
     check_shapes(model, shapes)
     modules = attention_modules(model, len(shapes))
-    # Some decoders have the field and never read it; their attention is causal all the same.
+    # Some decoders have the field without reading it; their attention is causal nevertheless.
     if getattr(text, "is_decoder", None) is False and not all(getattr(module, "is_causal", True) for module in modules):
         raise ValueError(
             f"tessera.attach: {type(model).__name__} cannot be given a memory: is_decoder is False in its config, so its "
@@ -49,14 +49,14 @@ def add(model: Any, config: TensorCacheConfig) -> AttachedMemory:
     done.enabled = enabled
     for index, (_, window) in enumerate(shapes):
         if window is None and index not in layers:
-            # Bounded like the others, though without a memory.
+            # These have the window too, without a memory.
             done.limited.append((modules[index], getattr(modules[index], LIMITS, None)))
             setattr(modules[index], LIMITS, SlidingWindow(config.window, config.sink))
     return done
 
 
 def remove(model: nn.Module, done: AttachedMemory) -> None:
-    """Take it out again, but for its hooks."""
+    """Remove the memory from a model, except for its hooks."""
     for module in model.modules():
         if isinstance(getattr(module, MEMORY, None), TensorCacheLayer):
             delattr(module, MEMORY)
@@ -72,7 +72,7 @@ def remove(model: nn.Module, done: AttachedMemory) -> None:
 def install(
     model: nn.Module, config: TensorCacheConfig, layers: dict[int, TensorCacheLayer], modules: list[nn.Module]
 ) -> AttachedMemory:
-    """Put memories into a model's attention modules, both by layer."""
+    """Put memories into a model's attention modules; both are given by layer."""
     done = AttachedMemory(config, shape_of(model), dict(layers))
     for index, layer in layers.items():
         setattr(modules[index], MEMORY, layer)
@@ -83,7 +83,7 @@ def install(
 
 
 def shape_of(model: Any) -> dict[str, Any]:
-    """What a memory must know of its model."""
+    """Return the sizes of a model that a memory depends on."""
     text, layers = read_config(model.config)
     return {
         "type": text.model_type,
@@ -94,7 +94,7 @@ def shape_of(model: Any) -> dict[str, Any]:
 
 
 def attention_modules(model: nn.Module, count: int) -> list[nn.Module]:
-    """The attention modules of the decoder, by layer.
+    """Find the attention modules of the decoder, by layer.
 
     Raises:
         ValueError: if they are not found.
@@ -110,7 +110,7 @@ def attention_modules(model: nn.Module, count: int) -> list[nn.Module]:
 
 
 def _chosen(config: TensorCacheConfig, whole: list[bool]) -> list[int]:
-    """Layers that get a memory. Those with a window of their own never see what a memory could give back."""
+    """Choose the layers that get a memory: those without a window of their own, outside which nothing is seen."""
     if config.layers is None:
         chosen = [i for i, sees_all in enumerate(whole) if sees_all]
         if not chosen:
@@ -127,7 +127,7 @@ def _chosen(config: TensorCacheConfig, whole: list[bool]) -> list[int]:
 
 
 def _begin(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Hook before an attention module: what belongs to the call goes along with it."""
+    """Hook before an attention module: pass the state of the call along with it."""
     used = getattr(getattr(module, "config", None), "_attn_implementation", ATTENTION)
     if used != ATTENTION:
         raise RuntimeError(
@@ -139,7 +139,7 @@ def _begin(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[st
 
 
 def _add(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Hook behind an attention module: add what the memory contributed."""
+    """Hook after an attention module: add the memory's contribution."""
     call: MemoryCall = kwargs[CALL]
     if not call.taken:
         raise RuntimeError(

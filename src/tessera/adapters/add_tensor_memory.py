@@ -1,11 +1,11 @@
-"""A Tensor Memory between attention and MLP of the layers of a model.
+"""Attaching a Tensor Memory between attention and MLP of the layers of a model.
 
 A layer computes x + mlp(norm(x)) from x, the residual stream behind its attention. With a memory it computes
 y + mlp(norm(y)) with y = x + sigmoid(gate) · memory(LayerNorm(x)): one hook gives y to the norm, another adds the difference
 to what the layer returns (`tessera.adapters.hooks`). Layers that do not have this form are refused.
 
-In a causal model every layer has its own state, which stays with the cache (`tessera.adapters.streams`). In a model that
-sees everything at once a layer goes on with the state of the layer before, unless `threaded` is False, and nothing stays.
+In a causal model every layer has its own state, which stays with the cache (`tessera.adapters.streams`). In a non-causal model
+a layer continues the state of the layer before, unless `threaded` is False, and no state is kept.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from tessera.tensor_memory.config import TensorMemoryConfig
 from tessera.tensor_memory.gated_layer import make_layers, make_memory
 from tessera.tensor_memory.tensor_memory import TensorMemory
 
-#: Where a model keeps its memory.
+#: Attribute of a model that holds its memory.
 MEMORY = "tensor_memory"
 
-#: What families call the norm between attention and MLP. Where a layer has two of them, the first is the one.
+#: Names of the norm between attention and MLP in different families. Where a layer has two of them, the first is used.
 NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "layernorm_after", "final_layer_norm", "ln_2", "norm2")
 
 
 class Target(NamedTuple):
-    """Where a memory can be put into a model."""
+    """The place in a model where a memory can be attached."""
 
     kind: str
-    """Of the model."""
+    """The model's configuration."""
     causal: bool
-    """Whether no output may depend on a later token."""
+    """Whether the model is causal: no output may depend on a later token."""
     dim: int
     """Width of the residual stream."""
     owner: nn.Module
-    """What calls the layers."""
+    """The module that calls the layers."""
     layers: list[nn.Module]
-    """In the order in which they run."""
+    """The layers, in the order in which they run."""
     norms: list[nn.Module]
-    """Between attention and MLP of each."""
+    """The norm between attention and MLP of each layer."""
     window: int | None = None
-    """Of its sliding layers, in tokens."""
+    """Window of the model's sliding layers in tokens, or None."""
 
 
 def add(model: nn.Module, config: TensorMemoryConfig) -> AttachedMemory:
@@ -57,7 +57,7 @@ def add(model: nn.Module, config: TensorMemoryConfig) -> AttachedMemory:
             "leave threaded out"
         )
     if config.anchored:
-        raise ValueError("anchored=True needs the place of every token, which an attached memory is not told")
+        raise ValueError("anchored=True needs the place of every token, which an attached memory does not receive")
     layers = make_layers(config, target.dim, len(target.layers))
     check_form(model, target.layers[min(layers)], target.norms[min(layers)], target.causal)
     done = AttachedMemory(config, shape_of(model), dict(layers), make_memory(config, target.dim))
@@ -73,18 +73,18 @@ def add(model: nn.Module, config: TensorMemoryConfig) -> AttachedMemory:
 
 
 def remove(model: nn.Module, _: AttachedMemory) -> None:
-    """Take it out again, but for its hooks."""
+    """Remove the memory from a model, except for its hooks."""
     delattr(model, MEMORY)
 
 
 def shape_of(model: nn.Module) -> dict[str, Any]:
-    """What a memory must know of its model."""
+    """Return the sizes of a model that a memory depends on."""
     target = find(model)
     return {"type": target.kind, "hidden": target.dim, "layers": len(target.layers)}
 
 
 def find(model: Any) -> Target:
-    """Where in a model a memory can be.
+    """Find the place in a model where a memory can be attached.
 
     Raises:
         ValueError: if nowhere, saying why.

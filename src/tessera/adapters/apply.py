@@ -1,4 +1,4 @@
-"""`attach` adds a memory to a model, `detach` takes it away again; only what was added is saved and loaded."""
+"""`attach` adds a memory to a model and `detach` removes it; only the memory's weights are saved and loaded."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ from tessera.wrapped import unwrap_to_change, unwrap_to_read
 
 M = TypeVar("M", bound=nn.Module)
 _CONFIGS: dict[str, Any] = {"TensorCache": TensorCacheConfig, "TensorMemory": TensorMemoryConfig}
-#: What weights may be kept in; they are read into float32.
+#: Dtypes in which weights may be stored; they are loaded as float32.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: bool = True) -> M:
-    """Give a model a memory.
+    """Attach a memory to a model.
 
     With a `TensorCacheConfig`, a transformers causal model gets a Tensor Cache behind a window of its attention. Attention then
-    sees the window and the sinks, the memory what has left the window. At first the memory adds nothing: the model is exactly
-    the windowed one. Without a cache, or with transformers' own, every call computes the memory from the tokens it is given;
-    `tessera.Cache("sink:4 + window:512 + tc", model)` keeps it.
+    sees the window and the sinks, and the memory absorbs what leaves the window. At first the memory adds nothing: the model is
+    exactly the windowed one. Without a cache, or with transformers' own, every call computes the memory from the tokens it is
+    given; `tessera.Cache("sink:4 + window:512 + tc", model)` keeps it.
 
     With a `TensorMemoryConfig`, a transformers causal model, or a transformers or timm image or video encoder, gets a Tensor
     Memory between attention and MLP of its layers; see `tessera.adapters.add_tensor_memory`. At first it adds nothing, unless
-    `config.gate_init` says otherwise. What it has read stays with the cache that is passed on, whichever that is.
+    `config.gate_init` says otherwise. Its state is kept on the cache that is passed from call to call, of any class.
 
-    What is added is in float32 and stays so, whatever the model's dtype and torch's default. It is put where its layer
-    computes, also in a model that accelerate spreads over devices or offloads; a Tensor Memory's weights, which all layers
-    share, and its states are where the first layer computes.
+    The added weights are in float32 and stay so, whatever the model's dtype and torch's default. They are on the device where
+    their layer computes, also in a model that accelerate spreads over devices or offloads; a Tensor Memory's weights, which all
+    layers share, and its states are on the device of the first layer.
 
     Args:
-        model: see above, by itself or adapted by peft. One that `DistributedDataParallel`, `DataParallel`, FSDP or
-            `torch.compile` has wrapped already is refused, because these do not notice what is added behind their back.
+        model: a model of the kinds above, by itself or adapted by peft. One that `DistributedDataParallel`, `DataParallel`,
+            FSDP or `torch.compile` has wrapped already is refused, because these do not notice parameters that are added later.
         config: configuration of the memory.
-        freeze: only what is added learns.
+        freeze: make the memory's parameters the only trainable ones.
 
     Returns:
         the model.
 
     Raises:
-        ValueError: for a model that this cannot be done to, saying why; the model is as it was.
+        ValueError: for a model that cannot have the memory, saying why; the model is not changed.
     """
     if not isinstance(config, TensorCacheConfig | TensorMemoryConfig):
         raise TypeError(f"tessera.attach takes a TensorCacheConfig or a TensorMemoryConfig, got {type(config).__name__}")
@@ -79,7 +79,7 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
             "and a memory needs them together; load the model without tp_plan, and train with DistributedDataParallel"
         )
     own = [p for p in whole.parameters() if p.requires_grad and freeze]
-    # Whatever may fail does so before anything is changed.
+    # Everything that may fail comes before the first change.
     done = (
         add_tensor_cache.add(whole, config) if isinstance(config, TensorCacheConfig) else add_tensor_memory.add(whole, config)
     )
@@ -91,7 +91,7 @@ def attach(model: M, config: TensorCacheConfig | TensorMemoryConfig, *, freeze: 
 
 
 def _place(model: nn.Module, done: AttachedMemory) -> None:
-    """Put what was added where it is to compute."""
+    """Move the added modules to the devices where they compute."""
     if done.kind == "TensorCache":
         layers = add_tensor_cache.attention_modules(model, len(done.shape["layers"]))
     else:
@@ -106,7 +106,7 @@ def _place(model: nn.Module, done: AttachedMemory) -> None:
 
 
 def detach(model: M) -> M:
-    """Take the memory away; the model is what it was before `attach`, bit for bit. Returns the model.
+    """Remove the memory; the model is then what it was before `attach`, bit for bit. Returns the model.
 
     Raises:
         ValueError: if nothing is attached.
@@ -123,9 +123,9 @@ def detach(model: M) -> M:
 
 
 def memory_parameters(model: nn.Module) -> list[dict[str, Any]]:
-    """What was added, as two groups for an optimizer: "weights", and "gates", which want a higher rate and no decay.
+    """Group the memory's parameters for an optimizer: "weights", and "gates", which need a higher rate and no decay.
 
-    Gates and rates that learn at the rate of weights are known never to open.
+    Gates and rates that learn at the rate of weights tend never to open.
     """
     named = [pair for module in require_attached(model).modules().values() for pair in module.named_parameters()]
     weights, gates = ([p for name, p in named if is_gate(name) == wanted] for wanted in (False, True))
@@ -133,10 +133,10 @@ def memory_parameters(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write what was attached, and nothing else, as safetensors with its config.
+    """Write the attached memory, and nothing else, as safetensors with its config.
 
     Adapters that peft has put around parts of the memory, as LoRA does with target_modules="all-linear", are merged into the
-    weights that are written, so that the file holds what the memory computes now; the memory in the model keeps them apart.
+    weights that are written, so that the file gives the memory's present outputs; in the model they stay separate.
 
     Where FSDP2 has spread the model over processes, with the memory's parameters ignored, every process has to call this.
 
@@ -162,7 +162,7 @@ def save_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _merged(part: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a part of a memory under their own names, with what adapters around them add."""
+    """Return the tensors of a part of a memory under their own names, with the adapters around them merged in."""
     found = part.state_dict()
     for place in wrapped(part):
         copy: Any = deepcopy(part.get_submodule(place))
@@ -182,16 +182,16 @@ def _merged(part: nn.Module) -> dict[str, Tensor]:
 
 
 def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) -> M:
-    """Attach what `save_memory` wrote. Returns the model.
+    """Attach a memory that `save_memory` wrote. Returns the model.
 
     Args:
         model: the one that the memory was trained for, in any precision.
         path: path of the file.
-        strict: refuse a model whose weights are others; without it, its shape alone must fit.
+        strict: refuse a model with other weights; if False, only its shape must fit.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged or was made for another model; the model is as it was.
+        ValueError: if the file is damaged or was made for another model; the model is not changed.
     """
     file = os.fspath(path)
     whole = unwrap_to_change(model, "tessera.load_memory")
@@ -217,7 +217,7 @@ def load_memory(model: M, path: str | os.PathLike[str], *, strict: bool = True) 
 
 
 def read_shared(path: str | os.PathLike[str]) -> TensorMemory:
-    """The Tensor Memory of a file that `save_memory` wrote, by itself, without a model.
+    """Load the Tensor Memory of a file that `save_memory` wrote, without a model.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -239,7 +239,7 @@ def read_shared(path: str | os.PathLike[str]) -> TensorMemory:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file says about its memory, its config made, and its tensors."""
+    """Read a file: its description of the memory, the config, and the tensors."""
     name = os.fspath(path)
     with open_tensors(path, "holds no memory that tessera.save_memory wrote") as file:
         try:
@@ -268,7 +268,7 @@ def _where(place: str) -> str:
 
 
 def _skeleton(config: Any, shape: dict[str, Any], path: str) -> dict[str, nn.Module]:
-    """What `attach` would add to a model of this shape, without memory for its weights, which a file may lie about."""
+    """Make what `attach` would add to a model of this shape, without allocating weights, since a file may claim any size."""
     try:
         with torch.device("meta"):
             if isinstance(config, TensorMemoryConfig):
@@ -285,7 +285,7 @@ def _skeleton(config: Any, shape: dict[str, Any], path: str) -> dict[str, nn.Mod
 
 
 def _check(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], path: str) -> None:
-    """Refuse tensors that are not those of the modules."""
+    """Refuse tensors that do not match those of the modules."""
     strange = set(tensors)
     for place, module in modules.items():
         for name, own in module.state_dict().items():

@@ -1,4 +1,4 @@
-"""`AttachedMemory`: what was done to a model."""
+"""`AttachedMemory`: the record of what `attach` changed in a model."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from tessera.cache.cache_layer import ATTACHED
 from tessera.devices import weights
 from tessera.wrapped import unwrap
 
-#: Numbers of each weight that a sample takes.
+#: How many numbers of each weight a fingerprint samples.
 SAMPLED = 4
 
 
 @dataclass
 class AttachedMemory:
-    """What `attach` did to a model, so that it can be undone.
+    """The changes that `attach` made to a model, so that they can be undone.
 
     Attributes:
         config: configuration of the memory, a `TensorCacheConfig` or a `TensorMemoryConfig`.
-        shape: what the memory must know of its model, as JSON has it.
-        layers: what was added to each layer of the model, by its index.
-        shared: what was added for all layers, or None.
-        hooks: on the model's modules.
-        frozen: parameters that learned before, and shall again.
-        limited: attention modules that were given a window without a memory, each with the limits that it had before, or None.
+        shape: the model's sizes that the memory depends on, as JSON.
+        layers: the module added to each layer of the model, by index.
+        shared: the module that all layers share, or None.
+        hooks: the hooks on the model's modules.
+        frozen: parameters that were trainable before, and become so again.
+        limited: attention modules that got a window without a memory, each with its earlier limits, or None.
         enabled: whether the model's attention was switched.
-        owner: by which caches know what this memory has read; empty for a Tensor Cache.
+        owner: an identifier by which caches recognise this memory's states; empty for a Tensor Cache.
         names: names of the tensors of each of `modules`, before anything has wrapped a part of it.
     """
 
@@ -53,13 +53,13 @@ class AttachedMemory:
         return type(self.config).__name__.removesuffix("Config")
 
     def modules(self) -> dict[str, nn.Module]:
-        """All that was added, by the name that it has in a file."""
+        """All added modules, by their names in a file."""
         named: dict[str, nn.Module] = {str(index): layer for index, layer in self.layers.items()}
         return named if self.shared is None else {"shared": self.shared, **named}
 
 
 def wrapped(module: nn.Module) -> dict[str, str]:
-    """The parts of a module around which something, as a LoRA of peft, was put: where that is, and where the part is in it."""
+    """Find the parts of a module that are wrapped, as by a LoRA of peft: the wrapper's name, and the part's name within it."""
     found: dict[str, str] = {}
     for place, part in module.named_modules():
         core, inner = place, getattr(part, "base_layer", None)
@@ -71,7 +71,7 @@ def wrapped(module: nn.Module) -> dict[str, str]:
 
 
 def fingerprint(model: nn.Module) -> dict[str, list[float]]:
-    """A few numbers of every weight that a model has of itself, by name: what tells it from others of its shape.
+    """Sample a few numbers of every weight of the model itself, by name, which tell it from others of its shape.
 
     Adapters around its layers do not count, and weights that are offloaded are read where they are.
     """
@@ -83,14 +83,14 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
     for name, tensor, parameter in weights(model):
         own = _own_name(name, cores)
         if own is not None and id(parameter) not in added and _can_be_read(tensor):
-            # Of a model that FSDP2 has spread every process holds a part.
+            # Under FSDP2 every process holds a shard.
             tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             found[own] = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED)][:SAMPLED].tolist()
     return found
 
 
 def _own_name(name: str, cores: dict[str, str]) -> str | None:
-    """What a weight is called where nothing is wrapped; None for a weight of what wraps it."""
+    """Return a weight's name without wrappers; None for a weight of a wrapper."""
     place = next((place for place in cores if name.startswith(f"{place}.")), None)
     if place is None:
         return name
@@ -103,7 +103,7 @@ def _can_be_read(tensor: Tensor) -> bool:
 
 
 def read_fingerprint(found: Any) -> dict[str, list[float]]:
-    """What `fingerprint` made, read from JSON.
+    """Read a result of `fingerprint` from JSON.
 
     Raises:
         ValueError: if it is something else.
@@ -116,12 +116,12 @@ def read_fingerprint(found: Any) -> dict[str, list[float]]:
 
 
 def same_fingerprint(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
-    """Whether two samples are of one model, give or take the rounding of half precision."""
+    """Whether two fingerprints are of one model, up to the rounding of half precision."""
     common = one.keys() & other.keys()
     if ((one or other) and not common) or any(len(one[name]) != len(other[name]) for name in common):
         return False
     for table, rest in ((one, other), (other, one)):
-        # Of tied weights a model may name one or both, depending on how it was loaded.
+        # A model may name one or both of two tied weights, depending on how it was loaded.
         if not all(any(_near(table[name], own) for own in rest.values()) for name in table.keys() - common):
             return False
     pairs = [pair for name in common for pair in zip(one[name], other[name], strict=True)]
@@ -137,12 +137,12 @@ def _close(a: float, b: float) -> bool:
 
 
 def attached_memory(model: nn.Module) -> AttachedMemory | None:
-    """What is attached to `model`, which may be wrapped, if anything."""
+    """Return the memory attached to `model`, which may be wrapped, or None."""
     return getattr(unwrap(model), ATTACHED, None)
 
 
 def require_attached(model: nn.Module) -> AttachedMemory:
-    """What is attached to `model`.
+    """Return the memory attached to `model`.
 
     Raises:
         ValueError: if nothing is.
@@ -154,13 +154,13 @@ def require_attached(model: nn.Module) -> AttachedMemory:
 
 
 def reading(model: nn.Module, on: bool) -> None:
-    """Let reads count, or not: the control that shows what the memory is worth."""
+    """Switch the memory's reads on or off, as a control experiment."""
     for layer in require_attached(model).layers.values():
         layer.reads = on
 
 
 def tensor_cache(model: nn.Module) -> AttachedMemory:
-    """The Tensor Cache that is attached to `model`.
+    """Return the Tensor Cache that is attached to `model`.
 
     Raises:
         ValueError: if there is none.

@@ -1,7 +1,7 @@
 """The hooks by which a Tensor Memory works in a model: see `tessera.adapters.add_tensor_memory` for what they compute.
 
-What belongs to one call is kept on a stack of the thread that runs it, from the hook that opens a module to the one that
-closes it, whether it returns or raises. So threads may share a model, and a call may be made within another.
+The state of one call is kept on a stack of the thread that runs it, from the hook before a module to the one after it, whether
+it returns or raises. So threads may share a model, and calls may be nested.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from tessera.tensor_memory.tensor_memory import TensorMemory
 
 
 class Call:
-    """A call of what runs the layers."""
+    """A call of the module that runs the layers."""
 
     def __init__(self) -> None:
         self.tokens = Tokens()
-        #: Of encoders: what the layers so far have written, and the last of them that has a memory.
+        #: In encoders: the state after the layers so far, and the last of them that has a memory.
         self.state: TensorMemoryState | None = None
         self.after = -1
 
 
 class Visit:
-    """A call of a layer, within `call`."""
+    """A call of one layer within `call`."""
 
     def __init__(self, index: int, call: Call, cache: TransformersCache | None) -> None:
         self.index, self.call, self.cache = index, call, cache
@@ -45,7 +45,7 @@ class Visit:
 
 
 class CallStack(threading.local):
-    """The calls that this thread is in, innermost last. A copy of it, as of a model that is copied, is empty."""
+    """The calls that this thread is in, innermost last. In a copy of a model it is empty."""
 
     def __init__(self) -> None:
         self.frames: list[Call | Visit] = []
@@ -55,16 +55,16 @@ class CallStack(threading.local):
 
 
 class MemoryHooks:
-    """What the hooks of a model share, none of which belongs to a call.
+    """The state that all hooks of a model share, apart from the state of calls.
 
     Args:
-        owner: what calls the layers.
+        owner: the module that calls the layers.
         layers: layers of the model, in the order in which they run.
-        norms: between attention and MLP of each.
+        norms: the norm between attention and MLP of each layer.
         causal: whether no output may depend on a later token.
         window: window of the model's sliding layers, in tokens, or None.
         memory: the memory that all layers share.
-        added: what each layer gets, by index.
+        added: the module added to each layer, by index.
         threaded: see `TensorMemoryConfig`.
     """
 
@@ -84,7 +84,7 @@ class MemoryHooks:
         self.name = uuid.uuid4().hex
         self.first, self.last, self.end = min(added), max(added), len(layers) - 1
         self.stack = CallStack()
-        # The hook that opens a module comes before, the one that closes it runs after all that may fail in between.
+        # The hook before a module runs first, and the one after it runs last, after everything that may fail.
         self.handles: list[Any] = []
         if causal:
             self.handles.append(owner.register_forward_pre_hook(self.open, prepend=True))
@@ -92,7 +92,7 @@ class MemoryHooks:
             self.handles.append(owner.register_forward_pre_hook(partial(self.read, named), with_kwargs=True))
             self.handles.append(owner.register_forward_hook(self.close, always_call=True))
         for index, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
-            # A threaded call ends where its last layer does, with a memory or without.
+            # A threaded call ends with its last layer, whether that has a memory or not.
             if index in added or not causal:
                 enter, leave = partial(self.enter, index), partial(self.leave, index)
                 self.handles.append(layer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
@@ -100,10 +100,10 @@ class MemoryHooks:
             if index in added:
                 self.handles.append(norm.register_forward_pre_hook(partial(self.add, index)))
 
-    # Of what calls the layers
+    # Hooks of the module that calls the layers
 
     def open(self, *_: Any) -> None:
-        """A causal model is called."""
+        """Hook before a call of a causal model."""
         self.stack.frames.append(Call())
 
     def read(self, named: inspect.Signature, owner: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ class MemoryHooks:
         return args, {**kwargs, "attention_mask": call.tokens.mask}
 
     def close(self, *_: Any) -> None:
-        """The call has ended."""
+        """Hook after the call."""
         frames = self.stack.frames
         while frames and not isinstance(frames.pop(), Call):
             pass
@@ -136,11 +136,11 @@ class MemoryHooks:
     # Of layers
 
     def enter(self, index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        """A layer is called."""
+        """Hook before a layer."""
         frames = self.stack.frames
         if not self.causal and index == 0:
             if frames and isinstance(frames[-1], Call):
-                # It has stopped before its last layer.
+                # The earlier call stopped before its last layer.
                 frames.pop()
             frames.append(Call())
         call = frames[-1] if frames and isinstance(frames[-1], Call) else Call()
@@ -152,17 +152,17 @@ class MemoryHooks:
             )
 
     def add(self, index: int, _: nn.Module, args: Any) -> Any:
-        """x comes to the norm: let it see x and what the memory adds."""
+        """Hook before the norm: add the memory's contribution to its input x."""
         visit = self.stack.frames[-1] if self.stack.frames else None
         if not isinstance(visit, Visit) or visit.index != index:
-            # The norm by itself is no layer's.
+            # The norm was called outside a layer.
             return None
         x: Tensor = args[0]
         visit.added = self._causal(visit, x) if self.causal else self._threaded(visit, x)
         return (x + visit.added, *args[1:])
 
     def leave(self, index: int, _: nn.Module, __: Any, output: Any) -> Any:
-        """A layer returns what it computed from y, on x; `output` is None where it raised."""
+        """Hook after a layer: add the memory's contribution to its output; `output` is None where it raised."""
         frames = self.stack.frames
         added = None
         if frames and isinstance(visit := frames[-1], Visit) and visit.index == index:
@@ -176,7 +176,7 @@ class MemoryHooks:
             return (output[0] + added, *output[1:])
         return output + added
 
-    # What is added
+    # The contribution
 
     def _causal(self, visit: Visit, x: Tensor) -> Tensor:
         index, cache, tokens = visit.index, visit.cache, visit.call.tokens

@@ -1,4 +1,4 @@
-"""Whether a layer of a model computes what a Tensor Memory between its attention and its MLP must rely on."""
+"""A check that a layer of a model has the form that a Tensor Memory between its attention and its MLP needs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.nn.functional import cosine_similarity
 
 from tessera.devices import device_of
 
-#: What a causal model is run on: rows that differ in their last token.
+#: Input for a causal model: rows that differ in their last token.
 ROWS_TOKENS = (2, 3)
 
 
 def check_form(model: Any, layer: nn.Module, norm: nn.Module, causal: bool) -> None:
-    """Run the model once, on two rows of tokens or an image of noise, and see that x + f(norm(x)) is what the layer returns.
+    """Run the model once, on two rows of tokens or an image of noise, and check that the layer returns x + f(norm(x)).
 
     Args:
         model: see `tessera.attach`.
@@ -24,7 +24,7 @@ def check_form(model: Any, layer: nn.Module, norm: nn.Module, causal: bool) -> N
         causal: whether the model reads tokens or images.
 
     Raises:
-        ValueError: for a layer of another form, saying of which.
+        ValueError: for a layer of another form, which the message names.
     """
     seen: dict[str, Tensor] = {}
     parts: list[Tensor] = []
@@ -72,10 +72,10 @@ def check_form(model: Any, layer: nn.Module, norm: nn.Module, causal: bool) -> N
         )
     same = [part.float() for part in parts if part.shape == x.shape]
     out, before = seen["out"].float(), x.float()
-    # Some layers add x within their last part, some scale what they add.
+    # Some layers add x in their last submodule, some scale what they add.
     within = any(torch.equal(part, out) for part in same)
     scaled = any(cosine_similarity((out - before).flatten(), part.flatten(), dim=0) > 0.99 for part in same)
-    # What a layer scale has made small is lost in the rounding of the sum.
+    # Numbers that a layer scale makes small are lost when the sum is rounded.
     rounding = 4 * torch.finfo(x.dtype).eps * before.abs().max()
     added = any((before + part - out).abs().max() <= rounding for part in same)
     if not (within or scaled or added):

@@ -1,4 +1,4 @@
-"""Where the layers of a causal model find what their Tensor Memory has read so far: on the layers of the cache."""
+"""Access to the streams of a causal model's Tensor Memory, which are kept on the layers of the cache."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from tessera.tensor_memory.config import TensorMemoryConfig
 
 
 def known_stream(cache: Any, index: int, owner: str) -> Stream | None:
-    """What the memory named `owner` has read of a cache at this layer; None if nothing."""
+    """Return the stream of the memory named `owner` at a cache's layer, or None."""
     layers = () if cache is None else cache.layers
     found = state_of(layers[index], TENSOR_MEMORY) if index < len(layers) else None
     return found if isinstance(found, Stream) and found.owner == owner else None
 
 
 def stream_of(cache: Any, index: int, batch: int, past: int, owner: str, config: TensorMemoryConfig) -> Stream:
-    """What is to be gone on with at a layer whose keys and values are of `past` tokens.
+    """Return the stream to continue at a layer that holds the keys and values of `past` tokens.
 
     Args:
         cache: tessera's or transformers'.
         index: index of the layer.
-        batch: rows that are given.
+        batch: number of rows of the call.
         past: tokens in the cache before these.
         owner, config: the memory's, see `Stream`.
 
     Raises:
-        ValueError: if the memory has not read what the cache holds, or the cache is of other rows.
+        ValueError: if the memory has not read the tokens in the cache, or the cache has another number of rows.
     """
     found = known_stream(cache, index, owner)
     if past == 0:
@@ -59,16 +59,16 @@ def stream_of(cache: Any, index: int, batch: int, past: int, owner: str, config:
 
 
 def tokens_back(cache: Any, stream: Stream) -> int:
-    """So many tokens a stream must be able to take back. None while gradients are kept, which would be lost."""
+    """Number of tokens by which a stream must be croppable. None in gradient mode, because a crop would lose gradients."""
     if torch.is_grad_enabled():
         return 0
-    # Only some kinds of layers are told that the past is recorded.
+    # Only some kinds of layers know that the past is recorded.
     recording = stream.recording or any(getattr(layer, "record_past", False) for layer in cache.layers)
     return RECORDED if recording else BACK
 
 
 def advance_documents(run: Run, x: Tensor, real: Tensor | None, begins: Tensor) -> Tensor:
-    """Run the memory over rows of several documents, each of which is read by itself.
+    """Run the memory over rows of several documents, each with a state of its own.
 
     Args:
         run: see `Stream.advance`.
@@ -87,7 +87,7 @@ def advance_documents(run: Run, x: Tensor, real: Tensor | None, begins: Tensor) 
     _, lengths = number.flatten()[places].unique_consecutive(return_counts=True)
     documents = places.split(lengths.tolist())
     flat, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
-    # Documents of about one length run side by side, with less than as much again behind them, which nothing real sees.
+    # Documents of similar length run as one batch; the padding, less than the documents, comes last, where no token sees it.
     for size in sorted({len(document).bit_length() for document in documents}):
         members = [document for document in documents if len(document).bit_length() == size]
         at = pad_sequence(members, batch_first=True)

@@ -1,4 +1,4 @@
-"""What a call of a causal model says about its tokens: which are padding, and where documents begin that share a row."""
+"""The tokens of a call of a causal model: which are padding, and where documents within a row begin."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tokens:
     """The tokens of one call.
 
     Attributes:
-        shape: (rows, tokens); None: the call does not say, and a model that is called in this way will refuse it.
+        shape: (rows, tokens); None: unknown, in which case the model itself will refuse the call.
         real: (rows, tokens) bool on the CPU, False for padding; None: there is none.
         begins: (rows, tokens) bool on the CPU, True where a document begins behind another; None: every row is one document.
         mask: the (rows, slots) mask of the call, whose copy on the host goes with it; None: there is none, or it has four axes.
@@ -44,7 +44,7 @@ def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, pas
         window: window of the model's sliding layers, in tokens, or None.
 
     Raises:
-        ValueError: for what a memory that reads one token after the other cannot follow, saying why and what to do.
+        ValueError: for masks and positions that a sequential memory cannot follow, with the cause and the remedy.
     """
     embeds, ids = given.get("inputs_embeds"), given.get("input_ids")
     source = ids if embeds is None else embeds
@@ -53,7 +53,7 @@ def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, pas
     shape = source.shape[0], source.shape[1]
     mask = given.get("attention_mask")
     if isinstance(mask, dict):
-        # Made by what calls the decoder, for each type of layer; full ones see all that sliding ones do.
+        # The decoder's caller made a mask for each type of layer; full layers see all that sliding ones do.
         window = None if "full_attention" in mask else window
         mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
     # All that is to be read is noted first, so that one transfer brings it.
@@ -103,7 +103,7 @@ def noted(mask: Tensor) -> Tensor:
 
 
 def _read_padding(mask: Tensor, shape: tuple[int, int], kept: Tensor | None, past: int) -> Tensor | None:
-    """(batch, tokens so far): which of the new tokens are real; None: all."""
+    """Read a mask (batch, tokens so far): which of the new tokens are real; None: all."""
     rows, tokens = shape
     if mask.shape[0] != rows or mask.shape[1] < past + tokens:
         raise ValueError(
@@ -124,7 +124,7 @@ def _read_padding(mask: Tensor, shape: tuple[int, int], kept: Tensor | None, pas
 def _read_square(
     square: Square, shape: tuple[int, int], kept: Tensor | None, past: int, window: int | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(batch or 1, heads or 1, queries, slots): which tokens are real and where documents begin, if that is all it says."""
+    """Read a mask (batch or 1, heads or 1, queries, slots): which tokens are real and where documents begin."""
     rows, tokens = shape
     visible, mask = square.visible(), square.mask
     if mask.shape[0] not in (1, rows) or mask.shape[2] != tokens or not bool((visible == visible[:, :1]).all()):
@@ -133,7 +133,7 @@ def _read_square(
             "pass one of (batch, tokens), which says what is padding"
         )
     visible = visible[:, 0].expand(rows, -1, -1)
-    # A cache of sliding layers alone has no columns for what lies before their window.
+    # With a cache of sliding layers only, the mask has no columns for tokens before their window.
     offset = 0 if window is None else max(0, past + tokens - visible.shape[2])
     first = past - offset
     if first < 0 or visible.shape[2] < first + tokens:
@@ -142,13 +142,13 @@ def _read_square(
     before = torch.ones(rows, past, dtype=torch.bool) if kept is None else kept
     known = torch.cat((before[:, offset:], real), dim=1)
     query = torch.arange(tokens)
-    # The real token before each, to see whether it belongs to the same document.
+    # The real token before each one tells whether it belongs to the same document.
     newest = torch.where(real, query, -1).cummax(dim=1).values
     previous = pad(newest[:, :-1], (1, 0), value=-1)
     sees = visible.gather(2, (first + previous.clamp(min=0))[..., None])[..., 0]
     begins = real & (previous >= 0) & ~sees
     if window is not None:
-        # What lies outside the window may belong to the same document all the same.
+        # Tokens outside the window may still belong to the same document.
         begins &= query - previous < window
     document = pad(begins.cumsum(1), (first, 0))
     slots = torch.arange(known.shape[1])
@@ -201,7 +201,7 @@ def _positions(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | Non
     if not isinstance(positions, Tensor):
         return None
     if positions.ndim == 3 and len(positions) == 4:
-        # Of models with positions in several axes, the first are those of the text.
+        # In models with positions along several axes, the first axis is that of the text.
         positions = positions[0]
     return positions.detach() if positions.ndim == 2 and positions.shape[1] == shape[1] else None
 
@@ -220,7 +220,7 @@ def _read_positions(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor 
 
 
 def _read_lengths(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """Where documents begin by the sums of their lengths that kernels for packed documents are given."""
+    """Find where documents begin from cumulative lengths, as given to kernels for packed documents."""
     sums = given.get("cu_seq_lens_q")
     if sums is None:
         return None
@@ -240,7 +240,7 @@ def _read_lengths(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | 
 
 
 def _read_numbers(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """Where documents begin by the number of each token's document."""
+    """Find where documents begin from the number of each token's document."""
     numbers = given.get("seq_idx")
     if numbers is None:
         return None
@@ -254,7 +254,7 @@ def _changes(documents: Tensor) -> Tensor:
 
 
 def _join(*found: Tensor | None) -> Tensor | None:
-    """Where any of them says so; None: nowhere."""
+    """Join several tensors of beginnings; None: there are none."""
     joined = torch.stack([each for each in found if each is not None]).any(0) if any(x is not None for x in found) else None
     return joined if joined is not None and bool(joined.any()) else None
 

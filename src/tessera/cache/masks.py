@@ -1,4 +1,4 @@
-"""What an attention mask means: which new tokens are padding, where documents begin, and what a mask may say.
+"""The meaning of attention masks: which new tokens are padding, where documents begin, and which masks are supported.
 
 A mask is (batch or 1, heads or 1, queries, slots), True where a query sees a slot; its last columns are the slots of the call's
 own tokens, one for each query. None stands for plain causality. What a cache has to know of a call's new tokens is read in

@@ -12,26 +12,26 @@ from tessera import __version__
 from tessera.cli import compare, generate, info, lm_eval, plan, prefill, stats
 from tessera.cli.many import ManyValues
 
-#: Commands of the lab, each the `app` of a module of its name.
+#: The lab's commands; each is the `app` of the module of the same name.
 LAB_COMMANDS = ("view", "eval", "train")
 
 
 class Commands(TyperGroup):
-    """The core's commands, and behind them those of the lab, which is imported when one of its own is asked for."""
+    """The core's commands, followed by those of the lab, which is imported when one of its commands is used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names of all of them, for the help."""
+        """List the names of all commands, for the help."""
         self._add_lab()
         return super().list_commands(ctx)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of this name; None: there is none."""
+        """Return the command of this name, or None."""
         if cmd_name not in self.commands:
             self._add_lab()
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; one of the lab that misses a package says which extra brings it."""
+        """Run a command; if a package is missing for a lab command, say which extra installs it."""
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
@@ -58,7 +58,7 @@ app = typer.Typer(
 app.command("compare", cls=ManyValues)(compare.compare)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
-# Its options, --help among them, are the harness's.
+# Its options, including --help, are the harness's.
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
     lm_eval.lm_eval
 )

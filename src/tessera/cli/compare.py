@@ -28,9 +28,9 @@ def compare(
     windows: Annotated[int, typer.Option(help="Windows to read.")] = 4,
     batch: Annotated[int, typer.Option(help="Windows read at once.")] = 4,
     skip: Annotated[int, typer.Option(help="Tokens of the text to leave out before the first window.")] = 0,
-    chunk: Annotated[int, typer.Option(help="Tokens of a call in the streaming protocol.")] = 64,
+    chunk: Annotated[int, typer.Option(help="Tokens per call in the streaming protocol.")] = 64,
     layers: Annotated[
-        bool, typer.Option("--layers/--no-layers", help="Also measure every layer's attention by itself, on the first window.")
+        bool, typer.Option("--layers/--no-layers", help="Also measure every layer's attention alone, on the first window.")
     ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: float32 on a CPU, else auto]")
@@ -47,11 +47,11 @@ def compare(
 ) -> None:
     """Compare caches: perplexity, divergence, true bits, bytes and speed.
 
-    Two protocols: "streaming", what generation does (older tokens are read from the cache), and "paper" (every key and
-    value is quantised before it is attended to, but for those of "sink"; "recent" is left out). A table is printed and saved
+    Two protocols: "streaming", as in generation (older tokens are read from the cache), and "paper" (every key and value except
+        those of "sink" is quantised before attention reads it; "recent" is left out). A table is printed and saved
     as JSON and as a picture. On a model whose first token is an attention sink, a cache without "sink" is also measured
-    with "sink:4", and a line says what the missing sinks cost. --layers shows which layers suffer: each is given what the
-    exact model computed.
+    with "sink:4", and a line says what the missing sinks cost. --layers shows the error of each layer on the exact model's
+    queries, keys and values.
 
     Example:
 
@@ -101,7 +101,7 @@ def compare(
             task = bar.add_task("measuring", total=None)
 
             def progress(what: str, done: int, steps: int, bar: Any = bar, task: Any = task, of: str = source.name) -> None:
-                bar.start()  # not before the first step: what is wrong with the input is known by then
+                bar.start()  # not before the first step: errors in the input are known by then
                 bar.update(task, description=f"{of}, protocol {what}", completed=done, total=steps)
 
             try:
@@ -124,8 +124,8 @@ def compare(
                 if bar.live.is_started:
                     bar.stop()
             results.append(result)
-            del source  # before the next model is loaded
-            evaluation.save_all(results, out / "compare.json")  # so that what is done is kept if a later model fails
+            del source  # freed before the next model is loaded
+            evaluation.save_all(results, out / "compare.json")  # so that finished results are kept if a later model fails
     wide = console if console.width >= 130 or console.is_terminal else Console(width=150)
     for result in results:
         for table in tables(result, named=len(results) > 1):

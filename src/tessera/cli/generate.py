@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from tessera.cache import Cache, CacheReport
 
-#: The cache, unless another is named.
+#: The default cache.
 SPEC = "sink:4 + hqmq:4 + recent:128"
-#: Tokens between two lines of bytes where the output is no terminal.
+#: Tokens between two lines about bytes where the output is no terminal.
 EVERY = 64
 
 
@@ -29,7 +29,7 @@ def generate(
     ] = None,
     cache: Annotated[str | None, typer.Option(help=f"Cache specification.  [default: {SPEC}, or that of --from]")] = None,
     saved: Annotated[
-        Path | None, typer.Option("--from", help="File of tessera prefill, behind whose text the prompt goes on.")
+        Path | None, typer.Option("--from", help="File of tessera prefill, whose text the prompt continues.")
     ] = None,
     memory: Annotated[
         Path | None,
@@ -39,7 +39,7 @@ def generate(
         Path | None, typer.Option(help="File of key statistics, see tessera stats.  [default: each text's own]")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token every time.", min=0.0)] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: always the likeliest token.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: float32 on a CPU, else auto]")
@@ -92,7 +92,7 @@ def generate(
             past, _ = files.load_prefilled(saved, source, about)
         else:
             past = tessera.Cache(cache, source.model, stats=stats)
-        # What begins a text does not stand in the middle of one.
+        # A beginning-of-text token must not be in the middle of a text.
         whole = {"add_special_tokens": saved is None}
         inputs = source.tokenizer(text, return_tensors="pt", verbose=False, **whole).to(source.model.device)
         inputs.pop("token_type_ids", None)
@@ -107,7 +107,7 @@ def generate(
                 "model was made for; shorten the prompt or lower --max-new-tokens"
             )
         if before:
-            # Of all tokens, those of the saved text included; the ids are of the new ones alone.
+            # The mask is for all tokens, those of the saved text included; the ids are the new ones only.
             inputs["attention_mask"] = torch.ones(1, before + asked, dtype=torch.long, device=source.model.device)
     set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
@@ -145,7 +145,7 @@ class _Display:
         self._write(self._text()[self.written :] + "\n")
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, then each new token."""
+        """Receive the prompt, then each new token."""
         new = value.flatten().tolist()
         self.generated += 0 if not self.tokens else len(new)
         self.tokens += new
@@ -157,7 +157,7 @@ class _Display:
 
             self.live.update(Group(Text(text), Rule(style="dim"), Text(self._line(self.cache.report()), style="cyan")))
             return
-        # A character of several tokens is not written before it is whole.
+        # A character of several tokens is written when it is complete.
         ready = text if not text.endswith("\ufffd") else text[: self.written]
         self._write(ready[self.written :])
         self.written = len(ready)
@@ -165,7 +165,7 @@ class _Display:
             self.status.print(self._line(self.cache.report()), highlight=False, style="cyan")
 
     def end(self) -> None:
-        """Nothing is left to do: `put` writes at once."""
+        """Do nothing: `put` writes at once."""
 
     def _text(self) -> str:
         return self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -180,5 +180,5 @@ class _Display:
         return f"{report.tokens:,} tokens: cache {size(report.nbytes)}, dense {size(report.dense_nbytes)} ({report.gain})"
 
     def summary(self) -> None:
-        """Say what the cache holds in the end, tier by tier."""
+        """Print what the cache holds at the end, tier by tier."""
         self.status.print(str(self.cache.report()), highlight=False, style="cyan")

@@ -22,7 +22,7 @@ def info() -> None:
     from tessera.evaluation.records import environment
     from tessera.kernels import cpu, registry, triton
     from tessera.kernels import dispatch as dispatch
-    from tessera.tensor_cache import forms as forms  # registers its recurrence
+    from tessera.tensor_cache import forms as forms  # the import registers its recurrence
 
     with one_line_errors():
         asked = registry.chosen(None)

@@ -1,4 +1,4 @@
-"""Options that take all the words up to the next option: ``--specs dense q4_0``, as well as one word each time."""
+"""Options that take all words up to the next option, as in ``--specs dense q4_0``, or one word each time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which memory a command attaches for a cache with `tc`."""
+"""Choice of the memory that a command attaches for a cache with `tc`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def memory_for(spec: str, memory: Path | None, model: str | None) -> Path | None:
-    """The file of the memory: the one that is named or, for the demo model (`model` is None), its own; None without "tc".
+    """Return the memory's file: the given one or, for the demo model (`model` is None), its own; None without "tc".
 
     Raises:
         ValueError: if one is named for a cache without "tc".

@@ -24,13 +24,13 @@ def plan(
         str | None,
         typer.Option(help="float32, bfloat16 or float16, of keys and values.  [default: the config's, else bfloat16]"),
     ] = None,
-    bandwidth: Annotated[str | None, typer.Option(help="Of the memory, for the time that reading takes: 50GB/s.")] = None,
+    bandwidth: Annotated[str | None, typer.Option(help="Memory bandwidth, to estimate the time of a read: 50GB/s.")] = None,
     specs: Annotated[
         list[str] | None,
         typer.Option("--specs", "--spec", help="Candidates.  [default: exact, the best codecs and known ones, windows]"),
     ] = None,
 ) -> None:
-    """Count the bytes of caches at a context, and name the one that loses least within a budget.
+    """Count the bytes of caches for a context, and name the one that loses least within a budget.
 
     No weights are read. The bytes are those that Cache.report() counts when the tokens have been read, exactly. Candidates
     rank by the tokens that they keep, then by an error that was measured on a pretrained model. Exit code 1: none fits.

@@ -1,4 +1,4 @@
-"""`tessera prefill`: have a model read a text once, and keep the cache in a file."""
+"""`tessera prefill`: let a model read a text once, and save the cache to a file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def prefill(
     stats: Annotated[
         Path | None, typer.Option(help="File of key statistics, see tessera stats.  [default: the text's own]")
     ] = None,
-    chunk: Annotated[int, typer.Option(help="Tokens of a call.", min=1)] = 2048,
+    chunk: Annotated[int, typer.Option(help="Tokens per call.", min=1)] = 2048,
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: float32 on a CPU, else auto]")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
-    """Read a text into a cache and write it to a file, from which tessera generate goes on without reading the text again.
+    """Read a text into a cache and save it to a file, from which tessera generate continues without reading the text again.
 
     The file also says which model read the text, how many tokens there were, and a hash of them, and is sealed: a file that was
     cut short or altered is refused, and so is another model, or another revision of it.

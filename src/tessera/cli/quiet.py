@@ -1,4 +1,4 @@
-"""What a command says: its own words, once, and not the libraries' bars and warnings."""
+"""Suppression of the libraries' progress bars and warnings in commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tessera stats`: statistics of a model's keys, for caches that are to have them from the first token."""
+"""`tessera stats`: statistics of a model's keys, for caches that should compress from the first token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stats(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     out: Annotated[Path, typer.Option(help="File of the statistics.")] = Path("results/stats.safetensors"),
 ) -> None:
-    """Measure how a model's queries see the channels of its keys, one byte for each, and write it to a file.
+    """Measure how much a model's queries use each channel of its keys, one byte a channel, and write it to a file.
 
     A cache with a codec such as hqmq:4 learns this from its own first 128 tokens, which stay exact until then. Given the file,
     as tessera.Cache(spec, model, stats="stats.safetensors") or with --stats, it compresses from the first token, in every

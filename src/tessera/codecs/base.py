@@ -1,4 +1,4 @@
-"""What every codec is (`Codec`) and what it leaves in memory (`Packed`)."""
+"""The interface of codecs (`Codec`) and of encoded keys or values (`Packed`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tessera.kernels.precision import join, no_autocast
 
 Role = Literal["key", "value"]
 
-#: How a kept tensor is laid out. "token": (batch, kv_heads, tokens, ...). "group": (batch, kv_heads, groups, ...), a group
+#: The layout of a kept tensor. "token": (batch, kv_heads, tokens, ...). "group": (batch, kv_heads, groups, ...), a group
 #: being `Codec.group` tokens that were encoded together. "ragged": (n, ...), a row for each set bit of the token field
 #: "flags" (a bitmap of 8 per byte), ordered by token, batch, head, bit.
 Layout = Literal["token", "group", "ragged"]
@@ -33,24 +33,24 @@ Layout = Literal["token", "group", "ragged"]
 HUGE = 2.0**48
 #: No model has more tokens, heads, numbers in a head, or layers.
 MOST = 1 << 40
-#: Tokens whose codes are looked at together.
+#: Number of tokens whose codes are checked together.
 PART = 256
-#: What keys and values may be in.
+#: Dtypes that keys and values may have.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Encoded keys or values: the packed tensors and what it takes to read them. Immutable; views share memory.
+    """Encoded keys or values: the packed tensors and the metadata to decode them. Immutable; views share memory.
 
     Attributes:
-        codec: made this and can decode it.
+        codec: the codec that encoded this and can decode it.
         tensors: everything that is kept, by field name; `codec.fields` says how each is laid out.
         shape: (batch, kv_heads, tokens, head_dim) of what was encoded.
         dtype: dtype of what was encoded; `decode` gives it back.
         role: "key" or "value".
         layer: index of the layer in its model; codebooks drawn per layer depend on it.
-        offset: tokens of the first group that were sliced away.
+        offset: number of tokens of the first group that were sliced off.
     """
 
     codec: Codec
@@ -68,7 +68,7 @@ class Packed:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return next(iter(self.tensors.values())).device
 
     @property
@@ -78,12 +78,12 @@ class Packed:
 
     @property
     def bits_per_element(self) -> float:
-        """True bits: everything that is kept, over the number of elements that were encoded."""
+        """True bits: all kept bits over the number of encoded elements."""
         batch, heads, tokens, dim = self.shape
         return 8 * self.nbytes / max(1, batch * heads * tokens * dim)
 
     def decode(self) -> Tensor:
-        """The approximation of what was encoded: (batch, kv_heads, tokens, head_dim) in `dtype`."""
+        """Decode to an approximation of what was encoded: (batch, kv_heads, tokens, head_dim) in `dtype`."""
         return self.codec.decode(self)
 
     def to(self, device: torch.device | str) -> Packed:
@@ -91,7 +91,7 @@ class Packed:
         return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
     def compact(self) -> Packed:
-        """A copy that owns its memory, so that what a slice left out can be freed."""
+        """Return a copy that owns its memory, so that the tensors it was sliced from can be freed."""
         return replace(self, tensors={name: t.clone() for name, t in self.tensors.items()})
 
     def slice(self, start: int, stop: int) -> Packed:
@@ -122,7 +122,7 @@ class Packed:
         parts = {}
         for name, tensor in self.tensors.items():
             if self.codec.fields[name] == "ragged":
-                # Row numbers of `tensor`, placed where their bits stand, follow the same selection as the bits.
+                # Row numbers of `tensor`, at the places of their bits, are selected like the bits.
                 bits = _set_bits(self.tensors["flags"]).permute(2, 0, 1, 3)
                 number = (bits.flatten().cumsum(0) - 1).view(bits.shape)[:, rows]
                 parts[name] = tensor[number[bits[:, rows].bool()]]
@@ -134,7 +134,7 @@ class Packed:
     def cat(parts: list[Packed]) -> Packed:
         """Join along the tokens. Each part but the last must end with a whole group, each but the first begin with one.
 
-        Where dtypes differ, the widest is that of the whole, so that nothing is rounded further when it is decoded.
+        Where dtypes differ, the result has the widest, so that decoding rounds nothing further.
         """
         first = parts[0]
         for left, right in pairwise(parts):
@@ -157,11 +157,11 @@ class Packed:
         return replace(first, tensors=tensors, shape=shape, dtype=dtype)
 
     def describe(self) -> str:
-        """One line for error messages."""
+        """Describe this in one line for error messages."""
         return f"{self.role}s of layer {self.layer}, shape {tuple(self.shape)}, in {self.codec.spec}"
 
     def metadata(self) -> dict[str, str]:
-        """What a file must say besides the tensors, as safetensors wants it."""
+        """Return the metadata that a file needs besides the tensors, in the form of safetensors."""
         return {
             "codec": self.codec.spec,
             "shape": ",".join(map(str, self.shape)),
@@ -181,7 +181,7 @@ class Packed:
             spec, role = metadata["codec"], metadata["role"]
             shape = tuple(int(n) for n in metadata["shape"].split(","))
             dtype, layer, offset = metadata["dtype"], int(metadata["layer"]), int(metadata["offset"])
-            revision = int(metadata.get("revision", "1"))  # the first did not say
+            revision = int(metadata.get("revision", "1"))  # the first revision did not record itself
         except (KeyError, ValueError) as error:
             raise ValueError(f"this is no packed cache: its header lacks or garbles {brief(error)}") from None
         if role not in ("key", "value"):
@@ -204,7 +204,7 @@ class Packed:
         return packed
 
     def _check(self) -> None:
-        """Refuse tensors that do not fit the shape, or that no encoding leaves, as a damaged file would have."""
+        """Refuse tensors that do not fit the shape or that no encoding produces, as in a damaged file."""
         batch, heads, tokens, dim = self.shape
         wanted = self.codec.kept(heads, dim, self.role)
         if missing := set(wanted) - set(self.tensors):
@@ -259,19 +259,19 @@ class Codec(ABC):
     """x -> packed bytes -> x̂.
 
     A codec keeps no state between calls. The result for a token depends on nothing but that token, or, where `group` is
-    not 1, on the tokens of its group; groups are counted from the first token of the call; where `by_call`, on all tokens of
-    the call. Other heads never matter, nor, but for one rule of outliers that is for comparison only, other batch rows.
+    not 1, on the tokens of its group; groups are counted from the first token of the call; or, if `by_call`, on all tokens of
+    the call. Other heads never matter; other batch rows only for one rule of outliers, which is for comparison.
 
     Attributes:
         spec: the name that `tessera.codecs.get` turns into an equal codec.
         group: tokens that are encoded together.
-        by_call: a median over all tokens of a call decides what is kept of each, so who cuts sequences must give such a codec
-            the same tokens at once however calls came.
+        by_call: a median over all tokens of a call decides what is kept of each, so a cache must encode the same tokens
+            together however calls were cut.
         fields: layout of every tensor that may be kept.
-        revision: changes when the same tensors come to mean something else.
-        weighs: keys are to be multiplied by the widths of their channels (`key_stats`) before they are encoded, and encoding
-            can be told how much an error of each channel counts.
-        summarises: `summary` tells of each block of keys what queries can expect of it.
+        revision: a number that changes when the meaning of the tensors changes.
+        weighs: keys are to be multiplied by the widths of their channels (`key_stats`) before they are encoded, and `encode`
+            takes weights of the errors of channels.
+        summarises: `summary` gives means and spreads of each block of keys, for sparse reading.
     """
 
     spec: str
@@ -283,7 +283,7 @@ class Codec(ABC):
     fields: Mapping[str, Layout]
 
     def side(self, role: Role) -> Codec:
-        """What packs keys, or values: the codec itself, unless each has one of its own, see `codecs.pair`."""
+        """Return the codec of keys, or of values: this codec itself, except for a pair, see `codecs.pair`."""
         return self
 
     def encode(
@@ -302,10 +302,10 @@ class Codec(ABC):
                 nothing.
             role: "key" or "value"; some codecs treat them differently.
             layer: index of the layer, for codebooks drawn per layer.
-            weights: (batch, kv_heads, head_dim) float32, positive: how much a squared error of each channel counts; what
-                is kept means the same without. None: alike. Codecs for which `weighs` is false leave it out.
-            tell: is given whether there is a number that is not finite, () bool on the device of `x`, in place of an error,
-                for which the host would have to wait; such numbers are encoded as zeros. None: they are refused.
+            weights: (batch, kv_heads, head_dim) float32, positive: weight of a squared error of each channel; the format does
+                not depend on it. None: equal weights. Codecs for which `weighs` is false ignore it.
+            tell: called with whether there is a number that is not finite, () bool on the device of `x`, instead of an error,
+                which would make the host wait; such numbers are encoded as zeros. None: they are refused.
 
         Raises:
             ValueError: for another shape or role, or, without `tell`, values that are not finite.
@@ -319,7 +319,7 @@ class Codec(ABC):
             raise ValueError(f"{self.spec}: role must be 'key' or 'value', got {role!r}")
         wide = x.detach().float()
         if tell is None:
-            # One pass tells whether there is a number that is not finite, or too large.
+            # One pass finds numbers that are not finite, or too large.
             least, most = torch.stack(wide.aminmax()).tolist() if wide.numel() else (0.0, 0.0)
             if not (math.isfinite(least) and math.isfinite(most)):
                 bad = int((~torch.isfinite(wide)).sum())
@@ -339,14 +339,14 @@ class Codec(ABC):
         return Packed(self.side(role), tensors, shape, x.dtype, role, layer)
 
     def summary(self, pages: Sequence[Packed]) -> tuple[Tensor, Tensor]:
-        """What is known of the keys of each group without decoding them, for codecs with `summarises`.
+        """Summarise the keys of each group without decoding them, for codecs with `summarises`.
 
         Args:
             pages: keys, whole groups.
 
         Returns:
-            their means (batch, kv_heads, groups, head_dim), and the largest root mean square, over channels, of what is left of
-            a key when the mean is taken away (batch, kv_heads, groups), both float32.
+            their means (batch, kv_heads, groups, head_dim), and the largest root mean square, over channels, of a key minus the
+            mean (batch, kv_heads, groups), both float32.
         """
         raise NotImplementedError
 
@@ -360,11 +360,11 @@ class Codec(ABC):
             return dispatch.decode(packed).clamp(-most, most).to(packed.dtype)
 
     def kernel_format(self, dim: int) -> Format | None:
-        """What kernels for vectors of `dim` numbers must know; None if there are no kernels for this codec."""
+        """Return the format of the codes for kernels, for vectors of `dim` numbers; None if no kernel reads this codec."""
         return None
 
     def kept(self, heads: int, dim: int, role: Role) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """What `encode` keeps of vectors of `dim` numbers: by field the shape behind what `fields` says, and the dtype.
+        """Return what `encode` keeps of vectors of `dim` numbers: for each field the shape after the layout's, and the dtype.
 
         Raises:
             ValueError: if the codec is for another number of heads.
@@ -373,7 +373,7 @@ class Codec(ABC):
         return {name: (tuple(x.shape[1 if self.fields[name] == "ragged" else 3 :]), x.dtype) for name, x in none.items()}
 
     def check(self, packed: Packed) -> None:
-        """Look for what no encoding leaves in tensors of the right shapes.
+        """Check tensors of the right shapes for values that no encoding produces.
 
         Raises:
             ValueError: naming the field.
@@ -387,7 +387,7 @@ class Codec(ABC):
         """x: finite float32 (batch, kv_heads, tokens, head_dim) -> the tensors to keep."""
 
     def _encode_weighed(self, x: Tensor, role: Role, layer: int, weights: Tensor) -> dict[str, Tensor]:
-        """`_encode` where errors do not count alike, for codecs with `weighs`."""
+        """Do what `_encode` does with weighted errors, for codecs with `weighs`."""
         raise NotImplementedError
 
     @abstractmethod
@@ -405,7 +405,7 @@ class Codec(ABC):
 
 
 def group_index(packed: Packed) -> Tensor:
-    """For each token the number of its group among the kept ones: (tokens,) int64."""
+    """Find the index of each token's group among the kept ones: (tokens,) int64."""
     return (torch.arange(packed.tokens, device=packed.device) + packed.offset) // packed.codec.group
 
 

@@ -1,8 +1,8 @@
 """llama.cpp's block formats ``q4_0`` and ``q8_0``, byte for byte (ggml, `block_q4_0` and `block_q8_0`).
 
 A block is 32 numbers: a half-precision scale d, then the codes. Encoding uses d before it is rounded, as ggml's reference does.
-Vectors are rotated first, as llama.cpp does for its cache; ``q4_0:norot`` leaves that out. The rotation is ours
-(`rotation`), which exists for any head_dim.
+Vectors are rotated first, as llama.cpp does for its cache; ``q4_0:norot`` omits that. The rotation is ours (`rotation`), which
+works for any head_dim.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Blocks(Codec):
     - q4_0: d = -m/8, m the number of largest magnitude with its sign; q = min(15, ⌊x/d + 8.5⌋); x̂ = (q - 8)·d;
     - q8_0: d = max|x| / 127; q = x/d rounded, halves away from zero; x̂ = q·d.
 
-    True bits per element: 4.5 and 8.5 where 32 divides head_dim; else a vector is padded with zeros, which count. A d out
-    of half precision's range saturates.
+    True bits per element: 4.5 and 8.5 where 32 divides head_dim; else a vector is padded with zeros, which count. A d beyond
+        the range of half precision saturates.
 
     Args:
         bits: 4 or 8.
@@ -63,7 +63,7 @@ class Blocks(Codec):
         biggest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
         d = biggest / -8 if self.bits == 4 else biggest.abs() / 127
         half = d.clamp(-HALF_MAX, HALF_MAX).half()
-        # A block whose d rounds to zero reads as zero whatever its codes are, and 1/d may not exist.
+        # A block whose d rounds to zero decodes to zero whatever its codes are, and 1/d may not exist.
         inverse = torch.where(half != 0, 1 / d, 0.0)
         return {"blocks": dispatch.pack_blocks(x, inverse, half, self.bits)}
 

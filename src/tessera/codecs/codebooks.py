@@ -22,10 +22,10 @@ from tessera.quaternion import UNITS, conjugate, hamilton, left_matrix, right_ma
 
 #: Numbers of unit secondaries that are shipped. 5, 10, 21, 42, 85, 170 fill 7 to 12 bits; the paper's are beside them.
 DIRECTION_SIZES = (5, 10, 21, 24, 42, 48, 85, 96, 170, 192)
-#: Bits per chunk for which joint codebooks are shipped: a quarter of it is the name, ``hqmq:4`` has 16.
+#: Bits per chunk for which joint codebooks are shipped: a quarter of them is the codec's number: ``hqmq:4`` has 16.
 JOINT_BITS = (8, 10, 12, 14, 16, 18, 20)
 
-#: Points that a kernel can hold in two registers a component.
+#: Number of points that a kernel holds in two registers for each component.
 TABLE = 128
 
 _DATA = Path(__file__).parent / "data"
@@ -47,8 +47,8 @@ def direction_path() -> Path:
 def joint_shape(bits: int) -> tuple[int, bool, int]:
     """(secondaries, whether the codebook is closed under s -> u·s·ū, largest integer) of a joint codebook.
 
-    As many codewords as the bits can count. Below 2^16 codewords the conjugations cost some error (6 % at 12 bits) and the
-    table is small anyway; from there on they cost under 1 %.
+    There are as many codewords as the bits allow. Below 2^16 codewords the conjugations cost some error (6 % at 12 bits) and
+    the table is small anyway; from there on they cost under 1 %.
     """
     conjugations = bits >= 16
     size = (1 << bits) // (UNITS * (12 if conjugations else 1))
@@ -103,16 +103,16 @@ ROTATIONS = (0, 2, 4, 6, 8, 9, 10, 11, 12, 13, 14, 15)
 class JointCodebook:
     """A codebook of 4-vectors q_p·q_s, all 24 units p times secondaries s of any length.
 
-    Eight of the units, ±1, ±i, ±j, ±k, only permute components and change signs, and so do the products of all of them
-    with v̄ from the right, v in {1, i, j, k}. Every codeword is such a *move* of one of few *points*, which is how codes
-    number them: code = point · moves + move. A decoder needs the points and no arithmetic but signs.
+    Eight of the units, ±1, ±i, ±j, ±k, only permute components and change signs, and so do their products with v̄ from the
+    right, v in {1, i, j, k}. Every codeword is such a *move* (a signed permutation) of one of few *points*: code = point ·
+    moves + move. A decoder needs the table of points and only changes signs.
 
     Attributes:
         bits: width of a code, in bits.
         base: (n, 4) int16, what is shipped.
         step: what one integer is worth, for chunks of unit mean square.
-        conjugations: whether every rotation u·s·ū of a base quaternion is a secondary too; then the secondaries are
-            numbered base · 12 + rotation.
+        conjugations: whether every rotation u·s·ū of a base quaternion is a secondary too; the secondaries then have numbers
+            base · 12 + rotation.
         nmse: mean squared error over mean square, of Gaussian chunks.
     """
 
@@ -129,11 +129,11 @@ class JointCodebook:
 
     @property
     def points(self) -> Tensor:
-        """The codewords from which moves make all others: (9 n, 4) int16 with conjugations, else (3 n, 4).
+        """The codewords from which moves make all codewords: (9 n, 4) int16 with conjugations, else (3 n, 4).
 
-        Conjugation by ω turns the last three components of a point round. With conjugations the points are numbered so that
-        kernels need tables of a third of them only: of m = 3 n points as many as are a multiple of `TABLE`, the same turned
-        once, the same turned twice; then the others of the m, once, twice turned.
+        Conjugation by ω permutes the last three components of a point cyclically. With conjugations the points are ordered so
+        that kernels need tables for a third of them only: of m = 3 n points the largest multiple of `TABLE`, these permuted
+        once, these permuted twice; then the remaining points in the same three forms.
         """
         points = _points(self.base, self.conjugations)
         return torch.empty_like(points).index_copy_(0, _places(len(self.base), self.conjugations), points)
@@ -180,7 +180,7 @@ def _points(base: Tensor, conjugations: bool) -> Tensor:
 
 
 def _places(size: int, conjugations: bool) -> Tensor:
-    """For each of `_points` its number in the codebook, (points,) int64."""
+    """Find the number of each of `_points` in the codebook, (points,) int64."""
     if not conjugations:
         return torch.arange(3 * size)
     count = 3 * size
@@ -204,7 +204,7 @@ def _moved(points: Tensor, moves: tuple[Tensor, Tensor]) -> Tensor:
 
 @cache
 def _order(conjugations: bool) -> Tensor:
-    probe = torch.tensor([[22, 10, 6, 4]])  # no two of its products are equal
+    probe = torch.tensor([[22, 10, 6, 4]])  # all of its products are different
     codes = _moved(_points(probe, conjugations), _moves(conjugations))
     same = (_products(probe, conjugations)[:, None] == codes).all(-1)
     assert (same.sum(0) == 1).all()
@@ -214,7 +214,7 @@ def _order(conjugations: bool) -> Tensor:
 
 @cache
 def joint(bits: int) -> JointCodebook:
-    """The shipped joint codebook of 2^bits codewords at the most."""
+    """Load the shipped joint codebook of at most 2^bits codewords."""
     if bits not in JOINT_BITS:
         raise ValueError(f"no joint codebook of {bits} bits; there are {', '.join(map(str, JOINT_BITS))}")
     return read_joint(joint_path(bits), bits)
@@ -232,7 +232,7 @@ def read_joint(path: str | os.PathLike[str], bits: int) -> JointCodebook:
     wanted: dict[str, Wanted] = {"secondary": ((size, 4), np.dtype(np.int16)), "step": ((), number), "nmse": ((), number)}
     found = read_arrays(path, wanted)
     base, step, nmse = found["secondary"], float(found["step"]), float(found["nmse"])
-    # Kernels keep the numbers in as few bits as the largest needs, and halves of even sums are whole.
+    # Kernels store the integers in as few bits as the largest needs, and half of an even sum is an integer.
     if np.abs(base.astype(np.int64)).max() > largest or (base.sum(axis=1) % 2).any():
         raise ValueError(f"{os.fspath(path)} is damaged: its numbers are not in the lattice, or are larger than {largest}")
     if not 0 < step < 1 or not 0 <= nmse < 1:
@@ -241,7 +241,7 @@ def read_joint(path: str | os.PathLike[str], bits: int) -> JointCodebook:
 
 
 def read_arrays(path: str | os.PathLike[str], wanted: Mapping[str, Wanted]) -> dict[str, NDArray[Any]]:
-    """The arrays of an ``.npz`` file whose shapes and dtypes are known: nothing else is taken into memory.
+    """The arrays of an ``.npz`` file whose shapes and dtypes are known: nothing else is loaded.
 
     Args:
         path: path of the file.
@@ -262,7 +262,7 @@ def read_arrays(path: str | os.PathLike[str], wanted: Mapping[str, Wanted]) -> d
                     found[key] = _read_array(member, shape, dtype)
     except FileNotFoundError:
         raise
-    except Exception as error:  # an archive whose bytes were changed raises whatever zipfile, zlib and numpy's parser come to
+    except Exception as error:  # a damaged archive raises various errors of zipfile, zlib and numpy's parser
         raise ValueError(f"{name} is damaged: {brief(error)}") from None
     return found
 
@@ -274,7 +274,7 @@ def _read_array(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any])
     if header != (shape, False, dtype):
         raise ValueError(f"an array of shape {brief(header[0])} and dtype {brief(header[2])} instead of {shape} and {dtype}")
     size = math.prod(shape) * dtype.itemsize
-    data = member.read(size + 1)  # and beyond the end, where the checksum is looked at
+    data = member.read(size + 1)  # and beyond the end, where zipfile compares the checksum
     if len(data) != size:
         raise ValueError(f"an array of {len(data)} bytes or more instead of {size}")
     return np.frombuffer(data, dtype).reshape(shape).copy()

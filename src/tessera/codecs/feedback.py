@@ -1,9 +1,9 @@
-"""Which errors of later chunks make up for those of earlier ones, where errors do not count alike in all directions.
+"""Error feedback between the chunks of a vector, where errors have different weights in different directions.
 
 An error e counts as eᵀMe, M symmetric and positive. With M = L·D·Lᵀ, L unit lower and D diagonal, both in blocks of a chunk,
-that is the sum over chunks of |(Lᵀe)_i|² in the metric D_i, and (Lᵀe)_i = e_i + Σ_{j>i} L_jiᵀ e_j. So chunks are coded from
-the last to the first, each aiming at what makes this sum small: LDLQ, the rule of Chee et al., "QuIP" (arXiv 2307.13304), and
-of Frantar et al., "GPTQ" (arXiv 2210.17323), for weights; here a key is coded by it when it comes.
+that is the sum over chunks of |(Lᵀe)_i|² in the metric D_i, and (Lᵀe)_i = e_i + Σ_{j>i} L_jiᵀ e_j. So chunks are coded from the
+last to the first, each with a target that minimises this sum: LDLQ, the rule of Chee et al., "QuIP" (arXiv 2307.13304), and of
+Frantar et al., "GPTQ" (arXiv 2210.17323), for weights; here it encodes keys as they arrive.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def feedback(weights: Tensor, rotation: Tensor) -> Tensor:
-    """What `tessera.kernels.dispatch.encode_feedback` is to be given: Lᵀ without the blocks on its diagonal.
+    """Return the matrix for `tessera.kernels.dispatch.encode_feedback`: Lᵀ without the blocks on its diagonal.
 
     Args:
-        weights: (..., d) float32, positive: how much a squared error of each channel counts before the rotation.
+        weights: (..., d) float32, positive: weight of a squared error of each channel before the rotation.
         rotation: (d, d), the rotation R of y = x @ R.T; d is a multiple of four.
 
     Returns:

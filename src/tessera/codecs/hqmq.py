@@ -35,7 +35,7 @@ from tessera.quaternion import UNITS, conjugate, hamilton, right_matrix, units
 
 #: Sizes and radius bits of the paper's configurations; any can be followed by _med3.
 PAPER = tuple(f"s{s}_r{b}" for s in (24, 48, 96, 192) for b in (2, 3, 4, 6))
-#: Smallest norm that counts as one: below it a vector is stored as zero. The smallest normal half-precision number.
+#: Smallest norm of a vector that is not stored as zero. The smallest normal half-precision number.
 TINY = 2.0**-14
 HALF_MAX = 65504.0
 
@@ -46,7 +46,8 @@ class HQMQ(Codec):
     Args:
         secondary: number S of secondary quaternions per codebook.
         radius_bits: bits b_r of a radius code, 1 to 8.
-        outliers: the paper's C: chunks of more than C times the median radius are kept as they are; None for none.
+        outliers: the paper's C: chunks of more than C times the median radius are kept in half precision; None: there are no
+            outliers.
         codebook: "random", the paper's, drawn for each (layer, head, role); "optimised", one for all, see
             `codebooks.DIRECTION_SIZES`; or unit quaternions (S, 4), shared, or (heads, S, 4).
         radius: "uniform": 2^b_r levels from 0 to the vector's largest radius; "chi": levels that are optimal for Gaussian
@@ -77,7 +78,7 @@ class HQMQ(Codec):
             secondary = codebook.shape[-2]
             codebook = codebook.detach().float().cpu().clone()
         elif codebook == "optimised":
-            optimised_secondary(secondary)  # says which sizes there are
+            optimised_secondary(secondary)  # raises for a size that is not shipped
         elif codebook != "random":
             raise ValueError(f"codebook must be 'random', 'optimised' or a tensor, got {codebook!r}")
         if not 1 <= secondary <= 4096:
@@ -148,7 +149,7 @@ class HQMQ(Codec):
     def kept(self, heads: int, dim: int, role: Role) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See `Codec`."""
         if isinstance(self.codebook, Tensor):
-            self.secondaries(heads, role, 0)  # says for how many heads the codebook is
+            self.secondaries(heads, role, 0)  # raises for another number of heads
         chunks = -(-dim // 4)
         codes = {"codes": ((packed_bytes(chunks, self.code_bits),), torch.uint8), "scale": ((), torch.float16)}
         if self.outliers is None:
@@ -189,7 +190,7 @@ class HQMQ(Codec):
         return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
 
     def _scale(self, radii: Tensor, inside: Tensor) -> Tensor:
-        """One half-precision number per vector from the radii that count: (b, h, t)."""
+        """Compute the half-precision scale of each vector from the radii that count: (b, h, t)."""
         radii = torch.where(inside, radii, 0.0)
         if self.radius == "uniform":
             scale = radii.amax(-1)
@@ -206,7 +207,7 @@ class HQMQ(Codec):
         return torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)
 
     def directions(self, heads: int, role: Role, layer: int) -> Tensor:
-        """What direction codes s · 24 + p stand for: (heads, 24 S, 4), or (1, 24 S, 4) where all heads share them."""
+        """Return the quaternion of each code s · 24 + p: (heads, 24 S, 4), or (1, 24 S, 4) where all heads share them."""
         books = self.secondaries(heads, role, layer)
         return hamilton(units()[None, None], books[:, :, None]).flatten(1, 2)
 
@@ -215,7 +216,7 @@ class HQMQ(Codec):
         return _format(self, dim)
 
     def levels(self) -> Tensor:
-        """What radius codes stand for, as shares of a vector's scale: (2^b_r,) float32."""
+        """Return the radii of radius codes as shares of a vector's scale: (2^b_r,) float32."""
         if self.radius == "uniform":
             return torch.arange(2**self.radius_bits, dtype=torch.float32) / (2**self.radius_bits - 1)
         return chi_levels(self.radius_bits)
@@ -274,7 +275,7 @@ def _parse(argument: str) -> Codec:
     """hqmq:4 is `JointHQMQ`; hqmq:k4.5v3.5 is one with 4.5 bits for keys and one with 3.5 for values; hqmq:s96_r4_med3 is the
     paper's; hqmq:o170_r4 has optimised directions and chi radii."""
     if match := re.fullmatch(r"k(\d+(?:\.\d+)?)v(\d+(?:\.\d+)?)((?:_norot)?(?:_nocentre)?(?:_nostats)?)", argument):
-        from tessera.codecs.pair import pair  # here, so that it is registered, and listed, behind all others
+        from tessera.codecs.pair import pair  # imported here so that it is registered, and listed, after all others
 
         return pair(_parse(match[1] + match[3]), _parse(match[2] + match[3]))
     if re.match(r"[kv]\d", argument):

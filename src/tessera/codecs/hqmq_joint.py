@@ -1,19 +1,20 @@
-"""HQMQ with a joint codebook: what `hqmq:3`, `hqmq:4` and `hqmq:5` mean.
+"""HQMQ with a joint codebook of direction and radius: the codec of `hqmq:3`, `hqmq:4` and `hqmq:5`.
 
 HQMQ (arXiv 2605.27646) codes a chunk of four numbers as a direction, the product q_p·q_s of one of the 24 Hurwitz units
 and a unit quaternion, and a radius beside it. Here the secondary quaternion need not be a unit: it carries the radius.
-That is the same product, and the same decoder less one multiplication, but the codewords can lie where a Gaussian wants
-them: fewer directions near the origin and far out, radii that differ from one direction to the next. Deviations from the
-paper, each of which lowers the error (benchmarks/codec_error.py):
+That is the same product, and the same decoder less one multiplication, but the codewords can follow a Gaussian density: fewer
+directions near the origin and far out, radii that differ from one direction to the next. Deviations from the paper, each of
+which lowers the error (benchmarks/codec_error.py):
 
 - the codebook: one, optimised without data, shared by all heads and layers; all bits of a code are used;
 - the vector is rotated first (`rotation`), which makes chunks nearly Gaussian;
 - the scale is the root mean square of the vector, in one byte (`logscale`), not its largest radius in two;
 - keys are centred, and wide channels narrowed, over groups of 64 tokens (`precondition`);
-- a cache has it see keys as queries do (`key_stats`), and errors are steered to where they count less (`feedback`);
-- values are decoded a little longer. The nearest codeword of an optimised codebook is shorter than what it stands for, by
-  a share equal to the error D. Attention averages values, which cancels their errors but not what all of them lack, so
-  values are multiplied by 1 / (1 - D); their own squared error grows by the factor 1 + D.
+- a cache scales key channels by statistics of queries and keys (`key_stats`), and errors are steered to channels where they
+  count less (`feedback`);
+- values are multiplied by 1 / (1 - D). The nearest codeword of an optimised codebook is on average shorter than the chunk by a
+  share equal to the error D. Averaging values in attention cancels their errors but not this common shrinkage; their own
+  squared error grows by the factor 1 + D.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class JointHQMQ(Codec):
         bits: bits per number, a quarter of the bits of a chunk's code: 2, 2.5, 3, 3.5, 4, 4.5 or 5.
         rotate: rotate vectors first.
         centre: centre keys over groups of `GROUP` tokens.
-        stats: a cache multiplies keys by the widths that queries tell, see `key_stats`; needs the other two.
+        stats: a cache multiplies keys by widths from statistics, see `key_stats`; requires the other two.
     """
 
     fields: Mapping[str, Layout] = {"codes": "token", "scale": "token", "centre": "group"}
@@ -62,7 +63,7 @@ class JointHQMQ(Codec):
         self.group = GROUP if centre else 1
         self.weighs = stats and rotate and centre
         self.summarises = centre
-        self.revision = 2 if joint_shape(self.code_bits)[1] else 1  # since 2, `JointCodebook.points` are in another order
+        self.revision = 2 if joint_shape(self.code_bits)[1] else 1  # revision 2 changed the order of `JointCodebook.points`
         words = (("norot", rotate), ("nocentre", centre), ("nostats", self.weighs or not (rotate and centre)))
         self.spec = "_".join((f"hqmq:{bits:g}", *(word for word, has in words if not has)))
 
@@ -116,7 +117,7 @@ class JointHQMQ(Codec):
     def _codes(self, x: Tensor, scale: Tensor, weights: Tensor | None) -> Tensor:
         book = words_of(self.code_bits)
         if weights is not None:
-            live = scale > 0  # vectors of zeros: any code does, and chunks near the origin are found slowly
+            live = scale > 0  # vectors of zeros: any code will do, and the search near the origin is slow
             y = torch.where(live.unsqueeze(-1), x / scale.clamp(min=1e-30).unsqueeze(-1), 1.0)
             turned = feedback(weights, rotation(x.shape[-1], device=x.device))
             found = dispatch.encode_feedback(y.flatten(0, 1), turned.flatten(0, 1), book)
@@ -174,6 +175,6 @@ def _codewords(code_bits: int, device: torch.device) -> Tensor:
 
 @cache
 def words_of(code_bits: int) -> Codewords:
-    """The joint codebook as the search for the nearest codeword takes it."""
+    """Return the joint codebook in the form that the search for the nearest codeword takes."""
     book = joint(code_bits)
     return Codewords(book.products, book.step, book.conjugations, book.codes)

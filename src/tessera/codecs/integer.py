@@ -43,7 +43,7 @@ class Int(Codec):
 
     def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
         scale = (x.abs().amax(-1, keepdim=True) / self.most).clamp(max=HALF_MAX).half()
-        # Against the scale as it will be read, so that its rounding costs nothing.
+        # Divide by the scale as it will be decoded, so that its rounding causes no error.
         divisor = scale.float().clamp(min=HALF_LEAST)
         limits = (-self.most, self.most)
         codes = dispatch.pack_linear(x, None, divisor, limits, self.bits, group=1, span=max(2, x.shape[-1]))
@@ -63,7 +63,7 @@ class Kivi(Codec):
     """KIVI (arXiv 2402.02750): keys in groups of 32 tokens of one channel, values in groups of 32 channels of one token.
 
     A group keeps its minimum and a scale, (max - min) / (2^b - 1), in half precision. An incomplete group, of tokens or of
-    channels, has both as well. KIVI leaves the newest tokens as they are; here that is the cache's concern ("recent").
+    channels, also keeps both. KIVI keeps the newest tokens unquantised; here the cache does that ("recent").
 
     True bits per element: b + 1 where 32 divides the tokens of keys and the head_dim of values.
 
@@ -92,7 +92,7 @@ class Kivi(Codec):
             groups = split_groups(x, GROUP) if tokens else x.unflatten(2, (0, GROUP))  # (b, h, groups, 32, d)
             axis = 3
         else:
-            # Filled up with the last channel, which moves neither end of its group.
+            # Padded with the last channel, which changes neither end of its group.
             groups = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], -dim % GROUP)), -1).unflatten(-1, (-1, GROUP))
             axis = 4
         low = groups.amin(axis).clamp(-HALF_MAX, HALF_MAX).half()

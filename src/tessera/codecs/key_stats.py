@@ -1,14 +1,14 @@
-"""Keys as queries see them: how wide each channel of a head's keys is, and how much queries make of it.
+"""Statistics of key channels: how wide each channel of a head's keys is, and how large the queries are in it.
 
-What counts of a key's error e is q·e. Let w be the root mean square of a channel's queries and s that of its keys about
+The error e of a key changes scores by q·e. Let w be the root mean square of a channel's queries and s that of its keys about
 their mean. Channels are multiplied by w^¼·s^-¾ before a codec rotates and quantises them, and the codec is told that a
-squared error of the channel, as it then is, counts as (w·s)^1½. For a codec that spreads its error evenly √(w/s) would be
-right, and one that steers its error (`Codec.encode`) would be given s^-1, all channels equally wide; between the two lies
-what was measured to be best. Of a model whose keys are rescaled channel by channel, and whose queries inversely, the products
-w·s are the same and the widths follow, so that the codec sees the same vectors.
+squared error of the channel, as it then is, counts as (w·s)^1½. For a codec with evenly spread errors √(w/s) would be optimal,
+and for one that steers its errors (`Codec.encode`) s^-1, which makes all channels equally wide; the best measured exponent is
+between the two. If a model's keys are rescaled channel by channel, and its queries inversely, the products w·s stay the same
+and the widths compensate, so that the codec gets the same vectors.
 
-A rotary embedding turns pairs of channels into each other, more with every token, so both channels of a pair are given what
-they have in the mean.
+A rotary embedding rotates pairs of channels, by an angle that grows with every token, so both channels of a pair get their
+mean.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from torch import Tensor
 from tessera.devices import upload
 from tessera.files import WHOLE, atomic_path, brief, open_tensors
 
-#: Steps an octave of a width, of which there are `WIDTHS`, and the number of the one that is 1. Few lie above it: what is made
-#: wider must still be a half-precision number, in which means of keys are kept.
+#: Steps per octave of a width, the number of steps, and the step of width 1. Few steps are above it: widened keys must still
+#: fit half precision, in which their means are kept.
 STEPS, WIDTHS, ONE = 2, 32, 21
-#: Octaves of the products w·s that are told apart, the largest first.
+#: Number of octaves of the products w·s that are distinguished, from the largest down.
 PRODUCTS = 8
 #: Tokens of a group over which keys are centred before their spread is measured.
 GROUP = 64
 #: Largest half-precision number, in which means of keys are kept.
 HALF_MAX = 65504.0
-#: What a file of statistics is called in its header.
+#: The name of the format in a file's header.
 FORMAT = "1"
 
 
 @dataclass(frozen=True, eq=False)
 class KeyStats:
-    """What is known of the key channels of one layer, in one byte for each.
+    """Statistics of the key channels of one layer, one byte for each.
 
     Attributes:
         sizes: (batch, kv_heads, head_dim) uint8: `WIDTHS` steps of the width, then three bits for the product w·s.
@@ -49,22 +49,22 @@ class KeyStats:
 
     @property
     def widths(self) -> Tensor:
-        """What the channels of keys are multiplied by before they are quantised: (batch, kv_heads, head_dim) float32."""
+        """The factors of key channels before quantisation: (batch, kv_heads, head_dim) float32."""
         return torch.exp2(((self.sizes >> 3).float() - ONE) / STEPS)
 
     @property
     def narrowing(self) -> Tensor:
-        """One over the widths; made anew from the bytes, so that nothing is kept besides them."""
+        """One over the widths; computed from the bytes, so that nothing is kept besides them."""
         return torch.exp2((ONE - (self.sizes >> 3).float()) / STEPS)
 
     @property
     def table(self) -> Tensor:
-        """One over the width that each byte stands for: (256,) float32 on the CPU."""
+        """One over the width of each byte value: (256,) float32 on the CPU."""
         return _TABLE
 
     @property
     def weights(self) -> Tensor:
-        """How much a squared error of a key that was multiplied by the widths counts: as the widths, at most 1."""
+        """The weight of a squared error of a widened key: of the widths' shape, at most 1."""
         return torch.exp2(-1.5 * (self.sizes & 7).float())
 
     @property
@@ -93,7 +93,7 @@ class KeyStats:
 
     @staticmethod
     def measure(queries: Tensor, keys: Tensor, partner: Sequence[int] | None = None) -> KeyStats:
-        """Take the statistics of some tokens.
+        """Measure the statistics of some tokens.
 
         Args:
             queries: (batch, kv_heads, n, head_dim) float32, of n tokens the mean squares over the query heads of a key head.
@@ -104,18 +104,18 @@ class KeyStats:
         square, tokens = torch.zeros_like(keys[:, :, 0]), keys.shape[2]
         for part in keys.split(GROUP, dim=2):
             square = square + (part - part.mean(2, keepdim=True)).square().sum(2)
-        # What is not finite tells nothing; one such query must not decide how all later keys are quantised.
+        # Numbers that are not finite are left out; one such query must not decide how all later keys are quantised.
         w, s = torch.nan_to_num(queries.float(), 0.0, 0.0, 0.0).mean(2), torch.nan_to_num(square / tokens, 0.0, 0.0, 0.0)
         largest = torch.nan_to_num(keys.abs().amax(2), 0.0, 0.0, 0.0)
         if partner is not None:
             index = upload(torch.tensor(partner), keys.device)
             w, s = (w + w[..., index]) / 2, (s + s[..., index]) / 2
             largest = torch.maximum(largest, largest[..., index])
-        # Half of log2 of the mean squares. A channel that never moves, or that no query asks for, is given a little.
+        # Half of log2 of the mean squares. A channel that never varies, or that no query uses, gets a small value.
         w, s = (0.5 * x.clamp(min=x.amax(-1, keepdim=True) * 2.0**-40).clamp(min=2.0**-100).log2() for x in (w, s))
         width, product = 0.25 * w - 0.75 * s, w + s
         width = (width - width.mean(-1, keepdim=True)) * STEPS
-        # Keys that are made wider must stay half-precision numbers, with room for larger ones to come.
+        # Widened keys must stay in the range of half precision, with room for larger ones later.
         room = ((HALF_MAX / 4 / largest.clamp(min=1e-30)).log2() * STEPS).floor()
         code = (torch.minimum(width.round(), room) + ONE).clamp(0, WIDTHS - 1)
         below = (product.amax(-1, keepdim=True) - product).round().clamp(0, PRODUCTS - 1)
@@ -133,7 +133,7 @@ def save_stats(stats: Sequence[KeyStats | None], path: str | os.PathLike[str]) -
 
 
 def load_stats(path: str | os.PathLike[str]) -> list[KeyStats | None]:
-    """Read what `save_stats` wrote.
+    """Load what `save_stats` wrote.
 
     Raises:
         FileNotFoundError: if there is no such file.

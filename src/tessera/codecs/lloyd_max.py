@@ -7,18 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Points of the grid that stands for the density.
+#: Points of the grid on which the density is sampled.
 GRID = 200_001
 
 
 def lloyd_max(density: Callable[[Tensor], Tensor], low: float, high: float, levels: int) -> Tensor:
-    """Levels that minimise the mean squared error of rounding to the nearest one.
+    """Compute the levels that minimise the mean squared error of rounding to the nearest one.
 
     Args:
         density: density of the source, up to a factor; called with a float64 grid from `low` to `high`, which must hold all but
             a negligible part of it.
         low, high: the grid's ends.
-        levels: how many.
+        levels: number of levels.
 
     Returns:
         (levels,) float64, ascending.

@@ -1,7 +1,7 @@
 """A positive scale in one byte: eight steps an octave over thirty-two octaves.
 
-A scale need not be exact if the vector is divided by the scale as it will be read: a mismatch of at most 4.4 %
-between the codebook and the vector costs 0.3 % of the error, and a byte less per vector is 1/8 bit per element at head_dim 64.
+A scale need not be exact if the vector is divided by the scale as it will be decoded: a mismatch of at most 4.4 % between the
+codebook and the vector raises the error by 0.3 %, and a byte less per vector is 1/8 bit per element at head_dim 64.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def make_joint(bits: int) -> tuple[NDArray[np.int16], float]:
             s = lloyd(s, group, [gaussian_chunks(rng, many)], unit=False)
     step = float(np.linalg.norm(s, axis=1).max()) / (largest - 1)
     whole = round_to_d4(s / step)
-    order = np.argsort((whole**2).sum(axis=1), kind="stable")  # by radius: pleasant to read, and it compresses
+    order = np.argsort((whole**2).sum(axis=1), kind="stable")  # sorted by radius, which is easier to read and compresses better
     return whole[order].astype(np.int16), step
 
 

@@ -1,12 +1,12 @@
-"""Which chunks are outliers, kept as they are: Med3x and its relatives.
+"""Rules for outliers, chunks that are kept in half precision: Med3x and its variants.
 
 Med3x (HQMQ, arXiv 2605.27646): a chunk whose radius is over C = 3 times the median radius is kept as four half-precision
 numbers and flagged. The rules differ in what the median is taken over:
 
-- "paper": the chunks of the call, of one (sequence, layer, head, role). The paper takes them over the batch too, where other
-  sequences would change what is kept of one. Its authors recommend a running median where a call has few chunks, and do not
-  have it; it would make what is kept depend on how a sequence was cut, and a crop could not undo it. Who cuts sequences, as a
-  cache does, gives a codec with this rule blocks of a fixed number of tokens instead (`Codec.by_call`);
+- "paper": the chunks of the call, of one (sequence, layer, head, role). The paper's median includes the batch too, so that
+  other sequences would change the result of one. Its authors recommend a running median where a call has few chunks, but do not
+  implement it; results would then depend on how a sequence was cut, and a crop could not undo it. A cache instead gives a codec
+  with this rule blocks of a fixed number of tokens (`Codec.by_call`);
 - "authors": all chunks of the call, over the batch too, as their code does;
 - "vector": the chunks of the same vector. Ours: the result for a token depends on nothing but the token.
 """
@@ -22,7 +22,7 @@ OutlierRule = Literal["vector", "paper", "authors"]
 
 
 def find_outliers(radii: Tensor, factor: float, rule: OutlierRule) -> Tensor:
-    """Which chunks to keep as they are.
+    """Find the chunks to keep in half precision.
 
     Args:
         radii: (batch, heads, tokens, chunks).

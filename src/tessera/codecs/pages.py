@@ -1,4 +1,4 @@
-"""Pages: the bytes of a group of 64 tokens and a key head, at places that the codec alone decides.
+"""Pages: the bytes of a group of 64 tokens and a key head, at offsets that depend on the codec only.
 
 A page holds the fields of the keys and then those of the values, each as `Codec.encode` leaves them for 64 tokens. An engine's
 block holds a few pages behind each other, and behind them room for a request's first tokens, exactly. Attention over such
@@ -17,7 +17,7 @@ from tessera.codecs.base import Codec, Packed, Role
 from tessera.codecs.key_stats import KeyStats
 from tessera.kernels.paged import GROUP, ROLES, BlockLayout, Field
 
-#: Every field begins at a multiple of as many bytes: the largest of any number that is kept.
+#: Alignment of every field in bytes: the size of the largest kept number.
 ALIGN = 4
 
 
@@ -32,7 +32,7 @@ def block_layout(
     layer: int = 0,
     stats: KeyStats | None = None,
 ) -> BlockLayout:
-    """Where everything lies in one key head of a block.
+    """Compute the layout of one key head of a block.
 
     Args:
         codec: codec of keys and values, or a pair of codecs.
@@ -75,7 +75,7 @@ def block_layout(
             offset = _aligned(offset + rows * math.prod(rest) * number.itemsize)
     sink_offset = pages * offset
     used = sink_offset + 2 * sink * head_dim * dtype.itemsize
-    # Engines count bytes by token, and fields of several bytes need a whole number of words.
+    # Engines count bytes per token, and fields of several bytes need a whole number of words.
     nbytes = -(-used // (pages * GROUP)) * pages * GROUP
     return BlockLayout(
         forms=(forms[0], forms[1]),
@@ -103,7 +103,7 @@ class _Decoder:
         heads, pages = next(iter(tensors.values())).shape[:2]
         if not pages:
             return torch.zeros(heads, 0, self.head_dim, dtype=torch.float32, device=next(iter(tensors.values())).device)
-        # A page's rows are tokens or groups: behind the head's other rows they are what `Packed` holds.
+        # A page's rows are tokens or groups; concatenated over pages they are the rows of `Packed`.
         flat = {name: x.flatten(1, 2).unsqueeze(0) for name, x in tensors.items()}
         shape = (1, heads, pages * GROUP, self.head_dim)
         side = self.codec.side(role)
@@ -115,11 +115,11 @@ def write(
 ) -> None:
     """Encode groups into pages of a pool.
 
-    The exact first tokens of a request are put beside the codes of its first page. Where they are read exactly they are not
-    coded: for the codec they are as the others are on average, so that a first key far from all others spoils no mean.
+    The exact first tokens of a request are put beside the codes of its first page. Tokens that are read exactly are not coded:
+    the codec gets the mean of the others in their place, so that an outlying first key does not distort the group's mean.
 
     Args:
-        codec, layout: what the pool is made of.
+        codec, layout: the codec and the layout of the pool.
         pool: (blocks, kv_heads, nbytes) uint8.
         blocks, pages: (n,) int64, the block of each group and its page there.
         keys, values: (n, kv_heads, 64, head_dim), the groups' tokens.
@@ -136,11 +136,11 @@ def write(
     stats = layout.stats
     assert stats is None or isinstance(stats, KeyStats)
     for role, x in zip(ROLES, (keys, values), strict=True):
-        # A request whose numbers overflow must not bring down the engine that serves the others.
+        # Overflow in one request must not stop the engine that serves the others.
         coming, weights = x.float().nan_to_num(), None
         if stats is not None and role == "key":
             coming, weights = (coming * stats.widths.unsqueeze(2)).nan_to_num(), stats.weights
-        # As one row of n · GROUP tokens, for all groups have the same weights.
+        # Encoded as one row of n · GROUP tokens, because all groups have the same weights.
         packed = codec.encode(coming.transpose(0, 1).flatten(1, 2)[None], role, layout.layer, weights=weights)
         for name, view in views[role].items():
             view[blocks, :, pages] = packed.tensors[name][0].unflatten(1, (len(x), -1)).transpose(0, 1)

@@ -1,6 +1,6 @@
 """``(k=q8_0,v=hqmq:3)``: a codec for keys and another for values. ``hqmq:k4.5v3.5`` is short for two of hqmq's.
 
-What a pair packs carries the codec of its role, as if that had packed it by itself, and is read without the pair.
+`Packed` keys or values of a pair refer to the codec of their role, and are read without the pair.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from tessera.codecs.base import Codec, Layout, Packed, Role
 from tessera.codecs.registry import get, register
 
-#: How a pair is written; for errors.
+#: An example of a pair, for errors.
 EXAMPLE = "(k=q8_0,v=hqmq:3)"
-#: Specs of which two that end alike are written as one: bits, and what follows.
+#: Specs of two codecs that are written as one if their endings are equal: bits, and the ending.
 _SHORT = re.compile(r"hqmq:(\d+(?:\.\d+)?)((?:_norot)?(?:_nocentre)?(?:_nostats)?)")
 
 
 class Pair(Codec):
     """Keys by one codec, values by another.
 
-    True bits per element: the mean of what the two have, since there are as many keys as values.
+    True bits per element: the mean of the two codecs' bits, since there are as many keys as values.
 
     Args:
         key: codec of the keys.
@@ -70,7 +70,7 @@ class Pair(Codec):
 
 
 def pair(key: Codec, value: Codec) -> Codec:
-    """The codec that has `key` for keys and `value` for values: `key` itself where they are the same."""
+    """Return the codec with `key` for keys and `value` for values: `key` itself where they are the same."""
     return key if key == value and not isinstance(key, Pair) else Pair(key, value)
 
 
@@ -83,7 +83,7 @@ def _spec(key: Codec, value: Codec) -> str:
 
 @register("(", (EXAMPLE,))
 def _parse(argument: str) -> Codec:
-    """What follows the first bracket: ``k=q8_0,v=hqmq:3)``."""
+    """Parse the text after the opening bracket: ``k=q8_0,v=hqmq:3)``."""
     if not argument.endswith(")"):
         raise ValueError(f"a codec for keys and one for values stand between brackets, got {'(' + argument!r}")
     words: dict[str, str] = {}

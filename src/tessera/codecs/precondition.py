@@ -47,7 +47,7 @@ def fit(x: Tensor, group: int) -> Tensor:
     mean = ((parts * weight).sum(3) / count).clamp(-HALF_MAX, HALF_MAX)
     mean, _ = unpack(_word(mean, torch.zeros_like(mean)))
     spread = (((parts - mean.unsqueeze(3)) * weight).square().sum(3) / count).sqrt()
-    # A group in which most channels do not move at all has nothing to be compared with: leave it alone.
+    # A group in which most channels are constant has no median width to compare with, so it is not narrowed.
     typical = spread.median(-1, keepdim=True).values
     ratio = spread / typical.clamp(min=torch.finfo(torch.float32).tiny)
     exponent = torch.where((ratio > WIDE) & (typical > 0), ratio.log2().floor().clamp(0, MOST), 0.0)
@@ -55,9 +55,9 @@ def fit(x: Tensor, group: int) -> Tensor:
 
 
 def _word(mean: Tensor, exponent: Tensor) -> Tensor:
-    """Round the mean to a half-precision number whose low four bits are free, and put the exponent there."""
+    """Round the mean to half precision with the low four bits free, and store the exponent in them."""
     bits = mean.half().view(torch.int16).int() & 0xFFFF
-    # Half a unit of the shortened mantissa, but never across the largest finite number.
+    # Add half a unit of the shortened mantissa, but never beyond the largest finite number.
     rounded = torch.where((bits & 0x7FFF) < 0x7BF0, bits + 8, bits) & 0xFFF0
     word = rounded | exponent.int()
     return torch.where(word >= 0x8000, word - 0x10000, word).to(torch.int16)
@@ -69,7 +69,7 @@ def unpack(words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def means(words: Tensor) -> Tensor:
-    """The first of what `unpack` gives."""
+    """Return the first result of `unpack`."""
     return (words & -16).view(torch.float16).float()
 
 

@@ -36,7 +36,7 @@ def get(spec: str) -> Codec:
     Raises:
         ValueError: naming the word that is wrong and the words that would be right.
     """
-    # What stands in brackets is registered by the first of them.
+    # Pairs in brackets are registered under the opening bracket.
     name, _, argument = ("(", "", spec.strip()[1:]) if spec.strip().startswith("(") else spec.strip().partition(":")
     if name not in _FACTORIES:
         near = difflib.get_close_matches(name, _FACTORIES, n=1)

@@ -12,13 +12,13 @@ from torch import Tensor
 def rotation(dim: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """The rotation matrix R: y = x @ R.T, x = y @ R.
 
-    Random signs, then the Hadamard matrix; for dim = m · 2^k with m odd, its Kronecker product with the DCT of size m, so
-    that any head_dim is mixed as well as it can be.
+    Random signs, then the Hadamard matrix; for dim = m · 2^k with m odd, its Kronecker product with the DCT of size m, which
+    works for any head_dim.
 
     Args:
         dim: number of coordinates.
         seed: seed of the signs.
-        device: where the matrix should be.
+        device: device of the matrix.
 
     Returns:
         (dim, dim) float32, orthonormal; cached, so do not write to it.
@@ -27,7 +27,7 @@ def rotation(dim: int, seed: int = 0, device: torch.device | str = "cpu") -> Ten
 
 
 def rotation_factors(dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """What the rotation is made of, for those who apply it by factors.
+    """Return the factors of the rotation, for kernels that apply it factor by factor.
 
     Returns:
         the DCT (m, m) and the signs (dim,), float32: R = (dct ⊗ Hadamard of size dim / m, orthonormal) · diag(signs).

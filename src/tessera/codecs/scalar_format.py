@@ -1,4 +1,4 @@
-"""What kernels must know of codecs that code number by number."""
+"""Construction of the formats that kernels read for codecs that code number by number."""
 
 from __future__ import annotations
 
