@@ -244,7 +244,7 @@ class TensorMemory(Float32Module):
             around = (pad(f, (1, 1)).unfold(-1, 3, 1) for f in factors)
             vectors += [near @ tap[:channels].T for near, tap in zip(around, own, strict=True)]
             if config.gates == "state":
-                same = upload(torch.tensor([0.0, 1.0, 0.0]), own.device).expand(missing, channels, 3)
+                same = upload(torch.tensor([0.0, 1.0, 0.0], dtype=own.dtype), own.device).expand(missing, channels, 3)
                 taps = torch.cat((same, own[:, channels:]))
         vectors[-1] = vectors[-1] * writes.content.unsqueeze(2)
         for what in (vectors[-1], self.gates_weight, self.gates_bias):
