@@ -57,10 +57,11 @@ def _share_threads() -> str | None:
 
 #: The OpenMP runtime whose threads the kernels use; None: they have threads of their own.
 OPENMP = None if _cpu is None else _share_threads()
-#: Instruction sets, the best last.
-LEVELS = ("portable", "avx2", "avxvnni", "avx512")
-#: 8-bit limbs in which the kernels for AVX2 and above write a query and a softmax weight: with two the relative error is 4e-5,
-#: far below a codec's; with three it is that of float32 sums. Those for AVX2 write 16-bit numbers, so that one limb is as two.
+#: Instruction sets, of each family of processors the best last.
+LEVELS = ("portable", "neon", "avx2", "avxvnni", "avx512")
+#: 8-bit limbs in which the kernels for NEON, AVX2 and above write a query and a softmax weight: with two the relative error is
+#: 4e-5, far below a codec's; with three it is that of float32 sums. Those for NEON and AVX2 write 16-bit numbers, so that one
+#: limb is as two.
 LIMBS = 2
 #: Longest head that the kernels know.
 MAX_DIM = 512
