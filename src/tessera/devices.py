@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """The device that a module computes on: what the first hook of accelerate says, else where its first weight is.
+    """Return the device that a module computes on: that of accelerate's first hook, else that of its first weight.
 
-    None: all its weights are on "meta" and no hook brings them anywhere, or it has none.
+    None: all its weights are on "meta" without a hook that loads them, or it has none.
     """
     for part in module.modules():
         for hook in _hooks(part):

@@ -82,7 +82,7 @@ def open_tensors(path: str | os.PathLike[str], what: str) -> Iterator[TensorFile
 
 
 def read_json(text: str) -> Any:
-    """What a text of JSON says.
+    """Parse a text of JSON.
 
     Raises:
         ValueError: if it is none, is nested too deeply, or holds NaN or infinity, which JSON does not have.
@@ -98,7 +98,7 @@ def read_json(text: str) -> Any:
 
 
 def read_utf8(path: str | os.PathLike[str]) -> str:
-    """The contents of a text file.
+    """Read a UTF-8 text file.
 
     Raises:
         FileNotFoundError: if there is no such file.

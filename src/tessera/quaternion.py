@@ -38,7 +38,7 @@ def hamilton(p: Tensor, q: Tensor) -> Tensor:
 
 
 def conjugate(q: Tensor) -> Tensor:
-    """Conjugate of q: (..., 4) -> (..., 4). For a unit quaternion it is the inverse."""
+    """Return the conjugate of q: (..., 4) -> (..., 4). For a unit quaternion it is the inverse."""
     return torch.cat((q[..., :1], -q[..., 1:]), dim=-1)
 
 
@@ -67,7 +67,7 @@ def _group_table() -> Tensor:
 
 
 def group_table() -> Tensor:
-    """Indices of all products: (24, 24) int64, ``units()[table[a, b]] == units()[a] · units()[b]``."""
+    """Return the indices of all products: (24, 24) int64, ``units()[table[a, b]] == units()[a] · units()[b]``."""
     return _group_table().clone()
 
 
@@ -96,12 +96,12 @@ def nearest_unit(x: Tensor) -> Tensor:
 
 
 def left_matrix(q: Tensor) -> Tensor:
-    """Matrix of y -> q·y: (..., 4) -> (..., 4, 4), so that ``left_matrix(q) @ y == hamilton(q, y)``."""
+    """Return the matrix of y -> q·y: (..., 4) -> (..., 4, 4), so that ``left_matrix(q) @ y == hamilton(q, y)``."""
     basis = torch.eye(4, dtype=q.dtype, device=q.device)
     return hamilton(q.unsqueeze(-2), basis).transpose(-1, -2)
 
 
 def right_matrix(q: Tensor) -> Tensor:
-    """Matrix of y -> y·q: (..., 4) -> (..., 4, 4), so that ``right_matrix(q) @ y == hamilton(y, q)``."""
+    """Return the matrix of y -> y·q: (..., 4) -> (..., 4, 4), so that ``right_matrix(q) @ y == hamilton(y, q)``."""
     basis = torch.eye(4, dtype=q.dtype, device=q.device)
     return hamilton(basis, q.unsqueeze(-2)).transpose(-1, -2)

@@ -123,9 +123,9 @@ def detach(model: M) -> M:
 
 
 def memory_parameters(model: nn.Module) -> list[dict[str, Any]]:
-    """What was added, as two groups for an optimizer: "weights", and "gates", which want a higher rate and no decay.
+    """Group the memory's parameters for an optimizer: "weights", and "gates", which need a higher rate and no decay.
 
-    Gates and rates that learn at the rate of weights are known never to open.
+    Gates and rates that learn at the rate of weights tend never to open.
     """
     named = [pair for module in require_attached(model).modules().values() for pair in module.named_parameters()]
     weights, gates = ([p for name, p in named if is_gate(name) == wanted] for wanted in (False, True))

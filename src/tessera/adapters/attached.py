@@ -59,7 +59,7 @@ class AttachedMemory:
 
 
 def wrapped(module: nn.Module) -> dict[str, str]:
-    """The parts of a module around which something, as a LoRA of peft, was put: where that is, and where the part is in it."""
+    """Find the parts of a module that are wrapped, as by a LoRA of peft: the wrapper's name, and the part's name within it."""
     found: dict[str, str] = {}
     for place, part in module.named_modules():
         core, inner = place, getattr(part, "base_layer", None)
@@ -103,7 +103,7 @@ def _can_be_read(tensor: Tensor) -> bool:
 
 
 def read_fingerprint(found: Any) -> dict[str, list[float]]:
-    """What `fingerprint` made, read from JSON.
+    """Read a result of `fingerprint` from JSON.
 
     Raises:
         ValueError: if it is something else.
@@ -142,7 +142,7 @@ def attached_memory(model: nn.Module) -> AttachedMemory | None:
 
 
 def require_attached(model: nn.Module) -> AttachedMemory:
-    """What is attached to `model`.
+    """Return the memory attached to `model`.
 
     Raises:
         ValueError: if nothing is.

@@ -45,7 +45,7 @@ def attention_forward(
     memory_call: MemoryCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What models call instead of their own attention.
+    """Compute attention in place of a model's own attention function.
 
     Args:
         module: the model's attention module.

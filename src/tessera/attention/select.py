@@ -29,7 +29,7 @@ def queries_at_a_time(q: Tensor, tokens: int) -> int:
 
 
 def selected(q: Tensor, pages: Pages, top: int, known: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The tokens that queries read.
+    """Select the tokens that queries read.
 
     Args:
         q: (rows, q_heads, queries, head_dim).

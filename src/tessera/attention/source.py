@@ -14,9 +14,9 @@ from torch import nn
 
 
 def touches(module: nn.Module) -> str | None:
-    """What a module's `forward` does to the cached keys or values before its attention function is given them.
+    """Find what a module's `forward` does to the cached keys or values before it calls its attention function.
 
-    The code is read, because running a model to find out could cost minutes, and needs all processes that it is spread over.
+    The source code is inspected, because running a model could take minutes, and needs all processes of a sharded model.
 
     Args:
         module: an attention module of the model.

@@ -17,8 +17,8 @@ _WATCHED = "_tessera_refuses_weights"
 def refuse_weights(model: nn.Module) -> Callable[[], None]:
     """Have the models within `model`, itself included, refuse `output_attentions` for as long as their attention is Tessera's.
 
-    A hook before the call, because not every family hands the flag on to its attention, and because there a cache would have
-    taken in tokens already.
+    This is a hook before the call, because not every family passes the flag on to its attention, where a cache would moreover
+    have stored tokens already.
 
     Returns:
         a function that removes the hooks added here.

@@ -39,7 +39,7 @@ ATTACHED = "_tessera_attachment"
 
 
 class CacheContext:
-    """What the layers of a cache share: the config of the model they serve, and what they know about its masks.
+    """The state that the layers of a cache share: the model's config, and a memo of its masks.
 
     Args:
         config: the very config object that the model's attention modules read.

@@ -1,6 +1,6 @@
-"""What an attention mask means: which new tokens are padding, where documents begin, and what a mask may say.
+"""The meaning of attention masks: which new tokens are padding, where documents begin, and which masks are supported.
 
-This is the one place that reads masks; caches, windows and memories ask it. A mask is (batch or 1, heads or 1, queries, slots),
+Only this module reads masks; caches, windows and memories use it. A mask is (batch or 1, heads or 1, queries, slots),
 True where a query sees a slot; its last columns are the slots of the call's own tokens, one for each query. None stands for
 plain causality.
 

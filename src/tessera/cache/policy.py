@@ -57,7 +57,7 @@ class RetentionPolicy:
         store: Store | None = None,
         finite: FiniteCheck | None = None,
     ) -> RetentionPolicy:
-        """What a layer keeps.
+        """Derive the policy of one layer.
 
         Args:
             spec: specification of the cache.

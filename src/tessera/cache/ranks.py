@@ -48,7 +48,7 @@ class Ranks:
             object.__setattr__(self, name, value)
 
     def sum(self, report: CacheReport) -> CacheReport:
-        """The report of all processes together; every one of them has to ask.
+        """Add up the reports of all processes; every one of them has to call this.
 
         Raises:
             RuntimeError: if this is a copy that has lost its group.

@@ -24,7 +24,7 @@ TIERS = {
 
 @dataclass(frozen=True)
 class Spec:
-    """Which tiers a cache has.
+    """The tiers of a cache.
 
     Attributes:
         sink: number of first tokens that stay exact for ever.

@@ -34,7 +34,7 @@ class Segment:
 
 
 class TruncatedBPTTLayer(CacheLayerMixin):
-    """What one layer carries.
+    """The carried state of one layer.
 
     Attributes:
         seen: tokens so far.

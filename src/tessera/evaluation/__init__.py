@@ -1,4 +1,4 @@
-"""Measuring caches on real models: perplexity, divergence, bytes and speed, in one result record."""
+"""Measurement of caches on real models: perplexity, divergence, bytes and speed, in one result record."""
 
 from tessera.evaluation.compare import compare
 from tessera.evaluation.records import Comparison, Row, load_all, save_all

@@ -2,14 +2,14 @@
 
 Two protocols:
 
-- "streaming", what generation does: the text goes in by chunks; the tokens of a chunk see each other exactly and
-  everything older through the cache, whose sink and recent tiers are exact;
-- "paper", as the HQMQ paper measures: every key and value is quantised before it is attended to, also by its own window's
-  queries. `recent` is left out of a specification, and a limit too; `sink` stays, so that "sink:4 + hqmq:4" says what it
-  costs to quantise everything but the first four tokens. What is compared by default has no sinks here.
+- "streaming", as in generation: the text is read in chunks; the tokens of a chunk see each other exactly and everything older
+  through the cache, whose sink and recent tiers are exact;
+- "paper", as the HQMQ paper measures: every key and value is quantised before attention reads it, also by queries of its own
+  window. `recent` and limits are left out of a specification; `sink` stays, so that "sink:4 + hqmq:4" measures the cost of
+  quantising everything but the first four tokens. The specifications compared by default have no sinks here.
 
-On a model whose first token is an attention sink, specifications without sinks are measured with four in addition, so that
-the table says what their absence costs; of those that are compared by default only `TRIED_WITH_SINKS`.
+On a model whose first token is an attention sink, specifications without sinks are measured with four in addition, so that the
+table shows the cost of their absence; of the default ones only `TRIED_WITH_SINKS`.
 
 All specifications advance together with the exact model, chunk by chunk, so no more than a chunk of logits is kept.
 """
@@ -40,11 +40,11 @@ from tessera.evaluation.protocols import PROTOCOLS, filler, new_cache, paper_spe
 from tessera.evaluation.records import Comparison, LayerRow, Pair, Row
 from tessera.evaluation.sources import Source, encode, windows
 
-#: Longest window where nothing else is asked for: what the HQMQ paper measures with.
+#: Longest window by default, as in the HQMQ paper.
 CONTEXT = 2048
 #: Of the codecs compared by default, the one that is also measured with sinks where a model has them.
 TRIED_WITH_SINKS = "hqmq:4"
-#: Codecs that `tessera compare` puts side by side: this project's, the paper's, and what is in use.
+#: Codecs that `tessera compare` measures: this project's, the paper's, and widely used ones.
 CODECS = (
     "hqmq:3",
     "hqmq:3.5",
@@ -65,7 +65,7 @@ CODECS = (
 
 @dataclass
 class _Tally:
-    """What one specification did to each token, and how long it took.
+    """The measurements of one specification, token by token.
 
     Attributes:
         spec: specification of the cache.
@@ -73,7 +73,8 @@ class _Tally:
         kl: likewise, KL(exact || spec) of the predictions, in nats.
         same: tokens at which both models' likeliest next token is the same.
         seconds: for each group.
-        filler: tokens that are read behind a window to make its last block whole; only where windows are read in one call.
+        filler: number of tokens read after a window so that its last block is complete; only where windows are read in one
+            call.
         cache: cache of the group that is being read.
         report: report of the last group's cache.
     """
@@ -88,7 +89,7 @@ class _Tally:
     report: CacheReport | None = None
 
     def begin(self, cache: Cache | None) -> None:
-        """A new group of windows is read through a new cache; None: the exact one."""
+        """Begin a new group of windows with a new cache; None: the exact one."""
         self.cache = cache
         self.seconds.append(0.0)
         self.nll.append([])
@@ -101,7 +102,7 @@ class _Tally:
 
 
 def default_specs(context: int, protocol: str = "streaming") -> tuple[str, ...]:
-    """What is compared unless something else is asked for, with exact tiers that suit windows of `context` tokens.
+    """Return the default specifications, with exact tiers that suit windows of `context` tokens.
 
     In the paper protocol these are the codecs by themselves.
     """
@@ -190,7 +191,7 @@ def compare(
         for group in groups:
             for tally in tallies:
                 tally.begin(None if tally.spec == "dense" else new_cache(tally.spec, model, prefill, stats))
-            # With a memory attached, the model is itself only through a cache that leaves the memory out.
+            # With a memory attached, the exact model is the one with a cache that does not use the memory.
             plain = attached_memory(model) is None
             exact_cache = DynamicCache(config=model.config) if plain else Cache("dense", model)
             for start in range(0, context, size):
@@ -233,13 +234,13 @@ def compare(
 
 
 def _plan(protocol: str, specs: Sequence[str]) -> list[str]:
-    """The specifications a protocol can measure, "dense" first."""
+    """List the specifications that a protocol can measure, "dense" first."""
     wanted = [str(parse(spec)) if protocol == "streaming" else paper_spec(spec) for spec in specs]
     return list(dict.fromkeys(["dense", *(spec for spec in wanted if spec is not None)]))
 
 
 def _beside(plan: Sequence[str], lacking: Sequence[str]) -> list[str]:
-    """A plan with the specifications that lack sinks followed by themselves with sinks, unless they are there already."""
+    """Insert after each specification without sinks the same one with sinks, unless it is in the plan already."""
     return list(
         dict.fromkeys(found for spec in plan for found in (spec, *([with_sinks(spec, plan)] if spec in lacking else [])))
     )
@@ -255,7 +256,7 @@ def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: Any, t
             cache = exact_cache if tally.cache is None else tally.cache
             inputs, positions = ids[:, start:stop], {}
             if tally.filler:
-                # Tokens of the window again, whose predictions nobody looks at, at places that the model was made for.
+                # Tokens of the window again, at positions in the model's context; their predictions are ignored.
                 places = torch.arange(stop + tally.filler, device=ids.device)
                 inputs, positions = ids[:, places % stop], {"position_ids": places.clamp(max=stop - 1)[None]}
             logits = model(input_ids=inputs, past_key_values=cache, use_cache=True, **positions).logits
@@ -265,7 +266,7 @@ def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: Any, t
             logp = logits[:, : target.shape[1]].float().log_softmax(-1)
             nll = -logp.gather(-1, target.unsqueeze(-1)).double()
             exact = logp if exact is None else exact
-            # In float64: most terms are tiny beside the few large ones.
+            # In float64, because most terms are tiny compared with the few large ones.
             tally.nll[-1].append(nll.squeeze(-1).cpu())
             tally.kl[-1].append((exact.exp() * (exact - logp)).sum(-1, dtype=torch.float64).cpu())
             tally.same += int((logp.argmax(-1) == exact.argmax(-1)).sum())
@@ -273,7 +274,7 @@ def _advance(model: Any, ids: Tensor, start: int, stop: int, exact_cache: Any, t
 
 
 def _rows(protocol: str, tallies: Sequence[_Tally], context: int, groups: Sequence[Tensor], model: Any) -> list[Row]:
-    last = len(groups[-1])  # reports are of the caches of the last group of windows
+    last = len(groups[-1])  # reports are those of the last group's caches
     exact, _ = tallies[0].over_tokens()
     rows = []
     for tally in tallies:
@@ -308,7 +309,7 @@ def _rows(protocol: str, tallies: Sequence[_Tally], context: int, groups: Sequen
 
 
 def _pairs(protocol: str, tallies: Sequence[_Tally]) -> list[Pair]:
-    """Every two specifications that are not exact, in the order in which they were asked for."""
+    """Compare every two specifications that are not exact, in the order given."""
     found = [(tally.spec, *tally.over_tokens()) for tally in tallies if tally.spec != "dense"]
     pairs = []
     for (spec, nll, kl), (other, other_nll, other_kl) in combinations(found, 2):
@@ -320,7 +321,7 @@ def _pairs(protocol: str, tallies: Sequence[_Tally]) -> list[Pair]:
 
 def _codec_bits(report: CacheReport, codecs: set[str], otherwise: float) -> float:
     """True bits an element of all compressed tiers together."""
-    # A tier that holds no token yet may hold what it has learned.
+    # A tier without tokens may still hold statistics.
     names = codecs & report.tier_bits.keys()
     sizes = {name: (8 * report.tiers[name], 8 * report.tiers[name] / report.tier_bits[name]) for name in sorted(names)}
     held = sum(elements for _, elements in sizes.values())

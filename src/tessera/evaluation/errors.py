@@ -1,13 +1,12 @@
-"""How far a mean over the tokens of a text may be off: standard errors that know that neighbouring tokens resemble each other.
+"""Standard errors of means over the tokens of a text, which account for the correlation of neighbouring tokens.
 
-What a cache does to one prediction it tends to do to the next: both read the same keys with the same errors in them, and a
-hard passage is hard for many tokens. A standard error that takes tokens for independent is then too small. So the tokens of
-a window are cut into blocks of neighbours, and the blocks are what varies (batch means, or a cluster-robust error with
-blocks as clusters).
+A cache's effects on neighbouring predictions are similar: they read the same keys with the same errors, and a hard passage is
+hard for many tokens. A standard error that assumes independent tokens is then too small. So the tokens of a window are cut into
+blocks of neighbours, and the error is computed between blocks (batch means, or a cluster-robust error with blocks as clusters).
 
-What is assumed: blocks are independent of each other, which holds if the correlation of tokens dies out within a block or
-so; and there are enough blocks for their spread to be known, which with fewer than about ten it hardly is. What is not
-said: how far another text would differ. A text is one sample of its kind.
+Assumptions: blocks are independent of each other, which holds if the correlation of tokens decays within about a block; and
+there are enough blocks to estimate their spread, about ten or more. The error does not say how much another text would differ:
+a text is one sample of its kind.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ import math
 
 from torch import Tensor
 
-#: Tokens of a block of neighbours at most.
+#: Maximum number of tokens of a block.
 NEIGHBOURS = 64
-#: Blocks that there are at least, if there are as many tokens: short texts are cut into smaller blocks.
+#: Minimum number of blocks, if there are as many tokens: short texts are cut into smaller blocks.
 BLOCKS = 16
 
 
 def standard_error(values: Tensor) -> float:
     """Standard error of the mean of a quantity over tokens.
 
-    For a paired error give the difference of two quantities at the same tokens: what both share has gone out of it.
+    For a paired error give the difference of two quantities at the same tokens: their common part cancels.
 
     Args:
         values: (windows, tokens), in the order of the text within a window; no block spans two windows.

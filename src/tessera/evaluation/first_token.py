@@ -14,16 +14,16 @@ from tessera.attention.observed import Call, observed
 from tessera.cache.model_config import read_config
 from tessera.cache.per_layer import parse
 
-#: Tokens of the text that are read to find out, at most.
+#: Maximum number of tokens of the text that are read.
 READ = 512
-#: Sinks that are tried where a specification has none.
+#: Number of sinks that are added to a specification without sinks.
 SINKS = 4
 
 __all__ = ["SINK", "first_token_weight", "lacks_sinks", "with_sinks"]
 
 
 def first_token_weight(model: Any, ids: Tensor) -> float:
-    """Greatest mean weight, over layers, that the newest queries of a text give to its first token with exact attention.
+    """Return the largest mean weight, over layers, of a text's first token for its newest queries with exact attention.
 
     The mean is over the heads of a layer; layers with a sliding window are left out, for they lose the first token anyway.
 
@@ -49,12 +49,12 @@ def first_token_weight(model: Any, ids: Tensor) -> float:
 
 
 def lacks_sinks(spec: str) -> bool:
-    """Whether it compresses the first token."""
+    """Whether a specification compresses the first token."""
     parsed = parse(spec)
     return parsed.codec is not None and parsed.sink == 0
 
 
 def with_sinks(spec: str, plan: Sequence[str] = ()) -> str:
-    """The specification with `SINKS` sinks, in addition to what it has; written as in `plan` if it is there."""
+    """Add `SINKS` sinks to a specification; in the spelling of `plan` if the result is in it."""
     wanted = parse(spec).with_sinks(SINKS)
     return next((other for other in plan if parse(other) == wanted), str(wanted))

@@ -1,4 +1,4 @@
-"""Models in a GGUF file, as llama.cpp has them: the file is read as it is, and its weights are unpacked."""
+"""Loading of models in llama.cpp's GGUF files, whose weights are unpacked."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-#: What transformers needs to read such a file.
+#: Packages that transformers needs to read such a file.
 PACKAGES = ("gguf", "accelerate")
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the only one in a folder that is no model otherwise. None if it means none.
+    """Return the GGUF file at a path: the path itself, or the only one in a folder without a model. None if there is none.
 
     Raises:
         ValueError: if a folder has several.
@@ -27,7 +27,7 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def load_gguf(file: Path, dtype: Any) -> tuple[Any, Any]:
-    """The causal language model in a GGUF file, and its tokenizer.
+    """Load the causal language model in a GGUF file, and its tokenizer.
 
     Args:
         file: a file of any quantisation that transformers knows; the weights are unpacked, so they take the room of `dtype`.
@@ -53,13 +53,13 @@ def load_gguf(file: Path, dtype: Any) -> tuple[Any, Any]:
             raise ValueError(f"it holds a {config.model_type}, not a causal language model")
         model = AutoModelForCausalLM.from_pretrained(folder, **where, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-    except Exception as error:  # Readers of a binary format fail with whatever its bytes lead them to.
+    except Exception as error:  # Readers of a binary format raise all kinds of errors on damaged bytes.
         raise _refusal(file, error) from error
     return model, tokenizer
 
 
 def gguf_config(file: Path) -> Any:
-    """The config of the model in a GGUF file; its weights are not read.
+    """Read the config of the model in a GGUF file, without its weights.
 
     Raises:
         ValueError: if a package is missing, or the file is damaged or holds something else.

@@ -1,4 +1,4 @@
-"""Which model it was: what tells it from others, in a few kilobytes, and in words what differs."""
+"""The identity of a model: a few kilobytes that distinguish it from others, and descriptions of differences."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tessera.adapters import attached_memory
 from tessera.adapters.attached import SAMPLED, fingerprint, read_fingerprint, same_fingerprint
 from tessera.wrapped import unwrap
 
-#: What a config says of where it came from and of how it is run, not of what the model computes.
+#: Fields of a config about its origin and how it is run, which do not change what the model computes.
 _PASSING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What is known of a model.
+    """The identity of a model.
 
     Attributes:
-        name: what it was called; not compared.
+        name: the name it was loaded by; not compared.
         kind: name of its class.
         config: SHA-256 of its config.
         dtype: dtype of its weights, as "float32".
@@ -37,7 +37,7 @@ class Identity:
 
     @staticmethod
     def of(model: Any, name: str = "") -> Identity:
-        """What is known of a transformers model, which may be wrapped."""
+        """Compute the identity of a transformers model, which may be wrapped."""
         model = unwrap(model)
         done = attached_memory(model)
         said = json.dumps(_plain(model.config.to_dict()), sort_keys=True, default=str)
@@ -52,7 +52,7 @@ class Identity:
 
     @staticmethod
     def read(found: Any) -> Identity:
-        """What `to_dict` made.
+        """Read a result of `to_dict`.
 
         Raises:
             ValueError: if it is something else.
@@ -66,11 +66,11 @@ class Identity:
         return Identity(**{**found, "weights": read_fingerprint(found["weights"]), "memory": memory})
 
     def to_dict(self) -> dict[str, Any]:
-        """The identity as JSON has it."""
+        """Return the identity as a dictionary for JSON."""
         return asdict(self)
 
     def difference(self, other: Identity) -> str | None:
-        """What tells another model from this one, in words about the other; None if they are the same.
+        """Describe how another model differs from this one; None if they are the same.
 
         Weights of one dtype must have the same numbers; of two, the same give or take rounding.
         """

@@ -13,9 +13,9 @@ from tessera.cache.model_config import read_config, rotary_partner
 from tessera.codecs.key_stats import KeyStats
 from tessera.evaluation.sources import Source, encode, windows
 
-#: First tokens whose keys are left out: those of attention sinks are unlike the rest, and stay exact in most caches.
+#: First tokens whose keys are left out: those of attention sinks differ from other keys, and stay exact in most caches.
 SKIPPED = 4
-#: Tokens that are read where nothing else is asked for.
+#: Default number of tokens that are read.
 TOKENS = 2048
 
 
@@ -23,7 +23,7 @@ TOKENS = 2048
 def measure_stats(
     source: Source, text: str, tokens: int = TOKENS, progress: Callable[[int, int], None] | None = None
 ) -> list[KeyStats]:
-    """Have a model read a text, and measure what `tessera.Cache(..., stats=...)` is to be given.
+    """Let a model read a text, and measure the statistics for `tessera.Cache(..., stats=...)`.
 
     Args:
         source: the model and its tokenizer; its attention is routed through Tessera.

@@ -1,17 +1,17 @@
-"""Layer by layer, what a cache does to attention: how far the rows of the softmax move, and how far what attention gives.
+"""A cache's effect on attention, layer by layer: the divergence of the attention weights, and the error of the output.
 
 One window of the text is read by the exact model. Every layer's queries, keys and values, as its attention function is given
 them (after the rotary embedding), go through that layer of a new cache of each specification and Tessera's own attention, cut
-into calls as the protocol cuts them. So each layer is given what the exact model computed, and errors do not add up from layer
-to layer: what is measured is where a model suffers, not how much in the end.
+into calls as the protocol cuts them. So each layer gets the exact model's numbers, and errors do not add up from layer to
+layer: this measures which layers suffer, not the final loss.
 
 Two quantities, with p the exact weights of a query over all keys that it sees:
 
 - KL(p || q) in nats, where q are the weights over the keys as they are decoded from the cache, or exact where it has them so;
-  the mean over heads and queries. Values play no part. It is None where the cache drops keys that a query sees, as a window
-  does: q is zero there, and the divergence infinite.
-- the error of what attention gives, before the output projection: the root of the sum of squares of its difference from the
-  exact one, over heads, queries and head_dim, relative to that of the exact one. This is of the tokens as kernels compute it.
+  the mean over heads and queries. Values have no effect on it. It is None where the cache drops keys that a query sees, as a
+  window does: q is zero there, and the divergence infinite.
+- the relative error of attention's output, before the output projection: the root of the sum of squares of its difference from
+  the exact output, over heads, queries and head_dim, relative to that of the exact output. It is measured with the kernels.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from tessera.evaluation.protocols import filler, new_cache
 from tessera.evaluation.records import LayerRow
 from tessera.kernels import Pages
 
-#: Queries whose weights are computed at once.
+#: Number of queries whose weights are computed at once.
 QUERIES = 128
 
 
 @dataclass
 class _Sums:
-    """Over the queries of one layer.
+    """Sums over the queries of one layer.
 
     Attributes:
         kl: sum over heads and queries, in nats.
@@ -114,7 +114,7 @@ def measure_layers(
 
 
 def check_layers(model: Any, plan: Sequence[str]) -> None:
-    """Refuse what has no rows of attention weights.
+    """Refuse specifications and models without rows of attention weights.
 
     Raises:
         ValueError: saying what.
@@ -126,7 +126,7 @@ def check_layers(model: Any, plan: Sequence[str]) -> None:
 
 
 def _measure(call: Call, layer: TesseraLayer, window: int | None, step: int, more: int) -> _Sums:
-    """Take one layer's tokens through a layer of a cache, and compare with exact attention.
+    """Pass one layer's tokens through a layer of a cache, and compare with exact attention.
 
     Args:
         call: with all tokens of one sequence.
@@ -150,7 +150,7 @@ def _measure(call: Call, layer: TesseraLayer, window: int | None, step: int, mor
 
 @contextmanager
 def _read(layer: TesseraLayer) -> Iterator[list[tuple[int, Tensor]]]:
-    """The keys that attention reads of a layer within the block, decoded: (place of the first, (1, kv_heads, n, head_dim))."""
+    """Record the decoded keys that attention reads of a layer: (place of the first, (1, kv_heads, n, head_dim))."""
     found: list[tuple[int, Tensor]] = []
     opened = layer.begin_step
 
@@ -172,7 +172,7 @@ def _read(layer: TesseraLayer) -> Iterator[list[tuple[int, Tensor]]]:
 
 
 def _mask(window: int | None, start: int, stop: int, device: torch.device) -> Tensor | None:
-    """The mask that a model makes for the queries [start, stop) of a layer with a sliding window; None without one."""
+    """Make a model's mask for the queries [start, stop) of a layer with a sliding window; None without one."""
     if window is None:
         return None
     first = max(0, start - window + 1)
@@ -194,7 +194,7 @@ def _compare(
     given: Tensor,
     sums: _Sums,
 ) -> None:
-    """Add up what the queries [start, stop) say. given: (1, stop - start or more, q_heads, head_dim)."""
+    """Add the errors of the queries [start, stop) to the sums. given: (1, stop - start or more, q_heads, head_dim)."""
     exact, value = call.key[:, :, :stop].float(), call.value[:, :, :stop].float()
     decoded, there = torch.zeros_like(exact), torch.zeros(stop, dtype=torch.bool, device=exact.device)
     for first, keys in held:

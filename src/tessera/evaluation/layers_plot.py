@@ -1,4 +1,4 @@
-"""What caches do to each layer, as a picture: one line for each specification, layers from left to right."""
+"""The picture of caches' effects on each layer: one line for each specification, layers from left to right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DASHES = ("-", "--", ":", "-.")
 
 
 def plot_layers(comparisons: Sequence[Comparison], path: str | os.PathLike[str]) -> None:
-    """Draw KL of the rows of attention and the error of what it gives, as PNG: two pictures for each model and protocol."""
+    """Draw the KL of attention weights and the error of attention's output as PNG: two panels for each model and protocol."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What caches do to each layer, as tables for the terminal."""
+"""Tables of caches' effects on each layer, for the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which method a specification belongs to, and what to call it in tables and pictures."""
+"""The method of a specification, and its name in tables and pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _METHODS = (
 
 
 def method(spec: str) -> str:
-    """The method behind a cache specification, as pictures call it."""
+    """Return the name of a specification's method in pictures."""
     parsed = parse(spec)
     if isinstance(parsed, PerLayer):
         return "differs by layer"
@@ -36,7 +36,7 @@ def method(spec: str) -> str:
 
 
 def short(spec: str) -> str:
-    """The word of a specification that tells it from others of its method."""
+    """Return the word that distinguishes a specification from others of its method."""
     parsed = parse(spec)
     if isinstance(parsed, PerLayer):
         return " ".join(dict.fromkeys(codec for codec, _ in parsed.codecs))

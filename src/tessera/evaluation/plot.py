@@ -1,6 +1,6 @@
-"""A comparison as a picture: what is lost against the bits that are kept, one line for each method.
+"""The picture of a comparison: loss against true bits, one line for each method.
 
-Where nothing is compressed, as with windows alone, what is lost against the bytes that are kept, one point for each cache.
+Where nothing is compressed, as with windows alone, loss against bytes, one point for each cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A text that a model has read once, in a file: the cache that it left, and of which model and how much text it is."""
+"""Files of prefilled caches: a cache with the identity of the model and of the text that filled it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tessera.sealed import OPEN, SEAL, check_seal, seal
 
 #: Tokens of a call. Whole pages, so that the bytes are those of a text that is read in one call.
 CHUNK = 2048
-#: Where the header says what a file is.
+#: The key of the file's kind in its header.
 _NAME, _FORMAT = "tessera_prefill", 1
 _WHAT = "is no file that 'tessera prefill' wrote"
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What a file says of the cache in it.
+    """The description of the cache in a file.
 
     Attributes:
         spec: specification of the cache.
@@ -52,7 +52,7 @@ def prefill(
     chunk: int = CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Cache, Prefilled]:
-    """Have a model read a text into a new cache.
+    """Let a model read a text into a new cache.
 
     Later chunks read the earlier ones from the cache, in the form that the spec gives them, as generation does.
 
@@ -76,7 +76,7 @@ def prefill(
     if source.context is not None and count > source.context:
         raise ValueError(f"the text has {count:,} tokens, and the model was made for {source.context:,}")
     cache = Cache(spec, source.model, stats=stats)
-    # Logits of every token would take more room than the cache.
+    # Logits of every token would take more memory than the cache.
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(source.model.forward).parameters else {}
     for part in ids.split(chunk, dim=1):
         source.model(input_ids=part, past_key_values=cache, use_cache=True, **few)
@@ -99,7 +99,7 @@ def save_prefilled(cache: Cache, about: Prefilled, path: str | os.PathLike[str])
 
 
 def read_prefilled(path: str | os.PathLike[str]) -> Prefilled:
-    """What a file says of itself, once it is known to be whole.
+    """Read a file's description after checking its seal.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -120,12 +120,12 @@ def read_prefilled(path: str | os.PathLike[str]) -> Prefilled:
 
 
 def load_prefilled(path: str | os.PathLike[str], source: Source, about: Prefilled | None = None) -> tuple[Cache, Prefilled]:
-    """The cache in a file, for the model that made it.
+    """Load the cache in a file, for the model that made it.
 
     Args:
         path: path of the file.
         source: the model.
-        about: what `read_prefilled` has just said of the file, which is not hashed again then.
+        about: a result of `read_prefilled` for the file, which is then not hashed again.
 
     Raises:
         FileNotFoundError: if there is no such file.

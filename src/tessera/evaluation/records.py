@@ -1,4 +1,4 @@
-"""The one result record of all evaluations, and how it is written."""
+"""The result record of evaluations, and its JSON format."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What one cache does to the attention of one layer, see `tessera.evaluation.layers`.
+    """The effect of one cache on the attention of one layer, see `tessera.evaluation.layers`.
 
     Attributes:
         protocol: "streaming" or "paper".
         spec: specification of the cache.
         layer: index of the layer, from 0.
         kl: mean over heads and queries of KL(exact weights || weights over decoded keys), in nats; None where keys are dropped.
-        error: error of what attention gives: root of the sum of squares of the difference, relative to that of the exact one.
+        error: relative error of attention's output: root of the sum of squares of the difference over that of the exact output.
     """
 
     protocol: str
@@ -103,7 +103,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` measured, and on what.
+    """The results of `compare`, and the model and text they were measured on.
 
     Attributes:
         model: path or name of the model.
@@ -118,7 +118,7 @@ class Comparison:
         first_token: greatest mean weight, over layers, that later queries give to the first token; None where it was not
             measured, because no specification is without sinks.
         skip: tokens of the text that were left out before the first window.
-        layers: what each cache does to each layer; none where it was not asked for.
+        layers: the effect of each cache on each layer; empty unless it was requested.
     """
 
     model: str
@@ -178,7 +178,7 @@ def _comparison(data: dict[str, Any]) -> Comparison:
 
 
 def environment() -> dict[str, str]:
-    """What a figure depends on besides the code: versions, the processor and its kernels, and the day."""
+    """Describe what results depend on besides the code: versions, the processor and its kernels, and the date."""
     import transformers
 
     return {
@@ -194,7 +194,7 @@ def environment() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Name of the processor, as far as the system tells."""
+    """Name of the processor, if the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""Where a model and a text come from: the package, a folder, or the hub; with errors that people can act on."""
+"""Loading of models and texts: from the package, a folder, or the hub."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def load_config(name: str | None = None) -> Any:
 
 
 def _place(name: str) -> str:
-    """A folder with a model, or a name on the hub, as transformers takes it."""
+    """Return a model's folder or hub name in the form that transformers takes."""
     looks_local = name.lower().endswith((".gguf", ".json")) or name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if path.is_dir():
@@ -172,7 +172,7 @@ def read_text(files: Sequence[str | os.PathLike[str]] = ()) -> tuple[str, str]:
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:
-    """Tokens of a text as (tokens,) int64, with whatever the tokenizer puts in front of one."""
+    """Tokenise a text to (tokens,) int64, with the special tokens that the tokenizer puts in front."""
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
@@ -184,7 +184,7 @@ def windows(ids: Tensor, length: int, count: int | None, bos: int | None, skip: 
         length: tokens of a window, the first of them included.
         count: windows at the most; None: as many as there are.
         bos: token that begins a text, put before every window; None if the model has none.
-        skip: tokens of the text that are left out before the first window; a `bos` in front is not counted.
+        skip: tokens of the text that are left out before the first window; a `bos` in front does not count.
 
     Returns:
         (windows, length) int64; one shorter window if less than `length` tokens are left of the text.

@@ -12,11 +12,11 @@ from tessera.evaluation.first_token import SINK, SINKS, lacks_sinks, with_sinks
 from tessera.evaluation.records import Comparison, Row
 
 COLUMNS = ("cache", "perplexity", "Δ", "KL", "top-1", "bits", "bits in all", "cache size", "smaller", "tokens/s")
-#: Pairs of one protocol that are written out at most; the record has all.
+#: Maximum number of pairs of one protocol that are printed; the record has all.
 SHOWN_PAIRS = 3
-#: How much worse a cache may make the perplexity and still be recommended.
+#: Largest increase of perplexity of a cache that is still recommended.
 TOLERATED = 0.005
-#: Share of a cache's bytes by which another one may exceed it and still be as small.
+#: Relative difference of bytes that is ignored between caches.
 ABOUT = 0.02
 _MEANING = {
     "streaming": "streaming: chunks of {chunk} tokens, everything older read from the cache",
@@ -66,7 +66,7 @@ def tables(comparison: Comparison, named: bool = False) -> list[Table]:
 
 
 def _meaning(comparison: Comparison, protocol: str) -> str:
-    """What a protocol does, in one line."""
+    """Describe a protocol in one line."""
     sinks = any(parse(row.spec).sink for row in comparison.rows if row.protocol == protocol)
     return _MEANING[protocol].format(
         chunk=comparison.chunk, exact="nothing exact but the sinks of those that have them" if sinks else "nothing exact"
@@ -74,7 +74,7 @@ def _meaning(comparison: Comparison, protocol: str) -> str:
 
 
 def caption(comparison: Comparison) -> str:
-    """What was measured, on what, and what the columns mean."""
+    """Describe the measurement, its model and text, and the columns."""
     skipped = f" without its first {comparison.skip:,} tokens" if comparison.skip else ""
     errors = "" if all(row.kl_error is None for row in comparison.rows) else f"; errors over blocks of {NEIGHBOURS} tokens"
     return (
@@ -99,7 +99,7 @@ def differences(comparison: Comparison) -> list[str]:
 
 
 def without_sinks(comparison: Comparison) -> list[str]:
-    """A line for each cache without sinks on a model whose first token is one: what that costs."""
+    """Write a line about the cost for each cache without sinks, on a model whose first token is one."""
     if comparison.first_token is None or comparison.first_token <= SINK:
         return []
     kl = {(row.protocol, row.spec): row.kl for row in comparison.rows}
@@ -145,7 +145,7 @@ def best(comparison: Comparison) -> Row | None:
 
 
 def advice(comparison: Comparison) -> str:
-    """What to run next, in one sentence."""
+    """Recommend what to run next, in one sentence."""
     if all(row.protocol != "streaming" for row in comparison.rows):
         return "What generation would lose, which reads newer tokens exactly, is measured with --protocol streaming."
     row = best(comparison)

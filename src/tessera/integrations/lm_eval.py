@@ -1,6 +1,6 @@
 """`lm-evaluation-harness` with Tessera's caches: the model type `tessera`.
 
-The harness has no way to be told of a model type by another package, so its command is started through this module, which
+Other packages cannot register a model type with the harness's command, so the command is started through this module, which
 registers the type and leaves everything else to the harness:
 
     tessera lm-eval --model tessera --model_args pretrained=MODEL,cache="sink:4 + hqmq:4 + recent:128" --tasks lambada_openai
@@ -72,15 +72,15 @@ class TesseraLM(HFLM):
             tessera.load_memory(self.model, memory)
         self.chunk = chunk
         self.stats = None if stats is None else load_stats(stats)
-        #: Of the cache that held the most tokens so far.
+        #: The report of the cache that held the most tokens so far.
         self.report: CacheReport | None = None
-        self._new_cache()  # a model that cannot be served is refused before anything is read
+        self._new_cache()  # refuses a model that cannot be served before anything is read
 
     def _new_cache(self) -> tessera.Cache:
         return tessera.Cache(self.spec, self.model, stats=self.stats)
 
     def _note(self, cache: tessera.Cache) -> None:
-        """Remember what the longest cache held."""
+        """Keep the report of the longest cache."""
         if self.report is None or cache.get_seq_length() > self.report.tokens:
             self.report = cache.report()
 
@@ -166,7 +166,7 @@ class TesseraLM(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor, **options: Any
     ) -> Tensor:
-        """As `hf`, with all but the prompt's last token read before; context and attention_mask: (batch, tokens)."""
+        """Generate as `hf` does, after reading all but the prompt's last token; context and attention_mask: (batch, tokens)."""
         cache = self._new_cache()
         with torch.inference_mode():
             with self._precision():
@@ -181,7 +181,7 @@ class TesseraLM(HFLM):
         return made
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness notes of the model beside its results: the cache too, and what its longest one held."""
+        """Return the harness's information on the model, with the cache and the report of the longest one."""
         found: dict[str, Any] = {**super().get_model_info(), "cache": str(self.spec), "cache_chunk": self.chunk}
         if self.report is not None:
             found["cache_tokens"] = self.report.tokens
@@ -191,7 +191,7 @@ class TesseraLM(HFLM):
 
 
 def _parts(length: int, first: int, rest: int) -> list[tuple[int, int]]:
-    """[0, length) cut into a part of `first` and parts of `rest`; nothing for nothing."""
+    """Cut [0, length) into a part of `first` and parts of `rest`; no parts if it is empty."""
     ends = [*range(first, length, rest), length] if length else []
     return list(zip([0, *ends], ends, strict=False))
 

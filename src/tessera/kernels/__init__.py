@@ -1,4 +1,4 @@
-"""Kernels: attention over packed keys and values, what these stand for, the search that packs them, recurrences of memories.
+"""Kernels: attention over packed keys and values, their decoding, the search that packs them, recurrences of memories.
 
 Each is defined in PyTorch and implemented in C++ and Triton; `tessera.kernels.dispatch` chooses. All take `backend`: one of
 `tessera.kernels.dispatch.BACKENDS`, or None for what the environment variable TESSERA_BACKEND says, or else the fastest.
@@ -47,5 +47,5 @@ def attend(
 
 
 def decode(packed: Coded, backend: str | None = None) -> Tensor:
-    """What packed vectors stand for, (batch, heads, tokens, head_dim) float32."""
+    """Decode packed vectors to (batch, heads, tokens, head_dim) float32."""
     return dispatch.decode(packed, backend)

@@ -22,7 +22,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         (..., ceil(n · bits / 8)) uint8.
     """
     if not codes.numel():
-        # Without tables for n integers, of which there are none.
+        # No integers, for which there are no tables.
         return codes.new_zeros((*codes.shape[:-1], packed_bytes(codes.shape[-1], bits)), dtype=torch.uint8)
     if bits == 8:
         return codes.to(torch.uint8)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tessera.kernels.precision import without_autocast
 from tessera.quaternion import UNITS, nearest_unit, unit_projection
 
-#: Projections that are in memory at once.
+#: Maximum number of projections in memory at once.
 MANY = 1 << 22
 
 

@@ -60,7 +60,7 @@ COLLECT = Operation(
 )
 MERGE = Operation(
     "merge",
-    "the joining of parts by log-sum-exp",
+    "the merging of parts by log-sum-exp",
     Implementation("reference", reference, "merge"),
     [
         Implementation("cpu", cpu, "merge", cpu.merge_refusal),
@@ -178,9 +178,10 @@ def attend(q: Tensor, tier: Pages, params: AttendParams, backend: str | None = N
 
 @without_autocast
 def attend_exact(q: Tensor, k: Tensor, v: Tensor, params: AttendParams, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Partial attention over keys and values as they are, see `tessera.kernels.reference.attend_exact`.
+    """Partial attention over unquantised keys and values, see `tessera.kernels.reference.attend_exact`.
 
-    On a CPU in C++ for the few queries of a decoding step, by PyTorch's flash attention for many. `backend`: see `attend`.
+    On a CPU it runs in C++ for the few queries of a decoding step, and by PyTorch's flash attention for many. `backend`: see
+    `attend`.
     """
     found: tuple[Tensor, Tensor] = ATTEND_EXACT(q, k, v, params, backend=backend)
     return found
@@ -198,8 +199,8 @@ def attend_sources(
         backend: see `attend`.
 
     Returns:
-        (batch, q_heads, q_tokens, head_dim) float32, 0 where a query sees nothing; None where it cannot be done, or would be
-        slower: then `attend`, `attend_exact` and `merge` do it.
+        (batch, q_heads, q_tokens, head_dim) float32, 0 where a query sees nothing; None where it is impossible or slower: the
+        caller then uses `attend`, `attend_exact` and `merge`.
     """
     family, _, level = chosen(backend).partition(":")
     if family not in ("auto", "cpu"):
@@ -208,7 +209,7 @@ def attend_sources(
 
 
 def exact_family(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str:
-    """The family whose `attend_exact` would run."""
+    """Return the family whose `attend_exact` would run."""
     return ATTEND_EXACT.choose(None, q, k, v, params)[0].family
 
 
@@ -236,7 +237,7 @@ def attend_paged(call: paged.PagedCall, *, out: Tensor, backend: str | None = No
 def collect(
     k: Tensor, v: Tensor, pool: Tensor, ring: Tensor, layout: paged.BlockLayout, step: paged.Step, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Groups that a step makes whole, see `tessera.kernels.paged.collect`. `backend`: see `attend`."""
+    """Collect the groups that a step completes, see `tessera.kernels.paged.collect`. `backend`: see `attend`."""
     found: tuple[Tensor, Tensor] = COLLECT(k, v, pool, ring, layout, step, backend=backend)
     return found
 

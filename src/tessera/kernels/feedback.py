@@ -1,4 +1,4 @@
-"""Codes of vectors whose later chunks' errors are fed back into what is coded before them: the definition."""
+"""The definition of encoding with error feedback from a vector's later chunks to its earlier ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tessera.kernels.precision import without_autocast
 
 @without_autocast
 def encode_feedback(y: Tensor, feedback: Tensor, book: Codewords) -> Tensor:
-    """Code chunk after chunk of four, from the last to the first, each less what the errors of those coded already ask for.
+    """Encode chunks of four from the last to the first, each minus the feedback of the errors of those already encoded.
 
-    Of chunk i what is coded is t_i = y_i - sum over j > i of F_ij·e_j, where F_ij is the feedback's block of 4 x 4 numbers in
-    rows i and columns j, and e_j is what was decoded for chunk j less y_j.
+    Chunk i is encoded as t_i = y_i - sum over j > i of F_ij·e_j, where F_ij is the feedback's block of 4 x 4 numbers in
+    rows i and columns j, and e_j is the decoded chunk j minus y_j.
 
     Args:
         y: (heads, vectors, d) float32, divided by its scales; d is a multiple of four.

@@ -1,4 +1,4 @@
-"""What a kernel must know of vectors coded with a joint codebook; made by `tessera.codecs.JointHQMQ`."""
+"""The format of vectors coded with a joint codebook, for kernels; made by `tessera.codecs.JointHQMQ`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class JointFormat:
-    """A vector is R⁻¹ (scale · codewords); a key's channels are then multiplied by factors and added to means.
+    """The format of a vector R⁻¹ (scale · codewords); a key's channels are then multiplied by factors and added to means.
 
-    Its codes lie one behind the other, `bits` each, a code for four numbers: point · 2^move_bits + move, the codeword
+    Codes are packed contiguously, `bits` each, one for four numbers: point · 2^move_bits + move, the codeword
     being sign[move] · points[point][permutation[move]] · step.
 
     Attributes:
         bits: width of a code, in bits.
         move_bits: how many of them, the lowest, are the move.
-        step: what one integer of a point is worth.
+        step: the value of one unit of a point's integers.
         value_gain: values are multiplied by it.
         points: (n, 4) int16.
         permutation: (2^move_bits, 4) int64.
         sign: (2^move_bits, 4) int64, ±1.
-        scales: (256,) float32, what the byte in field "scale" stands for.
+        scales: (256,) float32, the scale for each byte of field "scale".
         group: tokens that share a row of field "centre": int16 words, a half-precision mean of which the low four bits
             hold the exponent of the factor.
         dct: (m, m) float32, and
@@ -45,7 +45,7 @@ class JointFormat:
     dct: Tensor
     signs: Tensor
 
-    #: By role, which kept field holds what kernels read.
+    #: For each role, the kept fields by the names that kernels use.
     fields: ClassVar[Mapping[Literal["key", "value"], Mapping[str, str]]] = MappingProxyType(
         {role: MappingProxyType({name: name for name in ("codes", "scale", "centre")}) for role in ("key", "value")}
     )

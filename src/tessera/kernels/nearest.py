@@ -1,10 +1,11 @@
 """Nearest codeword of a product codebook q_p·q_s, exact, in nearly constant time.
 
-The codebook is closed under the 24 units from the left, so a chunk x may be turned by a unit first: it is brought to
+The codebook is closed under left multiplication by the 24 units, so a chunk x may be rotated by a unit first: it is brought to
 the region where its nearest unit is +1, |x1| + |x2| + |x3| <= x0, in closed form. If the codebook is closed under the
 rotations s -> u·s·ū too, the vector part is brought to x1 >= x2 >= 0, x1 >= |x3| as well, which leaves 1/288 of space.
-That region is cut into cubes, and each cube keeps the codewords that are nearest for any of its points; the search
-compares just these. Cubes are halved until their lists are short, and what cannot win in a cube is dropped from its list.
+That region is cut into cubes, and each cube keeps the codewords that are nearest for any of its points; the search compares
+only these. Cubes are halved until their lists are short, and codewords that cannot be nearest in a cube are dropped from its
+list.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from tessera.quaternion import UNITS, conjugate, group_table, hamilton, nearest_
 
 #: Cubes are inflated by this much (of a unit root mean square) in every comparison, far above float32 rounding.
 MARGIN = 1e-4
-#: Chunks searched at once; bounds the memory of a call.
+#: Number of chunks searched at once, which bounds the memory of a call.
 BATCH = 1 << 15
 #: Edge of the largest cubes, longest list that is not divided further, and edge of the smallest cubes.
 ROOT, LIST, SMALLEST = 1.0, 12, 1 / 32
-#: Longest list kept. Around the origin all codewords of the smallest secondary are as good as each other, 288 of them; the
-#: few chunks that fall there are searched in full.
+#: Longest list kept. Around the origin all 288 codewords of the smallest secondary are about equally near; the few chunks there
+#: are compared with all codewords.
 LONGEST = 32
 
 
@@ -37,14 +38,14 @@ def canonical_rotation(v: Tensor) -> tuple[Tensor, Tensor]:
         v: (n, 3).
 
     Returns:
-        The turned vector (n, 3), and two numbers per vector: cyclic shift (how many places to the left, 0..2) and flips
+        The rotated vector (n, 3), and two numbers per vector: cyclic shift (how many places to the left, 0..2) and flips
         (0: none, 1: last two signs, 2: first and last, 3: first two), applied after the shift; as (n,) int64 each.
     """
     shift = v.abs().argmax(-1)
     places = (torch.arange(3, device=v.device) + shift[:, None]) % 3
     v = v.gather(-1, places)
     negative = v[:, :2] < 0
-    # Signs of (v1, v2) to mend -> the even flip that does: (-,-) first two, (-,+) first and last, (+,-) last two.
+    # Signs of (v1, v2) to fix -> the even flip that fixes them: (-,-) first two, (-,+) first and last, (+,-) last two.
     flips = torch.where(negative[:, 0], torch.where(negative[:, 1], 3, 2), negative[:, 1].long())
     signs = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=v.dtype, device=v.device)
     return v * signs[flips], shift * 4 + flips
@@ -52,7 +53,7 @@ def canonical_rotation(v: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _rotation_units() -> Tensor:
-    """For each of the twelve outcomes of `canonical_rotation` a unit g with turned = ḡ·v·g: (12,) int64."""
+    """Find, for each of the twelve outcomes of `canonical_rotation`, a unit g with rotated = ḡ·v·g: (12,) int64."""
     probe = torch.tensor([0.0, 0.3, 0.5, 0.7], dtype=torch.float32)
     table = []
     signs = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=torch.float32)
@@ -105,10 +106,10 @@ class CellIndex:
         return replace(self, **moved)
 
     def lists(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The candidate lists without padding, one behind the other, as kernels read them.
+        """Return the candidate lists without padding, concatenated, as kernels read them.
 
         Returns:
-            first, count: (rows,) int32, of each list its place and its length.
+            first, count: (rows,) int32, the offset and the length of each list.
             points: (entries, 5) float32, the components of each candidate and its bias.
             codes: (entries,) int32, their codes.
         """
@@ -122,14 +123,14 @@ class CellIndex:
 
 @dataclass(frozen=True, eq=False)
 class Codewords:
-    """A codebook as the search for the nearest codeword takes it.
+    """A codebook in the form that the search for the nearest codeword takes.
 
     Attributes:
         products: (24 S, 4) int16, row s · 24 + p is q_p·q_s in units of `step`.
         step: what one integer is worth.
         conjugations: whether the codebook is closed under s -> u·s·ū; then s = base · 12 + rotation.
-        codes: (24 S,) int64, what each product is called: a point times the number of moves, 32 with conjugations and else 8,
-            plus a move; which of a base's points and which move a product has is the same for all bases.
+        codes: (24 S,) int64, the code of each product: a point times the number of moves, 32 with conjugations and else 8, plus
+            a move; within a base, points and moves of the products are the same for all bases.
     """
 
     products: Tensor
@@ -139,7 +140,7 @@ class Codewords:
 
     @cached_property
     def index(self) -> CellIndex:
-        """What the searches in PyTorch and Triton look through; the C++ search has its own."""
+        """The index for the searches in PyTorch and Triton; the C++ search has its own."""
         return build_index(self.products.float() * self.step, self.conjugations)
 
     @cached_property
@@ -170,11 +171,11 @@ def build_index(words: Tensor, conjugations: bool) -> CellIndex:
     low, size = corner.float() * ROOT, ROOT
     box, word = _prune_far(low, words)
 
-    rows: list[tuple[Tensor, Tensor]] = []  # of each depth: number of the list within all lists, word
+    rows: list[tuple[Tensor, Tensor]] = []  # at each depth: number of the list among all lists, word
     children: list[Tensor] = []
     lists = internals = depth = 0
     roots = torch.full((0,), -1)
-    parent = torch.arange(len(low))  # where in `links` of the depth above the link to each cube goes
+    parent = torch.arange(len(low))  # position in `links` of the depth above of the link to each cube
     links = torch.full((len(low),), -1)
     while True:
         box, word = _prune(low, size, box, word, words)
@@ -218,7 +219,7 @@ def build_index(words: Tensor, conjugations: bool) -> CellIndex:
 
 
 def _touches(low: Tensor, size: float, radius: float, conjugations: bool) -> Tensor:
-    """Which cubes may meet the reduced region (a few that do not are kept): (n,) bool."""
+    """Find the cubes that may intersect the reduced region (a few that do not are kept): (n,) bool."""
     low, high = low - MARGIN, low + size + MARGIN
     least = torch.where((low < 0) & (high > 0), 0.0, torch.minimum(low.abs(), high.abs()))
     keep = (least[:, 1:].sum(-1) <= high[:, 0]) & (least.norm(dim=-1) <= radius)
@@ -246,7 +247,7 @@ def _corners(size: float) -> Tensor:
 
 
 def _prune_far(low: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """First lists, for the cubes of edge `ROOT`: codewords not farther from the whole cube than the best one at its worst."""
+    """Make the first lists, for cubes of edge `ROOT`: codewords that may be nearer than the smallest maximum distance."""
     centre = low + ROOT / 2
     half_diagonal = ROOT + MARGIN
     box, word = [], []
@@ -263,7 +264,7 @@ def _prune_far(low: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _prune(low: Tensor, size: float, box: Tensor, word: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop codewords that lose everywhere in their cube to one that is best at its centre or at a corner."""
+    """Drop codewords that are everywhere in their cube farther than one that is nearest at its centre or at a corner."""
     centre = low + size / 2
     w = words[word]
     distance = (centre[box] - w).square().sum(-1)
@@ -280,7 +281,7 @@ def _prune(low: Tensor, size: float, box: Tensor, word: Tensor, words: Tensor) -
 
 
 def _best_of_box(distance: Tensor, box: Tensor, boxes: int) -> Tensor:
-    """For each cube the position of its smallest distance. Every cube has at least one entry."""
+    """Find the position of each cube's smallest distance. Every cube has at least one entry."""
     least = distance.new_full((boxes,), torch.inf).scatter_reduce(0, box, distance, "amin")
     winners = torch.nonzero(distance == least[box]).flatten()
     best = torch.zeros(boxes, dtype=torch.long)
@@ -318,7 +319,7 @@ def _nearest(x: Tensor, index: CellIndex) -> Tensor:
         z = torch.cat((z[:, :1], v), dim=-1)
     place = z / ROOT
     corner = place.floor()
-    # Rounding may leave a chunk a hair outside the region; the cube beside it knows its candidates, thanks to MARGIN.
+    # Rounding may leave a chunk slightly outside the region; the cube beside it has its candidates, due to MARGIN.
     corner = torch.maximum(corner, index.origin).minimum(index.origin + index.dims - 1)
     link = index.roots[_flat(corner.long() - index.origin, index.dims)].long()
     place = (place - corner).clamp(0, 1)
@@ -355,7 +356,7 @@ def _rotation_order(device: torch.device) -> Tensor:
 
 @cache
 def _rotation_number(device: torch.device) -> Tensor:
-    """For each of the 24 units the number of its rotation: u and -u turn alike."""
+    """Find the number of each of the 24 units' rotations; u and -u have the same."""
     order = _rotation_order(torch.device("cpu"))
     all_units = units()
     same = (all_units @ all_units[order].T).abs() > 0.99
@@ -363,7 +364,7 @@ def _rotation_number(device: torch.device) -> Tensor:
 
 
 def reduction_tables() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the reduction to the small region needs of the group, int64.
+    """Return the group's tables for the reduction to the small region, int64.
 
     Returns:
         product: (24, 24), of two units.
@@ -379,6 +380,6 @@ def reduction_tables() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 @without_autocast
 def brute_force(x: Tensor, words: Tensor) -> Tensor:
-    """The same by comparing every codeword, the definition: (n, 4), (m, 4) -> (n,) int64."""
+    """Find the nearest codewords by comparing all of them, the definition: (n, 4), (m, 4) -> (n,) int64."""
     bias = words.square().sum(-1) / 2
     return torch.cat([(part @ words.T - bias).argmax(1) for part in x.split(max(1, (1 << 24) // len(words)))])

@@ -1,4 +1,4 @@
-"""Numbers to codes, and codes to bytes: the definitions, in PyTorch. Kernels give the same bytes."""
+"""The definitions, in PyTorch, of encoding numbers and packing codes into bytes. Kernels give the same bytes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pack_nearest(
     """
     chunks = pad(x / scale.clamp(min=1e-30).unsqueeze(-1), (0, -x.shape[-1] % 4)).unflatten(-1, (-1, 4))
     codes = torch.zeros(chunks.shape[:-1], dtype=torch.int32, device=x.device)
-    # Vectors of zeros: any code does, and chunks near the origin are found slowly.
+    # Vectors of zeros: any code will do, and the search near the origin is slow.
     live = scale > 0
     codes[live] = nearest_codes(chunks[live].reshape(-1, 4), book, search).view(-1, codes.shape[-1]).int()
     return pack_bits(codes, bits)

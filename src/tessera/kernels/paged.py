@@ -1,4 +1,4 @@
-"""Attention of an engine's step over packed pages that a block table names: the definition, in plain PyTorch.
+"""The definition, in plain PyTorch, of attention in an engine's step over packed pages in blocks.
 
 An engine cuts the memory for keys and values into blocks and gives each request a table of them. Here a block holds, for each
 key head, a few pages of `GROUP` tokens in the bytes of a codec. The codec encodes the tokens of a group together, so the group
@@ -29,7 +29,7 @@ ROLES: tuple[Role, Role] = ("key", "value")
 
 @dataclass(frozen=True)
 class Field:
-    """Where a kept tensor of one page lies.
+    """The offset, shape and dtype of a kept tensor within a page.
 
     Attributes:
         offset: bytes from the beginning of the page.
@@ -44,11 +44,11 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """The bytes of one key head in one block: `pages` pages one behind the other, then the sinks; made by `codecs.pages`.
+    """The layout of one key head in one block: `pages` contiguous pages, then the sinks; made by `codecs.pages`.
 
     Attributes:
-        forms: what kernels must know of how keys are coded and of how values are.
-        layer: index of the layer in its model; directions drawn per layer depend on it.
+        forms: the formats of keys and of values.
+        layer: index of the layer in its model; codebooks drawn per layer depend on it.
         decode: (role, fields of pages (kv_heads, pages, *shape)) -> (kv_heads, pages · GROUP, head_dim) float32.
         head_dim: numbers of a key, and of a value.
         pages: in a block, of `GROUP` tokens each.
@@ -58,8 +58,7 @@ class BlockLayout:
         sink_offset: bytes from the beginning of the block to the sinks' keys; their values follow.
         dtype: dtype of exact keys and values.
         nbytes: bytes of the whole, a multiple of the block's tokens.
-        stats: by what the channels of keys were multiplied before they were coded, of one row; None: by nothing. Exact keys
-            are as they came.
+        stats: the factors of key channels before encoding, of one row; None: there are none. Exact keys are unchanged.
     """
 
     forms: tuple[Format, Format]
@@ -82,7 +81,7 @@ class BlockLayout:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a block's token and key head, as engines count."""
+        """Bytes per token and key head of a block, as engines count them."""
         return self.nbytes // self.tokens
 
     @property
@@ -127,14 +126,14 @@ class BlockLayout:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Which tokens a step of the engine has, and where each request keeps what came before.
+    """The tokens of an engine's step, and the blocks of each request's earlier tokens.
 
     Attributes:
         first: (requests + 1,) int32 on the CPU; tokens [first[r], first[r + 1]) of the step belong to request r.
         lengths: (requests,) int32 on the CPU: tokens of each request, those of the step included, which are its last.
         table: (requests, any) int32, the blocks of each request.
         rings: (requests, at least 1) int32, its first column the block that is each request's ring.
-        memo: what backends derive from this and want to keep as long as it lives.
+        memo: data that backends derive from this and keep as long as it exists.
     """
 
     first: Tensor
@@ -144,12 +143,12 @@ class Step:
     memo: dict[Any, Any]
 
     def spans(self) -> list[tuple[int, int, int]]:
-        """Of each request the number of its first token in the step, and the positions [start, end) of its tokens."""
+        """Return for each request the index of its first token in the step, and the positions [start, end) of its tokens."""
         first, lengths = self.first.tolist(), self.lengths.tolist()
         return [(first[r], end - (first[r + 1] - first[r]), end) for r, end in enumerate(lengths)]
 
     def whole_groups(self) -> Tensor:
-        """Groups that the step makes whole: (2, n) int32 on the CPU, the request of each and its number there."""
+        """Return the groups that the step completes: (2, n) int32 on the CPU, the request of each and its number within it."""
         if "groups" not in self.memo:
             found = [
                 (r, group) for r, (_, start, end) in enumerate(self.spans()) for group in range(start // GROUP, end // GROUP)
@@ -159,10 +158,10 @@ class Step:
 
 
 class PagedCall(NamedTuple):
-    """What attention of a step takes.
+    """The arguments of attention in a step.
 
     Attributes:
-        q: (tokens, q_heads, head_dim), the requests' tokens one behind the other.
+        q: (tokens, q_heads, head_dim), the requests' tokens concatenated.
         k, v: (tokens, kv_heads, head_dim), of the same tokens.
         pool: (blocks, kv_heads, nbytes) uint8.
         ring: (blocks, kv_heads, ring tokens, ring_bytes) uint8; token t of a request lies at t modulo the ring's tokens.
@@ -171,7 +170,8 @@ class PagedCall(NamedTuple):
         scale: multiplies the scores.
         softcap: scores become softcap · tanh(score / softcap); None: they stay.
         window: a query sees this many newest tokens, itself included; None: all.
-        drains: (q_heads,) logits that take their share of the softmax and give nothing, as gpt-oss has them; None: none.
+        drains: (q_heads,) attention-sink logits, which take part in the softmax and have no value, as in gpt-oss; None: there
+            are none.
     """
 
     q: Tensor
@@ -188,7 +188,7 @@ class PagedCall(NamedTuple):
 
 
 def attend_paged(call: PagedCall) -> Tensor:
-    """Attention of all tokens of a step. What the step makes whole must be in the pool already (`codecs.pages.write`).
+    """Attention of all tokens of a step. Groups that the step completes must be in the pool already (`codecs.pages.write`).
 
     Returns:
         (tokens, q_heads, head_dim) float32.
@@ -214,7 +214,7 @@ def attend_paged(call: PagedCall) -> Tensor:
 
 
 def _packed(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """What the first groups of a request stand for: keys and values, (kv_heads, tokens, head_dim) float32 each."""
+    """Decode the first groups of a request: keys and values, (kv_heads, tokens, head_dim) float32 each."""
     views = layout.views(pool)
     blocks = table[: -(-groups // layout.pages)].long()
     found = []
@@ -228,7 +228,7 @@ def _packed(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -> tu
 
 
 def _exact(call: PagedCall, r: int) -> tuple[Tensor, Tensor]:
-    """A request's exact tokens, from the group on that its step begins in: (kv_heads, n, head_dim) float32 each."""
+    """Return a request's exact tokens from the group in which its step begins: (kv_heads, n, head_dim) float32 each."""
     token, start, end = call.step.spans()[r]
     base = start // GROUP * GROUP
     mine = call.layout.ring(call.ring)[int(call.step.rings[r, 0])]
@@ -262,7 +262,7 @@ def _softmax(call: PagedCall, q: Tensor, k: Tensor, v: Tensor, start: int) -> Te
 
 
 def collect(k: Tensor, v: Tensor, ring: Tensor, layout: BlockLayout, step: Step) -> tuple[Tensor, Tensor]:
-    """Exact keys and values of the groups that a step makes whole: (n, kv_heads, GROUP, head_dim) float32 each."""
+    """Collect exact keys and values of the groups that a step completes: (n, kv_heads, GROUP, head_dim) float32 each."""
     requests, numbers = step.whole_groups().to(k.device).long()
     first, lengths = step.first.to(k.device).long(), step.lengths.to(k.device).long()
     start = (lengths - (first[1:] - first[:-1]))[requests, None]
@@ -276,12 +276,12 @@ def collect(k: Tensor, v: Tensor, ring: Tensor, layout: BlockLayout, step: Step)
 
 
 def collect_from(k: Tensor, v: Tensor, pool: Tensor, ring: Tensor, layout: BlockLayout, step: Step) -> tuple[Tensor, Tensor]:
-    """`collect`; the pool is what kernels check tables against."""
+    """Do what `collect` does; kernels check the tables against the pool."""
     return collect(k, v, ring, layout, step)
 
 
 def fill_rings(k: Tensor, v: Tensor, ring: Tensor, layout: BlockLayout, step: Step) -> None:
-    """Let each request's ring hold the newest tokens of the step."""
+    """Write the newest tokens of the step into each request's ring."""
     size = ring.shape[2]
     index = [
         (int(step.rings[r, 0]), at % size, token + at - start)
@@ -293,11 +293,11 @@ def fill_rings(k: Tensor, v: Tensor, ring: Tensor, layout: BlockLayout, step: St
 
 
 def finish(found: Tensor, call: PagedCall, out: Tensor) -> None:
-    """Put what `attend_paged` gives into `out`, (tokens, q_heads, head_dim), and then `fill_rings`."""
+    """Write the result of `attend_paged` into `out`, (tokens, q_heads, head_dim), and then call `fill_rings`."""
     out.copy_(found)
     fill_rings(call.k, call.v, call.ring, call.layout, call.step)
 
 
 def attend_step(call: PagedCall, *, out: Tensor) -> None:
-    """`attend_paged` and `finish`."""
+    """Call `attend_paged` and then `finish`."""
     finish(attend_paged(call), call, out)

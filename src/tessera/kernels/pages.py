@@ -1,4 +1,4 @@
-"""A packed tier as kernels read it: pages of keys and values, one behind the other."""
+"""The pages of a packed tier in the form that kernels read."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ Format: TypeAlias = JointFormat | ProductFormat | ScalarFormat
 
 
 class KernelCodec(Protocol):
-    """What kernels ask of a codec."""
+    """The interface of codecs that kernels use."""
 
     spec: str
 
     def kernel_format(self, dim: int) -> Format | None:
-        """What they must know of vectors of `dim` numbers; None if there are no kernels for them."""
+        """Return the format of vectors of `dim` numbers; None if there are no kernels for them."""
 
     def decode_reference(self, packed: Any) -> Tensor:
-        """What packed vectors stand for, in PyTorch: the definition, in float32."""
+        """Decode packed vectors in PyTorch, in float32: the definition."""
 
     def summary(self, pages: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """What is known of the keys of each block of pages without decoding them, if the codec keeps it."""
+        """Summarise the keys of each block of pages without decoding them, if the codec can."""
 
 
 class Coded(Protocol):
-    """Coded keys or values as kernels read them; `tessera.codecs.Packed` is what they are."""
+    """The interface of coded keys or values, implemented by `tessera.codecs.Packed`."""
 
     @property
     def codec(self) -> KernelCodec: ...  # noqa: D102
@@ -60,7 +60,7 @@ class Coded(Protocol):
 
 
 class Widened(Protocol):
-    """What says by how much channels of keys were multiplied before they were coded; `KeyStats` is what does."""
+    """The interface of factors of key channels before encoding, implemented by `KeyStats`."""
 
     @property
     def sizes(self) -> Tensor:
@@ -68,27 +68,27 @@ class Widened(Protocol):
 
     @property
     def table(self) -> Tensor:
-        """One over what the channel was multiplied by, for each byte: (256,) float32 on the CPU."""
+        """The inverse factor for each byte value: (256,) float32 on the CPU."""
 
     @property
     def narrowing(self) -> Tensor:
-        """The same for each channel: (batch, kv_heads, head_dim) float32."""
+        """The inverse factor of each channel: (batch, kv_heads, head_dim) float32."""
 
 
 class Pages:
     """Packed keys and values, (batch, kv_heads, tokens, head_dim) in all. Immutable.
 
     Args:
-        pages: at least one pair of keys and values of one layer, each encoded as what it is, of equal shapes; keys and values
-            may have codecs of their own. Only tokens may differ from page to page.
-        before: pages whose first ones may be the same objects; what is known of these is taken over.
-        stats: by whose `narrowing` the channels of decoded keys are multiplied or, instead, those of the queries that read
-            them; None: by nothing.
+        pages: at least one pair of keys and values of one layer, encoded with the roles "key" and "value", of equal shapes;
+            keys and values may have different codecs. Only the number of tokens may differ between pages.
+        before: earlier pages, whose derived data are reused where the first pages are the same objects.
+        stats: its `narrowing` multiplies the channels of decoded keys or, equivalently, of the queries that read them; None:
+            there are no factors.
 
     Attributes:
         pages: as given.
         shape: (batch, kv_heads, tokens, head_dim).
-        memo: what backends derive from the pages and want to keep as long as they live.
+        memo: data that backends derive from the pages and keep as long as they exist.
     """
 
     def __init__(self, pages: Sequence[tuple[Coded, Coded]], before: Pages | None = None, stats: Widened | None = None) -> None:
@@ -115,15 +115,15 @@ class Pages:
         self.memo: dict[Any, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # As below: addresses mean nothing elsewhere, and here they would keep nobody's tensors alive.
+        # As below: addresses are meaningless elsewhere, and here nothing would keep their tensors alive.
         return Pages, (self.pages, None, self.stats)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
-        # What backends keep, addresses among it, is of these pages and not of their copies.
+        # Data of backends, such as addresses, belong to these pages and not to copies.
         return Pages(deepcopy(self.pages, memo), stats=deepcopy(self.stats, memo))
 
     def notes(self, name: str, make: Callable[[Coded, Coded], T]) -> list[T]:
-        """What a backend notes of each page, under a name of its own: made once a page, however many are added behind it."""
+        """Return data that a backend derives from each page, by name: computed once per page, also when pages are added."""
         notes = self._notes.setdefault(name, [])
         notes += [make(keys, values) for keys, values in self.pages[len(notes) :]]
         return notes
@@ -134,7 +134,7 @@ class Pages:
         return self.starts[-1]
 
     def form(self) -> tuple[Format | None, Format | None]:
-        """What kernels must know of how keys are coded and of how values are; None where they have none for it."""
+        """The formats of keys and of values; None where there is no kernel for a codec."""
         keys, values = self.codecs
         form = keys.kernel_format(self.shape[3])
         return form, form if values is keys else values.kernel_format(self.shape[3])
@@ -146,12 +146,12 @@ class Pages:
         return keys.codec, values.codec
 
     def lacking(self, kind: type[Any] = object) -> str | None:
-        """The spec of the first codec whose format is not known to kernels, or not of a kind; None if both are."""
+        """Return the spec of the first codec without a kernel format, or without one of a given kind; None if both have it."""
         formats = zip(self.codecs, self.form(), strict=True)
         return next((codec.spec for codec, form in formats if form is None or not isinstance(form, kind)), None)
 
     def check(self, q: Tensor, params: AttendParams) -> tuple[Format, Format]:
-        """`form`, for queries (batch, q_heads, q_tokens, head_dim) and a mask that fit.
+        """Return `form`, after checking that queries (batch, q_heads, q_tokens, head_dim) and a mask fit.
 
         Raises:
             ValueError: if they do not, or there is no kernel for a codec.
@@ -167,7 +167,7 @@ class Pages:
         return keys, values
 
     def decode(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of tokens [start, stop)."""
+        """Decode keys and values of tokens [start, stop)."""
         keys, values = self.decode_coded(start, stop)
         if self.stats is not None:
             most = min(torch.finfo(keys.dtype).max, torch.finfo(torch.float32).max)
@@ -175,7 +175,7 @@ class Pages:
         return keys, values
 
     def narrowed(self, q: Tensor) -> Tensor:
-        """Queries (batch, q_heads, q_tokens, head_dim) as they read the keys before their channels are multiplied."""
+        """Apply the inverse factors of key channels to queries (batch, q_heads, q_tokens, head_dim) instead of to keys."""
         if self.stats is None:
             return q
         batch, heads, tokens, dim = q.shape
@@ -183,7 +183,7 @@ class Pages:
         return (grouped * self.stats.narrowing.unsqueeze(2)).view(batch, heads, tokens, dim)
 
     def decode_coded(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """`decode` before the channels of the keys are multiplied."""
+        """Decode without applying the inverse factors of key channels."""
         stop = self.tokens if stop is None else stop
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -196,18 +196,18 @@ class Pages:
 
 
 def decode_reference(packed: Coded) -> Tensor:
-    """What packed vectors stand for, (batch, heads, tokens, head_dim) float32, by the definition of their codec."""
+    """Decode packed vectors to (batch, heads, tokens, head_dim) float32 by the definition of their codec."""
     return packed.codec.decode_reference(packed)
 
 
 def _same(pages: Sequence[tuple[Coded, Coded]], others: Sequence[tuple[Coded, Coded]]) -> int:
-    """How many of the first pages are the very objects of the others."""
+    """Count how many of the first pages are identical objects."""
     pairs = zip(pages, others, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a[0] is not b[0] or a[1] is not b[1]), min(len(pages), len(others)))
 
 
 def strided(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
-    """A mask whose keys lie next to each other, bool, and its strides over batch, heads and queries, 0 where it is shared."""
+    """Return a bool mask with contiguous keys, and its strides over batch, heads and queries, 0 where it is shared."""
     if mask is None:
         return None, (0, 0, 0)
     if mask.dtype != torch.bool or (mask.shape[-1] > 1 and mask.stride(-1) != 1):

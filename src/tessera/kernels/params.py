@@ -1,4 +1,4 @@
-"""What attention to one part of a sequence depends on besides queries, keys and values."""
+"""The parameters of attention to one part of a sequence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class AttendParams:
-    """The rule by which queries see keys, and what scores become before the softmax.
+    """The visibility of keys for queries, and the transformation of scores before the softmax.
 
     Attributes:
         scale: multiplies the scores.
@@ -26,12 +26,12 @@ class AttendParams:
     window: int | None = None
 
     def queries(self, a: int, b: int) -> AttendParams:
-        """The same for queries [a, b) alone."""
+        """Return the parameters for queries [a, b) only."""
         mask = None if self.mask is None else self.mask[:, :, a:b]
         return replace(self, mask=mask, start=None if self.start is None else self.start + a)
 
     def keys(self, tokens: int, queries: int) -> tuple[int, int]:
-        """The first and the end of the keys that any of `queries` queries can see by position, of `tokens` keys."""
+        """Return the range [first, end) of the `tokens` keys that any of `queries` queries can see by position."""
         if self.start is None:
             return 0, tokens
         begin = 0 if self.window is None else max(0, self.start - self.window + 1)

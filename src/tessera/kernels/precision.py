@@ -1,4 +1,4 @@
-"""Keeping autocast out of what is computed in float32 by definition."""
+"""Disabling autocast for computations that are defined in float32."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ R = TypeVar("R")
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A block in which autocast does not round what is computed on a device."""
-    # Entering a block of autocast takes longer than looking; and there is none for "meta", where nothing is computed.
+    """Return a context in which autocast is off for a device."""
+    # Entering a context of autocast takes longer than this check; and there is none for "meta", where nothing is computed.
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def without_autocast(kernel: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """The same function of a tensor, with autocast off for the tensor's device: it would round products to half precision."""
+    """Wrap a function of a tensor to run with autocast off for the tensor's device, which would round products."""
 
     @wraps(kernel)
     def run(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -34,6 +34,6 @@ def without_autocast(kernel: Callable[Concatenate[Tensor, P], R]) -> Callable[Co
 
 
 def join(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Tensors one behind the other in the widest of their dtypes; autocast to one half precision refuses to join the other."""
+    """Concatenate tensors in the widest of their dtypes, which autocast to another half precision would refuse."""
     with no_autocast(parts[0].device):
         return torch.cat(list(parts), dim)

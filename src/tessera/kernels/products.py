@@ -1,4 +1,4 @@
-"""What a kernel must know of vectors coded by direction and radius; made by `tessera.codecs.HQMQ`."""
+"""The format of vectors coded by direction and radius, for kernels; made by `tessera.codecs.HQMQ`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ProductFormat:
-    """A vector is R⁻¹ (scale · level · direction) for every four numbers, but for those that are kept as they are.
+    """The format of a vector R⁻¹ (scale · level · direction) for every four numbers, except those kept in half precision.
 
-    Its codes lie one behind the other, `bits` each: direction · 2^radius_bits + level. Field "scale" is in half precision;
+    Codes are packed contiguously, `bits` each: direction · 2^radius_bits + level. Field "scale" is in half precision;
     a bit of "flags" is set for four numbers that are rows of "kept" instead.
 
     Attributes:
@@ -33,9 +33,9 @@ class ProductFormat:
     dct: Tensor
     signs: Tensor
 
-    #: Values are multiplied by it.
+    #: The factor of decoded values.
     value_gain = 1.0
-    #: By role, which kept field holds what kernels read.
+    #: For each role, the kept fields by the names that kernels use.
     fields: ClassVar[Mapping[Literal["key", "value"], Mapping[str, str]]] = MappingProxyType(
         {role: MappingProxyType({name: name for name in ("codes", "scale", "flags", "kept")}) for role in ("key", "value")}
     )

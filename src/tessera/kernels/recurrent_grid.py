@@ -1,18 +1,18 @@
-"""The recurrence of a grid of cells that are written and read, in PyTorch.
+"""The recurrence of a grid of cells, in PyTorch.
 
 What does not depend on the state is computed for many steps at once.
 
 At step t, with hidden h and cell c of shape (batch, channels, depth, height, width):
 
-    read   what lies in h at some places, by trilinear interpolation
+    read   h at some places, by trilinear interpolation
     V      = the outer product of one vector for each axis, a channel at a time
     gates  i, f, o, g = W [V, S h] + b, where S is a stencil of three cells along each axis in turn; or W V + b
     new    c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c')
     update c, h <- c', h'; or, with a mask M, c + M (c' - c) and h + M (h' - h)
 
-Grids of one or two axes have one cell along those in front. Steps go through in segments: only the state between segments is
-kept for backward, which computes a segment anew. Where the gates do not see h, the recurrence is linear in c, and in h given c,
-and a segment is computed at once (`linear_scan`).
+Grids of one or two axes have one cell along those in front. Steps are processed in segments: only the states between segments
+are kept for backward, which recomputes each segment. Where the gates do not see h, the recurrence is linear in c, and in h
+given c, and a segment is computed at once (`linear_scan`).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from torch.nn.functional import conv3d, grid_sample
 
 from tessera.kernels.precision import without_autocast
 
-#: Numbers that a segment may hold for each of its intermediate results.
+#: Maximum number of elements of each intermediate result of a segment.
 _SEGMENT = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """What each step brings.
+    """The inputs of each step.
 
     Attributes:
         written: V's vectors by axis, (batch, steps, size, channels) each.
-        mask: the vectors of M by axis, (batch, steps, size) each; None: all cells are updated. Where one is zero a form may
-            compute nothing, gradients of the mask included.
+        mask: the vectors of M by axis, (batch, steps, size) each; None: all cells are updated. Where it is zero an
+            implementation may skip the cell, gradients of the mask included.
         read: (batch, steps, reads, 3), places in cells, from 0 to size - 1.
     """
 
@@ -61,7 +61,7 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """How gates are computed.
+    """The parameters of the gates.
 
     Attributes:
         weight: W, (4 channels, 2 channels): rows i, f, o, g, columns V, h; or (4 channels, channels): h is not seen.
@@ -111,8 +111,8 @@ def advance(
     Args:
         h, c: (batch, channels, depth, height, width).
         steps, gates: see there.
-        every: steps in a segment; None: a good number.
-        compiled: a step goes through `torch.compile`, which takes a while when it first meets a shape.
+        every: steps in a segment; None: chosen by size.
+        compiled: whether steps are compiled by `torch.compile`, which takes a while for each new shape.
 
     Returns:
         what each step read of the state before it, (batch, steps, reads, channels); h and c after the last.
@@ -127,14 +127,14 @@ def advance(
 
 
 def advance_compiled(h: Tensor, c: Tensor, steps: Steps, gates: Gates) -> tuple[Tensor, Tensor, Tensor]:
-    """`advance` whose steps are compiled to Triton by `torch.compile`."""
+    """Run `advance` with steps that `torch.compile` compiles to Triton."""
     return advance(h, c, steps, gates, compiled=True)
 
 
 def _segments(
     h: Tensor, c: Tensor, steps: Steps, gates: Gates, every: int, compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """`advance`, and the states before each segment."""
+    """Run `advance`, and also return the states before each segment."""
     reads, kept = [], []
     for begin in range(0, steps.read.shape[1], every):
         kept += [h, c]
@@ -164,7 +164,7 @@ def _segment(h: Tensor, c: Tensor, steps: Steps, gates: Gates, compiled: bool) -
 def _step(
     h: Tensor, c: Tensor, seen: Tensor, mask: Tensor | None, read: Tensor, weight: Tensor, taps: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What depends on the state in one step; `seen` is W V + b."""
+    """Compute the part of one step that depends on the state; `seen` is W V + b."""
     found = interpolate(h, read)
     near = h if taps is None else stencil(h, taps)
     i, f, o, g = (seen + (weight @ near.flatten(2)).view_as(seen)).chunk(4, dim=1)
@@ -177,7 +177,7 @@ def _step(
 
 @cache
 def _compiled_step() -> Any:
-    """`_step` by `torch.compile`: a step alone, so that it is compiled once for any number of steps."""
+    """Compile `_step` by `torch.compile`: a single step, so that it is compiled once for any number of steps."""
     return torch.compile(_step, dynamic=False)
 
 
@@ -211,7 +211,7 @@ def linear_scan(decay: Tensor, added: Tensor, start: Tensor) -> Tensor:
 
 
 def _doubling(decay: Tensor, x: Tensor) -> Tensor:
-    """`linear_scan` from zero: spans of 1, 2, 4, ... steps are joined. Decays are only multiplied, so that none overflows."""
+    """Compute `linear_scan` from zero by joining spans of 1, 2, 4, ... steps. Decays are only multiplied, so none overflows."""
     span, steps = 1, x.shape[1]
     while span < steps:
         x = torch.cat((x[:, :span], x[:, span:] + decay[:, span:] * x[:, :-span]), dim=1)
@@ -221,7 +221,7 @@ def _doubling(decay: Tensor, x: Tensor) -> Tensor:
 
 
 class _LinearScan(torch.autograd.Function):
-    """Backward of a linear scan is one that runs the other way."""
+    """A linear scan, whose backward is a linear scan in reverse."""
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, added: Tensor, start: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ class _LinearScan(torch.autograd.Function):
 
 
 class _Recomputed(torch.autograd.Function):
-    """Segments, of which backward computes one after the other anew, the last first."""
+    """Segments that backward recomputes one after the other, the last first."""
 
     @staticmethod
     def forward(ctx: Any, every: int, compiled: bool, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Attention over one part of a sequence, and the way parts become a whole: the definition, in plain PyTorch.
+"""The definition, in plain PyTorch, of attention over one part of a sequence and of the merge of parts.
 
 Softmax attention over keys 1..n can be computed from any partition of them: each part gives its own normalised output and
 the log of its sum of exponentials (lse), and `merge` weighs the outputs by exp(lse). Queries of a group share their key head,
@@ -17,9 +17,9 @@ from tessera.kernels.pages import Pages
 from tessera.kernels.params import AttendParams
 from tessera.kernels.precision import without_autocast
 
-#: Scores that are in memory at once, in elements (4 bytes each).
+#: Maximum number of scores in memory at once (4 bytes each).
 SCORES = 1 << 23
-#: Keys that are read, and if packed decoded, at once: at least and at most. Every codec's group divides the least.
+#: Minimum and maximum number of keys that are read, and decoded if packed, at once. Every codec's group divides the minimum.
 FEW, MANY = 256, 1024
 
 
@@ -50,7 +50,7 @@ def attend_exact(
     v: Tensor,
     params: AttendParams,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` over keys and values that are not packed. k, v: (batch, kv_heads, tokens, head_dim)."""
+    """Do what `attend` does over keys and values that are not packed. k, v: (batch, kv_heads, tokens, head_dim)."""
     check_exact(q, k, v, params)
 
     def block(a: int, b: int) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ def _tile(
         if seen is not None:
             scores = scores.masked_fill(~seen, -math.inf)
         new = torch.maximum(top, scores.amax(-1, keepdim=True))
-        # A query that has seen nothing yet keeps a maximum of -inf; subtracting 0 instead leaves its weights 0.
+        # A query that has seen no key yet has a maximum of -inf; subtracting 0 instead keeps its weights 0.
         base = new.masked_fill(new == -math.inf, 0.0)
         weight = torch.exp(scores - base)
         keep = torch.exp(top - base)
@@ -164,7 +164,7 @@ def _tile(
 
 
 def _positions(a: int, b: int, tokens: int, start: int | None, window: int | None, device: torch.device) -> Tensor | None:
-    """(tokens, b - a) bool of what the positions allow, or None if they allow all of it."""
+    """Return (tokens, b - a) bool of the keys that positions allow, or None if they allow all."""
     if start is None:
         return None
     causal, near = b - 1 > start, window is not None and a < start + tokens - window

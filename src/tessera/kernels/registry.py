@@ -1,10 +1,10 @@
-"""Which implementation of an operation runs: the fastest that can, or the one that is asked for.
+"""The choice of an operation's implementation: the fastest that can run, or the one that is requested.
 
-An operation has a definition in PyTorch ("reference") and implementations of other families, each with its capability: a
-function of the operation's arguments that says why it cannot run, or None. One rule chooses for all operations:
+An operation has a definition in PyTorch ("reference") and implementations of other families, each with a function of the
+operation's arguments that says why it cannot run, or None. One rule applies to all operations:
 
-- "auto": the first family, in the order given, that is of the tensors' device and can; else the definition. Where that
-  is slow and only an installation is lacking, a warning says so once;
+- "auto": the first family, in the order given, for the tensors' device that can run; else the definition. Where that is slow
+  and only an installation is missing, a warning says so once;
 - a family by name: it runs. If it cannot, that is an error, or, for the small operations beside the main ones
   (`strict` false), the definition runs. An operation that the family does not have is left to the definition.
 
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from tessera.kernels import cpu, triton
 
-#: What TESSERA_BACKEND and `backend` may say.
+#: The values of TESSERA_BACKEND and `backend`.
 BACKENDS = ("auto", "reference", "cpu", *(f"cpu:{level}" for level in cpu.LEVELS), "triton")
-#: Of families with kernels: the device that their tensors are on.
+#: The device of each family of kernels.
 DEVICES = {"cpu": "cpu", "triton": "cuda"}
 
 #: All operations, by name.
@@ -41,10 +41,10 @@ class Implementation:
 
     Attributes:
         family: "reference", "cpu" or "triton".
-        module, name: where the function is; it is looked up when it runs.
+        module, name: the function's module and name, looked up when it runs.
         refusal: a function of the operation's positional arguments that says why it cannot run, or None.
         levels: whether the function takes `level`, an instruction set, by name.
-        asked: whether it runs only where its family is asked for.
+        asked: whether it runs only where its family is requested.
     """
 
     family: str
@@ -55,7 +55,7 @@ class Implementation:
     asked: bool = False
 
     def run(self, *args: Any, level: str | None = None, **options: Any) -> Any:
-        """Call it."""
+        """Call the implementation."""
         function = getattr(self.module, self.name)
         return function(*args, level=level, **options) if self.levels else function(*args, **options)
 
@@ -65,11 +65,11 @@ class Operation:
 
     Args:
         name: name of the operation.
-        what: a few words on it.
+        what: a short description.
         definition: the implementation in PyTorch, which can always run.
         implementations: implementations of other families, the preferred first.
-        strict: whether it is an error if a family that is asked for cannot run.
-        quiet: whether the definition is fast enough to run without a word.
+        strict: whether it is an error if a requested family cannot run.
+        quiet: whether the definition is fast enough to run without a warning.
     """
 
     def __init__(
@@ -118,13 +118,13 @@ class Operation:
                 say_once(self.what, why)
 
     def __call__(self, *args: Any, backend: str | None = None, **options: Any) -> Any:
-        """Run what `choose` chooses. args: what capabilities are asked about; options: what the functions take besides."""
+        """Run the chosen implementation. args: arguments that the choice depends on; options: further arguments."""
         one, level = self.choose(backend, *args)
         return one.run(*args, level=level, **options)
 
 
 def chosen(backend: str | None) -> str:
-    """The backend asked for by argument, or else by the environment, or "auto".
+    """Return the backend requested by argument, or else by the environment, or "auto".
 
     Raises:
         ValueError: if there is none of that name, or the processor lacks its instructions.
@@ -140,12 +140,12 @@ def chosen(backend: str | None) -> str:
 
 
 def missing(family: str) -> str | None:
-    """Why a family's kernels cannot run here, whatever the operation; None if they can."""
+    """Say why a family's kernels cannot run here for any operation, or return None if they can."""
     return cpu.MISSING if family == "cpu" else triton.missing()
 
 
 def _device(args: Sequence[Any]) -> str:
-    """The kind of device that the first tensor, or what is coded, is on."""
+    """Return the type of the device of the first tensor or pages."""
     first = args[0]
     while not isinstance(first, Tensor) and isinstance(first, Sequence):
         first = first[0]
@@ -155,5 +155,5 @@ def _device(args: Sequence[Any]) -> str:
 
 @cache
 def say_once(what: str, why: str) -> None:
-    """Warn that something runs in plain PyTorch, and why; of the same thing once."""
+    """Warn that an operation runs in plain PyTorch, and why; once for each operation and reason."""
     warnings.warn(f"{what} runs in plain PyTorch, which is slow: {why}", stacklevel=6)

@@ -1,4 +1,4 @@
-"""What a kernel must know of vectors coded number by number; made by `int`, `scalar`, `q4_0`, `q8_0`, `kivi` and `fp8`."""
+"""The format of vectors coded number by number, for kernels; made by `int`, `scalar`, `q4_0`, `q8_0`, `kivi` and `fp8`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Numbers: TypeAlias = Literal["uniform", "levels", "blocks", "groups", "fp8"]
 
 @dataclass(frozen=True, eq=False)
 class ScalarFormat:
-    """A vector is R⁻¹ (numbers), each number of one code; codes lie one behind the other, `bits` each.
+    """The format of a vector R⁻¹ (numbers), with one code for each number; codes are packed contiguously, `bits` each.
 
     Attributes:
-        numbers: what a code stands for:
+        numbers: how a code is decoded:
             "uniform": (code - zero) · scale of the vector;
             "levels": levels[code] · scale of the vector;
             "blocks": ggml's q4_0 or q8_0, by `bits`: blocks of 32 numbers, a half-precision scale and the codes, which
@@ -27,7 +27,7 @@ class ScalarFormat:
         zero: the code of 0, for "uniform".
         levels: (2^bits,) float32, for "levels"; else without elements.
         factor: the scale of a vector is to be multiplied by it.
-        fields: by role, which kept field holds the kernels' "codes", "scale" and "low". Scales and lows are in half
+        fields: for each role, the kept fields of the kernels' "codes", "scale" and "low". Scales and lows are in half
             precision.
         dct: (m, m) float32, and
         signs: (head_dim,) float32, of the rotation R, see `JointFormat`.
@@ -42,10 +42,10 @@ class ScalarFormat:
     dct: Tensor
     signs: Tensor
 
-    #: Values are multiplied by it.
+    #: The factor of decoded values.
     value_gain = 1.0
 
     @property
     def number(self) -> int:
-        """Of what codes stand for, as the kernels count it."""
+        """The index of `numbers` in the C++ kernels."""
         return get_args(Numbers).index(self.numbers)

@@ -1,4 +1,4 @@
-"""A source of keys and values, and where the queries stand to it."""
+"""A source of keys and values, and the positions of the queries relative to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tessera.kernels.pages import Pages
 
 
 class Source(NamedTuple):
-    """What queries read in one go.
+    """Keys and values that queries read in one operation.
 
     Attributes:
         held: packed pages, or keys and values (batch, kv_heads, tokens, head_dim).

@@ -1,9 +1,9 @@
 """The model that comes with Tessera: a small language model of Python source code, and the text it never saw.
 
 The model is a 5-million-parameter Llama trained by this project (`tessera train demo`), small enough to ship and good
-enough to measure on: it uses its whole context, so what a cache forgets shows in its answers.
+enough to measure on: it uses its whole context, so what a cache loses changes its predictions.
 
-Models to train are in `tessera.lab.models`; those of them that had their names here have them still.
+Models to train are in `tessera.lab.models`; those that were here in version 0.1 can still be imported from here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
     "load_demo",
 ]
 
-#: Names of version 0.1 whose home is the lab now. It is imported when one of them is first used.
+#: Names of version 0.1 that moved to the lab, which is imported when one of them is first used.
 _IN_LAB = {
     "GPT": "tessera.lab.models",
     "GPTConfig": "tessera.lab.models",
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
 
 
 def introduce(model_type: str | None) -> None:
-    """Let transformers' Auto classes know a kind of model that is trained here, where a configuration names one.
+    """Register the lab's models with transformers' Auto classes when a configuration names one.
 
     Args:
         model_type: the field of a configuration; nothing happens unless it is "tessera_gpt" or "tessera_vit".

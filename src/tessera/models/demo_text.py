@@ -26,6 +26,6 @@ def heldout_text(max_bytes: int | None = None) -> str:
         raise ValueError(f"max_bytes must not be negative, got {max_bytes}")
     if not _FILE.is_file():
         raise FileNotFoundError(f"The held-out text is not at {_FILE}. Reinstall tessera, or pass a text of your own.")
-    # A checkout may have given its lines other ends.
+    # A checkout may have converted the line ends.
     data = _FILE.read_bytes().replace(b"\r\n", b"\n")
     return data[:max_bytes].decode("utf-8", errors="ignore")

@@ -1,4 +1,4 @@
-"""Which cache fits: exact bytes of every candidate at a context, from a model's config alone, ranked by measured errors."""
+"""The planner: exact bytes of every candidate cache at a context, from a model's config only, ranked by measured errors."""
 
 from __future__ import annotations
 

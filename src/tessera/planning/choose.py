@@ -1,4 +1,4 @@
-"""`tessera.plan`: the cache to use for a model, a context and a budget, and the table that it was chosen from."""
+"""`tessera.plan`: the choice of a cache for a model, a context and a budget, with a table of the candidates."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tessera.planning.measured import measured
 from tessera.planning.sizes import parse_bytes, parse_rate, parse_tokens
 from tessera.wrapped import unwrap
 
-#: Tokens by which the contexts that are reached are counted.
+#: The step, in tokens, in which reached contexts are counted.
 STEP = 1024
-#: What keys and values may be in.
+#: Dtypes that keys and values may have.
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -33,15 +33,15 @@ class PlanRow:
 
     Attributes:
         spec: specification of the cache.
-        nbytes: what `Cache.report().nbytes` of a real one would be behind the context, all rows together.
+        nbytes: `Cache.report().nbytes` of a real cache after the context, all rows together.
         fits: whether that is within the budget.
-        kl: measured KL divergence from the exact model, in nats a token, of the codec on the model of the table, of several the
-            one that errs most; 0 for an exact cache. None: of a codec that was not measured or is not read whole, or where
-            tokens are dropped, whose loss no codec's error tells.
-        kept: tokens of the context that a full layer still holds behind it.
+        kl: measured KL divergence from the exact model, in nats a token, of the codec on the model of the table, of several
+            codecs the largest; 0 for an exact cache. None: for a codec that was not measured or is read sparsely, or where
+            tokens are dropped, whose loss the codec's error does not include.
+        kept: tokens of the context that a full layer holds at its end.
         reach: most tokens, in whole 1,024, that the budget holds; None: any number.
         read: bytes of keys and values that attention reads for the next token of every row.
-        seconds: what reading them takes at the bandwidth; None: no bandwidth was given.
+        seconds: time to read them at the bandwidth; None: no bandwidth was given.
     """
 
     spec: str
@@ -56,7 +56,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.
+    """The result of `plan`.
 
     Attributes:
         spec: specification of the cache to use; None: no candidate fits.
@@ -144,7 +144,7 @@ def plan(
 
 
 def _config(model_or_config: Any) -> tuple[Any, Any]:
-    """The config, and what was given without its wrappers."""
+    """Return the config, and the argument without wrappers."""
     if isinstance(model_or_config, str):
         from tessera.evaluation.sources import load_config
 
@@ -163,13 +163,13 @@ def _dtype(wanted: str | torch.dtype | None, given: Any, *configs: Any) -> torch
     if name not in DTYPES:
         if wanted is not None:
             raise ValueError(f"no dtype {name!r}; there are {', '.join(DTYPES)}")
-        name = "bfloat16"  # weights in eight bits or fewer are computed with in it
+        name = "bfloat16"  # the compute dtype of weights in eight bits or fewer
     kind: torch.dtype = getattr(torch, name)
     return kind
 
 
 def _needed(layers: Sequence[LayerShape], tokens: int) -> int:
-    """Tokens that the model's own attention ever looks back to."""
+    """Return how many tokens back the model's own attention sees."""
     if any(sliding is None for _, sliding in layers):
         return tokens
     return min(tokens, max(sliding for _, sliding in layers if sliding is not None))
@@ -206,16 +206,16 @@ def _row(
 
 
 def _kept(spec: Spec, context: int, needed: int, full: bool) -> int:
-    """Tokens of the context that are still there; all of it where only those are gone that no layer would look at."""
+    """Return how many tokens of the context are kept; all of them where only tokens that no layer sees are dropped."""
     if not spec.bounded:
         return context
     most = spec.window if spec.window is not None else sum(limit or 0 for _, limit in spec.codecs) + spec.recent
-    most += spec.sink if full else 0  # of no use to a layer with a window of its own, which has none
+    most += spec.sink if full else 0  # unused by a layer with a window of its own
     return context if most >= needed else most
 
 
 def _kl(spec: AnySpec) -> float | None:
-    """The error of the codec that errs most, where a cache has several; None if one was not measured, or not read whole."""
+    """Return the largest error of a cache's codecs; None if one was not measured, or is read sparsely."""
     if any(own.tops or own.others for own in (spec.specs if isinstance(spec, PerLayer) else [spec])):
         return None
     found = [measured().get(codec) for codec, _ in spec.codecs]
@@ -228,7 +228,7 @@ def _rank(row: PlanRow) -> tuple[bool, int, float, int]:
 
 
 def _fitting(row: Callable[[str], PlanRow], fits: Callable[[str], bool], needed: int) -> list[PlanRow]:
-    """For each kind of cache that forgets, the largest that fits, or the smallest if none does."""
+    """Find the largest bounded cache of each kind that fits, or the smallest if none does."""
     found = []
     for specs in zip(*map(forgetting, sizes(needed)), strict=True):
         # The bytes grow with the size, so the largest that fits is found by halving.
@@ -238,7 +238,7 @@ def _fitting(row: Callable[[str], PlanRow], fits: Callable[[str], bool], needed:
 
 
 def _reach(spec: AnySpec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: int, budget: int) -> int | None:
-    """Most tokens, in whole `STEP`, whose cache fits; None: any number of them."""
+    """Find the largest number of tokens, in whole `STEP`, whose cache fits; None: any number fits."""
     start = steady_after(spec, layers)
     whole, within = range(STEP, start + STEP + 1, STEP), range(start, start + STEP, BLOCK)
     counted = held(spec, layers, dtype, batch, {*whole, *within})
@@ -248,5 +248,5 @@ def _reach(spec: AnySpec, layers: Sequence[LayerShape], dtype: torch.dtype, batc
     more = counted[start + STEP].nbytes - counted[start].nbytes
     if more:
         return start + (budget - counted[start].nbytes) // more * STEP
-    # It grows no further, but for the room of a block in each layer that comes and goes within a page.
+    # It stops growing, except for the room of a block in each layer that varies within a page.
     return None if all(counted[n].nbytes <= budget for n in within) else start

@@ -1,8 +1,8 @@
-"""What a cache holds after a number of tokens, to the byte, without holding it. Only this file knows how a cache is built.
+"""The exact bytes of a cache after a number of tokens, without allocating it; only this file of the planner builds caches.
 
-A cache's own code reads tokens that are shapes and no numbers (tensors on PyTorch's device "meta"), so every rule of rounding,
-room and learning is the cache's. Behind some thousands of tokens a cache grows by the same bytes with every page, or not at
-all; from there on it is arithmetic.
+The cache's own code runs on tensors without data (on PyTorch's device "meta"), so rounding, free room and statistics follow the
+cache's own rules. After some thousands of tokens a cache grows by the same bytes with every page, or not at all; beyond that
+the bytes are extrapolated.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Held:
 def held(
     spec: AnySpec, layers: Sequence[LayerShape], dtype: torch.dtype, batch: int, lengths: Iterable[int]
 ) -> dict[int, Held]:
-    """What a cache holds after each number of tokens, read in one call or in calls of whole pages of 1,024.
+    """Count the bytes of a cache after each number of tokens, read in one call or in calls of whole pages of 1,024.
 
-    Calls that are cut otherwise can leave up to 64 tokens more of free room in each layer.
+    Other cuts of calls can leave up to 64 tokens more of free room in each layer.
 
     Args:
         spec: specification of the cache, without "tc"; perhaps one for each layer.
@@ -78,7 +78,7 @@ def held(
 
 
 def steady_after(spec: AnySpec, layers: Sequence[LayerShape]) -> int:
-    """Tokens, whole pages, from which on every further page adds the same number of bytes."""
+    """Return the number of tokens, in whole pages, after which every further page adds the same number of bytes."""
     windows = max((sliding for _, sliding in layers if sliding is not None), default=0)
     kept = max(
         own.sink + own.recent + (own.window or 0) + sum(limit for _, limit in own.codecs if limit is not None)
@@ -88,7 +88,7 @@ def steady_after(spec: AnySpec, layers: Sequence[LayerShape]) -> int:
 
 
 def _replay(spec: Spec, layer: LayerShape, dtype: torch.dtype, batch: int, lengths: Sequence[int]) -> dict[int, Held]:
-    """What one layer holds after each of some numbers of tokens, ascending."""
+    """Compute what one layer holds after each of some numbers of tokens, ascending."""
     (heads, dim), sliding = layer
     used = tuple(_Outline(codecs.get(name), heads, dim) for name, _ in spec.codecs)
     group, done, found = SequenceGroup(RetentionPolicy.of(spec, used, sliding, memory=False), 0, list(range(batch))), 0, {}
@@ -107,7 +107,7 @@ def _replay(spec: Spec, layer: LayerShape, dtype: torch.dtype, batch: int, lengt
 
 
 def _copied(group: SequenceGroup) -> SequenceGroup:
-    """A group that goes on by itself. The tensors may be shared: there is nothing in them that could be written."""
+    """Copy a group. The tensors may be shared, because they have no data that could be overwritten."""
     other = copy.copy(group)
     other.chain = group.chain.copied()
     return other
@@ -123,7 +123,7 @@ def _count(group: SequenceGroup) -> Held:
 
 
 def _passed_over(tier: QuantizedTier) -> int:
-    """Bytes of a tier that a query does not read, because it reads the best blocks only, and of the others their summaries."""
+    """Return the bytes of a tier that a query does not read, because it reads selected blocks, and summaries of the others."""
     if tier.top is None or tier.tokens <= tier.top:
         return 0
     summaries = sum(_size(keys.tensors[name]) for keys, _ in tier.pages for name in ("centre", "scale"))
@@ -135,7 +135,7 @@ def _size(tensor: Tensor) -> int:
 
 
 class _Outline(Codec):
-    """Leaves tensors of the shapes that another codec leaves, and encodes nothing.
+    """A codec that returns tensors of the shapes of another codec's, without encoding.
 
     Args:
         codec: the other.

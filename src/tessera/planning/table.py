@@ -1,4 +1,4 @@
-"""A plan as people read it."""
+"""The table of a plan."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cells(row: PlanRow) -> tuple[str, ...]:
 
 
 def caption(plan: Plan, name: str) -> str:
-    """What the table is about."""
+    """Describe the table."""
     rows = "" if plan.batch == 1 else f", {plan.batch} rows"
     rate = f" ms: to read them at {_rate(plan.bandwidth)}, the weights not counted." if plan.bandwidth else ""
     longer = plan.made_for is not None and plan.context > plan.made_for
@@ -45,7 +45,7 @@ def caption(plan: Plan, name: str) -> str:
 
 
 def advice(plan: Plan) -> str:
-    """Which cache to use, in one line."""
+    """Recommend a cache in one line."""
     if plan.spec is None:
         least = min(plan.rows, key=lambda row: row.nbytes)
         return f"No candidate fits in {size(plan.budget)}; the smallest, {least.spec!r}, needs {size(least.nbytes)}."

@@ -1,4 +1,4 @@
-"""Tensor Cache: pairs that leave a window of attention are absorbed by a matrix per head, which later queries read."""
+"""Tensor Cache: a matrix per head that absorbs the pairs which leave a window of attention, for later queries to read."""
 
 from __future__ import annotations
 

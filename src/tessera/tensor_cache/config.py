@@ -1,4 +1,4 @@
-"""What a Tensor Cache is: `TensorCacheConfig`."""
+"""The configuration of a Tensor Cache."""
 
 from __future__ import annotations
 
@@ -30,50 +30,54 @@ class TensorCacheConfig(Options):
     """
 
     window: int = 512
-    """Tokens that attention sees, the query's own included."""
+    """Number of newest tokens that attention sees, the query's own included."""
     sink: int = 4
-    """First tokens that attention sees for ever; they are never written."""
+    """Number of first tokens that attention always sees; they are never written."""
     rule: Rule = "delta"
-    """What is written for a pair (k, v) into A: "outer" k ⊗ v; "delta" k ⊗ (v - kA); "wedge" k ⊗ v - v ⊗ k."""
+    """The update of A for a pair (k, v): "outer" k ⊗ v; "delta" k ⊗ (v - kA); "wedge" k ⊗ v - v ⊗ k."""
     decay: float | tuple[float, float] = (100.0, 100_000.0)
-    """At the start: the factor of A at every write, for all heads; or the shortest and the longest half-life, in tokens,
-    between which the heads are spread."""
+    """Initial factor of A at every write: one number, or the shortest and the longest half-life of the heads, in tokens."""
     write_rate: float = 0.5
-    """At the start: the factor of what is written."""
+    """Initial factor of every write."""
     rates: Source = "head"
-    """Decay and write rate are learned per "head", or computed from the pair that leaves ("token")."""
+    """Whether decay and write rate are learned per "head", or computed from the pair that leaves ("token")."""
     order: Order = "write_first"
-    """"write_first": a token's read knows the pair that left at its own step, so that every pair is in exactly one of window,
-    sinks and A. "read_first": the paper's; that pair is in neither for one step."""
+    """Order within a step.
+
+    With "write_first" a read includes the pair that left at its own step, so that every pair is in exactly one of window,
+    sinks and A. With "read_first", the paper's, that pair is in none of them for one step.
+    """
     normalise_keys: bool = True
-    """Keys are brought to length 1 before they are written."""
+    """Whether keys are normalised to length 1 before they are written."""
     normalise_queries: bool = True
-    """Queries are brought to length 1 before they read."""
+    """Whether queries are normalised to length 1 before they read."""
     value_scale: float = 1.0
-    """Values are multiplied by this before they are written."""
+    """Factor of values before they are written."""
     normalise_read: bool = False
-    """A read is divided by max(|q·z|, 1), where z sums the keys as A sums the pairs."""
+    """Whether a read is divided by max(|q·z|, 1), where z sums the keys as A sums the pairs."""
     slow: tuple[float, float] | None = None
-    """Decay and write rate of a second matrix, mixed in by a learned share; None: there is none."""
+    """Decay and write rate of a second matrix, mixed in by a learned share; None: there is no second matrix."""
     slots: int = 1
-    """Matrices per head; each pair is written into one of them."""
+    """Number of matrices per head; each pair is written into one of them."""
     top_k: int = 1
-    """Slots that a query reads."""
+    """Number of slots that a query reads."""
     slot_noise: float = 0.0
-    """Scale of the Gumbel noise that routing to slots gets while training. The paper's 1 is noise at inference too."""
+    """Scale of the Gumbel noise of routing to slots in training. The paper's 1 applies at inference too."""
     rotary: bool = False
-    """Keys are written and queries read with their rotary phase; else the phase is taken off first."""
+    """Whether keys and queries keep their rotary phase in the memory; if not, it is removed first."""
     gate: GateKind = "layer"
-    """What weighs the read: one number per "layer", or one per "token", computed from its query."""
+    """The gate of the read: one number per "layer", or one per "token", computed from its query."""
     gate_init: float = -2.0
-    """The gate's logit at the start."""
+    """Initial logit of the gate."""
     layers: tuple[int, ...] | None = None
     """Layers that get a memory, negative ones counted from the last; None: all."""
     chunk: int = 64
-    """Tokens computed together in training and prefill. Changes the speed, not the result."""
+    """Number of tokens computed together in training and prefill; affects speed, not the result."""
     write: Literal["pairs", "chunk_means"] = "pairs"
-    """"pairs": each pair by itself. "chunk_means": a chunk's mean key with its mean value, the shortcut whose C² - C wrong
-    products per chunk the paper counts; only to show what it costs."""
+    """What is written: "pairs", each pair by itself, or "chunk_means", a chunk's mean key with its mean value.
+
+    The second is a shortcut that adds C² - C wrong products per chunk, and is there only to measure their cost.
+    """
 
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("sink", 0), ("slots", 1), ("top_k", 1), ("chunk", 1)):
@@ -126,7 +130,7 @@ class TensorCacheConfig(Options):
         return cls(**{**setting, **changes})
 
     def decays(self, heads: int) -> list[float]:
-        """Each head's decay at the start."""
+        """Return each head's initial decay."""
         if isinstance(self.decay, (int, float)):
             return [float(self.decay)] * heads
         short, long = self.decay

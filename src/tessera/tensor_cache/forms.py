@@ -1,4 +1,4 @@
-"""Which form of the recurrence of recurrence.py computes many tokens: the fastest that can."""
+"""The choice of the fastest implementation of the recurrence of recurrence.py for many tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def recur(
     chunk: int = 64,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`tessera.tensor_cache.recurrence.loop`, of any number of tokens; shapes as there.
+    """Compute `tessera.tensor_cache.recurrence.loop` for any number of tokens; shapes as there.
 
     Args:
         q, k, v, g, eta, state, rule, order: as there.

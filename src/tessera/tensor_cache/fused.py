@@ -19,13 +19,13 @@ from torch import Tensor
 from tessera.tensor_cache.config import Order, Rule
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
-#: Widest head that the kernels take.
+#: Largest head_dim that the kernels take.
 MAX_DIM = 256
 
 
 @cache
 def missing() -> str | None:
-    """Why there are no such kernels here, or None."""
+    """Say why there are no such kernels here, or return None."""
     try:
         import_module("fla.ops.gated_delta_rule")
         import_module("fla.ops.simple_gla")
@@ -35,7 +35,7 @@ def missing() -> str | None:
 
 
 def refusal(q: Tensor, v: Tensor, rule: Rule, order: Order) -> str | None:
-    """Why `fused_scan` cannot be used, or None if it can. q, v: as there."""
+    """Say why `fused_scan` cannot be used, or return None if it can. q, v: as there."""
     if not q.is_cuda:
         return f"the queries are on {q.device}"
     if rule == "wedge" or order == "read_first":
@@ -48,11 +48,11 @@ def refusal(q: Tensor, v: Tensor, rule: Rule, order: Order) -> str | None:
 def fused_scan(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, eta: Tensor, state: Tensor, rule: Rule, kernel: Kernel | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`tessera.tensor_cache.recurrence.loop` for the outer and the delta rule; shapes as there.
+    """Compute `tessera.tensor_cache.recurrence.loop` for the outer and the delta rule; shapes as there.
 
     Args:
         q, k, v, g, eta, state, rule: as there; a token's write is read by its own query.
-        kernel: `chunk_gated_delta_rule` or `chunk_simple_gla` of fla, or what computes the same; None: these.
+        kernel: `chunk_gated_delta_rule` or `chunk_simple_gla` of fla, or an equivalent; None: these.
     """
     _, heads, group, tokens, _ = q.shape
     if tokens == 0:
@@ -66,7 +66,7 @@ def fused_scan(
         v = v * eta.unsqueeze(-1)
         kernel = kernel or import_module("fla.ops.simple_gla").chunk_simple_gla
     arguments.update(k=k, v=v, g=g)
-    # They have no grouped queries: each query head of a group gets its own copy. Their tokens come before heads.
+    # fla's kernels have no grouped queries, so each query head of a group gets a copy; and their tokens come before heads.
     shared = {name: x.repeat_interleave(group, 1).transpose(1, 2).contiguous() for name, x in arguments.items()}
     read, end = kernel(
         q=q.flatten(1, 2).transpose(1, 2).contiguous(),

@@ -1,4 +1,4 @@
-"""What a Tensor Cache adds to one attention module: the memory, a gate, and a projection into the residual stream."""
+"""The layer that a Tensor Cache adds to one attention module: memory, gate, and projection into the residual stream."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tessera.tensor_cache.tensor_cache import TensorCache
 
 
 def is_gate(name: str) -> bool:
-    """Whether a parameter of this name opens, closes or paces a memory: those learn faster than weights and never decay."""
+    """Whether this is the name of a gate, decay or write rate, which learn faster than weights, without weight decay."""
     last = name.rpartition(".")[2]
     return last.endswith("_logit") or last in ("gate_weight", "rate_weight", "slow_share")
 
@@ -30,7 +30,7 @@ class TensorCacheLayer(Float32Module):
         kv_heads: key heads.
         head_dim: length of a query, a key and a value.
         hidden: width of the residual stream.
-        phase: how to take off the rotary phase; None: it stays on.
+        phase: how to remove the rotary phase; None: it is kept.
 
     Parameters: those of `TensorCache`; `gate_logit` (), started at `config.gate_init`; with gate "token" also `gate_weight`
     (heads · head_dim,), zero at the start; `out` (hidden, heads · head_dim), zero at the start.
@@ -47,20 +47,20 @@ class TensorCacheLayer(Float32Module):
             self.gate_weight = nn.Parameter(torch.zeros(heads * head_dim, dtype=torch.float32))
         self.out = nn.Linear(heads * head_dim, hidden, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.out.weight)
-        # In a tuple, so that the model's module is not taken for a part of this one.
+        # In a tuple, so that the model's module is not registered as a submodule of this one.
         self._phase = (phase,)
-        #: Off: reads count for nothing, to measure what the memory is worth.
+        #: If False, reads have no effect, to measure what the memory contributes.
         self.reads = True
-        #: By which caches know whose writes they hold.
+        #: Identifier by which caches know the memory whose state they hold.
         self.name = uuid.uuid4().hex
 
     @property
     def unrotates(self) -> bool:
-        """Whether it must know the rotary positions of what it is given."""
+        """Whether it needs the rotary positions of its inputs."""
         return self._phase[0] is not None
 
     def unrotated(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        """`x` as the memory wants it: without its rotary phase unless `config.rotary`."""
+        """Return `x` without its rotary phase, unless `config.rotary`."""
         phase = self._phase[0]
         if phase is None:
             return x
@@ -68,7 +68,7 @@ class TensorCacheLayer(Float32Module):
         return phase.remove(x, positions)
 
     def project(self, read: Tensor, query: Tensor) -> Tensor:
-        """What is added to the output of the attention module.
+        """Compute the addition to the attention module's output.
 
         Args:
             read: (batch, heads, tokens, head_dim).
@@ -77,7 +77,7 @@ class TensorCacheLayer(Float32Module):
         Returns:
             (batch, tokens, hidden).
         """
-        # What was added is kept in float32, whatever the model's dtype.
+        # The added weights are in float32, whatever the model's dtype.
         flat = read.transpose(1, 2).flatten(2).to(self.out.weight.dtype)
         gate: Tensor = self.gate_logit
         if self.config.gate == "token":
@@ -89,14 +89,14 @@ class TensorCacheLayer(Float32Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, positions: Tensor | None, state: TensorCacheState | None = None
     ) -> tuple[Tensor, TensorCacheState]:
-        """The contribution of whole sequences, or of the next part of them.
+        """Compute the contribution for whole sequences, or for the next part of them.
 
         Args:
             q: (batch, heads, n, head_dim) of the newest n tokens.
             k, v: (batch, kv_heads, tokens >= n, head_dim).
             real: (batch, tokens) bool, False for padding before the first token.
             positions: (batch or 1, tokens) int64, the rotary positions; None where `unrotates` is False.
-            state: what was before; None: the sequences begin.
+            state: the state after the previous part; None: the sequences begin.
 
         Returns:
             (batch, n, hidden), and the new state.
@@ -115,12 +115,12 @@ class MemoryCall:
     """One call of an attention module that has a memory.
 
     Made by the hook before the module, passed on to the attention function as a keyword argument, and read by the hook behind
-    the module: what belongs to a call is kept by nothing else, so that calls may run side by side.
+    the module: the state of a call is nowhere else, so that calls may run concurrently.
 
     Args:
         memory: the module's memory.
         positions: (batch or 1, tokens) int64, rotary positions of the call's tokens, or None.
-        cache: that the module was given, or None.
+        cache: the module's cache, or None.
         layer: index of the module's layer.
 
     Attributes:

@@ -22,12 +22,12 @@ from tessera.state import MODEL_DTYPES, State
 
 @dataclass(frozen=True, eq=False)
 class InfiniState(State):
-    """What a stream carries on; see `State`.
+    """The state of a stream; see `State`.
 
     Attributes:
         m: (batch, kv_heads, head_dim, head_dim) float32.
         z: (batch, kv_heads, head_dim, 1) float32.
-        k, plain_k, v: (batch, kv_heads, n, head_dim), the n tokens of the segment that is not complete.
+        k, plain_k, v: (batch, kv_heads, n, head_dim), the n tokens of the incomplete segment.
     """
 
     OWNER: ClassVar[str] = "Infini-attention"
@@ -75,13 +75,13 @@ class Infini(nn.Module):
         scale: float | None = None,
         state: InfiniState | None = None,
     ) -> tuple[Tensor, InfiniState]:
-        """Outputs (batch, heads, tokens, head_dim) of whole sequences or of the next part, and the new state.
+        """Return outputs (batch, heads, tokens, head_dim) of whole sequences or of the next part, and the new state.
 
         Args:
             q: (batch, heads, tokens, head_dim); plain_q the same without rotary phase.
             k, v: (batch, kv_heads, tokens, head_dim); plain_k likewise.
             scale: what scores within a segment are multiplied by.
-            state: what the previous part returned.
+            state: the state that the previous part returned.
         """
         batch, heads, tokens, dim = q.shape
         kv_heads = k.shape[1]
@@ -102,7 +102,7 @@ class Infini(nn.Module):
             with torch.autocast(q.device.type, enabled=False):
                 asked = (elu(plain_q[:, :, part].float()) + 1).unflatten(1, (kv_heads, -1))
                 weight = asked @ z.unsqueeze(2)
-                # Before anything has been written there is nothing to divide by.
+                # Before the first write the divisor is zero.
                 read = (asked @ m.unsqueeze(2) / weight.clamp(min=1e-6)).flatten(1, 2)
                 out.append((mix * read + (1 - mix) * local.float()).to(q.dtype))
                 if seg_k.shape[2] == self.segment:

@@ -1,4 +1,4 @@
-"""The recurrence that a Tensor Cache is, token by token: the definition. `scan.py` computes the same in chunks.
+"""The definition of a Tensor Cache's recurrence, token by token. `scan.py` computes the same in chunks.
 
 For a stream of queries q_i, pairs (k_i, v_i), decays λ_i = exp(g_i) and write rates η_i, one matrix A per head:
 
@@ -25,7 +25,7 @@ from tessera.tensor_cache.config import Order, Rule
 def loop(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, eta: Tensor, state: Tensor, rule: Rule, order: Order = "write_first"
 ) -> tuple[Tensor, Tensor]:
-    """Token by token, the definition. Returns the reads (batch, heads, group, tokens, d_v) and the state at the end."""
+    """Compute the recurrence token by token. Returns the reads (batch, heads, group, tokens, d_v) and the state at the end."""
     reads = []
     for q_i, k_i, v_i, g_i, eta_i in zip(q.unbind(3), k.unbind(2), v.unbind(2), g.unbind(2), eta.unbind(2), strict=True):
         if order == "read_first":
@@ -47,15 +47,15 @@ def wedge(
     state: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The wedge rule by a form that knows the outer one. `rest`: what the form takes behind the rule."""
-    # Linear in what is written: k ⊗ v is written to one matrix, -v ⊗ k to another, and both are read.
+    """Compute the wedge rule by an implementation of the outer one. `rest`: arguments of the implementation after the rule."""
+    # The rule is linear in its writes: k ⊗ v is written to one matrix, -v ⊗ k to another, and both are read.
     there = form(q, k, v, g, eta, state, "outer", *rest)
     back = form(q, v, -k, g, eta, torch.zeros_like(state), "outer", *rest)
     return there[0] + back[0], there[1] + back[1]
 
 
 def write(state: Tensor, k: Tensor, v: Tensor, g: Tensor, eta: Tensor, rule: Rule) -> Tensor:
-    """One write. k: (batch, heads, d_k), v: (batch, heads, d_v), g, eta: (batch, heads)."""
+    """Write one pair. k: (batch, heads, d_k), v: (batch, heads, d_v), g, eta: (batch, heads)."""
     kept = state * g.exp()[..., None, None]
     rate = eta[..., None, None]
     if rule == "delta":

@@ -1,4 +1,4 @@
-"""Taking the rotary phase off keys and queries, so that a memory can be asked for content wherever it was."""
+"""Removal of the rotary phase from keys and queries, so that a memory finds content independently of its position."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Phase:
         self._extra: dict[str, Any] = {"layer_type": kind} if wants_kind else {}
 
     def tables(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of positions (batch or 1, tokens), each (batch or 1, 1, tokens, rotated channels) float32."""
+        """Return cos and sin of positions (batch or 1, tokens), each (batch or 1, 1, tokens, rotated channels) float32."""
         cos, sin = self._rotary(like.new_zeros(1, dtype=torch.float32), positions, **self._extra)
         return cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
 
     def remove(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x as it was before the rotation. x: (batch, heads, tokens, head_dim); positions: (batch or 1, tokens)."""
+        """Undo the rotation of x. x: (batch, heads, tokens, head_dim); positions: (batch or 1, tokens)."""
         cos, sin = self.tables(positions, x)
         turned, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
         first, second = turned.chunk(2, dim=-1)
@@ -42,7 +42,7 @@ class Phase:
 
 
 def phase_of(model: Any, attention: nn.Module, head_dim: int) -> Phase:
-    """The phase of an attention module of `model`, checked against the model's own rotation.
+    """Return the phase of an attention module of `model`, checked against the model's own rotation.
 
     Raises:
         ValueError: if the model rotates in a way that is not known here.

@@ -1,7 +1,7 @@
-"""The recurrence of recurrence.py for C tokens at once, forward and backward.
+"""The recurrence of recurrence.py in chunks of C tokens, forward and backward.
 
-With G the running sum of g within a chunk, half = G_C / 2, and S the matrix before the chunk, decays are shared out between the
-two factors of every product, each from the middle of the chunk:
+With G the running sum of g within a chunk, half = G_C / 2, and S the matrix before the chunk, decays are split between the two
+factors of every product, relative to the middle of the chunk:
 
     Q' = exp(G - half) Q,   K' = exp(half - G) K,   S' = exp(half) S
 
@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from tessera.tensor_cache.config import Order, Rule
 from tessera.tensor_cache.recurrence import wedge
 
-#: The smallest logarithm of a token's decay: what is left of a matrix, 4e-18, is below the rounding of whatever is written.
+#: The smallest logarithm of a token's decay: the remaining 4e-18 of a matrix are below the rounding of any write.
 _LEAST = -40.0
 
 
@@ -41,17 +41,17 @@ def scan(
     order: Order = "write_first",
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """`tessera.tensor_cache.recurrence.loop`, `chunk` tokens at a time. Any number of tokens; shapes as there."""
+    """Compute `tessera.tensor_cache.recurrence.loop`, `chunk` tokens at a time. Any number of tokens; shapes as there."""
     batch, heads, group, tokens, _ = q.shape
     if tokens == 0:
         return q.new_zeros((*q.shape[:4], v.shape[-1])), state
     if rule == "wedge":
         return wedge(scan, q, k, v, g, eta, state, order, chunk)
     g = g.clamp(min=_LEAST)
-    size = -(-tokens // -(-tokens // chunk))  # as few chunks, all of a size, and little padding
+    size = -(-tokens // -(-tokens // chunk))  # the same number of chunks, of equal size, with little padding
     while size > 2 and float(_cut(g.detach(), 2, size).sum(-1).amin()) < 2 * _LEAST:
         size = (size + 1) // 2  # the factors of a decay must be within the range of float32
-    # Chunks first, so that each lies in one piece; the query heads of a group become rows of their chunk.
+    # Chunks come first, so that each is contiguous; the query heads of a group become rows of their chunk.
     q = _cut(q, 3, size).movedim(3, 0).flatten(3, 4).flatten(1, 2)
     k, v, g, eta = (_cut(x, 2, size).movedim(2, 0).flatten(1, 2) for x in (k, v, g, eta))
     read, end = _Scan.apply(q, k, v, g, eta, state.flatten(0, 1), rule == "delta", order == "read_first")
@@ -60,13 +60,13 @@ def scan(
 
 
 def _cut(x: Tensor, dim: int, size: int) -> Tensor:
-    """A dimension of tokens in two, chunks and tokens. What is missing is zero: tokens that decay nothing and write nothing."""
+    """Split a dimension of tokens into chunks and tokens. Padding is zero: tokens without decay and without a write."""
     rest = -x.shape[dim] % size
     return pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, rest)).unflatten(dim, (-1, size)) if rest else x.unflatten(dim, (-1, size))
 
 
 class _Factors(NamedTuple):
-    """What decays contribute to each side of a product, with a last dimension of 1: to Q', to K', to B / η, to S'."""
+    """The factors of decays on each side of a product, with a last dimension of 1: to Q', to K', to B / η, to S'."""
 
     read: Tensor
     write: Tensor

@@ -1,4 +1,4 @@
-"""The state of a Tensor Cache: what a stream carries from one call to the next."""
+"""The state of a Tensor Cache, which a stream carries from one call to the next."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class TensorCacheState(State):
         slow: matrices of the second timescale, of the same shape, or None.
         z: (batch, heads · slots, head_dim, 1) float32, sums of keys, or None.
         k, v: (batch, heads, n, head_dim), the newest n <= window pairs, which have not been written yet.
-        live: (batch, n) bool, which of them will be: not padding and not sinks.
+        live: (batch, n) bool, which of them will be written: neither padding nor sinks.
         seen: (batch,) int64, tokens of each row so far, padding not counted.
     """
 
     OWNER: ClassVar[str] = "a Tensor Cache"
     KIND: ClassVar[str] = "tensor_cache_state"
     OPTIONAL: ClassVar[frozenset[str]] = frozenset({"slow", "z"})
-    # Pairs of a row that begins anew stay in their slots and are never written.
+    # After a row is reset its pairs stay in their slots and are never written.
     UNMARKED: ClassVar[frozenset[str]] = frozenset({"k", "v"})
     DTYPES: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {
         "k": MODEL_DTYPES,

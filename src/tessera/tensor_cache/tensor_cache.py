@@ -1,4 +1,4 @@
-"""`TensorCache`: the matrices of one layer, with their rates, written by pairs that leave a window and read by queries."""
+"""`TensorCache`: the matrices of one layer and their rates; pairs that leave a window are written, and queries read."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ class TensorCache(Float32Module):
             self.slot_keys = nn.Parameter(normalize(directions, dim=-1))
 
     def extra_repr(self) -> str:
-        """For printing."""
+        """Describe the module in its `repr`."""
         return f"heads={self.num_heads}, head_dim={self.head_dim}, rule={self.config.rule!r}"
 
     @property
     def decay(self) -> Tensor:
-        """λ of each head, (heads,); with rates "token" what a token's own part is added to."""
+        """λ of each head, (heads,); with rates "token" the part that does not depend on the token."""
         return torch.sigmoid(self.decay_logit.float())
 
     @property
     def write_rate(self) -> Tensor:
-        """η of each head, (heads,), likewise."""
+        """η of each head, (heads,); with rates "token" the part that does not depend on the token."""
         return torch.sigmoid(self.rate_logit.float())
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> TensorCacheState:
-        """Nothing written and nothing seen. `like` gives the device and the dtype of pairs that wait."""
+        """Return an empty state. `like` gives the device and the dtype of pairs in the window."""
         device = self.decay_logit.device if like is None else like.device
         dtype = self.decay_logit.dtype if like is None else like.dtype
         matrices = (batch, self.num_heads * self.config.slots, self.head_dim)
@@ -87,21 +87,21 @@ class TensorCache(Float32Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, state: TensorCacheState | None = None, real: Tensor | None = None
     ) -> tuple[Tensor, TensorCacheState]:
-        """Reads of whole sequences, or of the next part of them.
+        """Compute the reads of whole sequences, or of the next part of them.
 
         Token t reads the writes of the tokens up to t - window ("read_first": t - window - 1), the sinks left out.
 
         Args:
             q: (batch, query heads, tokens, head_dim); the query heads are a multiple of `num_heads`.
             k, v: (batch, num_heads, tokens, head_dim).
-            state: what the previous part returned; None: the sequences begin.
+            state: the state that the previous part returned; None: the sequences begin.
             real: (batch, tokens) bool, False for padding, which is never written; None: there is none.
 
         Returns:
             read: (batch, query heads, tokens, head_dim) in the dtype of `q`, before any gate; and the new state.
 
         Raises:
-            ValueError: for shapes that do not fit, and for keys or values that are not finite; the state is unharmed.
+            ValueError: for shapes that do not fit, and for keys or values that are not finite; the state is not changed.
         """
         state = self._checked(q, k, v, state)
         batch, tokens = q.shape[0], q.shape[2]
@@ -115,7 +115,7 @@ class TensorCache(Float32Module):
         live = torch.cat((state.live, real & (number >= self.config.sink)), dim=1)
         k, v = join((state.k, k), 2), join((state.v, v), 2)
         window, held = self.config.window, state.k.shape[2]
-        # The first tokens push nothing out, until the window is full.
+        # No pair leaves until the window is full.
         idle = min(tokens, max(0, window - held))
         leave = tokens - idle
         leaving_k, leaving_v = (pad(x[:, :, :leave], (0, 0, idle, 0)) for x in (k, v))
@@ -127,7 +127,7 @@ class TensorCache(Float32Module):
     def step(
         self, q: Tensor, evicted_k: Tensor | None, evicted_v: Tensor | None, state: TensorCacheState | None = None
     ) -> tuple[Tensor, TensorCacheState]:
-        """One token of a stream whose window is kept elsewhere.
+        """Process one token of a stream whose window is kept elsewhere.
 
         Args:
             q: (batch, query heads, 1, head_dim).
@@ -148,7 +148,7 @@ class TensorCache(Float32Module):
     def advance(
         self, q: Tensor, k: Tensor, v: Tensor, live: Tensor, state: TensorCacheState, by_loop: bool = False
     ) -> tuple[Tensor, TensorCacheState]:
-        """Write pair i at token i, where `live`, and read; the pairs that wait in `state` are not touched.
+        """Write pair i at token i, where `live`, and read; the pairs of the window in `state` are not touched.
 
         Args:
             q: (batch, query heads, tokens, head_dim).
@@ -204,18 +204,18 @@ class TensorCache(Float32Module):
             return read.flatten(1, 2).to(dtype), replace(state, **changed)
 
     def _rates(self, decay: Tensor, rate: Tensor, live: Tensor, route: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Log-decay and write rate of every matrix at every token, (batch, heads · slots, tokens); zero where none leaves."""
+        """Return log-decays and write rates of all matrices, (batch, heads · slots, tokens); zero where no pair leaves."""
         shape = (live.shape[0], self.num_heads, live.shape[1])
         g, eta = logsigmoid(decay).expand(shape), torch.sigmoid(rate).expand(shape)
         if self.config.rule == "delta":
-            eta = torch.minimum(eta, g.exp())  # beyond, corrections overshoot
+            eta = torch.minimum(eta, g.exp())  # beyond this, corrections overshoot
         g, eta = (x.masked_fill(~live[:, None], 0.0) for x in (g, eta))
         if route is None:
             return g, eta
         return g.repeat_interleave(self.config.slots, 1), (eta.unsqueeze(2) * route).flatten(1, 2)
 
     def _routes(self, k: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Where pairs go, (batch, heads, slots, tokens), hard with a soft gradient; and what queries take from each slot."""
+        """Route pairs to slots, (batch, heads, slots, tokens), hard with a soft gradient, and weight the slots for queries."""
         config = self.config
         scale = self.head_dim**0.5
         keys = self.slot_keys.float()
@@ -236,7 +236,7 @@ class TensorCache(Float32Module):
 
     @staticmethod
     def check_finite(k: Tensor, v: Tensor) -> None:
-        """Refuse pairs that would poison the state."""
+        """Refuse shapes that do not fit, and numbers that are not finite, which would corrupt the state."""
         for name, x in (("keys", k), ("values", v)):
             if not x.isfinite().all():
                 raise ValueError(f"{name} must be finite; a matrix that has absorbed NaN or infinity never recovers")

@@ -1,4 +1,4 @@
-"""What a Tensor Memory is: `TensorMemoryConfig`."""
+"""The configuration of a Tensor Memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from tessera.options import Options, check_whole
 
-#: Least standard deviation of a write (the paper's).
+#: Smallest standard deviation of a write (the paper's).
 SIGMA_LEAST = 1e-4
-#: Numbers of h, and of c, in the state of a row at most: a gigabyte each.
+#: Maximum number of elements of h, and of c, in the state of a row: a gigabyte each.
 MOST = 1 << 28
 _WORDS = {
     "write": ("gaussian", "nearest"),
@@ -31,45 +31,55 @@ class TensorMemoryConfig(Options):
     """
 
     channels: int = 16
-    """Numbers in a cell, C; the hidden h and the cell c have as many each."""
+    """Number of channels of a cell, C; the hidden h and the cell c have as many each."""
     grid: tuple[int, ...] = (6, 6, 6)
-    """Cells along each of one, two or three axes: (width,), (height, width) or (depth, height, width)."""
+    """Number of cells along each of one, two or three axes: (width,), (height, width) or (depth, height, width)."""
     chunk: int = 1
-    """Tokens that are written together, in one step of the recurrence. All of them read what was there before the step."""
+    """Number of tokens that are written together, in one step of the recurrence. All of them read the state before the step."""
     write: Literal["gaussian", "nearest"] = "gaussian"
-    """How far a write reaches: a "gaussian" about its place, or the "nearest" cell alone, through which no gradient finds the
-    place."""
+    """Extent of a write: a "gaussian" around its place, or only the "nearest" cell, without a gradient to the place."""
     update: Literal["footprint", "all"] = "footprint"
-    """Cells that a step changes: those in the "footprint" of the write, by its weight there, so that every other cell is kept
-    exactly and costs nothing; or "all", written or not, as in the paper."""
+    """Cells that a step changes: the "footprint" of the write, weighted, or "all", written or not, as in the paper.
+
+    With "footprint" every other cell is kept exactly and costs nothing.
+    """
     coordinates: Literal["agree", "shared", "separate"] = "agree"
-    """Where a chunk is written. "agree": at the mean of the places that it reads, which for one token is the same place.
-    "shared": where the net that gives the place of reads puts the projected chunk (the paper's). "separate": where a net of its
-    own puts it."""
+    """Place of a chunk's write.
+
+    "agree": the mean of the places that the chunk reads, for one token the same place. "shared", the paper's: the output of
+    the net for places of reads on the projected chunk. "separate": the output of a net of its own.
+    """
     read: Literal["token", "chunk"] = "token"
-    """A read for each "token", or one for the "chunk", at the place of its first token."""
+    """Whether there is a read for each "token", or one for the "chunk", at the place of its first token."""
     projection: Literal["light", "full"] = "light"
-    """What a chunk is projected to before it is written: a sum of its tokens with a weight for each place in the chunk and each
-    feature, or the "full" matrix over all of them."""
+    """Projection of a chunk before it is written: "light", a sum of its tokens with a weight for each place in the chunk and
+    each feature, or "full", a matrix over all of them.
+    """
     convolution: Literal["factorised", "pointwise"] = "factorised"
-    """What the gates of a cell see: three cells along each axis in turn, or the cell itself only."""
+    """The inputs of a cell's gates: three cells along each axis in turn, or only the cell itself."""
     gates: Literal["state", "input"] = "state"
-    """Gates are computed from what is written and the "state", or from the "input" alone: then the recurrence is linear and is
-    computed for many steps at once."""
+    """Input of the gates besides the write: the "state", or nothing ("input").
+
+    With "input" the recurrence is linear, and many steps are computed at once.
+    """
     forget_bias: float = 3.0
-    """Bias of the forget gate at the start. At 0 a cell halves at every step that changes it."""
+    """Initial bias of the forget gate. At 0 a cell halves at every step that changes it."""
     sigma_init: float = 0.3
-    """Standard deviation of a write at the start, on a grid from -1 to 1."""
+    """Initial standard deviation of a write, on a grid from -1 to 1."""
     anchored: bool = False
-    """Tokens come with their place, (x, y, z) from -1 to 1; what is learned is an offset, zero at the start."""
+    """Whether tokens come with their place, (x, y, z) from -1 to 1; then an offset is learned, zero at the start."""
     every: int = 1
-    """In a model of several layers, every how manyth gets a memory. All of them share its weights."""
+    """Distance between layers with a memory: every n-th layer gets one. All of them share its weights."""
     gate_init: float | None = None
-    """Logit of each layer's gate at the start. None: 0, and what the memory gives out is zero, so that a model starts as what
-    it was without one."""
+    """Initial logit of each layer's gate.
+
+    None: 0, with a memory whose output is zero, so that a model starts as what it was without one.
+    """
     threaded: bool | None = None
-    """Whether a layer goes on with the state that the layer before left, as in the paper, or has its own. None: it goes on in
-    models that see everything at once. In a causal model it cannot: its first token would read what the last one wrote."""
+    """Whether a layer continues the state of the layer before, as in the paper, or has its own.
+
+    None: it does in non-causal models. In a causal model it cannot: its first token would read what the last one wrote.
+    """
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))

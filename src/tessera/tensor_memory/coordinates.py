@@ -1,4 +1,4 @@
-"""The geometry of the grid: where cells are, how far a write reaches, what is read between cells.
+"""The geometry of the grid: places of cells, weights of writes, interpolation of reads.
 
 Places are in [-1, 1]^n, ordered (x: width, y: height, z: depth) as in `torch.nn.functional.grid_sample`; a grid is ordered
 (depth, height, width). The centres of the first and the last cell of an axis are at its ends.
@@ -14,15 +14,14 @@ from torch.nn.functional import one_hot, pad
 
 from tessera.kernels.recurrent_grid import interpolate
 
-#: Weight of a Gaussian along an axis that counts as nothing where only the footprint of a write is changed: at three standard
-#: deviations.
+#: Weight of a Gaussian along an axis below which a cell is outside the footprint of a write: that at three standard deviations.
 FLOOR = 0.01
 #: Keeps the exponent of a write finite (the paper's eps).
 _EPSILON = 1e-6
 
 
 def centres(size: int, device: torch.device | None = None) -> Tensor:
-    """Centres of the cells along an axis, (size,) float32."""
+    """Return the centres of the cells along an axis, (size,) float32."""
     if size == 1:
         return torch.zeros(1, dtype=torch.float32, device=device)
     return torch.linspace(-1, 1, size, dtype=torch.float32, device=device)
@@ -35,7 +34,7 @@ def gaussian(at: Tensor, sigma: Tensor, grid: tuple[int, ...], local: bool = Fal
         at: (..., n).
         sigma: (...).
         grid: n sizes.
-        local: along each axis exactly zero where less than `FLOOR`, and falling to zero without a jump.
+        local: whether weights along each axis below `FLOOR` are exactly zero, continuously.
 
     Returns:
         for each axis of the grid (..., size), whose outer product the weights are.
@@ -50,19 +49,19 @@ def gaussian(at: Tensor, sigma: Tensor, grid: tuple[int, ...], local: bool = Fal
 
 
 def nearest(at: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """One at the cell nearest to `at`, (..., n), and zero elsewhere, by axes as `gaussian`."""
+    """Return one at the cell nearest to `at`, (..., n), and zero elsewhere, by axes like `gaussian`."""
     places = positions(at, grid).round().long()
     return tuple(one_hot(places[..., axis], size).to(at.dtype) for axis, size in enumerate(grid))
 
 
 def positions(at: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Places in cells, (..., n) in the order of the grid; beyond the border they are on it."""
+    """Convert places to cell coordinates, (..., n) in the order of the grid, clamped to its border."""
     last = torch.tensor(grid, device=at.device, dtype=at.dtype) - 1
     return (at.clamp(-1, 1).flip(-1) + 1) / 2 * last
 
 
 def sample(h: Tensor, at: Tensor) -> Tensor:
-    """What lies at places between cells, by multilinear interpolation; beyond the border what is on it.
+    """Interpolate cells multilinearly at places, clamped to the grid's border.
 
     Args:
         h: (batch, channels, *grid).
@@ -75,5 +74,5 @@ def sample(h: Tensor, at: Tensor) -> Tensor:
 
 
 def solid(h: Tensor) -> Tensor:
-    """(batch, channels, *grid) with three axes, those that are missing in front with one cell."""
+    """Reshape (batch, channels, *grid) to three axes; missing axes come first with one cell."""
     return h[(slice(None), slice(None), *[None] * (5 - h.ndim))]

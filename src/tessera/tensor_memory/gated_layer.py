@@ -1,4 +1,4 @@
-"""What a Tensor Memory adds to the layers of a model: one memory for all, and for each a norm and a gate."""
+"""The modules that a Tensor Memory adds to a model: one memory for all layers, and a norm and a gate for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tessera.tensor_memory.tensor_memory import TensorMemory
 
 
 class TensorMemoryLayer(Float32Module):
-    """One layer's own: LayerNorm before the memory, sigmoid(gate) behind it.
+    """The part of one layer: LayerNorm before the memory, sigmoid(gate) after it.
 
     Args:
         config: see `TensorMemoryConfig`.
@@ -29,18 +29,18 @@ class TensorMemoryLayer(Float32Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim, dtype=torch.float32)
         self.gate_logit = nn.Parameter(torch.tensor(float(config.gate_init or 0), dtype=torch.float32))
-        #: Off: reads count for nothing, to measure what the memory is worth.
+        #: If False, reads have no effect, to measure what the memory contributes.
         self.reads = True
 
     def forward(
         self, memory: TensorMemory, x: Tensor, state: TensorMemoryState | None, places: Tensor | None = None
     ) -> tuple[Tensor, TensorMemoryState]:
-        """What is added to the residual stream.
+        """Compute the addition to the residual stream.
 
         Args:
             memory: the memory that all layers share.
             x: (batch, tokens, dim).
-            state: this layer's own, or, in a model that sees everything at once, what the layer before left.
+            state: this layer's own state, or, in a non-causal model, that of the layer before.
             places: the tokens' places, for a memory that is anchored; see `TensorMemory.forward`.
 
         Returns:
@@ -56,7 +56,7 @@ class TensorMemoryLayer(Float32Module):
 
 
 def make_memory(config: TensorMemoryConfig, dim: int) -> TensorMemory:
-    """The memory of all layers; with `config.gate_init` None its output is zero at the start."""
+    """Make the memory of all layers; with `config.gate_init` None its output is zero at the start."""
     memory = TensorMemory(config, dim)
     if config.gate_init is None:
         nn.init.zeros_(memory.out_proj.weight)
@@ -65,7 +65,7 @@ def make_memory(config: TensorMemoryConfig, dim: int) -> TensorMemory:
 
 
 def make_layers(config: TensorMemoryConfig, dim: int, count: int) -> dict[int, TensorMemoryLayer]:
-    """For a model of `count` layers those that get a memory, by index: every `config.every`-th.
+    """Make the parts of the layers with a memory, every `config.every`-th of `count` layers, by index.
 
     Raises:
         ValueError: if there is none.

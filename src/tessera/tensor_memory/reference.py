@@ -12,7 +12,7 @@ from tessera.tensor_memory.coordinates import solid
 
 
 def volume(factors: Sequence[Tensor]) -> Tensor:
-    """Weights by axes, (batch, size) each, to those of the cells, (batch, *grid)."""
+    """Multiply weights by axes, (batch, size) each, to those of cells, (batch, *grid)."""
     weights = factors[0]
     for factor in factors[1:]:
         weights = weights.unsqueeze(-1) * factor.view(len(factor), *[1] * (weights.ndim - 1), -1)
@@ -20,7 +20,7 @@ def volume(factors: Sequence[Tensor]) -> Tensor:
 
 
 def gate_inputs(content: Tensor, factors: Sequence[Tensor], h: Tensor | None) -> Tensor:
-    """What is written and, unless None, the hidden state: (batch, channels or 2 channels, *grid)."""
+    """Concatenate the write and, unless None, the hidden state: (batch, channels or 2 channels, *grid)."""
     weights = volume(factors).unsqueeze(1)
     written = content.view(*content.shape, *[1] * len(factors)) * weights
     return written if h is None else torch.cat((written, h), dim=1)
@@ -29,7 +29,7 @@ def gate_inputs(content: Tensor, factors: Sequence[Tensor], h: Tensor | None) ->
 def update(
     h: Tensor, c: Tensor, seen: Tensor, taps: Tensor | None, weight: Tensor, bias: Tensor, mask: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """The new h and c, (batch, channels, *grid).
+    """Compute the new h and c, (batch, channels, *grid).
 
     Args:
         h, c: those before.

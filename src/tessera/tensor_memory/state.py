@@ -1,4 +1,4 @@
-"""The state of a Tensor Memory: what a stream carries from one call to the next."""
+"""The state of a Tensor Memory, which a stream carries from one call to the next."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tessera.state import State
 
 @dataclass(frozen=True, eq=False)
 class TensorMemoryState(State):
-    """See `State`. Chunks begin at the same token in all rows: `reset` makes zeros of those of a row that wait.
+    """See `State`. Chunks begin at the same token in all rows: `reset` sets the waiting tokens of a row to zero.
 
     Attributes:
         h, c: (batch, channels, *grid) float32, hidden and cell.
         waiting: (batch, n, dim) float32, the newest n < chunk tokens, whose chunk is not whole and has not been written.
-        places: (batch, n, axes) float32, where those are, for anchored coordinates; else None.
+        places: (batch, n, axes) float32, the places of the waiting tokens, for anchored coordinates; else None.
     """
 
     OWNER: ClassVar[str] = "a Tensor Memory"

@@ -18,13 +18,13 @@ from tessera.tensor_memory.coordinates import gaussian, nearest, positions, samp
 from tessera.tensor_memory.reference import gate_inputs, update
 from tessera.tensor_memory.state import TensorMemoryState
 
-#: How far from a token's own place its learned offset may lead, on a grid from -1 to 1.
+#: Maximum learned offset from a token's own place, on a grid from -1 to 1.
 REACH = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class Writes:
-    """What chunks write.
+    """The writes of chunks.
 
     Attributes:
         at: (batch, steps, n), places in [-1, 1].
@@ -100,17 +100,17 @@ class TensorMemory(Float32Module):
         self.out_proj = _net(channels, dim)
 
     def extra_repr(self) -> str:
-        """For printing."""
+        """Describe the module in its `repr`."""
         config = self.config
         return f"channels={config.channels}, grid={config.grid}, chunk={config.chunk}, dim={self.dim}"
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the weights."""
         return self.gates_bias.device
 
     def initial_state(self, batch: int, device: torch.device | None = None) -> TensorMemoryState:
-        """Nothing written and nothing waiting."""
+        """Return an empty state."""
         cells = (batch, self.config.channels, *self.config.grid)
         h = torch.zeros(cells, dtype=torch.float32, device=device or self.device)
         places = h.new_zeros((batch, 0, len(self.config.grid))) if self.config.anchored else None
@@ -119,15 +119,16 @@ class TensorMemory(Float32Module):
     def forward(
         self, x: Tensor, state: TensorMemoryState | None = None, places: Tensor | None = None, backend: str | None = None
     ) -> tuple[Tensor, TensorMemoryState]:
-        """What whole sequences read, or the next part of them.
+        """Compute the reads of whole sequences, or of the next part of them.
 
-        A token reads what the chunks before its own have written. A chunk that is not whole at the end waits in the state.
+        A token reads what the chunks before its own have written. The tokens of an incomplete chunk at the end wait in the
+        state.
 
         Args:
             x: (batch, tokens, dim).
-            state: what the previous part returned; None: the sequences begin. A model that sees everything at once may go on
-                with the state of the layer before (`flush` it first); in a causal model that shows the first token what the
-                layer before wrote for the last, so there every layer has a state of its own.
+            state: the state that the previous part returned; None: the sequences begin. A non-causal model may continue the
+                state of the layer before (`flush` it first); in a causal model the first token would then see what the layer
+                before wrote for the last one, so every layer needs a state of its own.
             places: (batch, tokens, n) or (tokens, n), (x, y, z) from -1 to 1, for `config.anchored`.
             backend: see `tessera.kernels.dispatch.attend`.
 
@@ -135,7 +136,7 @@ class TensorMemory(Float32Module):
             out: (batch, tokens, dim) in the dtype of `x`, before any gate; and the new state.
 
         Raises:
-            ValueError: for shapes that do not fit and numbers that are not finite; the state is unharmed.
+            ValueError: for shapes that do not fit and numbers that are not finite; the state is not changed.
         """
 
         def fast(chunks: Tensor, chunk_places: Tensor | None, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,11 +148,11 @@ class TensorMemory(Float32Module):
     def reference(
         self, x: Tensor, state: TensorMemoryState | None = None, places: Tensor | None = None
     ) -> tuple[Tensor, TensorMemoryState]:
-        """The definition: `forward` as a plain loop over the steps."""
+        """Compute `forward` as a plain loop over the steps: the definition."""
         return self._run(x, state, places, self._loop)
 
     def flush(self, state: TensorMemoryState) -> TensorMemoryState:
-        """The state at the end of sequences: tokens that wait are written, with zeros behind them, as the paper has it."""
+        """Write the waiting tokens at the end of sequences, padded with zeros as in the paper; returns the new state."""
         missing = -state.waiting.shape[1] % self.config.chunk
         if missing == 0:
             return state
@@ -160,18 +161,18 @@ class TensorMemory(Float32Module):
         return self(zeros, state, places)[1]
 
     def coordinates(self, chunks: Tensor, places: Tensor | None = None) -> Tensor:
-        """Where chunks read: (batch, steps, tokens, dim) -> (batch, steps, reads, n)."""
+        """Compute the places that chunks read: (batch, steps, tokens, dim) -> (batch, steps, reads, n)."""
         if self.config.read == "chunk":
             chunks, places = chunks[:, :, :1], None if places is None else places[:, :, :1]
         return self._place(self.coord_net, chunks, places)
 
     def writes(self, chunks: Tensor, places: Tensor | None, read_at: Tensor) -> Writes:
-        """What whole chunks write.
+        """Compute the writes of whole chunks.
 
         Args:
             chunks: (batch, steps, chunk, dim).
             places: (batch, steps, chunk, n), or None.
-            read_at: what `coordinates` returned.
+            read_at: the result of `coordinates`.
         """
         config = self.config
         if config.projection == "full":
@@ -187,7 +188,7 @@ class TensorMemory(Float32Module):
         return Writes(at, sigma, _linear(self.content_net, w))
 
     def footprint(self, writes: Writes) -> tuple[Tensor, ...]:
-        """Weight of each cell in each write, by axes of the grid: (batch, steps, size) each."""
+        """Compute the weight of each cell in each write, by axes of the grid: (batch, steps, size) each."""
         if self.config.write == "nearest":
             return nearest(writes.at, self.config.grid)
         return gaussian(writes.at, writes.sigma, self.config.grid, local=self.config.update == "footprint")
@@ -195,7 +196,7 @@ class TensorMemory(Float32Module):
     def advance(
         self, read_at: Tensor, writes: Writes, h: Tensor, c: Tensor, backend: str | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """All steps: what does not depend on the state at once, the rest in `tessera.kernels.dispatch.advance`.
+        """Run all steps: the part that does not depend on the state at once, the rest in `tessera.kernels.dispatch.advance`.
 
         Args:
             read_at: (batch, steps, reads, n).
@@ -226,7 +227,7 @@ class TensorMemory(Float32Module):
                 same = own.new_tensor([0.0, 1.0, 0.0]).expand(missing, channels, 3)
                 taps = torch.cat((same, own[:, channels:]))
         vectors[-1] = vectors[-1] * writes.content.unsqueeze(2)
-        # A kernel may take a place that is not a number for one of the grid's.
+        # A kernel may convert a place that is NaN to one in the grid.
         for what in (read_at, writes.at, vectors[-1], self.gates_weight, self.gates_bias):
             if not what.isfinite().all():
                 raise ValueError(
@@ -270,7 +271,7 @@ class TensorMemory(Float32Module):
                 cut = None if places is None else places[:, :ends].unflatten(1, (steps, chunk))
                 reads, h, c = recurrence(tokens[:, :ends].unflatten(1, (steps, chunk)), cut, h, c)
                 parts.append(self._out(reads, chunk).flatten(1, 2))
-            # Copies: a view would keep all tokens of the call.
+            # Copied, because a view would keep all tokens of the call in memory.
             waiting, left = tokens[:, ends:].clone(), None if places is None else places[:, ends:].clone()
             if rest:
                 at = self.coordinates(waiting.unsqueeze(1), None if left is None else left.unsqueeze(1))
@@ -279,7 +280,7 @@ class TensorMemory(Float32Module):
         return out, replace(state, h=h, c=c, waiting=waiting, places=left)
 
     def _out(self, reads: Tensor, tokens: int) -> Tensor:
-        """Reads (..., reads, channels), one for all tokens or one for each, to what the tokens get (..., tokens, dim)."""
+        """Project reads (..., reads, channels), one for all tokens or one for each, to outputs (..., tokens, dim)."""
         return _linear(self.out_proj, reads).expand(*reads.shape[:-2], tokens, -1)
 
     def _place(self, net: nn.Linear, x: Tensor, places: Tensor | None) -> Tensor:
@@ -330,7 +331,7 @@ class TensorMemory(Float32Module):
 
 
 def _before_softplus(y: float) -> float:
-    """x with softplus(x) = y, without overflow."""
+    """Return x with softplus(x) = y, without overflow."""
     return y + math.log(-math.expm1(-y))
 
 
@@ -339,7 +340,7 @@ def _net(inputs: int, outputs: int) -> nn.Linear:
 
 
 def _linear(net: nn.Module, x: Tensor) -> Tensor:
-    """In float32 whatever the weights are kept in. What wraps a net, as LoRA does, computes its own part."""
+    """Apply a net in float32, whatever the dtype of its weights. A wrapper, such as LoRA, computes its own part."""
     if type(net) is nn.Linear:
         return linear(x, net.weight.float(), net.bias.float())
     out: Tensor = net(x)

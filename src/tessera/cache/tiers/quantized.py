@@ -141,7 +141,7 @@ class QuantizedTier(Tier):
         return self.excess_of(self.tokens)
 
     def excess_of(self, tokens: int) -> int:
-        """How many of `tokens` are past the limit, whole blocks."""
+        """Count how many of `tokens` are past the limit, in whole blocks."""
         return 0 if self.limit is None else max(0, -(-(tokens - self.limit) // BLOCK) * BLOCK)
 
     def front(self, n: int) -> Pairs:

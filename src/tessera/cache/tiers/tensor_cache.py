@@ -86,7 +86,7 @@ class TensorCacheTier(Tier):
     # Within a call
 
     def unwritten(self, length: int) -> int:
-        """How many of the newest of `length` queries still need what left the window at them."""
+        """Count how many of the newest of `length` queries still need the pairs that left the window at them."""
         return 0 if self.window is None else length - self.written
 
     def state_for(self, memory: TensorCache, pairs: Tensor) -> TensorCacheState:

@@ -1,4 +1,4 @@
-"""A layer of attention: it encodes what a step makes whole, and reads pages where they lie."""
+"""A layer of attention: it encodes the groups that a step completes, and reads packed pages in place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = init_logger("vllm.tessera")
 
 
 class TesseraAttention(AttentionImpl[TesseraMetadata]):
-    """vLLM's `AttentionImpl` over packed pages; it is told what every layer of attention is told.
+    """vLLM's `AttentionImpl` over packed pages; its arguments are those of every attention layer of vLLM.
 
     Raises:
         ValueError: where the model or the engine cannot be served, in one line.
@@ -71,13 +71,13 @@ class TesseraAttention(AttentionImpl[TesseraMetadata]):
         self.stats = self._statistics(config)
         layout = layout_of(self.settings, head_size, self.dtype, config.cache_config.block_size, self.num_kv_heads)
         drafts = config.speculative_config is not None
-        # vLLM reads one number out of a layer's name, and sorts by it: behind all layers of the model.
+        # vLLM reads one number out of a layer's name, and sorts by it: this one comes after all layers of the model.
         name = f"tessera.ring.{10_000 + self.number}"
         self.ring = Ring(name, self.num_kv_heads, layout.ring_bytes, 2 * GROUP if drafts else GROUP)
         known[name] = self.ring
 
     def _statistics(self, config: Any) -> KeyStats | None:
-        """Of this layer's keys; None: they are coded as they come."""
+        """Load the statistics of this layer's keys; None: keys are coded as they come."""
         path = self.settings.stats
         if path is None:
             if self.number == 0 and self.settings.codec.weighs:

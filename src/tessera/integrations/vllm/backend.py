@@ -1,4 +1,4 @@
-"""What vLLM asks of an attention backend: how keys and values lie in its pool, and what a step looks like."""
+"""The attention backend for vLLM: the layout of keys and values in its pool, and the metadata of a step."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tessera.integrations.vllm.ring import RingMetadata
 from tessera.integrations.vllm.settings import Settings, required
 from tessera.kernels.paged import GROUP, BlockLayout, Step
 
-#: Tokens of a block with which the pool holds most: a request's rings fill one, and few blocks waste room for sinks.
+#: Tokens of a block with which the pool holds most: a request's rings fill one block, and fewer blocks reserve less for sinks.
 PREFERRED = 4 * GROUP
 
 
 @dataclass
 class TesseraMetadata(AttentionMetadata):
-    """A step as a layer reads it.
+    """The metadata of a step for a layer.
 
     Attributes:
         first: (requests + 1,) int32 on the CPU, where each request's tokens begin.
@@ -47,17 +47,17 @@ class TesseraMetadata(AttentionMetadata):
     _steps: dict[int, tuple[RingMetadata, Step]] = field(default_factory=dict)
 
     def step(self, rings: RingMetadata) -> Step:
-        """The step for layers whose rings lie there; made once for all of them."""
+        """Return the step for layers that share a table of rings; made once for all of them."""
         if id(rings) not in self._steps:
             self._steps[id(rings)] = rings, Step(self.first, self.lengths, self.table, rings.rings[: len(self.lengths)], {})
         return self._steps[id(rings)][1]
 
 
 class TesseraBuilder(AttentionMetadataBuilder[TesseraMetadata]):
-    """Takes out of what vLLM says of a step what `TesseraMetadata` holds.
+    """Builds `TesseraMetadata` from vLLM's metadata of a step.
 
     Raises:
-        ValueError: where layers want memory of a kind that is not pages, in one line.
+        ValueError: if layers need memory of a kind other than pages, in one line.
     """
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
@@ -84,19 +84,19 @@ class TesseraBackend(AttentionBackend):
     """Attention over packed pages; `backend` makes it one with settings.
 
     Attributes:
-        settings: what pages are made of.
+        settings: the codec and options of pages.
     """
 
     settings: ClassVar[Settings]
 
-    # Pages are written in `forward`: a group must be whole before it is encoded.
+    # Pages are written in `forward`: a group must be complete before it is encoded.
     forward_includes_kv_cache_update = True
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
     supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]  # noqa: RUF012
 
     @staticmethod
     def get_name() -> str:
-        """The name under which vLLM lets others' backends be."""
+        """Return the name that vLLM reserves for custom backends."""
         return "CUSTOM"
 
     @staticmethod
@@ -113,33 +113,33 @@ class TesseraBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Blocks hold whole pages."""
+        """Return the block sizes that hold whole pages."""
         return [MultipleOf(GROUP)]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Where none is set, and the platform asks: blocks of 4 pages hold the rings of all layers in one."""
+        """Return the default block size: with 4 pages one block holds the rings of all layers."""
         return PREFERRED
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Blocks outermost, for pages and rings of different sizes share them; then heads: a page is one run of bytes."""
+        """Return the layout: blocks outermost, which pages and rings share, then heads, so that a page is contiguous."""
         return (KVCacheLayout.BLHNC,)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        """Windows are masks over pages."""
+        """Return True: windows are masks over pages."""
         return True
 
     @classmethod
     def supports_sink(cls) -> bool:
-        """Logits that drain a share of the softmax are known to the kernels."""
+        """Return True: the kernels support attention-sink logits."""
         return True
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """The packed bytes of a token and key head, from which vLLM counts pages and blocks."""
-        # vLLM asks for windows' layers first by a block of one token; it then shares the bytes of a usual block.
+        """Give vLLM the packed bytes of a token and key head, from which it counts pages and blocks."""
+        # vLLM first asks for layers with windows with a block of one token; that shares the bytes of a usual block.
         tokens = spec.block_size if spec.block_size % GROUP == 0 else 2 * GROUP
         layout = layout_of(cls.settings, spec.head_size, spec.dtype, tokens, spec.num_kv_heads)
         return replace(spec, dtype=torch.uint8, state_content_bytes=layout.token_bytes)
@@ -147,7 +147,7 @@ class TesseraBackend(AttentionBackend):
 
 @cache
 def backend(settings: Settings) -> type[TesseraBackend]:
-    """The backend with these settings: vLLM asks it about memory where no configuration is at hand."""
+    """Make the backend with these settings, because vLLM asks it about memory where no configuration is available."""
     return type("TesseraBackend", (TesseraBackend,), {"settings": settings})
 
 
@@ -160,7 +160,7 @@ def layout_of(
     layer: int = 0,
     stats: KeyStats | None = None,
 ) -> BlockLayout:
-    """The layout of blocks of as many tokens."""
+    """Return the layout of blocks of so many tokens."""
     pages = tokens // GROUP
     return block_layout(
         settings.codec, head_dim, dtype, pages=pages, sink=settings.sink, heads=kv_heads, layer=layer, stats=stats

@@ -1,4 +1,4 @@
-"""Which backend a name of vLLM stands for in this process; vLLM imports these names when it builds a model's layers."""
+"""The backend behind a name of vLLM in this process; vLLM imports these names when it builds a model's layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from tessera.integrations.vllm.plugin import version_refusal
 from tessera.integrations.vllm.settings import configured
 
-#: vLLM's own backends for what Tessera does not serve, or serves only where it is asked to.
+#: vLLM's own backends, for models or settings without Tessera.
 _OWN = {
     "Decoder": "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend",
     "CpuLatent": "vllm.v1.attention.backends.mla.cpu_mla.CPUMLABackend",
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
         raise ValueError("the attention backend CUSTOM is Tessera's: set TESSERA_SPEC, as in TESSERA_SPEC='sink:4 + hqmq:4'")
     import vllm
 
-    why = version_refusal(vllm.__version__)  # first, for the backend imports what other versions may not have
+    why = version_refusal(vllm.__version__)  # first, because the backend imports names that other versions may not have
     if why is not None:
         raise ValueError(f"{settings.text!r} is set, but {why}")
     if name.endswith("Latent"):

@@ -1,4 +1,4 @@
-"""What vLLM's plugin loader calls: it puts the backend where vLLM looks for one.
+"""The entry point of vLLM's plugin loader, which registers the backend.
 
 vLLM's CPU platform asks for the backend named CPU_ATTN and hears no other name, so this name is given to a module that answers
 with Tessera's backend where a specification is set, and with vLLM's own where none is. On a GPU the name is CUSTOM
@@ -7,7 +7,7 @@ with Tessera's backend where a specification is set, and with vLLM's own where n
 
 from __future__ import annotations
 
-#: Of vLLM: the first that this was tested with, and the first that it was not.
+#: Versions of vLLM: the first that was tested, and the first newer one that was not.
 SUPPORTED = ((0, 31), (0, 34))
 
 
@@ -22,7 +22,7 @@ def register() -> None:
 
 
 def version_refusal(version: str) -> str | None:
-    """Why a version of vLLM is not supported, or None if it is."""
+    """Say why a version of vLLM is not supported, or return None if it is."""
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     low, high = SUPPORTED
     if low <= numbers < high:

@@ -1,4 +1,4 @@
-"""What cannot be served, found out before the first token. The CPU platform of vLLM validates nothing by itself."""
+"""Checks for unsupported models and settings before the first token. The CPU platform of vLLM validates nothing itself."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 from tessera.kernels.paged import GROUP
 
-#: Tokens that a ring holds beyond a group, where tokens are drafted: the most that may be drafted at once.
+#: Tokens that a ring holds beyond a group for drafted tokens, and so the most that may be drafted at once.
 DRAFTS = GROUP
 
 
 def engine_refusal(config: Any) -> str | None:
-    """Why an engine cannot serve with Tessera, or None if it can.
+    """Say why an engine cannot serve with Tessera, or return None if it can.
 
     Args:
         config: its `VllmConfig`.
@@ -44,7 +44,7 @@ def engine_refusal(config: Any) -> str | None:
 
 
 def spec_refusal(kind: str) -> str | None:
-    """Why vLLM's demand for a layer's memory cannot be met, or None if it can.
+    """Say why the memory that vLLM requests for a layer is not supported, or return None if it is.
 
     Args:
         kind: name of the class of its `KVCacheSpec`.
@@ -66,7 +66,7 @@ def layer_refusal(
     dtype: torch.dtype,
     extra: dict[str, Any],
 ) -> str | None:
-    """Why a layer of attention cannot be served, or None if it can.
+    """Say why a layer of attention cannot be served, or return None if it can.
 
     Args:
         heads, kv_heads: number of query heads and of key heads.

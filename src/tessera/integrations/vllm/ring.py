@@ -1,7 +1,7 @@
-"""Where a request keeps the group that it is filling: a layer of its own beside each layer of attention.
+"""The ring for the incomplete group of a request: a cache layer of its own beside each layer of attention.
 
-vLLM gives memory to layers, in blocks of one pool, by what a layer says that it needs. A `Ring` says: one block a request, for
-as long as the request runs. So the scheduler counts it, frees it when a request is preempted and gives a new one when the
+vLLM allocates memory to layers, in blocks of one pool, according to each layer's specification. A `Ring` needs one block for
+each request as long as it runs. So the scheduler counts it, frees it when a request is preempted and gives a new one when the
 request comes back, and never shares it.
 """
 
@@ -28,22 +28,22 @@ from tessera.kernels.paged import GROUP
 
 @dataclass(frozen=True, kw_only=True)
 class RingSpec(CircularBufferSpec):
-    """One block a request, of `block_size` exact tokens."""
+    """The specification of one block for each request, of `block_size` exact tokens."""
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """Width of the table: the worker maps every position to a slot, also where nobody asks for it."""
+        """Return the width of the table: the worker maps every position to a slot, needed or not."""
         return -(-max_len // self.block_size)
 
 
 @dataclass
 class RingMetadata(AttentionMetadata):
-    """Which block is whose ring: rings (requests, any) int32, in the first column."""
+    """The metadata of rings: rings (requests, any) int32, whose first column is each request's block."""
 
     rings: Tensor
 
 
 class RingBuilder(AttentionMetadataBuilder):
-    """Takes the rings' table out of what vLLM says of a step."""
+    """Builds the rings' table from vLLM's metadata of a step."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -56,18 +56,18 @@ class RingBuilder(AttentionMetadataBuilder):
 
 
 class RingBackend(AttentionBackend):
-    """What vLLM asks of a ring instead of a backend: it computes nothing."""
+    """The backend of a ring, which computes nothing."""
 
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
 
     @staticmethod
     def get_name() -> str:
-        """A name that vLLM knows."""
+        """Return a name that vLLM knows."""
         return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> Any:
-        """There is none."""
+        """Refuse: a ring has no attention implementation."""
         raise NotImplementedError
 
     @staticmethod
@@ -77,12 +77,12 @@ class RingBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Rings are not cut."""
+        """Return multiples of a group: rings are not split."""
         return [MultipleOf(GROUP)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Those of pages."""
+        """Return the layouts of pages."""
         return (KVCacheLayout.BLHNC,)
 
 
@@ -90,7 +90,7 @@ class Ring(torch.nn.Module, AttentionLayerBase):
     """The ring of one layer of attention.
 
     Args:
-        name: that no other layer has; vLLM wants one number in it.
+        name: a unique layer name; vLLM requires exactly one number in it.
         kv_heads: number of key heads of the layer.
         token_bytes: bytes of an exact key and its value.
         tokens: that the ring holds.
@@ -105,7 +105,7 @@ class Ring(torch.nn.Module, AttentionLayerBase):
         self.kv_cache = torch.tensor([])
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> RingSpec:
-        """What the ring needs; bytes throughout, for the pool's other layers hold bytes too."""
+        """Return the memory that the ring needs, as bytes like the pool's other layers."""
         return RingSpec(
             block_size=self.tokens,
             num_kv_heads=self.kv_heads,

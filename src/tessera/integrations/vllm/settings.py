@@ -1,8 +1,9 @@
-"""What is set: one specification for all layers and requests.
+"""The settings of an engine: one specification for all layers and requests.
 
 It comes from the environment variable TESSERA_SPEC, or from vLLM's `--additional-config '{"tessera": "sink:4 + hqmq:4"}'`,
-which wins. A file of statistics of keys, as `tessera stats` writes it, is named by TESSERA_STATS, or by "tessera_stats" beside
-"tessera". The words are those of `tessera.Cache`, of which an engine takes three: `sink`, a codec, and `recent`.
+which takes precedence. A file of statistics of keys, as `tessera stats` writes it, is named by TESSERA_STATS, or by
+"tessera_stats" beside "tessera". The grammar is that of `tessera.Cache`, of which an engine takes three words: `sink`, a codec,
+and `recent`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from tessera.kernels.paged import GROUP
 
 #: The environment variable, and the key in `additional_config`.
 VARIABLE, KEY = "TESSERA_SPEC", "tessera"
-#: The same of the file of statistics.
+#: The same two names for the file of statistics.
 STATS_VARIABLE, STATS_KEY = "TESSERA_STATS", "tessera_stats"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What pages are made of.
+    """The codec and options of pages.
 
     Attributes:
         text: the specification as it was given.
@@ -47,7 +48,7 @@ def read(text: str, stats: str | None = None) -> Settings:
     that does not.
 
     Raises:
-        ValueError: naming the word that an engine cannot follow.
+        ValueError: naming the word that an engine does not support.
     """
     if text.strip().startswith("{"):
         raise ValueError(f"in vLLM all layers have one specification, as in 'sink:4 + hqmq:4'; got {text!r}")
@@ -71,10 +72,10 @@ def read(text: str, stats: str | None = None) -> Settings:
 
 
 def configured(config: Any = None) -> Settings | None:
-    """The settings of an engine, or None where nothing is set.
+    """Return the settings of an engine, or None where nothing is set.
 
     Args:
-        config: the engine's `VllmConfig`; None: the one that is current.
+        config: the engine's `VllmConfig`; None: the current one.
     """
     if config is None:
         from vllm.config import get_current_vllm_config_or_none
@@ -88,7 +89,7 @@ def configured(config: Any = None) -> Settings | None:
 
 
 def required(config: Any) -> Settings:
-    """The settings of an engine that has Tessera's backend.
+    """Return the settings of an engine that has Tessera's backend.
 
     Raises:
         ValueError: if nothing is set.

@@ -1,4 +1,4 @@
-"""Keys as queries see them, in an engine: one file of statistics serves all requests, for they share pages.
+"""Key statistics in an engine: one file serves all requests, because they share pages.
 
 The file is what `tessera stats` writes. See `docs/keys_as_queries_see_them.md`.
 """
@@ -12,12 +12,12 @@ from tessera.codecs.key_stats import KeyStats, load_stats
 
 @cache
 def load(path: str) -> tuple[KeyStats | None, ...]:
-    """What the file says of each layer; read once in a process."""
+    """Load the statistics of each layer; a file is read once in a process."""
     return tuple(load_stats(path))
 
 
 def of_layer(path: str, number: int, layers: int, kv_heads: int, head_dim: int, rank: int = 0, ranks: int = 1) -> KeyStats:
-    """Statistics of the key heads that a rank has of a layer.
+    """Return the statistics of a rank's key heads of a layer.
 
     Args:
         path: path of the file.

@@ -30,8 +30,8 @@ except ImportError as error:
 def _share_threads() -> str | None:
     """Let the kernels run on the threads of torch's OpenMP runtime; returns its path, None if there is none.
 
-    What torch calls is what its symbols were bound to: a runtime that was preloaded (LD_PRELOAD) comes before torch's own, and
-    both are then mapped. Looked up in the process as a whole, the symbols lead to the same one.
+    torch calls the runtime that its symbols were bound to: a preloaded one (LD_PRELOAD) comes before torch's own, and both are
+        then mapped. A lookup in the whole process finds the same one.
     """
     try:
         lines = [line.split(None, 5) for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line]
@@ -55,28 +55,28 @@ def _share_threads() -> str | None:
     return None
 
 
-#: The OpenMP runtime whose threads the kernels use; None: they have threads of their own.
+#: The OpenMP runtime whose threads the kernels use; None: the kernels have threads of their own.
 OPENMP = None if _cpu is None else _share_threads()
-#: Instruction sets, of each family of processors the best last.
+#: Instruction sets, from the slowest to the fastest; NEON is that of Arm processors.
 LEVELS = ("portable", "neon", "avx2", "avxvnni", "avx512")
-#: 8-bit limbs in which the kernels for NEON, AVX2 and above write a query and a softmax weight: with two the relative error is
-#: 4e-5, far below a codec's; with three it is that of float32 sums. Those for NEON and AVX2 write 16-bit numbers, so that one
-#: limb is as two.
+#: 8-bit limbs in which the kernels for NEON, AVX2 and above write a query and a softmax weight: with two the relative error
+#: is 4e-5, far below a codec's; with three it is that of float32 sums. Those for NEON and AVX2 use 16-bit numbers, so that
+#: one limb is as exact as two.
 LIMBS = 2
-#: Longest head that the kernels know.
+#: Largest head_dim that the kernels support.
 MAX_DIM = 512
-#: Rows of queries a key head, up to which `attend_exact` is used.
+#: Number of query rows of a key head up to which `attend_exact` is used.
 FEW_ROWS = 64
 
 
 @cache
 def levels() -> tuple[str, ...]:
-    """Instruction sets that this processor and this build have, the best last; none if the kernels are not built."""
+    """List the instruction sets of this processor and this build, the fastest last; none if the kernels are not built."""
     return () if _cpu is None else tuple(_cpu.levels())
 
 
 def float32_refusal(tensors: Iterable[Tensor | None]) -> str | None:
-    """Why a kernel that takes float32 on the CPU cannot be used, or None if it can."""
+    """Say why a kernel that takes float32 on the CPU cannot be used, or return None if it can."""
     if MISSING is not None:
         return MISSING
     for x in tensors:
@@ -86,17 +86,17 @@ def float32_refusal(tensors: Iterable[Tensor | None]) -> str | None:
 
 
 def tracked(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """As a graph is to see them: where none is made, none needs a gradient, and a kernel keeps nothing for backward."""
+    """Detach the tensors where no graph is recorded, so that a kernel keeps nothing for backward."""
     return [x if x is None or torch.is_grad_enabled() else x.detach() for x in tensors]
 
 
 def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
-    """Where they lie, for a kernel; 0 for None."""
+    """Return the addresses of tensors for a kernel; 0 for None."""
     return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def attend_refusal(q: Tensor, pages: Pages) -> str | None:
-    """Why `attend` cannot be used, or None if it can."""
+    """Say why `attend` cannot be used, or return None if it can."""
     keys, _ = pages.pages[0]
     dim = pages.shape[3]
     if MISSING is not None:
@@ -159,7 +159,7 @@ def attend(
 
 
 def _rule(params: AttendParams) -> tuple[list[float], Tensor | None]:
-    """What the kernels read of the parameters behind the scale, and the mask that it points to."""
+    """Return the parameters after the scale in the form that the kernels read, and the mask that they point to."""
     mask, strides = strided(params.mask)
     start, window = params.start, params.window or 0
     pointer = 0 if mask is None else mask.data_ptr()
@@ -167,7 +167,7 @@ def _rule(params: AttendParams) -> tuple[list[float], Tensor | None]:
 
 
 def _narrowed(q: Tensor, pages: Pages) -> Tensor:
-    """`Pages.narrowed` of contiguous float32 queries, without the small steps that take PyTorch longer than the numbers do."""
+    """`Pages.narrowed` of contiguous float32 queries, without small, slow PyTorch operations."""
     if pages.stats is None:
         return q
     sizes, out = pages.stats.sizes.contiguous(), torch.empty_like(q)
@@ -178,14 +178,14 @@ def _narrowed(q: Tensor, pages: Pages) -> Tensor:
 
 
 def widened(q: Tensor) -> Tensor:
-    """Queries as the kernels read them."""
+    """Return queries in the form that the kernels read."""
     if q.requires_grad or q.dtype != torch.float32 or not q.is_contiguous():
         q = q.detach().to(torch.float32).contiguous()
     return q
 
 
 def attend_exact_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why `attend_exact` cannot or should not be used, or None."""
+    """Say why `attend_exact` cannot or should not be used, or return None."""
     _, heads, tokens, dim = q.shape
     if MISSING is not None:
         return MISSING
@@ -249,7 +249,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def merge_refusal(parts: Sequence[tuple[Tensor, Tensor]]) -> str | None:
-    """Why `merge` cannot or need not be used, or None."""
+    """Say why `merge` cannot or need not be used, or return None."""
     if len(parts) == 1:
         return "one part is the whole already"
     tensors = [x for part in parts for x in part]
@@ -259,7 +259,7 @@ def merge_refusal(parts: Sequence[tuple[Tensor, Tensor]]) -> str | None:
 
 
 def decode_refusal(packed: Coded) -> str | None:
-    """Why `decode` cannot be used, or None if it can."""
+    """Say why `decode` cannot be used, or return None if it can."""
     dim = packed.shape[3]
     if MISSING is not None:
         return MISSING
@@ -271,12 +271,12 @@ def decode_refusal(packed: Coded) -> str | None:
 
 
 def chunks_refusal(x: Tensor, *_: object) -> str | None:
-    """Why no kernel can take a tensor of any dtype, or None if one can."""
+    """Say why no kernel can take this tensor, whatever its dtype, or return None if one can."""
     return MISSING or (None if x.device.type == "cpu" else f"the chunks are on {x.device}")
 
 
 def decode(packed: Coded, level: str | None = None) -> Tensor:
-    """What the vectors stand for, (batch, heads, tokens, head_dim) float32."""
+    """Decode packed vectors to (batch, heads, tokens, head_dim) float32."""
     batch, heads, _, dim = packed.shape
     form = packed.codec.kernel_format(dim)
     assert form is not None
@@ -309,7 +309,7 @@ def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def book(form: Format, heads: int, layer: int) -> Any:
-    """A codec's tables as the kernels have them, made once."""
+    """Return a codec's tables in the form of the kernels, made once."""
     if isinstance(form, JointFormat):
         return _joint(form)
     return _scalars(form) if isinstance(form, ScalarFormat) else _products(form, heads, layer)
@@ -335,14 +335,14 @@ def _products(form: ProductFormat, heads: int, layer: int) -> Any:
 
 
 def table_of(pages: Pages) -> Any:
-    """Where the tensors of each page are, as `page_at` in module.cpp reads it: (pages, 24) int64."""
+    """Return the addresses of each page's tensors in the form that `page_at` in module.cpp reads: (pages, 24) int64."""
     if "cpu" not in pages.memo:
         pages.memo["cpu"] = torch.tensor([row for row, _ in pages.notes("cpu", _row)]).numpy()
     return pages.memo["cpu"]
 
 
 def _row(keys: Coded, values: Coded) -> tuple[list[int], list[Tensor | None]]:
-    """One page's row, and the tensors that it points to: some may be copies that `_plain` made."""
+    """Return one page's row, and the tensors that it points to, some of which may be copies made by `_plain`."""
     row: list[int] = []
     held: list[Tensor | None] = []
     for packed in (keys, values):
@@ -360,12 +360,12 @@ def _row(keys: Coded, values: Coded) -> tuple[list[int], list[Tensor | None]]:
 
 
 def _plain(field: Tensor) -> Tensor:
-    """The field as the kernel takes it: rows of a head packed, batch rows kv_heads times a head's distance apart."""
+    """Return the field with the kernel's strides: rows of a head contiguous, batch rows kv_heads heads apart."""
     if field.ndim > 4:
         field = field.flatten(3)
     _, heads, rows, width = field.shape if field.ndim == 4 else (*field.shape, 1)
     packed = field.stride(2) == width and (field.ndim == 3 or field.stride(3) == 1)
     if (packed or rows <= 1) and (field.shape[0] == 1 or field.stride(0) == heads * field.stride(1)):
         return field
-    # Of a single head `contiguous` leaves whatever stride there is.
+    # For a single head `contiguous` does not change the stride.
     return field.new_empty(field.shape).copy_(field)

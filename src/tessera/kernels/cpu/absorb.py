@@ -10,12 +10,12 @@ from torch.autograd.function import once_differentiable
 
 from tessera.kernels.cpu import _cpu, addresses, float32_refusal, levels, tracked
 
-#: Tokens between two matrices that are kept for backward: as many as let those between them stay in a core's cache.
+#: Tokens between two matrices that are kept for backward, chosen so that the matrices in between fit a core's cache.
 _EVERY = 32
 
 
 def refusal(*tensors: Tensor) -> str | None:
-    """Why `absorb` cannot be used, or None if it can."""
+    """Say why `absorb` cannot be used, or return None if it can."""
     return float32_refusal(tensors)
 
 
@@ -30,7 +30,7 @@ def absorb(
     read_first: bool = False,
     level: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`tessera.tensor_cache.recurrence.loop`; shapes as there. Forward columns go side by side, backward heads, a thread each.
+    """`tessera.tensor_cache.recurrence.loop`; shapes as there. Forward is parallel over columns, backward over heads.
 
     Args:
         q, k, v, g, eta, state: as there.
@@ -83,6 +83,6 @@ class _Absorb(torch.autograd.Function):
         found = [*(torch.empty_like(x) for x in given), kept.new_empty((batch, heads, d_k, given[2].shape[-1]))]
         whole = [x.contiguous() for x in grads]
         left = (kept.data_ptr(), fresh.data_ptr())
-        # The state at first is the first of those that were kept.
+        # The initial state is the first of the kept ones.
         _cpu.absorb_backward(ctx.level, ctx.shape, addresses((*given, None)), *left, addresses(whole), addresses(found))
         return None, None, None, *found

@@ -27,7 +27,7 @@ def nearest(x: Tensor, book: Codewords, level: str | None = None) -> Tensor:
 
 
 def nearest_words(x: Tensor, book: Codewords, level: str | None = None) -> tuple[Tensor, Tensor]:
-    """As `nearest`; codes, and what they stand for, (n, 4) float32."""
+    """Find codes as `nearest` does; returns the codes and their codewords, (n, 4) float32."""
     return _nearest(x, book, level, words=True)
 
 
@@ -106,5 +106,5 @@ def pack_blocks(x: Tensor, ratio: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _packed(x: Tensor, count: int, bits: int) -> Tensor:
-    """Room for `count` codes of each vector of x."""
+    """Allocate the bytes of `count` codes for each vector of x."""
     return torch.empty(*x.shape[:-1], -(-count * bits // 8), dtype=torch.uint8, device="cpu")

@@ -14,14 +14,14 @@ from tessera.kernels.recurrent_grid import Gates, Steps
 
 
 def refusal(h: Tensor, steps: Steps, gates: Gates) -> str | None:
-    """Why `advance` cannot be used, or None if it can."""
+    """Say why `advance` cannot be used, or return None if it can."""
     return float32_refusal((h, *steps.tensors(), *gates.tensors()))
 
 
 def advance(
     h: Tensor, c: Tensor, steps: Steps, gates: Gates, level: str | None = None, every: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`tessera.kernels.recurrent_grid.advance`. Sequences go side by side, a thread each.
+    """`tessera.kernels.recurrent_grid.advance`. It is parallel over sequences.
 
     Args:
         h, c, steps, gates, every: as there.
@@ -60,7 +60,7 @@ class _Advance(torch.autograd.Function):
         kept, *given = ctx.saved_tensors
         batch = len(kept)
         whole = [x.contiguous() for x in grads]
-        # Each sequence has weights' gradients of its own: sums in a fixed order.
+        # Each sequence has its own gradients of the weights, which are then added in a fixed order.
         found = [None if x is None else torch.empty_like(x) for x in given[:9]]
         found += [None if x is None else x.new_empty((batch, *x.shape)) for x in given[9:]]
         _cpu.retreat(ctx.level, ctx.shape, addresses(given), kept.data_ptr(), addresses(whole), addresses(found))

@@ -11,12 +11,12 @@ from torch import Tensor
 from tessera.kernels import cpu
 from tessera.kernels.paged import GROUP, ROLES, BlockLayout, PagedCall, Step
 
-#: Numbers that exact keys and values may be in, as the kernels count them.
+#: Dtypes of exact keys and values, with their numbers in the kernels.
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refusal(q: Tensor, layout: BlockLayout) -> str | None:
-    """Why the kernels cannot be used, or None if they can."""
+    """Say why the kernels cannot be used, or return None if they can."""
     dim = layout.head_dim
     if cpu.MISSING is not None:
         return cpu.MISSING
@@ -94,7 +94,7 @@ def _rows(x: Tensor) -> tuple[int, int, int]:
 
 
 def _requests(step: Step) -> list[int]:
-    """What the kernels read of a step; its tables as contiguous int32."""
+    """Return a step in the form that the kernels read; its tables are contiguous int32."""
     if "cpu" not in step.memo:
         tables = [x.to("cpu", torch.int32).contiguous() for x in (step.first, step.lengths, step.table, step.rings)]
         first, lengths, table, rings = tables
@@ -115,7 +115,7 @@ _POOLS: WeakKeyDictionary[BlockLayout, tuple[tuple[int, ...], Any, Tensor | None
 
 
 def _pool(pool: Tensor, ring: Tensor, layout: BlockLayout) -> Any:
-    """What stays the same from step to step of a layer; a layout is of one layer."""
+    """Return what is the same in all steps of a layer; each layer has its own layout."""
     key = (pool.data_ptr(), ring.data_ptr(), *pool.shape, *pool.stride(), *ring.shape, *ring.stride())
     kept = _POOLS.get(layout)
     if kept is None or kept[0] != key:

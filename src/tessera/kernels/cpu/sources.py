@@ -1,4 +1,4 @@
-"""All that a decoding step reads, in one call: attention to each source, and the parts joined."""
+"""Attention of a decoding step to all sources in one call, and the merge of their results."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def attend_sources(
 
 
 def _rule(source: Source) -> tuple[bool, int, int]:
-    """Whether queries have places, the first one's, and the window or 0."""
+    """Return whether queries have places, the place of the first, and the window or 0."""
     if source.start is None:
         return False, 0, 0
     return True, source.start, source.window or 0
 
 
 def _prepared(pages: Pages, q: Tensor) -> bool:
-    """Whether there is a kernel for pages; what it reads of them is then in their memo, for all steps until they change."""
+    """Whether there is a kernel for pages; its tables are then in their memo, for all steps until the pages change."""
     if "sources" not in pages.memo:
         if cpu.attend_refusal(q, pages) is not None:
             return False

@@ -1,8 +1,8 @@
 """Attention of many queries on a CPU: PyTorch's flash attention, tile by tile, joined by log-sum-exp.
 
 The definition multiplies whole matrices and writes their scores to memory. PyTorch's flash attention for CPUs keeps them in
-cache and tells the log-sum-exp, so what it finds for parts can be joined. Codes are decoded a tile at a time, once for all
-queries. `benchmarks/prefill_attention.py` measures where that is the fastest way, and `attend` goes by it.
+cache and returns the log-sum-exp, so partial results can be merged. Codes are decoded a tile at a time, once for all queries.
+`benchmarks/prefill_attention.py` measures where that is fastest, and `attend` decides accordingly.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from tessera.kernels.joint import JointFormat
 from tessera.kernels.pages import Pages
 from tessera.kernels.params import AttendParams
 
-#: Bytes of decoded or widened keys and values at once at most, but for those of `BLOCK` tokens.
+#: Maximum bytes of decoded or widened keys and values at once, unless `BLOCK` tokens take more.
 TILE_BYTES = 64 << 20
-#: Tokens of a tile at least.
+#: Minimum number of tokens of a tile.
 BLOCK = 64
-#: Rows of queries a key head from which a tile is worth decoding: where codes have no kernel, and where they have one
-#: that does not multiply in integers, for AVX-512 or for less.
+#: Number of query rows of a key head from which decoding a tile is faster: for codes without a kernel, and for those with a
+#: kernel without integer products, with AVX-512 and with less.
 NO_KERNEL, WIDE_KERNEL, SLOW_KERNEL = 16, 768, 192
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attend(q: Tensor, pages: Pages, params: AttendParams, *, level: str | None = None) -> tuple[Tensor, Tensor]:
-    """`tessera.kernels.reference.attend` the fastest way that there is on a CPU. `level`: see `tessera.kernels.cpu.attend`."""
+    """Compute `tessera.kernels.reference.attend` the fastest way on a CPU. `level`: see `tessera.kernels.cpu.attend`."""
     if cpu.attend_refusal(q, pages) is None:
         level = level or cpu.levels()[-1]
         enough = WIDE_KERNEL if level == "avx512" else SLOW_KERNEL
@@ -41,31 +41,31 @@ def attend(q: Tensor, pages: Pages, params: AttendParams, *, level: str | None =
 
 
 def attend_exact(q: Tensor, k: Tensor, v: Tensor, params: AttendParams, *, level: str | None = None) -> tuple[Tensor, Tensor]:
-    """`tessera.kernels.reference.attend_exact`, likewise."""
+    """Compute `tessera.kernels.reference.attend_exact` by the fastest implementation on a CPU."""
     if cpu.attend_exact_refusal(q, k, v) is None:
         return cpu.attend_exact(q, k, v, params, level=level)
     return attend_exact_tiled(q, k, v, params)
 
 
 def attend_refusal(q: Tensor, pages: Pages, params: AttendParams) -> str | None:
-    """Why `attend` cannot be used, or None if it can."""
+    """Say why `attend` cannot be used, or return None if it can."""
     why = cpu.attend_refusal(q, pages)
     return why if why is None or tiled_refusal(q, pages, params) is not None else None
 
 
 def attend_exact_refusal(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str | None:
-    """Why `attend_exact` cannot or should not be used, or None."""
+    """Say why `attend_exact` cannot or should not be used, or return None."""
     why = cpu.attend_exact_refusal(q, k, v)
     return why if why is None or exact_tiled_refusal(q, k, v, params) is not None else None
 
 
 def _fast(pages: Pages, level: str) -> bool:
-    """Whether codes are multiplied in integers, which takes less time than dense keys do, however many queries there are."""
+    """Whether codes are multiplied as integers, which is faster than dense keys for any number of queries."""
     return level != "portable" and all(isinstance(form, JointFormat) for form in pages.form())
 
 
 def tiled_refusal(q: Tensor, pages: Pages, params: AttendParams) -> str | None:
-    """Why `attend_tiled` cannot or should not be used, or None."""
+    """Say why `attend_tiled` cannot or should not be used, or return None."""
     if q.device.type != "cpu" or pages.pages[0][0].device.type != "cpu":
         return "PyTorch's flash attention that tells its log-sum-exp is for CPUs"
     if torch.is_grad_enabled() and q.requires_grad:
@@ -76,7 +76,7 @@ def tiled_refusal(q: Tensor, pages: Pages, params: AttendParams) -> str | None:
 
 
 def exact_tiled_refusal(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str | None:
-    """Why `attend_exact_tiled` cannot be used, or None."""
+    """Say why `attend_exact_tiled` cannot be used, or return None."""
     if any(x.device.type != "cpu" for x in (q, k, v)):
         return "PyTorch's flash attention that tells its log-sum-exp is for CPUs"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -97,7 +97,7 @@ def _refusal(q: Tensor, params: AttendParams) -> str | None:
 
 
 def attend_tiled(q: Tensor, pages: Pages, params: AttendParams) -> tuple[Tensor, Tensor]:
-    """`tessera.kernels.reference.attend` without a mask, soft-capping or a window; a tile of the codes is dense at a time."""
+    """`tessera.kernels.reference.attend` without a mask, soft-capping or a window; one decoded tile at a time."""
     return _over_tiles(q, pages.shape, pages.decode, params, _tile(pages.shape))
 
 
@@ -110,7 +110,7 @@ def attend_exact_tiled(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) ->
 
 def _tile(shape: tuple[int, ...]) -> int:
     """Tokens of a tile of keys and values (batch, kv_heads, tokens, head_dim)."""
-    # While they are decoded there are two copies in float32 at most.
+    # During decoding there are at most two copies in float32.
     return max(BLOCK, TILE_BYTES // (16 * shape[0] * shape[1] * shape[3]) // BLOCK * BLOCK)
 
 
@@ -145,11 +145,11 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
     kv_heads = k.shape[1]
     group = heads // kv_heads
     if causal and group > 1:
-        # A key head is a row of its own, whose keys are those of each of its query heads.
+        # Each key head becomes a row, whose keys are shared by its query heads.
         q = q.reshape(batch * kv_heads, group, tokens, dim)
         k, v = (x.reshape(batch * kv_heads, 1, *x.shape[2:]).expand(-1, group, -1, -1) for x in (k, v))
     else:
-        # Query heads that share keys become more queries of their key head.
+        # Query heads that share keys are folded into the queries of their key head.
         q = q.reshape(batch, kv_heads, group * tokens, dim)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = flash(q, k, v, 0.0, causal, scale=scale)
@@ -157,7 +157,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
 
 
 def _join(found: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], first: int) -> None:
-    """Let the queries from number `first` on see what a part gives too; changes `found`."""
+    """Merge a part's result into those of the queries from number `first` on; changes `found`."""
     out, lse = found[0][:, :, first:], found[1][:, :, first:]
     total = torch.logaddexp(lse, part[1])
     out.mul_(torch.exp(lse - total).unsqueeze(-1)).addcmul_(part[0], torch.exp(part[1] - total).unsqueeze(-1))

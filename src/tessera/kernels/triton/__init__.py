@@ -28,12 +28,12 @@ from tessera.kernels.triton.tables import (
     usual_lookup,
 )
 
-#: Longest head that the kernels know.
+#: Largest head_dim that the kernels support.
 MAX_DIM = 256
-#: Query rows of a program at most, by whether head_dim is over 128; more are split among programs. What these need stays in
+#: Maximum number of query rows of a program, by whether head_dim is over 128; more are split among programs. So many fit in
 #: registers, and Triton 3.6 fails to compile 64.
 ROWS = {False: 32, True: 16}
-#: Programs that are wanted at least, for each multiprocessor.
+#: Minimum number of programs for each multiprocessor.
 WAVES = 4
 
 
@@ -43,7 +43,7 @@ def interpreted() -> bool:
 
 
 def missing() -> str | None:
-    """Why there are no Triton kernels here, or None."""
+    """Say why there are no Triton kernels here, or return None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'tessera[gpu]'"
     if not torch.cuda.is_available() and not interpreted():
@@ -52,12 +52,12 @@ def missing() -> str | None:
 
 
 def _on(device: torch.device) -> AbstractContextManager[None]:
-    """Triton launches on the current device: this makes the tensors' own the current one."""
+    """Make the tensors' device the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def attend_refusal(q: Tensor, pages: Pages) -> str | None:
-    """Why `attend` cannot be used, or None if it can."""
+    """Say why `attend` cannot be used, or return None if it can."""
     keys, _ = pages.pages[0]
     dim = pages.shape[3]
     if missing() is not None:
@@ -85,7 +85,7 @@ def attend(
 
     Args:
         q, pages, params: as there.
-        splits: parts that the tokens are cut into; None: as many as keep the device busy.
+        splits: number of parts that the tokens are split into; None: enough to fill the device.
         lookup: one of `LOOKUPS` of `tables`, for keys and values; None: "held" where shared memory holds the points of one,
             else "moves".
     """
@@ -123,12 +123,12 @@ def attend_blocks(
     """The same over blocks of tokens that a table names.
 
     Args:
-        q: as they read keys whose channels were multiplied, see `Pages.narrowed`.
+        q: queries for keys with scaled channels, see `Pages.narrowed`.
         params, splits, lookup: as for `attend`.
         blocks: (blocks, columns) int64 on the device, see `tables.block_table`.
         forms: formats of the codes of keys and of values.
         kv_heads: number of key heads of the tokens.
-        aligns: what divides all addresses of key codes and centres, and all of value codes.
+        aligns: divisor of all addresses of key codes and centres, and divisor of those of value codes.
         centred: whether keys have centres.
     """
     from tessera.kernels.triton.attend_kernel import attend_kernel
@@ -195,7 +195,7 @@ def attend_blocks(
 
 
 def _prepared(q: Tensor, scale: float, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first three arguments of the kernel, each a row of a head after the other."""
+    """Return the first three arguments of the kernel, each with the rows of a head in sequence."""
     from tessera.kernels.triton.prepare_kernel import SLICE, TILE, prepare_kernel
 
     dim, rows = q.shape[-1], q.numel() // q.shape[-1]
@@ -243,7 +243,7 @@ def _joined(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_refusal(parts: Sequence[tuple[Tensor, Tensor]]) -> str | None:
-    """Why `merge` cannot or need not be used, or None."""
+    """Say why `merge` cannot or need not be used, or return None."""
     if len(parts) == 1:
         return "one part is the whole already"
     if any(x.dtype != torch.float32 or x.requires_grad for part in parts for x in part):
@@ -263,7 +263,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def decode(packed: Coded) -> Tensor:
-    """What the vectors stand for, (batch, heads, tokens, head_dim) float32."""
+    """Decode packed vectors to (batch, heads, tokens, head_dim) float32."""
     from tessera.kernels.triton.attend_kernel import BLOCK
     from tessera.kernels.triton.decode_kernel import decode_kernel
 
@@ -346,13 +346,13 @@ def pack_nearest(x: Tensor, scale: Tensor, book: Codewords, bits: int) -> Tensor
 
 
 def device_refusal(x: Tensor) -> str | None:
-    """Why kernels cannot take a tensor: it must be on a GPU, or on the CPU where Triton interprets."""
+    """Say why kernels cannot take a tensor, which must be on a GPU, or on the CPU where Triton interprets, or return None."""
     there = x.device.type == "cuda" or interpreted()
     return missing() or (None if there else f"the numbers are on {x.device}")
 
 
 def decode_refusal(packed: Coded) -> str | None:
-    """Why `decode` cannot be used, or None if it can."""
+    """Say why `decode` cannot be used, or return None if it can."""
     dim = packed.shape[3]
     if missing() is not None:
         return missing()

@@ -4,10 +4,10 @@ Flash-decoding: the tokens are split among programs, each of which goes through 
 softmax and leaves a partial result and its log-sum-exp; `join_kernel` joins them. A program serves all query rows (query heads
 of a group, query tokens) of one key head, so a codeword is looked up once for all of them.
 
-A codeword's components are two pairs of half-precision numbers, each pair a word of 32 bits, which is what a tensor core takes.
-Their integers stand as they are in the fractions of these numbers, which have no exponent then: n is worth n · 2^-24, and
-nothing has to be converted. All first pairs make one tile and all second pairs another, so the channels of queries and results
-are in the order of `tessera.kernels.triton.tables.column_order`.
+A codeword's components are two pairs of half-precision numbers, each pair a word of 32 bits, as tensor cores take them. Their
+integers are stored in the fractions of these numbers without an exponent (subnormal): n has the value n · 2^-24, and no
+conversion is needed. All first pairs form one tile and all second pairs another, so the channels of queries and results have
+the order of `tessera.kernels.triton.tables.column_order`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Tokens of a block: never more than share the means of their key channels.
+#: Tokens of a block: at most as many as share the means of their key channels.
 BLOCK = 64
-#: Channels whose queries are widened at once.
+#: Number of channels of queries that are scaled at once.
 SLICE = 32
 
 
 @triton.jit
 def _codes(base, seen, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """Codes (BLOCK, WIDTH) of the rows `seen`, packed one behind the other from the address `base` on.
+    """Load codes (BLOCK, WIDTH) of the rows `seen`, packed contiguously from the address `base` on.
 
     ALIGN divides the address and the bytes of a row.
     """
@@ -50,7 +50,7 @@ def _codes(base, seen, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.const
     seen = seen[:, None] & (chunks < CHUNKS)[None, :]
     bit = chunks * BITS
     if BITS <= 17 and ALIGN % 2 == 0:
-        # Two halves of a word hold a code wherever it begins. Beyond the row nothing may be read.
+        # Two halves of a word contain a code wherever it begins. Nothing beyond the row may be read.
         half = bit >> 4
         row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
         inside = seen & (half + 1 < ROW_BYTES // 2)[None, :]
@@ -60,7 +60,7 @@ def _codes(base, seen, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.const
     byte = bit >> 3
     row = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), ALIGN) + tokens[:, None] * ROW_BYTES
     wide = tl.load(row + byte[None, :], mask=seen, other=0).to(tl.int32)
-    # A code may end in the byte it begins in, or up to three later.
+    # A code may end in the byte in which it begins, or up to three bytes later.
     for i in tl.static_range(1, (BITS + 14) // 8):
         inside = seen & (byte + i < ROW_BYTES)[None, :]
         wide |= tl.load(row + (byte + i)[None, :], mask=inside, other=0).to(tl.int32) << (8 * i)
@@ -69,19 +69,19 @@ def _codes(base, seen, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.const
 
 @triton.jit
 def _swapped(pair):
-    """The halves of a word changed for each other."""
+    """Exchange the halves of a word."""
     return (pair << 16) | ((pair >> 16) & 0xFFFF)
 
 
 @triton.jit
 def _signed(first, second, move):
-    """The pairs with the signs of a move; -0x7FFF8000 is the sign of either half."""
+    """Apply the signs of a move to pairs; -0x7FFF8000 is the sign of either half."""
     return first ^ (move & -0x7FFF8000), second ^ ((move << 1) & -0x7FFF8000)
 
 
 @triton.jit
 def _moved_bytes(point, move):
-    """The two pairs of a point whose components 0, 2, 1, 3 are the bytes of a word: a sign and seven bits each."""
+    """Make the two pairs of a point whose components 0, 2, 1, 3 are the bytes of a word: a sign and seven bits each."""
     point = tl.where((move & 1) != 0, _swapped(point), point)
     first = point >> (move & 8)
     second = point >> (~move & 8)
@@ -92,7 +92,7 @@ def _moved_bytes(point, move):
 
 @triton.jit
 def _moved_pairs(first, second, move):
-    """The same of a point whose pairs are two words."""
+    """Make the two pairs of a point whose pairs are two words."""
     other = (move & 8) != 0
     one, two = tl.where(other, second, first), tl.where(other, first, second)
     turn = (move & 1) != 0
@@ -101,7 +101,7 @@ def _moved_pairs(first, second, move):
 
 @triton.jit
 def _tile(pairs, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Words of pairs (BLOCK, WIDTH) -> (BLOCK, 2 WIDTH) float16."""
+    """Unpack words of pairs (BLOCK, WIDTH) to (BLOCK, 2 WIDTH) float16."""
     low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return tl.reshape(tl.join(low, high), (BLOCK, 2 * WIDTH))
@@ -119,7 +119,7 @@ def _look_up(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The first and the second pairs of the codewords, each (BLOCK, 2 WIDTH); by `tables.LOOKUPS`."""
+    """Look up the first and the second pairs of the codewords, each (BLOCK, 2 WIDTH); see `tables.LOOKUPS`."""
     number = codes & ((1 << MOVE_BITS) - 1)
     point = codes >> MOVE_BITS
     if LOOKUP == "halves":
@@ -157,7 +157,7 @@ def _widened(
     PAIRS: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """Queries whose channels are multiplied by a group's factors, rotated, over the largest of each row; and that."""
+    """Scale the channels of queries by a group's factors, rotate, and divide by each row's largest number; return both."""
     most = tl.full((ROWS,), 1e-30, tl.float32)
     for part in range(0, dim, SLICE):
         wide = _slice(q, k_centre, part, first_row, real_row, dim, SLICE)
@@ -176,7 +176,7 @@ def _widened(
 
 @triton.jit
 def _slice(q, k_centre, part, first_row, real_row, dim: tl.constexpr, SLICE: tl.constexpr):
-    """Some channels of the queries, multiplied by their factors."""
+    """Load some channels of the queries, multiplied by their factors."""
     channel = part + tl.arange(0, SLICE)
     real = channel < dim
     exponent = (tl.load(k_centre + channel, mask=real, other=0) & 15).to(tl.float32)
@@ -184,7 +184,7 @@ def _slice(q, k_centre, part, first_row, real_row, dim: tl.constexpr, SLICE: tl.
     return whole * tl.exp2(exponent)[None, :]
 
 
-# What changes from call to call is no reason to compile anew.
+# Arguments that change from call to call must not cause a new compilation.
 @triton.jit(do_not_specialize=["mask_batch", "mask_head", "mask_query", "start", "window", "block_count", "per_split"])
 def attend_kernel(
     q,  # (batch · kv_heads, rows, dim) float32, times the scale
@@ -192,7 +192,7 @@ def attend_kernel(
     unit,  # (batch · kv_heads, rows) float32
     rotation,  # (dim, dim) float16, y = x @ rotation, its columns ordered
     blocks,  # (blocks, COLUMNS) int64, see `tessera.kernels.triton.tables`
-    table,  # what LOOKUP looks up
+    table,  # table of LOOKUP
     moves,  # (2^MOVE_BITS,) int32, see `tessera.kernels.triton.tables`
     scales,  # (256,) float32
     v_table,  # the same three of values, where these are APART
@@ -224,7 +224,7 @@ def attend_kernel(
     ALIGN: tl.constexpr,  # of codes and centres, in bytes
     LOOKUP: tl.constexpr,
     MOVE_BITS: tl.constexpr,
-    FIELD: tl.constexpr,  # bits of a point's component
+    FIELD: tl.constexpr,  # bits of a component of a point
     POINTS: tl.constexpr,
     V_BITS: tl.constexpr,  # the same six of values
     V_ALIGN: tl.constexpr,
@@ -232,7 +232,7 @@ def attend_kernel(
     V_MOVE_BITS: tl.constexpr,
     V_FIELD: tl.constexpr,
     V_POINTS: tl.constexpr,
-    APART: tl.constexpr,  # whether values have another codebook than keys; else what is held of it is held once
+    APART: tl.constexpr,  # whether values have another codebook than keys; if not, its table is held once
     CENTRED: tl.constexpr,
     MASKED: tl.constexpr,
     PLACED: tl.constexpr,
@@ -290,7 +290,7 @@ def attend_kernel(
             mean = (word & -16).to(tl.float16, bitcast=True).to(tl.float32)
             shift = tl.sum(query * mean[None, :], axis=1)
             if tl.load((tl.load(about + 3) + line * tl.load(about + 9)).to(tl.pointer_type(tl.uint8))) > 0:
-                # Channels of this group were narrowed: widen the query's instead.
+                # Channels of this group were narrowed: scale the query's instead.
                 a0, a1, a_unit = _widened(
                     q, rotation, k_centre, first_row, real_row, pair, real_pair, dim, ROWS, 2 * WIDTH, SLICE
                 )
@@ -299,7 +299,7 @@ def attend_kernel(
         length = tl.load(scales + tl.load(k_scale + token, mask=here, other=0)) * step
         scores = scores * length[None, :] * a_unit[:, None] + shift[:, None]
         if CAPPED:
-            # tanh, which the language lacks
+            # tanh, which the Triton language lacks
             t = scores / softcap
             e = tl.exp(-2 * tl.abs(t))
             scores = softcap * tl.where(t < 0, -1.0, 1.0) * (1 - e) / (1 + e)
@@ -324,7 +324,7 @@ def attend_kernel(
         codes = _codes(v_codes, here, CHUNKS, WIDTH, V_BITS, V_ALIGN, BLOCK)
         v0, v1 = _look_up(codes, v_table, v_moves, V_LOOKUP, V_MOVE_BITS, V_FIELD, V_POINTS, BLOCK, WIDTH)
         length = tl.load(v_scales + tl.load(v_scale + token, mask=here, other=0))
-        longest = tl.maximum(tl.max(length, axis=0), 1e-30)  # so that half precision holds the weights
+        longest = tl.maximum(tl.max(length, axis=0), 1e-30)  # so that the weights fit half precision
         share = (weight * (length / longest)[None, :]).to(tl.float16)
         worth = longest * v_step
         sum0 = sum0 * keep[:, None] + tl.dot(share, v0) * worth

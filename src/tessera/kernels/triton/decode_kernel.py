@@ -1,4 +1,4 @@
-"""What packed vectors stand for, on a GPU, before they are rotated back: codewords, times the lengths of their vectors."""
+"""Decoding of packed vectors on a GPU, before they are rotated back: codewords times the lengths of their vectors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tessera.kernels.triton.attend_kernel import _codes, _look_up
 
 @triton.jit(do_not_specialize=["tokens"])
 def decode_kernel(
-    codes,  # (lines, tokens, bytes) uint8, a line's one behind the other
+    codes,  # (lines, tokens, bytes) uint8, contiguous within a line
     scale,  # (lines, tokens) uint8, likewise
-    table,  # what LOOKUP looks up
+    table,  # table of LOOKUP
     moves,  # see `attend_kernel`
     scales,  # (256,) float32
     out,  # (lines, tokens, 4 CHUNKS) float32, its channels ordered

@@ -1,11 +1,11 @@
-"""One softmax over the splits of `attend_kernel`, in one launch: `tessera.kernels.reference.merge`."""
+"""The merge of the splits of `attend_kernel` into one softmax, in one launch: `tessera.kernels.reference.merge`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-#: Splits that are added up at once.
+#: Number of splits that are added at once.
 TOGETHER = 16
 
 
@@ -19,10 +19,10 @@ def join_kernel(
     rows,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,  # DIM, rounded up
-    SPLITS: tl.constexpr,  # at least so many as there are, a power of two
+    SPLITS: tl.constexpr,  # number of splits, rounded up to a power of two
     TOGETHER: tl.constexpr,
 ):
-    """One row."""
+    """Merge the splits of one row."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, WIDTH)
     every = tl.arange(0, SPLITS)

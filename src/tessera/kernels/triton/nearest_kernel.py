@@ -14,8 +14,8 @@ def nearest_kernel(
     x,  # (n, 4) float32
     roots,  # (cubes,) int32
     children,  # (n, 16) int32
-    first,  # of each list its place in `points`
-    count,  # and its length, int32
+    first,  # offset of each list in `points`
+    count,  # length of each list, int32
     points,  # (entries, 5) float32: components of the candidates and half their squared lengths
     codes,  # (entries,) int32: product numbers
     units,  # (24, 4) float32
@@ -24,7 +24,7 @@ def nearest_kernel(
     turn_unit,
     rotation_unit,
     unit_rotation,  # see `reduction_tables`, int32
-    out,  # (n,) int32; -1 where the search must be done in full
+    out,  # (n,) int32; -1 where all codewords must be compared
     n,
     root,
     square_radius,
@@ -40,7 +40,7 @@ def nearest_kernel(
     CONJUGATIONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of chunks."""
+    """Search one block of chunks."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = at < n
     x0 = tl.load(x + 4 * at, mask=live, other=0.0)
@@ -68,7 +68,7 @@ def nearest_kernel(
 
     turn = tl.zeros_like(at)
     if CONJUGATIONS:
-        # The largest of the three first, then the flip of two signs that mends the first two.
+        # The largest of the three comes first, then the flip of two signs that fixes the first two.
         shift = tl.where(tl.abs(z2) > tl.abs(z1), 1, 0)
         shift = tl.where(tl.abs(z3) > tl.maximum(tl.abs(z1), tl.abs(z2)), 2, shift)
         a = tl.where(shift == 0, z1, tl.where(shift == 1, z2, z3))

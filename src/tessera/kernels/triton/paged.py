@@ -1,8 +1,8 @@
 """Attention of an engine's step over packed pages on a GPU, see `tessera.kernels.paged`.
 
 The packed groups of a request are read in place by the kernel of `attend_blocks`, through a table that is made on the device
-from the engine's table of blocks. What is exact, a token's own group and the sinks, is attended to in PyTorch, and all parts
-are joined by their log-sum-exp. Requests follow each other: a launch for each.
+from the engine's table of blocks. Attention to exact tokens, those of a query's own group and the sinks, runs in PyTorch, and
+all parts are merged by their log-sum-exp. There is one launch for each request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tessera.kernels.triton.tables import COLUMNS
 
 
 def refusal(q: Tensor, layout: BlockLayout) -> str | None:
-    """Why the kernels cannot be used, or None if they can."""
+    """Say why the kernels cannot be used, or return None if they can."""
     if triton.missing() is not None:
         return triton.missing()
     if not triton.interpreted() and not q.is_cuda:
@@ -34,7 +34,7 @@ def refusal(q: Tensor, layout: BlockLayout) -> str | None:
 
 
 def attend_paged(call: PagedCall) -> Tensor:
-    """`tessera.kernels.paged.attend_paged` in Triton and PyTorch."""
+    """Compute `tessera.kernels.paged.attend_paged` in Triton and PyTorch."""
     out = torch.zeros(call.q.shape, dtype=torch.float32, device=call.q.device)
     for r, (token, start, end) in enumerate(call.step.spans()):
         if start == end:
@@ -54,7 +54,7 @@ def attend_paged(call: PagedCall) -> Tensor:
 
 
 def attend_step(call: PagedCall, *, out: Tensor) -> None:
-    """`tessera.kernels.paged.attend_step`."""
+    """Compute `tessera.kernels.paged.attend_step`."""
     finish(attend_paged(call), call, out)
 
 
@@ -85,16 +85,16 @@ def _packed(call: PagedCall, queries: Tensor, table: Tensor, groups: int, start:
 
 
 def group_table(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -> tuple[Tensor, tuple[int, int], Tensor | None]:
-    """The table of `tables.block_table` for the first groups of a request, less its sinks.
+    """Make the table of `tables.block_table` for the first groups of a request, without its sinks.
 
     Args:
         pool, layout: see `tessera.kernels.paged.PagedCall`.
         table: (any,) int32, the request's blocks.
-        groups: that are wanted.
+        groups: number of groups.
 
     Returns:
-        The table on the pool's device; what divides the addresses of key codes and centres, and those of value codes; and what
-        the table points to besides the pool.
+        The table on the pool's device; divisors of the addresses of key codes and centres, and of those of value codes; and the
+        tensors that the table points to besides the pool.
     """
     device = pool.device
     number = torch.arange(groups, device=device)
@@ -116,7 +116,7 @@ def group_table(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -
             if name != "scale":
                 divisors[role] += [field.offset] if name == "centre" else [field.offset, layout.sink * row_bytes, row_bytes]
         elif column == 3 and "centre" in layout.fields["key"]:
-            # The kernel asks for the largest exponent among a group's channels, of which pages hold only the channels' own.
+            # The kernel needs the largest exponent among a group's channels; pages hold only the exponent of each channel.
             centre = layout.views(pool)["key"]["centre"][block, :, page]  # (groups, kv_heads, 1, d)
             kept = (centre & 15).amax((-1, -2)).to(torch.uint8)
             rows[:, column] = kept.data_ptr() + number * kept.shape[1]
@@ -129,7 +129,7 @@ def group_table(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -
 def _own(call: PagedCall, queries: Tensor, k: Tensor, v: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Attention to a token's own group and to the sinks: (1, heads, n, d) and its log-sum-exp, float32.
 
-    Groups lie side by side: (groups, heads, GROUP, sinks + GROUP) scores, whatever the length of the step.
+    Groups are a batch dimension: (groups, heads, GROUP, sinks + GROUP) scores, whatever the length of the step.
     """
     pool, ring, layout, step = call.pool, call.ring, call.layout, call.step
     _, start, end = step.spans()[r]
@@ -139,7 +139,7 @@ def _own(call: PagedCall, queries: Tensor, k: Tensor, v: Tensor, r: int) -> tupl
     kv_heads = k.shape[1]
     device = queries.device
     slots = torch.arange(base, start, device=device) % ring.shape[2]
-    # An index of one element is not waited for, as one without dimensions would be.
+    # Indexing with a tensor of one element does not synchronise, as one without dimensions would.
     before = layout.ring(ring)[step.rings[r, :1].long()][0, :, slots].float().transpose(0, 1)  # (start - base, kv_heads, 2, d)
     fresh = torch.stack((k, v), dim=2).float()
     own = torch.nn.functional.pad(torch.cat((before, fresh)), (0, 0, 0, 0, 0, 0, 0, count * GROUP - (end - base)))

@@ -1,11 +1,11 @@
-"""What is done to queries before attention on a GPU, in one launch: scaled, rotated, ordered, and halved."""
+"""The preparation of queries for attention on a GPU in one launch: scale, rotate, reorder, and convert to half precision."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-#: Rows of a program, and channels that are rotated at once.
+#: Number of rows of a program, and of channels that are rotated at once.
 TILE, SLICE = 16, 32
 
 
@@ -23,7 +23,7 @@ def prepare_kernel(
     TILE: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """One tile of rows."""
+    """Prepare one tile of rows."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     channel = tl.arange(0, WIDTH)
     real_row = row < rows

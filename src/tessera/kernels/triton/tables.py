@@ -1,4 +1,4 @@
-"""What the Triton kernels look up and are compiled for: codewords, rotations, blocks of tokens."""
+"""Tables and compile-time options of the Triton kernels: codewords, rotations, blocks of tokens."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from tessera.quaternion import units
 #: then exchanged and negated. "held": the same, from shared memory. "signs": a point whose components have been exchanged, in
 #: 64 KiB, which are then negated. "halves": the codeword itself, in 512 KiB.
 LOOKUPS = ("moves", "held", "signs", "halves")
-#: Most points that shared memory shall hold.
+#: Maximum number of points in shared memory.
 HELD = 2048
-#: Of a row of the table of blocks, see `_block_table`.
+#: Number of columns of the table of blocks, see `block_table`.
 COLUMNS = 14
-#: What a kernel's integers are worth, as fractions of half-precision numbers without an exponent.
+#: The inverse of the value of 1 in the fraction of a half-precision number without an exponent.
 FRACTION = 2.0**24
 
 
 def power(n: int) -> int:
-    """The power of two not less than n, 16 at least, which is what a dot product takes."""
+    """Round n up to a power of two, at least 16, as a dot product requires."""
     return max(16, 1 << (n - 1).bit_length())
 
 
 def code_options(form: JointFormat, lookup: str, align: int) -> dict[str, Any]:
-    """What a kernel that reads codes is compiled for.
+    """Return the compile-time options of a kernel that reads codes.
 
     Args:
         form: format of the codes.
@@ -50,7 +50,7 @@ def code_options(form: JointFormat, lookup: str, align: int) -> dict[str, Any]:
 
 
 def options(dim: int, rows: int, keys: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """What `attend_kernel` is compiled for, and how, but for what is seen.
+    """Return the compile-time options of `attend_kernel`, except those of visibility.
 
     Args:
         dim: head_dim of keys and values.
@@ -70,13 +70,13 @@ def options(dim: int, rows: int, keys: dict[str, Any], values: dict[str, Any]) -
         "BLOCK": BLOCK,
         "SLICE": SLICE,
         "num_warps": 8 if rows > 16 or dim > 128 else 4,
-        "num_stages": 1,  # with more, what is looked up is brought in ahead by way of shared memory, which it fills
+        "num_stages": 1,  # with more stages the tables are prefetched through shared memory, which they would fill
     }
 
 
 @cache
 def index_tables(index: CellIndex) -> tuple[Tensor, ...]:
-    """Lists and the group, as the kernel reads them, on the index's device."""
+    """Return the candidate lists and the group's tables in the form of the kernel, on the index's device."""
     device = index.roots.device
     first, count, points, codes = index.lists()
     group = [table.flatten().int() for table in reduction_tables()]
@@ -84,7 +84,7 @@ def index_tables(index: CellIndex) -> tuple[Tensor, ...]:
 
 
 def column_order(dim: int) -> list[int]:
-    """The kernel's order of channels: components 0 and 1 of every chunk, then 2 and 3 of every chunk."""
+    """Return the kernel's order of channels: components 0 and 1 of every chunk, then 2 and 3 of every chunk."""
     return [4 * chunk + part + j for part in (0, 2) for chunk in range(dim // 4) for j in (0, 1)]
 
 
@@ -103,30 +103,30 @@ def rotations(form: JointFormat, dim: int, device: torch.device) -> tuple[Tensor
 
 
 def _field(form: JointFormat) -> int:
-    """Bits that a component of a point takes: a sign and seven, or more."""
+    """Return the bits of a component of a point: a sign and seven, or more."""
     return 8 if form.points.abs().max() <= 127 else 16
 
 
 def _fits(form: JointFormat) -> bool:
-    """Whether shared memory holds the points."""
+    """Whether the points fit in shared memory."""
     return _field(form) == 8 and 1 << (form.bits - form.move_bits) <= HELD
 
 
 def usual_lookup(form: JointFormat) -> str:
-    """The usual one."""
+    """Return the default lookup for a format."""
     return "held" if _fits(form) else "moves"
 
 
 @cache
 def tables(form: JointFormat, lookup: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """What is looked up, the moves, and the scales.
+    """Return the table of a lookup, the moves, and the scales.
 
     A move is the word of `_moves`. A point is four bytes in the order 0, 2, 1, 3 of its components, each a sign and seven bits,
     or, where these do not suffice and where nothing but signs is left to do, four half-precision numbers.
     """
     if lookup not in LOOKUPS:
         raise ValueError(f"no lookup {lookup!r}; there are {', '.join(LOOKUPS)}")
-    # As many rows as a code can name, zero where the codebook has none.
+    # There is a row for every value of a code, zero where the codebook has none.
     points = torch.zeros(1 << (form.bits - form.move_bits), 4, dtype=torch.long)
     points[: len(form.points)] = form.points.long()
     if lookup == "held" and not _fits(form):
@@ -145,7 +145,7 @@ def tables(form: JointFormat, lookup: str, device: torch.device) -> tuple[Tensor
 
 
 def _pairs(points: Tensor) -> Tensor:
-    """(n, 4) integers -> (n,) int64 of four half-precision numbers each, integer / `FRACTION`, the first in the lowest bits."""
+    """Pack (n, 4) integers to (n,) int64 of four half-precision numbers integer / `FRACTION`, the first in the lowest bits."""
     return (points / FRACTION).half().view(torch.int64).squeeze(-1)
 
 
@@ -162,10 +162,10 @@ def _moves(form: JointFormat) -> Tensor:
 
 
 def block_table(pages: Pages, block: int, group: int) -> tuple[Tensor, int, int]:
-    """Where the kernel finds each block of tokens, (blocks, `COLUMNS`) int64; what divides the addresses and the bytes of key
-    codes and centres; and what divides those of value codes.
+    """Return the table of blocks, (blocks, `COLUMNS`) int64, and divisors of the addresses of keys and of value codes.
 
-    Columns: addresses of key codes, key scales, key centres, the largest exponents in these, value codes and value scales of
+    The first divisor is for key codes and centres. Columns: addresses of key codes, key scales, key centres, the largest
+        exponents in these, value codes and value scales of
     its first token; in the same order the distances from one key head to the next in bytes; number of tokens; place of the
     first.
     """
@@ -184,7 +184,7 @@ def block_table(pages: Pages, block: int, group: int) -> tuple[Tensor, int, int]
 
 
 def _block_rows(keys: Coded, values: Coded, block: int, group: int) -> tuple[Tensor, list[Tensor | None]]:
-    """One page's rows, places counted from its first token; and the tensors that they point to, which may be copies."""
+    """Make one page's rows, places counted from its first token, and return the tensors that they point to, perhaps copies."""
     centre = keys.tensors.get("centre")
     fields = [keys.tensors["codes"], keys.tensors["scale"], centre]
     fields += [None if centre is None else (centre & 15).amax(-1, keepdim=True).byte()]

@@ -1,4 +1,4 @@
-"""`tessera eval`: what memories hold and cost, as tables, JSON and pictures."""
+"""`tessera eval`: measurements of memories and caches, as tables, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ def _group() -> None:
 def recall(
     methods: Annotated[
         list[str] | None,
-        typer.Option("--methods", "--method", help="What is trained.  [default: four of them]"),
+        typer.Option("--methods", "--method", help="Methods to train.  [default: four of them]"),
     ] = None,
     pairs: Pairs = 4,
     gap: Gap = 40,
     dim: HeadDim = 64,
     rewrites: Rewrites = 0,
-    seeds: Annotated[int, typer.Option(help="Models of each method.", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="Number of models of each method.", min=1)] = 1,
     steps: Steps = 300,
-    full: Annotated[bool, typer.Option("--full", help="The plan behind docs/results/recall.json instead: hours.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Run the plan of docs/results/recall.json instead, which takes hours.")
+    ] = False,
     jobs: Jobs = None,
     out: Out = OUT,
 ) -> None:
@@ -81,16 +83,18 @@ def diagnostics(
     kinds: Annotated[
         list[str] | None, typer.Option("--kinds", "--kind", help="plain, wide, slots, memory.  [default: all]")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Models of each kind.  [default: 1; --full 3]", min=1)] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of models of each kind.  [default: 1; --full 3]", min=1)] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of training.  [default: 300; --quick 80, --full 1000]", min=1)
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two tasks made so small that they take seconds.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="The originals, delays and settings too: hours on a CPU.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only two tasks, small enough to take seconds.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also the original tasks, delays and settings, which takes hours on a CPU.")
+    ] = False,
     jobs: Jobs = None,
     out: Out = OUT,
 ) -> None:
-    """Train small models with a Tensor Memory and without on tasks that cannot be done without one.
+    """Train small models with and without a Tensor Memory on tasks that require a memory.
 
     Models that are in the JSON already are not trained again.
 
@@ -135,11 +139,11 @@ def diagnostics(
 @app.command(cls=ManyValues)
 def capacity(
     widths: Annotated[list[int] | None, typer.Option(help="Widths of the matrix.  [default: 16 32 64]")] = None,
-    trials: Annotated[int, typer.Option(help="Memories that are averaged.")] = 4,
-    full: Annotated[bool, typer.Option("--full", help="The widths and trials of docs/results/capacity.json.")] = False,
+    trials: Annotated[int, typer.Option(help="Number of memories to average over.")] = 4,
+    full: Annotated[bool, typer.Option("--full", help="Use the widths and trials of docs/results/capacity.json.")] = False,
     out: Out = OUT,
 ) -> None:
-    """Store random pairs in one matrix and ask for every key: how many come back, by rule and width.
+    """Store random pairs in one matrix, read every key, and count the recalled values, by rule and width.
 
     Example:
 
@@ -179,10 +183,12 @@ def language(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 2048,
     windows: Annotated[int, typer.Option(help="Sequences to read.", min=1)] = 2,
-    full: Annotated[bool, typer.Option("--full", help="The whole text, as docs/results/language_memory.json has.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read the whole text, as for docs/results/language_memory.json.")
+    ] = False,
     out: Out = OUT,
 ) -> None:
-    """Loss by place in the sequence, with a Tensor Cache behind the window, without, and with its reads switched off.
+    """Measure the loss by position with a Tensor Cache behind the window, without one, and with its reads off.
 
     Example:
 
@@ -228,10 +234,10 @@ def streams(
         typer.Option("--specs", "--spec", help="Caches.  [default: dense, a window, a window with a Tensor Cache]"),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a stream.", min=1024)] = 16_384,
-    dense: Annotated[int, typer.Option(help="Tokens of a stream whose cache grows.", min=1024)] = 8_192,
+    dense: Annotated[int, typer.Option(help="Tokens of a stream with a growing cache.", min=1024)] = 8_192,
     out: Out = OUT,
 ) -> None:
-    """Read on and on through a small model: bytes of state and tokens per second against the tokens seen.
+    """Read a long stream through a small model: bytes of state and tokens per second against the tokens read.
 
     Example:
 
@@ -253,7 +259,7 @@ def streams(
         path = show.folder(out) / "streams.json"
         wanted = specs or list(measure.SPECS)
         for spec in wanted:
-            parse(spec)  # a mistake is found before anything is measured
+            parse(spec)  # errors are raised before anything is measured
         with Progress(console=show.status(), transient=True) as bar:
             running = bar.add_task("streaming", total=len(wanted))
             rows = measure.streams(wanted, tokens, dense, lambda: bar.advance(running))

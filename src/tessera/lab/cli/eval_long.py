@@ -1,4 +1,4 @@
-"""`tessera eval needle` and `tessera eval ruler`: what a model still finds in a long text through a cache."""
+"""`tessera eval needle` and `tessera eval ruler`: retrieval from long texts through a cache."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Lengths = Annotated[
     list[int] | None,
     typer.Option("--lengths", "--length", help="Tokens of text, question and answer.  [default: 1024 2048 4096]", min=64),
 ]
-Samples = Annotated[int, typer.Option(help="Texts of each kind, the same for every cache.", min=1)]
+Samples = Annotated[int, typer.Option(help="Number of texts of each kind, the same for every cache.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of the texts.")]
-Chunk = Annotated[int, typer.Option(help="Tokens of a call while the text is read.", min=1)]
+Chunk = Annotated[int, typer.Option(help="Tokens per call while the text is read.", min=1)]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: float32 on a CPU, else auto]")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 Memory = Annotated[
@@ -38,7 +38,8 @@ def needle(
     specs: Specs = None,
     lengths: Lengths = None,
     depths: Annotated[
-        list[int] | None, typer.Option("--depths", "--depth", help="Percent of the text.  [default: 0 25 50 75 100]")
+        list[int] | None,
+        typer.Option("--depths", "--depth", help="Depths of the needle, in percent of the text.  [default: 0 25 50 75 100]"),
     ] = None,
     samples: Samples = 2,
     seed: Seed = 0,
@@ -48,9 +49,9 @@ def needle(
     memory: Memory = None,
     out: Out = OUT,
 ) -> None:
-    """Hide a number in prose, by length and depth, and see whether it is found through each cache.
+    """Hide a number in prose, by length and depth, and measure whether it is found through each cache.
 
-    The text is made, not downloaded. What is in the JSON already is not measured again.
+    The text is generated, not downloaded. What is in the JSON already is not measured again.
 
     Example:
 
@@ -87,7 +88,7 @@ def ruler(
 ) -> None:
     """RULER's synthetic tasks: needles of several kinds, a chain of variables, common and frequent words.
 
-    Texts are made, not downloaded; its tasks of questions and answers, which need a data set, are left out. What is in the
+    Texts are generated, not downloaded; its question-answering tasks, which need a data set, are left out. What is in the
     JSON already is not measured again.
 
     Example:
@@ -115,7 +116,7 @@ def _measure(
     draw: Callable[[Sequence[Any], Path], None],
     given: tuple[Any, ...],
 ) -> None:
-    """What both commands do with a plan: run it with a bar, print, draw, and say where everything is."""
+    """Run a plan for both commands with a progress bar, print, draw, and name the files."""
     from rich.console import Console
 
     from tessera.cli.quiet import quiet
@@ -144,13 +145,13 @@ def _measure(
         show.print_table(table)
     show.table_and_picture(last, path, lambda to: draw(rows, to))
     for line in (
-        "Right answers, then nats a token of the right answer: less is better.",
+        "Share of right answers, then nats per token of the right answer: lower is better.",
         *long_context.remarks(rows, columns),
     ):
         Console().print(line, highlight=False)
 
 
 def add_to(app: typer.Typer) -> None:
-    """Make both commands of `tessera eval`."""
+    """Add both commands to `tessera eval`."""
     for command in (needle, ruler):
         app.command(cls=ManyValues)(command)

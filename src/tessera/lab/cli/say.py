@@ -1,4 +1,4 @@
-"""What a command that may run in several processes says, once."""
+"""Output of a command that may run in several processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import typer
 
 
 def say(text: str) -> None:
-    """Print in the first process alone."""
+    """Print in the first process only."""
     from accelerate import PartialState
 
     if PartialState().is_main_process:

@@ -1,4 +1,4 @@
-"""What the commands of `tessera eval` share: bars, tables, and the words at the end."""
+"""Output shared by the commands of `tessera eval`: progress bars, tables, and the list of files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 def run(
     plan: Sequence[Any], parts: Iterable[list[dict[str, Any]]], key: Callable[[Any], object], word: str = "training"
 ) -> list[dict[str, Any]]:
-    """Go through a plan with a bar; returns the rows that there are in the end."""
+    """Run a plan with a progress bar; returns all rows at the end."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn(word), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -26,21 +26,21 @@ def run(
 
 
 def folder(out: Path) -> Path:
-    """The folder itself, unless a file is in its place."""
+    """Check that a path is not a file, and return it."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, and {out} is a file")
     return out
 
 
 def status() -> Any:
-    """The console of bars."""
+    """Return the console of progress bars."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 def cores() -> set[int] | range:
-    """The processor's cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
@@ -54,7 +54,7 @@ def print_table(table: Any) -> Any:
 
 
 def table_and_picture(table: Any, path: Path, draw: Callable[[Path], None] | None) -> None:
-    """Print the table, draw the picture where matplotlib is installed, and say where everything is."""
+    """Print the table, draw the picture where matplotlib is installed, and name the files."""
     print_table(table)
     said = f"Saved {path}"
     if draw is not None:

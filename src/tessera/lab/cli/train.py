@@ -1,4 +1,4 @@
-"""`tessera train`: small models from nothing, the demo model, and memories."""
+"""`tessera train`: small models from scratch, the demo model, and memories."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory of the run: corpus, checkpoints, log, exported model.")] = Path(
         "runs/demo"
     ),
-    minutes: Annotated[float | None, typer.Option(help="Train for this long instead (default: 40).", min=0.01)] = None,
+    minutes: Annotated[float | None, typer.Option(help="Train for so many minutes instead (default: 40).", min=0.01)] = None,
     steps: StepsOrMinutes = None,
     resume: Resume = True,
-    tiny: Annotated[bool, typer.Option("--tiny", help="A model that learns nothing, to check the machinery.")] = False,
-    install: Annotated[bool, typer.Option("--install", help="Also export into the installed package.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Train a tiny model for a few seconds, to check the machinery.")] = False,
+    install: Annotated[bool, typer.Option("--install", help="Also export to the installed package.")] = False,
 ) -> None:
-    """Train the demo language model on Python source code, from nothing, on a CPU or a GPU.
+    """Train the demo language model on Python source code, from scratch, on a CPU or a GPU.
 
     The standard library and the permissively licensed packages installed here are the data; one module in twenty of the
-    standard library is held out. A run that was interrupted goes on where it stopped.
+    standard library is held out. An interrupted run continues where it stopped.
 
     Example:
 
@@ -72,38 +72,40 @@ def memory(
     out: Annotated[Path, typer.Option(help="Directory of the run: checkpoints, log, memory.safetensors.")] = Path(
         "runs/memory"
     ),
-    window: Annotated[int, typer.Option(help="Tokens that attention sees.", min=1)] = 256,
+    window: Annotated[int, typer.Option(help="Number of newest tokens that attention sees.", min=1)] = 256,
     windows: Annotated[
         list[int] | None,
-        typer.Option(help="Draw the window of each step from these."),
+        typer.Option(help="Draw the window of each step from these sizes."),
     ] = None,
-    sink: Annotated[int, typer.Option(help="First tokens that attention sees for ever.", min=0)] = 4,
+    sink: Annotated[int, typer.Option(help="Number of first tokens that attention always sees.", min=0)] = 4,
     rule: Rule = None,
     rates: Annotated[
-        str | None, typer.Option(help="Decay and write rate of each head, or of each token: head or token.  [default: head]")
+        str | None, typer.Option(help="Whether decay and write rate are per head or per token.  [default: head]")
     ] = None,
-    gate: Annotated[str | None, typer.Option(help="A weight of the reads for each layer or token.  [default: layer]")] = None,
-    slots: Annotated[int | None, typer.Option(help="Matrices of each head.  [default: 1]", min=1)] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="Whether the gate of reads is per layer or per token.  [default: layer]")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="Number of matrices per head.  [default: 1]", min=1)] = None,
     rotary: Annotated[
         bool | None, typer.Option("--rotary/--no-rotary", help="Write and read with the rotary phase.  [default: without]")
     ] = None,
     normalise_queries: Annotated[
         bool | None,
-        typer.Option("--normalise-queries/--raw-queries", help="Whether queries read at length 1.  [default: they do]"),
+        typer.Option("--normalise-queries/--raw-queries", help="Whether queries are normalised to length 1.  [default: yes]"),
     ] = None,
-    objective: Annotated[str, typer.Option(help="kl: the dense model's predictions; ce: the text.")] = "kl",
+    objective: Annotated[str, typer.Option(help="Objective: kl, the dense model's predictions, or ce, the text.")] = "kl",
     sequence: Annotated[
         int | None,
         typer.Option(help="Tokens of a training sequence.  [default: eight windows, or the model's context]", min=2),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
+    batch: Annotated[int, typer.Option(help="Sequences per step.", min=1)] = 4,
     minutes: Minutes = None,
     steps: StepsOrMinutes = None,
     precision: Precision = "no",
     seed: Seed = 0,
     resume: Resume = True,
 ) -> None:
-    """Attach a Tensor Cache to a model and train it, the model itself frozen.
+    """Attach a Tensor Cache to a model and train it; the model itself is frozen.
 
     Afterwards: tessera.load_memory(model, "runs/memory/memory.safetensors"), and a cache "sink:4 + window:256 + tc".
 
@@ -155,7 +157,7 @@ def memory(
 
 
 def _text_sampler(source: Any, files: list[Path], out: Path) -> Any:
-    """Windows of text files, or of the Python source that the demo model learned from."""
+    """Return a sampler of windows of text files, or of the demo model's training data."""
     import numpy as np
     import torch
 

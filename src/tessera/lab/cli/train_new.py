@@ -1,4 +1,4 @@
-"""`tessera train lm` and `tessera train recall`: small models from nothing, whose attention is a spec."""
+"""`tessera train lm` and `tessera train recall`: small models from scratch, whose attention is a spec."""
 
 from __future__ import annotations
 
@@ -46,11 +46,13 @@ def lm(
     rule: Rule = None,
     vocabulary: Annotated[
         int | None,
-        typer.Option(help="Entries of a tokenizer made for the data.  [default: 2048; without --data the demo model's own]"),
+        typer.Option(
+            help="Vocabulary size of a tokenizer trained on the data.  [default: 2048; without --data the demo model's own]"
+        ),
     ] = None,
     sequence: Annotated[int, typer.Option(help="Tokens of a training sequence.", min=2)] = 512,
     segments: Annotated[
-        int, typer.Option(help="Sequences of a document in a step, the state carried from each to the next.", min=1)
+        int, typer.Option(help="Sequences of a document per step, with the state carried from each to the next.", min=1)
     ] = 1,
     batch: Batch = 16,
     micro_batch: MicroBatch = None,
@@ -61,7 +63,7 @@ def lm(
     tensorboard: TensorBoard = True,
     resume: Resume = True,
 ) -> None:
-    """Train a language model from nothing on text files; transformers' Auto classes load the result.
+    """Train a language model from scratch on text files; transformers' Auto classes load the result.
 
     Example:
 
@@ -113,13 +115,13 @@ def recall(
     batch: Batch = 32,
     micro_batch: MicroBatch = None,
     steps: Steps = 600,
-    near: Annotated[float, typer.Option(help="Share of the steps, the first ones, without a gap.")] = 0.4,
+    near: Annotated[float, typer.Option(help="Share of the steps, at the beginning, that are without a gap.")] = 0.4,
     precision: Precision = "no",
     seed: Seed = 0,
     tensorboard: TensorBoard = True,
     resume: Resume = True,
 ) -> None:
-    """Train a small model from nothing to recall pairs over a gap, and say how many it recalls.
+    """Train a small model from scratch to recall pairs over a gap, and measure how many it recalls.
 
     Example:
 
@@ -154,7 +156,7 @@ def recall(
         )
         found = train_recall(config, out, resume=resume)
     if "accuracy" not in found:
-        return  # not the first process
+        return  # in other processes than the first
     others = ", ".join(f"{value:.3f} at {name}" for name, value in found["by_gap"].items() if int(name) != gap)
     say(
         f"accuracy {found['accuracy']:.3f} at the gap of {gap} that it was trained on (chance {found['chance']:.3f}); "

@@ -1,4 +1,4 @@
-"""`tessera train image` and `tessera train video`: small vision transformers from nothing, with or without a memory."""
+"""`tessera train image` and `tessera train video`: small vision transformers from scratch, with or without a memory."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def image(
     data: Annotated[
         Path | None, typer.Option(help="Folder of folders of pictures, which name the labels.  [default: digits]")
     ] = None,
-    ask: Annotated[str, typer.Option(help="label, or pixels: those of hidden patches.")] = "label",
-    share: Annotated[float, typer.Option(help="Of the patches that are hidden, for pixels.")] = 0.5,
-    size: Annotated[int, typer.Option(help="Pixels along a side that pictures of a folder are made to have.", min=1)] = 32,
+    ask: Annotated[str, typer.Option(help="Target: label, or pixels of hidden patches.")] = "label",
+    share: Annotated[float, typer.Option(help="Share of the patches that are hidden, for pixels.")] = 0.5,
+    size: Annotated[int, typer.Option(help="Side in pixels to which pictures of a folder are scaled.", min=1)] = 32,
     patch: Annotated[int | None, typer.Option(help="Side of a patch.  [default: 2, with --data 4]", min=1)] = None,
     memory: TensorMemory = "default",
     out: Annotated[Path, typer.Option(help="Directory of the run: log, model, image.json, image.png.")] = Path("runs/image"),
@@ -45,7 +45,7 @@ def image(
     tensorboard: TensorBoard = True,
     resume: Resume = True,
 ) -> None:
-    """Train a ViT from nothing to name pictures, or to fill in their hidden patches.
+    """Train a ViT from scratch to label pictures, or to fill in their hidden patches.
 
     Example:
 
@@ -81,7 +81,7 @@ def video(
     frames: Annotated[int, typer.Option(help="Frames of a clip.", min=1)] = 16,
     size: Annotated[int, typer.Option(help="Pixels along a side of a frame.", min=1)] = 32,
     patch: Annotated[int, typer.Option(help="Side of a patch.", min=1)] = 8,
-    attention: Annotated[str, typer.Option(help='What a patch sees: "all", "frame", "window:4".')] = "frame",
+    attention: Annotated[str, typer.Option(help='Frames that a patch sees: "all", "frame" or "window:4".')] = "frame",
     memory: TensorMemory = "default",
     out: Annotated[Path, typer.Option(help="Directory of the run: log, model, video.json, video.png.")] = Path("runs/video"),
     hidden: Hidden = 64,
@@ -95,9 +95,9 @@ def video(
     tensorboard: TensorBoard = True,
     resume: Resume = True,
 ) -> None:
-    """Train a ViT from nothing to name the digit that is hidden now, or what clips of a folder show.
+    """Train a ViT from scratch to name the currently hidden digit, or to label clips of a folder.
 
-    With attention "frame" or "window:4" the model can be run frame by frame; what it remembers beyond is in the memory.
+    With attention "frame" or "window:4" the model can be run frame by frame; earlier frames are known by the memory only.
 
     Example:
 
@@ -128,7 +128,7 @@ def video(
 def _memory(word: str) -> dict[str, Any] | None:
     from tessera.tensor_memory import TensorMemoryConfig
 
-    # Flat as pictures are.
+    # Two-dimensional, like pictures.
     grid = (8, 8)
     known = {"none": None, "default": TensorMemoryConfig(grid=grid), "paper": TensorMemoryConfig.paper(grid=grid)}
     if word not in known:

@@ -1,4 +1,4 @@
-"""`tessera view`: pictures of a Tensor Memory at work."""
+"""`tessera view`: pictures of a Tensor Memory's cells, writes and reads."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def view(
-    state: Annotated[Path | None, typer.Option(help="A saved state (TensorMemoryState.save): what lies in its cells.")] = None,
+    state: Annotated[Path | None, typer.Option(help="A saved state (TensorMemoryState.save), whose cells are drawn.")] = None,
     stream: Annotated[
-        Path | None, typer.Option(help="Tokens (tokens, dim), .npy or .safetensors, which a memory goes through.")
+        Path | None, typer.Option(help="Tokens (tokens, dim), .npy or .safetensors, that a memory reads.")
     ] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
-            help="Of the memory of --stream: its state_dict as safetensors, or what tessera.save_memory wrote, which says "
-            "what it is of.  [default: as they start]"
+            help="Weights of the memory of --stream: its state_dict as safetensors, or a file of tessera.save_memory, which "
+            "has its options too.  [default: untrained]"
         ),
     ] = None,
     model: Annotated[
@@ -36,22 +36,22 @@ def view(
         Path | None, typer.Option(help="Folder of the frames that --model sees.  [default: digits that it was not trained on]")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="occlusion, map, binding or no harm: a clip of it.  [default: occlusion]")
+        str | None, typer.Option(help="Draw a clip of a task: occlusion, map, binding or no harm.  [default: occlusion]")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of training on the task, before the clip.", min=1)] = 100,
-    channels: Annotated[int, typer.Option(help="Numbers in a cell of the memory of --stream.")] = 16,
-    grid: Annotated[str, typer.Option(help="Its cells, along depth, height, width.")] = "6x6x6",
-    chunk: Annotated[int, typer.Option(help="Tokens that it writes together.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Steps of training on the task before the clip.", min=1)] = 100,
+    channels: Annotated[int, typer.Option(help="Channels of a cell of the memory of --stream.")] = 16,
+    grid: Annotated[str, typer.Option(help="Its number of cells along depth, height and width.")] = "6x6x6",
+    chunk: Annotated[int, typer.Option(help="Number of tokens that it writes together.", min=1)] = 1,
     update: Annotated[
-        str | None, typer.Option(help="footprint or all: cells that it updates.  [default: footprint, with --paper all]")
+        str | None, typer.Option(help="Cells that it updates: footprint or all.  [default: footprint, with --paper all]")
     ] = None,
-    gates: Annotated[str, typer.Option(help="state or input: what its gates see.")] = "state",
-    paper: Annotated[bool, typer.Option("--paper", help="The paper's setting of a memory instead of the default.")] = False,
+    gates: Annotated[str, typer.Option(help="Input of its gates: state or input.")] = "state",
+    paper: Annotated[bool, typer.Option("--paper", help="Use the paper's setting of a memory instead of the default.")] = False,
     sequence: Annotated[int, typer.Option(help="Of the state.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Of weights and of the clip.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and of the clip.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("results/view"),
 ) -> None:
-    """Draw a Tensor Memory: what lies in its cells, over time, and where tokens write and read, as PNG and GIF.
+    """Draw the cells of a Tensor Memory over time, and where tokens write and read, as PNG and GIF.
 
     Example:
 
@@ -151,7 +151,7 @@ def _stream(path: Path, weights: Path | None, fields: dict[str, Any], paper: boo
 
 
 def _vit(folder: Path, clip: Path | None, seed: int) -> tuple[list[Trace], str]:
-    """A trained ViT on a clip; returns traces and a title."""
+    """Run a trained ViT on a clip; returns traces and a title."""
     from safetensors import SafetensorError
     from torch import Generator
 
@@ -189,7 +189,7 @@ def _vit(folder: Path, clip: Path | None, seed: int) -> tuple[list[Trace], str]:
 
 
 def _clip(task: str, steps: int, paper: bool, seed: int) -> tuple[list[Trace], str]:
-    """Train a backbone on a task for some steps and go through one sequence; returns traces and a title."""
+    """Train a backbone on a task for some steps and run it on one sequence; returns traces and a title."""
     import tempfile
 
     from torch import Generator
@@ -200,7 +200,7 @@ def _clip(task: str, steps: int, paper: bool, seed: int) -> tuple[list[Trace], s
 
     fields = next((own for name, own, _ in plans.MENDED if name == task), {})
     job = plans.job(task, fields, "memory", "the paper's" if paper else "default", steps=steps, seed=seed)
-    # Few steps, so long ones.
+    # A large learning rate, because there are few steps.
     config = plans.config_of({**job, "rate": 3.0})
     with tempfile.TemporaryDirectory() as folder:
         model, found = train_diagnostic(config, Path(folder))

@@ -1,1 +1,1 @@
-"""What memories hold and cost, measured on models that are trained for it, as tables, JSON and pictures."""
+"""Measurements of memories on models trained for the purpose, as tables, JSON and pictures."""

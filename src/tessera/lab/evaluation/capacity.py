@@ -1,6 +1,6 @@
-"""How many pairs one matrix holds: random unit keys and values, stored one after the other, then every key is asked.
+"""The capacity of one matrix: random unit keys and values are stored one after the other, then every key is read.
 
-A pair counts as recalled if of all stored values its own is nearest to what is read. Beside it the O(d) line: a linear
+A pair counts as recalled if of all stored values its own is nearest to the read. Beside it the O(d) line: a linear
 associative memory of width d holds about d pairs before they interfere.
 """
 
@@ -20,7 +20,7 @@ from tessera.tensor_cache.config import Rule
 from tessera.tensor_cache.scan import scan
 
 WIDTHS = (16, 32, 64, 128)
-"""Widths of a matrix that are measured unless others are asked for."""
+"""Default widths of a matrix."""
 
 SETTINGS: dict[str, tuple[Rule, float, float]] = {
     "outer, no decay": ("outer", 1.0, 1.0),
@@ -32,19 +32,19 @@ SETTINGS: dict[str, tuple[Rule, float, float]] = {
 """Name -> rule, decay, write rate. The last two are the paper's setting."""
 
 LOADS = (0.25, 0.5, 1, 2, 4, 8)
-"""Pairs that are stored, in widths."""
+"""Numbers of stored pairs, in multiples of the width."""
 
 
 @torch.no_grad()
 def recalled(rule: Rule, decay: float, rate: float, dim: int, pairs: int, trials: int, seed: int) -> float:
-    """Share of the pairs that are recalled, over `trials` memories."""
+    """Measure the share of the pairs that are recalled, over `trials` memories."""
     generator = torch.Generator().manual_seed(seed)
     k = normalize(torch.randn((1, trials, pairs, dim), generator=generator), dim=-1)
     v = torch.randn((1, trials, pairs, dim), generator=generator)
     g, eta = torch.full((1, trials, pairs), math.log(decay)), torch.full((1, trials, pairs), rate)
     nothing = k.new_zeros((1, trials, 1, pairs, dim))
     _, state = scan(nothing, k, v, g, eta, k.new_zeros((1, trials, dim, dim)), rule)
-    # A decayed value is shorter than it was, so values are compared by direction.
+    # Decay shortens values, so they are compared by direction.
     near = normalize(k @ state, dim=-1) @ normalize(v, dim=-1).transpose(-1, -2)
     return float((near.argmax(-1) == torch.arange(pairs)).float().mean())
 
@@ -73,7 +73,7 @@ def _rows(dim: int, trials: int) -> list[dict[str, Any]]:
 
 
 def capacity_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Shares by width and number of pairs."""
+    """Make the table of shares by width and number of pairs."""
     found: dict[tuple[int, int], dict[str, float]] = {}
     for row in rows:
         found.setdefault((row["dim"], row["pairs"]), {})[row["setting"]] = row["recalled"]

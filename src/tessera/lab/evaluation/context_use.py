@@ -1,4 +1,4 @@
-"""Does a model use its context? Two measurements, neither of which a model with a short memory can pass.
+"""Two measurements of whether a model uses its context, neither of which a model with a short memory can pass.
 
 `loss_by_context` scores the same tokens twice, after a long and after a short context. `copy_far_name` defines a
 made-up name, reads on for hundreds of tokens, gives the name's beginning and asks for the rest; the control is the same
@@ -156,7 +156,7 @@ def copy_far_name(
 
     defined, control = [], []
     for trial in range(trials):
-        while True:  # until the name has as many tokens as the others, so that the trials stack into one batch
+        while True:  # until the name has as many tokens as the others, so that the trials form one batch
             name = made_up_name(rng)
             ids = encode(f" {name}")
             if (

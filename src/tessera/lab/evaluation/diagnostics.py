@@ -1,8 +1,8 @@
-"""Tasks that ask for a memory: which backbone, trained from nothing, can do them.
+"""Diagnostics: small backbones trained from scratch on tasks that require a memory.
 
-Every row is one model: a task, a kind of backbone, what its attention sees, and the setting of the memory. Attention that sees
-the current token alone leaves the memory as the only way in which anything can be known later; with whole attention, as in the
-original tasks, attention alone may do.
+Every row is one model: a task, a kind of backbone, the range of its attention, and the setting of the memory. If attention sees
+the current token only, the memory is the only way to carry information; with whole attention, as in the original tasks,
+attention may suffice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "binding": {"channels": 32, "grid": (6, 6, 6)},
     "no harm": {"channels": 32, "grid": (4, 4)},
 }
-"""Cells of the memory by task: as many axes as places have."""
+"""Grid of the memory by task, with as many axes as places have."""
 
 SETTINGS: dict[str, tuple[bool, dict[str, Any]]] = {
     "default": (False, {}),
@@ -52,7 +52,7 @@ SETTINGS: dict[str, tuple[bool, dict[str, Any]]] = {
     "the paper's, light projection": (True, {"projection": "light"}),
     "the paper's, gates from the input": (True, {"gates": "input"}),
 }
-"""Name -> whether it is the paper's setting, and what is changed: each of our improvements alone."""
+"""Name -> whether it starts from the paper's setting, and the changes: each of our improvements alone."""
 
 ABLATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
     "nearest cell": (False, {"write": "nearest"}),
@@ -69,12 +69,12 @@ ABLATIONS: dict[str, tuple[bool, dict[str, Any]]] = {
 """The paper's ablations, on binding, of the default, and ours: one choice changed."""
 
 DELAY, DELAYS = 64, (0, 64, 256, 1024)
-"""Blank tokens before the question: of what a memory is trained on at most, and of what it is then measured on."""
+"""Numbers of blank tokens before the question: the maximum in training, and those of the measurements."""
 
 _ASKED = {"last": "in the middle", "hidden": "asked while hidden", "back": "asked when back"}
 
 ALONE = "frame"
-"""Attention that sees the current frame only."""
+"""Attention to the current frame only."""
 
 
 def job(
@@ -88,7 +88,7 @@ def job(
     seed: int = 0,
     delays: Sequence[int] = (),
 ) -> Job:
-    """A run; `fields` are the task's, and the model is measured with `delays` too."""
+    """Make a job; `fields` are the task's, and the model is also measured with `delays`."""
     return {
         "task": task,
         "fields": fields,
@@ -108,11 +108,11 @@ MENDED: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("binding", {}, 1),
     ("no harm", {"rule": "given", "symbols": 8, "steps": 16}, 1),
 )
-"""The tasks that cannot be done without a memory, in the sizes of the plans, and how many times a plan's steps each takes."""
+"""The tasks that require a memory, in the sizes of the plans, and the multiple of a plan's steps that each takes."""
 
 
 def quick_plan(kinds: Sequence[str] = ("plain", "memory"), seeds: int = 1, steps: int = 80) -> list[Job]:
-    """Two tasks so small that they are learned in seconds."""
+    """Return two tasks so small that they are learned in seconds."""
     small: tuple[tuple[str, dict[str, Any]], ...] = (
         ("binding", {"pairs": 1, "noise": 0.0, "values": 8, "queries": 4}),
         ("no harm", {"symbols": 8, "steps": 4}),
@@ -128,7 +128,7 @@ def quick_plan(kinds: Sequence[str] = ("plain", "memory"), seeds: int = 1, steps
 def default_plan(
     tasks: Sequence[str] = tuple(TASKS), kinds: Sequence[str] = KINDS, seeds: int = 1, steps: int = 300
 ) -> list[Job]:
-    """Every mended task without a delay, every kind."""
+    """Return every modified task without a delay, for every kind."""
     return [
         job(task, fields, kind, steps=times * steps, seed=seed)
         for seed in range(seeds)
@@ -150,12 +150,11 @@ OF_ORIGINALS = "every cell"
 """Setting of the memory on the originals: all cells are updated, as in the paper."""
 
 PARTS = ("kinds", "settings", "ablations", "delays", "originals")
-"""Of the full plan."""
+"""Changes of the ablations in the full plan."""
 
 
 def full_plan(seeds: int = 3, steps: int = 1000, parts: Sequence[str] = PARTS) -> list[Job]:
-    """The mended tasks with every kind and every setting of the memory, with ablations, and with delays; then the originals
-    with whole attention."""
+    """Return the modified tasks with every kind and setting, ablations and delays; then the originals with whole attention."""
     found: list[Job] = []
     for seed in range(seeds):
         own: dict[str, list[Job]] = {
@@ -164,7 +163,7 @@ def full_plan(seeds: int = 3, steps: int = 1000, parts: Sequence[str] = PARTS) -
                 job(t, f, "memory", setting, steps=n * steps, seed=seed)
                 for t, f, n in MENDED
                 for setting in SETTINGS
-                # Tokens of the other tasks say no place.
+                # Tokens of the other tasks have no place.
                 if setting != "default" and (setting != "anchored" or hasattr(TASKS[t], "place"))
             ],
             "ablations": [job("binding", {}, "memory", setting, steps=steps, seed=seed) for setting in ABLATIONS],
@@ -184,10 +183,10 @@ def full_plan(seeds: int = 3, steps: int = 1000, parts: Sequence[str] = PARTS) -
 
 
 def config_of(job: Job) -> DiagnosticConfig:
-    """The run that a job asks for.
+    """Return the run of a job.
 
     Raises:
-        ValueError: for a task, kind or setting that there is none of, or that cannot be.
+        ValueError: for an unknown or invalid task, kind or setting.
     """
     settings = {**SETTINGS, **ABLATIONS}
     for name, known in (("task", TASKS), ("kind", KINDS), ("setting", settings)):
@@ -212,7 +211,7 @@ def run(job: Job) -> Row:
 
 
 def key(job: Job) -> str:
-    """What tells one run from another."""
+    """Return the fields that identify a run."""
     names = ("task", "fields", "attention", "kind", "setting", "steps", "seed")
     return json.dumps([*(job[name] for name in names), job.get("rate", 1.0), job.get("delays", [])], sort_keys=True)
 
@@ -221,7 +220,7 @@ def diagnostics(jobs: Sequence[Job], path: Path, processes: int = 1) -> Iterator
     """Run what is not in a file yet; see `tessera.lab.evaluation.jobs.resume`.
 
     Raises:
-        ValueError: for a job that cannot be, before anything is run, or a file that holds something else.
+        ValueError: for an invalid job, before anything is run, or a file that holds something else.
     """
     for each in jobs:
         config_of(each)
@@ -229,7 +228,7 @@ def diagnostics(jobs: Sequence[Job], path: Path, processes: int = 1) -> Iterator
 
 
 def title(row: Row) -> str:
-    """A task in words."""
+    """Describe a task."""
     task = TASKS[row["task"]](**row["fields"])
     if isinstance(task, Occlusion):
         words = [f"occlusion, {task.hidden} of {task.frames} hidden", _ASKED[task.ask]]
@@ -291,7 +290,7 @@ def by_delay(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def spread(found: Sequence[float]) -> str:
-    """Mean ± standard deviation over the seeds; of one seed the number; of none nothing."""
+    """Format mean ± standard deviation over the seeds; for one seed the number; for none an empty string."""
     if not found:
         return ""
     return f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
@@ -302,7 +301,7 @@ def _accuracy(rows: Sequence[Row]) -> str:
 
 
 def cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and lines of the table of kinds: a line for each task."""
+    """Make header and lines of the table of kinds: a line for each task."""
     lines = []
     for name, own in by_kind(rows).items():
         any_row = next(iter(own.values()))[0]
@@ -312,19 +311,19 @@ def cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def setting_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and lines of the table of settings: a line for each setting, a column for each task."""
+    """Make header and lines of the table of settings: a line for each setting, a column for each task."""
     return _settings_table(*by_setting(rows, SETTINGS))
 
 
 def ablation_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and lines of the table of ablations, beside the default."""
+    """Make header and lines of the table of ablations, beside the default."""
     tasks = {(title(row), row["steps"]) for row in rows if row["setting"] in ABLATIONS}
     own = [row for row in rows if (title(row), row["steps"]) in tasks]
     return _settings_table(*by_setting(own, ("default", *ABLATIONS)))
 
 
 def gate_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and lines of the table of gates: how far each layer of the default opens to its memory after training."""
+    """Make header and lines of the table of gates: how far each layer of the default opens to its memory after training."""
     lines = []
     for name, own in by_kind(rows).items():
         gates = [row["gates"] for row in own.get("memory", ())]
@@ -341,7 +340,7 @@ def _settings_table(names: list[str], found: dict[str, dict[str, list[Row]]]) ->
 
 
 def delay_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and lines of the table of delays: a line for each task and setting, with the accuracy at each delay."""
+    """Make header and lines of the table of delays: a line for each task and setting, with the accuracy at each delay."""
     found = by_delay(rows)
     delays = sorted({delay for own in found.values() for row in own for delay in row["by_delay"]}, key=int)
     lines = [
@@ -356,7 +355,7 @@ def delay_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, .
 
 
 def diagnostics_tables(rows: Sequence[Row]) -> list[Table]:
-    """A table of kinds; of settings where there are several, of ablations and of delays where they were measured; of gates."""
+    """Make tables of kinds, of settings where there are several, of ablations and delays where measured, and of gates."""
     made = []
     for header, lines in (cells(rows), setting_cells(rows), ablation_cells(rows), delay_cells(rows), gate_cells(rows)):
         if not lines or len(header) == 1:

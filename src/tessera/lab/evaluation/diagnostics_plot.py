@@ -1,4 +1,4 @@
-"""Diagnostics as a picture: accuracy of every kind by task, between guessing and the ceiling; by delay; by setting."""
+"""The picture of the diagnostics: accuracy of every kind by task, between guessing and the ceiling; by delay; by setting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TASK_STYLES = dict(zip(TASKS, (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", 
 
 
 def plot_diagnostics(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Draw what there is as PNG: a point for each seed, a bar at their mean.
+    """Draw the rows as PNG: a point for each seed, a bar at their mean.
 
     Raises:
         ValueError: if there are no rows.
@@ -57,7 +57,7 @@ def _by_task(axis: Any, kinds: dict[str, dict[str, list[Row]]]) -> None:
         for order, kind in enumerate(KINDS):
             found = [r["accuracy"] for r in own.get(kind, ())]
             colour, marker = STYLES[kind]
-            # Side by side, or equal ones would hide each other.
+            # Drawn side by side, because equal values would hide each other.
             at = place + 0.15 * (order - 1.5)
             axis.plot(found, [at] * len(found), marker, color=colour, ms=6, alpha=0.85, ls="", zorder=3)
     handles = [Line2D([], [], color=STYLES[k][0], marker=STYLES[k][1], ls="", ms=6) for k in KINDS]
@@ -87,7 +87,7 @@ def _by_setting(axis: Any, settings: dict[str, dict[str, list[Row]]], names: lis
 
 
 def _by_delay(rows: Sequence[Row]) -> dict[str, dict[int, list[float]]]:
-    """Accuracy of the memory by delay, of tasks that were measured at several."""
+    """Draw the memory's accuracy by delay, for tasks measured at several."""
     found: dict[str, dict[int, list[float]]] = {}
     for (name, setting), own in by_delay(rows).items():
         for delay, accuracy in (pair for row in own for pair in row["by_delay"].items() if setting == "default"):

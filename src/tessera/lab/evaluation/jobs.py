@@ -1,4 +1,4 @@
-"""Plans of many runs whose results go to one file, one by one, so that a plan that was cut short goes on where it was."""
+"""Plans of many runs, whose results are written to one file after each run, so that an interrupted plan can continue."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tessera.evaluation.records import environment
 from tessera.files import write_json
 
 Job = dict[str, Any]
-"""What tells one run from another."""
+"""The fields that identify a run."""
 
 Row = dict[str, Any]
-"""A job, and what its run found."""
+"""A job and its results."""
 
 
 def resume(
@@ -34,10 +34,10 @@ def resume(
     Args:
         jobs: to be run.
         path: path of the JSON.
-        run: a function of a module, so that other processes find it.
-        key: what tells one run from another, of a job and of a row; hashable.
-        about: what the file says beside its rows.
-        processes: runs at once.
+        run: a function defined in a module, so that other processes can import it.
+        key: returns the hashable identity of a job or a row.
+        about: further entries of the file.
+        processes: number of runs at once.
 
     Raises:
         ValueError: if the file holds something else.
@@ -70,7 +70,7 @@ def _run_all(jobs: Sequence[Job], run: Callable[[Job], Row], processes: int) -> 
 
 
 def _begin_worker() -> None:
-    """Each of several processes has one core to itself, and leaves the screen to the first."""
+    """Give each of several processes one core, and let only the first one print."""
     from transformers.utils import logging
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Language beyond the window: a model's loss by place in the sequence, with a Tensor Cache behind its window and without.
+"""Language beyond the window: a model's loss by position in the sequence, with and without a Tensor Cache behind its window.
 
 Controls: the memory's reads switched off, and a window that is longer by as many tokens as the matrix takes bytes.
 """
@@ -20,21 +20,21 @@ from tessera.evaluation.records import environment
 from tessera.evaluation.sources import Source, encode, windows
 
 TOGETHER = 16
-"""Sequences that are read at once."""
+"""Number of sequences read at once."""
 
 WITH_MEMORY = "with the Tensor Cache"
-"""Name of the row that depends on what a memory has learned."""
+"""Name of the row that depends on a trained memory."""
 
 
 @torch.no_grad()
 def loss_by_distance(model: Any, windows: Tensor, spec: str | None, edges: Sequence[int], chunk: int = 256) -> list[float]:
-    """Mean negative log-likelihood by place in the sequence.
+    """Measure the mean negative log-likelihood by position in the sequence.
 
     Args:
         model: a causal language model.
         windows: (count, tokens) ids, each read from the beginning.
         spec: specification of the cache that it reads through; None: none.
-        edges: ascending places; the result has one number for each stretch between neighbours.
+        edges: ascending positions; the result has one number for each range between neighbours.
         chunk: tokens of a call.
     """
     cache = None if spec is None else Cache(spec, model)
@@ -47,7 +47,7 @@ def loss_by_distance(model: Any, windows: Tensor, spec: str | None, edges: Seque
             losses.append(cross_entropy(previous, part[:, 0], reduction="none")[:, None])
         losses.append(cross_entropy(logits[:, :-1].transpose(1, 2), part[:, 1:], reduction="none"))
         previous = logits[:, -1]
-    every = torch.cat(losses, dim=1)  # of tokens 1 and later
+    every = torch.cat(losses, dim=1)  # losses of tokens 1 and later
     return [float(every[:, max(0, a - 1) : b - 1].mean()) for a, b in itertools.pairwise(edges)]
 
 
@@ -85,7 +85,7 @@ def language(
         a record for JSON: ``environment``, ``edges`` of the stretches, ``windows`` and ``rows`` of name, spec and losses.
 
     Raises:
-        ValueError: if nothing is attached, or the sequences are too short to say something about what lies behind the window.
+        ValueError: if nothing is attached, or the sequences are too short to measure beyond the window.
     """
     model = source.model
     if attached_memory(model) is None:

@@ -1,4 +1,4 @@
-"""Loss by place in the sequence as a picture: how much each attention loses against the dense one."""
+"""The picture of losses by position: how much each attention loses against the dense one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plot_language(
         rows: with ``losses`` of each stretch, of several seeds where there are.
         edges: edges of the stretches.
         path: path of the picture.
-        name: field that tells one attention from another.
+        name: field that names the attention.
 
     Raises:
         ValueError: if no row is "dense".
@@ -57,7 +57,7 @@ def plot_language(
             [m - min(v) for m, v in zip(middle, by_stretch, strict=True)],
             [max(v) - m for m, v in zip(middle, by_stretch, strict=True)],
         ]
-        # Side by side, or equal ones would hide each other.
+        # Drawn side by side, because equal values would hide each other.
         at = [place + 0.05 * (order - (len(found) - 1) / 2) for place in range(len(middle))]
         axis.errorbar(at, middle, yerr=spread, color=colour, marker=marker, ms=6, lw=1.2, capsize=3, label=label)
     axis.axhline(0, color="black", lw=0.8)

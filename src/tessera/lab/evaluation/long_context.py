@@ -1,8 +1,8 @@
-"""What a model still finds in a long text through a cache: a needle at every depth, and RULER's synthetic tasks.
+"""Retrieval from long texts through a cache: a needle at every depth, and RULER's synthetic tasks.
 
 The text is read into the cache `chunk` tokens a call; then the question, in a call of its own, which reads the text through the
 cache; then the model answers, greedily. Beside the share of right answers there is the mean negative log-likelihood of the
-right answer's tokens, in nats, which tells caches apart where few texts are read. Every cache is asked the same questions.
+right answer's tokens, in nats, which separates caches even with few texts. Every cache is asked the same questions.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ SPECS = (
     "sink:4 + window:512",
     "window:512",
 )
-"""What is compared unless other caches are named."""
+"""The default caches."""
 
 LENGTHS = (1024, 2048, 4096)
 DEPTHS = (0, 25, 50, 75, 100)
 CAPABLE = 0.5
-"""Where the exact cache scores less than this, the model cannot do the task, and what a cache costs there is not to be seen."""
+"""Where the exact cache scores less than this, the model cannot do the task, so a cache's cost cannot be measured."""
 
 
 def needle_plan(
     model: str, specs: Sequence[str], lengths: Sequence[int], depths: Sequence[int], samples: int, seed: int, chunk: int
 ) -> list[Job]:
-    """A job for each cell: a cache, a length in tokens and a depth in percent; lengths first, then caches."""
+    """Make a job for each cell: a cache, a length in tokens and a depth in percent; lengths first, then caches."""
     return [
         {**_job(model, spec, "needle", length, samples, seed, chunk), "depth": depth}
         for length in lengths
@@ -58,7 +58,7 @@ def needle_plan(
 def ruler_plan(
     model: str, specs: Sequence[str], lengths: Sequence[int], tasks: Sequence[str], samples: int, seed: int, chunk: int
 ) -> list[Job]:
-    """A job for each cache, task of `RULER` and length in tokens; lengths first, then tasks."""
+    """Make a job for each cache, task of `RULER` and length in tokens; lengths first, then tasks."""
     return [_job(model, spec, task, length, samples, seed, chunk) for length in lengths for task in tasks for spec in specs]
 
 
@@ -75,16 +75,16 @@ def _job(model: str, spec: str, task: str, length: int, samples: int, seed: int,
 
 
 def key(job: Job) -> tuple[Any, ...]:
-    """What tells one run from another."""
+    """Return the fields that identify a run."""
     names = ("model", "spec", "task", "length", "samples", "seed", "chunk")
     return (*(job[name] for name in names), job.get("depth"))
 
 
 def task_of(job: Job) -> Task:
-    """The task that a job asks for.
+    """Return the task of a job.
 
     Raises:
-        ValueError: for a task that there is none of, or a depth that is none.
+        ValueError: for an unknown task or an invalid depth.
     """
     if job["task"] == "needle":
         if not 0 <= job["depth"] <= 100:
@@ -104,7 +104,7 @@ def measure(source: Source, jobs: Sequence[Job], path: Path) -> Iterator[list[Ro
         path: path of the JSON; a plan that was cut short goes on where it was.
 
     Raises:
-        ValueError: for a job that cannot be, before anything is run, or a file that holds something else.
+        ValueError: for an invalid job, before anything is run, or a file that holds something else.
     """
     for job in jobs:
         task_of(job)
@@ -162,7 +162,7 @@ def answer(source: Source, prompt: Prompt, cache: Cache, new_tokens: int, chunk:
             model(ids[:, begin : min(text, begin + chunk)], past_key_values=cache, logits_to_keep=1)
         if text < end:
             model(ids[:, text:end], past_key_values=cache, logits_to_keep=1)
-        # The last token is read with what comes behind it: once with the right answer, once with the model's own.
+        # The last token is read twice with the following tokens: once with the right answer, once with the model's own.
         given = torch.tensor([[prompt.ids[-1], *right]], device=model.device)
         logits = model(given[:, :-1], past_key_values=copy.deepcopy(cache)).logits
         nats = float(torch.nn.functional.cross_entropy(logits[0].float(), given[0, 1:]))
@@ -178,24 +178,24 @@ def answer(source: Source, prompt: Prompt, cache: Cache, new_tokens: int, chunk:
 
 
 def over(rows: Sequence[Row], name: str, **wanted: Any) -> float | None:
-    """The mean of a field over all texts of the rows that have these values; None: there are none."""
+    """Compute the mean of a field over all texts of the rows with these values; None: there are no such rows."""
     found = [x for row in rows if all(row.get(k) == v for k, v in wanted.items()) for x in row[name]]
     return mean(found) if found else None
 
 
 def specs_of(rows: Sequence[Row]) -> list[str]:
-    """The caches of some rows, "dense" first."""
+    """List the caches of some rows, "dense" first."""
     return sorted(dict.fromkeys(row["spec"] for row in rows), key=lambda spec: spec != "dense")
 
 
 def incapable(rows: Sequence[Row], **wanted: Any) -> bool:
-    """Whether the model fails with the exact cache already, where that was measured."""
+    """Whether the model fails even with the exact cache, where that was measured."""
     exact = over(rows, "scores", spec="dense", **wanted)
     return exact is not None and exact < CAPABLE
 
 
 def cell(rows: Sequence[Row], **wanted: Any) -> str:
-    """Share of right answers and nats; in brackets where the model fails with the exact cache too."""
+    """Format the share of right answers and nats; in brackets where the model fails with the exact cache too."""
     share, nats = over(rows, "scores", **wanted), over(rows, "nats", **wanted)
     if share is None or nats is None:
         return ""
@@ -205,7 +205,7 @@ def cell(rows: Sequence[Row], **wanted: Any) -> str:
 
 
 def grid(rows: Sequence[Row], columns: str, **fixed: Any) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of a table: a line for each cache, a column for each value of a field, "length" or "task"."""
+    """Make header and lines of a table: a line for each cache, a column for each value of a field, "length" or "task"."""
     rows = [row for row in rows if all(row.get(k) == v for k, v in fixed.items())]
     values = list(dict.fromkeys(row[columns] for row in rows))
     head = ["cache", "bits", *(f"{v:,} tokens" if isinstance(v, int) else str(v) for v in values)]
@@ -218,7 +218,7 @@ def grid(rows: Sequence[Row], columns: str, **fixed: Any) -> tuple[list[str], li
 
 
 def remarks(rows: Sequence[Row], columns: str) -> list[str]:
-    """Sentences on what the model cannot do with the exact cache."""
+    """Write sentences about tasks that the model fails with the exact cache."""
     values = list(dict.fromkeys((row["length"], row[columns]) for row in rows))
     found: dict[str, list[str]] = {}
     for length, value in values:
@@ -234,12 +234,12 @@ def remarks(rows: Sequence[Row], columns: str) -> list[str]:
 
 
 def needle_table(rows: Sequence[Row]) -> Table:
-    """Share of needles found, and nats, for each cache and length, over all depths."""
+    """Make the table of the share of needles found, and nats, for each cache and length, over all depths."""
     return _table(*grid(rows, "length"))
 
 
 def ruler_tables(rows: Sequence[Row]) -> list[Table]:
-    """For each length the score, and nats, for each cache and task."""
+    """Make one table for each length: score and nats for each cache and task."""
     lengths = sorted({row["length"] for row in rows})
     return [_table(*grid(rows, "task", length=n), title=f"{n:,} tokens") for n in lengths]
 

@@ -1,4 +1,4 @@
-"""Heat maps of what is found in long texts: depth by length for each cache, and task by cache for each length."""
+"""Heat maps of retrieval from long texts: depth by length for each cache, and task by cache for each length."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plot_ruler(rows: Rows, path: str | os.PathLike[str]) -> None:
 
 
 class _figure:
-    """A figure that is saved and closed when the block ends."""
+    """Yield a figure that is saved and closed when the block ends."""
 
     def __init__(self, path: str | os.PathLike[str], tall: int, wide: int, size: tuple[float, float]) -> None:
         self.path, self.shape, self.size = path, (tall, wide), size

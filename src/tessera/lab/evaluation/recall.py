@@ -1,8 +1,8 @@
-"""Associative recall beyond the window: which attention, trained from nothing, still knows a value that has left it.
+"""Associative recall beyond the window: which attention, trained from scratch, recalls values that have left its window.
 
-Small GPTs of two layers learn to recall pairs over a forced gap (`tessera.lab.tasks.recall`). The gap is longer than what two
-windows can pass on, so a window is at chance whatever it learns. Every row is one model: accuracy at the gap it was trained
-on and at others, and the bytes that it must keep for a sequence, at the length of the training sequences.
+Small GPTs of two layers learn to recall pairs over a forced gap (`tessera.lab.tasks.recall`). The gap is longer than the reach
+of two layers of windows, so a window can only be at chance. Every row is one model: accuracy at the gap of training and at
+others, and the bytes of its state at the length of the training sequences.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ those of the full plan ``gap`` and ``symbols``, the number of keys and of values
 
 
 def full_plan(seeds: int = 3, steps: int = 600) -> list[Job]:
-    """All runs: every method on 16 pairs; most of them on more pairs, narrower heads, and rewritten keys."""
+    """Return all runs: every method on 16 pairs; most of them on more pairs, narrower heads, and rewritten keys."""
     base = {"pairs": 16, "dim": 64, "rewrites": 0, "steps": steps}
     some = ("dense", "window + sinks", "Infini-attention", "Tensor Cache, outer", "Tensor Cache, delta")
     plan: list[tuple[dict[str, int], Iterable[str]]] = [({}, METHODS)]
     plan += [(change, some) for change in ({"rewrites": 8}, {"dim": 32}, {"dim": 16}, {"pairs": 32}, {"pairs": 64})]
-    # Seed by seed, so that a plan that was cut short has compared all methods.
+    # Seed by seed, so that an interrupted plan has compared all methods.
     return [{**base, **change, "method": m, "seed": seed} for seed in range(seeds) for change, names in plan for m in names]
 
 
@@ -52,22 +52,22 @@ QUICK_METHODS = ("dense", "window", "Infini-attention", "Tensor Cache, delta")
 
 
 def quick_plan(methods: Sequence[str] = QUICK_METHODS, seeds: int = 1, **task: int) -> list[Job]:
-    """The same task made small enough to be learned in seconds: few pairs of few symbols.
+    """Return a small version of the task that is learned in seconds: few pairs of few symbols.
 
     Args:
         methods: names from `METHODS`.
         seeds: models of each.
-        task: fields of a `Job` that are to differ.
+        task: fields of a `Job` to change.
     """
     base = {"pairs": 4, "dim": 64, "rewrites": 0, "steps": 300, "gap": 40, "symbols": 16, **task}
     return [{**base, "method": method, "seed": seed} for seed in range(seeds) for method in methods]
 
 
 def config_of(job: Job) -> RecallConfig:
-    """The run that a job asks for.
+    """Return the run of a job.
 
     Raises:
-        ValueError: for a method that there is none of, or a task that cannot be.
+        ValueError: for an unknown method or an invalid task.
     """
     if job["method"] not in METHODS:
         raise ValueError(f"no method {job['method']!r}; there are {', '.join(METHODS)}")
@@ -98,7 +98,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def key(job: Job) -> tuple[Any, ...]:
-    """What tells one run from another."""
+    """Return the fields that identify a run."""
     names = ("method", "pairs", "dim", "rewrites", "steps", "seed")
     return (*(job[name] for name in names), job.get("gap", 64), job.get("symbols", 64))
 
@@ -109,10 +109,10 @@ def recall(jobs: Sequence[Job], path: Path, processes: int = 1) -> Iterator[list
     Args:
         jobs: jobs that `full_plan` or `quick_plan` made.
         path: path of the JSON; a plan that was cut short goes on where it was.
-        processes: models trained at once.
+        processes: number of models trained at once.
 
     Raises:
-        ValueError: for a job that cannot be, before anything is run, or a file that holds something else.
+        ValueError: for an invalid job, before anything is run, or a file that holds something else.
     """
     for job in jobs:
         config_of(job)
@@ -120,7 +120,7 @@ def recall(jobs: Sequence[Job], path: Path, processes: int = 1) -> Iterator[list
 
 
 def recall_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """A row for each model."""
+    """Make the table, with a row for each model."""
     table = Table("method", "pairs", "d", "gap", "rewritten", "seed", "accuracy", "KiB of state")
     for row in sorted(rows, key=key):
         cells = (row["method"], row["pairs"], row["dim"], row.get("gap", 64), row["rewrites"], row["seed"])

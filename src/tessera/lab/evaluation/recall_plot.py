@@ -1,4 +1,4 @@
-"""Recall as a picture: accuracy against the number of pairs, the width of a head, the gap, and the bytes of state."""
+"""The picture of recall: accuracy against the number of pairs, the width of a head, the gap, and the bytes of state."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def plot_recall(rows: Rows, path: str | os.PathLike[str]) -> None:
     from matplotlib import pyplot
 
     plain = [row for row in rows if not row["rewrites"]] or list(rows)
-    # The task that most models were trained on; the others differ from it in one thing.
+    # The task that most models were trained on; the others differ from it in one field.
     (pairs, dim, *rest), _ = Counter(map(_task, plain)).most_common(1)[0]
     base = [row for row in plain if _task(row) == (pairs, dim, *rest)]
     by_pairs = _varied([row for row in plain if _task(row)[1:] == (dim, *rest)], "pairs")
@@ -53,7 +53,7 @@ def plot_recall(rows: Rows, path: str | os.PathLike[str]) -> None:
         "dim": (by_dim, f"by width: {pairs} pairs, gap {gap}", "width d of a head"),
         "asked": (by_gap, f"by gap: {pairs} pairs, heads of {dim}", filler),
     }
-    # A panel along which nothing was varied would show one column of points.
+    # A panel without a varied field would show a single column of points.
     panels = [name for name, (own, *_) in titles.items() if len({row[name] for row in own}) > 1]
     tall = (len(panels) + 2) // 2
     figure, grid = pyplot.subplots(tall, 2, figsize=(12, 3.4 * tall + 1), squeeze=False, layout="constrained")
@@ -83,7 +83,7 @@ def _task(row: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _varied(rows: Rows, name: str) -> list[dict[str, Any]]:
-    """The rows of those methods that were measured at more than one place."""
+    """Return the rows of methods that were measured at more than one value."""
     places: dict[str, set[int]] = {}
     for row in rows:
         places.setdefault(row["method"], set()).add(row[name])
@@ -91,7 +91,7 @@ def _varied(rows: Rows, name: str) -> list[dict[str, Any]]:
 
 
 def _lines(axis: Any, rows: Rows, name: str, chance: float) -> None:
-    """Accuracy against a field of the rows, a line for each method."""
+    """Draw accuracy against a field of the rows, a line for each method."""
     places = sorted({row[name] for row in rows})
     methods = [name for name in STYLES if any(row["method"] == name for row in rows)]
     for order, method in enumerate(methods):
@@ -100,7 +100,7 @@ def _lines(axis: Any, rows: Rows, name: str, chance: float) -> None:
         for row in rows:
             if row["method"] == method:
                 found.setdefault(row[name], []).append(row["accuracy"])
-        # Evenly spaced, for what is varied doubles or begins with nothing; side by side, or equal ones would hide each other.
+        # Values are evenly spaced, because they double or begin at zero; lines are shifted, because equal ones would overlap.
         aside = 0.05 * (order - (len(methods) - 1) / 2)
         at = [places.index(place) + aside for place in sorted(found)]
         values = [found[place] for place in sorted(found)]
@@ -115,7 +115,7 @@ def _lines(axis: Any, rows: Rows, name: str, chance: float) -> None:
 
 
 def _bars(axis: Any, rows: Rows, pairs: int) -> None:
-    """Pairs recalled for each KiB, a bar for each method, the bytes written beside it."""
+    """Draw pairs recalled for each KiB, a bar for each method, with its bytes beside it."""
     names = [name for name in reversed(STYLES) if any(row["method"] == name for row in rows)]
     for place, name in enumerate(names):
         own = [row for row in rows if row["method"] == name]

@@ -1,4 +1,4 @@
-"""Streams of any length through a small model: bytes of state and tokens per second against the tokens seen."""
+"""Long streams through a small model: bytes of state and tokens per second against the tokens read."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tessera.evaluation.table import size
 from tessera.lab.models.gpt import GPT, GPTConfig
 
 SPECS = ("dense", "window:256", "sink:4 + window:256 + tc")
-"""Caches that are measured unless others are asked for."""
+"""The default caches."""
 
 CALL = 256
-"""Tokens given to the model in one call."""
+"""Number of tokens of one call."""
 
 FIRST = 1024
-"""Tokens at which the first row is made; the next at twice as many, and so on."""
+"""Number of tokens at the first row; each further row is at twice as many."""
 
 
 def length(limit: int) -> int:
-    """Tokens that a stream has in the end which is to have `limit` at least: a doubling of `FIRST`."""
+    """Round `limit` up to a number of tokens that is `FIRST` times a power of two."""
     mark = FIRST
     while mark < limit:
         mark *= 2
@@ -37,12 +37,12 @@ def length(limit: int) -> int:
 
 @torch.inference_mode()
 def stream(spec: str, limit: int, dense_limit: int) -> list[dict[str, Any]]:
-    """Rows of one cache, at `FIRST` tokens and every doubling.
+    """Yield the rows of one cache, at `FIRST` tokens and every doubling.
 
     Args:
         spec: specification of the cache.
         limit: tokens at least, unless the cache grows without bound.
-        dense_limit: the same of a cache that does.
+        dense_limit: the same for a cache that grows.
 
     Raises:
         ValueError: for a spec with a mistake.
@@ -64,7 +64,7 @@ def stream(spec: str, limit: int, dense_limit: int) -> list[dict[str, Any]]:
         model = GPT(config).eval()
         cache = Cache(parsed, model)
         rows, seen, mark = [], 0, FIRST
-        model(torch.randint(256, (1, CALL)))  # what any call takes is not what a stream takes
+        model(torch.randint(256, (1, CALL)))  # memory of the first call is not counted as growth
         before = resident()
         while seen < length(limit if parsed.bounded else min(limit, dense_limit)):
             began = time.perf_counter()
@@ -80,7 +80,7 @@ def stream(spec: str, limit: int, dense_limit: int) -> list[dict[str, Any]]:
 
 
 def streams(specs: Sequence[str], limit: int, dense_limit: int, done: Callable[[], None]) -> list[dict[str, Any]]:
-    """`stream` of each spec, in a process of its own: what others have left in memory would hide how much it takes.
+    """Run `stream` for each spec in its own process, because memory left by others would hide its use.
 
     Args:
         specs, limit, dense_limit: as there.
@@ -100,7 +100,7 @@ def _stream_with(threads: int, spec: str, limit: int, dense_limit: int) -> list[
 
 
 def resident() -> int | None:
-    """Bytes of this process in physical memory, where the system tells."""
+    """Return the resident bytes of this process, where the system reports them."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
@@ -109,7 +109,7 @@ def resident() -> int | None:
 
 
 def streams_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """State and speed by length."""
+    """Make the table of state and speed by length."""
     table = Table("cache", "tokens", "state", "tokens/s", "growth of the process")
     for row in rows:
         growth = "" if row["process_growth"] is None else size(max(0, row["process_growth"]))

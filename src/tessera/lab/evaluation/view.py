@@ -1,4 +1,4 @@
-"""What a Tensor Memory does, step by step: how much lies in each cell, where tokens write and read.
+"""Traces of a Tensor Memory: the magnitude in each cell after every step, and where tokens write and read.
 
 `follow` goes through a stream with one memory, `follow_backbone` and `follow_vit` with every layer of a
 `tessera.lab.models.backbones.Backbone` or of a `tessera.models.ViT` that has one.
@@ -26,14 +26,14 @@ from tessera.tensor_memory import TensorMemory, TensorMemoryState
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One sequence in one layer.
+    """The trace of one sequence in one layer.
 
     Attributes:
-        size: (steps + 1, *grid), |h| over the channels of each cell, at first and after every step.
+        size: (steps + 1, *grid), |h| over the channels of each cell, at the beginning and after every step.
         written: (steps, n), places from -1 to 1, (x, y, z).
-        sigma: (steps,), how far writes reach.
+        sigma: (steps,), standard deviations of writes.
         read: (steps, reads, n), places.
-        gate: how far the layer opens to what is read, from 0 to 1; None: there is no layer.
+        gate: the layer's gate, from 0 to 1; None: there is no layer.
         gate_at_first: before training.
     """
 
@@ -46,12 +46,12 @@ class Trace:
 
     @property
     def steps(self) -> int:
-        """Steps of the recurrence."""
+        """Number of steps of the recurrence."""
         return len(self.written)
 
 
 def sizes(state: TensorMemoryState, row: int = 0) -> Tensor:
-    """|h| over the channels of each cell of one sequence, (*grid).
+    """Compute |h| over the channels of each cell of one sequence, (*grid).
 
     Raises:
         ValueError: if there is no such sequence.
@@ -69,7 +69,7 @@ def follow(
     state: TensorMemoryState | None = None,
     places: Tensor | None = None,
 ) -> Trace:
-    """Go through a stream, one step at a time.
+    """Trace a memory on a stream, one step at a time.
 
     Args:
         memory: that is written and read.
@@ -104,7 +104,7 @@ def follow(
 
 
 def follow_backbone(model: Backbone, x: Tensor) -> list[Trace]:
-    """What the memory of every layer does with one sequence.
+    """Trace the memory of every layer on one sequence.
 
     Args:
         model: with a memory.
@@ -119,7 +119,7 @@ def follow_backbone(model: Backbone, x: Tensor) -> list[Trace]:
 
 
 def follow_vit(model: ViT, clip: Tensor) -> list[Trace]:
-    """What the memory of every layer that has one does with one clip, patch by patch.
+    """Trace the memory of every layer that has one on one clip, patch by patch.
 
     Args:
         model: with a memory.
@@ -134,7 +134,7 @@ def follow_vit(model: ViT, clip: Tensor) -> list[Trace]:
     run: Any = model
     gates = [float(layer.gate_logit.detach().sigmoid()) for layer in layers]
     at_first = float(torch.tensor(float(model.memory.config.gate_init or 0)).sigmoid())
-    # A model of pixels sees all of them.
+    # All patches are visible to a model of pixels.
     seen = {"masked": torch.zeros(1, len(clip), model.config.patches, dtype=torch.bool)} if model.config.classes == 0 else {}
     return _layers(partial(run, clip[None], **seen), model.memory, gates, at_first)
 
@@ -165,7 +165,7 @@ def _layers(run: Callable[[], Any], memory: TensorMemory, gates: list[float], at
 
 
 def read_stream(path: str | os.PathLike[str]) -> Tensor:
-    """Tokens (tokens, dim) from a .npy or a .safetensors file: of the latter the tensor ``x``, or the only one.
+    """Read tokens (tokens, dim) from a .npy or a .safetensors file: of the latter the tensor ``x``, or the only one.
 
     Raises:
         FileNotFoundError: if there is no such file.

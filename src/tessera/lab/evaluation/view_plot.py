@@ -1,4 +1,4 @@
-"""Pictures of a Tensor Memory: what lies in its cells, over time, and where tokens write and read."""
+"""Pictures of a Tensor Memory: magnitudes of its cells over time, and where tokens write and read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tessera.files import atomic_path
 from tessera.lab.evaluation.view import Trace
 
-#: Colours of writes and of reads, which stand out from the map of |h|. After Okabe and Ito.
+#: Colours of writes and of reads, in contrast to the map of |h|. After Okabe and Ito.
 WRITE, READ = "#D55E00", "#56B4E9"
 _MAP = "viridis"
 _MOMENTS = 6
@@ -30,7 +30,7 @@ def _pyplot() -> Any:
 
 
 def plot_state(size: Tensor, path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw one state as PNG: a slice for each depth, and all cells in space.
+    """Draw one state as PNG: a slice for each depth, and all cells in 3-D.
 
     Args:
         size: (*grid), |h| of each cell.
@@ -60,7 +60,7 @@ def plot_state(size: Tensor, path: str | os.PathLike[str], title: str = "") -> N
 
 
 def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw a run as PNG: for each layer what lies where at some moments, how much there is over time, and the gates.
+    """Draw a run as PNG: for each layer the cells at some steps, their magnitude over time, and the gates.
 
     Args:
         traces: traces of each layer.
@@ -117,13 +117,13 @@ def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str
 
 
 def animate(traces: Sequence[Trace], path: str | os.PathLike[str], title: str = "", frames: int = 64, fps: int = 6) -> None:
-    """Draw a run as GIF: what lies where in every layer, the write and the reads of each step, and below it all cells in space.
+    """Draw a run as GIF: the cells of every layer with the write and the reads of each step, and below it all cells in 3-D.
 
     Args:
         traces: traces of each layer.
         path: path of the GIF.
         title: above it.
-        frames: at most so many; of a longer run every n-th step.
+        frames: maximum number of frames; a longer run shows every n-th step.
         fps: frames a second.
     """
     pyplot = _pyplot()
@@ -157,7 +157,7 @@ def animate(traces: Sequence[Trace], path: str | os.PathLike[str], title: str = 
 
 
 def _solid(size: Tensor) -> np.ndarray:
-    """(*grid) with three axes, those that are missing in front with one cell."""
+    """Reshape (*grid) to three axes; missing axes come first with one cell."""
     found: np.ndarray = size.numpy()
     return found.reshape((1,) * (3 - found.ndim) + found.shape)
 
@@ -167,7 +167,7 @@ def _in_space(space: Any, cells: np.ndarray, top: float) -> None:
 
 
 def _cloud(space: Any, cells: np.ndarray, top: float) -> None:
-    """A ball for each cell, the larger the more lies there."""
+    """Draw a ball for each cell, whose size is its magnitude."""
     z, y, x = (part.flatten() for part in np.indices(cells.shape))
     share = cells.flatten() / top
     # Nearly empty cells would hide those behind them.
@@ -181,7 +181,7 @@ def _cloud(space: Any, cells: np.ndarray, top: float) -> None:
 
 
 def _heights(space: Any, cells: np.ndarray, top: float) -> None:
-    """A column for each cell of one plane."""
+    """Draw a column for each cell of one plane."""
     y, x = (part.flatten() for part in np.indices(cells.shape[1:]))
     height = cells.flatten()
     colours = _pyplot().get_cmap(_MAP)(height / top)
@@ -190,7 +190,7 @@ def _heights(space: Any, cells: np.ndarray, top: float) -> None:
 
 
 def _draw(axis: Any, trace: Trace, moment: int, before: int, top: float) -> Any:
-    """What lies where after a step, seen along z, with the writes and reads of the steps after `before`."""
+    """Draw the cells after a step, seen along z, with the writes and reads of the steps after `before`."""
     flat = _solid(trace.size[moment]).max(0)
     height, width = flat.shape
     picture = axis.imshow(flat, origin="lower", cmap=_MAP, vmin=0, vmax=top, aspect="auto" if height == 1 else 1)

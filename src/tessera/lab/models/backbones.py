@@ -1,6 +1,6 @@
-"""Small causal transformers over continuous tokens, of equal parameters, with a Tensor Memory and without.
+"""Small causal transformers over continuous tokens, with equal numbers of parameters, with and without a Tensor Memory.
 
-What differs is one thing at a time: nothing ("plain"), a wider MLP ("wide"), learned keys and values in front of every
+They differ in one feature: nothing ("plain"), a wider MLP ("wide"), learned keys and values in front of every
 sequence ("slots"), or a Tensor Memory between attention and MLP ("memory"), whose weights all layers share and whose state is
 each layer's own, so that no output depends on a later token.
 """
@@ -20,36 +20,36 @@ from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
 Kind = Literal["plain", "wide", "slots", "memory"]
 KINDS: tuple[Kind, ...] = ("plain", "wide", "slots", "memory")
-#: How far a layer opens to its memory before training (the paper's, -2 before the sigmoid).
+#: The gate of a layer's memory before training (the paper's, -2 before the sigmoid).
 OPEN_AT_FIRST = 1 / (1 + math.exp(2))
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """What the model is made of."""
+    """The configuration of a backbone."""
 
     features: int
-    """Numbers of a token."""
+    """Number of features of a token."""
     classes: int
-    """Answers that there are."""
+    """Number of possible answers."""
     kind: Kind = "memory"
-    """See the module. "wide" and "slots" have as many parameters as "memory", to one in a hundred; "plain" has fewer."""
+    """Kind, see the module. "wide" and "slots" have as many parameters as "memory" within 1 %; "plain" has fewer."""
     attention: str = "whole"
-    """"whole", "window:W" (the newest W tokens, a token itself among them) or "frame" (of the current frame)."""
+    """Range of attention: "whole", "window:W" (the newest W tokens, the own included) or "frame" (the current frame)."""
     frame: int = 1
-    """Tokens of a frame."""
+    """Number of tokens of a frame."""
     place: tuple[int, int] | None = None
-    """First number of a token that says its place, and the one behind the last; None: none does."""
+    """Range [first, end) of the features that are a token's place; None: there are none."""
     width: int = 64
-    """Of the residual stream."""
+    """Width of the residual stream."""
     layers: int = 2
-    """Attention, memory, MLP each."""
+    """Number of layers, each with attention, memory and MLP."""
     heads: int = 4
-    """Of attention."""
+    """Number of heads of attention."""
     hidden: int = 256
-    """Width of the MLP, but for "wide"."""
+    """Width of the MLP, except for "wide"."""
     memory: TensorMemoryConfig = field(default_factory=lambda: TensorMemoryConfig(channels=32))
-    """Of "memory"; the other kinds take their number of parameters from it."""
+    """Configuration of the memory of kind "memory", which also sets the number of parameters of the other kinds."""
 
     def __post_init__(self) -> None:
         for name in ("features", "classes", "frame", "width", "layers", "heads", "hidden"):
@@ -65,15 +65,15 @@ class BackboneConfig:
         self.window()
 
     def window(self) -> int | None:
-        """Tokens that attention sees, W; None if not limited to so many.
+        """Return the window of attention, W, in tokens; None if there is none.
 
         Raises:
-            ValueError: if `attention` is none of those that there are.
+            ValueError: if `attention` is unknown.
         """
         return grammar.one(self.attention, {"whole": "whole", "frame": "frame", "window": "window:8"})[1]
 
     def reach(self) -> int | None:
-        """Tokens that all layers of attention together pass on, the newest among them; None: all, or those of a frame."""
+        """Return the number of tokens, the newest included, that all layers together reach; None: all, or those of a frame."""
         window = self.window()
         return None if window is None else self.layers * (window - 1) + 1
 
@@ -85,11 +85,11 @@ class Answer(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions, over the tokens that a mask leaves and over learned slots.
+    """Causal attention with rotary positions, over the tokens that a mask shows and over learned slots.
 
     Args:
         width: width of the tokens.
-        heads: that there are.
+        heads: number of heads.
         slots: learned tokens, which every token sees.
     """
 
@@ -124,7 +124,7 @@ def _rotate(x: Tensor, at: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """Attention, what a memory reads, MLP, each added to the stream.
+    """A layer of attention, memory and MLP, each added to the residual stream.
 
     Args:
         config: configuration of the backbone.
@@ -152,7 +152,7 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Tokens to answers.
+    """A small causal transformer from tokens to answers.
 
     Args:
         config: see `BackboneConfig`.
@@ -170,7 +170,7 @@ class Backbone(nn.Module):
         self.head = nn.Linear(config.width, config.classes)
 
     def forward(self, input_ids: Tensor) -> Answer:
-        """input_ids: (batch, tokens, features), numbers in spite of the name, which `tessera.lab.training.loop` calls by."""
+        """Compute answers. input_ids: (batch, tokens, features), floating-point; the training loop requires this name."""
         x, mask = self.embed(input_ids), self.mask(input_ids.shape[1], input_ids.device)
         places = None
         if self.config.place is not None and self.config.memory.anchored:
@@ -180,12 +180,12 @@ class Backbone(nn.Module):
         return Answer(self.head(self.norm(x)))
 
     def gates(self) -> list[Tensor]:
-        """How far each layer opens to its memory, from 0 to 1; of other kinds nothing."""
+        """Return each layer's gate, from 0 to 1; an empty result for kinds without a memory."""
         logits = [p for name, p in self.named_parameters() if name.endswith("memory_logit")]
         return [logit.detach().sigmoid() for logit in logits]
 
     def mask(self, tokens: int, device: torch.device | None = None) -> Tensor:
-        """Which tokens (columns) a token (row) attends to, (tokens, tokens) bool."""
+        """Make the mask of the tokens (columns) that a token (row) attends to, (tokens, tokens) bool."""
         at = torch.arange(tokens, device=device)
         back = at[:, None] - at
         window = self.config.window()
@@ -196,7 +196,7 @@ class Backbone(nn.Module):
 
 
 def build_backbone(config: BackboneConfig, seed: int = 0) -> Backbone:
-    """The untrained model, the same for the same seed; kinds without a memory widened to its number of parameters."""
+    """Build the untrained model, the same for the same seed; "wide" and "slots" get the number of parameters of "memory"."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         if config.kind in ("plain", "memory"):
@@ -208,7 +208,7 @@ def build_backbone(config: BackboneConfig, seed: int = 0) -> Backbone:
 
 
 def parameters(model: nn.Module) -> int:
-    """How many there are."""
+    """Count the parameters of a model."""
     return sum(p.numel() for p in model.parameters())
 
 

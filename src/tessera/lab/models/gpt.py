@@ -20,7 +20,7 @@ from tessera.tensor_cache.rotary import Phase
 
 
 class GPTConfig(LlamaConfig):
-    """A Llama's configuration, and:
+    """A Llama's configuration with two fields more:
 
     Attributes:
         attention: "dense", "window:W", "sink:S + window:W", "infini:W" or "window:W + tc" (with or without "sink:S").
@@ -30,7 +30,7 @@ class GPTConfig(LlamaConfig):
     model_type = "tessera_gpt"
 
     def __init__(self, attention: str = "dense", memory: dict[str, Any] | None = None, **fields: Any) -> None:
-        read_attention(attention, memory)  # a mistake is found here rather than in the model
+        read_attention(attention, memory)  # errors are raised here rather than in the model
         self.attention = attention
         self.memory = memory
         super().__init__(**fields)
@@ -40,7 +40,7 @@ class GPT(LlamaForCausalLM):
     """A causal language model: `generate`, `save_pretrained`, `from_pretrained`, the Auto classes."""
 
     config_class = GPTConfig
-    # In half precision a slow decay would be none.
+    # In half precision a slow decay would round to none.
     _keep_in_fp32_modules_strict = ["tensor_cache.memory"]  # noqa: RUF012
 
     def __init__(self, config: GPTConfig) -> None:
@@ -66,7 +66,7 @@ class GPT(LlamaForCausalLM):
 def read_attention(
     text: str, memory: dict[str, Any] | None = None
 ) -> tuple[SlidingWindow | None, TensorCacheConfig | None, int | None]:
-    """Read the spec of a GPT's attention: window and sinks, the memory behind them, or the segment of Infini-attention.
+    """Parse the spec of a GPT's attention: window and sinks, the memory behind them, or the segment of Infini-attention.
 
     Raises:
         ValueError: naming what is wrong with it.

@@ -21,18 +21,18 @@ from tessera.tensor_memory.tensor_memory import TensorMemory
 
 
 class ViTConfig(PreTrainedConfig):
-    """What a `ViT` is.
+    """The configuration of a `ViT`.
 
     Attributes:
         image_size: pixels along each side of a frame.
         patch_size: side of a patch in pixels; divides `image_size`.
         num_channels: channels of a pixel.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: as in transformers' ViT.
-        classes: what a frame may be; 0: every patch is given its pixels instead.
+        classes: number of labels of a frame; 0: the model predicts the pixels of every patch instead.
         positions: "learned" for each patch of a frame, or "sincos". Frames are numbered by sines and cosines.
-        attention: what a patch sees. "all": every frame of the clip; "frame": its own; "window:4": the newest four, which are
-            then numbered from 0 to 3 and from 0 again, so that a stream far longer than what was trained on has no new number.
-        memory: fields of `TensorMemoryConfig`, or None. With attention "all" the state goes from layer to layer; otherwise
+        attention: frames that a patch sees. "all": every frame of the clip; "frame": its own; "window:4": the newest four,
+            which are numbered modulo four, so that a stream far longer than those of training has no unseen number.
+        memory: fields of `TensorMemoryConfig`, or None. With attention "all" the state is passed from layer to layer; otherwise
             every layer has its own, and no output depends on a later frame. Anchored, a patch is at its (x, y) in the frame,
             with a grid of three axes at (x, y, t), where t is the frame's number, from the first to the last of the clip or of
             the window.
@@ -82,12 +82,12 @@ class ViTConfig(PreTrainedConfig):
 
     @property
     def patches(self) -> int:
-        """Of a frame."""
+        """Number of patches of a frame."""
         return (self.image_size // self.patch_size) ** 2
 
 
 def read_frames(attention: str) -> int | None:
-    """Frames that a patch sees, its own included; None: all.
+    """Return the number of frames that a patch sees, its own included; None: all.
 
     Raises:
         ValueError: for any other word.
@@ -98,11 +98,11 @@ def read_frames(attention: str) -> int | None:
 
 @dataclass
 class ViTOutput(ModelOutput):
-    """What a `ViT` returns.
+    """The output of a `ViT`.
 
     Attributes:
         logits: (batch, frames, classes), or (batch, frames, patches, pixels of a patch); without frames for images.
-        state: for the next frames; None with attention "all".
+        state: the state for the next frames; None with attention "all".
     """
 
     logits: Tensor | None = None
@@ -110,7 +110,7 @@ class ViTOutput(ModelOutput):
 
 
 class Block(nn.Module):
-    """One layer: attention, and an MLP."""
+    """One layer of attention and an MLP."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Block(nn.Module):
     def attend(
         self, x: Tensor, patches: int, window: int | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What is read, (batch, tokens, width), and keys and values that frames to come see."""
+        """Compute attention, (batch, tokens, width), and return also the keys and values that later frames see."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
@@ -138,7 +138,7 @@ class Block(nn.Module):
         return self.out(read.transpose(1, 2).flatten(2)), (k[:, :, rest:], v[:, :, rest:])
 
     def mlp(self, x: Tensor) -> Tensor:
-        """Of the residual stream."""
+        """Apply the MLP to the residual stream."""
         y: Tensor = self.down(gelu(self.up(self.norm2(x))))
         return y
 
@@ -159,7 +159,7 @@ class ViT(PreTrainedModel):
         self.head = nn.Linear(width, config.classes or pixels)
         self.hidden = nn.Parameter(torch.zeros(width)) if config.classes == 0 else None
         if self.place is not None:
-            # As large as the sines and cosines of frames, beside which they must be told apart.
+            # As large as the sines and cosines of frames, to which they are added.
             nn.init.normal_(self.place.weight, std=0.5)
         self.memory: TensorMemory | None = None
         self.memory_layers = nn.ModuleDict()
@@ -172,10 +172,10 @@ class ViT(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Everything is started where it is made: a common rule for linear layers would undo what a memory starts with."""
+        """Do nothing: modules initialise themselves, and a common rule for linear layers would overwrite a memory's weights."""
 
     def _check(self, state: ViTState, batch: int) -> None:
-        """Refuse what another model, or another number of streams, has left, before anything is computed."""
+        """Refuse a state of another model, or of another number of streams, before anything is computed."""
         config, layers = self.config, len(self.blocks)
         if len(state.windows) != layers or len(state.memories) != layers:
             raise ValueError(f"a state of {len(state.windows)} layers does not fit a model of {layers}")
@@ -189,7 +189,7 @@ class ViT(PreTrainedModel):
                 raise ValueError(f"the state is of a model {other} a memory in layer {index}")
 
     def _places(self, times: Tensor, count: int) -> Tensor | None:
-        """Where patches are for an anchored memory, (tokens, axes of the grid), each axis from -1 to 1.
+        """Compute the places of patches for an anchored memory, (tokens, axes of the grid), each axis from -1 to 1.
 
         Args:
             times: numbers of frames, (frames,), from 0 to `count` - 1.
@@ -204,11 +204,11 @@ class ViT(PreTrainedModel):
         return torch.stack((x, y, t)[: len(self.memory.config.grid)], dim=-1)
 
     def forward(self, pixel_values: Tensor, state: ViTState | None = None, masked: Tensor | None = None) -> ViTOutput:
-        """Images, whole clips, or the next frames of streams.
+        """Run the model on images, whole clips, or the next frames of streams.
 
         Args:
             pixel_values: (batch, channels, height, width), or (batch, frames, channels, height, width).
-            state: what the call on the frames before returned; None: the streams begin.
+            state: the state returned by the call on the previous frames; None: the streams begin.
             masked: (batch, patches) or (batch, frames, patches) bool, patches whose pixels are hidden from a model of pixels.
 
         Raises:
@@ -268,7 +268,7 @@ class ViT(PreTrainedModel):
         y = self.norm(x).unflatten(1, (frames, -1))
         logits = self.head(y.mean(2) if config.classes else y)
         if masked is not None:
-            # What is filled in is told from the brightness of what is seen.
+            # Pixels are predicted relative to the mean brightness of the visible patches.
             seen = ~masked.view(batch, frames, -1, 1).expand_as(patches)
             logits = logits + (patches * seen).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True).clamp(min=1)
         new = None if window is None else ViTState(before + frames, tuple(windows), tuple(memories))
@@ -281,7 +281,7 @@ def _fits(pair: tuple[Tensor, Tensor], expected: tuple[int, ...]) -> bool:
 
 
 def to_patches(clip: Tensor, size: int) -> Tensor:
-    """(..., channels, height, width) to (..., patches, channels · size²), row by row."""
+    """Cut (..., channels, height, width) into (..., patches, channels · size²), row by row."""
     rows = clip.unflatten(-2, (-1, size)).unflatten(-1, (-1, size))
     n = rows.ndim - 5
     # (channels, rows, size, columns, size) to (rows, columns, channels, size, size)
@@ -289,7 +289,7 @@ def to_patches(clip: Tensor, size: int) -> Tensor:
 
 
 def waves(numbers: Tensor, width: int) -> Tensor:
-    """Sines and cosines of whole numbers, (n,) -> (n, width), with wavelengths up to 10,000."""
+    """Compute sines and cosines of whole numbers, (n,) -> (n, width), with wavelengths up to 10,000."""
     rates = torch.exp(torch.arange(width // 2, device=numbers.device) * (-math.log(10_000) / (width // 2)))
     angles = numbers[:, None] * rates
     return torch.cat((angles.sin(), angles.cos()), dim=-1)

@@ -1,4 +1,4 @@
-"""What a stream of frames through a `ViT` carries from one call to the next."""
+"""The state that a stream of frames through a `ViT` carries from one call to the next."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MOST = 1 << 40
 
 @dataclass(frozen=True, eq=False)
 class ViTState:
-    """A value: methods return a new one.
+    """An immutable state: methods return a new one.
 
     Attributes:
-        frames: so far.
-        windows: for each layer keys and values, (batch, heads, patches of the frames that are still seen, head_dim).
+        frames: number of frames so far.
+        windows: keys and values of each layer, (batch, heads, patches of the frames in the window, head_dim).
         memories: for each layer the state of its memory, or None.
     """
 
@@ -34,7 +34,7 @@ class ViTState:
     memories: tuple[TensorMemoryState | None, ...]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that there is, by name: ``0.k`` and ``0.v`` of the first layer, ``0.memory.h`` of its memory."""
+        """All tensors, by name: ``0.k`` and ``0.v`` of the first layer, ``0.memory.h`` of its memory."""
         found: dict[str, Tensor] = {}
         for layer, ((k, v), memory) in enumerate(zip(self.windows, self.memories, strict=True)):
             found |= {f"{layer}.k": k, f"{layer}.v": v}
@@ -55,11 +55,11 @@ class ViTState:
         return sum(x.numel() * x.element_size() for x in self.tensors().values())
 
     def detach(self) -> ViTState:
-        """The same without a graph."""
+        """Return the same state detached from the graph."""
         return self._map(lambda x: x.detach())
 
     def to(self, device: torch.device | str) -> ViTState:
-        """The same on another device."""
+        """Return the same state on another device."""
         return self._map(lambda x: x.to(device))
 
     def select(self, rows: Tensor) -> ViTState:
@@ -74,7 +74,7 @@ class ViTState:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ViTState:
-        """Read what `save` wrote; whether it fits a model is looked at when that goes on with it.
+        """Read what `save` wrote; whether it fits a model is checked when it is used.
 
         Raises:
             FileNotFoundError: if there is no such file.

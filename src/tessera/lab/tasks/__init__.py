@@ -1,1 +1,1 @@
-"""Data that a task makes, with the accuracy of guessing and of knowing."""
+"""Synthetic tasks, with the accuracy of guessing and the best possible one."""

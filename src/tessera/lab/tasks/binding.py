@@ -21,11 +21,11 @@ class Binding:
     """The task.
 
     Attributes:
-        pairs: a place, uniform in [-1, 1]³, and a value each.
-        noise: standard deviation, along each axis, of what a question is off its place.
-        values: values that there are.
-        delay: blank tokens between the writes and the first question.
-        queries: places that are asked for.
+        pairs: number of pairs of a place, uniform in [-1, 1]³, and a value.
+        noise: standard deviation, along each axis, of a question's distance from its place.
+        values: number of possible values.
+        delay: number of blank tokens between the writes and the first question.
+        queries: number of places that are asked for.
     """
 
     pairs: int = 20
@@ -43,25 +43,24 @@ class Binding:
 
     @classmethod
     def paper(cls, pairs: int = 20, noise: float = 0.05, **changes: Any) -> Binding:
-        """The original: one question."""
+        """Return the original task, with one question."""
         return cls(**{"pairs": pairs, "noise": noise, "queries": 1, **changes})
 
     frame = 1
     """Tokens of a frame."""
     place = (3, 6)
-    """First number of a token that says its place, from -1 to 1 and the noise, and the one behind the last; a blank token's is
-    the middle."""
+    """Range [first, end) of the features that are a token's place, in [-1, 1] plus noise; a blank token is in the middle."""
     ceiling = 1.0
-    """Accuracy of the best answer; the value of the nearest place counts, whichever place the question was made from."""
+    """Accuracy of the best answer; the value of the nearest place counts as right, whichever place the question came from."""
 
     @property
     def features(self) -> int:
-        """Numbers of a token: its kind, a place, a value as a word."""
+        """Number of features of a token: its kind, a place, a value as a one-hot vector."""
         return 3 + 3 + self.values
 
     @property
     def classes(self) -> int:
-        """Answers that there are."""
+        """Number of possible answers."""
         return self.values
 
     @property

@@ -1,4 +1,4 @@
-"""Clips of one's own: say what a clip shows, when its last frame has been seen."""
+"""Classification of the user's own clips, at their last frame."""
 
 from __future__ import annotations
 
@@ -38,39 +38,39 @@ class Clips:
 
     @property
     def frames(self) -> int:
-        """Of a clip."""
+        """Number of frames of a clip."""
         return self.pictures.pixels.shape[1]
 
     @property
     def chance(self) -> float:
-        """Accuracy of saying the commonest label always."""
+        """Accuracy of always answering the most common label."""
         labels = self._part(True).labels
         return float(labels.bincount().max() / len(labels))
 
     @property
     def ceiling(self) -> float:
-        """Accuracy of knowing."""
+        """Accuracy of the best answer."""
         return 1.0
 
     @property
     def about(self) -> dict[str, Any]:
-        """The task as JSON has it."""
+        """Return the task as a dictionary for JSON."""
         shape = {"frames": self.frames, "size": self.size, "patch": self.patch, "labels": self.pictures.names}
         return {"task": "clips", **shape, "pictures": len(self.pictures.labels)}
 
     def sample(self, batch: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw clips to learn from and labels, (batch, frames) int64, `IGNORED` but in the last frame."""
+        """Draw clips for training and labels, (batch, frames) int64, `IGNORED` except in the last frame."""
         own = self._part(False)
         rows = torch.randint(len(own.labels), (batch,), generator=generator)
         return own.pixels[rows], self._targets(own.labels[rows])
 
     def test(self) -> tuple[Tensor, Tensor]:
-        """All that are held out, and their labels."""
+        """Return all held-out clips and their labels."""
         own = self._part(True)
         return own.pixels, self._targets(own.labels)
 
     def score(self, output: Tensor, targets: Tensor) -> float:
-        """Share of clips that are named rightly. output: (n, frames, labels)."""
+        """Compute the share of clips with the right label. output: (n, frames, labels)."""
         return float((output[:, -1].argmax(-1) == targets[:, -1]).float().mean())
 
     def _targets(self, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures whose label is asked, or whose hidden patches are to be filled in again."""
+"""Pictures to be classified, or whose hidden patches are to be filled in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from tessera.lab.models.vit import to_patches
 from tessera.lab.tasks.pictures import Pictures, load_digits
 
-#: Target of a place where nothing is asked. No pixel has this value.
+#: Target where nothing is asked. No pixel has this value.
 IGNORED = -100
 
 
@@ -20,7 +20,7 @@ class Digits:
     """The task.
 
     Attributes:
-        ask: for the "label" of a picture, or the "pixels" of its hidden patches.
+        ask: the target: the "label" of a picture, or the "pixels" of its hidden patches.
         hidden: share of the patches that are hidden, for "pixels".
         patch: side of a patch.
         pictures: to draw from; scikit-learn's digits unless given.
@@ -51,17 +51,17 @@ class Digits:
 
     @property
     def patches(self) -> int:
-        """Of a picture."""
+        """Number of patches of a picture."""
         return (self.size // self.patch) ** 2
 
     @property
     def count(self) -> int:
-        """Patches that are hidden."""
+        """Number of hidden patches."""
         return round(self.hidden * self.patches)
 
     @property
     def chance(self) -> float:
-        """Score of guessing: the commonest label always, or each pixel as it is on average."""
+        """Score of guessing: always the most common label, or the mean of each pixel."""
         if self.ask == "pixels":
             return 0.0
         labels = self.part(True).labels
@@ -69,33 +69,33 @@ class Digits:
 
     @property
     def ceiling(self) -> float:
-        """Score of knowing."""
+        """Score of the best answer."""
         return 1.0
 
     @property
     def about(self) -> dict[str, Any]:
-        """The task as JSON has it."""
+        """Return the task as a dictionary for JSON."""
         shape = {"ask": self.ask, "hidden": self.hidden, "patch": self.patch, "size": self.size}
         return {"task": "pictures", **shape, "pictures": len(self.pictures.labels)}
 
     def part(self, held_out: bool) -> Pictures:
-        """Pictures that are held out, or those to learn from."""
+        """Return the held-out pictures, or those for training."""
         parts: tuple[Pictures, Pictures] = self._parts  # type: ignore[attr-defined]
         return parts[held_out]
 
     def sample(self, batch: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw pictures to learn from, (batch, channels, size, size), and what is asked; see `targets`."""
+        """Draw pictures for training, (batch, channels, size, size), and targets; see `targets`."""
         own = self.part(False)
         rows = torch.randint(len(own.labels), (batch,), generator=generator)
         return own.pixels[rows], self.targets(own, rows, generator)
 
     def test(self) -> tuple[Tensor, Tensor]:
-        """All that are held out, and what is asked, always the same."""
+        """Return all held-out pictures and targets, always the same."""
         own = self.part(True)
         return own.pixels, self.targets(own, torch.arange(len(own.labels)), Generator().manual_seed(0))
 
     def targets(self, own: Pictures, rows: Tensor, generator: Generator | None = None) -> Tensor:
-        """Labels, (n,); or pixels, (n, patches, pixels of a patch), `IGNORED` where the patch is not hidden."""
+        """Return labels, (n,); or pixels, (n, patches, pixels of a patch), `IGNORED` where the patch is not hidden."""
         if self.ask == "label":
             return own.labels[rows]
         patches = to_patches(own.pixels[rows], self.patch)
@@ -103,7 +103,7 @@ class Digits:
         return patches.masked_fill(seen.unsqueeze(-1), IGNORED)
 
     def score(self, output: Tensor, targets: Tensor) -> float:
-        """Share of labels that are right; or share of the variance of hidden pixels that is recovered.
+        """Compute the share of right labels; or the share of the variance of hidden pixels that is recovered.
 
         Args:
             output: (n, labels), or (n, patches, pixels of a patch).

@@ -1,4 +1,4 @@
-"""Texts of any length that hide something, and what is asked of them: a needle in a haystack, and RULER's synthetic tasks.
+"""Retrieval tasks on texts of any length: a needle in a haystack, and RULER's synthetic tasks.
 
 After RULER (arXiv 2404.06654), whose tasks these are but for those that need a data set of questions; words, sentences and
 prompts are made here. A task is a function of the number of units of its text (sentences, pairs or words), so that a text can
@@ -27,15 +27,15 @@ from typing import Any
 
 from tessera.lab.tasks.prose import WORDS, name, sentence
 
-#: The line of filler that hides least.
+#: The repeated line of the simplest haystack.
 PLAIN = "The grass is green and the sky is blue. The sun is up. One goes out and comes back again."
-#: Tokens from which on the list of words has as many repeats as RULER's, and the longer example.
+#: Number of tokens from which the list of words has RULER's number of repeats, and the longer example.
 LONG = 4096
 
 
 @dataclass(frozen=True)
 class Example:
-    """One text, what is asked, and what is right.
+    """One text with a question and its answers.
 
     Attributes:
         text: instruction and haystack.
@@ -51,7 +51,7 @@ class Example:
 
 
 Make = Callable[[int, Random, int], Example]
-"""Makes an example of so many units, for a text of so many tokens. Another number of units changes the filler only."""
+"""Makes an example of so many units, for a text of so many tokens. A different number of units changes the filler only."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ def _distinct(make: Callable[[Random], str], random: Random, count: int) -> list
 def _needles(
     haystack: str, keys: int = 1, values: int = 1, asked: int = 1, kind: str = "number", depth: float | None = None
 ) -> Make:
-    """A task that hides `keys` names with `values` of a kind each, and asks for all values of `asked` names.
+    """Make a task that hides `keys` names with `values` of a kind each, and asks for all values of `asked` names.
 
     Args:
         haystack: "prose", "line" (one line repeated) or "needles" (nothing but other needles).
         keys: names.
         values: number of values of each name.
-        asked: names that are asked for.
+        asked: number of names that are asked for.
         kind: "number", or "UUID" for values and, in a haystack of needles, for names.
-        depth: where the needles stand, 0 (first) to 1 (last); None: anywhere.
+        depth: position of the needles, from 0 (first) to 1 (last); None: random.
     """
     one = _uuid if kind == "UUID" else _number
     called = _uuid if kind == "UUID" and haystack == "needles" else name
@@ -121,7 +121,7 @@ def _needles(
         else:
             others = (called(random) for _ in range(units))
             lines = [_needle(other, one(random), kind) for other in others if other not in own]
-        # From the last to the first, so that those behind do not move those before.
+        # From the last to the first, so that insertions do not move earlier ones.
         for place, line in sorted(zip(at, hidden, strict=True), reverse=True):
             lines.insert(round(place * len(lines)), line)
         many = asked * values > 1
@@ -139,7 +139,7 @@ def _needles(
 
 
 def _variables(units: int, random: Random, hops: int = 4, letters: int = 5) -> tuple[str, str, list[str]]:
-    """Lines with a chain of assignments among them, the value, and the variables that have it."""
+    """Make lines with a chain of assignments among them, the value, and the variables that have it."""
     names = _distinct(lambda r: "".join(r.choices(string.ascii_uppercase, k=letters)), random, hops + 1)
     value = str(random.randrange(10_000, 100_000))
     chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in itertools.pairwise(names))]
@@ -151,7 +151,7 @@ def _variables(units: int, random: Random, hops: int = 4, letters: int = 5) -> t
 
 
 def _track(units: int, random: Random, tokens: int) -> Example:
-    """Variable tracking, behind a short example of it."""
+    """Make an example of variable tracking, after a short solved one."""
     ask = "\n\nQuestion: Which variables have the value {} in the text above?"
     begin = "Answer: Following the assignments in the text above, {} variables have the value {}, they are:"
     order = "Remember and follow the chain of variable assignments that is hidden in the following text.\n\n"
@@ -170,7 +170,7 @@ def _listed(random: Random, frequent: Sequence[str], others: Sequence[str], ofte
 
 
 def _common(units: int, random: Random, tokens: int) -> Example:
-    """Common words, behind a short example; `units` counts the places of words that are not frequent."""
+    """Make an example of common words, after a short solved one; `units` is the number of places of infrequent words."""
     often, seldom = (30, 3) if tokens >= LONG else (6, 1)
     size, shown_often, shown_seldom = (40, 10, 3) if tokens >= LONG else (20, 3, 1)
     order = "Below is a numbered list of words, some of which appear more often than others. Remember those.\n\n"
@@ -180,7 +180,7 @@ def _common(units: int, random: Random, tokens: int) -> Example:
     example = _listed(random, shown[:10], shown[10:], shown_often, shown_seldom)
     solution = " ".join(f"{i}. {word}" for i, word in enumerate(shown[:10], 1))
     words = random.sample(WORDS, len(WORDS))
-    # Where there are not enough words, the others are repeated more often, and still less than the frequent ones.
+    # If there are not enough words, the infrequent ones are repeated more often, but less often than the frequent ones.
     others = words[10 : 10 + min(len(words) - 10, -(-units // seldom))]
     seldom = min(max(seldom, units // len(others)), often // 2)
     text = _listed(random, words[:10], others, often, seldom)
@@ -188,7 +188,7 @@ def _common(units: int, random: Random, tokens: int) -> Example:
 
 
 def _frequent(units: int, random: Random, tokens: int) -> Example:
-    """Frequent coded words by a power law of exponent 2, in which dots are the most frequent of all."""
+    """Make an example of frequent coded words by a power law of exponent 2, with dots as the most frequent."""
     coded = _distinct(lambda r: "".join(r.choices(string.ascii_lowercase, k=6)), random, max(8, tokens // 50))
     counts = [int(units * 6 / 3.141592653589793**2 / rank**2) for rank in range(1, len(coded) + 2)]
     words = [word for word, count in zip(["...", *coded], counts, strict=True) for _ in range(count)]
@@ -219,17 +219,17 @@ RULER: dict[str, Task] = {
 
 
 def needle(depth: float) -> Task:
-    """A number in prose at a depth, 0 (the beginning of the text) to 1 (its end)."""
+    """Make a task with a number in prose at a depth, 0 (the beginning of the text) to 1 (its end)."""
     return Task(_needles("prose", depth=depth), 24, 1, "one number in prose, by depth")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example as tokens.
+    """A tokenised example.
 
     Attributes:
-        ids: all of them, the beginning of the answer included.
-        behind: how many of them stand behind the text: the question, what the chat's form needs, and the answer's beginning.
+        ids: all tokens, the beginning of the answer included.
+        behind: number of tokens after the text: the question, the chat template's tokens, and the answer's beginning.
         answers: see `Example`.
     """
 
@@ -239,13 +239,13 @@ class Prompt:
 
 
 def fit(task: Task, tokenizer: Any, tokens: int, seed: str) -> Prompt:
-    """The longest example that has room, with its answer, in a number of tokens.
+    """Make the longest example that fits, with its answer, in a number of tokens.
 
     Args:
         task: what is hidden.
         tokenizer: a tokenizer of transformers; where it has a chat template the question is asked in a chat.
         tokens: length of the prompt and the answer together.
-        seed: the same words give the same example.
+        seed: words that seed the example.
 
     Raises:
         ValueError: if not even the shortest example fits.
@@ -261,7 +261,7 @@ def fit(task: Task, tokenizer: Any, tokens: int, seed: str) -> Prompt:
     if not fits(best):
         raise ValueError(f"{tokens} tokens are too few: the shortest text has {len(best.ids)}, and an answer {task.new_tokens}")
     high = low
-    while high == low:  # doubled until it is too long
+    while high == low:  # the number of units is doubled until the text is too long
         high = 2 * low
         prompt = build(high)
         if fits(prompt):
@@ -291,5 +291,5 @@ def _prompt(example: Example, tokenizer: Any) -> Prompt:
 
 
 def score(written: str, answers: Sequence[str]) -> float:
-    """The share of the answers that stand in what was written, in upper or lower case."""
+    """Compute the share of the answers that occur in the written text, ignoring case."""
     return sum(answer.lower() in written.lower() for answer in answers) / len(answers)

@@ -1,4 +1,4 @@
-"""Map building: glimpses of a hidden map, each with its place; then a cell is asked for.
+"""Map building: glimpses of a hidden map, each with its place, and then questions about cells.
 
 `MapBuilding.paper` is the original of arXiv 2605.27686: any cell is asked for, also one that no glimpse has shown, so that the
 best accuracy is well below 1. Otherwise only cells that were seen are, after a delay that a window of attention cannot bridge.
@@ -48,19 +48,19 @@ class MapBuilding:
 
     @classmethod
     def paper(cls, glimpses: int = 16, **changes: Any) -> MapBuilding:
-        """The original: one question, of any cell, after so many glimpses."""
+        """Return the original task: one question, about any cell, after so many glimpses."""
         return cls(**{"glimpses": glimpses, "ask": "any", "queries": 1, **changes})
 
     frame = 1
     """Tokens of a frame."""
     classes = 2
-    """Answers that there are."""
+    """Number of possible answers."""
     place = (3, 5)
-    """First number of a token that says its place, from -1 to 1, and the one behind the last; a blank token's is the middle."""
+    """Range [first, end) of the features that are a token's place, from -1 to 1; a blank token is in the middle."""
 
     @property
     def features(self) -> int:
-        """Numbers of a token: its kind, row and column as x and y and as words, and the cells of a glimpse as -1 and 1."""
+        """Number of features: the token's kind, row and column as x and y and one-hot, and the cells of a glimpse as -1, 1."""
         return 3 + 2 + 2 * self.size + GLIMPSE**2
 
     @property
@@ -73,14 +73,14 @@ class MapBuilding:
         """Probability that a cell has been seen."""
         places = self.size - GLIMPSE + 1
         cells = torch.arange(self.size)
-        # Places of a glimpse, along one side, that show the cell.
+        # Number of places of a glimpse, along one side, that show the cell.
         along = torch.minimum(cells, torch.tensor(places - 1)) - (cells - GLIMPSE + 1).clamp(min=0) + 1
         shown = (along[:, None] * along).double() / places**2
         return float((1 - (1 - shown) ** self.glimpses).mean())
 
     @property
     def ceiling(self) -> float:
-        """Accuracy of the best answer: of a cell that nobody has seen a guess."""
+        """Accuracy of the best answer, which is a guess for a cell that no glimpse has shown."""
         return 1.0 if self.ask == "seen" else self.seen + (1 - self.seen) * self.chance
 
     @property
@@ -111,7 +111,7 @@ class MapBuilding:
         tokens[:, : self.glimpses, 0] = 1
         tokens[:, self.glimpses : first, 1] = 1
         tokens[:, first:, 2] = 1
-        # The middle of a glimpse lies between cells.
+        # The middle of a glimpse is between cells.
         self._place(tokens[:, : self.glimpses], corner, (GLIMPSE - 1) / 2)
         self._place(tokens[:, first:], torch.stack((asked // self.size, asked % self.size), dim=-1), 0.0)
         tokens[:, : self.glimpses, -(GLIMPSE**2) :] = 2.0 * shown - 1

@@ -1,8 +1,8 @@
 """Clips of two handwritten digits that move, bounce off the border and pass behind a bar: name the one that is hidden now.
 
 A frame in which a digit is hidden shows the bar and the other digit, so that what is asked lies in earlier frames alone. It is
-asked only if the digit has been seen whole and apart from the other before: knowing is worth 1. The digits of a clip differ, so
-whoever sees the other one guesses among nine.
+asked only if the digit has been seen completely and apart from the other before, so that the best accuracy is 1. The digits of
+a clip differ, so after seeing the other one a guess is among nine.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from tessera.lab.tasks.pictures import Pictures, load_digits
 #: Target of a frame in which nothing is asked.
 IGNORED = -100
 
-#: Clips that a model is measured on.
+#: Number of clips that a model is measured on.
 TESTED = 256
 
-#: What the bar looks like.
+#: Pixel value of the bar.
 BAR = 0.5
 
 
@@ -32,13 +32,13 @@ class MovingDigits:
     Attributes:
         frames: number of frames of a clip.
         size: pixels along each side of a frame.
-        bar: columns in the middle behind which digits pass.
+        bar: number of columns in the middle behind which digits pass.
         patch: side of the patches that frames are made for.
-        step: places of digits, and what they move by, are multiples of so many pixels. As large as a patch and a digit, every
-            digit is one patch; with 1 it must be known in all places between, which takes a small model far longer to learn.
-        stay: frames for which a digit stays in a place where it is whole behind the bar.
-        alone: share of the clips to learn from that show one digit, asked for in every frame from the first that shows it
-            whole: what digits look like is learned from these. No model is measured on them.
+        step: places and moves of digits are multiples of so many pixels. If it is the size of a patch and a digit, every digit
+            is one patch; with 1 digits must be recognised at all offsets, which takes a small model far longer to learn.
+        stay: number of frames for which a digit stays in a place completely behind the bar.
+        alone: share of the training clips with one digit, which is asked for in every frame from the first that shows it
+            completely: the model learns to recognise digits from these. No model is measured on them.
         pictures: pictures of digits; scikit-learn's unless given.
     """
 
@@ -79,7 +79,7 @@ class MovingDigits:
 
     @property
     def edges(self) -> tuple[int, int]:
-        """First column of the bar, and the first behind it."""
+        """First column of the bar, and the first after it."""
         start = (self.size - self.bar) // 2
         return start, start + self.bar
 
@@ -90,11 +90,11 @@ class MovingDigits:
 
     @property
     def ceiling(self) -> float:
-        """Accuracy of knowing."""
+        """Accuracy of the best answer."""
         return 1.0
 
     def sample(self, batch: int, generator: Generator | None = None, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """Draw clips, (batch, frames, 1, size, size), and what is hidden, (batch, frames) int64, `IGNORED` where not asked."""
+        """Draw clips, (batch, frames, 1, size, size), and hidden digits, (batch, frames) int64, `IGNORED` where not asked."""
         pixels, labels, places = self.draw(batch, generator, held_out)
         targets = self.targets(labels, places)
         if not held_out and (single := round(self.alone * batch)):
@@ -104,14 +104,14 @@ class MovingDigits:
         return self.render(pixels, places), targets
 
     def draw(self, batch: int, generator: Generator | None = None, held_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Digits (batch, 2, digit, digit), labels (batch, 2), and where they are, (batch, frames, 2, (x, y)) of the corner."""
+        """Draw digits (batch, 2, digit, digit), labels (batch, 2), and places, (batch, frames, 2, (x, y)) of the corner."""
         parts: tuple[Pictures, Pictures] = self._parts  # type: ignore[attr-defined]
         own = parts[held_out]
 
         def integers(limit: int, *shape: int) -> Tensor:
             return torch.randint(limit, shape, generator=generator)
 
-        # The second is drawn among those of another label.
+        # The second digit is drawn among those with another label.
         first = integers(len(own.labels), batch)
         others = torch.rand((batch, len(own.labels)), generator=generator)
         second = others.masked_fill(own.labels == own.labels[first].unsqueeze(1), -1).argmax(1)
@@ -121,17 +121,17 @@ class MovingDigits:
         across = (1 + integers(2, batch, 2)) * (2 * integers(2, batch, 2) - 1)
         speed = self.step * torch.stack((across, integers(5, batch, 2) - 2), dim=-1)
         way = start.unsqueeze(1) + speed.unsqueeze(1) * torch.arange(self.frames).view(1, -1, 1, 1)
-        # Off the border: a wave that rises to `room` and falls again.
+        # Reflection at the border: a triangle wave between 0 and `room`.
         places = room - (way % (2 * room) - room).abs()
         if self.stay > 1:
             frames = 1 + (self.stay - 1) * self._columns(places[..., 0])[0].int()
-            left = frames.cumsum(1).transpose(1, 2).contiguous()  # when each place is left, by digit
+            left = frames.cumsum(1).transpose(1, 2).contiguous()  # frame at which each place is left, by digit
             now = torch.searchsorted(left, torch.arange(self.frames).expand(batch, 2, -1).contiguous(), right=True)
             places = places.gather(1, now.transpose(1, 2).unsqueeze(-1).expand_as(places))
         return own.pixels[rows, 0], own.labels[rows], places
 
     def render(self, pixels: Tensor, places: Tensor) -> Tensor:
-        """What the camera sees, (batch, frames, 1, size, size)."""
+        """Render frames, (batch, frames, 1, size, size)."""
         batch, frames = places.shape[:2]
         clip = torch.zeros((batch, frames, self.size, self.size))
         span = torch.arange(self.digit)
@@ -144,7 +144,7 @@ class MovingDigits:
         return clip.unsqueeze(2)
 
     def targets(self, labels: Tensor, places: Tensor) -> Tensor:
-        """What is asked in each frame, (batch, frames)."""
+        """Return the target of each frame, (batch, frames)."""
         hidden, seen = self._columns(places[..., 0])
         overlap = ((places[:, :, 0] - places[:, :, 1]).abs() < self.digit).all(-1)
         known = (seen & ~overlap.unsqueeze(-1)).int().cumsum(1) > 0
@@ -153,21 +153,21 @@ class MovingDigits:
         return torch.where(alone.any(-1), label, IGNORED)
 
     def _columns(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether digits whose first columns are x are whole behind the bar, and whole beside it."""
+        """Return whether digits with first columns x are completely behind the bar, and completely beside it."""
         left, right = self.edges
         return (x >= left) & (x + self.digit <= right), (x + self.digit <= left) | (x >= right)
 
     def test(self) -> tuple[Tensor, Tensor]:
-        """`TESTED` clips of digits that are held out, and what is asked, always the same."""
+        """Return `TESTED` clips of held-out digits and their targets, always the same."""
         return self.sample(TESTED, Generator().manual_seed(0), held_out=True)
 
     def score(self, output: Tensor, targets: Tensor) -> float:
-        """Share of what is asked that is answered. output: (batch, frames, labels)."""
+        """Compute the share of right answers. output: (batch, frames, labels)."""
         asked = targets != IGNORED
         return float((output.argmax(-1) == targets)[asked].float().mean())
 
     @property
     def about(self) -> dict[str, Any]:
-        """The task as JSON has it."""
+        """Return the task as a dictionary for JSON."""
         shape = {name: getattr(self, name) for name in ("frames", "size", "bar", "patch", "step", "stay", "alone")}
         return {"task": "moving digits", **shape, "pictures": len(self.pictures.labels)}

@@ -1,7 +1,7 @@
-"""No harm: a counter whose next value the current one tells, to see that a memory does not spoil what needs none.
+"""No harm: a counter whose next value follows from the current one, to check that a memory does no harm where none is needed.
 
-`NoHarm()` is the original of arXiv 2605.27686. With rule "given", symbols are random, and asked is the symbol that lies so many
-further as the first token alone says: what it said has to be kept for as long as the sequence lasts.
+`NoHarm()` is the original of arXiv 2605.27686. With rule "given", symbols are random, and the target is the symbol a number of
+steps further that only the first token gives: it has to be remembered for the whole sequence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class NoHarm:
 
     Attributes:
         symbols: V.
-        steps: symbols of a sequence that are asked about.
+        steps: number of symbols of a sequence with a question.
         rule: "one": s_t = s_{t-1} + 1 mod V, and the next is asked for. "given": every s_t is random, and s_t + d mod V is
             asked for, with d in the first token.
         delay: blank tokens before the symbols.
@@ -46,12 +46,12 @@ class NoHarm:
 
     @property
     def features(self) -> int:
-        """Numbers of a token: a symbol, and a rule, as words."""
+        """Number of features of a token: a symbol and a rule, one-hot."""
         return 2 * self.symbols
 
     @property
     def classes(self) -> int:
-        """Answers that there are."""
+        """Number of possible answers."""
         return self.symbols
 
     @property

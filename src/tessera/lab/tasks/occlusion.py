@@ -1,8 +1,8 @@
-"""Occlusion: a ball moves through frames, is hidden for some of them, and its quadrant is asked for.
+"""Occlusion: a ball moves through frames and is hidden in some of them; the question is its quadrant.
 
-`Occlusion.paper` is the original of arXiv 2605.27686: hidden in the middle, asked in the last frame, which shows the ball, so
-that the last frame alone answers it. Otherwise the end is hidden: asked in every hidden frame for the quadrant; or, when the
-ball is back, whether that is where it should be.
+`Occlusion.paper` is the original of arXiv 2605.27686: the middle frames are hidden, and the last frame, which shows the ball,
+has the question, so that it can be answered from that frame. Otherwise the last frames are hidden: each of them asks for the
+quadrant; or, when the ball is back, the question is whether it is where it should be.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 
 from tessera.lab.tasks.recall import IGNORED
 
-#: Pixels along a side of a frame, and those of a quadrant.
+#: Pixels along a side of a frame, and of a quadrant.
 SIZE, HALF = 16, 8
 #: All velocities, (8, 2), in pixels a frame.
 VELOCITIES = torch.tensor([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if (x, y) != (0, 0)])
@@ -27,8 +27,8 @@ class Occlusion:
     """The task. The world has 16x16 pixels and wraps round; the ball has 2x2, and one of eight velocities.
 
     Attributes:
-        frames: that move, the hidden ones among them.
-        hidden: frames that do not show the ball.
+        frames: number of moving frames, the hidden ones included.
+        hidden: number of frames that do not show the ball.
         hide: hidden frames are at the "end", or in the "middle" as in the original.
         ask: "hidden": the quadrant in each hidden frame; "back": in one more frame the ball is back, half of the time half a
             world away from where it should be, and asked is whether it is (see also `lesson`); "last": the quadrant in the
@@ -60,7 +60,7 @@ class Occlusion:
 
     @classmethod
     def paper(cls, hidden: int = 4, **changes: Any) -> Occlusion:
-        """The original: eight frames, `hidden` of them in the middle."""
+        """Return the original task: eight frames, `hidden` of them in the middle."""
         return cls(**{"hidden": hidden, "hide": "middle", "ask": "last", **changes})
 
     @property
@@ -70,12 +70,12 @@ class Occlusion:
 
     @property
     def features(self) -> int:
-        """Numbers of a token: pixels, which patch it is, whether the world stands still."""
+        """Number of features of a token: pixels, index of the patch, whether the world stands still."""
         return self.patch**2 + self.frame + 1
 
     @property
     def classes(self) -> int:
-        """Answers that there are: four quadrants; with "back" in front of them where it should be, and not."""
+        """Number of possible answers: four quadrants; with "back" two more before them, as expected and not."""
         return 6 if self.ask == "back" else 4
 
     @property
@@ -99,7 +99,7 @@ class Occlusion:
         return self.best(0)
 
     def best(self, frames: int) -> float:
-        """Accuracy of the best answer from the newest `frames` frames, by going through all worlds."""
+        """Compute the accuracy of the best answer from the newest `frames` frames, by enumerating all worlds."""
         start = torch.cartesian_prod(torch.arange(SIZE), torch.arange(SIZE))
         shifts = self._shifts()
         world = torch.cartesian_prod(torch.arange(len(start)), torch.arange(len(VELOCITIES)), torch.arange(len(shifts)))
@@ -121,9 +121,9 @@ class Occlusion:
         return self._draw(batch, generator, self._asked())
 
     def lesson(self, batch: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """What to learn from: `sample`, with "back" also the quadrant in each hidden frame, as answers 2 to 5.
+        """Draw training clips: as `sample`, with "back" also the quadrant in each hidden frame, as answers 2 to 5.
 
-        One bit a clip, right only for whoever follows the ball and compares, hardly says in which direction to learn.
+        Without these a clip has one bit of supervision, which depends on tracking the ball, so training gets little signal.
         """
         return self._draw(batch, generator, (self._hidden() if self.ask == "back" else []) + self._asked())
 
@@ -152,38 +152,38 @@ class Occlusion:
         return tokens.flatten(1, 2), targets.flatten(1)
 
     def _clock(self) -> list[int]:
-        """The time of the world in each frame."""
+        """Return the time of the world in each frame."""
         before = self._before()
         after = self.frames - before + (self.ask == "back")
         return [*range(before), *[before - 1] * self.delay, *range(before, before + after)]
 
     def _before(self) -> int:
-        """Frames before the first without the ball."""
+        """Return the number of frames before the first without the ball."""
         shown = self.frames - self.hidden
         return shown if self.hide == "end" else shown // 2
 
     def _visible(self) -> Tensor:
-        """Whether each frame shows the ball, (frames,) bool."""
+        """Return whether each frame shows the ball, (frames,) bool."""
         before = self._before()
         shown = torch.ones(len(self._clock()), dtype=torch.bool)
         shown[before : before + self.delay + self.hidden] = False
         return shown
 
     def _asked(self) -> list[int]:
-        """Frames in which there is a question."""
+        """Return the frames with a question."""
         return self._hidden() if self.ask == "hidden" else [len(self._clock()) - 1]
 
     def _hidden(self) -> list[int]:
-        """Frames in which the ball moves unseen."""
+        """Return the frames in which the ball is hidden."""
         first = self._before() + self.delay
         return list(range(first, first + self.hidden))
 
     def _shifts(self) -> Tensor:
-        """Where the ball is when it is back, from where it should be."""
+        """Return the offsets of the ball when it is back, from its expected place."""
         return torch.cartesian_prod(torch.tensor([0, HALF]), torch.tensor([0, HALF]))[: 4 if self.ask == "back" else 1]
 
     def _places(self, start: Tensor, velocity: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Places, (batch, frames, 2), of the ball's first pixel, x and y; and their quadrants, (batch, frames)."""
+        """Compute places, (batch, frames, 2), of the ball's first pixel, x and y; and their quadrants, (batch, frames)."""
         clock = torch.tensor(self._clock())
         places = start[:, None] + velocity[:, None] * clock[:, None]
         places[:, -1] += shift

@@ -1,4 +1,4 @@
-"""Labelled pictures and clips: the handwritten digits that come with scikit-learn, or folders of one's own."""
+"""Labelled pictures and clips: the handwritten digits of scikit-learn, or the user's folders."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: One picture of so many is not learned from.
+#: One in so many pictures is held out.
 HELD_OUT = 5
 
-#: Endings of files that are taken for pictures.
+#: Suffixes of picture files.
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -34,7 +34,7 @@ class Pictures:
     names: tuple[str, ...]
 
     def split(self) -> tuple[Pictures, Pictures]:
-        """Those to learn from, and those held out: of each label every `HELD_OUT`-th.
+        """Split into pictures for training and held-out ones: every `HELD_OUT`-th of each label.
 
         Raises:
             ValueError: if there are too few.
@@ -66,9 +66,9 @@ def load_digits() -> Pictures:
 
 
 def read_pictures(folder: str | os.PathLike[str], size: int, channels: int = 3) -> Pictures:
-    """A folder of folders of pictures, the inner ones of which name the labels; or a folder of pictures, which is their label.
+    """Read a folder of pictures, in one folder for each label, or in none, in which case the folder's name is the label.
 
-    Folders without pictures, and whatever has a name that begins with a dot, count for nothing.
+    Folders without pictures, and names that begin with a dot, are ignored.
 
     Args:
         folder: such as "flowers", with "flowers/rose/1.jpg" or "flowers/1.jpg".
@@ -152,7 +152,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _seen(paths: Iterable[Path]) -> list[Path]:
-    """Those that are not hidden, in the order in which people number them: "2" before "10"."""
+    """List files that are not hidden, in natural order: "2" before "10"."""
 
     def parts(path: Path) -> list[tuple[int, int, str]]:
         return [(0, int(t), t) if t.isdecimal() else (1, 0, t) for t in re.split(r"(\d+)", path.name) if t]
@@ -172,7 +172,7 @@ def _read(path: Path, size: int, channels: int) -> Tensor:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # Pillow would cut all above 255 off
+            if upright.mode.startswith("I;16"):  # Pillow would clip values above 255
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             fitted = ImageOps.fit(upright.convert("L" if channels == 1 else "RGB"), (size, size))
     except (UnidentifiedImageError, OSError) as error:

@@ -1,6 +1,6 @@
-"""English that carries no information: words, and sentences made of them, for a haystack that hides something.
+"""English text without information, made of lists of words, as the haystack of a needle.
 
-All of it is made here from lists, so that nothing has to be downloaded and no model has read it before.
+It is generated, so that nothing has to be downloaded and no model has been trained on it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VERBS = _words(
     "shows studies surrounds touches visits washes watches welcomes wraps"
 )
 WORDS = tuple(sorted({*ADJECTIVES, *NOUNS, *VERBS}))
-"""All of them, each once."""
+"""All words, each once."""
 
 _PLACES = ("near the", "behind the", "beside the", "above the", "below the", "far from the", "opposite the", "around the")
 _TIMES = (
@@ -65,7 +65,7 @@ _TIMES = (
 
 
 def sentence(random: Random) -> str:
-    """A sentence of some ten words; there are more than 10 ** 12."""
+    """Make a sentence of about ten words; there are more than 10 ** 12."""
 
     def thing() -> str:
         return f"{random.choice(ADJECTIVES)} {random.choice(NOUNS)}"
@@ -82,5 +82,5 @@ def sentence(random: Random) -> str:
 
 
 def name(random: Random) -> str:
-    """An adjective and a noun, as "brave-lantern"."""
+    """Make a name of an adjective and a noun, as "brave-lantern"."""
     return f"{random.choice(ADJECTIVES)}-{random.choice(NOUNS)}"

@@ -1,4 +1,4 @@
-"""Associative recall over a forced gap: pairs of a key and a value, then filler, then keys whose values are asked for.
+"""Associative recall over a gap: pairs of a key and a value, then filler, then questions about the values of keys.
 
 After the multi-query associative recall of zoology (arXiv 2312.04927), whose usual generator asks most questions close to
 the pairs, where a short window answers them. Here at least `gap` tokens of filler lie between the last pair and the first
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-#: Target of a place where nothing is asked, as `torch.nn.functional.cross_entropy` has it.
+#: Target where nothing is asked, the default of `torch.nn.functional.cross_entropy`.
 IGNORED = -100
 
 
@@ -23,8 +23,8 @@ class Recall:
     Attributes:
         pairs: keys of a sequence, all different.
         gap: tokens of filler between the last pair and the first question.
-        rewrites: pairs of a key that was there before with another value, after the others; the latest value counts.
-        queries: questions, of different keys; None: as many as pairs.
+        rewrites: number of pairs with an earlier key and a new value, after the others; the latest value counts.
+        queries: number of questions, about different keys; None: as many as pairs.
         keys: keys that there are.
         values: values that there are.
         filler: kinds of filler.
@@ -50,12 +50,12 @@ class Recall:
 
     @property
     def asked(self) -> int:
-        """Questions of a sequence."""
+        """Number of questions of a sequence."""
         return self.pairs if self.queries is None else self.queries
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that there are: keys, values, fillers, in this order."""
+        """Number of different tokens: keys, values, fillers, in this order."""
         return self.keys + self.values + self.filler
 
     @property
@@ -91,6 +91,6 @@ class Recall:
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of the questions whose likeliest token is the answer."""
+    """Compute the share of the questions whose likeliest token is the answer."""
     asked = targets != IGNORED
     return float((logits.argmax(-1) == targets)[asked].float().mean())

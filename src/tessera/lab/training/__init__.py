@@ -1,1 +1,1 @@
-"""One loop, and what it trains: the demo model, language models, vision transformers and memories."""
+"""The training loop, and the recipes of the demo model, language models, vision transformers and memories."""

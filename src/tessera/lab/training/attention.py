@@ -49,7 +49,7 @@ def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     repeats = query.shape[1] // key.shape[1]
-    # Training batches are full: no padding, so causality is the whole mask and transformers' own is not used.
+    # Training batches have no padding, so the mask is only causal and that of transformers is not used.
     with torch.autocast(query.device.type, enabled=False):
         read = blockwise_attention(
             query, key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1), scaling

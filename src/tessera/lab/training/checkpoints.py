@@ -18,7 +18,7 @@ from tessera.files import atomic_path
 
 @dataclass
 class RunState:
-    """What a run has done so far."""
+    """The progress of a run."""
 
     step: int = 0
     """Optimizer steps."""
@@ -27,7 +27,7 @@ class RunState:
     seconds: float = 0.0
     """Time spent training, checkpoints and evaluation included."""
     losses: list[float] = field(default_factory=list)
-    """Of the steps since the last line of the log."""
+    """Losses of the steps since the last line of the log."""
 
 
 def claim(out: Path, recipe: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ def claim(out: Path, recipe: dict[str, Any]) -> None:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """Whole checkpoints, the oldest first."""
+    """List complete checkpoints, the oldest first."""
     return sorted(path for path in directory.glob("step-*") if not path.name.endswith(".tmp"))
 
 

@@ -1,4 +1,4 @@
-"""The recipe of the demo model: a small Llama on Python source, from nothing, on two CPU cores in under an hour."""
+"""The recipe of the demo model: a small Llama trained from scratch on Python source, on two CPU cores in under an hour."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ TINY = DemoConfig(
         log_every=1,
     ),
 )
-"""A model that learns nothing in a few seconds, to check that the machinery turns."""
+"""A tiny recipe of a few seconds, to check that the machinery works."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -284,7 +284,7 @@ def train_demo(
     if not resume:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    # The budget may change.
+    # The budget may differ in a resumed run.
     claim(out, asdict(replace(config, loop=replace(config.loop, steps=None, minutes=1.0))))
     tokenizer, corpus = prepare(config, out)
     model = build_model(replace(config, vocabulary=tokenizer.get_vocab_size()))

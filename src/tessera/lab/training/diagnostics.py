@@ -1,4 +1,4 @@
-"""A small `tessera.lab.models.backbones.Backbone` on a task that asks for a memory, from nothing, and how well it does then."""
+"""Training and measurement of a small `tessera.lab.models.backbones.Backbone` on a task that requires a memory."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tessera.lab.training.loop import train
 from tessera.lab.training.schedule import FORWARD_TOKENS, LoopConfig, Phase
 
 MEASURED = 512
-"""Sequences that a trained model is measured on, always the same ones; with other delays a quarter of so many."""
+"""Number of sequences that a trained model is measured on, always the same; with other delays a quarter of them."""
 
 
 class Task(Protocol):
-    """What the tasks have in common. One with a method `lesson`, like `sample`, is learned from that."""
+    """The interface of tasks. A task with a method `lesson`, like `sample`, is trained on that."""
 
     @property
     def features(self) -> int:
-        """Numbers of a token."""
+        """Number of features of a token."""
 
     @property
     def classes(self) -> int:
-        """Answers that there are."""
+        """Number of possible answers."""
 
     @property
     def frame(self) -> int:
@@ -57,18 +57,18 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class DiagnosticConfig:
-    """A task, a model, how it is trained."""
+    """The configuration of a run: task, model and training."""
 
     task: Any
-    """The task that is learned, as `tessera.lab.tasks` defines it; see `Task`."""
+    """The task, from `tessera.lab.tasks`; see `Task`."""
     backbone: BackboneConfig
-    """Its features, classes and frame are the task's."""
+    """The model, with the task's features, classes and frame."""
     steps: int = 300
     """Optimizer steps."""
     batch: int = 32
-    """Sequences of a step."""
+    """Number of sequences per step."""
     rate: float = 1.0
-    """Learning rates, in those of long runs."""
+    """Factor of the learning rates of long runs."""
     seed: int = 0
     """The seed of the model and of the sequences."""
     delays: tuple[int, ...] = ()
@@ -83,7 +83,7 @@ class DiagnosticConfig:
         self.loop()
 
     def loop(self) -> LoopConfig:
-        """The schedule."""
+        """Return the training schedule."""
         return LoopConfig(
             phases=(Phase(1.0, self.task.length, self.batch),),
             steps=self.steps,
@@ -98,7 +98,7 @@ class DiagnosticConfig:
 
 @torch.no_grad()
 def measure(model: Backbone, task: Task, count: int | None = None) -> float:
-    """Accuracy of a model on so many sequences; None: `MEASURED`."""
+    """Measure the accuracy of a model on so many sequences; None: `MEASURED`."""
     count = count or MEASURED
     device = model.head.weight.device
     right, part = 0.0, max(1, min(count, FORWARD_TOKENS // task.length))

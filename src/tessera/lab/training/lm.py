@@ -1,4 +1,4 @@
-"""A `tessera.lab.models.GPT` on text, from nothing: its tokenizer, its data, its training, and a folder for transformers."""
+"""Training of a `tessera.lab.models.GPT` on text from scratch: tokenizer, data, training, and export for transformers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 HELD_OUT = 20
-"""One character of so many, at the end of each file, is not trained on."""
+"""The share held out at the end of each file: one character in so many."""
 
 MEASURED = 200_000
-"""Characters of held-out text that the loss is measured on."""
+"""Number of characters of held-out text that the loss is measured on."""
 
 VOCABULARY = 2048
-"""Entries of a tokenizer that is trained on files."""
+"""Default vocabulary size of a tokenizer that is trained on files."""
 
 
 SCHEDULE = LoopConfig(phases=(Phase(1.0, 512, 16),), minutes=20, mixed_precision="no")
-"""What is trained where nothing else is asked for."""
+"""The default configuration."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class LmConfig:
 
     @property
     def context(self) -> int:
-        """Tokens of the longest document trained on, segments and all."""
+        """Number of tokens of the longest document in training, all segments included."""
         return max(phase.length for phase in self.loop.phases)
 
 

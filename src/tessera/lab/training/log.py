@@ -16,7 +16,7 @@ class Log:
     Args:
         out: the run's directory.
         tensorboard: whether its numbers are written for TensorBoard.
-        step: the run goes on from here; what TensorBoard has of later steps goes.
+        step: step from which the run continues; TensorBoard's records of later steps are removed.
     """
 
     def __init__(self, out: Path, tensorboard: bool, step: int) -> None:
@@ -37,13 +37,13 @@ class Log:
                     self.writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        """Write what is still to be written."""
+        """Flush and close the log."""
         if self.writer is not None:
             self.writer.close()
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
-    """Return a run's records, without those after a checkpoint that the run was taken up from again."""
+    """Return a run's records, without those that a resume from an earlier checkpoint replaced."""
     records: list[dict[str, Any]] = []
     for line in log.read_text().splitlines():
         record = json.loads(line)

@@ -3,8 +3,8 @@
 The schedule runs over *progress*, a number from 0 to 1: steps done over steps planned, or seconds trained over seconds
 allowed. Counting seconds lets a run on a shared machine end when it must with its learning rate at zero.
 
-What a step learns from is drawn whole, by seed and step, and shared out among processes and forward passes: their number
-changes the speed and the rounding, not the run.
+The batch of a step is drawn by seed and step, and split among processes and forward passes: their number changes speed and
+rounding, not the run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Moment:
-    """What hooks of `train` are given."""
+    """The argument of hooks of `train`."""
 
     state: RunState
     """Steps, tokens and seconds so far."""
@@ -100,7 +100,7 @@ def train(
     if any(phase.segments > 1 for phase in config.phases):
         if loss is not None:
             raise ValueError("a loss of one's own and segments do not go together")
-        TruncatedBPTTCache(model)  # refuses what cannot be, before anything is done
+        TruncatedBPTTCache(model)  # refuses invalid settings before anything is done
     # The precision is set below, call by call: accelerate has one for the whole process and refuses another run's.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     main, rank, processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
@@ -150,7 +150,7 @@ def train(
         share = phase.batch // processes
         ids, targets = (x[rank * share : (rank + 1) * share].to(accelerator.device) for x in (ids, targets))
         total = torch.zeros((), device=accelerator.device)
-        # What is drawn at random within the model depends on the step alone, so that a resumed run draws it alike.
+        # Random numbers within the model depend on the step only, so that a resumed run draws the same.
         with torch.random.fork_rng(noisy):
             torch.manual_seed(int(np.random.SeedSequence((config.seed, state.step, rank)).generate_state(1)[0]))
             for rows in zip(*(x.split(phase.together(processes)) for x in (ids, targets)), strict=True):
@@ -205,7 +205,7 @@ def train(
             state.tokens += phase.tokens
             # Processes must agree on the time, or they would disagree on the phase.
             state.seconds = broadcast_object_list([time.monotonic() - began])[0]
-            # Early on the plain decay would remember the random start for too long.
+            # Early in training the plain decay would keep the random initialisation for too long.
             decay = min(config.ema, state.step / (state.step + 10))
             with torch.no_grad():
                 for name, parameter in bare.named_parameters():
@@ -234,7 +234,7 @@ def train(
             if state.seconds - last_checkpoint > config.checkpoint_seconds and progress < 1:
                 last_checkpoint = state.seconds
                 checkpoint(progress)
-                # The speed shall not count tokens whose time it does not.
+                # The speed must not count tokens whose time is not counted.
                 log_tokens, log_began = 0, time.monotonic()
         bar.update(task, completed=progress)
     checkpoint(progress)

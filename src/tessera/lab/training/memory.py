@@ -1,8 +1,8 @@
-"""Training a memory that has been attached to a model, and nothing but the memory.
+"""Training of a memory that is attached to a frozen model.
 
 The student is the model with its window and memory; by distillation the teacher is the same model with its dense cache, so
-that no labels are needed (after AHN, arXiv 2510.07318). Only positions past the window count, since before it there is
-nothing to learn. Windows may be drawn at random, so that the memory does not learn one length.
+that no labels are needed (after AHN, arXiv 2510.07318). Only positions beyond the window count, since within it there is
+nothing to learn. Windows may be drawn at random, so that the memory does not adapt to one length.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Objective = Literal["kl", "ce"]
 
 @dataclass(frozen=True)
 class MemoryTraining:
-    """What a memory learns from."""
+    """The objective of a memory's training."""
 
     objective: Objective = "kl"
     """"kl": the dense model's predictions. "ce": the text."""
     windows: tuple[int, ...] = ()
-    """Windows that a step draws one from; none: the memory's own."""
+    """Windows from which each step draws one; none: the memory's own."""
 
     def __post_init__(self) -> None:
         if self.objective not in ("kl", "ce"):
@@ -44,7 +44,7 @@ class MemoryTraining:
 
 
 def set_window(model: nn.Module, window: int) -> None:
-    """Let the attached memory begin behind another window."""
+    """Set the window of the attached memory."""
     done = tensor_cache(model)
     done.config = replace(done.config, window=window)
     for layer in done.layers.values():
@@ -86,12 +86,12 @@ def train_memory(
     with processes.main_process_first():
         if processes.is_main_process and not resume:
             (out / "recipe.json").unlink(missing_ok=True)
-        budget = replace(config, steps=None, minutes=1.0)  # which may change
+        budget = replace(config, steps=None, minutes=1.0)  # which may differ in a resumed run
         memory = tensor_cache(model).config.to_dict()
         claim(out, {"memory": memory, "training": asdict(what), "loop": asdict(budget)})
 
     def draw(seed: tuple[int, ...], batch: int, length: int) -> Any:
-        # Of a step, not of a part of its batch: so parts, processes and a run that goes on agree.
+        # Drawn per step, not per part of its batch, so that parts, processes and resumed runs agree.
         set_window(model, windows[int(np.random.SeedSequence((*seed, 1)).generate_state(1)[0]) % len(windows)])
         return sample(seed, batch, length)
 

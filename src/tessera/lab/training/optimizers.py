@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices, AdamW for the rest, and a group of its own for gates."""
+"""The optimizers: Muon for hidden matrices, AdamW for the rest, with a separate group for gates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tessera.tensor_cache.gated_read import is_gate
 def make_optimizers(
     model: nn.Module, *, muon_lr: float, adamw_lr: float, gate_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of what learns in a model; every group knows its peak learning rate as ``peak_lr``.
+    """Return the optimizers of a model's trainable parameters; every group has its peak learning rate as ``peak_lr``.
 
     Embeddings and the output layer are matrices too, but their rows are looked up one by one, so they take AdamW.
 

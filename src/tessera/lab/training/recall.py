@@ -1,4 +1,4 @@
-"""A small `GPT` on associative recall (`tessera.lab.tasks.recall`), from nothing, and what it recalls then."""
+"""Training of a small `GPT` on associative recall (`tessera.lab.tasks.recall`) from scratch, and its measurement."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from tessera.lab.training.loop import Moment, train
 from tessera.lab.training.schedule import LoopConfig, Phase
 
 GAPS = (0, 32, 64, 128, 256, 512)
-"""Gaps that a trained model is measured on, beside its own."""
+"""Further gaps that a trained model is measured on."""
 
 NEAR_PAIRS = 16
-"""Pairs at most that a model begins with."""
+"""Maximum number of pairs at the start of training."""
 
 MEASURED, PART = 256, 32
-"""Sequences that it is measured on at each gap, and how many of them at once."""
+"""Number of sequences per measured gap, and number of them at once."""
 
 
 @dataclass(frozen=True)
 class RecallConfig:
-    """What is to be recalled, by which model, and how it is trained."""
+    """The configuration of a run: task, model and training."""
 
     task: Recall = field(default_factory=lambda: Recall(gap=64))
-    """Pairs, gap, rewritten keys."""
+    """The task: pairs, gap, rewritten keys."""
     attention: str = "window:16 + tc"
     """See `tessera.lab.models.gpt.GPTConfig`."""
     memory: dict[str, Any] | None = None
@@ -46,13 +46,13 @@ class RecallConfig:
     layers: int = 2
     """Decoder layers."""
     heads: int = 2
-    """Query heads, and key heads."""
+    """Number of query heads, and of key heads."""
     hidden: int = 128
     """Width of the residual stream."""
     batch: int = 32
-    """Sequences of a step."""
+    """Number of sequences per step."""
     micro_batch: int | None = None
-    """Sequences of a forward pass; see `Phase`."""
+    """Number of sequences per forward pass; see `Phase`."""
     steps: int = 600
     """Optimizer steps."""
     near: float = 0.4
@@ -60,7 +60,7 @@ class RecallConfig:
     them, so that a model learns to tell keys apart before it has to look for them in its memory. Without this it often never
     does."""
     seed: int = 0
-    """Of the model and of the sequences."""
+    """The seed of the model and of the sequences."""
     precision: str = "no"
     """"bf16" or "no"."""
     tensorboard: bool = False
@@ -78,19 +78,19 @@ class RecallConfig:
         self.loop()
 
     def tasks(self) -> list[tuple[float, Recall]]:
-        """What is learned, each until that progress; the last is the task itself."""
+        """The tasks of the curriculum, each with the progress until which it lasts; the last is the task itself."""
         task, pairs = self.task, min(self.task.pairs, NEAR_PAIRS)
         queries = None if task.queries is None else min(task.queries, pairs)
         near = replace(task, gap=0, pairs=pairs, rewrites=min(task.rewrites, pairs), queries=queries)
         return [*([(self.near, near)] if self.near and near.length < task.length else []), (1.0, task)]
 
     def loop(self) -> LoopConfig:
-        """The schedule."""
+        """Return the training schedule."""
         return LoopConfig(
             phases=tuple(Phase(until, task.length, self.batch, self.micro_batch) for until, task in self.tasks()),
             steps=self.steps,
             muon_lr=1.5e-3,
-            adamw_lr=8e-3,  # embeddings that tell keys apart come first, and slowly
+            adamw_lr=8e-3,  # embeddings that distinguish keys are learned first, and slowly
             mixed_precision=self.precision,
             seed=self.seed,
             tensorboard=self.tensorboard,
@@ -98,7 +98,7 @@ class RecallConfig:
 
 
 def state_bytes(config: RecallConfig, length: int) -> int:
-    """Bytes in float32 that all layers keep after `length` tokens."""
+    """Compute the bytes in float32 that all layers keep after `length` tokens."""
     limits, memory, segment = read_attention(config.attention, config.memory)
     pair, matrix = 2 * config.dim * 4, config.dim * config.dim * 4
     if segment is not None:
@@ -134,9 +134,9 @@ def build_recall(config: RecallConfig) -> GPT:
 
 @torch.no_grad()
 def measure_recall(model: Any, task: Recall, gap: int) -> float:
-    """Accuracy of a model on `MEASURED` sequences with another gap, always the same ones."""
+    """Measure the accuracy of a model on `MEASURED` sequences with another gap, always the same ones."""
     tokens, targets = replace(task, gap=gap).sample(MEASURED, Generator().manual_seed(10**6 + gap))
-    # In parts that the caches of a processor hold.
+    # In parts that fit a processor's caches.
     parts = zip(tokens.to(model.device).split(PART), targets.to(model.device).split(PART), strict=True)
     return sum(accuracy(model(ids).logits, wanted) for ids, wanted in parts) / (MEASURED // PART)
 

@@ -10,7 +10,7 @@ FORWARD_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one shape of batch."""
+    """A phase of training with one shape of batch."""
 
     until: float
     """Progress at which it ends; the last phase ends at 1."""
@@ -97,7 +97,7 @@ class LoopConfig:
     log_every: int = 10
     """Steps per line of the log."""
     tensorboard: bool = False
-    """Write the numbers of the log for TensorBoard too, to ``tensorboard`` in the run's directory."""
+    """Also write the numbers of the log for TensorBoard, to ``tensorboard`` in the run's directory."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):

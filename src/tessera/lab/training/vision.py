@@ -1,4 +1,4 @@
-"""A small `tessera.models.ViT` on a task of pictures or clips, from nothing, and how well it does then."""
+"""Training and measurement of a small `ViT` on a task of pictures or clips, from scratch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tessera.lab.training.schedule import LoopConfig, Phase
 from tessera.lab.training.vision_plot import plot_vision
 
 PART = 32
-"""Pictures or clips that are measured at once."""
+"""Number of pictures or clips that are measured at once."""
 
 
 class Task(Protocol):
-    """What `Digits`, `MovingDigits` and `Clips` have in common."""
+    """The interface of `Digits`, `MovingDigits` and `Clips`."""
 
     @property
     def pictures(self) -> Pictures:
-        """To draw from."""
+        """The pictures or clips to draw from."""
 
     @property
     def patch(self) -> int:
@@ -46,25 +46,25 @@ class Task(Protocol):
 
     @property
     def ceiling(self) -> float:
-        """Score of knowing."""
+        """Score of the best answer."""
 
     @property
     def about(self) -> dict[str, Any]:
-        """The task as JSON has it."""
+        """Return the task as a dictionary for JSON."""
 
     def sample(self, batch: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Pixels to learn from, and targets: labels, or pixels with patches; `IGNORED` where nothing is asked."""
+        """Draw pixels for training, and targets: labels, or pixels of patches; `IGNORED` where nothing is asked."""
 
     def test(self) -> tuple[Tensor, Tensor]:
-        """The same of what is held out."""
+        """Return held-out pixels and targets."""
 
     def score(self, output: Tensor, targets: Tensor) -> float:
-        """How well the output of a model meets the targets."""
+        """Score the output of a model."""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The model, and how it is trained."""
+    """The configuration of a run: model and training."""
 
     attention: str = "all"
     """See `ViTConfig`."""
@@ -79,13 +79,13 @@ class VisionConfig:
     positions: str = "learned"
     """See `ViTConfig`."""
     batch: int = 64
-    """Pictures or clips of a step."""
+    """Number of pictures or clips per step."""
     micro_batch: int | None = None
-    """Of a forward pass; see `Phase`."""
+    """Number of them per forward pass; see `Phase`."""
     steps: int = 300
     """Optimizer steps."""
     seed: int = 0
-    """Of the model and of what is drawn."""
+    """The seed of the model and of the data."""
     precision: str = "no"
     """"bf16" or "no"."""
     tensorboard: bool = False
@@ -98,11 +98,11 @@ class VisionConfig:
         self.loop(1)
 
     def loop(self, tokens: int) -> LoopConfig:
-        """The schedule, for pictures or clips of so many patches."""
+        """Return the training schedule, for pictures or clips of so many patches."""
         return LoopConfig(
             phases=(Phase(1.0, tokens, self.batch, self.micro_batch),),
             steps=self.steps,
-            # Three times what small language models take: hidden patches are hardly learned in 300 steps otherwise.
+            # Three times the rate of small language models: otherwise hidden patches are hardly learned in 300 steps.
             muon_lr=9e-3,
             adamw_lr=6e-3,
             warmup_steps=min(50, 1 + self.steps // 10),
@@ -135,14 +135,14 @@ def build_vision(config: VisionConfig, task: Task) -> ViT:
 
 
 def answer(model: Any, pixels: Tensor, targets: Tensor) -> Tensor:
-    """What a model says; pixels that are asked for are hidden from it."""
+    """Run a model; pixels that are asked for are hidden from it."""
     masked = {"masked": (targets != IGNORED).any(-1)} if targets.is_floating_point() else {}
     logits: Tensor = model(pixels, **masked).logits
     return logits
 
 
 def loss(model: nn.Module, pixels: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of labels, or squared error of pixels, the mean of all that is asked."""
+    """Compute the mean cross-entropy of labels, or squared error of pixels, over all targets."""
     output, asked = answer(model, pixels, targets).float(), targets != IGNORED
     if targets.is_floating_point():
         return (output - targets)[asked].square().mean()
@@ -152,7 +152,7 @@ def loss(model: nn.Module, pixels: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_answers(model: Any, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels that are held out, targets, and what the model says, on the CPU."""
+    """Return held-out pixels, targets, and the model's output, on the CPU."""
     pixels, targets = task.test()
     parts = zip(pixels.split(PART), targets.split(PART), strict=True)
     return pixels, targets, torch.cat([answer(model, x.to(model.device), y.to(model.device)).float().cpu() for x, y in parts])
@@ -196,7 +196,7 @@ def train_vision(
 
     def sample(seed: tuple[int, ...], batch: int, _: int) -> tuple[Tensor, Tensor]:
         pixels, targets = task.sample(batch, Generator().manual_seed(hash(seed) % (1 << 31)))
-        # The loop cuts targets along their second axis.
+        # The loop splits targets along their second axis.
         return pixels, targets.unsqueeze(1) if targets.ndim == 1 else targets
 
     def at_end(moment: Moment) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The picture of a run on pictures or clips: its loss, and what the model says of some that are held out."""
+"""The picture of a run on pictures or clips: its loss, and the model's output for some held-out ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tessera.files import atomic_path
 from tessera.lab.models.vit import to_patches
 from tessera.lab.training.log import read_log
 
-#: Pictures, or frames, that are shown.
+#: Number of pictures, or frames, that are shown.
 SHOWN = 8
 
 
