@@ -11,7 +11,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from tessera.kernels import pack
+from tessera.kernels import feedback, pack
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, Codewords
 from tessera.kernels.pages import Coded, Pages, strided
@@ -339,6 +339,11 @@ def nearest(x: Tensor, index: CellIndex) -> Tensor:
 def nearest_codes(x: Tensor, book: Codewords) -> Tensor:
     """`tessera.kernels.pack.nearest_codes` with the search in Triton."""
     return pack.nearest_codes(x, book, nearest)
+
+
+def encode_feedback(y: Tensor, matrix: Tensor, book: Codewords) -> Tensor:
+    """`tessera.kernels.feedback.encode_feedback` with the search in Triton."""
+    return feedback.encode_feedback(y, matrix, book, nearest)
 
 
 def pack_nearest(x: Tensor, scale: Tensor, book: Codewords, bits: int) -> Tensor:
