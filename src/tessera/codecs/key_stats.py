@@ -76,7 +76,7 @@ class KeyStats:
         return KeyStats(self.sizes[rows.to(self.sizes.device)])
 
     def to(self, device: torch.device | str) -> KeyStats:
-        """The same on another device."""
+        """Return a copy on another device."""
         return KeyStats(self.sizes.to(device))
 
     def check(self, kv_heads: int, head_dim: int) -> None:

@@ -62,7 +62,7 @@ def _measured(one: Comparison) -> str:
 
 
 def _draw(axis: Any, rows: list[Row], what: str) -> dict[str, Any]:
-    """One picture. Returns the line of each method, or the point of each cache."""
+    """Draw one panel. Returns the line of each method, or the point of each cache."""
     lines: dict[str, Any] = {}
     compressed = any(method(row.spec) != "window" for row in rows)
     points: dict[str, list[tuple[float, float]]] = {}

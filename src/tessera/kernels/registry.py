@@ -37,7 +37,7 @@ OPERATIONS: dict[str, Operation] = {}
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of an operation.
+    """An implementation of an operation.
 
     Attributes:
         family: "reference", "cpu" or "triton".
