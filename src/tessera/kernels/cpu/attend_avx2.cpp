@@ -19,6 +19,7 @@
 #define TESSERA_LANES 8
 #include "attend_impl.hpp"
 #include "prefetch.hpp"
+#include "rows.hpp"
 #include "avx2.hpp"
 #include "exact.hpp"
 #include "paged_impl.hpp"

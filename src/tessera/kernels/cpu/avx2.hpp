@@ -61,36 +61,6 @@ inline void read_scales(const Book& book, const Side& side, int64_t line, int64_
     }
 }
 
-// Where the codes of the UNIT tokens of a unit begin, from where more may be read than there is.
-class Rows {
-  public:
-    // exact: nothing beyond a row is read.
-    Rows(int64_t bytes, bool exact, int units, Memory& memory)
-        : bytes_(bytes), exact_(exact), copies_(exact ? nullptr : memory.take<uint8_t>(size_t(units) * UNIT * size_t(bytes + SLACK))) {}
-
-    // Of tokens that there are not, codes of another; they have no weight. `number` of the unit: its copies stay.
-    void find(const Unit& unit, int number, const uint8_t** to) const {
-        prefetch(unit.codes + AHEAD * UNIT * bytes_, UNIT * bytes_);
-        uint8_t* copy = exact_ ? nullptr : copies_ + size_t(number) * UNIT * size_t(bytes_ + SLACK);
-        const int last = std::min(unit.count, UNIT) - 1;
-        for (int j = 0; j < UNIT; ++j) {
-            const int64_t behind = (unit.count - 1 - std::min(j, last)) * bytes_;
-            to[j] = unit.codes + std::min(j, last) * bytes_;
-            if (exact_ || behind >= SLACK) continue;
-            std::memcpy(copy, to[j], size_t(bytes_));
-            to[j] = copy;
-            copy += bytes_ + SLACK;
-        }
-    }
-
-  private:
-    static constexpr int64_t SLACK = 32;  // bytes that may be read beyond a row
-
-    const int64_t bytes_;
-    const bool exact_;
-    uint8_t* const copies_;
-};
-
 // Codewords out of memory: points by plain loads and stores of single words, of many codes, since a register read back at once would
 // wait for the stores of its words; then moves of 16 at a time by a shuffle of bytes and a change of signs.
 // SHORT: codes are 16 bits long, of which five are the move.

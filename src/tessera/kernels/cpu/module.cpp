@@ -4,10 +4,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#if defined(TESSERA_X86)
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -19,7 +15,7 @@
 #include "absorb.hpp"
 #include "attend.hpp"
 #include "grid.hpp"
-#include "nearest.hpp"
+#include "levels.hpp"
 #include "paged.hpp"
 #include "quantise.hpp"
 #include "threads.hpp"
@@ -38,46 +34,6 @@ using Longs = nb::ndarray<const int64_t, nb::shape<-1>, nb::c_contig, nb::device
 // Of a page: see `page_at`.
 constexpr int COLUMNS = 24;
 using Table = nb::ndarray<const int64_t, nb::shape<-1, COLUMNS>, nb::c_contig, nb::device::cpu>;
-
-// Of instruction sets. What has no kernel of its own for one runs that of the level below.
-enum Level { PORTABLE, AVX2, AVXVNNI, AVX512 };
-constexpr const char* NAMES[] = {"portable", "avx2", "avxvnni", "avx512"};
-
-#if defined(TESSERA_X86)
-bool has(Level level) {
-    __builtin_cpu_init();
-    if (level == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-    if (level == AVXVNNI) {
-#if defined(TESSERA_AVX_VNNI)
-        unsigned a = 0, b = 0, c = 0, d = 0;
-        return has(AVX2) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-#else
-        return false;
-#endif
-    }
-    if (level == AVX512)
-        return has(AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
-    return true;
-}
-#else
-bool has(Level level) { return level == PORTABLE; }
-#endif
-
-std::vector<std::string> levels() {
-    std::vector<std::string> names;
-    for (Level level : {PORTABLE, AVX2, AVXVNNI, AVX512})
-        if (has(level)) names.push_back(NAMES[level]);
-    return names;
-}
-
-// Whether the level named is no lower than this, and this processor has it.
-[[maybe_unused]] bool at_least(const std::string& name, Level least) {
-    for (Level level : {AVX2, AVXVNNI, AVX512})
-        if (name == NAMES[level]) return level >= least && has(level);
-    return false;
-}
 
 void make_book(Book* self, int bits, int move_bits, float step, Rows4I16 points, Rows4I64 permutation, Rows4I64 sign, Floats scale,
                Square dct, Floats signs) {
@@ -127,25 +83,6 @@ std::vector<Page> pages_of(const Table& table, int64_t& tokens) {
 // Whether vectors of `dim` numbers can be coded so.
 bool fits(const Coder& coder, int dim) {
     return dim % 4 == 0 && dim <= MAX_DIM && dim >= 4 && (!coder.rotation.dim || coder.rotation.dim == dim);
-}
-
-void run(const std::string& level, const Problem& p) {
-#if defined(TESSERA_X86)
-    if (at_least(level, AVX512)) return attend_avx512(p);
-#if defined(TESSERA_AVX_VNNI)
-    if (at_least(level, AVXVNNI)) return attend_avxvnni(p);
-#endif
-    if (at_least(level, AVX2)) return attend_avx2(p);
-#endif
-    attend_portable(p);
-}
-
-void run(const std::string& level, const Problem& p, const Exact& x) {
-#if defined(TESSERA_X86)
-    if (at_least(level, AVX512)) return attend_exact_avx512(p, x);
-    if (at_least(level, AVX2)) return attend_exact_avx2(p, x);
-#endif
-    attend_exact_portable(p, x);
 }
 
 void attend(const Coder& keys, const Coder& values, Table pages, const std::string& level, uintptr_t q, uintptr_t out,
@@ -252,8 +189,8 @@ void attend_paged(const Coder& keys, const Coder& values, const Pool& pool, cons
     p.limbs = limbs, p.threads = threads;
     nb::gil_scoped_release release;
 #if defined(TESSERA_X86)
-    if (level == "avx512" && has(AVX512)) attend_paged_avx512(p);
-    else if (level == "avx2" && has(AVX2)) attend_paged_avx2(p);
+    if (at_least(level, AVX512)) attend_paged_avx512(p);
+    else if (at_least(level, AVX2)) attend_paged_avx2(p);
     else
 #endif
         attend_paged_portable(p);
@@ -406,14 +343,6 @@ void make_index(Index* self, Rows4I16 words, Ints codes, bool conjugations, floa
     fill(group.unit_rotation, unit_rotation, 24, "unit_rotation");
     nb::gil_scoped_release release;
     new (self) Index(words.data(), codes.data(), int(words.shape(0) / 24), conjugations, step, group);
-}
-
-Nearest nearest_at(const std::string& level) {
-#if defined(TESSERA_X86)
-    if (at_least(level, AVX512)) return nearest_avx512;
-    if (at_least(level, AVX2)) return nearest_avx2;
-#endif
-    return nearest_portable;
 }
 
 // Calls work(begin, end) for parts of n rows.

@@ -5,7 +5,7 @@ namespace {
 constexpr int AHEAD = 4;  // units
 
 inline void prefetch(const uint8_t* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
 }  // namespace

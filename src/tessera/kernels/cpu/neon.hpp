@@ -1,0 +1,339 @@
+// The inner loops of attend_impl.hpp with NEON.
+//
+// As in avx2.hpp queries and softmax weights are written as one or two numbers of 16 bits, codewords' components are widened to
+// 16 bits, and products are added up exactly in 32 bits. Four products go to four sums in one instruction, so nothing is put in pairs.
+
+namespace {
+
+// Codewords of four codes at a time: points out of memory, a word of four bytes each, then moves, by looking up for every byte which
+// one comes there and its sign, and moving the bytes so.
+class Codewords {
+  public:
+    // Part p of the codewords.
+    Codewords(const Book& book, int p)
+        : table_(book.part[p].data()),
+          point_shift_(vdupq_n_s32(-book.move_bits)),
+          point_mask_(vdupq_n_u32((1u << (book.bits - book.move_bits)) - 1)),
+          move_mask_(vdupq_n_u8(uint8_t((1 << book.move_bits) - 1))),
+          numbers_(pair(book.move_number)),
+          controls_(pair(reinterpret_cast<const uint8_t*>(book.few_controls))),
+          signs_(pair(reinterpret_cast<const uint8_t*>(book.few_signs))) {
+        uint8_t spread[16], word[16], byte[16];
+        int32_t shift[4];
+        for (int i = 0; i < 16; ++i) {
+            spread[i] = uint8_t(i / 4 * book.bits / 8 + i % 4);
+            word[i] = uint8_t(i / 4 * 4), byte[i] = uint8_t(i % 4);
+        }
+        for (int i = 0; i < 4; ++i) shift[i] = -(i * book.bits % 8);
+        spread_ = vld1q_u8(spread), word_ = vld1q_u8(word), byte_ = vld1q_u8(byte), shift_ = vld1q_s32(shift);
+    }
+
+    // Of the four codes at `from`, where 16 bytes may be read.
+    inline __attribute__((always_inline)) int8x16_t four(const uint8_t* from) const {
+        const uint32x4_t code = vshlq_u32(vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(from), spread_)), shift_);
+        const uint32x4_t point = vandq_u32(vshlq_u32(code, point_shift_), point_mask_);
+        uint32x4_t words = vdupq_n_u32(table_[vgetq_lane_u32(point, 0)]);
+        words = vld1q_lane_u32(table_ + vgetq_lane_u32(point, 1), words, 1);
+        words = vld1q_lane_u32(table_ + vgetq_lane_u32(point, 2), words, 2);
+        words = vld1q_lane_u32(table_ + vgetq_lane_u32(point, 3), words, 3);
+        const uint8x16_t move = vandq_u8(vqtbl1q_u8(vreinterpretq_u8_u32(code), word_), move_mask_);  // in all four bytes of its word
+        // Which of the few permutations and which of the few signs a move has.
+        const uint8x16_t number = vqtbl2q_u8(numbers_, move);
+        const uint8x16_t control = vqtbl2q_u8(controls_, vsliq_n_u8(byte_, vshrq_n_u8(number, 3), 2));
+        const uint8x16_t sign = vqtbl2q_u8(signs_, vsliq_n_u8(byte_, vandq_u8(number, vdupq_n_u8(7)), 2));
+        const uint8x16_t moved = vqtbl1q_u8(vreinterpretq_u8_u32(words), vaddq_u8(control, word_));
+        return vmulq_s8(vreinterpretq_s8_u8(moved), vreinterpretq_s8_u8(sign));
+    }
+
+  private:
+    static uint8x16x2_t pair(const uint8_t* from) { return {{vld1q_u8(from), vld1q_u8(from + 16)}}; }
+
+    const uint32_t* const table_;
+    const int32x4_t point_shift_;
+    const uint32x4_t point_mask_;
+    const uint8x16_t move_mask_;
+    const uint8x16x2_t numbers_, controls_, signs_;
+    uint8x16_t spread_, word_, byte_;  // word: 4 times the number of a byte's word; byte: its number there
+    int32x4_t shift_;
+};
+
+// What the bytes of n scales stand for, and zeros up to UNIT.
+inline void read_scales(const Book& book, const Side& side, int64_t line, int64_t token, int n, float* to) {
+    const uint8_t* from = side.scale.row(line, token, 1);
+    for (int j = 0; j < n; ++j) to[j] = book.scale[from[j]];
+    for (int j = n; j < UNIT; ++j) to[j] = 0.0f;
+}
+
+inline __attribute__((always_inline)) void store_wide(int16_t* to, int8x16_t x) {
+    vst1q_s16(to, vmovl_s8(vget_low_s8(x)));
+    vst1q_s16(to + 8, vmovl_high_s8(x));
+}
+
+constexpr float TWO_PARTS[2] = {128.0f, 1.0f};  // what the parts of a codeword are worth, where there are two
+
+// Functions that are not to be inlined fill the registers by themselves.
+class NeonKeys {
+  public:
+    using Book = tessera::Book;
+
+    NeonKeys(const Book& book, int chunks, int limbs, int, Memory& memory)
+        : book_(book),
+          dim_(4 * chunks),
+          size_((chunks + 3) / 4 * 16),
+          limbs_(limbs > 2 ? 2 : 1),
+          codewords_{{book, 0}, {book, book.parts - 1}},
+          rows_(book.row_bytes(chunks), false, 1, memory),
+          query_limbs_(memory.take<int16_t>(size_t(TILE) * limbs_ * size_)),
+          vectors_(memory.take<int16_t>(size_t(book.parts) * UNIT * size_)) {}
+
+    void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
+
+    // In 16 bits, and where there are two limbs what is left in 16 more.
+    void set_queries(const float* q, int rows) {
+        alignas(16) float x[MAX_DIM];
+        std::fill(x, x + size_, 0.0f);
+        for (int r = 0; r < rows; ++r) {
+            std::copy(q + size_t(r) * dim_, q + size_t(r + 1) * dim_, x);
+            float32x4_t highest = vdupq_n_f32(0);
+            for (int c = 0; c < size_; c += 4) highest = vmaxq_f32(highest, vabsq_f32(vld1q_f32(x + c)));
+            const float most = vmaxvq_f32(highest);
+            // A query of zeros, or of less than floats resolve, scores zero.
+            const float inverse = most > 1e-30f ? MOST / most : 0.0f;
+            for (int c = 0; c < size_; c += 4) vst1q_f32(x + c, vmulq_n_f32(vld1q_f32(x + c), inverse));
+            worth_[r][0] = most / MOST * book_.step;
+            worth_[r][1] = worth_[r][0] / BASE;
+            for (int l = 0; l < limbs_; ++l) {
+                int16_t* to = query_limbs_ + (size_t(r) * limbs_ + l) * size_;
+                for (int c = 0; c < size_; c += 4) {
+                    const float32x4_t y = vld1q_f32(x + c), near = vrndnq_f32(y);
+                    vst1_s16(to + c, vqmovn_s32(vcvtq_s32_f32(near)));
+                    vst1q_f32(x + c, vmulq_n_f32(vsubq_f32(y, near), BASE));
+                }
+            }
+        }
+    }
+
+    // scores[r * stride + j] = <query r, vector j>, less its length, for the tokens of the unit, up to GROUP; and anything
+    // beyond, up to a multiple of UNIT.
+    void dot(Unit unit, int rows, float* scores, int stride) {
+        const int64_t bytes = book_.row_bytes(dim_ / 4);
+        for (; unit.count > 0; unit.count -= UNIT, unit.codes += UNIT * bytes, scores += UNIT) {
+            const uint8_t* row[UNIT];
+            rows_.find(unit, 0, row);
+            for (int part = 0; part < book_.parts; ++part) look_up(row, part);
+            int r = 0;
+            if (limbs_ == 2) {
+                for (; r + 2 <= rows; r += 2) dot_some<2, 2>(r, scores, stride);
+                if (r < rows) dot_some<1, 2>(r, scores, stride);
+            } else {
+                for (; r + 4 <= rows; r += 4) dot_some<4, 1>(r, scores, stride);
+                for (; r < rows; ++r) dot_some<1, 1>(r, scores, stride);
+            }
+        }
+    }
+
+  private:
+    static constexpr float MOST = 32767.0f;  // |limb|; 512 products of it with components up to 127 fit 32 bits
+    static constexpr float BASE = 65534.0f;
+
+    [[gnu::noinline]] void look_up(const uint8_t* const* row, int part) const {
+        const Codewords codewords = codewords_[part];  // a copy: stores do not change it
+        const int step = book_.bits / 2;               // bytes of four codes
+        int16_t* to = vectors_ + size_t(part) * UNIT * size_;
+        for (int t = 0; t < UNIT; ++t) {
+            const uint8_t* from = row[t];
+            for (int c = 0; c < size_; c += 16, from += step, to += 16) store_wide(to, codewords.four(from));
+        }
+    }
+
+    template <int ROWS, int LIMBS>
+    [[gnu::noinline]] void dot_some(int r, float* scores, int stride) const {
+        const int16_t* limbs = query_limbs_ + size_t(r) * LIMBS * size_;
+        for (int j = 0; j < UNIT; j += 4) {
+            float32x4_t total[ROWS];
+            for (int i = 0; i < ROWS; ++i) total[i] = vdupq_n_f32(0);
+            for (int part = 0; part < book_.parts; ++part) {
+                int32x4_t sum[ROWS * LIMBS];
+                products<ROWS * LIMBS>(vectors_ + (size_t(part) * UNIT + j) * size_, limbs, size_, sum);
+                const float weight = book_.parts == 2 ? TWO_PARTS[part] : 1.0f;
+                for (int i = 0; i < ROWS; ++i)
+                    for (int l = 0; l < LIMBS; ++l)
+                        total[i] = vfmaq_n_f32(total[i], vcvtq_f32_s32(sum[i * LIMBS + l]), worth_[r + i][l] * weight);
+            }
+            for (int i = 0; i < ROWS; ++i) vst1q_f32(scores + (r + i) * stride + j, total[i]);
+        }
+    }
+
+    // Sums of products of four vectors with N rows of limbs, all of `size` numbers.
+    template <int N>
+    [[gnu::noinline]] static void products(const int16_t* vectors, const int16_t* limbs, int size, int32x4_t out[N]) {
+        int32x4_t sum[N][4];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+            for (int t = 0; t < 4; ++t) sum[n][t] = vdupq_n_s32(0);
+        for (int c = 0; c < size; c += 8) {
+            int16x8_t x[4];
+#pragma GCC unroll 4
+            for (int t = 0; t < 4; ++t) x[t] = vld1q_s16(vectors + size_t(t) * size + c);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) {
+                const int16x8_t q = vld1q_s16(limbs + size_t(n) * size + c);
+#pragma GCC unroll 4
+                for (int t = 0; t < 4; ++t) sum[n][t] = vmlal_high_s16(vmlal_s16(sum[n][t], vget_low_s16(x[t]), vget_low_s16(q)), x[t], q);
+            }
+        }
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) out[n] = vpaddq_s32(vpaddq_s32(sum[n][0], sum[n][1]), vpaddq_s32(sum[n][2], sum[n][3]));
+    }
+
+    const Book& book_;
+    const int dim_, size_, limbs_;  // size: dim, up to a multiple of four chunks
+    const Codewords codewords_[2];
+    const Rows rows_;
+    int16_t* const query_limbs_;  // (TILE, limbs, size)
+    int16_t* const vectors_;      // (parts, UNIT, size)
+    float worth_[TILE][2] = {};
+};
+
+class NeonValues {
+  public:
+    using Book = tessera::Book;
+
+    NeonValues(const Book& book, int chunks, int limbs, int, Memory& memory)
+        : book_(book),
+          dim_(4 * chunks),
+          limbs_(limbs > 2 ? 2 : 1),
+          codewords_{{book, 0}, {book, book.parts - 1}},
+          rows_(book.row_bytes(chunks), false, BLOCK / UNIT, memory),
+          vectors_(memory.take<int16_t>(size_t(book.parts) * BLOCK * SPAN)),
+          weights_(memory.take<int16_t>(size_t(TILE) * limbs_ * BLOCK)) {}
+
+    void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
+
+    // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them; high[r]: the largest weight.
+    void add(const Unit* unit, int units, const float* weights, int stride, const float* high, int rows, float* sum) {
+        const int count = units * UNIT;
+        for (int r = 0; r < rows; ++r) {
+            if (limbs_ == 1) set_weights<1>(weights + r * stride, count, high[r], r);
+            else set_weights<2>(weights + r * stride, count, high[r], r);
+        }
+        const uint8_t* row[BLOCK];
+        for (int u = 0; u < units; ++u) rows_.find(unit[u], u, row + u * UNIT);
+        for (int c = 0; c < dim_; c += SPAN) {
+            for (int part = 0; part < book_.parts; ++part) look_up(row, count, c, part);
+            int r = 0;
+            if (limbs_ == 2) {
+                for (; r < rows; ++r) add_some<1, 2>(c, r, count, sum);
+            } else {
+                for (; r + 2 <= rows; r += 2) add_some<2, 1>(c, r, count, sum);
+                if (r < rows) add_some<1, 1>(c, r, count, sum);
+            }
+        }
+    }
+
+  private:
+    static constexpr int SPAN = 32;  // components that are worked on together, of all tokens
+
+    // As 16 bits, less 2^15, which is added by way of `bias_`; with two limbs as twice 12 bits. Never fewer: many small weights,
+    // each rounded to nothing, would be missed beside a large one.
+    template <int LIMBS>
+    void set_weights(const float* w, int count, float most, int r) {
+        constexpr int LARGEST = LIMBS == 1 ? 0xffff : 0xffffff;
+        share_[r] = most / float(LARGEST) * book_.step;
+        const float inverse = most > 1e-30f ? float(LARGEST) / most : 0.0f;
+        int16_t* to = weights_ + size_t(r) * LIMBS * BLOCK;
+        for (int j = 0; j < count; j += 4) {
+            const int32x4_t whole = vminq_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(w + j), inverse)), vdupq_n_s32(LARGEST));
+            if constexpr (LIMBS == 1) {
+                vst1_s16(to + j, vmovn_s32(vsubq_s32(whole, vdupq_n_s32(0x8000))));
+            } else {
+                vst1_s16(to + j, vmovn_s32(vshrq_n_s32(whole, 12)));
+                vst1_s16(to + BLOCK + j, vmovn_s32(vandq_s32(whole, vdupq_n_s32(0xfff))));
+            }
+        }
+    }
+
+    // Components c to c + SPAN - 1 of all tokens.
+    [[gnu::noinline]] void look_up(const uint8_t* const* row, int count, int c, int part) {
+        const Codewords codewords = codewords_[part];
+        const int step = book_.bits / 2, at = c / 16 * step;
+        int16_t* to = vectors_ + size_t(part) * BLOCK * SPAN;
+        int16x8_t sum[4];  // of at most 256 bytes each
+        for (int i = 0; i < 4; ++i) sum[i] = vdupq_n_s16(0);
+        const bool both = dim_ - c > 16;
+        for (int t = 0; t < count; ++t, to += SPAN) {
+            const int8x16_t low = codewords.four(row[t] + at), high = both ? codewords.four(row[t] + at + step) : vdupq_n_s8(0);
+            store_wide(to, low), store_wide(to + 16, high);
+            sum[0] = vaddw_s8(sum[0], vget_low_s8(low)), sum[1] = vaddw_high_s8(sum[1], low);
+            sum[2] = vaddw_s8(sum[2], vget_low_s8(high)), sum[3] = vaddw_high_s8(sum[3], high);
+        }
+        for (int i = 0; i < 4; ++i) {
+            bias_[part][2 * i] = vshll_n_s16(vget_low_s16(sum[i]), 15);
+            bias_[part][2 * i + 1] = vshll_high_n_s16(sum[i], 15);
+        }
+    }
+
+    template <int ROWS, int LIMBS>
+    [[gnu::noinline]] void add_some(int c, int r, int count, float* sum) const {
+        float32x4_t total[ROWS][8];
+        for (int j = 0; j < ROWS; ++j)
+            for (int i = 0; i < 8; ++i) total[j][i] = vdupq_n_f32(0);
+        for (int part = 0; part < book_.parts; ++part) {
+            int32x4_t dot[ROWS * LIMBS][8];
+            for (int i = 0; i < 8; ++i) dot[0][i] = LIMBS == 1 ? bias_[part][i] : vdupq_n_s32(0);
+            products<ROWS * LIMBS>(vectors_ + size_t(part) * BLOCK * SPAN, weights_ + size_t(r) * LIMBS * BLOCK, count, dot);
+            const float worth = book_.parts == 2 ? TWO_PARTS[part] : 1.0f;
+            for (int j = 0; j < ROWS; ++j)
+                for (int i = 0; i < 8; ++i) {
+                    float32x4_t whole = vcvtq_f32_s32(dot[j * LIMBS][i]);
+                    if (LIMBS == 2) whole = vfmaq_n_f32(vcvtq_f32_s32(dot[j * LIMBS + LIMBS - 1][i]), whole, 4096.0f);
+                    total[j][i] = vfmaq_n_f32(total[j][i], whole, worth);
+                }
+        }
+        const int registers = std::min(SPAN, dim_ - c) / 4;
+        for (int j = 0; j < ROWS; ++j) {
+            float* to = sum + size_t(r + j) * dim_ + c;
+            for (int i = 0; i < registers; ++i, to += 4) vst1q_f32(to, vfmaq_n_f32(vld1q_f32(to), total[j][i], share_[r + j]));
+        }
+    }
+
+    // Sums over all tokens of products with N rows of weights, of which all begin at out[0].
+    template <int N>
+    [[gnu::noinline]] static void products(const int16_t* vector, const int16_t* weight, int count, int32x4_t out[N][8]) {
+        int32x4_t sum[N][8];
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) sum[n][i] = out[0][i];
+        for (int t = 0; t < count; ++t, vector += SPAN) {
+            int16x8_t x[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) x[i] = vld1q_s16(vector + 8 * i);
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) {
+                const int16x8_t w = vld1q_dup_s16(weight + n * BLOCK + t);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    sum[n][2 * i] = vmlal_s16(sum[n][2 * i], vget_low_s16(x[i]), vget_low_s16(w));
+                    sum[n][2 * i + 1] = vmlal_high_s16(sum[n][2 * i + 1], x[i], w);
+                }
+            }
+        }
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) out[n][i] = sum[n][i];
+    }
+
+    const Book& book_;
+    const int dim_, limbs_;
+    const Codewords codewords_[2];
+    const Rows rows_;
+    int16_t* const vectors_;   // (parts, BLOCK, SPAN)
+    int16_t* const weights_;   // (TILE, limbs, BLOCK)
+    int32x4_t bias_[2][8];     // 2^15 times the sums of the vectors
+    float share_[TILE] = {};
+};
+
+}  // namespace
