@@ -37,8 +37,20 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 #: Packages by their names of version 0.1, and what they are called now.
 OLD_NAMES = {"associative": "tensor_cache", "attachment": "adapters", "spatial": "tensor_memory"}
-#: Single modules that every package may import; among them only `state` imports another, `files`.
-FOR_ALL = ("devices", "files", "grammar", "modules", "options", "quaternion", "sealed", "state", "wrapped")
+#: Single modules that every package may import; among them only `state` and `finite` import another.
+FOR_ALL = (
+    "devices",
+    "files",
+    "finite",
+    "grammar",
+    "modules",
+    "options",
+    "quaternion",
+    "readback",
+    "sealed",
+    "state",
+    "wrapped",
+)
 #: Imports that point up: the module, the package that it imports, and why.
 EXCEPTIONS = {
     ("tessera.cli.app", "lab"): "the commands train, eval and view, imported when one of them is asked for",

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tessera.devices import upload
 from tessera.files import WHOLE, atomic_path, brief, open_tensors
 
 #: Steps per octave of a width, the number of steps, and the step of width 1. Few steps are above it: widened keys must still
@@ -73,7 +74,7 @@ class KeyStats:
 
     def select(self, rows: Tensor) -> KeyStats:
         """Batch rows by index; a row may be taken more than once. rows: (n,) int64."""
-        return KeyStats(self.sizes[rows.to(self.sizes.device)])
+        return KeyStats(self.sizes[upload(rows, self.sizes.device)])
 
     def to(self, device: torch.device | str) -> KeyStats:
         """Return a copy on another device."""
@@ -107,7 +108,7 @@ class KeyStats:
         w, s = torch.nan_to_num(queries.float(), 0.0, 0.0, 0.0).mean(2), torch.nan_to_num(square / tokens, 0.0, 0.0, 0.0)
         largest = torch.nan_to_num(keys.abs().amax(2), 0.0, 0.0, 0.0)
         if partner is not None:
-            index = torch.tensor(partner, device=keys.device)
+            index = upload(torch.tensor(partner), keys.device)
             w, s = (w + w[..., index]) / 2, (s + s[..., index]) / 2
             largest = torch.maximum(largest, largest[..., index])
         # Half of log2 of the mean squares. A channel that never varies, or that no query uses, gets a small value.

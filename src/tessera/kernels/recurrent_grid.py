@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv3d, grid_sample
 
+from tessera.devices import upload
 from tessera.kernels.precision import without_autocast
 
 #: Maximum number of elements of each intermediate result of a segment.
@@ -85,7 +86,7 @@ class Gates:
 
 def interpolate(h: Tensor, at: Tensor) -> Tensor:
     """h: (batch, channels, depth, height, width), at: (batch, reads, 3) in cells -> (batch, reads, channels)."""
-    last = at.new_tensor([max(1, size - 1) for size in h.shape[2:]])
+    last = upload(torch.tensor([max(1, size - 1) for size in h.shape[2:]], dtype=at.dtype), at.device)
     places = (2 * at / last - 1).flip(-1)[:, :, None, None]
     read = grid_sample(h, places, mode="bilinear", padding_mode="border", align_corners=True)
     return read[..., 0, 0].transpose(1, 2)
