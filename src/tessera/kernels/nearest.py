@@ -101,7 +101,7 @@ class CellIndex:
     words: Tensor
 
     def to(self, device: torch.device) -> CellIndex:
-        """The same on another device."""
+        """Return a copy on another device."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 

@@ -122,7 +122,7 @@ def attend_blocks(
     splits: int | None = None,
     lookup: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same over blocks of tokens that a table names.
+    """Do what `attend` does over blocks of tokens that a table names.
 
     Args:
         q: queries for keys with scaled channels, see `Pages.narrowed`.
@@ -221,7 +221,7 @@ def _prepared(q: Tensor, scale: float, rotation: Tensor) -> tuple[Tensor, Tensor
 
 
 def _joined(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax over all splits: (splits, rows, dim) and (splits, rows) -> (rows, dim) and (rows,)."""
+    """Merge all splits into one softmax: (splits, rows, dim) and (splits, rows) -> (rows, dim) and (rows,)."""
     from tessera.kernels.triton.join_kernel import TOGETHER, join_kernel
 
     splits, rows, dim = out.shape
