@@ -228,7 +228,7 @@ class TesseraLayer(CacheLayerMixin):
         return -1 if self.sliding is None else self.sliding
 
     def get_max_cache_shape(self) -> int:
-        """The same by its older name."""
+        """Return `get_max_length`, under the older name of the method."""
         return self.get_max_length()
 
     # For libraries that read caches

@@ -64,7 +64,7 @@ class Read:
         return Read(self.start, self.groups, self.x[:, :n].clone(), real)
 
     def to(self, device: torch.device | str) -> Read:
-        """The same on another device."""
+        """Return a copy on another device."""
         return replace(self, groups=_moved(self.groups, device), x=self.x.to(device))
 
     def buffers(self) -> list[Tensor]:

@@ -87,7 +87,7 @@ class Packed:
         return self.codec.decode(self)
 
     def to(self, device: torch.device | str) -> Packed:
-        """The same on another device."""
+        """Return a copy on another device."""
         return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
     def compact(self) -> Packed:

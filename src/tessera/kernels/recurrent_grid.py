@@ -51,11 +51,11 @@ class Steps:
     read: Tensor
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them."""
+        """All tensors of these."""
         return (*self.written, *(self.mask or (None, None, None)), self.read)
 
     def part(self, begin: int, end: int) -> Steps:
-        """Some of them."""
+        """Return the steps [begin, end)."""
         mask = None if self.mask is None else tuple(m[:, begin:end] for m in self.mask)
         return Steps(tuple(x[:, begin:end] for x in self.written), mask, self.read[:, begin:end])  # type: ignore[arg-type]
 
@@ -80,7 +80,7 @@ class Gates:
         return self.weight.shape[1] == self.weight.shape[0] // 2
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them."""
+        """All tensors of these."""
         return (self.weight, self.bias, self.taps)
 
 
