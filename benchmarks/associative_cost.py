@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=(1024, 2048, 4096))
     parser.add_argument("--stream", type=int, default=1 << 20, help="tokens of the bounded streams; 0: none")
     parser.add_argument("--dense", type=int, default=1 << 15, help="tokens of the dense stream, whose cost grows")
-    parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken")
+    parser.add_argument("--repeats", type=int, default=5, help="number of calls, of which the median is taken")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "associative_cost.json")
     options = parser.parse_args()
     record: dict[str, Any] = {"environment": environment(), "heads": HEADS, "head_dim": DIM, "scan": [], "stream": []}

@@ -251,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULT, help="where the result goes (docs/results/codec_error.json)")
     parser.add_argument("--inputs", nargs="+", choices=tuple(INPUTS), default=tuple(INPUTS), help="which inputs (all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (0)")
     parser.add_argument("--quick", action="store_true", help=f"fewer vectors, and without {', '.join(SLOW)}")
     options = parser.parse_args()
 

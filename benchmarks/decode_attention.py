@@ -132,7 +132,7 @@ def main() -> int:
     parser.add_argument("--codecs", "--specs", dest="specs", nargs="+", default=specs, metavar="CODEC", help="codecs")
     best = cpu.levels()[-1] if cpu.levels() else None
     parser.add_argument("--level", choices=cpu.levels(), default=best, help="instructions; default: the best here")
-    parser.add_argument("--repeats", type=int, default=9, help="of which the median is taken")
+    parser.add_argument("--repeats", type=int, default=9, help="number of calls, of which the median is taken")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "decode_attention.json")
     options = parser.parse_args()
     if any(tokens < 64 or tokens % min(PAGE, tokens) for tokens in options.tokens):

@@ -30,8 +30,8 @@ def main() -> int:
     """Train, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="models of each row")
-    parser.add_argument("--steps", type=int, default=1000, help="of training, 32 sequences each")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the plan")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of training, 32 sequences each")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts of the plan to run")
     parser.add_argument("--jobs", type=int, default=max(1, torch.get_num_threads()), help="models trained at once")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "diagnostics.json")

@@ -232,9 +232,9 @@ def main() -> int:
     parser.add_argument("--specs", nargs="+", default=SPECS, help="codecs with a joint codebook, or of directions")
     parser.add_argument("--others", nargs="*", default=OTHERS, help="codecs of which only whole encoding is measured")
     parser.add_argument("--chunks", type=int, default=1 << 15)
-    parser.add_argument("--few", type=int, default=1 << 9, help="of them that are searched by brute force")
-    parser.add_argument("--tokens", type=int, default=SHAPES[0][2], help="of the many vectors of whole encoding")
-    parser.add_argument("--repeats", type=int, default=50, help="of what is fast; the shortest counts")
+    parser.add_argument("--few", type=int, default=1 << 9, help="number of chunks that are searched by brute force")
+    parser.add_argument("--tokens", type=int, default=SHAPES[0][2], help="number of tokens for the encoding of many vectors")
+    parser.add_argument("--repeats", type=int, default=50, help="number of calls of a fast operation; the shortest counts")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "encode.json")
     options = parser.parse_args()
     if not 0 < options.few <= options.chunks:

@@ -29,9 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", type=Path, nargs="+", help="of the demo model  [default: the one that ships]")
+    parser.add_argument(
+        "--memory", type=Path, nargs="+", help="files of memories of the demo model  [default: the one that ships]"
+    )
     parser.add_argument("--windows", type=int, help="sequences of held-out text  [default: all]")
-    parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
+    parser.add_argument("--tokens", type=int, default=2048, help="length of a sequence")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_memory.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "images" / "language_memory.png")
     options = parser.parse_args()

@@ -109,11 +109,13 @@ def main() -> int:
     """Train, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600, help="of training, 8 sequences each")
+    parser.add_argument("--steps", type=int, default=600, help="steps of training, 8 sequences each")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), help="that are trained")
-    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of training, in parts that bear it")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="precision of training (autocast)")
     parser.add_argument("--data", type=Path, nargs="+", default=(), help="UTF-8 text files  [default: installed Python source]")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "language_scratch", help="of the tokens")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "runs" / "language_scratch", help="folder for the tokens and runs"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_scratch.json")
     options = parser.parse_args()
     about = {

@@ -119,8 +119,8 @@ def main() -> int:
     """Train, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=80, help=f"of training, {BATCH} sequences each")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "language_tuned", help="of the tokens")
+    parser.add_argument("--steps", type=int, default=80, help=f"steps of training, {BATCH} sequences each")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "language_tuned", help="folder for the tokens and runs")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "language_tuned.json")
     options = parser.parse_args()
     tokenizer, corpus, text = prepare_lm(None, [], options.folder)

@@ -81,8 +81,8 @@ def key(job: Job) -> tuple[Any, ...]:
 def main() -> int:
     """Train, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50, help=f"of training, {BATCH} sequences each")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "memory_options", help="of the tokens")
+    parser.add_argument("--steps", type=int, default=50, help=f"steps of training, {BATCH} sequences each")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "memory_options", help="folder for the tokens and runs")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "memory_options.json")
     options = parser.parse_args()
     plan = [{"option": "default", "steps": 0}, *({"option": name, "steps": options.steps} for name in OPTIONS)]

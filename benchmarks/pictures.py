@@ -50,7 +50,7 @@ def main() -> int:
     """Train, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300, help="of training, 64 pictures each")
+    parser.add_argument("--steps", type=int, default=300, help="steps of training, 64 pictures each")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "pictures.json")
     options = parser.parse_args()
     quiet()

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     """Train, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="of every method on 16 pairs")
-    parser.add_argument("--steps", type=int, default=600, help="of training, 32 sequences each")
+    parser.add_argument("--seeds", type=int, default=3, help="number of models of every method on 16 pairs")
+    parser.add_argument("--steps", type=int, default=600, help="steps of training, 32 sequences each")
     parser.add_argument("--jobs", type=int, default=max(1, torch.get_num_threads()), help="models trained at once")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
     parser.add_argument("--draw", action="store_true", help="train nothing")

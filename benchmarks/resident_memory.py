@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=4, help="key heads of a layer; there are four queries for each (4)")
     parser.add_argument("--head-dim", type=int, default=128, help="numbers in a key (128)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the cache (bfloat16)"
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="dtype of the cache (bfloat16)"
     )
     parser.add_argument("--json", type=Path, default=RESULT, help="where the result goes (docs/results/resident_memory.json)")
     options = parser.parse_args()

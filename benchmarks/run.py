@@ -473,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status of the first command that fails, else 0.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", help="of a benchmark; without it all are listed")
+    parser.add_argument("name", nargs="?", help="name of a benchmark; without it all are listed")
     parser.add_argument("more", nargs=argparse.REMAINDER, help="arguments for it")
     parser.add_argument("--all", action="store_true", help="run all that needs nothing more, one after the other")
     options = parser.parse_args(arguments)

@@ -90,7 +90,7 @@ def rows(batch: int, tokens: int, dim: int, size: dict[str, Any], setting: str, 
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="of which the median is taken")
+    parser.add_argument("--repeats", type=int, default=9, help="number of calls, of which the median is taken")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "tensor_memory_cost.json")
     options = parser.parse_args()
     record: dict[str, Any] = {"environment": environment(), "rows": []}

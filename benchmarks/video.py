@@ -99,7 +99,7 @@ def main() -> int:
     """Train, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=800, help="of training, 16 clips each")
+    parser.add_argument("--steps", type=int, default=800, help="steps of training, 16 clips each")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "video.json")
     options = parser.parse_args()
     quiet()

@@ -1,4 +1,4 @@
-"""Draw how Tessera's packages lie upon each other, from what their files import.
+"""Draw the layers of Tessera's packages from the imports of their files.
 
 Writes docs/images/layers.svg. The order in which packages may import each other is written here, once;
 `tests/test_imports.py` holds the imports to it and the picture to the imports.
@@ -37,8 +37,20 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 #: Packages by their names of version 0.1, and what they are called now.
 OLD_NAMES = {"associative": "tensor_cache", "attachment": "adapters", "spatial": "tensor_memory"}
-#: Single modules that every package may import; among them only `state` imports another, `files`.
-FOR_ALL = ("devices", "files", "grammar", "modules", "options", "quaternion", "sealed", "state", "wrapped")
+#: Single modules that every package may import; among them only `state` and `finite` import another.
+FOR_ALL = (
+    "devices",
+    "files",
+    "finite",
+    "grammar",
+    "modules",
+    "options",
+    "quaternion",
+    "readback",
+    "sealed",
+    "state",
+    "wrapped",
+)
 #: Imports that point up: the module, the package that it imports, and why.
 EXCEPTIONS = {
     ("tessera.cli.app", "lab"): "the commands train, eval and view, imported when one of them is asked for",
@@ -134,7 +146,7 @@ def rank(package: str) -> int:
 
 
 def arrows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """What the picture shows: arrows down, without those beside which a longer way leads to the same; and arrows up."""
+    """Return the arrows of the picture: those down, without those that longer paths imply, and those up."""
     edges = {(each.source, each.target) for each in imports() if each.source in WORDS and each.target in WORDS}
     down = {edge for edge in edges if rank(edge[0]) < rank(edge[1])}
 
@@ -171,6 +183,10 @@ def _route(a: str, b: str, up: bool) -> list[tuple[float, float]]:
         return [(ax + shift, ay), (bx + shift, by + HEIGHT)]
     if up:  # out of the top, and then to the side
         return [(ax + middle, ay), (ax + middle, by + HEIGHT / 2), (bx if bx > ax else bx + WIDTH, by + HEIGHT / 2)]
+    between = [name for name in WORDS if _box(name)[0] == bx and ay < _box(name)[1] < by]
+    if ax < bx and between:  # out of the side, round the boxes of the other column, and into the side
+        aside, start, end = bx + WIDTH + 18, ay + HEIGHT / 2, by + HEIGHT / 2
+        return [(ax + WIDTH, start), (aside, start), (aside, end), (bx + WIDTH, end)]
     if ax != bx and by - ay > HEIGHT + GAP_Y:  # out of the side, and then down
         return [(ax + WIDTH if bx > ax else ax, ay + HEIGHT / 2), (bx + middle, ay + HEIGHT / 2), (bx + middle, by)]
     # Arrows to one box end beside each other.
@@ -188,8 +204,8 @@ def picture() -> str:
     down, up = arrows()
     bottom = max(_box(name)[1] for name in WORDS) + HEIGHT + GAP_Y
     parts = [
-        _text(LEFT, 28, "What imports what", 17, ' font-weight="bold"'),
-        _text(LEFT, 50, "An arrow is left out where a longer way leads to the same box. Dashed: imported when first used."),
+        _text(LEFT, 28, "Imports between packages", 17, ' font-weight="bold"'),
+        _text(LEFT, 50, "Arrows that longer paths imply are left out. Dashed: imported at first use."),
     ]
     parts += [_arrow(_route(a, b, False), False) for a, b in down]
     parts += [_arrow(_route(a, b, True), True) for a, b in up]

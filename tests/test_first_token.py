@@ -30,7 +30,7 @@ def test_the_weight_is_that_of_the_first_value(tokens: int) -> None:
     v[:, :, 0] = 1
     seen = torch.ones(tokens, 40, dtype=torch.bool).tril(40 - tokens)
     wanted = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.7, enable_gqa=True)[:, :, -QUERIES:]
-    assert first_key_weight(q, k, 0.7) == pytest.approx(float(wanted.mean()), abs=1e-6)
+    assert float(first_key_weight(q, k, 0.7)) == pytest.approx(float(wanted.mean()), abs=1e-6)
 
 
 def test_logits_that_take_part_and_caps_count() -> None:
@@ -38,7 +38,7 @@ def test_logits_that_take_part_and_caps_count() -> None:
     scores = torch.tanh((q @ k.transpose(-1, -2)) / 2) * 2
     logits = torch.cat((scores, torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)), dim=-1)
     wanted = float(logits.softmax(-1)[..., 0].mean())
-    assert first_key_weight(q, k, 1.0, softcap=2.0, s_aux=torch.tensor([1.0, 2.0])) == pytest.approx(wanted, abs=1e-6)
+    assert float(first_key_weight(q, k, 1.0, softcap=2.0, s_aux=torch.tensor([1.0, 2.0]))) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_a_sink_is_told_from_a_first_token_like_others() -> None:

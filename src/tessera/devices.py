@@ -29,10 +29,10 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the CPU to a device without waiting for the device."""
-    if device.type == "cpu":
-        return values
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+    """Copy a tensor of the CPU to a device, without waiting for the device; one that is elsewhere is moved there."""
+    if values.device.type == "cpu" and device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=values.device.type == "cpu")
 
 
 def layer_devices(model: Any, count: int) -> list[torch.device | None]:

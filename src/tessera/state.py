@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tessera.devices import upload
 from tessera.files import atomic_path, brief, open_tensors
 
 S = TypeVar("S", bound="State")
@@ -57,7 +58,7 @@ class State:
     def select(self: S, rows: Tensor) -> S:
         """Row i of the new batch is row rows[i] of this one. rows: (n,) int64."""
         return replace(
-            self, **{name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in self.tensors().items()}
+            self, **{name: tensor.index_select(0, upload(rows, tensor.device)) for name, tensor in self.tensors().items()}
         )
 
     def reset(self: S, rows: Tensor) -> S:
@@ -66,7 +67,7 @@ class State:
         first = next(iter(tensors.values()))
         if rows.shape != first.shape[:1] or rows.dtype != torch.bool:
             raise ValueError(f"reset takes {len(first)} booleans, got {rows.dtype} of shape {tuple(rows.shape)}")
-        mark = rows.to(first.device)
+        mark = upload(rows, first.device)
         return replace(
             self,
             **{

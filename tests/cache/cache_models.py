@@ -61,7 +61,15 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "gemma2": (
         Gemma2Config,
         Gemma2ForCausalLM,
-        {**_GQA, "layer_types": MIXED, "sliding_window": 40, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
+        # Before 5.20 transformers chooses SDPA, which ignores soft-capping.
+        {
+            **_GQA,
+            "layer_types": MIXED,
+            "sliding_window": 40,
+            "attn_logit_softcapping": 2.0,
+            "query_pre_attn_scalar": 4,
+            "attn_implementation": "eager",
+        },
     ),
     "gemma3": (
         Gemma3TextConfig,

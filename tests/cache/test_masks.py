@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache, Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration
 
 import tessera
-from tessera.cache.masks import Runs, documents, read_mask
+from tessera.cache.masks import Runs, documents
+from tessera.cache.new_tokens import Rule, read_mask
+from tessera.cache.padding_mask import PaddingMask
+from tessera.readback import HostCopy
 from tessera.tensor_cache import TensorCacheConfig
 
 MEMORY = TensorCacheConfig(window=24, sink=3, chunk=16, decay=(10, 1000))
@@ -424,9 +429,10 @@ def test_documents_and_padding_are_read_from_the_mask_whole_and_in_parts(drawn: 
     seen = ((numbers[:, None] == numbers) & ~pads & torch.ones(count, count, dtype=torch.bool).tril())[None, None]
     real = (~pads).nonzero().flatten().tolist()
     begins = [slot for slot in real if not any(numbers[other] == numbers[slot] for other in real if other < slot)]
-    said = read_mask(seen, np.zeros((1, 0), dtype=np.bool_), None, None)
+    said = read_mask(seen, np.zeros((1, 0), dtype=np.bool_), Rule(), None)
     if said is None:
-        assert seen.tolist() == [[[[True]]]]
+        assert not pads.any()
+        assert begins == [0]
     else:
         assert list(said.real[0]) == [int(not pad) for pad in pads]
         assert said.begins[0] == begins
@@ -464,3 +470,41 @@ def test_runs_are_the_slots_that_they_stand_for(first: list[bool], later: list[b
     if slots:
         assert runs.index(torch.device("cpu")).tolist() == slots
         assert runs.of(torch.arange(41), 0, 0).tolist() == slots
+
+
+RULES = [Rule(), Rule(sliding=3), Rule(sliding=7), Rule(by_document=True), Rule(memory=(4, 2)), Rule(None, True, (5, 1))]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_what_a_mask_of_padding_says_is_what_the_mask_made_of_it_says(rule: Rule) -> None:
+    """Also where it shows what its rows do not have, or hides what they have."""
+    seen = set()
+    for number in range(300):
+        rows, past, n = int(torch.randint(1, 4, ())), int(torch.randint(0, 9, ())), int(torch.randint(1, 9, ()))
+        padding = torch.rand(rows, past + n) < (0.5, 0.9, 1.0)[number % 3]
+        known = padding[:, :past] ^ (torch.rand(rows, past) < (0.0, 0.1)[number // 3 % 2])
+        column = torch.arange(past + n)
+        shown = column <= column[past:, None]
+        if rule.sliding is not None:
+            shown &= column > column[past:, None] - rule.sliding
+        whole = padding[:, None, None] & shown
+        short = PaddingMask((rows, 1, n, past + n), whole.device, HostCopy(padding), rule.sliding, lambda whole=whole: whole)
+        said, wanted = (read_mask(mask, known.numpy(), rule, None) for mask in (short, whole))
+        assert said == wanted
+        seen |= set() if said is None else {name for name in ("plain", "strange", "absorbed") if any(getattr(said, name))}
+    assert seen >= {"plain", "strange", *(["absorbed"] if rule.memory else [])}
+
+
+def test_a_mask_of_padding_is_the_mask_itself_to_whatever_else_touches_it() -> None:
+    whole = torch.rand(2, 1, 3, 5) < 0.5
+    mask = PaddingMask((2, 1, 3, 5), whole.device, None, None, lambda: whole)
+    assert "PaddingMask" in repr(mask)
+    assert torch.equal(mask, whole)
+    assert torch.equal(torch.where(mask, 1, 0), whole.long())
+    assert torch.equal(mask[:, :, 1:], whole[:, :, 1:])
+    assert mask.tolist() == mask.numpy().tolist() == whole.tolist()
+    for other in (copy.deepcopy(mask), copy.copy(mask), pickle.loads(pickle.dumps(mask))):
+        assert torch.equal(other, whole)
+    assert torch.equal(mask.float(), whole.float())
+    assert bool(mask.any()) == bool(whole.any())
+    assert mask.to("meta").shape == whole.shape

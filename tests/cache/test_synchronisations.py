@@ -1,4 +1,4 @@
-"""How often the host waits for a device while a token is decoded: once a call, however many layers there are.
+"""How often the host waits for a device in a call of a model: once, however many tokens, layers, tiers and masks there are.
 
 Counted are the ways in which Python learns a number of a tensor, on the CPU as they would be on a GPU; what a CPU refuses at
 once is deferred here as on a GPU.
@@ -7,44 +7,74 @@ once is deferred here as on a GPU.
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cache_models import logits, make, padding, tokens
+from cache_models import FAMILIES, logits, make, padding, tokens
 from test_attached_memory import CONFIG, SPEC, attached
+from test_attached_tensor_memory import attached as attached_tensor_memory
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
+import sink_models
 import tessera
+from tessera.adapters import attached_memory
+from tessera.cache.layer_states import state_of
 from tessera.tensor_cache import TensorCacheConfig
 
 #: Not `numpy`, which takes tensors of the CPU only.
-LOOKS = ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__", "nonzero", "unique")
+LOOKS = ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__")
+LOOKS += ("nonzero", "unique", "unique_consecutive", "equal", "allclose")
 HQMQ = "sink:4 + hqmq:4 + recent:16"
 SPECS = [HQMQ, "sink:4 + hqmq:4@128 + recent:16", "window:32", SPEC, "sink:3 + hqmq:4@64 + recent:24 + tc"]
+#: Further ones, of which each says something else about a call: a chain, sparse reading, no sinks, windows of a model's own.
+MORE = ["sink:4 + hqmq:4@64 + hqmq:3@128 + recent:16", "sink:4 + hqmq:4/top:64 + recent:16", "hqmq:4 + recent:16"]
 
 
 class Looks(TorchFunctionMode):
-    """Counts them by name, and with them boolean indices, whose number has to be known."""
+    """Counts the ways in which the host waits for a device, by name: looks, uploads that wait, and boolean indices.
+
+    Tensors that the host has made, without a device being named, or has brought there, are its own: to look at them costs
+    nothing. To bring one to a device costs a wait, unless it is asked not to.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        kwargs = kwargs or {}
-        # To the device of another tensor nothing is brought here: all of them are on one.
-        if name in LOOKS or (name == "to" and "cpu" in [x for x in (*args[1:], *kwargs.values()) if isinstance(x, str)]):
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        own = [getattr(x, "on_host", False) for x in given]
+        named = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.device)]
+        down = name == "cpu" or (name == "to" and "cpu" in [x for x in (*args[1:], *kwargs.values()) if isinstance(x, str)])
+        up = bool(named) and (name == "new_tensor" or not given or own[0])
+        if (name in LOOKS or down) and not all(own):
             self.found[name] += 1
-        if name in ("__getitem__", "__setitem__", "masked_select"):
+        if up and name in ("tensor", "as_tensor", "new_tensor", "to") and not kwargs.get("non_blocking"):
+            self.found["upload"] += 1
+        if name == "new_tensor" and not named:
+            self.found["upload"] += 1
+        if name in ("__getitem__", "__setitem__", "masked_select") and not all(own):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             self.found["boolean index"] += any(isinstance(x, Tensor) and x.dtype == torch.bool for x in index)
-        return function(*args, **kwargs)
+            self.found["list as index"] += any(isinstance(x, list) for x in index)
+        out = function(*args, **kwargs)
+        if ((up and name == "to") or (down and not all(own))) and out is args[0]:
+            out = out.view_as(out)  # elsewhere it would be another tensor
+        # What kernels of the CPU make is where the model is.
+        made = "kernels" not in sys._getframe(1).f_code.co_filename
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (down or (all(own) and not named and (given or made))):
+                x.on_host = True
+        return out
 
 
 def deferred(cache: tessera.Cache) -> tessera.Cache:
@@ -79,18 +109,28 @@ def looks(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> list[Coun
         given = None if mask is None else mask[:, :end]
         with torch.no_grad(), Looks() as seen:
             model(ids[:, end - 1 : end], attention_mask=given, past_key_values=cache)
-        found.append(seen.found)
+        found.append(+seen.found)
     return found
 
 
-def test_every_way_to_look_is_counted() -> None:
+def test_every_way_to_wait_is_counted_and_nothing_else() -> None:
     x = torch.arange(3)
     with Looks() as seen:
         x[0].item(), x.tolist(), x.cpu(), bool(x[0]), int(x[0]), float(x[0]), [0, 1, 2][x[1]], 1 in x
-        x.nonzero(), x.unique(), x.to("cpu"), x.to(device="cpu"), x[x > 0], x.float()
+        x.nonzero(), x.unique(), x.unique_consecutive(), x.equal(x + 1), x.allclose(x)
+        x.to("cpu"), x.to(device="cpu"), x[x > 0], x.float()
         if (x >= 0).all():
             x[x > 0] = 1
-    assert seen.found == Counter({**dict.fromkeys(LOOKS, 1), "__bool__": 2, "to": 2, "boolean index": 2})
+    assert seen.found == Counter({**dict.fromkeys(LOOKS, 1), "__bool__": 2, "to": 2, "boolean index": 2, "list as index": 0})
+    with Looks() as seen:
+        own = torch.tensor([2, 0]) + torch.arange(2)
+        own.tolist(), own[own > 1], bool(own.any()), x.cpu()[0].item(), torch.as_tensor(own.numpy()).tolist()
+        x[own.to(x.device, non_blocking=True)] + x.new_zeros(2, dtype=torch.long)
+    assert +seen.found == Counter(cpu=1)
+    with Looks() as seen:
+        x[own.to(x.device)], torch.tensor([1], device=x.device), x.new_tensor([1]), x[[0, 1]]
+        own.to(x.device).tolist()
+    assert +seen.found == Counter({"upload": 4, "list as index": 1, "tolist": 1})
 
 
 @pytest.mark.parametrize("how", ["no mask", "ones", "padding", "padding within"])
@@ -118,30 +158,102 @@ def test_a_decoded_token_costs_one_look_at_most(spec: str, how: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_masks_of_two_kinds_cost_a_look_each() -> None:
-    model, ids, mask = make("gemma3"), tokens(2, 90), padding((0, 9), 90)
-    cache = deferred(tessera.Cache("dense", model))
-    logits(model, cache, ids[:, :60], (60,), mask[:, :60])
-    assert all(seen.total() <= 2 for seen in looks(model, cache, ids, mask))
-
-
-def test_a_prefill_costs_two_looks_however_many_layers_there_are() -> None:
-    mask, ids = padding((0, 13), 300), tokens(2, 300)
-    for layers in (2, 6):
-        model = make(num_hidden_layers=layers)
-        cache = deferred(tessera.Cache("sink:4 + q4_0 + recent:16", model))
+@pytest.mark.parametrize("how", ["no mask", "padding within"])
+@pytest.mark.parametrize("model_of", [*SPECS, *MORE, "gemma3", "mistral", "gemma3 with a Tensor Memory"])
+def test_every_call_costs_one_look_at_most(model_of: str, how: str) -> None:
+    """A prompt, chunks, tokens and beams."""
+    family = model_of.split()[0]
+    spec = HQMQ if family in FAMILIES else model_of
+    if model_of.endswith("Tensor Memory"):
+        model = attached_tensor_memory(family)
+    else:
+        model = make(family) if family in FAMILIES else model_for(spec)
+    ids, mask = tokens(3, 330), None if how == "no mask" else padding((0, 13, 70), 330)
+    if mask is not None:
+        mask[0, 280:286], mask[1, 321] = 0, 0
+    with torch.no_grad():
+        model(ids[:, :200], past_key_values=tessera.Cache(spec, model))  # tables that are made once
+    cache, end, found = deferred(tessera.Cache(spec, model)), 0, {}
+    for count in (220, 80, 12, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1):
+        end += count
         with torch.no_grad(), Looks() as seen:
-            model(ids, attention_mask=mask, past_key_values=cache)
-        assert seen.found.total() <= 2, seen.found
+            if count:
+                given = None if mask is None else mask[:, :end]
+                model(ids[:, end - count : end], attention_mask=given, past_key_values=cache)
+            else:
+                order = torch.tensor([1, 0, 2])
+                ids, mask = ids[order], None if mask is None else mask[order]
+                cache.reorder_cache(order.view_as(order))
+        found[f"{count} tokens up to {end}"] = +seen.found
+    assert max(seen.total() for seen in found.values()) <= 1, found
+    if mask is not None:
+        assert min(seen.total() for made, seen in found.items() if made[0] != "0") == 1, found
 
 
-def test_beams_cost_a_look_however_many_layers_there_are() -> None:
-    model = make(num_hidden_layers=4)
-    cache = tessera.Cache(HQMQ, model)
-    logits(model, cache, tokens(4, 100), (100,))
-    with Looks() as seen:
-        cache.reorder_cache(torch.tensor([1, 0, 3, 3]))
-    assert seen.found == Counter(tolist=1)
+def test_a_tensor_memory_beside_a_cache_of_transformers_costs_one_look() -> None:
+    model, ids, mask = tessera.enable(attached_tensor_memory()), tokens(2, 60), padding((0, 9), 60)
+    cache = DynamicCache(config=model.config)
+    with Looks():  # which knows then what is the host's own
+        logits(model, cache, ids[:, :40], (40,), mask[:, :40])
+    stream = next(state for state in map(_stream, cache.layers) if state is not None)
+    stream.finite.at_once = False
+    assert all((+seen).total() == 1 for seen in looks(model, cache, ids, mask))
+    nothing = torch.full((2, 1, model.config.hidden_size), torch.inf)
+    with torch.no_grad(), pytest.raises(ValueError, match="inputs_embeds must be finite"):
+        model(inputs_embeds=nothing, attention_mask=torch.ones(2, 61), past_key_values=cache)
+
+
+def _stream(layer: Any) -> Any:
+    return state_of(layer, "tensor_memory")
+
+
+def test_a_mask_that_a_caller_has_made_costs_one_look() -> None:
+    """Also where it hides other things than padding."""
+    model, ids = make(num_hidden_layers=4), tokens(2, 60)
+    whole = torch.ones(60, 60, dtype=torch.bool).tril().expand(2, 1, -1, -1).clone()
+    whole[0, 0, :, :7] = False
+    whole[1, 0, 50:, 20:30] = False
+    for mask in (whole, torch.zeros(whole.shape).masked_fill(~whole, torch.finfo(torch.float32).min)):
+        cache, end = deferred(tessera.Cache("dense", model)), 0
+        for count in (40, 12, 1, 1, 6):
+            end += count
+            with torch.no_grad(), Looks() as seen:
+                given = mask[:, :, end - count : end, :end]
+                model(ids[:, end - count : end], attention_mask=given, past_key_values=cache)
+            assert (+seen.found).total() == 1, seen.found
+
+
+@pytest.mark.parametrize("fine", [True, False])
+def test_what_a_tensor_memory_finds_is_told_by_the_next_call(fine: bool) -> None:
+    model, ids = attached_tensor_memory(), tokens(1, 60)
+    cache = deferred(tessera.Cache("dense", model))
+    logits(model, cache, ids, (60,))
+    shared = attached_memory(model).shared
+    if not fine:
+        with torch.no_grad():
+            shared.content_net.bias.fill_(torch.nan)
+    with torch.no_grad():
+        model(ids[:, :3], past_key_values=cache)
+        if fine:
+            model(ids[:, :1], past_key_values=cache)
+            return
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"NaN or infinite.*call cache\.reset\(\)"):
+                model(ids[:, :1], past_key_values=cache)
+
+
+def test_a_missing_sink_is_told_by_the_next_call() -> None:
+    model = sink_models.make(sink=True)
+    cache = deferred(tessera.Cache("q4_0", model))
+    ids = torch.cat((torch.zeros(1, 1, dtype=torch.long), torch.randint(1, 257, (1, 99))), 1)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model(ids, past_key_values=cache)
+    with pytest.warns(UserWarning, match="draws .* of the attention of layer"), torch.no_grad():
+        model(ids[:, 1:2], past_key_values=cache)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model(ids[:, 1:2], past_key_values=cache)
 
 
 def test_a_cache_of_transformers_is_looked_at_no_more_often_than_before() -> None:
@@ -149,7 +261,7 @@ def test_a_cache_of_transformers_is_looked_at_no_more_often_than_before() -> Non
     mask = torch.ones_like(ids)
     cache = DynamicCache(config=model.config)
     logits(model, cache, ids[:, :50], (50,), mask[:, :50])
-    assert all(seen == Counter(__bool__=1) for seen in looks(model, cache, ids, mask))
+    assert all((+seen).total() == 1 for seen in looks(model, cache, ids, mask))
 
 
 # What is found later is not lost

@@ -17,8 +17,10 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from tessera.adapters.streams import advance_documents, known_stream, stream_of, tokens_back
 from tessera.adapters.tokens import PACKED, Tokens, read_tokens
+from tessera.cache.cache_layer import TesseraLayer
 from tessera.cache.layer_states import stateful
 from tessera.cache.stream import Stream
+from tessera.finite import FiniteCheck
 from tessera.tensor_memory.gated_layer import TensorMemoryLayer
 from tessera.tensor_memory.state import TensorMemoryState
 from tessera.tensor_memory.tensor_memory import TensorMemory
@@ -104,8 +106,8 @@ class MemoryHooks:
         """Hook before a call of a causal model."""
         self.stack.frames.append(Call())
 
-    def read(self, named: inspect.Signature, owner: nn.Module, args: Any, kwargs: Any) -> None:
-        """Read the call's masks and positions before anything is changed."""
+    def read(self, named: inspect.Signature, owner: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Read what the call says about its tokens, before anything has changed, and give it a mask that has been read."""
         given = dict(named.bind_partial(*args, **kwargs).arguments)
         for name, parameter in named.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -119,6 +121,11 @@ class MemoryHooks:
         call = self.stack.frames[-1]
         assert isinstance(call, Call)
         call.tokens = read_tokens(given, cache is not None or bool(made), kept, past, self.window)
+        if known is not None:
+            known.finite.read()
+        if call.tokens.mask is None or "attention_mask" not in kwargs:
+            return None
+        return args, {**kwargs, "attention_mask": call.tokens.mask}
 
     def close(self, *_: Any) -> None:
         """Hook after the call."""
@@ -174,9 +181,10 @@ class MemoryHooks:
     def _causal(self, visit: Visit, x: Tensor) -> Tensor:
         index, cache, tokens = visit.index, visit.cache, visit.call.tokens
         layer, memory = self.added[index], self.memory
+        finite: FiniteCheck | None = None
 
         def run(part: Tensor, state: TensorMemoryState | None) -> tuple[Tensor, TensorMemoryState]:
-            return layer(memory, part, None if state is None else state.to(memory.device))
+            return layer(memory, part, None if state is None else state.to(memory.device), finite=finite)
 
         rows, count = x.shape[0], x.shape[1]
         if tokens.shape not in (None, (rows, count)):
@@ -189,11 +197,19 @@ class MemoryHooks:
             raise ValueError(PACKED)
         past = int(cache.get_seq_length(index)) - count
         stream = stream_of(cache, index, rows, past, self.name, memory.config)
+        finite = self._check_of(cache)
         if index == self.first:
             stream.note(count, tokens.real)
         added = stream.advance(run, x, tokens.real, tokens_back(cache, stream))
         stateful(cache.layers[index]).used()
         return added
+
+    def _check_of(self, cache: TransformersCache) -> FiniteCheck | None:
+        """What is told of numbers that are not finite, one for all layers: the cache's own, or that of the first stream."""
+        if isinstance(cache.layers[0], TesseraLayer):
+            return cache.layers[0].policy.finite
+        first = known_stream(cache, self.first, self.name)
+        return None if first is None else first.finite
 
     def _threaded(self, visit: Visit, x: Tensor) -> Tensor:
         index, call = visit.index, visit.call

@@ -12,6 +12,7 @@ from tessera.cache.cache_layer import TesseraLayer
 from tessera.cache.group import RECORDED
 from tessera.cache.layer_states import state_of, stateful
 from tessera.cache.stream import BACK, TENSOR_MEMORY, CropGuard, Run, Stream
+from tessera.devices import upload
 from tessera.tensor_memory.config import TensorMemoryConfig
 
 
@@ -91,6 +92,6 @@ def advance_documents(run: Run, x: Tensor, real: Tensor | None, begins: Tensor) 
         members = [document for document in documents if len(document).bit_length() == size]
         at = pad_sequence(members, batch_first=True)
         own = torch.arange(at.shape[1]) < torch.tensor([len(document) for document in members])[:, None]
-        added, _ = run(flat[at.to(x.device)], None)
-        out = out.index_put((at[own].to(x.device),), added[own.to(x.device)])
+        added, _ = run(flat[upload(at, x.device)], None)
+        out = out.index_put((upload(at[own], x.device),), added[own.to(x.device)])
     return out.view_as(x)

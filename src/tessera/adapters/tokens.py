@@ -11,6 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.masking_utils import find_packed_sequence_indices
 
+from tessera.cache.new_tokens import shown
+from tessera.cache.padding_mask import READ, PaddingMask
+from tessera.readback import HostCopy
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -20,11 +24,13 @@ class Tokens:
         shape: (rows, tokens); None: unknown, in which case the model itself will refuse the call.
         real: (rows, tokens) bool on the CPU, False for padding; None: there is none.
         begins: (rows, tokens) bool on the CPU, True where a document begins behind another; None: every row is one document.
+        mask: the (rows, slots) mask of the call, whose copy on the host goes with it; None: there is none, or it has four axes.
     """
 
     shape: tuple[int, int] | None = None
     real: Tensor | None = None
     begins: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, past: int, window: int | None) -> Tokens:
@@ -44,14 +50,19 @@ def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, pas
     source = ids if embeds is None else embeds
     if not isinstance(source, Tensor) or source.ndim < 2:
         return Tokens()
-    if embeds is not None and not source.isfinite().all():
-        raise ValueError("inputs_embeds must be finite; a memory that has absorbed NaN or infinity never recovers")
     shape = source.shape[0], source.shape[1]
     mask = given.get("attention_mask")
     if isinstance(mask, dict):
         # The decoder's caller made a mask for each type of layer; full layers see all that sliding ones do.
         window = None if "full_attention" in mask else window
         mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
+    # All that is to be read is noted first, so that one transfer brings it.
+    finite = None if embeds is None else HostCopy(source.isfinite().all())
+    unordered = _unordered(given, shape) if mask is None and cached else None
+    flat = noted(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    square = Square(mask) if isinstance(mask, Tensor) and mask.ndim == 4 else None
+    if finite is not None and not finite.get():
+        raise ValueError("inputs_embeds must be finite; a memory that has absorbed NaN or infinity never recovers")
     begins = None
     if mask is None:
         if kept is not None:
@@ -60,10 +71,10 @@ def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, pas
                 f"(batch, {past + shape[1]})"
             )
         real = None
-    elif isinstance(mask, Tensor) and mask.ndim == 2:
-        real = _read_padding(mask, shape, kept, past)
-    elif isinstance(mask, Tensor) and mask.ndim == 4:
-        real, begins = _read_square(mask, shape, kept, past, window)
+    elif flat is not None:
+        real = _read_padding(flat, shape, kept, past)
+    elif square is not None:
+        real, begins = _read_square(square, shape, kept, past, window)
     else:
         raise ValueError(
             "with a Tensor Memory the attention mask must be (batch, tokens), which says what is padding, or "
@@ -73,12 +84,22 @@ def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, pas
     if cached and begins is not None:
         raise ValueError(PACKED)
     if mask is None:
-        begins = _join(begins, _read_positions(given, shape, cached))
-    return Tokens(shape, real, begins)
+        if unordered is not None and unordered.get():
+            raise ValueError(PACKED)
+        begins = begins if cached else _join(begins, _read_positions(given, shape))
+    return Tokens(shape, real, begins, flat)
 
 
 #: Why packed documents are refused where there is a cache, whose attention does not keep them apart.
 PACKED = "documents packed into one row are kept apart without a cache only: pass use_cache=False, or a row for each document"
+
+
+def noted(mask: Tensor) -> Tensor:
+    """A copy of a (rows, slots) mask as bool, with a note that the host will want to read it."""
+    # A copy in any case: whoever has read this one must not find the caller's next mask in it.
+    own = mask.to(torch.bool, copy=True)
+    setattr(own, READ, HostCopy(own))
+    return own
 
 
 def _read_padding(mask: Tensor, shape: tuple[int, int], kept: Tensor | None, past: int) -> Tensor | None:
@@ -89,7 +110,8 @@ def _read_padding(mask: Tensor, shape: tuple[int, int], kept: Tensor | None, pas
             f"the attention mask {tuple(mask.shape)} does not fit {tokens} tokens of {rows} rows"
             + (f" behind {past} of earlier calls: it must be ({rows}, {past + tokens})" if past else "")
         )
-    told = mask[:, : past + tokens].bool().cpu()
+    read: HostCopy = getattr(mask, READ)
+    told = torch.as_tensor(read.get())[:, : past + tokens]
     if not _same(told[:, :past], kept):
         raise ValueError(
             "the attention mask hides other tokens of earlier calls than it did then, and a memory cannot forget what it has "
@@ -100,11 +122,11 @@ def _read_padding(mask: Tensor, shape: tuple[int, int], kept: Tensor | None, pas
 
 
 def _read_square(
-    mask: Tensor, shape: tuple[int, int], kept: Tensor | None, past: int, window: int | None
+    square: Square, shape: tuple[int, int], kept: Tensor | None, past: int, window: int | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Read a mask (batch or 1, heads or 1, queries, slots): which tokens are real and where documents begin."""
     rows, tokens = shape
-    visible = _visible(mask)
+    visible, mask = square.visible(), square.mask
     if mask.shape[0] not in (1, rows) or mask.shape[2] != tokens or not bool((visible == visible[:, :1]).all()):
         raise ValueError(
             f"the attention mask {tuple(mask.shape)} does not fit {tokens} tokens of {rows} rows, or differs between heads; "
@@ -147,36 +169,53 @@ def _read_square(
     return None if bool(real.all()) else real, begins if bool(begins.any()) else None
 
 
-def _visible(mask: Tensor) -> Tensor:
-    """Return where a query sees a slot, on the CPU."""
-    mask = mask.detach().cpu()
-    if not mask.is_floating_point():
-        return mask.bool()
-    seen = mask == 0
-    if not bool((seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-        raise ValueError(
-            "this attention mask adds a bias to the scores, which a Tensor Memory cannot follow: pass one of (batch, tokens), "
-            "which says what is padding"
-        )
-    return seen
+class Square:
+    """A mask of (batch or 1, heads or 1, queries, slots) that the host will want to read."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self._seen = None if isinstance(mask, PaddingMask) else HostCopy(shown(mask))
+        biased = mask.is_floating_point() and ~((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all()
+        self._biased = HostCopy(biased) if isinstance(biased, Tensor) else None
+
+    def visible(self) -> Tensor:
+        """Where a query sees a slot, on the CPU.
+
+        Raises:
+            ValueError: if it adds a bias to the scores.
+        """
+        if self._biased is not None and self._biased.get():
+            raise ValueError(
+                "this attention mask adds a bias to the scores, which a Tensor Memory cannot follow: pass one of "
+                "(batch, tokens), which says what is padding"
+            )
+        if self._seen is None:
+            assert isinstance(self.mask, PaddingMask)
+            return self.mask.on_cpu()
+        return torch.as_tensor(self._seen.get())
 
 
-def _read_positions(given: Mapping[str, Any], shape: tuple[int, int], cached: bool) -> Tensor | None:
-    """Find where documents begin from positions, as attention does where there is neither a mask nor a cache."""
+def _positions(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """Positions of the tokens, (rows or 1, tokens), as far as they are of the text; None: there are none."""
     positions = given.get("position_ids")
     if not isinstance(positions, Tensor):
         return None
     if positions.ndim == 3 and len(positions) == 4:
         # In models with positions along several axes, the first axis is that of the text.
         positions = positions[0]
-    if positions.ndim != 2 or positions.shape[1] != shape[1]:
-        return None
-    positions = positions.detach().cpu().expand(shape)
-    if cached:
-        if bool((positions.diff(dim=1) < 1).any()):
-            raise ValueError(PACKED)
-        return None
-    documents = find_packed_sequence_indices(positions)
+    return positions.detach() if positions.ndim == 2 and positions.shape[1] == shape[1] else None
+
+
+def _unordered(given: Mapping[str, Any], shape: tuple[int, int]) -> HostCopy | None:
+    """Whether a position is not behind the one before it; None: there is none before any."""
+    positions = _positions(given, shape) if shape[1] > 1 else None
+    return None if positions is None else HostCopy((positions.diff(dim=1) < 1).any())
+
+
+def _read_positions(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """Where documents begin by the positions, as attention reads them where there is neither a mask nor a cache."""
+    positions = _positions(given, shape)
+    documents = None if positions is None else find_packed_sequence_indices(positions.cpu().expand(shape))
     return None if documents is None else _changes(documents)
 
 

@@ -18,7 +18,7 @@ QUERIES = 16
 
 def first_key_weight(
     query: Tensor, key: Tensor, scale: float, softcap: float | None = None, s_aux: Tensor | None = None
-) -> float:
+) -> Tensor:
     """Mean weight that the newest queries give to the first key, over rows, heads and the last `QUERIES` queries.
 
     Args:
@@ -39,4 +39,4 @@ def first_key_weight(
     whole = scores.logsumexp(-1)
     if s_aux is not None:
         whole = torch.logaddexp(whole, s_aux.float().view(1, -1, 1).expand_as(whole))
-    return float((scores[..., 0] - whole).exp().mean())
+    return (scores[..., 0] - whole).exp().mean()

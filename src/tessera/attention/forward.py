@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 from tessera.attention.infini import over_whole
 from tessera.attention.over_tiers import over_tiers
@@ -18,6 +23,7 @@ from tessera.attention.windowed import SlidingWindow, Softmax, dense, windowed
 from tessera.cache.cache_layer import ATTENTION, DeferredKV
 from tessera.cache.deferred import UNCOMPILED
 from tessera.cache.masks import by_lengths, check_absorbed, documents
+from tessera.cache.padding_mask import PaddingMask, on_host
 from tessera.cache.truncated_bptt import Segment
 from tessera.tensor_cache.gated_read import MemoryCall
 from tessera.tensor_cache.infini import Infini
@@ -25,8 +31,8 @@ from tessera.tensor_cache.infini import Infini
 #: Attribute of a mask of a static cache, such as transformers' StaticCache, with its number of slots.
 ROOM = "_tessera_room"
 
-#: Attribute of a mask that hides nothing beyond the caller's padding mask and that has not been read yet.
-UNREAD = "_tessera_unread"
+#: What transformers masks a sliding window with, to tell it from other functions.
+_SLIDING: Any = sliding_window_causal_mask_function(1)
 
 #: torch.compile breaks its graph here: what tiers hold changes from call to call, and kernels are no part of a graph.
 _over_tiers = torch.compiler.disable(over_tiers, reason=UNCOMPILED)
@@ -140,39 +146,59 @@ def mask_unless_causal(
 ) -> Tensor | None:
     """Make the mask for `attention_forward`: transformers' `sdpa_mask`, or None for plain causality.
 
-    A mask of the newest queries over all earlier tokens grows with them, and would carry no information.
+    One that is made of padding, and perhaps of a window, is made when something has to see it whole: it grows with what was
+    seen before, mostly to say nothing. What it says is read once a call, with what else there is to be read.
     """
-    causal = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
-    room = 0 if torch.compiler.is_compiling() else int(kv_offset) + kv_length - int(q_offset) - q_length
-    skip = allow_is_causal_skip and not room
-    if not torch.compiler.is_compiling():
-        if causal and room == 0 and q_length == 1 and attention_mask is not None:
-            # The code that needs to know whether anything is hidden reads the mask, once a call; a cache reads more with it.
-            padding = attention_mask[:, None, None, int(kv_offset) : int(kv_offset) + kv_length]
-            if padding.dtype == torch.bool and padding.shape[-1] == kv_length:
-                setattr(padding, UNREAD, True)
-                return padding
-        if causal and room == 0 and (attention_mask is None or bool(attention_mask.all())):
+    rest = {"attention_mask": attention_mask, "local_size": local_size, **kwargs}
+    compiling = torch.compiler.is_compiling()
+    room = 0 if compiling else int(kv_offset) + kv_length - int(q_offset) - q_length
+    simple, window = _window(mask_function, local_size)
+    if simple and allow_is_causal_skip and not room and not compiling:
+        if attention_mask is None and window is None:
             return None
-        # Where something is known to be hidden, or one token sees a window, reading it again costs more than the mask.
-        skip = skip and not (causal and attention_mask is not None) and q_length > 1
+        padding = None if attention_mask is None else attention_mask[:, int(kv_offset) : int(kv_offset) + kv_length]
+        if padding is None or (padding.dtype == torch.bool and padding.shape == (batch_size, kv_length)):
+            device = torch.device(kwargs.get("device", "cpu") if padding is None else padding.device)
+            whole = {**rest, "allow_is_causal_skip": False}
+
+            def make() -> Tensor:
+                if q_length == 1 and window is None and padding is not None:
+                    return padding[:, None, None]
+                made: Tensor = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **whole)
+                return made
+
+            told = None if padding is None or attention_mask is None else on_host(attention_mask, int(kv_offset), kv_length)
+            return PaddingMask((batch_size, 1, q_length, kv_length), device, told, window, make)
+    skip = allow_is_causal_skip and not room and (compiling or q_length > 1)
     # A mask that is left out is taken for that of the newest queries.
-    rest = {"attention_mask": attention_mask, "local_size": local_size, "allow_is_causal_skip": skip}
-    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **rest, **kwargs)
+    rest["allow_is_causal_skip"] = skip
+    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **rest)
     if mask is not None and room > 0:
         setattr(mask, ROOM, room)
     return mask
 
 
+def _window(mask_function: Any, local_size: int | None) -> tuple[bool, int | None]:
+    """Whether a mask function is causality, perhaps within a window of `local_size`, and nothing else; and that window."""
+    if mask_function is causal_mask_function:
+        return local_size is None, None
+    if local_size is None or getattr(mask_function, "__code__", None) is not _SLIDING.__code__:
+        return False, None
+    # Both are made of a window's overlay and causality: the same functions about other numbers.
+    (own,), (parts,) = ([cell.cell_contents for cell in each.__closure__] for each in (_SLIDING, mask_function))
+    same = len(parts) == 2 and parts[1] is causal_mask_function and getattr(parts[0], "__code__", None) is own[0].__code__
+    return same and [cell.cell_contents for cell in parts[0].__closure__] == [local_size], local_size
+
+
 def _unless_all(mask: Tensor | None) -> Tensor | None:
-    """Return the mask, or None if it hides nothing; it is read once for all layers."""
-    unread = getattr(mask, UNREAD, False)
-    if mask is None or not unread:
+    """The mask, or None if it hides nothing, which is looked at once for all layers."""
+    if not isinstance(mask, PaddingMask):
         return mask
-    if unread is True:
-        unread = "all" if bool(mask.all()) else "some"
-        setattr(mask, UNREAD, unread)
-    return None if unread == "all" else mask
+    # Where one token sees a window, to look costs more than the mask.
+    if mask.window is not None and (mask.shape[2] == 1 or mask.shape[3] >= mask.window):
+        return mask.whole
+    real = mask.real_slots()
+    return None if real is None or real.all() else mask.whole
 
 
 def _bottom_right(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:

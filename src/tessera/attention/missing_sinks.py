@@ -5,12 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.attention.first_token import SINK, first_key_weight
 from tessera.attention.windowed import Softmax
-from tessera.cache.cache_layer import TesseraLayer
+from tessera.cache.cache_layer import CacheContext, TesseraLayer
 from tessera.cache.group import StepContext
+from tessera.readback import Awaited, note
 
 #: With fewer new tokens the weight means little: among a few keys the first one has much weight anyway.
 ENOUGH = 64
@@ -40,12 +44,49 @@ def warn_if_sinks_are_missing(
         return
     (step,) = steps
     assert step.pending is not None
-    rows = query if len(step.group.rows) == query.shape[0] else query[step.group.rows]
+    rows = query if step.index is None else query.index_select(0, step.index)
     weight = first_key_weight(step.queries.of(rows, 0, 2), step.pending[0], scale, softmax.softcap, softmax.s_aux)
+    if not policy.finite.defers(query.device):
+        context.sinks_known |= warned(layer.index, float(weight))
+        return
+    if context.unread is None:
+        context.unread = FirstWeights(context)
+    context.unread.add(layer.index, weight)
+
+
+def warned(layer: int, weight: float) -> bool:
+    """Warn if a first token draws so much attention that it is a sink. Returns whether it does."""
     if weight > SINK:
-        context.sinks_known = True
         warnings.warn(
-            f"the first token draws {weight:.0%} of the attention of layer {layer.index}, and this cache compresses it, as its "
+            f"the first token draws {weight:.0%} of the attention of layer {layer}, and this cache compresses it, as its "
             "spec has no sinks: what the model says will differ more than it need. Add 'sink:4' to the spec.",
-            stacklevel=2,
+            stacklevel=3,
         )
+    return weight > SINK
+
+
+class FirstWeights(Awaited):
+    """What layers on a device have measured, read with what the next call has to read.
+
+    Args:
+        context: of their cache, which holds this until then.
+    """
+
+    def __init__(self, context: CacheContext) -> None:
+        self._context = context
+        self._measured: list[tuple[int, Tensor]] = []
+
+    def add(self, layer: int, weight: Tensor) -> None:
+        """A layer has measured the weight of the first token, () float32."""
+        self._measured.append((layer, weight))
+        note(self)
+
+    def pending(self) -> Tensor | None:
+        """See `Awaited`."""
+        device = self._measured[0][1].device
+        return torch.stack([weight.to(device, non_blocking=True) for _, weight in self._measured])
+
+    def receive(self, said: NDArray[np.generic]) -> None:
+        """See `Awaited`."""
+        self._context.unread = None
+        any(warned(layer, float(weight)) for (layer, _), weight in zip(self._measured, said, strict=True))

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from tessera.attention.windowed import recalled
 from tessera.cache.layer_states import LayerState, state_of, stateful
 from tessera.cache.masks import Documents, documents
+from tessera.devices import upload
 from tessera.tensor_cache import TensorCacheState
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 
@@ -55,7 +56,7 @@ class Past(LayerState):
     def select(self, rows: Tensor) -> None:
         """See `LayerState`."""
         at = self.positions
-        self.note(self.documents.select(rows), None if at is None else at[rows.to(at.device)])
+        self.note(self.documents.select(rows), None if at is None else at[upload(rows, at.device)])
         self.state = None if self.state is None else self.state.select(rows)
         before, slots = self.before
         self.before = None if before is None else before.select(rows), slots

@@ -17,7 +17,6 @@ from tessera.cache import cache_file
 from tessera.cache.cache_layer import ATTACHED, CacheContext, TesseraLayer
 from tessera.cache.chain import tier_name
 from tessera.cache.deferred import UNCOMPILED
-from tessera.cache.finite import FiniteCheck
 from tessera.cache.model_config import check_shapes, read_config, rotary_partner
 from tessera.cache.offload import mapped, store
 from tessera.cache.per_layer import AnySpec, layer_specs, parse
@@ -30,6 +29,7 @@ from tessera.cache.stream_file import named
 from tessera.codecs.key_stats import KeyStats, load_stats
 from tessera.devices import layer_devices
 from tessera.files import brief
+from tessera.finite import FiniteCheck
 from tessera.wrapped import replaces_cache, unwrap
 
 #: "packed" is what "quantized" was called in version 0.1.

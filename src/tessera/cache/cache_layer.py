@@ -31,7 +31,8 @@ from tessera.cache.dense import assemble
 from tessera.cache.group import RECORDED, SequenceGroup, StepContext
 from tessera.cache.grouping import Share, shares
 from tessera.cache.layer_states import LayerStates
-from tessera.cache.masks import GroupMask, MaskMemo, NewTokens, boolean, read_mask
+from tessera.cache.masks import GroupMask, MaskMemo
+from tessera.cache.new_tokens import NewTokens, Rule, read_mask, shown
 from tessera.cache.policy import RetentionPolicy
 
 #: Where a model keeps what `tessera.attach` did to it.
@@ -59,14 +60,15 @@ class CacheContext:
         self.masks = MaskMemo()
         self.warned = False
         self.read = False
+        self.unread: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The memo identifies masks by object identity, which holds in this process only.
-        return {name: value for name, value in self.__dict__.items() if name != "masks"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("masks", "unread")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.masks = MaskMemo()
+        self.masks, self.unread = MaskMemo(), None
 
     def __deepcopy__(self, memo: object) -> CacheContext:
         # A copied cache serves the same model, whose attention may be switched later.
@@ -226,7 +228,7 @@ class TesseraLayer(CacheLayerMixin):
         return -1 if self.sliding is None else self.sliding
 
     def get_max_cache_shape(self) -> int:
-        """The same by its older name."""
+        """Return `get_max_length`, under the older name of the method."""
         return self.get_max_length()
 
     # For libraries that read caches
@@ -345,7 +347,10 @@ class TesseraLayer(CacheLayerMixin):
                 finite.read()
             return None
         self._check_mask(mask, n)
-        question = self.sliding, tuple((tuple(group.rows), group.slots) for group in self.groups)
+        policy = self.policy
+        memory = (policy.window or 0, policy.sink) if policy.tensor_cache and not policy.dissolves else None
+        rule = Rule(self.sliding, policy.by_document, memory)
+        question = rule, tuple((tuple(group.rows), group.slots) for group in self.groups)
 
         def look() -> NewTokens | None:
             known = np.zeros((self.batch, mask.shape[-1] - n), dtype=np.bool_)
@@ -355,7 +360,7 @@ class TesseraLayer(CacheLayerMixin):
                     begin = max(0, slot - first)
                     if begin < slot + size - first:
                         known[group.rows, begin : slot + size - first] = True
-            return read_mask(mask, known, self.sliding, finite)
+            return read_mask(mask, known, rule, finite)
 
         said: NewTokens | None = self.context.masks.ask(mask, question, look)
         return said
@@ -372,36 +377,31 @@ class TesseraLayer(CacheLayerMixin):
         """Return the mask for the rows of a share; None where positions alone imply it."""
         if mask is None or said is None:
             return None
-        low = share.slots.before(self.seen - mask.shape[-1])
-        if all(said.plain[row] for row in share.group.rows) and low <= max(0, share.group.length - (self.sliding or 0) + 1):
+        group, low = share.group, share.slots.before(self.seen - mask.shape[-1])
+        # Padding within a window, which is of slots, hides more than one of places would.
+        if all(said.plain[row] for row in group.rows) and low <= max(0, group.length - (self.sliding or 0) + 1):
             return None
-        policy, first = self.policy, share.group.length
-        memory = (policy.window or 0, policy.sink) if policy.tensor_cache and not policy.dissolves else None
-        dissolved = share.group.irrevocable
-        question = (tuple(share.group.rows), share.tokens, share.slots, first, self.sliding, memory, dissolved)
+        if any(said.strange[row] for row in group.rows):
+            raise ValueError(
+                f"layer {self.index}: the attention mask shows tokens that this cache no longer has: padding when they came"
+                + (", or of a document before this one" if self.policy.by_document else "")
+            )
+        if any(said.absorbed[row] for row in group.rows):
+            raise ValueError(
+                f"layer {self.index}: the attention mask hides tokens that have left the window of {self.policy.window}, which "
+                "the Tensor Cache has absorbed; it can hide padding and whole documents only. Use a cache without 'tc'"
+            )
+        if group.irrevocable:
+            raise ValueError(
+                f"layer {self.index}: the attention mask hides tokens, of which the Tensor Cache may have absorbed some; "
+                "behind a codec it can hide padding only. Use a cache without 'tc'"
+            )
 
-        def look() -> GroupMask | None:
-            index = self._index(share.group.rows, mask.device)
-            view = GroupMask(boolean(mask), index, share.tokens, share.slots, self.seen)
-            if view.shows_others():
-                raise ValueError(
-                    f"layer {self.index}: the attention mask shows tokens that this cache no longer has: padding when they came"
-                    + (", or of a document before this one" if policy.by_document else "")
-                )
-            if memory is not None and not view.shows_all_before(first, *memory):
-                raise ValueError(
-                    f"layer {self.index}: the attention mask hides tokens that have left the window of {policy.window}, which "
-                    "the Tensor Cache has absorbed; it can hide padding and whole documents only. Use a cache without 'tc'"
-                )
-            plain = view.causal(first, self.sliding)
-            if dissolved and not plain:
-                raise ValueError(
-                    f"layer {self.index}: the attention mask hides tokens, of which the Tensor Cache may have absorbed some; "
-                    "behind a codec it can hide padding only. Use a cache without 'tc'"
-                )
-            return None if plain else view
+        def make() -> GroupMask:
+            index = self._index(group.rows, mask.device)
+            return GroupMask(shown(mask), index, share.tokens, share.slots, self.seen)
 
-        view: GroupMask | None = self.context.masks.ask(mask, question, look)
+        view: GroupMask = self.context.masks.ask(mask, (tuple(group.rows), share.tokens, share.slots), make)
         return view
 
     def end_step(self, steps: list[tuple[StepContext, GroupMask | None]]) -> None:

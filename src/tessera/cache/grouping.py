@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from tessera.cache.group import SequenceGroup
-from tessera.cache.masks import NewTokens, Runs
+from tessera.cache.masks import Runs
+from tessera.cache.new_tokens import NewTokens
 from tessera.cache.policy import RetentionPolicy
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tessera.codecs.key_stats import KeyStats
+from tessera.devices import upload
 
 #: Number of tokens whose queries and keys the statistics are computed from. Until then all tokens stay exact.
 LEARN = 128
@@ -49,7 +50,7 @@ class Learning:
 
     def select(self, rows: Tensor) -> None:
         """Take rows by index."""
-        self.squares = None if self.squares is None else self.squares[rows.to(self.squares.device)]
+        self.squares = None if self.squares is None else self.squares[upload(rows, self.squares.device)]
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""

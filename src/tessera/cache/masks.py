@@ -1,8 +1,8 @@
 """The meaning of attention masks: which new tokens are padding, where documents begin, and which masks are supported.
 
-Only this module reads masks; caches, windows and memories use it. A mask is (batch or 1, heads or 1, queries, slots),
-True where a query sees a slot; its last columns are the slots of the call's own tokens, one for each query. None stands for
-plain causality.
+A mask is (batch or 1, heads or 1, queries, slots), True where a query sees a slot; its last columns are the slots of the call's
+own tokens, one for each query. None stands for plain causality. What a cache has to know of a call's new tokens is read in
+`tessera.cache.new_tokens`.
 
 - A new token is *padding* if no query of its call sees it, itself included. Padding is never stored, counted or written.
 - A document *begins* at a token that sees no earlier slot, as rows of packed documents have it.
@@ -16,12 +16,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.cache.finite import FiniteCheck
+from tessera.cache.new_tokens import BIASED
 from tessera.devices import upload
 
 
@@ -74,77 +72,8 @@ def boolean(mask: Tensor) -> Tensor:
         return mask.bool()
     seen = mask == 0
     if not (seen | (mask <= torch.finfo(mask.dtype).min / 2)).all():
-        raise ValueError("this attention mask adds a bias to the scores; only masks that hide are supported")
+        raise ValueError(BIASED)
     return seen
-
-
-@dataclass(frozen=True)
-class NewTokens:
-    """The new tokens of a call according to its mask, for each row.
-
-    Attributes:
-        real: for each row, one byte for each token: 1 for a token, 0 for padding.
-        begins: for each row, the numbers of the tokens at which a document begins.
-        plain: for each row of the batch, whether its real tokens see what causality and the layer's window show them of the
-            tokens that are known, and nothing else.
-    """
-
-    real: list[bytes]
-    begins: list[list[int]]
-    plain: list[bool]
-
-
-def read_mask(mask: Tensor, known: NDArray[np.bool_], sliding: int | None, finite: FiniteCheck | None) -> NewTokens | None:
-    """Read the mask of a call, and pending findings of the finite checks, in one transfer from the device.
-
-    Args:
-        mask: attention mask of the call.
-        known: (batch, columns before the call's) bool, which slots hold tokens that the rows have.
-        sliding: window of the layer's own attention in tokens, or None.
-        finite: receives its findings; None: there is no check.
-
-    Returns:
-        None if it only states causality: every row has all slots, and the single new token sees them.
-
-    Raises:
-        ValueError: see `FiniteCheck.tell`.
-    """
-    n, slots = mask.shape[-2:]
-    found = None if finite is None else finite.pending()
-    if found is None:
-        found = torch.zeros((), dtype=torch.bool, device=mask.device)
-    found = found.to(mask.device, non_blocking=True)
-    seen = boolean(mask)
-    if n == 1 and sliding is None and bool(known.all()):
-        # This holds for most decoding steps.
-        whole, found_before = torch.stack((seen.all(), found)).tolist()
-        if finite is not None:
-            finite.tell(found_before)
-        if whole:
-            return None
-        found = torch.zeros_like(found)
-    heads = seen.any(1)
-    real = heads[..., slots - n :].any(-2)
-    earlier = torch.ones((n, slots), dtype=torch.bool, device=mask.device).tril(slots - n - 1)
-    begins = real & ~(heads & earlier).any(-1)
-    batch = known.shape[0]
-    held = torch.cat((upload(torch.from_numpy(known), mask.device), real.expand(batch, -1)), 1)
-    column = torch.arange(slots, device=mask.device)
-    wanted = held[:, None] & (column <= column[slots - n :, None])
-    if sliding is not None:
-        place = held.cumsum(1)
-        wanted &= place[:, None] > place[:, slots - n :, None] - sliding
-    plain = ((seen == wanted[:, None]) | ~real.expand(batch, -1)[:, None, :, None]).flatten(1).all(1)
-    said = torch.cat((real.flatten(), begins.flatten(), plain, found[None])).cpu().numpy()
-    if finite is not None:
-        finite.tell(bool(said[-1]))
-    rows, size = real.shape[0], real.numel()
-    begin = said[size : 2 * size].reshape(rows, n)
-    return NewTokens(
-        [row.tobytes() for row in said[:size].reshape(rows, n)],
-        [row.nonzero()[0].tolist() for row in begin],
-        said[2 * size : -1].tolist(),
-    )
 
 
 @dataclass(frozen=True)
@@ -231,40 +160,11 @@ class GroupMask:
         self.slots, self.seen = slots, seen
 
     def columns(self, start: int, tokens: int) -> Tensor:
-        """Return the columns of the places [start, start + tokens); slots before the mask's first column are hidden."""
-        return self._columns(self.slots.cut(start, start + tokens))
-
-    def _columns(self, wanted: Runs) -> Tensor:
+        """The columns of the places [start, start + tokens); slots before the mask begins are hidden."""
+        wanted = self.slots.cut(start, start + tokens)
         known = wanted.cut(wanted.before(self.first), wanted.count)
         found = known.of(self.mask, self.first, -1) if known.runs else self.mask[..., :0]
         return torch.nn.functional.pad(found, (wanted.count - known.count, 0), value=False)
-
-    def causal(self, first: int, sliding: int | None) -> bool:
-        """Whether it hides only later tokens and those outside a window of `sliding`. first: place of the first query."""
-        count = self.slots.count
-        query = torch.arange(first, first + self.mask.shape[-2], device=self.mask.device)[:, None]
-        place = torch.arange(count, device=self.mask.device)
-        rule = place <= query
-        if sliding is not None:
-            rule &= place > query - sliding
-        low = self.slots.before(self.first)
-        if sliding is not None and low > max(0, first - sliding + 1):
-            return False  # the window counts slots, so padding within it hides more than a window of places would
-        return bool((self.columns(low, count - low) == rule[:, low:]).all())
-
-    def shows_others(self) -> bool:
-        """Whether a query sees a slot that holds no token of these rows."""
-        others = self.slots.between(self.first, self.seen)
-        return bool(others.runs) and bool(self._columns(others).any())
-
-    def shows_all_before(self, first: int, window: int, sink: int) -> bool:
-        """Whether every query, the first at place `first`, sees all places older than its window, sinks left out."""
-        far = first + self.mask.shape[-2] - window
-        if far <= sink:
-            return True
-        place = torch.arange(sink, far, device=self.mask.device)
-        query = torch.arange(first, first + self.mask.shape[-2], device=self.mask.device)[:, None]
-        return bool((self.columns(sink, far - sink) | (place > query - window)).all())
 
 
 class Documents(NamedTuple):
@@ -282,7 +182,7 @@ class Documents(NamedTuple):
 
     def select(self, rows: Tensor) -> Documents:
         """Row i of the new batch is row rows[i] of this one. rows: (n,) int64."""
-        rows = rows.to(self.number.device)
+        rows = upload(rows, self.number.device)
         return Documents(self.number[rows], self.place[rows], self.single)
 
     def first(self, slots: int) -> Documents:

@@ -47,7 +47,7 @@ class PerLayer:
         return [found[number] for number in range(layers)]
 
     def with_sinks(self, sink: int) -> PerLayer:
-        """Return the same with this many sinks in the layers that compress tokens."""
+        """Return the specs with this many sinks in the layers that compress tokens."""
         return PerLayer(tuple((words, s if s.codec is None else s.with_sinks(sink)) for words, s in self.choices))
 
     @property
@@ -67,7 +67,7 @@ class PerLayer:
 
     @cached_property
     def codecs(self) -> tuple[tuple[str, int | None], ...]:
-        """All codecs of all choices."""
+        """The codecs of all choices."""
         return tuple(dict.fromkeys(pair for spec in self.specs for pair in spec.codecs))
 
     @property

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tessera.cache.finite import FiniteCheck
 from tessera.cache.offload import Store
 from tessera.cache.spec import Spec
 from tessera.codecs import Codec
 from tessera.codecs.key_stats import KeyStats
+from tessera.finite import FiniteCheck
 
 
 @dataclass(frozen=True)

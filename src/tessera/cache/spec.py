@@ -90,7 +90,7 @@ class Spec:
             raise ValueError(f"{self.codecs[-1][0]!r} keeps every token, so {first} behind it would get none; give it a limit")
 
     def with_sinks(self, sink: int) -> Spec:
-        """The same with so many sinks."""
+        """Return the spec with this many sinks."""
         return replace(self, sink=sink)
 
     def _chain(self) -> None:

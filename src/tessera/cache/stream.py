@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tessera.cache.group import RECORDED
 from tessera.cache.layer_states import LayerState
+from tessera.devices import upload
+from tessera.finite import FiniteCheck
 from tessera.tensor_memory.config import TensorMemoryConfig
 from tessera.tensor_memory.state import TensorMemoryState
 
@@ -62,7 +64,7 @@ class Read:
         return Read(self.start, self.groups, self.x[:, :n].clone(), real)
 
     def to(self, device: torch.device | str) -> Read:
-        """The same on another device."""
+        """Return a copy on another device."""
         return replace(self, groups=_moved(self.groups, device), x=self.x.to(device))
 
     def buffers(self) -> list[Tensor]:
@@ -72,7 +74,7 @@ class Read:
     def select(self, rows: Tensor) -> Read:
         """See `Stream.select`."""
         real = None if self.real is None else self.real[rows]
-        return Read(self.start, _select(self.groups, rows), self.x[rows.to(self.x.device)], real)
+        return Read(self.start, _select(self.groups, rows), self.x[upload(rows, self.x.device)], real)
 
 
 class Stream(LayerState):
@@ -90,15 +92,18 @@ class Stream(LayerState):
         behind: whether the last of them were cropped in part, and the rest has yet to be read again.
         kept: (batch, seen) bool on the CPU, False for padding; None: there has been none, or another layer's stream knows it.
         recording: whether the newest tokens may be cropped: the cache records its past, or has been cropped.
+        finite: findings in a cache that has no check of its own, kept by the first layer with a memory.
     """
 
     def __init__(self, batch: int, owner: str = "", config: TensorMemoryConfig | None = None) -> None:
         self.owner, self.config = owner, config
         self.recording = False
+        self.finite = FiniteCheck()
         self.begin(batch)
 
     def begin(self, batch: int) -> None:
         """Reset everything at the beginning of sequences."""
+        self.finite.reset()
         self.batch = batch
         self.seen = 0
         self.groups: Groups = [(torch.arange(batch), None)]
@@ -164,7 +169,7 @@ class Stream(LayerState):
                 own = state if len(where) == len(rows) or state is None else state.select(where)
                 places = torch.arange(x.shape[1]) if real is None else real[members[0]].nonzero().flatten()
                 if len(places):
-                    at = members.to(x.device)[:, None], places.to(x.device)
+                    at = upload(members, x.device)[:, None], upload(places, x.device)
                     added, own = run(x[at], own)
                     out = out.index_put(at, added)
                 groups.append((members, own))

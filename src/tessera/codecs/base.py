@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tessera.devices import upload
 from tessera.files import WHOLE, atomic_path, brief, open_tensors
 from tessera.kernels import dispatch
 from tessera.kernels.bits import unpack_bits
@@ -86,7 +87,7 @@ class Packed:
         return self.codec.decode(self)
 
     def to(self, device: torch.device | str) -> Packed:
-        """The same on another device."""
+        """Return a copy on another device."""
         return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
     def compact(self) -> Packed:
@@ -117,6 +118,7 @@ class Packed:
 
     def select(self, rows: Tensor) -> Packed:
         """Batch rows by index, in the order given; a row may be taken more than once. rows: (n,) int64."""
+        rows = upload(rows, self.device)
         parts = {}
         for name, tensor in self.tensors.items():
             if self.codec.fields[name] == "ragged":

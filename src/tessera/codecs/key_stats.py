@@ -1,11 +1,11 @@
 """Statistics of key channels: how wide each channel of a head's keys is, and how large the queries are in it.
 
 The error e of a key changes scores by q·e. Let w be the root mean square of a channel's queries and s that of its keys about
-their mean. Channels are multiplied by w^¼·s^-¾ before a codec rotates and quantises them, and the codec is told that a
-squared error of the channel, as it then is, counts as (w·s)^1½. For a codec with evenly spread errors √(w/s) would be optimal,
-and for one that steers its errors (`Codec.encode`) s^-1, which makes all channels equally wide; the best measured exponent is
-between the two. If a model's keys are rescaled channel by channel, and its queries inversely, the products w·s stay the same
-and the widths compensate, so that the codec gets the same vectors.
+their mean. Channels are multiplied by w^¼·s^-¾ before a codec rotates and quantises them, and the weight of a squared error of
+the scaled channel is (w·s)^1½. For a codec with evenly spread errors √(w/s) would be optimal, and for one that steers its
+errors (`Codec.encode`) s^-1, which makes all channels equally wide; the best measured exponent is between the two. If a model's
+keys are rescaled channel by channel, and its queries inversely, the products w·s stay the same and the widths compensate, so
+that the codec gets the same vectors.
 
 A rotary embedding rotates pairs of channels, by an angle that grows with every token, so both channels of a pair get their
 mean.
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tessera.devices import upload
 from tessera.files import WHOLE, atomic_path, brief, open_tensors
 
 #: Steps per octave of a width, the number of steps, and the step of width 1. Few steps are above it: widened keys must still
@@ -73,10 +74,10 @@ class KeyStats:
 
     def select(self, rows: Tensor) -> KeyStats:
         """Batch rows by index; a row may be taken more than once. rows: (n,) int64."""
-        return KeyStats(self.sizes[rows.to(self.sizes.device)])
+        return KeyStats(self.sizes[upload(rows, self.sizes.device)])
 
     def to(self, device: torch.device | str) -> KeyStats:
-        """The same on another device."""
+        """Return a copy on another device."""
         return KeyStats(self.sizes.to(device))
 
     def check(self, kv_heads: int, head_dim: int) -> None:
@@ -107,7 +108,7 @@ class KeyStats:
         w, s = torch.nan_to_num(queries.float(), 0.0, 0.0, 0.0).mean(2), torch.nan_to_num(square / tokens, 0.0, 0.0, 0.0)
         largest = torch.nan_to_num(keys.abs().amax(2), 0.0, 0.0, 0.0)
         if partner is not None:
-            index = torch.tensor(partner, device=keys.device)
+            index = upload(torch.tensor(partner), keys.device)
             w, s = (w + w[..., index]) / 2, (s + s[..., index]) / 2
             largest = torch.maximum(largest, largest[..., index])
         # Half of log2 of the mean squares. A channel that never varies, or that no query uses, gets a small value.

@@ -41,7 +41,7 @@ def symmetries(conjugations: bool) -> Array:
 
 
 def lloyd(start: Array, group: Array, sample: list[Array], unit: bool) -> Array:
-    """One step of Lloyd's algorithm for each array of samples. start: (S, 4); group: (g, 4, 4); samples: (n, 4)."""
+    """Run a step of Lloyd's algorithm for each array of samples. start: (S, 4); group: (g, 4, 4); samples: (n, 4)."""
     from scipy.spatial import cKDTree
 
     s = start

@@ -26,7 +26,7 @@ def names() -> tuple[str, ...]:
 
 
 def examples() -> tuple[str, ...]:
-    """One or more specs of every codec."""
+    """List one or more example specs of every codec."""
     return tuple(spec for _, specs in _FACTORIES.values() for spec in specs)
 
 

@@ -40,7 +40,7 @@ def first_token_weight(model: Any, ids: Tensor) -> float:
     def see(call: Call) -> None:
         if layers[call.layer][1] is None:
             softcap, s_aux = call.options.get("softcap"), call.options.get("s_aux")
-            found.append(first_key_weight(call.query, call.key, call.scale, softcap, s_aux))
+            found.append(float(first_key_weight(call.query, call.key, call.scale, softcap, s_aux)))
 
     enable(model)
     with observed(see), torch.inference_mode():

@@ -27,6 +27,8 @@ STYLES = {
 }
 #: KL under this is drawn at it: a logarithmic axis has no zero.
 LEAST_KL = 1e-6
+#: Ticks of the axis of perplexity, in percent, which is linear up to 1 % and logarithmic beyond.
+_TICKS = sorted({sign * n * 10**e for sign in (-1, 1) for n in (1, 2, 5) for e in range(5)} | {-0.5, -0.2, 0, 0.2, 0.5})
 
 
 def pareto(comparisons: Comparison | Sequence[Comparison], path: str | os.PathLike[str]) -> None:
@@ -38,7 +40,7 @@ def pareto(comparisons: Comparison | Sequence[Comparison], path: str | os.PathLi
 
     several = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
     each = [(one, protocol) for one in several for protocol in dict.fromkeys(row.protocol for row in one.rows)]
-    figure, axes = plt.subplots(len(each), 2, figsize=(12, 4.6 * len(each)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(each), 2, figsize=(10.5, 4.2 * len(each)), squeeze=False, layout="constrained")
     shown: dict[str, Any] = {}
     for pair, (one, protocol) in zip(axes, each, strict=True):
         rows = [row for row in one.rows if row.protocol == protocol and method(row.spec) != "exact"]
@@ -60,7 +62,7 @@ def _measured(one: Comparison) -> str:
 
 
 def _draw(axis: Any, rows: list[Row], what: str) -> dict[str, Any]:
-    """One picture. Returns the line of each method, or the point of each cache."""
+    """Draw one panel. Returns the line of each method, or the point of each cache."""
     lines: dict[str, Any] = {}
     compressed = any(method(row.spec) != "window" for row in rows)
     points: dict[str, list[tuple[float, float]]] = {}
@@ -71,17 +73,21 @@ def _draw(axis: Any, rows: list[Row], what: str) -> dict[str, Any]:
         colour, marker = STYLES.get(name, ("#444444", ".")) if compressed else list(STYLES.values())[number % len(STYLES)]
         x, y = zip(*sorted(own), strict=True)
         (lines[name],) = axis.plot(x, y, color=colour, marker=marker, ms=6 if compressed else 9, lw=1.2, label=name)
-    axis.set_xlabel("true bits per element of the compressed tier" if compressed else "MiB kept for a sequence")
+    axis.set_xlabel("true bits per element of the compressed tier" if compressed else "size of the cache of a sequence (MiB)")
     if what == "KL":
         axis.set_ylabel("KL to the exact cache (nats)")
         axis.set_yscale("log")
     else:
-        axis.set_ylabel("perplexity against the exact cache (%)")
+        axis.set_ylabel("change of perplexity (%)")
         axis.set_yscale("symlog", linthresh=1.0)
         axis.axhline(0, color="black", lw=0.8)
-        from matplotlib.ticker import FuncFormatter
+        from matplotlib.ticker import FuncFormatter, NullLocator
 
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g} %"))
+        low, high = axis.get_ylim()
+        ticks = [tick for tick in _TICKS if low <= tick <= high]
+        axis.set_yticks(ticks if len(ticks) > 3 else axis.get_yticks())
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
     axis.grid(alpha=0.25, which="both")
     return lines
 

@@ -20,7 +20,7 @@ from tessera.kernels import cpu
 
 @dataclass(frozen=True)
 class Row:
-    """One cache specification under one protocol.
+    """The results of one cache specification under one protocol.
 
     Attributes:
         protocol: "streaming" or "paper", see `tessera.evaluation.compare`.

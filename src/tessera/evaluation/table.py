@@ -34,7 +34,7 @@ def size(count: float) -> str:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """One row in the order of `COLUMNS`."""
+    """Format one row in the order of `COLUMNS`."""
     exact = row.spec == "dense"
     return (
         row.spec,

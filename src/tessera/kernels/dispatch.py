@@ -103,7 +103,8 @@ ENCODE_FEEDBACK = Operation(
     [
         Implementation(
             "cpu", cpu_encode, "encode_feedback", lambda y, matrix, book: cpu.float32_refusal((y, matrix)), levels=True
-        )
+        ),
+        Implementation("triton", triton, "encode_feedback", lambda y, matrix, book: triton.device_refusal(y)),
     ],
 )
 PACK_NEAREST = Operation(
@@ -214,7 +215,7 @@ def exact_family(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str:
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]], backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """One softmax over the keys of all parts, see `tessera.kernels.reference.merge`. `backend`: see `attend`."""
+    """Merge partial results into one softmax, see `tessera.kernels.reference.merge`. `backend`: see `attend`."""
     found: tuple[Tensor, Tensor] = MERGE(parts, backend=backend)
     return found
 

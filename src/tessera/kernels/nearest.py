@@ -101,7 +101,7 @@ class CellIndex:
     words: Tensor
 
     def to(self, device: torch.device) -> CellIndex:
-        """The same on another device."""
+        """Return a copy on another device."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
@@ -152,6 +152,16 @@ class Codewords:
         if device not in self._on:
             self._on[device] = self.index.to(device)
         return self._on[device]
+
+    @cached_property
+    def _codes(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def codes_on(self, device: torch.device) -> Tensor:
+        """`codes` on a device, brought there once."""
+        if device not in self._codes:
+            self._codes[device] = self.codes.to(device)
+        return self._codes[device]
 
 
 @without_autocast

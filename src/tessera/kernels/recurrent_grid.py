@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv3d, grid_sample
 
+from tessera.devices import upload
 from tessera.kernels.precision import without_autocast
 
 #: Maximum number of elements of each intermediate result of a segment.
@@ -50,11 +51,11 @@ class Steps:
     read: Tensor
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them."""
+        """All tensors of these."""
         return (*self.written, *(self.mask or (None, None, None)), self.read)
 
     def part(self, begin: int, end: int) -> Steps:
-        """Some of them."""
+        """Return the steps [begin, end)."""
         mask = None if self.mask is None else tuple(m[:, begin:end] for m in self.mask)
         return Steps(tuple(x[:, begin:end] for x in self.written), mask, self.read[:, begin:end])  # type: ignore[arg-type]
 
@@ -79,13 +80,13 @@ class Gates:
         return self.weight.shape[1] == self.weight.shape[0] // 2
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them."""
+        """All tensors of these."""
         return (self.weight, self.bias, self.taps)
 
 
 def interpolate(h: Tensor, at: Tensor) -> Tensor:
     """h: (batch, channels, depth, height, width), at: (batch, reads, 3) in cells -> (batch, reads, channels)."""
-    last = at.new_tensor([max(1, size - 1) for size in h.shape[2:]])
+    last = upload(torch.tensor([max(1, size - 1) for size in h.shape[2:]], dtype=at.dtype), at.device)
     places = (2 * at / last - 1).flip(-1)[:, :, None, None]
     read = grid_sample(h, places, mode="bilinear", padding_mode="border", align_corners=True)
     return read[..., 0, 0].transpose(1, 2)

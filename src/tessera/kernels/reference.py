@@ -78,7 +78,7 @@ def _check(q: Tensor, keys: tuple[int, ...], params: AttendParams) -> None:
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One softmax over the keys of all parts.
+    """Merge partial results into one softmax over the keys of all parts.
 
     Args:
         parts: (out, lse) pairs as `attend` returns them, at least one.

@@ -37,7 +37,7 @@ OPERATIONS: dict[str, Operation] = {}
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of an operation.
+    """An implementation of an operation.
 
     Attributes:
         family: "reference", "cpu" or "triton".
@@ -91,7 +91,7 @@ class Operation:
         """The implementation that runs for such arguments, and the instruction set asked for.
 
         Raises:
-            ValueError: if a backend is asked for that cannot do it, saying why; or there is none of that name.
+            ValueError: if a requested backend cannot run, saying why, or is unknown.
         """
         name = chosen(backend)
         family, _, level = name.partition(":")
@@ -127,7 +127,7 @@ def chosen(backend: str | None) -> str:
     """Return the backend requested by argument, or else by the environment, or "auto".
 
     Raises:
-        ValueError: if there is none of that name, or the processor lacks its instructions.
+        ValueError: if the backend is unknown, or the processor lacks its instructions.
     """
     name = backend or os.environ.get("TESSERA_BACKEND") or "auto"
     if name not in BACKENDS:

@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One candidate.
+    """One candidate of a plan.
 
     Attributes:
         spec: specification of the cache.

@@ -114,7 +114,7 @@ class TensorCacheLayer(Float32Module):
 class MemoryCall:
     """One call of an attention module that has a memory.
 
-    Made by the hook before the module, passed on to the attention function as a keyword argument, and read by the hook behind
+    Made by the hook before the module, passed on to the attention function as a keyword argument, and read by the hook after
     the module: the state of a call is nowhere else, so that calls may run concurrently.
 
     Args:

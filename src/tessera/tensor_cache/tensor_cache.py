@@ -262,7 +262,7 @@ class TensorCache(Float32Module):
 
 
 def _means(k: Tensor, v: Tensor, eta: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each chunk's mean key and mean value, written once at its end with the weight of all its pairs."""
+    """Return each chunk's mean key and mean value, written once at its end with the weight of all its pairs."""
     tokens = k.shape[2]
     rest = -tokens % chunk
     out = []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from tessera.devices import upload
 from tessera.kernels.recurrent_grid import interpolate
 
 #: Weight of a Gaussian along an axis below which a cell is outside the footprint of a write: that at three standard deviations.
@@ -55,8 +56,8 @@ def nearest(at: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def positions(at: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Convert places to cell coordinates, (..., n) in the order of the grid, clamped to its border."""
-    last = torch.tensor(grid, device=at.device, dtype=at.dtype) - 1
+    """Places in cells, (..., n) in the order of the grid; beyond the border they are on it."""
+    last = upload(torch.tensor(grid, dtype=at.dtype) - 1, at.device)
     return (at.clamp(-1, 1).flip(-1) + 1) / 2 * last
 
 

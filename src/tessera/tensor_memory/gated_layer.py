@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from tessera.finite import FiniteCheck
 from tessera.modules import Float32Module
 from tessera.tensor_memory.config import TensorMemoryConfig
 from tessera.tensor_memory.state import TensorMemoryState
@@ -33,7 +34,12 @@ class TensorMemoryLayer(Float32Module):
         self.reads = True
 
     def forward(
-        self, memory: TensorMemory, x: Tensor, state: TensorMemoryState | None, places: Tensor | None = None
+        self,
+        memory: TensorMemory,
+        x: Tensor,
+        state: TensorMemoryState | None,
+        places: Tensor | None = None,
+        finite: FiniteCheck | None = None,
     ) -> tuple[Tensor, TensorMemoryState]:
         """Compute the addition to the residual stream.
 
@@ -42,6 +48,7 @@ class TensorMemoryLayer(Float32Module):
             x: (batch, tokens, dim).
             state: this layer's own state, or, in a non-causal model, that of the layer before.
             places: the tokens' places, for a memory that is anchored; see `TensorMemory.forward`.
+            finite: see `TensorMemory.forward`.
 
         Returns:
             (batch, tokens, dim) in the dtype of `x`, and the new state.
@@ -50,7 +57,7 @@ class TensorMemoryLayer(Float32Module):
         normed = layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
         # In a model spread over several devices the memory of all layers, and its states, stay on one of them.
         home = memory.device
-        read, state = memory(normed.to(home), state, None if places is None else places.to(home))
+        read, state = memory(normed.to(home), state, None if places is None else places.to(home), finite=finite)
         added = torch.sigmoid(self.gate_logit.float()) * read.to(x.device)
         return (added if self.reads else added * 0).to(x.dtype), state
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, softplus
 
+from tessera.devices import upload
+from tessera.finite import FiniteCheck, finite_only
 from tessera.kernels import dispatch
 from tessera.kernels.recurrent_grid import Gates, Steps
 from tessera.modules import Float32Module
@@ -20,6 +22,8 @@ from tessera.tensor_memory.state import TensorMemoryState
 
 #: Maximum learned offset from a token's own place, on a grid from -1 to 1.
 REACH = 0.5
+
+DIVERGED = "the weights of this Tensor Memory give numbers that are not finite: its training has diverged"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +121,12 @@ class TensorMemory(Float32Module):
         return TensorMemoryState(h, torch.zeros_like(h), h.new_zeros((batch, 0, self.dim)), places)
 
     def forward(
-        self, x: Tensor, state: TensorMemoryState | None = None, places: Tensor | None = None, backend: str | None = None
+        self,
+        x: Tensor,
+        state: TensorMemoryState | None = None,
+        places: Tensor | None = None,
+        backend: str | None = None,
+        finite: FiniteCheck | None = None,
     ) -> tuple[Tensor, TensorMemoryState]:
         """Compute the reads of whole sequences, or of the next part of them.
 
@@ -131,6 +140,7 @@ class TensorMemory(Float32Module):
                 before wrote for the last one, so every layer needs a state of its own.
             places: (batch, tokens, n) or (tokens, n), (x, y, z) from -1 to 1, for `config.anchored`.
             backend: see `tessera.kernels.dispatch.attend`.
+            finite: receives findings on devices where it defers them; None: numbers that are not finite are refused at once.
 
         Returns:
             out: (batch, tokens, dim) in the dtype of `x`, before any gate; and the new state.
@@ -141,9 +151,9 @@ class TensorMemory(Float32Module):
 
         def fast(chunks: Tensor, chunk_places: Tensor | None, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             at = self.coordinates(chunks, chunk_places)
-            return self.advance(at, self.writes(chunks, chunk_places, at), h, c, backend)
+            return self.advance(at, self.writes(chunks, chunk_places, at), h, c, backend, finite)
 
-        return self._run(x, state, places, fast)
+        return self._run(x, state, places, fast, finite)
 
     def reference(
         self, x: Tensor, state: TensorMemoryState | None = None, places: Tensor | None = None
@@ -194,7 +204,13 @@ class TensorMemory(Float32Module):
         return gaussian(writes.at, writes.sigma, self.config.grid, local=self.config.update == "footprint")
 
     def advance(
-        self, read_at: Tensor, writes: Writes, h: Tensor, c: Tensor, backend: str | None = None
+        self,
+        read_at: Tensor,
+        writes: Writes,
+        h: Tensor,
+        c: Tensor,
+        backend: str | None = None,
+        finite: FiniteCheck | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run all steps: the part that does not depend on the state at once, the rest in `tessera.kernels.dispatch.advance`.
 
@@ -202,6 +218,7 @@ class TensorMemory(Float32Module):
             read_at: (batch, steps, reads, n).
             writes: the writes of as many steps.
             h, c: (batch, channels, *grid).
+            backend, finite: see `forward`.
 
         Returns:
             what is read, (batch, steps, reads, channels); h and c at the end.
@@ -211,6 +228,9 @@ class TensorMemory(Float32Module):
         """
         config = self.config
         channels, axes = config.channels, len(config.grid)
+        # A kernel may take a place that is not a number for one of the grid's.
+        read_at = finite_only(read_at, DIVERGED, finite)
+        writes = replace(writes, at=finite_only(writes.at, DIVERGED, finite))
         factors = self.footprint(writes)
         missing = 3 - axes
         one = h.new_ones((*writes.sigma.shape, 1))
@@ -224,15 +244,11 @@ class TensorMemory(Float32Module):
             around = (pad(f, (1, 1)).unfold(-1, 3, 1) for f in factors)
             vectors += [near @ tap[:channels].T for near, tap in zip(around, own, strict=True)]
             if config.gates == "state":
-                same = own.new_tensor([0.0, 1.0, 0.0]).expand(missing, channels, 3)
+                same = upload(torch.tensor([0.0, 1.0, 0.0], dtype=own.dtype), own.device).expand(missing, channels, 3)
                 taps = torch.cat((same, own[:, channels:]))
         vectors[-1] = vectors[-1] * writes.content.unsqueeze(2)
-        # A kernel may convert a place that is NaN to one in the grid.
-        for what in (read_at, writes.at, vectors[-1], self.gates_weight, self.gates_bias):
-            if not what.isfinite().all():
-                raise ValueError(
-                    "the weights of this Tensor Memory give numbers that are not finite: its training has diverged"
-                )
+        for what in (vectors[-1], self.gates_weight, self.gates_bias):
+            finite_only(what, DIVERGED, finite)
         mask = (*[one] * missing, *factors) if config.update == "footprint" else None
         read = pad(positions(read_at, config.grid), (missing, 0))
         steps = Steps(tuple(vectors), mask, read)  # type: ignore[arg-type]
@@ -254,9 +270,14 @@ class TensorMemory(Float32Module):
         return torch.stack(reads, dim=1), h, c
 
     def _run(
-        self, x: Tensor, state: TensorMemoryState | None, places: Tensor | None, recurrence: Recurrence
+        self,
+        x: Tensor,
+        state: TensorMemoryState | None,
+        places: Tensor | None,
+        recurrence: Recurrence,
+        finite: FiniteCheck | None = None,
     ) -> tuple[Tensor, TensorMemoryState]:
-        state, places = self._checked(x, state, places)
+        x, state, places = self._checked(x, state, places, finite)
         if x.shape[1] == 0:
             return x, state
         with torch.autocast(x.device.type, enabled=False):
@@ -288,13 +309,12 @@ class TensorMemory(Float32Module):
         return offset if places is None else (places + REACH * offset).clamp(-1, 1)
 
     def _checked(
-        self, x: Tensor, state: TensorMemoryState | None, places: Tensor | None
-    ) -> tuple[TensorMemoryState, Tensor | None]:
+        self, x: Tensor, state: TensorMemoryState | None, places: Tensor | None, finite: FiniteCheck | None
+    ) -> tuple[Tensor, TensorMemoryState, Tensor | None]:
         config = self.config
         if x.ndim != 3 or x.shape[2] != self.dim:
             raise ValueError(f"tokens {tuple(x.shape)} do not fit: expected (batch, tokens, {self.dim})")
-        if not x.isfinite().all():
-            raise ValueError("tokens must be finite; a grid that has absorbed NaN or infinity never recovers")
+        x = finite_only(x, "tokens must be finite; a grid that has absorbed NaN or infinity never recovers", finite)
         batch, axes = x.shape[0], len(config.grid)
         if (places is None) == config.anchored:
             raise ValueError(
@@ -309,7 +329,7 @@ class TensorMemory(Float32Module):
                 raise ValueError("places must lie between -1 and 1")
             places = places.float().expand(batch, -1, -1)
         if state is None:
-            return self.initial_state(batch, x.device), places
+            return x, self.initial_state(batch, x.device), places
         grids = (batch, config.channels, *config.grid)
         for name, tensor in (("h", state.h), ("c", state.c)):
             if tuple(tensor.shape) != grids:
@@ -318,8 +338,7 @@ class TensorMemory(Float32Module):
                 raise ValueError(f"a state is kept in float32, got {name} in {tensor.dtype}")
             if tensor.device != x.device:
                 raise ValueError(f"the state is on {tensor.device} and the tokens on {x.device}; see TensorMemoryState.to")
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} of the state must be finite; it cannot be gone on with")
+            finite_only(tensor, f"{name} of the state must be finite; it cannot be gone on with", finite)
         if state.waiting.ndim != 3 or state.waiting.shape[::2] != (batch, self.dim) or state.waiting.shape[1] >= config.chunk:
             raise ValueError(
                 f"a state in which {tuple(state.waiting.shape)} wait does not fit: "
@@ -327,7 +346,7 @@ class TensorMemory(Float32Module):
             )
         if (state.places is not None) != config.anchored:
             raise ValueError("the state is of a Tensor Memory with other options")
-        return state, places
+        return x, state, places
 
 
 def _before_softplus(y: float) -> float:

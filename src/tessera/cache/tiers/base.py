@@ -49,7 +49,7 @@ class Tier(ABC):
     """Tokens of some sequences of equal length, in order.
 
     Attributes:
-        keeps_tokens: whether each token can be told from the others, so that a mask can hide it and a crop take it back.
+        keeps_tokens: whether tokens can be told apart, so that a mask can hide a token and a crop can remove it.
     """
 
     keeps_tokens = True

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers.base import KVSource, Pairs, Tier, whole_blocks
+from tessera.devices import upload
 from tessera.kernels.precision import join
 
 #: A buffer grows by at least so many tokens.
@@ -119,7 +120,7 @@ class ExactTier(Tier):
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index. rows: (n,) int64."""
         if self._keys is not None and self._values is not None:
-            rows = rows.to(self._keys.device)
+            rows = upload(rows, self._keys.device)
             self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
 
     def to(self, device: torch.device | str) -> None:

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tessera.cache.finite import FiniteCheck
 from tessera.cache.offload import Store
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers.base import KVSource, Pairs, Tier
 from tessera.codecs import Codec, Packed, Role
 from tessera.codecs.key_stats import KeyStats
+from tessera.finite import FiniteCheck
 from tessera.kernels import Pages
 from tessera.kernels.precision import join
 
@@ -205,7 +205,7 @@ class QuantizedTier(Tier):
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index. rows: (n,) int64."""
-        self.put([(keys.select(rows.to(keys.device)), values.select(rows.to(keys.device))) for keys, values in self._pages])
+        self.put([(keys.select(rows), values.select(rows)) for keys, values in self._pages])
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""
@@ -216,7 +216,7 @@ class QuantizedTier(Tier):
 
     def copied(self) -> QuantizedTier:
         """See `Tier`."""
-        other = QuantizedTier(self.codec, self.layer, self.limit, self.top, self.store)
+        other = QuantizedTier(self.codec, self.layer, self.limit, self.top, self.store, self.finite)
         other.stats = self.stats
         other.put(self.pages)
         return other

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tessera.cache.tiers.base import KVSource, Pairs, Tier
+from tessera.devices import upload
 from tessera.tensor_cache import TensorCache, TensorCacheState
 
 
@@ -72,7 +73,7 @@ class TensorCacheTier(Tier):
     def select(self, rows: Tensor) -> None:
         """See `Tier`."""
         self.state = None if self.state is None else self.state.select(rows)
-        self.positions = None if self.positions is None else self.positions[rows.to(self.positions.device)]
+        self.positions = None if self.positions is None else self.positions[upload(rows, self.positions.device)]
 
     def to(self, device: torch.device | str) -> None:
         """See `Tier`."""

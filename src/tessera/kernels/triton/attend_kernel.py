@@ -241,7 +241,7 @@ def attend_kernel(
     BLOCK: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """One split of one key head, for one tile of rows."""
+    """Compute one split of one key head, for one tile of rows."""
     dim: tl.constexpr = 4 * CHUNKS
     if not APART:
         v_table, v_moves, v_scales, v_step = table, moves, scales, step

@@ -30,7 +30,7 @@ def decode_kernel(
     POINTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of tokens of one line."""
+    """Decode one block of tokens of one line."""
     dim: tl.constexpr = 4 * CHUNKS
     ROW_BYTES: tl.constexpr = (CHUNKS * BITS + 7) // 8
     line = tl.program_id(0).to(tl.int64)

@@ -31,6 +31,8 @@ SETTINGS: dict[str, tuple[Rule, float, float]] = {
 }
 """Name -> rule, decay, write rate. The last two are the paper's setting."""
 
+#: Colour, after Okabe and Ito, and marker of each setting.
+STYLES = (("#000000", "o"), ("#E69F00", "v"), ("#0072B2", "s"), ("#D55E00", "^"), ("#56B4E9", "D"))
 LOADS = (0.25, 0.5, 1, 2, 4, 8)
 """Numbers of stored pairs, in multiples of the width."""
 
@@ -91,20 +93,24 @@ def plot_capacity(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) 
     from matplotlib import pyplot
 
     widths = sorted({row["dim"] for row in rows})
-    size = (max(4.0, 3.1 * len(widths)), 3.2)
-    figure, axes = pyplot.subplots(1, len(widths), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, dim in zip(axes[0], widths, strict=True):
-        for name in SETTINGS:
+    across = min(2, len(widths))
+    tall = -(-len(widths) // across)
+    size = (4.0 * across + 0.4, 2.7 * tall + 0.9)
+    figure, axes = pyplot.subplots(tall, across, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, dim in zip(axes.flatten(), widths, strict=False):
+        for name, (colour, marker) in zip(SETTINGS, STYLES, strict=True):
             points = [(r["pairs"], r["recalled"]) for r in rows if r["dim"] == dim and r["setting"] == name]
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.3, label=name)
-        axis.axvline(dim, color="0.6", linestyle=":", linewidth=1)
-        axis.text(dim, 1.03, "d", color="0.4", ha="center", fontsize=8)
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.3, label=name)
+        axis.axvline(dim, color="0.4", linestyle=":", linewidth=1.2, label="as many pairs as the width d")
         axis.set_xscale("log", base=2)
-        axis.set(title=f"d = {dim}", xlabel="pairs stored", ylim=(0, 1.08))
+        axis.set(title=f"d = {dim}", xlabel="pairs stored", ylim=(0, 1.05))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("pairs recalled")
-    axes[0][0].legend(fontsize=6.5, loc="lower left")
+    for axis in axes.flatten()[len(widths) :]:
+        axis.remove()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("share of pairs recalled")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)

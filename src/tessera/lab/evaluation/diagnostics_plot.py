@@ -7,13 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from tessera.files import atomic_path
-from tessera.lab.evaluation.diagnostics import ABLATIONS, SETTINGS, TASKS, by_delay, by_kind, by_setting
+from tessera.lab.evaluation.diagnostics import ABLATIONS, SETTINGS, by_delay, by_kind, by_setting
 from tessera.lab.evaluation.jobs import Row
 from tessera.lab.models.backbones import KINDS
 
 #: Colour and marker of each kind. Colours after Okabe and Ito.
 STYLES = {"plain": ("#999999", "X"), "wide": ("#E69F00", "v"), "slots": ("#CC79A7", "s"), "memory": ("#0072B2", "o")}
-_TASK_STYLES = dict(zip(TASKS, (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")), strict=True))
+#: Colour and marker of each task, by the beginning of its title; the same in all panels.
+_TASK_STYLES = (
+    ("occlusion, 4 of 8 hidden, asked while", "#0072B2", "o"),
+    ("occlusion, 4 of 8 hidden, asked when", "#D55E00", "s"),
+    ("map", "#009E73", "^"),
+    ("binding", "#CC79A7", "D"),
+    ("no harm", "#E69F00", "v"),
+    ("", "#000000", "P"),
+)
 
 
 def plot_diagnostics(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
@@ -32,9 +40,9 @@ def plot_diagnostics(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     kinds = by_kind(rows)
     names, settings = by_setting(rows, {**SETTINGS, **ABLATIONS})
     delays = _by_delay(rows)
-    tall = [0.5 + 0.42 * len(kinds), *([0.5 + 0.36 * len(names)] if settings else []), *([3.0] if delays else [])]
+    tall = [0.5 + 0.36 * len(kinds), *([0.5 + 0.3 * len(names)] if settings else []), *([3.0] if delays else [])]
     figure, axes = pyplot.subplots(
-        len(tall), 1, figsize=(10, sum(tall) + 1.2), height_ratios=tall, squeeze=False, layout="constrained"
+        len(tall), 1, figsize=(9.5, sum(tall) + 1.6), height_ratios=tall, squeeze=False, layout="constrained"
     )
     panels = list(axes.flatten())
     _by_task(panels.pop(0), kinds)
@@ -63,27 +71,31 @@ def _by_task(axis: Any, kinds: dict[str, dict[str, list[Row]]]) -> None:
     handles = [Line2D([], [], color=STYLES[k][0], marker=STYLES[k][1], ls="", ms=6) for k in KINDS]
     handles += [Line2D([], [], color="0.35", lw=1.4), Line2D([], [], color="0.85", lw=9)]
     words = [*KINDS, "best from the current frame", "from guessing to the ceiling"]
-    axis.legend(handles, words, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=6, frameon=False, fontsize=8)
-    axis.set_yticks(range(len(kinds)), list(kinds), fontsize=8)
+    axis.legend(handles, words, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False, fontsize=10)
+    axis.set_yticks(range(len(kinds)), list(kinds), fontsize=10)
     axis.set(xlim=(-0.02, 1.04), ylim=(len(kinds) - 0.4, -0.6), xlabel="accuracy")
     axis.grid(alpha=0.25, axis="x")
     axis.set_axisbelow(True)
 
 
 def _by_setting(axis: Any, settings: dict[str, dict[str, list[Row]]], names: list[str]) -> None:
-    styles = ("o", "s", "^", "D", "v", "P", "X", "*")
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
     for order, (task, own) in enumerate(settings.items()):
         aside = 0.12 * (order - (len(settings) - 1) / 2)
         for place, name in enumerate(names):
             found = [r["accuracy"] for r in own.get(name, ())]
             label = task if place == 0 else None
-            style = {"color": colours[order % 8], "ms": 5, "ls": "", "alpha": 0.85, "label": label}
-            axis.plot(found, [place + aside] * len(found), styles[order % 8], **style)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, frameon=False, fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
+            colour, marker = _style(task)
+            style = {"color": colour, "marker": marker, "ms": 5, "ls": "", "alpha": 0.85, "label": label}
+            axis.plot(found, [place + aside] * len(found), **style)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, frameon=False, fontsize=10)
+    axis.set_yticks(range(len(names)), names, fontsize=10)
     axis.set(xlim=(-0.02, 1.04), ylim=(len(names) - 0.4, -0.6), xlabel="accuracy of the memory, by setting")
     axis.grid(alpha=0.25, axis="x")
+
+
+def _style(task: str) -> tuple[str, str]:
+    """Return colour and marker of a task by its title."""
+    return next((colour, marker) for begin, colour, marker in _TASK_STYLES if task.startswith(begin))
 
 
 def _by_delay(rows: Sequence[Row]) -> dict[str, dict[int, list[float]]]:
@@ -98,13 +110,13 @@ def _by_delay(rows: Sequence[Row]) -> dict[str, dict[int, list[float]]]:
 def _lines(axis: Any, delays: dict[str, dict[int, list[float]]]) -> None:
     places = sorted({delay for own in delays.values() for delay in own})
     for name, own in delays.items():
-        task = next(t for t in TASKS if name.startswith(t))
-        colour, marker = _TASK_STYLES[task]
+        colour, marker = _style(name)
         at = sorted(own)
         middle = [sum(own[d]) / len(own[d]) for d in at]
-        style = "--" if "back" in name else "-"
-        axis.plot([places.index(d) for d in at], middle, marker=marker, color=colour, ls=style, lw=1.3, ms=5, label=name)
+        # Lines that lie on each other are told apart by dashes and by the size of their markers.
+        dashed = {"ls": "--", "ms": 9, "mfc": "none"} if "back" in name else {"ls": "-", "ms": 5}
+        axis.plot([places.index(d) for d in at], middle, marker=marker, color=colour, lw=1.3, label=name, **dashed)
     axis.set_xticks(range(len(places)), [f"{d:,}" for d in places])
     axis.set(ylim=(-0.03, 1.05), xlabel="blank tokens before the question", ylabel="accuracy of the memory")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=8)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=2, frameon=False, fontsize=10)
     axis.grid(alpha=0.25)

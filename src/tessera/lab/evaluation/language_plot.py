@@ -62,7 +62,7 @@ def plot_language(
         axis.errorbar(at, middle, yerr=spread, color=colour, marker=marker, ms=6, lw=1.2, capsize=3, label=label)
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(range(len(least)), [f"{a:,}–{b:,}" for a, b in itertools.pairwise(edges)])
-    axis.set(xlabel="place in the sequence, tokens", ylabel="loss more than dense, nats a token")
+    axis.set(xlabel="position in the sequence (tokens)", ylabel="loss above the dense model's (nats per token)")
     axis.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     with atomic_path(path) as temporary:

@@ -20,17 +20,17 @@ def plot_needle(rows: Rows, path: str | os.PathLike[str]) -> None:
     depths = sorted({row["depth"] for row in rows})
     wide = min(4, len(specs))
     tall = -(-len(specs) // wide)
-    size = (1.2 + wide * max(2.6, 0.75 * len(lengths)), 1.3 + tall * (0.8 + 0.42 * len(depths)))
+    size = (1.2 + wide * max(2.1, 0.75 * len(lengths)), 1.3 + tall * (0.8 + 0.3 * len(depths)))
     with _figure(path, tall, wide, size) as (figure, axes):
         for axis, spec in zip(axes, specs, strict=False):
             values = [[over(rows, "scores", spec=spec, length=n, depth=depth) for n in lengths] for depth in depths]
-            image = _map(axis, values, [f"{n:,}" for n in lengths], [f"{depth} %" for depth in depths])
-            axis.set_title(spec, fontsize=9)
+            image = _map(axis, values, [f"{n:,}" for n in lengths], [f"{depth}" for depth in depths])
+            axis.set_title(spec.replace(" + recent", "\n+ recent"), fontsize=10)
         for axis in axes[len(specs) :]:
             axis.remove()
-        figure.supxlabel("tokens of the text", fontsize=10)
-        figure.supylabel("depth of the needle", fontsize=10)
-        _bar(figure, image, axes[: len(specs)], "needles found")
+        figure.supxlabel("length of the text (tokens)", fontsize=11)
+        figure.supylabel("depth of the needle (% of the text)", fontsize=11)
+        _bar(figure, image, axes[: len(specs)], "needles found (%)")
 
 
 def plot_ruler(rows: Rows, path: str | os.PathLike[str]) -> None:
@@ -45,9 +45,9 @@ def plot_ruler(rows: Rows, path: str | os.PathLike[str]) -> None:
             image = _map(axis, values, names, specs)
             axis.tick_params("x", rotation=30)
             axis.set_title(f"{length:,} tokens", fontsize=10, loc="left")
-        _bar(figure, image, axes, "score")
+        _bar(figure, image, axes, "score (%)")
         if any(incapable(rows, task=task, length=length) for task in tasks for length in lengths):
-            figure.supxlabel("* the model itself scores less than one half, with the exact cache", fontsize=9)
+            figure.supxlabel("* the model scores less than one half with the exact cache", fontsize=9)
 
 
 class _figure:
@@ -76,16 +76,16 @@ class _figure:
 def _map(axis: Any, values: list[list[float | None]], across: list[str], down: list[str]) -> Any:
     numbers = [[float("nan") if value is None else value for value in line] for line in values]
     image = axis.imshow(numbers, vmin=0, vmax=1, cmap=COLOURS, aspect="auto")
-    axis.set_xticks(range(len(across)), across, fontsize=8)
-    axis.set_yticks(range(len(down)), down, fontsize=8)
+    axis.set_xticks(range(len(across)), across, fontsize=9)
+    axis.set_yticks(range(len(down)), down, fontsize=9)
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             if value is not None:
                 colour = "black" if value > 0.5 else "white"
-                axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+                axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=9, color=colour)
     return image
 
 
 def _bar(figure: Any, image: Any, axes: list[Any], words: str) -> None:
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, ticks=[0, 0.5, 1], format=lambda x, _: f"{x:.0%}")
-    bar.set_label(words, fontsize=9)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, ticks=[0, 0.5, 1], format=lambda x, _: f"{100 * x:.0f}")
+    bar.set_label(words, fontsize=10)

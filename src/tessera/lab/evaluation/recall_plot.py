@@ -47,16 +47,16 @@ def plot_recall(rows: Rows, path: str | os.PathLike[str]) -> None:
     by_gap = [{**row, "asked": int(at), "accuracy": found} for row in base for at, found in row["by_gap"].items()]
     gap = rest[0]
 
-    filler = f"tokens of filler between pairs and questions ({gap} in training)"
+    filler = f"gap between pairs and questions (tokens; {gap} in training)"
     titles = {
-        "pairs": (by_pairs, f"by pairs: heads of {dim}, gap {gap}", "pairs in a sequence"),
-        "dim": (by_dim, f"by width: {pairs} pairs, gap {gap}", "width d of a head"),
-        "asked": (by_gap, f"by gap: {pairs} pairs, heads of {dim}", filler),
+        "pairs": (by_pairs, f"by pairs (width {dim}, gap {gap})", "pairs in a sequence"),
+        "dim": (by_dim, f"by width ({pairs} pairs, gap {gap})", "width d of a head (channels)"),
+        "asked": (by_gap, f"by gap ({pairs} pairs, width {dim})", filler),
     }
     # A panel without a varied field would show a single column of points.
     panels = [name for name, (own, *_) in titles.items() if len({row[name] for row in own}) > 1]
     tall = (len(panels) + 2) // 2
-    figure, grid = pyplot.subplots(tall, 2, figsize=(12, 3.4 * tall + 1), squeeze=False, layout="constrained")
+    figure, grid = pyplot.subplots(tall, 2, figsize=(10.5, 3.4 * tall + 1), squeeze=False, layout="constrained")
     *lines, last = grid.flatten()[: len(panels) + 1]
     for axis in grid.flatten()[len(panels) + 1 :]:
         axis.remove()
@@ -68,7 +68,7 @@ def plot_recall(rows: Rows, path: str | os.PathLike[str]) -> None:
             place = sorted({row["asked"] for row in own}).index(gap)
             axis.axvline(place, color="0.6", lw=1, ls=":")
     _bars(last, base, pairs)
-    last.set(title=f"by state: {pairs} pairs, heads of {dim}, gap {gap}", xlabel="pairs recalled for each KiB that is kept")
+    last.set(title=f"by state ({pairs} pairs, width {dim}, gap {gap})", xlabel="pairs recalled per KiB of state")
     names = [name for name in STYLES if any(row["method"] == name for row in plain)]
     handles = [pyplot.Line2D([], [], color=STYLES[n][0], marker=STYLES[n][1], ms=6, lw=1.3) for n in names]
     handles.append(pyplot.Line2D([], [], color="0.5", lw=1, ls="--"))
@@ -122,8 +122,8 @@ def _bars(axis: Any, rows: Rows, pairs: int) -> None:
         kept = own[0]["state_bytes"] / 1024
         worth = pairs * mean(row["accuracy"] for row in own) / kept
         axis.barh(place, worth, color=STYLES[name][0], height=0.7)
-        axis.text(worth, place, f"  {kept:,.0f} KiB", va="center", fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.margins(x=0.15)
+        axis.text(worth, place, f"  {kept:,.0f} KiB", va="center", fontsize=9)
+    axis.set_yticks(range(len(names)), [name.replace(", the", ",\nthe") for name in names], fontsize=9)
+    axis.margins(x=0.18)
     axis.set_axisbelow(True)
     axis.grid(alpha=0.25, axis="x")

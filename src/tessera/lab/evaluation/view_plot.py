@@ -83,7 +83,9 @@ def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str
             steps_of = f"steps {before + 1}-{moment}" if moment > before + 1 else f"step {moment}"
             axis.set_title(steps_of, fontsize=9)
             if column == 0:
-                axis.set_ylabel(f"layer {row + 1}\ny" if layers > 1 or gates else "y", fontsize=9)
+                axis.set_ylabel(f"layer {row + 1}\ny (cells)" if layers > 1 or gates else "y (cells)", fontsize=9)
+            if row == layers - 1:
+                axis.set_xlabel("x (cells)", fontsize=9)
             before = moment
         label = "|h|, the most along z" if len(_solid(trace.size[0])) > 1 else "|h|"
         figure.colorbar(picture, ax=figure.axes[-len(moments) :], shrink=0.8, pad=0.01, label=label)
@@ -93,7 +95,7 @@ def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str
         total = trace.size.flatten(1).mean(1)
         axis.plot(range(steps + 1), total, label=f"layer {row + 1}: mean of |h|", color=f"C{row}")
         axis.plot(range(1, steps + 1), trace.sigma, color=f"C{row}", ls=":", label=f"layer {row + 1}: sigma of the writes")
-    axis.set(xlabel="steps", ylim=(0, None), xlim=(0, steps))
+    axis.set(xlabel="steps of the recurrence", ylim=(0, None), xlim=(0, steps))
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False, ncols=min(2, layers))
     if gates:

@@ -72,8 +72,10 @@ class DiagnosticConfig:
     seed: int = 0
     """The seed of the model and of the sequences."""
     delays: tuple[int, ...] = ()
-    """Delays of the task that the trained model is measured with too. It then learns from every delay up to the task's: of one
-    long delay alone a model learns nothing, since at first nothing of what it was told is left to learn from."""
+    """Further delays of the task that the trained model is measured with.
+
+    Training then has every delay up to the task's, because with one long delay alone the model gets no signal at first.
+    """
 
     def __post_init__(self) -> None:
         for name in ("features", "classes", "frame"):

@@ -64,19 +64,24 @@ def plot_log(log: Path, target: Path, title: str) -> None:
     steps = [record for record in records if "loss" in record]
     checks = [record for record in records if "held_out_loss" in record]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([r["tokens"] / 1e6 for r in steps], [r["loss"] for r in steps], lw=0.7, alpha=0.6, label="training batches")
+    at = [r["tokens"] / 1e6 for r in steps]
+    axes.plot(at, [r["loss"] for r in steps], color="#0072B2", lw=0.7, alpha=0.7, label="training batches")
     axes.plot(
         [r["tokens"] / 1e6 for r in checks],
         [r["held_out_loss"] for r in checks],
+        color="#D55E00",
         marker="o",
         ms=4,
-        label="held-out modules",
+        label="held-out text",
     )
+    longer: str | None = "sequences become longer"
     for before, after in pairwise(steps):
         if before["sequence"] != after["sequence"]:
             x = before["tokens"] / 1e6
-            axes.axvline(x, color="gray", lw=0.8, ls=":")
-            axes.text(x, 0.97, f" {after['sequence']:,} tokens", transform=axes.get_xaxis_transform(), va="top", color="gray")
+            axes.axvline(x, color="0.4", lw=0.8, ls=":", label=longer)
+            longer = None
+            style = {"transform": axes.get_xaxis_transform(), "va": "top", "ha": "left", "rotation": 90, "fontsize": 9}
+            axes.text(x, 0.97, f"{after['sequence']:,} tokens", color="0.35", **style)
     lowest = min((r["loss"] for r in steps), default=1.0)
     axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", ylim=(max(0, lowest - 0.2), lowest + 3))
     axes.set_title(title)
