@@ -23,7 +23,16 @@ CPU = HERE.parents[1] / "src/tessera/kernels/cpu"
 COMPILER, DISASSEMBLER, EMULATOR = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64"
 #: As in CMakeLists.txt, for Arm.
 FLAGS = "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Werror -Wno-psabi -DTESSERA_NEON"
-SOURCES = ("attend_portable", "attend_neon", "nearest_portable", "nearest_index", "vector_codes", "threads", "memory")
+SOURCES = (
+    "attend_portable",
+    "attend_neon",
+    "attend_dotprod",
+    "nearest_portable",
+    "nearest_index",
+    "vector_codes",
+    "threads",
+    "memory",
+)
 
 
 def missing() -> str | None:
@@ -51,12 +60,13 @@ class Kernels:
     def program(self) -> Path:
         return self.directory / "run_kernels"
 
-    def levels(self) -> list[str]:
-        return self._run().split()
+    def levels(self, processor: str = "max") -> list[str]:
+        """What the program finds on a processor that the emulator knows."""
+        return subprocess.run([EMULATOR, "-cpu", processor, str(self.program)], capture_output=True, text=True).stdout.split()
 
     def uses(self, function: str, instruction: str) -> bool:
         """Whether a function whose name holds this has the instruction on whole registers."""
-        lines = subprocess.run([DISASSEMBLER, "-d", str(self.program)], capture_output=True, text=True, check=True).stdout
+        lines = subprocess.run([DISASSEMBLER, "-dC", str(self.program)], capture_output=True, text=True, check=True).stdout
         inside = False
         for line in lines.splitlines():
             inside = function in line if line.endswith(">:") else inside

@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(emulated.missing() is not Non
 FLOAT = 1e-5
 #: How much farther a codeword may be that counts as equally near: the rounding of float32, for the lengths of codewords.
 TIE = 2e-6
-LEVELS = ("portable", "neon")
+LEVELS = ("portable", "neon", "dotprod")
+BY_HAND = LEVELS[1:]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,9 @@ def check(kernels: emulated.Kernels, q: torch.Tensor, pages: Pages, params: Atte
     assert torch.allclose(lse[seen], wanted_lse[seen], atol=1e-4, rtol=1e-5)
 
 
-def test_neon_is_chosen_where_the_processor_has_it(kernels: emulated.Kernels) -> None:
-    assert kernels.levels() == ["portable", "neon"]
+def test_the_kernels_are_chosen_by_what_the_processor_has(kernels: emulated.Kernels) -> None:
+    assert kernels.levels() == ["portable", "neon", "dotprod"]
+    assert kernels.levels("cortex-a53") == ["portable", "neon"]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -134,44 +136,56 @@ def test_slices_and_variants_equal_the_reference(kernels: emulated.Kernels, leve
     check(kernels, torch.randn(1, 4, 1, 64), Pages([(keys.slice(13, 171), values.slice(13, 171))]), AttendParams(0.1), level)
 
 
+@pytest.mark.parametrize("level", BY_HAND)
 @pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:3", "hqmq:4", "hqmq:5"])
 @pytest.mark.parametrize("dim", [20, 64])
-def test_the_kernel_for_neon_runs_where_it_should(kernels: emulated.Kernels, spec: str, dim: int) -> None:
-    """Only it writes queries in limbs: for the plain loops, that run where it cannot, two are the same as three."""
+def test_kernels_by_hand_run_where_they_should(kernels: emulated.Kernels, level: str, spec: str, dim: int) -> None:
+    """Only they write queries in limbs: for the plain loops, that run where they cannot, two are the same as three."""
     codec = codecs.get(spec)
     shape = (1, 2, 114, dim)
     pages = Pages([(random_codes(codec, shape, "key"), random_codes(codec, shape, "value"))])
     q = torch.randn(1, 6, 1, dim)
-    two, three = (kernels.attend(q, pages, AttendParams(0.1), "neon", limbs)[0] for limbs in (2, 3))
+    two, three = (kernels.attend(q, pages, AttendParams(0.1), level, limbs)[0] for limbs in (2, 3))
     assert not torch.equal(two, three)
     assert relative(two, three) < 1e-3
     plain = (kernels.attend(q, pages, AttendParams(0.1), "portable", limbs)[0] for limbs in (2, 3))
     assert torch.equal(*plain)
 
 
-@pytest.mark.parametrize(("limbs", "bound"), [(1, 2e-4), (2, 2e-4), (3, FLOAT)])
-def test_limbs_bound_the_error(kernels: emulated.Kernels, limbs: int, bound: float) -> None:
+def test_the_kernels_are_two(kernels: emulated.Kernels) -> None:
+    assert kernels.uses("DotKeys::products", "sdot")
+    assert kernels.uses("NeonKeys::products", "smlal")
+    assert not kernels.uses("NeonKeys::products", "sdot")
+
+
+@pytest.mark.parametrize(
+    ("level", "limbs", "bound"),
+    [("neon", 1, 2e-4), ("neon", 3, FLOAT), ("dotprod", 1, 1e-2), ("dotprod", 2, 2e-4), ("dotprod", 3, FLOAT)],
+)
+def test_limbs_bound_the_error(kernels: emulated.Kernels, level: str, limbs: int, bound: float) -> None:
     codec, (k, v) = codecs.get("hqmq:4"), torch.randn(2, 1, 2, 700, 128)
     pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
     q = torch.randn(1, 8, 1, 128)
-    got = kernels.attend(q, pages, AttendParams(128**-0.5), "neon", limbs)[0]
+    got = kernels.attend(q, pages, AttendParams(128**-0.5), level, limbs)[0]
     error = relative(got, reference.attend(q, pages, AttendParams(128**-0.5))[0])
     assert error < bound
     if limbs < 3:
         assert error > bound / 1000  # so that the argument does something
 
 
-def test_many_small_weights_beside_large_ones_are_not_lost(kernels: emulated.Kernels) -> None:
+@pytest.mark.parametrize("level", BY_HAND)
+@pytest.mark.parametrize("peak", [5.5, 6.4, 8.0])
+def test_many_small_weights_beside_large_ones_are_not_lost(kernels: emulated.Kernels, level: str, peak: float) -> None:
     """In every block one token outweighs the others, of which there are many."""
     k, v = torch.zeros(1, 1, 4096, 64), 1 + torch.randn(1, 1, 4096, 64)
     k[..., 0] = 1e-3 * torch.randn(4096)
-    k[:, :, ::256, 0] = 8
-    k[:, :, 0, 0] = 16
+    k[:, :, ::256, 0] = peak
+    k[:, :, 0, 0] = 2 * peak
     codec = JointHQMQ(4, centre=False)
     pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
     q = torch.zeros(1, 1, 1, 64)
     q[..., 0] = 1
-    got = kernels.attend(q, pages, AttendParams(1.0), "neon", limbs=2)[0]
+    got = kernels.attend(q, pages, AttendParams(1.0), level, limbs=2)[0]
     assert relative(got, reference.attend(q, pages, AttendParams(1.0))[0]) < 1e-3
 
 

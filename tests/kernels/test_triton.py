@@ -229,5 +229,26 @@ def test_search_finds_the_codes_of_the_reference(bits: int) -> None:
     assert ((x - points[got]).norm(dim=-1) - (x - points[wanted]).norm(dim=-1)).abs().max() < 1e-5 * x.abs().max()
 
 
+def test_search_with_feedback_is_that_of_the_reference() -> None:
+    """Also of vectors so long, and so close to zero, that the index does not serve."""
+    book = words_of(12)
+    y, matrix = torch.randn(2, 5, 16), torch.randn(2, 16, 16).mul(0.1).triu(1)
+    y[0, 0], y[1, 1] = 40 * y[0, 0], 0
+    got = dispatch.encode_feedback(y.to(DEVICE), matrix.to(DEVICE), book, backend="triton").cpu()
+    wanted = dispatch.encode_feedback(y, matrix, book, backend="reference")
+    assert (got != wanted).float().mean() < 5e-2
+
+
+def test_search_for_packed_codes_gives_zeros_for_vectors_of_zeros() -> None:
+    book, x = words_of(8), torch.randn(6, 8)
+    x[2] = 0
+    scale = x.norm(dim=-1) / 8**0.5
+    got = dispatch.pack_nearest(x.to(DEVICE), scale.to(DEVICE), book, 8, backend="triton").cpu()
+    wanted = dispatch.pack_nearest(x, scale, book, 8, backend="reference")
+    assert (got != wanted).float().mean() < 0.1
+    assert not got[2].any()
+    assert not wanted[2].any()
+
+
 def test_search_of_nothing() -> None:
     assert dispatch.nearest(torch.zeros(0, 4, device=DEVICE), words_of(8), backend="triton").shape == (0,)

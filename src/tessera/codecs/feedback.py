@@ -23,7 +23,8 @@ def feedback(weights: Tensor, rotation: Tensor) -> Tensor:
         (..., d, d) float32, zero in the blocks on the diagonal and below.
     """
     metric = (rotation * weights.unsqueeze(-2)) @ rotation.T
-    root = torch.linalg.cholesky(metric)
+    # Positive weights make it definite, so what a device has to say of that is not waited for.
+    root, _ = torch.linalg.cholesky_ex(metric, check_errors=metric.device.type == "cpu")
     n = root.shape[-1] // 4
     columns = root.unflatten(-1, (n, 4)).movedim(-2, -3)  # (..., n, d, 4)
     diagonal = columns.unflatten(-2, (n, 4)).diagonal(dim1=-4, dim2=-3).movedim(-1, -3)  # (..., n, 4, 4)

@@ -103,7 +103,8 @@ ENCODE_FEEDBACK = Operation(
     [
         Implementation(
             "cpu", cpu_encode, "encode_feedback", lambda y, matrix, book: cpu.float32_refusal((y, matrix)), levels=True
-        )
+        ),
+        Implementation("triton", triton, "encode_feedback", lambda y, matrix, book: triton.device_refusal(y)),
     ],
 )
 PACK_NEAREST = Operation(

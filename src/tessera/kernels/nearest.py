@@ -153,6 +153,16 @@ class Codewords:
             self._on[device] = self.index.to(device)
         return self._on[device]
 
+    @cached_property
+    def _codes(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def codes_on(self, device: torch.device) -> Tensor:
+        """`codes` on a device, brought there once."""
+        if device not in self._codes:
+            self._codes[device] = self.codes.to(device)
+        return self._codes[device]
+
 
 @without_autocast
 def build_index(words: Tensor, conjugations: bool) -> CellIndex:

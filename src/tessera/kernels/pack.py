@@ -23,7 +23,7 @@ def nearest_codes(x: Tensor, book: Codewords, search: Callable[[Tensor, CellInde
     Returns:
         (n,) int64. Where two codewords are equally near to within rounding, either.
     """
-    return book.codes.to(x.device)[(search or nearest)(x, book.index_on(x.device))]
+    return book.codes_on(x.device)[(search or nearest)(x, book.index_on(x.device))]
 
 
 def pack_nearest(
@@ -42,11 +42,10 @@ def pack_nearest(
         (..., bytes) uint8, as `tessera.kernels.bits.pack_bits` has them.
     """
     chunks = pad(x / scale.clamp(min=1e-30).unsqueeze(-1), (0, -x.shape[-1] % 4)).unflatten(-1, (-1, 4))
-    codes = torch.zeros(chunks.shape[:-1], dtype=torch.int32, device=x.device)
-    # Vectors of zeros: any code will do, and the search near the origin is slow.
-    live = scale > 0
-    codes[live] = nearest_codes(chunks[live].reshape(-1, 4), book, search).view(-1, codes.shape[-1]).int()
-    return pack_bits(codes, bits)
+    # Vectors of zeros: any code will do, and the search near the origin is slow. Which they are the host need not know.
+    live = (scale > 0).unsqueeze(-1)
+    found = nearest_codes(torch.where(live.unsqueeze(-1), chunks, 1.0).reshape(-1, 4), book, search)
+    return pack_bits(found.view(chunks.shape[:-1]).int().masked_fill(~live, 0), bits)
 
 
 def pack_linear(

@@ -57,11 +57,11 @@ def _share_threads() -> str | None:
 
 #: The OpenMP runtime whose threads the kernels use; None: the kernels have threads of their own.
 OPENMP = None if _cpu is None else _share_threads()
-#: Instruction sets, from the slowest to the fastest; NEON is that of Arm processors.
-LEVELS = ("portable", "neon", "avx2", "avxvnni", "avx512")
-#: 8-bit limbs in which the kernels for NEON, AVX2 and above write a query and a softmax weight: with two the relative error
-#: is 4e-5, far below a codec's; with three it is that of float32 sums. Those for NEON and AVX2 use 16-bit numbers, so that
-#: one limb is as exact as two.
+#: Instruction sets, from the slowest to the fastest; NEON and the dot product of bytes are those of Arm processors.
+LEVELS = ("portable", "neon", "dotprod", "avx2", "avxvnni", "avx512")
+#: 8-bit limbs in which the kernels by hand write a query and a softmax weight: with two the relative error is 4e-5, far
+#: below a codec's; with three it is that of float32 sums. Those for NEON and AVX2 use 16-bit numbers, so that one limb is
+#: as exact as two.
 LIMBS = 2
 #: Largest head_dim that the kernels support.
 MAX_DIM = 512

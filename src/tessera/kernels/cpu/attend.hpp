@@ -78,6 +78,7 @@ struct Unit {
 
 void attend_portable(const Problem&);
 void attend_neon(const Problem&);
+void attend_dotprod(const Problem&);
 void attend_avx2(const Problem&);
 void attend_avxvnni(const Problem&);
 void attend_avx512(const Problem&);

@@ -18,9 +18,9 @@
 namespace tessera {
 
 // Of instruction sets, of one family a build has. What has no kernel of its own for one runs that of the level below.
-enum Level { PORTABLE, NEON, AVX2, AVXVNNI, AVX512 };
-constexpr Level LEVELS[] = {PORTABLE, NEON, AVX2, AVXVNNI, AVX512};
-constexpr const char* NAMES[] = {"portable", "neon", "avx2", "avxvnni", "avx512"};
+enum Level { PORTABLE, NEON, DOTPROD, AVX2, AVXVNNI, AVX512 };
+constexpr Level LEVELS[] = {PORTABLE, NEON, DOTPROD, AVX2, AVXVNNI, AVX512};
+constexpr const char* NAMES[] = {"portable", "neon", "dotprod", "avx2", "avxvnni", "avx512"};
 
 #if defined(TESSERA_X86)
 inline bool has(Level level) {
@@ -40,10 +40,17 @@ inline bool has(Level level) {
                __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
     return level == PORTABLE;
 }
-#elif defined(TESSERA_NEON) && defined(__linux__)
-inline bool has(Level level) { return level == PORTABLE || (level == NEON && (getauxval(AT_HWCAP) & HWCAP_ASIMD)); }
 #elif defined(TESSERA_NEON)
-inline bool has(Level level) { return level <= NEON; }
+inline bool has(Level level) {
+#if defined(__linux__)
+    const unsigned long features = getauxval(AT_HWCAP);
+    if (level == NEON) return features & HWCAP_ASIMD;
+    if (level == DOTPROD) return has(NEON) && (features & HWCAP_ASIMDDP);
+#else
+    if (level == NEON) return true;
+#endif
+    return level == PORTABLE;
+}
 #else
 inline bool has(Level level) { return level == PORTABLE; }
 #endif
@@ -71,6 +78,7 @@ inline void run([[maybe_unused]] const std::string& level, const Problem& p) {
 #endif
     if (at_least(level, AVX2)) return attend_avx2(p);
 #elif defined(TESSERA_NEON)
+    if (at_least(level, DOTPROD)) return attend_dotprod(p);
     if (at_least(level, NEON)) return attend_neon(p);
 #endif
     attend_portable(p);

@@ -11,15 +11,17 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from tessera.kernels import pack
+from tessera.kernels import feedback, pack
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.nearest import ROOT, CellIndex, Codewords, brute_force
+from tessera.kernels.nearest import ROOT, CellIndex, Codewords
 from tessera.kernels.pages import Coded, Pages, strided
 from tessera.kernels.params import AttendParams
 from tessera.kernels.triton.tables import (
     FRACTION,
     block_table,
     code_options,
+    index_bias,
+    index_bounds,
     index_tables,
     options,
     power,
@@ -305,7 +307,7 @@ def decode(packed: Coded) -> Tensor:
 
 def nearest(x: Tensor, index: CellIndex) -> Tensor:
     """`tessera.kernels.nearest.nearest` in Triton: (n, 4) float32 -> (n,) int64, rows of the index's words."""
-    from tessera.kernels.triton.nearest_kernel import BLOCK, nearest_kernel
+    from tessera.kernels.triton.nearest_kernel import BLOCK, FEW, TILE, full_search_kernel, nearest_kernel
 
     x = x.contiguous()
     found = torch.empty(len(x), dtype=torch.int32, device=x.device)
@@ -322,22 +324,26 @@ def nearest(x: Tensor, index: CellIndex) -> Tensor:
             len(x),
             ROOT,
             index.radius**2,
-            *index.origin.tolist(),
-            *index.dims.tolist(),
+            *index_bounds(index),
             DEPTH=index.depth,
             CONJUGATIONS=index.conjugations,
             BLOCK=BLOCK,
         )
-    code = found.long()
-    far = code < 0
-    if far.any():
-        code[far] = brute_force(x[far], index.words)
-    return code
+        # On the device too, so that the host need not know whether there are any.
+        full_search_kernel[(-(-len(x) // FEW),)](
+            x, index.words, index_bias(index), found, len(x), len(index.words), FEW=FEW, TILE=TILE
+        )
+    return found.long()
 
 
 def nearest_codes(x: Tensor, book: Codewords) -> Tensor:
     """`tessera.kernels.pack.nearest_codes` with the search in Triton."""
     return pack.nearest_codes(x, book, nearest)
+
+
+def encode_feedback(y: Tensor, matrix: Tensor, book: Codewords) -> Tensor:
+    """`tessera.kernels.feedback.encode_feedback` with the search in Triton."""
+    return feedback.encode_feedback(y, matrix, book, nearest)
 
 
 def pack_nearest(x: Tensor, scale: Tensor, book: Codewords, bits: int) -> Tensor:

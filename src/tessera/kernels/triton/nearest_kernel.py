@@ -7,6 +7,8 @@ import triton.language as tl
 
 #: Chunks of a program.
 BLOCK = 128
+#: Chunks of a program that searches in full, and codewords that it compares with at a time.
+FEW, TILE = 32, 128
 
 
 @triton.jit
@@ -122,3 +124,37 @@ def nearest_kernel(
         s = s // 12 * 12 + tl.load(unit_rotation + turned)
     code = s * 24 + tl.load(product + 24 * unit + right)
     tl.store(out + at, tl.where(far, -1, code), mask=live)
+
+
+@triton.jit
+def full_search_kernel(
+    x,  # (n, 4) float32
+    words,  # (m, 4) float32, all codewords
+    bias,  # (m,) float32, half their squared lengths
+    out,  # (n,) int32; where it is -1 the code is found
+    n,
+    m,
+    FEW: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Search in full for the chunks of one block that `nearest_kernel` left, of which most blocks have none."""
+    at = tl.program_id(0) * FEW + tl.arange(0, FEW)
+    left = tl.load(out + at, mask=at < n, other=0) < 0
+    if tl.max(left.to(tl.int32), 0) > 0:
+        x0 = tl.load(x + 4 * at, mask=left, other=0.0)
+        x1 = tl.load(x + 4 * at + 1, mask=left, other=0.0)
+        x2 = tl.load(x + 4 * at + 2, mask=left, other=0.0)
+        x3 = tl.load(x + 4 * at + 3, mask=left, other=0.0)
+        best, code = tl.full((FEW,), -float("inf"), tl.float32), tl.zeros((FEW,), tl.int32)
+        for start in range(0, m, TILE):
+            word = start + tl.arange(0, TILE)
+            inside = word < m
+            score = x0[:, None] * tl.load(words + 4 * word, mask=inside, other=0.0)[None, :]
+            score += x1[:, None] * tl.load(words + 4 * word + 1, mask=inside, other=0.0)[None, :]
+            score += x2[:, None] * tl.load(words + 4 * word + 2, mask=inside, other=0.0)[None, :]
+            score += x3[:, None] * tl.load(words + 4 * word + 3, mask=inside, other=0.0)[None, :]
+            score -= tl.load(bias + word, mask=inside, other=float("inf"))[None, :]
+            top = tl.max(score, 1)
+            better = top > best
+            best, code = tl.where(better, top, best), tl.where(better, start + tl.argmax(score, 1), code)
+        tl.store(out + at, code, mask=left)

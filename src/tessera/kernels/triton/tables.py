@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.devices import upload
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import CellIndex, reduction_tables
 from tessera.kernels.pages import Coded, Pages
@@ -81,6 +82,18 @@ def index_tables(index: CellIndex) -> tuple[Tensor, ...]:
     first, count, points, codes = index.lists()
     group = [table.flatten().int() for table in reduction_tables()]
     return tuple(t.to(device).contiguous() for t in (first, count, points, codes, units(), *group))
+
+
+@cache
+def index_bounds(index: CellIndex) -> tuple[int, ...]:
+    """Return the origin and the dims of the cubes as the kernel's numbers, read from the device once."""
+    return (*index.origin.tolist(), *index.dims.tolist())
+
+
+@cache
+def index_bias(index: CellIndex) -> Tensor:
+    """Return half the squared length of each codeword."""
+    return index.words.square().sum(-1) / 2
 
 
 def column_order(dim: int) -> list[int]:
@@ -179,7 +192,7 @@ def block_table(pages: Pages, block: int, group: int) -> tuple[Tensor, int, int]
             gcd(16, packed.tensors["codes"].shape[-1], *table[:, which].flatten().tolist())
             for packed, which in zip(pages.pages[0], columns, strict=True)
         )
-        pages.memo["triton"] = table.to(pages.pages[0][0].device), *aligns
+        pages.memo["triton"] = upload(table, pages.pages[0][0].device), *aligns
     return pages.memo["triton"]
 
 
