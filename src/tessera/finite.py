@@ -75,7 +75,7 @@ class FiniteCheck(Awaited):
             )
 
     def reset(self) -> None:
-        """The cache has forgotten all that it held."""
+        """Clear the findings, for a cache that was reset."""
         self.broken, self._found = False, None
 
 
@@ -84,7 +84,7 @@ def finite_only(x: Tensor, message: str, check: FiniteCheck | None) -> Tensor:
 
     Args:
         x: tensor of any shape.
-        message: of the error.
+        message: message of the error.
         check: receives the finding on devices where it defers them; None: it is refused at once.
 
     Raises:

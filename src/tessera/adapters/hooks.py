@@ -205,7 +205,7 @@ class MemoryHooks:
         return added
 
     def _check_of(self, cache: TransformersCache) -> FiniteCheck | None:
-        """What is told of numbers that are not finite, one for all layers: the cache's own, or that of the first stream."""
+        """Return the check for finite numbers that all layers share: the cache's own, or that of the first stream."""
         if isinstance(cache.layers[0], TesseraLayer):
             return cache.layers[0].policy.finite
         first = known_stream(cache, self.first, self.name)

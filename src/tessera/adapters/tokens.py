@@ -179,7 +179,7 @@ class Square:
         self._biased = HostCopy(biased) if isinstance(biased, Tensor) else None
 
     def visible(self) -> Tensor:
-        """Where a query sees a slot, on the CPU.
+        """Return where a query sees a slot, on the CPU.
 
         Raises:
             ValueError: if it adds a bias to the scores.
@@ -213,7 +213,7 @@ def _unordered(given: Mapping[str, Any], shape: tuple[int, int]) -> HostCopy | N
 
 
 def _read_positions(given: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """Where documents begin by the positions, as attention reads them where there is neither a mask nor a cache."""
+    """Find where documents begin from positions, as attention does where there is neither a mask nor a cache."""
     positions = _positions(given, shape)
     documents = None if positions is None else find_packed_sequence_indices(positions.cpu().expand(shape))
     return None if documents is None else _changes(documents)

@@ -66,10 +66,10 @@ def warned(layer: int, weight: float) -> bool:
 
 
 class FirstWeights(Awaited):
-    """What layers on a device have measured, read with what the next call has to read.
+    """The weights of the first token measured by layers on a device, transferred together with the next call's reads.
 
     Args:
-        context: of their cache, which holds this until then.
+        context: context of their cache, which holds this until then.
     """
 
     def __init__(self, context: CacheContext) -> None:

@@ -1,7 +1,7 @@
-"""What the mask of a call says of the call's tokens: which are padding, where documents begin, and whether there is more to it.
+"""Reading a call's mask: which of its tokens are padding, where documents begin, and whether it hides anything else.
 
-A mask that was made of a mask of padding is read on the host, from what it was made of; any other is looked at where it lies,
-and the answers are brought in one transfer. Both say the same.
+A mask that was made from a padding mask is evaluated on the host, from the padding mask; any other is evaluated on its device,
+and the results come in one transfer. Both give the same answers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BIASED = "this attention mask adds a bias to the scores; only masks that hide ar
 
 @dataclass(frozen=True)
 class Rule:
-    """What the tokens of a layer see by themselves.
+    """The visibility of tokens in a layer without a mask.
 
     Attributes:
         sliding: this many newest tokens of their row, themselves included; None: all.
@@ -38,7 +38,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What a mask says of the new tokens of its call, for each of its rows.
+    """The new tokens of a call according to its mask, for each row.
 
     Attributes:
         real: for each row, one byte for each token: 1 for a token, 0 for padding.
@@ -60,9 +60,9 @@ def read_mask(mask: Tensor, known: NDArray[np.bool_], rule: Rule, finite: Finite
     """Read the mask of a call, and what else the device has to say, in one look.
 
     Args:
-        mask: of the call, (batch or 1, heads or 1, queries, slots).
+        mask: attention mask of the call, (batch or 1, heads or 1, queries, slots).
         known: (batch, columns before the call's) bool, which slots hold tokens that the rows have.
-        rule: of the layer.
+        rule: the layer's rule.
         finite: told what it waits to hear; None: nothing.
 
     Returns:

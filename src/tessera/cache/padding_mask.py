@@ -23,8 +23,8 @@ class PaddingMask(Tensor):
     """Stands for a mask, (batch, 1, queries, slots) bool; the last query is that of the last slot.
 
     Args:
-        shape: of the mask.
-        device: of the mask.
+        shape: shape of the mask.
+        device: device of the mask.
         padding: (batch, slots) bool, False for padding; None: there is none.
         window: a query sees this many newest slots, itself included; None: all up to its own.
         make: makes the mask.
@@ -50,7 +50,7 @@ class PaddingMask(Tensor):
         return self
 
     def real_slots(self) -> NDArray[np.bool_] | None:
-        """Which slots are no padding, (batch, slots); None: all. They are read if nobody has read them yet."""
+        """Return which slots are no padding, (batch, slots); None: all. The mask is read if it was not read before."""
         return None if self.padding is None else cast("NDArray[np.bool_]", self.padding.get())
 
     def on_cpu(self) -> Tensor:

@@ -61,7 +61,8 @@ def attend_exact_refusal(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) 
 
 def _fast(pages: CompressedKV, level: str) -> bool:
     """Whether codes are multiplied as integers, which is faster than dense keys for any number of queries."""
-    return level != "portable" and all(isinstance(form, JointFormat) for form in pages.form())
+    # NEON alone multiplies as many integers at a time as floats.
+    return level not in ("portable", "neon") and all(isinstance(form, JointFormat) for form in pages.form())
 
 
 def tiled_refusal(q: Tensor, pages: CompressedKV, params: AttendParams) -> str | None:
