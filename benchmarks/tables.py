@@ -186,15 +186,18 @@ def sparse_speed() -> str:
 
 
 def sparse_quality() -> str:
-    """KL by how much is read and how much a block's width counts."""
-    rows = _load("sparse_reading")["quality"]
-    spreads = sorted({row["spread"] for row in rows if row["top"]})
-    lines = []
-    for top in sorted({row["top"] for row in rows}, reverse=True):
-        own = {row["spread"]: f"{row['kl']:.5f}" for row in rows if row["top"] == top}
-        cells = [own.get(spread, "") for spread in spreads] if top else [next(iter(own.values()))] * len(spreads)
-        lines.append((f"{top:,} of {rows[0]['length']:,}" if top else "everything", *cells))
-    return markdown_table(("tokens read", *(f"KL, width x {spread:g}" for spread in spreads)), lines)
+    """Loss and recall by how much is read and how much a block's width counts."""
+    lines = [
+        (
+            f"{row['top']:,} of {row['length']:,}" if row["top"] else "everything",
+            f"{row['spread']:g}" if row["top"] else "",
+            f"{row['loss']:+.4f} ± {row['error']:.4f}",
+            f"{row['recall']:.1%}",
+        )
+        for row in _load("sparse_reading")["quality"]
+    ]
+    head = ("tokens read", "weight of a block's width", "loss over the exact cache's, nats", "repeated tokens predicted")
+    return markdown_table(head, lines)
 
 
 def codec_error(inputs: str, head_dim: str) -> str:

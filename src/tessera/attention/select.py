@@ -18,7 +18,7 @@ from tessera.cache.tiers import KVSource
 from tessera.kernels import CompressedKV
 
 #: Weight of the typical deviation of a score, chosen with `benchmarks/sparse_reading.py`.
-SPREAD = 0.5
+SPREAD = 1.5
 #: Maximum bytes of a mask; more queries are processed in turn.
 MOST = 16 << 20
 
