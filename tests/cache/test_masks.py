@@ -14,7 +14,7 @@ from cache_models import VOCAB, make, relative, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration
+from transformers import DynamicCache, Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration, StaticCache
 from transformers.masking_utils import create_causal_mask
 
 import tessera
@@ -546,3 +546,19 @@ def test_layers_that_are_compiled_by_themselves_take_the_mask_into_one_graph(fam
         found, wanted = (each(ids, attention_mask=padding, use_cache=False).logits for each in (compiled, model))
         close(found[:, 5:], wanted[:, 5:])
     torch.compiler.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_static_cache_may_be_filled_to_its_last_slot(family: str) -> None:
+    plain, switched = make(family), tessera.enable(make(family))
+    switched.load_state_dict(plain.state_dict())
+    ids, padding = tokens(2, 50), torch.ones(2, 50, dtype=torch.long)
+    padding[0, :7] = padding[1, 20:23] = 0
+    caches = [StaticCache(config=model.config, max_cache_len=50) for model in (plain, switched)]
+    for begin, end in ((0, 30), (30, 31), (31, 40), (40, 50)):
+        given = {"input_ids": ids[:, begin:end], "attention_mask": padding[:, :end]}
+        pairs = zip((plain, switched), caches, strict=True)
+        wanted, found = (model(**given, past_key_values=cache).logits for model, cache in pairs)
+        real = padding[:, begin:end].bool()
+        close(found[real], wanted[real])
