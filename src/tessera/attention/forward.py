@@ -23,7 +23,7 @@ from tessera.attention.windowed import SlidingWindow, Softmax, dense, windowed
 from tessera.cache.cache_layer import ATTENTION, DeferredKV
 from tessera.cache.deferred import UNCOMPILED
 from tessera.cache.masks import by_lengths, check_absorbed, documents
-from tessera.cache.padding_mask import PaddingMask, on_host
+from tessera.cache.padding_mask import PaddingMask, by_padding, on_host
 from tessera.cache.truncated_bptt import Segment
 from tessera.tensor_cache.gated_read import MemoryCall
 from tessera.tensor_cache.infini import Infini
@@ -192,9 +192,11 @@ def _window(mask_function: Any, local_size: int | None) -> tuple[bool, int | Non
 
 def _unless_all(mask: Tensor | None) -> Tensor | None:
     """The mask, or None if it hides nothing, which is looked at once for all layers."""
-    if not isinstance(mask, PaddingMask):
-        return mask
-    # Where one token sees a window, to look costs more than the mask.
+    if not by_padding(mask):
+        return mask.whole if isinstance(mask, PaddingMask) else mask
+    # What is compiled cannot depend on what is read; and where one token sees a window, to look costs more than the mask.
+    if torch.compiler.is_compiling():
+        return mask.whole
     if mask.window is not None and (mask.shape[2] == 1 or mask.shape[3] >= mask.window):
         return mask.whole
     real = mask.real_slots()
