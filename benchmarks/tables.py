@@ -428,12 +428,8 @@ def model_generation() -> str:
     cells = []
     for r in rows:
         peer = base[r["tokens"], r["chunk"]]
-        parts = ("prefill", "step", "slowest_step")
-        units = ("s", "ms", "ms")
-        figures = [
-            f"{r[f'{part}_processor_{unit}']:.2f} ({r[f'{part}_processor_{unit}'] / peer[f'{part}_processor_{unit}']:.2f})"
-            for part, unit in zip(parts, units, strict=True)
-        ]
+        keys = ("prefill_s", "step_ms", "slowest_step_ms")
+        figures = [f"{r[key]:.2f} ({r[key] / peer[key]:.2f})" for key in keys]
         held = size(r["peak_growth"]) if "peak_growth" in r else "-"
         cells.append((f"`{r['cache']}`", f"{r['tokens']:,}", f"{r['chunk']:,}", *figures, held))
     head = ("cache", "prompt", "tokens a call", "prefill, s", "step, ms", "slowest step, ms", "peak memory")
