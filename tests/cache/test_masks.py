@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration
+from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
 
 import tessera
+from tessera.attention.forward import mask_unless_causal
 from tessera.cache.masks import Runs, documents
 from tessera.cache.new_tokens import Rule, read_mask
 from tessera.cache.padding_mask import PaddingMask
@@ -508,3 +510,15 @@ def test_a_mask_of_padding_is_the_mask_itself_to_whatever_else_touches_it() -> N
     assert torch.equal(mask.float(), whole.float())
     assert bool(mask.any()) == bool(whole.any())
     assert mask.to("meta").shape == whole.shape
+
+
+def test_a_mask_made_late_is_that_of_its_call() -> None:
+    """Some caches count in a tensor, which is another number when a layer has the mask made."""
+    place, slots = torch.tensor(30), torch.tensor(34)
+    options = {"mask_function": sliding_window_causal_mask_function(8), "local_size": 8}
+    padded = torch.ones((1, 34), dtype=torch.bool)
+    late = mask_unless_causal(1, 4, slots, place, torch.tensor(0), attention_mask=padded, **options)
+    place += 4
+    slots += 4
+    assert isinstance(late, PaddingMask)
+    assert torch.equal(late.whole, sdpa_mask(1, 4, 34, 30, 0, attention_mask=padded, allow_is_causal_skip=False, **options))

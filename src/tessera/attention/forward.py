@@ -151,12 +151,15 @@ def mask_unless_causal(
     """
     rest = {"attention_mask": attention_mask, "local_size": local_size, **kwargs}
     compiling = torch.compiler.is_compiling()
-    room = 0 if compiling else int(kv_offset) + kv_length - int(q_offset) - q_length
+    if not compiling:
+        # Where these are tensors, they are the cache's own, which it goes on counting in before the mask is made.
+        q_offset, kv_offset, kv_length = int(q_offset), int(kv_offset), int(kv_length)
+    room = 0 if compiling else kv_offset + kv_length - q_offset - q_length
     simple, window = _window(mask_function, local_size)
     if simple and allow_is_causal_skip and not room and not compiling:
         if attention_mask is None and window is None:
             return None
-        padding = None if attention_mask is None else attention_mask[:, int(kv_offset) : int(kv_offset) + kv_length]
+        padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
         if padding is None or (padding.dtype == torch.bool and padding.shape == (batch_size, kv_length)):
             device = torch.device(kwargs.get("device", "cpu") if padding is None else padding.device)
             whole = {**rest, "allow_is_causal_skip": False}
@@ -167,7 +170,7 @@ def mask_unless_causal(
                 made: Tensor = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **whole)
                 return made
 
-            told = None if padding is None or attention_mask is None else on_host(attention_mask, int(kv_offset), kv_length)
+            told = None if padding is None or attention_mask is None else on_host(attention_mask, kv_offset, kv_length)
             return PaddingMask((batch_size, 1, q_length, kv_length), device, told, window, make)
     skip = allow_is_causal_skip and not room and (compiling or q_length > 1)
     # A mask that is left out is taken for that of the newest queries.
