@@ -19,6 +19,7 @@ from tessera.attention import over_tiers, switch
 from tessera.attention.source import touches, windowed
 from tessera.tensor_cache import TensorCacheConfig
 from tessera.tensor_memory import TensorMemoryConfig
+from versions import SECTIONS_OF_ROTARY
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -143,6 +144,7 @@ def test_a_model_that_is_no_decoder_is_given_no_tensor_cache() -> None:
         tessera.attach(families.small_model("bert", config), TensorCacheConfig(window=32, rotary=True))
 
 
+@SECTIONS_OF_ROTARY
 def test_a_rotary_phase_of_several_positions_a_token_is_left_on_or_refused() -> None:
     model = built("qwen2_vl")
     with pytest.raises(ValueError, match=r"several positions each, of time, height and width.*rotary=True"):

@@ -47,7 +47,7 @@ def main(folder: Path, out: Path) -> None:
     if spread:
         from transformers.distributed import DistributedConfig
 
-        options["distributed_config"] = DistributedConfig(tp_plan="auto")
+        options["distributed_config"] = DistributedConfig(tp_plan="auto", tp_size=int(os.environ["WORLD_SIZE"]))
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     for spec in SPECS:
         cache = tessera.Cache(spec, model)

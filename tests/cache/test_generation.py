@@ -20,6 +20,7 @@ from tessera.attention import over_tiers as tiers
 from tessera.cache.group import RECORDED, StepContext
 from tessera.kernels import CompressedKV, cpu, reference
 from tessera.kernels.cpu import sources
+from versions import DRAFTS_WITH_WINDOWS, EARLY_EXIT_WITH_WINDOWS
 
 PACKED = "sink:4 + hqmq:4 + recent:16"
 #: Dense results are the same up to rounding.
@@ -65,6 +66,16 @@ CALLS = {
     "draft model, sampled": Call(_SAMPLE, rows=1, draft=True),
     "early exit": Call({"assistant_early_exit": 1}, rows=1),
 }
+_OLDER = {
+    "draft model": DRAFTS_WITH_WINDOWS,
+    "draft model, sampled": DRAFTS_WITH_WINDOWS,
+    "early exit": EARLY_EXIT_WITH_WINDOWS,
+}
+#: Every call with and without sliding windows.
+FAMILY_CALLS = [
+    *((name, "llama") for name in CALLS),
+    *(pytest.param(name, "gemma3", marks=_OLDER.get(name, ())) for name in CALLS),
+]
 
 
 def draft_of(model: Any) -> Any:
@@ -112,8 +123,7 @@ def taught(model: Any, sequences: Tensor, mask: Tensor) -> Tensor:
     return model(sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits.transpose(0, 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(("name", "family"), FAMILY_CALLS)
 def test_dense_generates_what_transformers_does(name: str, family: str) -> None:
     call, model = CALLS[name], make(family)
     arguments = call.arguments | ({"assistant_model": draft_of(model)} if call.draft else {})
@@ -133,8 +143,7 @@ def distance(model: Any, output: Any, mask: Tensor) -> float:
     return relative(logits, taught(model, output.sequences, mask)[-1 - len(logits) : -1])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(("name", "family"), FAMILY_CALLS)
 def test_packed_generation_stays_close_to_the_model_without_a_cache(name: str, family: str) -> None:
     call, model = CALLS[name], make(family)
     arguments = call.arguments | ({"assistant_model": draft_of(model)} if call.draft else {})

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration, StaticCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, sdpa_mask, sliding_window_causal_mask_function
 
 import tessera
+from tessera.attention.forward import mask_unless_causal
 from tessera.cache.masks import Runs, documents
 from tessera.cache.new_tokens import Rule, read_mask
 from tessera.cache.padding_mask import PaddingMask
@@ -562,3 +563,15 @@ def test_a_static_cache_may_be_filled_to_its_last_slot(family: str) -> None:
         wanted, found = (model(**given, past_key_values=cache).logits for model, cache in pairs)
         real = padding[:, begin:end].bool()
         close(found[real], wanted[real])
+
+
+def test_a_mask_made_late_is_that_of_its_call() -> None:
+    """Some caches count in a tensor, which is another number when a layer has the mask made."""
+    place, slots = torch.tensor(30), torch.tensor(34)
+    options = {"mask_function": sliding_window_causal_mask_function(8), "local_size": 8}
+    padded = torch.ones((1, 34), dtype=torch.bool)
+    late = mask_unless_causal(1, 4, slots, place, torch.tensor(0), attention_mask=padded, **options)
+    place += 4
+    slots += 4
+    assert isinstance(late, PaddingMask)
+    assert torch.equal(late.whole, sdpa_mask(1, 4, 34, 30, 0, attention_mask=padded, allow_is_causal_skip=False, **options))

@@ -30,6 +30,7 @@ from tessera.adapters import attached_memory
 from tessera.cache.layer_states import state_of
 from tessera.cache.stream import TENSOR_MEMORY, Stream
 from tessera.tensor_memory import TensorMemoryConfig
+from versions import DRAFTS_WITH_WINDOWS, LONG_DRAFTS
 
 SPECS = [None, "dense", "sink:2 + window:200"]
 
@@ -417,6 +418,7 @@ def test_models_whose_tokens_a_memory_cannot_read_in_order_are_refused_when_atta
 # Taking back
 
 
+@LONG_DRAFTS
 @pytest.mark.parametrize("spec", [None, "dense", "sink:4 + window:400"])
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_assisted_generation_is_plain_generation(spec: str | None, chunk: int) -> None:
@@ -440,7 +442,7 @@ def test_assisted_generation_is_plain_generation(spec: str | None, chunk: int) -
         assert torch.equal(found, wanted[:, : found.shape[1]]), how
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt-oss"])
+@pytest.mark.parametrize("family", [pytest.param("gemma3", marks=DRAFTS_WITH_WINDOWS), "gpt-oss"])
 def test_assisted_generation_of_models_with_sliding_layers_is_plain_generation(family: str) -> None:
     model, ids = attached(family), tokens(1, 60)
     wanted = model.generate(ids, max_new_tokens=30, do_sample=False, use_cache=False)

@@ -154,7 +154,7 @@ def mask_unless_causal(
     room = 0
     if not compiling:
         # Static caches count in tensors, which have moved on when a mask is made later.
-        q_offset, kv_offset = int(q_offset), int(kv_offset)
+        q_offset, kv_offset, kv_length = int(q_offset), int(kv_offset), int(kv_length)
         room = kv_offset + kv_length - q_offset - q_length
     simple, window = _window(mask_function, local_size)
     if simple and allow_is_causal_skip and not room and not compiling:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 #: Attribute of a layer that holds its states.
 STATES = "memory_states"
@@ -193,6 +193,10 @@ class _Stateful(CacheLayerMixin):
 
     def reset(self) -> None:
         super().reset()
+        if isinstance(self, DynamicLayer) and self.is_initialized:
+            # transformers before 5.18 fills keys and values with zeros, and counts these as tokens.
+            self.keys = self.values = None
+            self.is_initialized = False
         self.memory_states.reset()
 
     def activate_past_recording(self) -> None:
