@@ -21,7 +21,7 @@ from tessera.codecs import KeyStats, save_stats
 pytest.importorskip("transformers.distributed", reason="this transformers spreads models in another way")
 
 PROCESS = Path(__file__).with_name("tensor_parallel_process.py")
-SIZE = {"vocab_size": 98, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "eos_token_id": None}
+SIZE = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "eos_token_id": None}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "initializer_range": 0.2}
 
 
