@@ -30,7 +30,7 @@ test: install
 	$(BIN)/python -m pytest -n 2
 
 test-slow: install test-vllm test-lm-eval
-	$(BIN)/python -m pytest -m "slow or gpu"
+	$(BIN)/python -m pytest -o faulthandler_timeout=3600 -m "slow or gpu"
 
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
@@ -39,7 +39,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	touch $(VLLM_STAMP)
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -o faulthandler_timeout=900 -m vllm tests/engine
 
 # Too large for the extra `test`; once it is there, make test runs these tests too.
 test-lm-eval: install

@@ -31,7 +31,7 @@ from tessera.cache.tiers import PAGE
 from tessera.codecs import Packed
 from tessera.evaluation.records import environment
 from tessera.files import atomic_path
-from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
+from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch, reference
 from tessera.kernels.joint import JointFormat
 from timing import medians
 
@@ -65,7 +65,7 @@ def dense_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object
     }
 
 
-def pages_of(spec: str, kv_heads: int, tokens: int, dim: int) -> Pages:
+def pages_of(spec: str, kv_heads: int, tokens: int, dim: int) -> CompressedKV:
     """Pages of their own memory. One is encoded and copied: the time does not depend on what it holds."""
     codec = codecs.get(spec)
     size = min(PAGE, tokens)
@@ -75,7 +75,7 @@ def pages_of(spec: str, kv_heads: int, tokens: int, dim: int) -> Pages:
     def copy(packed: Packed) -> Packed:
         return replace(packed, tensors={name: tensor.clone() for name, tensor in packed.tensors.items()})
 
-    return Pages([(copy(first[0]), copy(first[1])) for _ in range(tokens // size)])
+    return CompressedKV([(copy(first[0]), copy(first[1])) for _ in range(tokens // size)])
 
 
 def measure(shape: str, tokens: int, repeats: int, specs: tuple[str, ...], level: str | None) -> list[dict[str, Any]]:

@@ -1,9 +1,11 @@
 """What is lost beyond the window, and what is still recalled, against the total bytes of a cache, for every policy there is.
 
-A text is read into each cache as generation reads it, a chunk a call. The loss is over the second half of the text, less that
-of the exact cache over the same tokens: there, everything that drops tokens has dropped some. Recall is of needles hidden at
-three depths of a text as long: the mean negative log-likelihood of what is hidden, when it is asked for. Bytes are all that the
-cache holds at the end, exact tiers and free room included. Rows are written one by one; a run that was cut short goes on.
+A text is read into each cache as generation reads it, a chunk a call, and behind it short passages of the same text a second
+time, one for every 256 tokens, from all depths. The loss is over the second half of the text, less that of the exact cache over
+the same tokens: there, everything that drops tokens has dropped some. Recall is the share of the repeated tokens that the model
+predicts, once it has read the first few of their passage; how many of these it predicts at first sight, with nothing to recall,
+is measured with the exact cache. Bytes are all that the cache holds at the end, exact tiers and free room included. Rows are
+written one by one; a run that was cut short goes on.
 
 Example:
 
@@ -18,7 +20,6 @@ import argparse
 import sys
 from functools import lru_cache
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -35,13 +36,13 @@ from tessera.evaluation import Source, load, read_text
 from tessera.evaluation.errors import standard_error
 from tessera.evaluation.sources import encode
 from tessera.lab.evaluation.jobs import Job, Row, resume
-from tessera.lab.evaluation.long_context import answer
-from tessera.lab.tasks.long_context import fit, needle
 from tessera.models import demo_memory_path, heldout_text
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON, PICTURE = ROOT / "docs" / "results" / "frontier.json", ROOT / "docs" / "images" / "frontier.png"
-DEPTHS = (0.1, 0.5, 0.9)
+#: Tokens of a passage that is read again, those at its beginning that are not asked for, and tokens a passage is taken from.
+PASSAGE, CUE, SPACE = 32, 8, 256
+DEMO = "demo model"
 #: Kinds of policies: what they are called, and their colour and marker, told apart by readers who see no colours too.
 KINDS = {
     "exact": ("#000000", "*"),
@@ -79,15 +80,28 @@ def policies(length: int, memory: bool) -> dict[str, str]:
     return found
 
 
-def losses(source: Source, spec: str, ids: Tensor, chunk: int) -> tuple[Tensor, int]:
-    """Negative log-likelihoods (tokens - 1,) of a text read through a cache, and the bytes of the cache at the end."""
-    cache, found = tessera.Cache(spec, source.model), []
+def passages(length: int) -> Tensor:
+    """Where the passages begin that are read again behind a text, (passages,): every other one, and back by the others."""
+    count = length // SPACE
+    depth = (torch.arange(count) + 0.5) / count
+    begin = (depth * (length - count * PASSAGE - PASSAGE)).long()
+    return torch.cat([begin[::2], begin[1::2].flip(0)])
+
+
+def read(source: Source, spec: str, ids: Tensor, chunk: int) -> tuple[Tensor, Tensor, int]:
+    """Read tokens through a cache, so many a call.
+
+    Returns:
+        negative log-likelihoods (tokens - 1,), whether the likeliest token was right (tokens - 1,), and the bytes of the cache.
+    """
+    cache, nll, right = tessera.Cache(spec, source.model), [], []
     with torch.inference_mode():
         for begin in range(0, len(ids), chunk):
             part, wanted = ids[begin : begin + chunk], ids[begin + 1 : begin + chunk + 1]
             logits = source.model(part[None], past_key_values=cache).logits[0, : len(wanted)].float()
-            found.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double())
-    return torch.cat(found), cache.report().nbytes
+            nll.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double())
+            right.append(logits.argmax(-1) == wanted)
+    return torch.cat(nll), torch.cat(right), cache.report().nbytes
 
 
 class Bench:
@@ -103,63 +117,64 @@ class Bench:
     def __init__(self, source: Source, remembering: Source | None, text: str, chunk: int) -> None:
         self.source, self.remembering, self.chunk = source, remembering, chunk
         self.ids = encode(source.tokenizer, text)
-        self.exact = lru_cache(maxsize=None)(lambda length: losses(source, "dense", self.ids[:length], chunk)[0])
+        self.exact = lru_cache(maxsize=None)(lambda length: read(source, "dense", self._ids(length), chunk)[:2])
+
+    def _ids(self, length: int) -> Tensor:
+        """So many tokens: the text, and its passages again."""
+        begin = passages(length)
+        again = (begin[:, None] + torch.arange(PASSAGE)).flatten()
+        return torch.cat([self.ids[: length - len(again)], self.ids[again]])
 
     def run(self, job: Job) -> Row:
         """One policy at one length."""
         spec, length = job["spec"], job["length"]
         source = self.remembering if parse(spec).tensor_cache and self.remembering is not None else self.source
-        if job["ask"] == "needle":
-            return {**job, **self._needles(source, spec, length, job["count"])}
-        nll, nbytes = losses(source, spec, self.ids[:length], self.chunk)
-        gap = (nll - self.exact(length))[None, length // 2 :]
-        return {**job, "nbytes": nbytes, "loss": float(gap.mean()), "error": standard_error(gap)}
-
-    def _needles(self, source: Source, spec: str, length: int, count: int) -> Row:
-        nats = []
-        for number in range(count):
-            for depth in DEPTHS:
-                prompt = fit(needle(depth), source.tokenizer, length, f"frontier {length} {number}")
-                cache = tessera.Cache(spec, source.model)
-                nats.append(answer(source, prompt, cache, 1, self.chunk)[0])
-        return {"nbytes": cache.report().nbytes, "nats": nats}
+        nll, right, nbytes = read(source, spec, self._ids(length), self.chunk)
+        exact, seen = self.exact(length)
+        begin = passages(length)
+        text = length - len(begin) * PASSAGE
+        gap = (nll - exact)[None, text // 2 : text - 1]
+        asked = torch.arange(CUE, PASSAGE) - 1  # what is predicted is the next token
+        first = seen[(begin[:, None] + asked).flatten()]
+        again = right[(text + PASSAGE * torch.arange(len(begin))[:, None] + asked).flatten()]
+        shares = {"recall": float(again.double().mean()), "first": float(first.double().mean())}
+        return {**job, "nbytes": nbytes, "loss": float(gap.mean()), "error": standard_error(gap), **shares}
 
 
 def key(job: Job) -> tuple[Any, ...]:
     """What tells one run from another."""
-    return tuple(job[name] for name in ("model", "length", "spec", "ask", "count"))
+    return tuple(job[name] for name in ("model", "length", "spec"))
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Loss against bytes, a panel for each model and length, and behind these recall where it was measured."""
-    names = {"loss": "loss over the exact cache's, nats a token", "nats": "needle, nats a token"}
-    found = dict.fromkeys((name, row["model"], row["length"]) for name in names for row in rows if name in row)
-    columns = min(3, len(found))
-    lines = -(-len(found) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.1 * lines + 1.1), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, (name, model, length) in zip(axes, found, strict=False):
-        own = [row for row in rows if name in row and (row["model"], row["length"]) == (model, length)]
+    """Loss and recall against bytes, a line of two panels for each model and length, pretrained models first."""
+    found = sorted(dict.fromkeys((row["model"], row["length"]) for row in rows), key=lambda one: (one[0] == DEMO, *one))
+    figure = Figure(figsize=(9, 3.1 * len(found) + 1.1), layout="constrained")
+    panels = figure.subplots(len(found), 2, squeeze=False)
+    for (loss, recall), (model, length) in zip(panels, found, strict=True):
+        own = [row for row in rows if (row["model"], row["length"]) == (model, length)]
         for kind, (colour, marker) in KINDS.items():
-            points = [row for row in own if row["kind"] == kind and (kind != "exact" or name == "nats")]
-            x = [row["nbytes"] / 2**20 for row in points]
-            y = [row[name] if name == "loss" else mean(row[name]) for row in points]
-            if points:
-                axis.scatter(x, y, color=colour, marker=marker, s=42, label=kind, zorder=3)
-            if points and name == "loss":
-                axis.errorbar(x, y, [row["error"] for row in points], fmt="none", ecolor=colour, lw=0.8, zorder=2)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_yscale("symlog", linthresh=0.001 if name == "loss" else 0.1)
-        axis.margins(0.1)
-        axis.grid(alpha=0.25)
-        axis.set_xlabel("all bytes of the cache, MiB")
-        axis.set_ylabel(names[name], fontsize=9)
-        axis.set_title(f"{model}, {length:,} tokens", fontsize=10)
-    for axis in axes[len(found) :]:
-        axis.set_visible(False)
-    legend = {label: handle for a in axes for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+            points = [row for row in own if row["kind"] == kind]
+            x, lost = [row["nbytes"] / 2**20 for row in points], [row["loss"] for row in points]
+            loss.scatter(x, lost, color=colour, marker=marker, s=42, label=kind, zorder=3)
+            loss.errorbar(x, lost, [row["error"] for row in points], fmt="none", ecolor=colour, lw=0.8, zorder=2)
+            recall.scatter(x, [100 * row["recall"] for row in points], color=colour, marker=marker, s=42, zorder=3)
+        loss.set_yscale("symlog", linthresh=0.001)
+        loss.set_ylabel("loss over exact, nats a token", fontsize=9)
+        recall.axhline(100 * own[0]["first"], color="#000000", lw=1, ls=":")
+        where = {"xy": (0.98, 100 * own[0]["first"]), "xycoords": ("axes fraction", "data")}
+        recall.annotate(
+            "at first sight", **where, xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", fontsize=8
+        )
+        recall.set_ylabel("repeated tokens predicted, %", fontsize=9)
+        for axis in (loss, recall):
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.margins(0.1)
+            axis.grid(alpha=0.25)
+            axis.set_xlabel("all bytes of the cache, MiB", fontsize=9)
+            axis.set_title(f"{model}, {length:,} tokens", fontsize=10)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -171,7 +186,6 @@ def main() -> int:
     parser.add_argument("--name", help="what the model is called in tables; without it: its folder")
     parser.add_argument("--text", type=Path, help="to be read; without it: the text that the demo model never saw")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
-    parser.add_argument("--needles", type=int, default=0, help="needles at each depth, which take as long as so many texts")
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a call")
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--picture", type=Path, default=PICTURE)
@@ -181,13 +195,10 @@ def main() -> int:
     rows: list[Row] = []
     jobs: list[Job] = []
     demo = options.model is None
-    name = "demo model" if demo else options.name or options.model.name
-    asked = [("text", 1), *([("needle", options.needles)] if options.needles else [])]
-    for ask, count in [] if options.draw else asked:
-        for length in options.lengths:
-            for spec, kind in policies(length, demo).items():
-                about = {"model": name, "length": length, "spec": str(parse(spec)), "kind": kind}
-                jobs.append({**about, "ask": ask, "count": count})
+    name = DEMO if demo else options.name or options.model.name
+    for length in [] if options.draw else options.lengths:
+        for spec, kind in policies(length, demo).items():
+            jobs.append({"model": name, "length": length, "spec": str(parse(spec)), "kind": kind})
     source = None if options.draw else load(None if demo else str(options.model))
     if source is None:
         run: Any = None
@@ -198,14 +209,14 @@ def main() -> int:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("reading", total=len(jobs))
         already: int | None = None
-        for rows in resume(jobs, options.json, run, key, {"depths": DEPTHS}):
+        for rows in resume(jobs, options.json, run, key, {"passage": PASSAGE, "cue": CUE, "chunk": options.chunk}):
             already = len(rows) if already is None else already
             progress.update(bar, completed=len(rows) - already)
-    table = Table("model", "tokens", "cache", "MiB", "loss, nats", "needle, nats")
+    table = Table("model", "tokens", "cache", "MiB", "loss, nats", "recall", "at first sight")
     for row in rows:
-        nats = f"{mean(row['nats']):.2f}" if "nats" in row else ""
-        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}" if "loss" in row else ""
-        table.add_row(row["model"], f"{row['length']:,}", row["spec"], f"{row['nbytes'] / 2**20:.2f}", loss, nats)
+        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}"
+        shares = (f"{row[name]:.1%}" for name in ("recall", "first"))
+        table.add_row(row["model"], f"{row['length']:,}", row["spec"], f"{row['nbytes'] / 2**20:.2f}", loss, *shares)
     Console().print(table)
     draw(rows, options.picture)
     Console().print(f"Saved {options.json} and {options.picture}", highlight=False)

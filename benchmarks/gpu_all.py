@@ -46,7 +46,7 @@ from tessera.codecs import Packed
 from tessera.codecs.codebooks import joint
 from tessera.evaluation.records import environment
 from tessera.files import write_json
-from tessera.kernels import AttendParams, Pages, reference, triton
+from tessera.kernels import AttendParams, CompressedKV, reference, triton
 from tessera.kernels.nearest import brute_force, build_index
 from tessera.kernels.triton.tables import LOOKUPS
 from tessera.tensor_cache import fused
@@ -103,7 +103,9 @@ def both(run: Callable[[], object], device: torch.device) -> dict[str, float]:
     return found
 
 
-def pages_of(spec: str, batch: int, tokens: int, dim: int, kv_heads: int, device: torch.device, wide: float = 1.0) -> Pages:
+def pages_of(
+    spec: str, batch: int, tokens: int, dim: int, kv_heads: int, device: torch.device, wide: float = 1.0
+) -> CompressedKV:
     """Pages of their own memory; one is encoded and copied."""
     codec = codecs.get(spec)
     size = min(PAGE, tokens)
@@ -115,7 +117,7 @@ def pages_of(spec: str, batch: int, tokens: int, dim: int, kv_heads: int, device
         fields = {n: t.to(device).expand(batch, *t.shape[1:]).contiguous() for n, t in packed.tensors.items()}
         return replace(packed, tensors=fields, shape=(batch, *packed.shape[1:]), dtype=torch.float16)
 
-    return Pages([(copy(first[0]), copy(first[1])) for _ in range(tokens // size)])
+    return CompressedKV([(copy(first[0]), copy(first[1])) for _ in range(tokens // size)])
 
 
 def cases(smoke: bool) -> list[dict[str, Any]]:
@@ -149,8 +151,8 @@ def correctness(
     k[..., 1] *= 30
     keys, values = codec.encode(k, "key"), codec.encode(v)
     cut = tokens // 2 + 5  # a page that begins inside a group
-    pages = Pages([(keys.slice(a, b), values.slice(a, b)) for a, b in ((0, cut), (cut, tokens))])
-    moved = Pages([(keys.to(device), values.to(device)) for keys, values in pages.pages])
+    pages = CompressedKV([(keys.slice(a, b), values.slice(a, b)) for a, b in ((0, cut), (cut, tokens))])
+    moved = CompressedKV([(keys.to(device), values.to(device)) for keys, values in pages.pages])
     q = torch.randn(batch, heads, queries, dim)
     wanted, wanted_lse = reference.attend(q, pages, AttendParams(dim**-0.5, **rule))
     out, lse = triton.attend(q.to(device), moved, AttendParams(dim**-0.5, **rule), lookup=lookup)

@@ -27,7 +27,7 @@ from rich.table import Table
 from tessera import codecs
 from tessera.evaluation.records import environment
 from tessera.files import write_json
-from tessera.kernels import AttendParams, Pages, cpu, reference
+from tessera.kernels import AttendParams, CompressedKV, cpu, reference
 from tessera.kernels.cpu import tiled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def ways(spec: str, shape: tuple[int, int, int], queries: int, tokens: int) -> d
         found["definition"] = lambda: reference.attend_exact(q, k, v, PARAMS)
         return found
     codec = codecs.get(spec)
-    pages = Pages([(codec.encode(k, "key"), codec.encode(v, "value"))])
+    pages = CompressedKV([(codec.encode(k, "key"), codec.encode(v, "value"))])
     if cpu.attend_refusal(q, pages) is None:
         for level in cpu.levels():
             found[f"kernel, {level}"] = lambda level=level: cpu.attend(q, pages, PARAMS, level=level)

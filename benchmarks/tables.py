@@ -156,16 +156,17 @@ def _change(row: Row) -> tuple[str, str]:
 def frontier() -> str:
     """Loss and recall against all bytes, by model and length."""
     rows = _load("frontier")["rows"]
-    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    rows.sort(key=lambda row: (row["model"] == "demo model", row["model"], row["length"], row["nbytes"]))
+    lines: list[tuple[str, ...]] = []
+    before = None
     for row in rows:
-        found.setdefault((row["model"], row["length"], row["spec"]), {}).update(row)
-    recalled = any("nats" in row for row in found.values())
-    head = ["model", "tokens", "cache", "MiB", "loss over the exact cache's, nats"] + ["needle, nats a token"] * recalled
-    lines = []
-    for (model, length, spec), row in sorted(found.items(), key=lambda item: (item[0][0], item[0][1], item[1]["nbytes"])):
-        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}" if "loss" in row else ""
-        cells = [model, f"{length:,}", f"`{spec}`", f"{row['nbytes'] / 2**20:.2f}", loss]
-        lines.append(cells + [f"{mean(row['nats']):.2f}" if "nats" in row else ""] * recalled)
+        about = (row["model"], f"{row['length']:,}")
+        if about != before:
+            lines.append((*about, "nothing to recall: at first sight", "", "", f"{row['first']:.1%}"))
+            before = about
+        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}"
+        lines.append((*about, f"`{row['spec']}`", f"{row['nbytes'] / 2**20:.2f}", loss, f"{row['recall']:.1%}"))
+    head = ("model", "tokens", "cache", "MiB", "loss over the exact cache's, nats", "repeated tokens predicted")
     return markdown_table(head, lines)
 
 
@@ -185,15 +186,18 @@ def sparse_speed() -> str:
 
 
 def sparse_quality() -> str:
-    """KL by how much is read and how much a block's width counts."""
-    rows = _load("sparse_reading")["quality"]
-    spreads = sorted({row["spread"] for row in rows if row["top"]})
-    lines = []
-    for top in sorted({row["top"] for row in rows}, reverse=True):
-        own = {row["spread"]: f"{row['kl']:.5f}" for row in rows if row["top"] == top}
-        cells = [own.get(spread, "") for spread in spreads] if top else [next(iter(own.values()))] * len(spreads)
-        lines.append((f"{top:,} of {rows[0]['length']:,}" if top else "everything", *cells))
-    return markdown_table(("tokens read", *(f"KL, width x {spread:g}" for spread in spreads)), lines)
+    """Loss and recall by how much is read and how much a block's width counts."""
+    lines = [
+        (
+            f"{row['top']:,} of {row['length']:,}" if row["top"] else "everything",
+            f"{row['spread']:g}" if row["top"] else "",
+            f"{row['loss']:+.4f} ± {row['error']:.4f}",
+            f"{row['recall']:.1%}",
+        )
+        for row in _load("sparse_reading")["quality"]
+    ]
+    head = ("tokens read", "weight of a block's width", "loss over the exact cache's, nats", "repeated tokens predicted")
+    return markdown_table(head, lines)
 
 
 def codec_error(inputs: str, head_dim: str) -> str:
@@ -424,12 +428,8 @@ def model_generation() -> str:
     cells = []
     for r in rows:
         peer = base[r["tokens"], r["chunk"]]
-        parts = ("prefill", "step", "slowest_step")
-        units = ("s", "ms", "ms")
-        figures = [
-            f"{r[f'{part}_processor_{unit}']:.2f} ({r[f'{part}_processor_{unit}'] / peer[f'{part}_processor_{unit}']:.2f})"
-            for part, unit in zip(parts, units, strict=True)
-        ]
+        keys = ("prefill_s", "step_ms", "slowest_step_ms")
+        figures = [f"{r[key]:.2f} ({r[key] / peer[key]:.2f})" for key in keys]
         held = size(r["peak_growth"]) if "peak_growth" in r else "-"
         cells.append((f"`{r['cache']}`", f"{r['tokens']:,}", f"{r['chunk']:,}", *figures, held))
     head = ("cache", "prompt", "tokens a call", "prefill, s", "step, ms", "slowest step, ms", "peak memory")

@@ -18,7 +18,7 @@ from tessera.evaluation.methods import method, short
 from tessera.evaluation.plot import pareto
 from tessera.evaluation.sources import encode, windows
 from tessera.evaluation.table import advice, best, caption, cells, differences, markdown, tables
-from tessera.kernels import Pages, dispatch
+from tessera.kernels import CompressedKV, dispatch
 
 SPECS = ("hqmq:4 + recent:64", "sink:4 + hqmq:2 + recent:64", "hqmq:4 + recent:4096", "window:64")
 
@@ -105,7 +105,7 @@ def test_paper_protocol_quantises_every_token_but_sinks(source: Source, text: st
     seen: list[tuple[int, int]] = []
     attend, attend_exact = dispatch.attend, dispatch.attend_exact
 
-    def packed(q: torch.Tensor, pages: Pages, *rest: object, **options: object) -> object:
+    def packed(q: torch.Tensor, pages: CompressedKV, *rest: object, **options: object) -> object:
         seen.append((0, pages.shape[2]))
         return attend(q, pages, *rest, **options)  # type: ignore[arg-type]
 

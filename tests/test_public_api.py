@@ -53,7 +53,8 @@ def test_names_are_these() -> None:
             "load_demo",
         ),
     ]
-    assert kernels.__all__ == ["AttendParams", "Pages", "attend", "decode", "merge", "nearest", "nearest_directions"]
+    assert kernels.__all__ == ["AttendParams", "CompressedKV", "attend", "decode", "merge", "nearest", "nearest_directions"]
+    assert kernels.Pages is kernels.CompressedKV
 
 
 def test_every_name_is_there() -> None:

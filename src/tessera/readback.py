@@ -50,9 +50,13 @@ def bring(*wanted: Awaited) -> None:
     found = [(each, tensor) for each, tensor in asked if tensor is not None]
     if not found:
         return
+    if len(found) == 1:
+        ((each, tensor),) = found
+        each.receive(tensor.detach().cpu().numpy())
+        return
     device = next((tensor.device for _, tensor in found if tensor.device.type != "cpu"), torch.device("cpu"))
     parts = [x.detach().contiguous().view(-1).view(torch.uint8).to(device, non_blocking=True) for _, x in found]
-    said = (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
+    said = torch.cat(parts).cpu().numpy()
     at = 0
     for (each, tensor), part in zip(found, parts, strict=True):
         own = said[at : at + part.numel()].view(_numpy(tensor.dtype)).reshape(tuple(tensor.shape))

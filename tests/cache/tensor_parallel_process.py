@@ -72,8 +72,6 @@ def main(folder: Path, out: Path) -> None:
         found["memory"] = refused(lambda: tessera.attach(model, tessera.tensor_cache.TensorCacheConfig(window=32)))
     name = f"rank{rank}.json" if spread else "whole.json"
     (out / name).write_text(json.dumps(found), encoding="utf-8")
-    if spread:
-        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

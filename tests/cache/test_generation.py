@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import tessera
 from tessera.attention import over_tiers as tiers
 from tessera.cache.group import RECORDED, StepContext
-from tessera.kernels import Pages, cpu, reference
+from tessera.kernels import CompressedKV, cpu, reference
 from tessera.kernels.cpu import sources
 from versions import DRAFTS_WITH_WINDOWS, EARLY_EXIT_WITH_WINDOWS
 
@@ -356,7 +356,7 @@ def packed_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     attend = tiers._attend
 
     def watch(q: Tensor, step: StepContext, *args: Any) -> Tensor:
-        reads.append((q.shape[2], sum(part.tokens for part in step.sources if isinstance(part.held, Pages))))
+        reads.append((q.shape[2], sum(part.tokens for part in step.sources if isinstance(part.held, CompressedKV))))
         return attend(q, step, *args)
 
     monkeypatch.setattr(tiers, "_attend", watch)

@@ -16,7 +16,7 @@ from tessera import codecs
 from tessera.attention import attention_forward
 from tessera.cache import BLOCK
 from tessera.codecs import Packed
-from tessera.kernels import Pages
+from tessera.kernels import CompressedKV
 
 TOTAL = sum(CUTS)
 EXACT = ["dense", "sink:4 + window:50", "window:50"]
@@ -50,10 +50,10 @@ def tolerance(spec: str) -> float:
 def contents(cache: tessera.Cache) -> list[Tensor | Packed]:
     """All that is held, without the free room, whatever the pages it lies in."""
     parts = [part.held for layer in cache.layers for group in layer.groups for part in group.chain.sources()]
-    return [x for held in parts for x in (joined(held) if isinstance(held, Pages) else held)]
+    return [x for held in parts for x in (joined(held) if isinstance(held, CompressedKV) else held)]
 
 
-def joined(held: Pages) -> list[Packed]:
+def joined(held: CompressedKV) -> list[Packed]:
     keys, values = zip(*held.pages, strict=True)
     return [Packed.cat(list(packed)) for packed in (keys, values)]
 

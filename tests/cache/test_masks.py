@@ -14,8 +14,8 @@ from cache_models import VOCAB, make, relative, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration
-from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
+from transformers import DynamicCache, Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration, StaticCache
+from transformers.masking_utils import create_causal_mask, sdpa_mask, sliding_window_causal_mask_function
 
 import tessera
 from tessera.attention.forward import mask_unless_causal
@@ -510,6 +510,59 @@ def test_a_mask_of_padding_is_the_mask_itself_to_whatever_else_touches_it() -> N
     assert torch.equal(mask.float(), whole.float())
     assert bool(mask.any()) == bool(whole.any())
     assert mask.to("meta").shape == whole.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [0, 5])
+@pytest.mark.parametrize("spec", ["", "dense", "sink:4 + hqmq:4 + recent:16"])
+def test_a_mask_that_was_written_to_hides_what_was_written(padded: int, spec: str) -> None:
+    model, ids, padding = tessera.enable(make()), tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    padding[0, :padded] = 0
+    lower = torch.ones(20, 20, dtype=torch.bool).tril()
+    wanted = lower & padding.bool()[:, None, None]
+    masks = [create_causal_mask(model.config, model.get_input_embeddings()(ids), padding, past_key_values=None) for _ in "ab"]
+    assert all(isinstance(mask, PaddingMask) for mask in masks)
+    wanted[:, :, 10:, 7] = masks[0][:, :, 10:, 7] = False
+    masks[1].select(3, 7)[:, :, 10:] = False
+    logits = []
+    for mask in (wanted, *masks):
+        cache = {"past_key_values": tessera.Cache(spec, model)} if spec else {"use_cache": False}
+        logits.append(model(ids, attention_mask=mask, **cache).logits[:, padded:])
+    assert relative(model(ids, attention_mask=padding).logits[:, padded:], logits[0]) > 0.01
+    for found in logits[1:]:
+        close(found, logits[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_layers_that_are_compiled_by_themselves_take_the_mask_into_one_graph(family: str) -> None:
+    model, compiled = tessera.enable(make(family)), tessera.enable(make(family))
+    compiled.load_state_dict(model.state_dict())
+    torch.compiler.reset()
+    for layer in compiled.model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    for length in (20, 20, 17):
+        ids, padding = tokens(2, length), torch.ones(2, length, dtype=torch.long)
+        padding[0, : length - 15] = 0
+        found, wanted = (each(ids, attention_mask=padding, use_cache=False).logits for each in (compiled, model))
+        close(found[:, 5:], wanted[:, 5:])
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_static_cache_may_be_filled_to_its_last_slot(family: str) -> None:
+    plain, switched = make(family), tessera.enable(make(family))
+    switched.load_state_dict(plain.state_dict())
+    ids, padding = tokens(2, 50), torch.ones(2, 50, dtype=torch.long)
+    padding[0, :7] = padding[1, 20:23] = 0
+    caches = [StaticCache(config=model.config, max_cache_len=50) for model in (plain, switched)]
+    for begin, end in ((0, 30), (30, 31), (31, 40), (40, 50)):
+        given = {"input_ids": ids[:, begin:end], "attention_mask": padding[:, :end]}
+        pairs = zip((plain, switched), caches, strict=True)
+        wanted, found = (model(**given, past_key_values=cache).logits for model, cache in pairs)
+        real = padding[:, begin:end].bool()
+        close(found[real], wanted[real])
 
 
 def test_a_mask_made_late_is_that_of_its_call() -> None:

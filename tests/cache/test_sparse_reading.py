@@ -15,17 +15,17 @@ from tessera import codecs
 from tessera.attention import over_tiers, select
 from tessera.cache import parse
 from tessera.cache.tiers import KVSource
-from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
+from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch, reference
 
 SPEC = "sink:4 + hqmq:4/top:128 + recent:16"
 
 
-def pages(count: int, heads: int = 2, dim: int = 64, rows: int = 2) -> Pages:
+def pages(count: int, heads: int = 2, dim: int = 64, rows: int = 2) -> CompressedKV:
     codec = codecs.get("hqmq:4_nostats")
     k, v = torch.randn(2, rows, heads, count, dim).unbind(0)
     k = k + torch.randn(rows, heads, 1, dim) + torch.randn(rows, heads, count // 64, dim).repeat_interleave(64, 2)
     cuts = (count // 128 * 64, count - count // 128 * 64)
-    return Pages(
+    return CompressedKV(
         [(codec.encode(a, "key"), codec.encode(b, "value")) for a, b in zip(k.split(cuts, 2), v.split(cuts, 2), strict=True)]
     )
 
@@ -85,7 +85,7 @@ def test_what_is_not_chosen_is_not_read(level: str | None) -> None:
             packed.tensors["scale"][free[:, :, at : at + packed.tokens]] = 255
             packed.tensors["codes"][free[:, :, at : at + packed.tokens]] = 77
         at += keys.tokens
-    again = dispatch.attend(q, Pages(list(held.pages)), AttendParams(0.125, seen), backend=backend)[0]
+    again = dispatch.attend(q, CompressedKV(list(held.pages)), AttendParams(0.125, seen), backend=backend)[0]
     assert torch.equal(again, found)
 
 
@@ -122,7 +122,7 @@ def test_steps_read_so_many_tokens_and_no_more(monkeypatch: pytest.MonkeyPatch) 
     read: list[Tensor] = []
     attend = dispatch.attend
 
-    def watch(q: Tensor, held: Pages, params: AttendParams) -> Any:
+    def watch(q: Tensor, held: CompressedKV, params: AttendParams) -> Any:
         assert params.mask is not None
         read.append(params.mask.sum(-1).float())
         return attend(q, held, params)

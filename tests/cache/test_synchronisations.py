@@ -256,6 +256,20 @@ def test_a_missing_sink_is_told_by_the_next_call() -> None:
         model(ids[:, 1:2], past_key_values=cache)
 
 
+def test_a_call_that_stops_at_a_warning_changes_nothing() -> None:
+    model = sink_models.make(sink=True)
+    cache = deferred(tessera.Cache("q4_0", model))
+    ids = torch.cat((torch.zeros(1, 1, dtype=torch.long), torch.randint(1, 257, (1, 99))), 1)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, past_key_values=cache)
+        with pytest.raises(UserWarning, match=r"draws .* of the attention of layer"):
+            model(ids[:, 1:2], past_key_values=cache)
+        assert {layer.seen for layer in cache.layers} == {100}
+        model(ids[:, 1:2], past_key_values=cache)
+    assert {layer.seen for layer in cache.layers} == {101}
+
+
 def test_a_cache_of_transformers_is_looked_at_no_more_often_than_before() -> None:
     model, ids = tessera.enable(make(num_hidden_layers=4)), tokens(2, 60)
     mask = torch.ones_like(ids)

@@ -21,6 +21,7 @@ from tessera.codecs import KeyStats, save_stats
 pytest.importorskip("transformers.distributed", reason="this transformers spreads models in another way")
 
 PROCESS = Path(__file__).with_name("tensor_parallel_process.py")
+LEAVE = Path(__file__).parents[1] / "run_and_leave.py"
 SIZE = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "eos_token_id": None}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "initializer_range": 0.2}
 
@@ -44,7 +45,7 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     save_stats([KeyStats(torch.randint(80, 200, (1, 2, 32), dtype=torch.uint8)) for _ in range(2)], out / "stats.safetensors")
     run(sys.executable, str(PROCESS), str(folder), str(out))
     spread = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    run(sys.executable, *spread, str(PROCESS), str(folder), str(out))
+    run(sys.executable, *spread, str(LEAVE), str(PROCESS), str(folder), str(out))
     return {name: json.loads((out / f"{name}.json").read_text()) for name in ("whole", "rank0", "rank1")}
 
 

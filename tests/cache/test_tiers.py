@@ -10,8 +10,8 @@ from tessera.cache.group import RECORDED, SequenceGroup
 from tessera.cache.policy import RetentionPolicy
 from tessera.cache.spec import BLOCK, parse
 from tessera.cache.tiers import PAGE, ExactTier, QuantizedTier
-from tessera.kernels import Pages
-from tessera.kernels.pages import Coded
+from tessera.kernels import CompressedKV
+from tessera.kernels.compressed_kv import Coded
 
 
 def pair(tokens: int, rows: int = 2, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -229,7 +229,7 @@ def test_crop_after_recording_leaves_no_trace() -> None:
     feed(plain, 300)
     assert recorded.chain.held == plain.chain.held
     for found, wanted in zip(recorded.chain.sources(), plain.chain.sources(), strict=True):
-        pair = (part.held.decode() if isinstance(part.held, Pages) else part.held for part in (found, wanted))
+        pair = (part.held.decode() if isinstance(part.held, CompressedKV) else part.held for part in (found, wanted))
         torch.testing.assert_close(*pair, atol=0, rtol=0)
 
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 pytest.importorskip("torch.distributed.fsdp", reason="PyTorch was built without its distributed part")
 
 PROCESS = Path(__file__).with_name("training_process.py")
+LEAVE = Path(__file__).parents[1] / "run_and_leave.py"
 
 
 def run(kind: str, how: str, out: Path, processes: int) -> None:
     spread = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)) if processes > 1 else ()
-    command = (sys.executable, *spread, str(PROCESS), kind, how, str(out))
+    command = (sys.executable, *spread, str(LEAVE), str(PROCESS), kind, how, str(out))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -77,8 +77,6 @@ def main(kind: str, how: str, out: Path) -> None:
         losses.append(float(mean) / world)
     tessera.save_memory(model, out / f"{kind}_{how}{rank}.safetensors")
     (out / f"{kind}_{how}{rank}.json").write_text(json.dumps(losses), encoding="utf-8")
-    if world > 1:
-        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

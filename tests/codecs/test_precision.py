@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tessera.codecs import Role, get
-from tessera.kernels import AttendParams, Pages, dispatch, reference
+from tessera.kernels import AttendParams, CompressedKV, dispatch, reference
 from tessera.kernels.nearest import brute_force, build_index, nearest
 from tessera.quaternion import hamilton, units
 
@@ -59,7 +59,7 @@ def test_what_is_encoded_under_autocast_is_decoded_without_and_the_other_way_rou
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_attention_over_packed_and_exact_tokens_is_in_float32_under_autocast(backend: str) -> None:
     q, k, v = gaussian(2, 4, 90), gaussian(2, 2, 128), gaussian(2, 2, 128)
-    pages = Pages([(get("hqmq:3").encode(k, "key"), get("hqmq:3").encode(v, "value"))])
+    pages = CompressedKV([(get("hqmq:3").encode(k, "key"), get("hqmq:3").encode(v, "value"))])
     run = {
         "packed": lambda: dispatch.attend(q, pages, AttendParams(0.2), backend=backend),
         "exact": lambda: dispatch.attend_exact(q, k, v, AttendParams(0.2), backend=backend),

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera.kernels import AttendParams, Pages
+from tessera.kernels import AttendParams, CompressedKV
+from tessera.kernels.compressed_kv import Coded
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import Codewords, reduction_tables
-from tessera.kernels.pages import Coded
 
 HERE = Path(__file__).parent
 CPU = HERE.parents[1] / "src/tessera/kernels/cpu"
@@ -74,7 +74,7 @@ class Kernels:
                 return True
         return False
 
-    def attend(self, q: Tensor, pages: Pages, params: AttendParams, level: str, limbs: int = 3) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, pages: CompressedKV, params: AttendParams, level: str, limbs: int = 3) -> tuple[Tensor, Tensor]:
         """As `tessera.kernels.cpu.attend`."""
         batch, heads, tokens, dim = q.shape
         forms = pages.check(q, params)

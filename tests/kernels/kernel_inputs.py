@@ -9,7 +9,7 @@ from tessera.codecs import Codec, Packed, Role
 from tessera.codecs.codebooks import joint
 from tessera.codecs.fp8 import FP8
 from tessera.codecs.hqmq_joint import JointHQMQ
-from tessera.kernels import Pages
+from tessera.kernels import CompressedKV
 from tessera.kernels.bits import pack_bits
 
 
@@ -28,7 +28,7 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm().clamp(min=1e-12))
 
 
-def make_pages(codec: Codec, batch: int, heads: int, sizes: list[int], dim: int) -> Pages:
+def make_pages(codec: Codec, batch: int, heads: int, sizes: list[int], dim: int) -> CompressedKV:
     """Pages whose keys have a large constant channel and a wide one, inside larger buffers as a cache has them."""
     pages = []
     for size in sizes:
@@ -36,7 +36,7 @@ def make_pages(codec: Codec, batch: int, heads: int, sizes: list[int], dim: int)
         k[..., 3] += 40
         k[..., 1] *= 30
         pages.append((codec.encode(k, "key").slice(0, size), codec.encode(v).slice(0, size)))
-    return Pages(pages)
+    return CompressedKV(pages)
 
 
 def random_codes(codec: Codec, shape: tuple[int, int, int, int], role: Role) -> Packed:

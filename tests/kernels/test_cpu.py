@@ -20,7 +20,7 @@ from tessera import codecs, kernels
 from tessera.codecs import Packed
 from tessera.codecs.codebooks import joint
 from tessera.codecs.hqmq_joint import JointHQMQ
-from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
+from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch, reference
 from tessera.kernels.bits import pack_bits
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
@@ -84,7 +84,7 @@ def test_every_code_is_read_as_its_codeword(level: str, bits: float) -> None:
     values = Packed(codec, tensors, (1, 2, 1, 64), torch.float32)
     keys = replace(values, role="key")
     q = torch.randn(1, 2, 1, 64)
-    out, lse = attend(q, Pages([(keys, values)]), AttendParams(0.5), level=level)
+    out, lse = attend(q, CompressedKV([(keys, values)]), AttendParams(0.5), level=level)
     assert relative(out, values.decode()) < FLOAT
     assert torch.allclose(lse, (q * keys.decode()).sum(-1) * 0.5, atol=1e-3, rtol=1e-4)
 
@@ -141,7 +141,7 @@ def test_what_sees_nothing_is_zero(level: str) -> None:
 
 def test_slices_that_begin_inside_a_group_equal_the_reference(level: str) -> None:
     whole = make_pages(codecs.get("hqmq:4"), 1, 2, [200], 64).pages[0]
-    pages = Pages([(whole[0].slice(13, 171), whole[1].slice(13, 171))])
+    pages = CompressedKV([(whole[0].slice(13, 171), whole[1].slice(13, 171))])
     q = torch.randn(1, 4, 1, 64)
     assert (
         relative(attend(q, pages, AttendParams(0.1), level=level)[0], reference.attend(q, pages, AttendParams(0.1))[0]) < FLOAT
@@ -153,11 +153,11 @@ def test_zero_vectors_huge_ones_and_other_dtypes_equal_the_reference(level: str)
     k, v = torch.randn(2, 1, 1, 64, 64).unbind(0)
     k[:, :, 3:9], v[:, :, 5] = 0, 0
     v[:, :, 7] *= 1e4
-    pages = Pages([(codec.encode(k.bfloat16(), "key"), codec.encode(v.bfloat16()))])
+    pages = CompressedKV([(codec.encode(k.bfloat16(), "key"), codec.encode(v.bfloat16()))])
     q = torch.randn(1, 2, 3, 64).bfloat16()
     q[:, :, 1] = 0
     out, _ = attend(q, pages, AttendParams(0.125), level=level)
-    exact = Pages([(codec.encode(k.bfloat16().float(), "key"), codec.encode(v.bfloat16().float()))])
+    exact = CompressedKV([(codec.encode(k.bfloat16().float(), "key"), codec.encode(v.bfloat16().float()))])
     assert relative(out, reference.attend(q.float(), exact, AttendParams(0.125))[0]) < FLOAT
 
 
@@ -205,7 +205,7 @@ def test_kernels_by_hand_run_where_they_should(by_hand: str, spec: str, dim: int
 @pytest.mark.parametrize(("limbs", "bound"), [(1, 1e-2), (2, 2e-4), (3, FLOAT)])
 def test_limbs_bound_the_error(level: str, limbs: int, bound: float) -> None:
     codec, (k, v) = codecs.get("hqmq:4"), torch.randn(2, 1, 2, 700, 128)
-    pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
+    pages = CompressedKV([(codec.encode(k, "key"), codec.encode(v))])
     q = torch.randn(1, 8, 1, 128)
     error = relative(
         cpu.attend(q, pages, AttendParams(128**-0.5), level=level, limbs=limbs)[0],
@@ -224,7 +224,7 @@ def test_many_small_weights_beside_large_ones_are_not_lost(level: str, peak: flo
     k[:, :, ::256, 0] = peak
     k[:, :, 0, 0] = 2 * peak
     codec = JointHQMQ(4, centre=False)
-    pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
+    pages = CompressedKV([(codec.encode(k, "key"), codec.encode(v))])
     q = torch.zeros(1, 1, 1, 64)
     q[..., 0] = 1
     error = relative(cpu.attend(q, pages, AttendParams(1.0), level=level)[0], reference.attend(q, pages, AttendParams(1.0))[0])
@@ -264,7 +264,7 @@ def test_damaged_codes_are_read_as_something_finite(level: str) -> None:
     keys, values = codec.encode(k, "key"), codec.encode(k)
     for packed in (keys, values):
         packed.tensors["codes"].fill_(255)
-    out, lse = attend(torch.randn(1, 1, 1, 64), Pages([(keys, values)]), AttendParams(0.1), level=level)
+    out, lse = attend(torch.randn(1, 1, 1, 64), CompressedKV([(keys, values)]), AttendParams(0.1), level=level)
     assert torch.isfinite(out).all()
     assert torch.isfinite(lse).all()
 

@@ -10,7 +10,7 @@ from kernel_inputs import make_pages, relative
 
 from tessera import codecs
 from tessera.codecs.hqmq import HQMQ
-from tessera.kernels import AttendParams, Pages, cpu, directions, dispatch, reference
+from tessera.kernels import AttendParams, CompressedKV, cpu, directions, dispatch, reference
 from tessera.quaternion import conjugate, right_matrix
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
@@ -92,7 +92,7 @@ def test_layers_have_codebooks_of_their_own(level: str) -> None:
     x = torch.randn(1, 2, 64, 64)
     q = torch.randn(1, 2, 1, 64)
     for layer in (0, 7):
-        pages = Pages([(codec.encode(x, "key", layer), codec.encode(x, "value", layer))])
+        pages = CompressedKV([(codec.encode(x, "key", layer), codec.encode(x, "value", layer))])
         assert (
             relative(cpu.attend(q, pages, AttendParams(0.2), level=level)[0], reference.attend(q, pages, AttendParams(0.2))[0])
             < FLOAT
@@ -114,7 +114,7 @@ def test_decoding_equals_the_definition(level: str, spec: str, tokens: int, dim:
 def test_slices_and_selections_of_outliers_equal_the_reference(level: str) -> None:
     whole = make_pages(codec_of("outliers by vector"), 2, 2, [200], 64).pages[0]
     keys, values = (packed.select(torch.tensor([1, 1])).slice(13, 171) for packed in whole)
-    pages = Pages([(keys, values)])
+    pages = CompressedKV([(keys, values)])
     q = torch.randn(2, 4, 1, 64)
     assert (
         relative(cpu.attend(q, pages, AttendParams(0.1), level=level)[0], reference.attend(q, pages, AttendParams(0.1))[0])
@@ -147,7 +147,7 @@ def test_damaged_codes_and_flags_are_read_as_something_finite(level: str, field:
         if field == "flags":
             packed.tensors["flags"][..., 0] = 0
             packed.tensors["flags"][..., 1] = 254  # the ninth chunk is the last
-    out, lse = cpu.attend(torch.randn(1, 1, 1, 36), Pages([(keys, values)]), AttendParams(0.1), level=level)
+    out, lse = cpu.attend(torch.randn(1, 1, 1, 36), CompressedKV([(keys, values)]), AttendParams(0.1), level=level)
     assert torch.isfinite(out).all()
     assert torch.isfinite(lse).all()
 
@@ -196,13 +196,13 @@ def test_pages_of_other_codecs_roles_or_layers_are_refused() -> None:
     codec = codec_of("hqmq:s24_r2")
     keys, values = codec.encode(x, "key"), codec.encode(x)
     with pytest.raises(ValueError, match=r"a page of values of layer 0, .* in hqmq:4 beside one of values .* in hqmq:s24_r2"):
-        Pages([(keys, values), (keys, codecs.get("hqmq:4").encode(x))])
+        CompressedKV([(keys, values), (keys, codecs.get("hqmq:4").encode(x))])
     with pytest.raises(ValueError, match=r"a page of keys of layer 0, .* in hqmq:4 beside one of keys .* in hqmq:s24_r2"):
-        Pages([(keys, values), (codecs.get("hqmq:4").encode(x, "key"), values)])
+        CompressedKV([(keys, values), (codecs.get("hqmq:4").encode(x, "key"), values)])
     with pytest.raises(ValueError, match="beside one of"):
-        Pages([(keys, codec.encode(x, layer=1))])
+        CompressedKV([(keys, codec.encode(x, layer=1))])
     with pytest.raises(ValueError, match="are given as keys: encode them with the role 'key'"):
-        Pages([(values, values)])
+        CompressedKV([(values, values)])
 
 
 def test_chunks_of_zeros_have_the_same_direction_everywhere() -> None:

@@ -13,7 +13,7 @@ from kernel_inputs import make_pages, random_codes, relative
 from tessera import codecs
 from tessera.codecs.codebooks import JOINT_BITS, joint
 from tessera.codecs.hqmq_joint import JointHQMQ, words_of
-from tessera.kernels import AttendParams, Pages, reference
+from tessera.kernels import AttendParams, CompressedKV, reference
 from tessera.kernels.bits import pack_bits
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
@@ -33,7 +33,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> emulated.Kernels:
     return built
 
 
-def check(kernels: emulated.Kernels, q: torch.Tensor, pages: Pages, params: AttendParams, level: str) -> None:
+def check(kernels: emulated.Kernels, q: torch.Tensor, pages: CompressedKV, params: AttendParams, level: str) -> None:
     out, lse = kernels.attend(q, pages, params, level)
     wanted, wanted_lse = reference.attend(q, pages, params)
     assert relative(out, wanted) < FLOAT
@@ -83,14 +83,14 @@ def test_attention_over_wide_codes_equals_the_reference(kernels: emulated.Kernel
     """Their codewords are read in two parts."""
     codec = codecs.get(spec)
     shape = (2, 2, 133, 96)
-    pages = Pages([(random_codes(codec, shape, "key"), random_codes(codec, shape, "value"))])
+    pages = CompressedKV([(random_codes(codec, shape, "key"), random_codes(codec, shape, "value"))])
     check(kernels, torch.randn(2, 6, 3, 96), pages, AttendParams(0.01), level)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_keys_and_values_of_two_codecs_equal_the_reference(kernels: emulated.Kernels, level: str) -> None:
     k, v = torch.randn(2, 1, 2, 150, 64).unbind(0)
-    pages = Pages([(codecs.get("hqmq:3.5").encode(k, "key"), codecs.get("hqmq:2").encode(v))])
+    pages = CompressedKV([(codecs.get("hqmq:3.5").encode(k, "key"), codecs.get("hqmq:2").encode(v))])
     check(kernels, torch.randn(1, 4, 1, 64), pages, AttendParams(0.125), level)
 
 
@@ -103,7 +103,7 @@ def test_every_code_is_read_as_its_codeword(kernels: emulated.Kernels, level: st
     tensors = {"codes": pack_bits(codes, codec.code_bits), "scale": torch.full((1, 16, 1), 131, dtype=torch.uint8)}
     values = codecs.Packed(codec, tensors, (1, 16, 1, 512), torch.float32)
     q = torch.randn(1, 16, 1, 512)
-    out, lse = kernels.attend(q, Pages([(replace(values, role="key"), values)]), AttendParams(0.5), level)
+    out, lse = kernels.attend(q, CompressedKV([(replace(values, role="key"), values)]), AttendParams(0.5), level)
     assert relative(out, values.decode()) < FLOAT
     assert torch.allclose(lse, (q * replace(values, role="key").decode()).sum(-1) * 0.5, atol=1e-3, rtol=1e-4)
 
@@ -133,7 +133,13 @@ def test_masks_windows_and_caps_equal_the_reference(kernels: emulated.Kernels, l
 @pytest.mark.parametrize("variant", [{"rotate": False}, {"centre": False}])
 def test_slices_and_variants_equal_the_reference(kernels: emulated.Kernels, level: str, variant: dict[str, bool]) -> None:
     keys, values = make_pages(JointHQMQ(4, **variant), 1, 2, [200], 64).pages[0]
-    check(kernels, torch.randn(1, 4, 1, 64), Pages([(keys.slice(13, 171), values.slice(13, 171))]), AttendParams(0.1), level)
+    check(
+        kernels,
+        torch.randn(1, 4, 1, 64),
+        CompressedKV([(keys.slice(13, 171), values.slice(13, 171))]),
+        AttendParams(0.1),
+        level,
+    )
 
 
 @pytest.mark.parametrize("level", BY_HAND)
@@ -143,7 +149,7 @@ def test_kernels_by_hand_run_where_they_should(kernels: emulated.Kernels, level:
     """Only they write queries in limbs: for the plain loops, that run where they cannot, two are the same as three."""
     codec = codecs.get(spec)
     shape = (1, 2, 114, dim)
-    pages = Pages([(random_codes(codec, shape, "key"), random_codes(codec, shape, "value"))])
+    pages = CompressedKV([(random_codes(codec, shape, "key"), random_codes(codec, shape, "value"))])
     q = torch.randn(1, 6, 1, dim)
     two, three = (kernels.attend(q, pages, AttendParams(0.1), level, limbs)[0] for limbs in (2, 3))
     assert not torch.equal(two, three)
@@ -164,7 +170,7 @@ def test_the_kernels_are_two(kernels: emulated.Kernels) -> None:
 )
 def test_limbs_bound_the_error(kernels: emulated.Kernels, level: str, limbs: int, bound: float) -> None:
     codec, (k, v) = codecs.get("hqmq:4"), torch.randn(2, 1, 2, 700, 128)
-    pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
+    pages = CompressedKV([(codec.encode(k, "key"), codec.encode(v))])
     q = torch.randn(1, 8, 1, 128)
     got = kernels.attend(q, pages, AttendParams(128**-0.5), level, limbs)[0]
     error = relative(got, reference.attend(q, pages, AttendParams(128**-0.5))[0])
@@ -182,7 +188,7 @@ def test_many_small_weights_beside_large_ones_are_not_lost(kernels: emulated.Ker
     k[:, :, ::256, 0] = peak
     k[:, :, 0, 0] = 2 * peak
     codec = JointHQMQ(4, centre=False)
-    pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
+    pages = CompressedKV([(codec.encode(k, "key"), codec.encode(v))])
     q = torch.zeros(1, 1, 1, 64)
     q[..., 0] = 1
     got = kernels.attend(q, pages, AttendParams(1.0), level, limbs=2)[0]

@@ -17,7 +17,7 @@ from tessera.codecs.base import Role
 from tessera.codecs.hqmq import HQMQ
 from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.codecs.pair import Pair, pair
-from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
+from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch, reference
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.products import ProductFormat
 from tessera.kernels.scalars import ScalarFormat
@@ -47,14 +47,14 @@ def level(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def defined(q: Tensor, pages: Pages, scale: float, **rule: Any) -> tuple[Tensor, Tensor]:
+def defined(q: Tensor, pages: CompressedKV, scale: float, **rule: Any) -> tuple[Tensor, Tensor]:
     """`reference.attend`, decoded by the definition: or it would share the kernel's mistakes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TESSERA_BACKEND", "reference")
         return reference.attend(q, pages, AttendParams(scale, **rule))
 
 
-def equals_the_reference(level: str, q: Tensor, pages: Pages, scale: float, **rule: Any) -> None:
+def equals_the_reference(level: str, q: Tensor, pages: CompressedKV, scale: float, **rule: Any) -> None:
     out, lse = attend(q, pages, AttendParams(scale, **rule), level=level)
     wanted, wanted_lse = defined(q, pages, scale, **rule)
     assert relative(out, wanted) < FLOAT
@@ -68,7 +68,9 @@ def equals_the_reference(level: str, q: Tensor, pages: Pages, scale: float, **ru
 def test_all_bits_beside_all_others_equal_the_reference(level: str, bits: tuple[float, float]) -> None:
     """Codes at random spare the search for them."""
     codec = codecs.get(f"hqmq:k{bits[0]}v{bits[1]}")
-    pages = Pages([(random_codes(codec, (2, 2, n, 80), "key"), random_codes(codec, (2, 2, n, 80), "value")) for n in (128, 37)])
+    pages = CompressedKV(
+        [(random_codes(codec, (2, 2, n, 80), "key"), random_codes(codec, (2, 2, n, 80), "value")) for n in (128, 37)]
+    )
     equals_the_reference(level, torch.randn(2, 6, 3, 80), pages, 0.02, start=161, window=140)
 
 
@@ -109,7 +111,7 @@ def test_masks_windows_and_caps_equal_the_reference(level: str, spec: str, rule:
 def test_slices_that_begin_inside_a_group_equal_the_reference(level: str, spec: str) -> None:
     keys, values = make_pages(codecs.get(spec), 2, 2, [200], 64).pages[0]
     cuts = [(13, 70), (70, 70), (70, 171)]
-    pages = Pages([(keys.slice(a, b), values.slice(a, b)) for a, b in cuts])
+    pages = CompressedKV([(keys.slice(a, b), values.slice(a, b)) for a, b in cuts])
     equals_the_reference(level, torch.randn(2, 4, 2, 64), pages, 0.1)
 
 
@@ -150,7 +152,7 @@ def test_pages_know_the_formats_of_keys_and_of_values() -> None:
         ("hqmq:4", "hqmq:4", (JointFormat, JointFormat)),
         ("q8_0", "hqmq:3", (ScalarFormat, JointFormat)),
     ):
-        pages = Pages([(codecs.get(key).encode(x, "key"), codecs.get(value).encode(x, "value"))])
+        pages = CompressedKV([(codecs.get(key).encode(x, "key"), codecs.get(value).encode(x, "value"))])
         assert tuple(codec.spec for codec in pages.codecs) == (key, value)
         assert tuple(map(type, pages.form())) == kinds
         assert (
@@ -158,7 +160,7 @@ def test_pages_know_the_formats_of_keys_and_of_values() -> None:
             == pages.form()
             == (pages.codecs[0].kernel_format(32), pages.codecs[1].kernel_format(32))
         )
-    pages = Pages([(NoKernel().encode(x, "key"), codecs.get("hqmq:3").encode(x, "value"))])
+    pages = CompressedKV([(NoKernel().encode(x, "key"), codecs.get("hqmq:3").encode(x, "value"))])
     assert pages.form()[0] is None
     assert pages.form()[1] is codecs.get("hqmq:3").kernel_format(32)
 
@@ -168,14 +170,14 @@ def test_pages_of_other_codecs_than_the_first_are_refused() -> None:
     codec = codecs.get("hqmq:k4v3")
     assert isinstance(codec, Pair)
     first = codec.encode(x, "key"), codec.encode(x, "value")
-    before = Pages([first])
+    before = CompressedKV([first])
     for keys, values, words in (
         (codec.value.encode(x, "key"), first[1], "keys of layer 0, .* in hqmq:3 beside one of keys .* in hqmq:4"),
         (first[0], codec.key.encode(x, "value"), "values of layer 0, .* in hqmq:4 beside one of values .* in hqmq:3"),
         (first[0], codec.encode(x, "value", 1), "values of layer 1, .* beside one of keys of layer 0"),
     ):
         with pytest.raises(ValueError, match=f"a page of {words}"):
-            Pages([first, (keys, values)], before)
+            CompressedKV([first, (keys, values)], before)
     with pytest.raises(ValueError, match="values of layer 1"):
-        Pages([(first[0], codec.encode(x, "value", 1))])
-    assert Pages([first, first], before).tokens == 128
+        CompressedKV([(first[0], codec.encode(x, "value", 1))])
+    assert CompressedKV([first, first], before).tokens == 128

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tessera import codecs
 from tessera.codecs import Codec
-from tessera.kernels import AttendParams, Pages, cpu, dispatch, reference
+from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch, reference
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 
@@ -49,7 +49,7 @@ def by_definition(run: Callable[[], Any]) -> Any:
         return run()
 
 
-def equals_the_reference(level: str, q: Tensor, pages: Pages, params: AttendParams) -> None:
+def equals_the_reference(level: str, q: Tensor, pages: CompressedKV, params: AttendParams) -> None:
     out, lse = cpu.attend(q, pages, params, level=level, limbs=3)
     wanted, wanted_lse = by_definition(lambda: reference.attend(q, pages, params))
     assert relative(out, wanted) < FLOAT
@@ -94,11 +94,11 @@ def test_keys_and_values_of_any_codecs_equal_the_reference(level: str, spec: str
     equals_the_reference(level, torch.randn(1, 6, 1, dim), pages, AttendParams(dim**-0.5))
 
 
-def cuts(codec: Codec) -> Iterator[Pages]:
+def cuts(codec: Codec) -> Iterator[CompressedKV]:
     keys, values = make_pages(codec, 2, 2, [200], 64).pages[0]
-    yield Pages([(keys.slice(a, b), values.slice(a, b)) for a, b in [(13, 70), (70, 70), (70, 171)]])
+    yield CompressedKV([(keys.slice(a, b), values.slice(a, b)) for a, b in [(13, 70), (70, 70), (70, 171)]])
     rows = torch.tensor([1, 0, 1])
-    yield Pages([(keys.select(rows).slice(45, 111), values.select(rows).slice(45, 111))])
+    yield CompressedKV([(keys.select(rows).slice(45, 111), values.select(rows).slice(45, 111))])
 
 
 @pytest.mark.parametrize("spec", [*FORMS, *MIXED])
@@ -133,7 +133,7 @@ def test_vectors_of_zeros_and_of_the_largest_numbers_are_read(level: str, spec: 
     codec, x = codecs.get(spec), torch.randn(1, 2, 70, 64)
     x[:, :, 3] = 0
     x[:, :, 5] *= 1e5
-    pages = Pages([(codec.encode(x / 1e3, "key"), codec.encode(x, "value"))])
+    pages = CompressedKV([(codec.encode(x / 1e3, "key"), codec.encode(x, "value"))])
     equals_the_reference(level, torch.randn(1, 2, 1, 64), pages, AttendParams(0.01))
 
 
@@ -185,5 +185,5 @@ def test_damaged_codes_are_read_as_something_finite(level: str) -> None:
             keys, values = make_pages(codecs.get(spec), 1, 1, [37], 36).pages[0]
             for packed in (keys, values):
                 packed.tensors["codes"].fill_(255)
-            out, _ = cpu.attend(torch.randn(1, 1, 1, 36), Pages([(keys, values)]), AttendParams(0.1), level=level)
+            out, _ = cpu.attend(torch.randn(1, 1, 1, 36), CompressedKV([(keys, values)]), AttendParams(0.1), level=level)
             assert torch.isfinite(out).all()

@@ -13,7 +13,7 @@ from torch import Tensor
 import tessera.kernels.cpu.sources as fused
 from tessera import codecs
 from tessera.codecs.key_stats import KeyStats
-from tessera.kernels import AttendParams, Pages, cpu, dispatch
+from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch
 from tessera.kernels.source import Source
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
@@ -25,13 +25,13 @@ def exact(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
     return k, v
 
 
-def pages(spec: str) -> Pages:
+def pages(spec: str) -> CompressedKV:
     return make_pages(codecs.get(spec), 2, 2, [128, 64], 64)
 
 
-def weighed() -> Pages:
+def weighed() -> CompressedKV:
     found = pages("hqmq:4")
-    return Pages(found.pages, stats=KeyStats(torch.randint(60, 90, (2, 2, 64), dtype=torch.uint8)))
+    return CompressedKV(found.pages, stats=KeyStats(torch.randint(60, 90, (2, 2, 64), dtype=torch.uint8)))
 
 
 KINDS: dict[str, Callable[[], Source]] = {
@@ -52,7 +52,7 @@ def one_by_one(
     parts = []
     for held, start, window in given:
         params = AttendParams(scale, None, softcap, start, window)
-        packed = isinstance(held, Pages)
+        packed = isinstance(held, CompressedKV)
         parts.append(dispatch.attend(q, held, params, backend) if packed else dispatch.attend_exact(q, *held, params, backend))
     return dispatch.merge(parts, backend)[0]
 

@@ -75,14 +75,14 @@ def test_never_more_than_a_tile_is_decoded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tiled, "TILE_BYTES", 16 * 2 * 2 * 64 * 128)
     pages = make_pages(codecs.get("q4_0"), 2, 2, [256, 256, 88], 64)
     decoded = []
-    decode = tessera.kernels.Pages.decode
+    decode = tessera.kernels.CompressedKV.decode
 
-    def noted(self: tessera.kernels.Pages, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+    def noted(self: tessera.kernels.CompressedKV, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         found = decode(self, start, stop)
         decoded.append(found[0].shape[2])
         return found
 
-    monkeypatch.setattr(tessera.kernels.Pages, "decode", noted)
+    monkeypatch.setattr(tessera.kernels.CompressedKV, "decode", noted)
     tiled.attend_tiled(torch.randn(2, 4, 40, 64), pages, AttendParams(0.1))
     assert decoded == [128, 128, 128, 128, 88]
 

@@ -12,7 +12,7 @@ from kernel_inputs import make_pages, random_codes, relative
 from tessera import codecs
 from tessera.codecs.codebooks import joint
 from tessera.codecs.hqmq_joint import JointHQMQ, words_of
-from tessera.kernels import AttendParams, Pages, dispatch, reference, triton
+from tessera.kernels import AttendParams, CompressedKV, dispatch, reference, triton
 from tessera.kernels.triton.tables import LOOKUPS
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -23,8 +23,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = 5e-3
 
 
-def moved(pages: Pages) -> Pages:
-    return Pages([(keys.to(DEVICE), values.to(DEVICE)) for keys, values in pages.pages])
+def moved(pages: CompressedKV) -> CompressedKV:
+    return CompressedKV([(keys.to(DEVICE), values.to(DEVICE)) for keys, values in pages.pages])
 
 
 def check(codec: Any, shape: tuple[int, int, int, int], sizes: list[int], dim: int, **rule: Any) -> None:
@@ -50,7 +50,9 @@ def test_attention_equals_the_reference(spec: str) -> None:
 def test_keys_beside_values_of_other_bits_equal_the_reference(key: float, value: float) -> None:
     """Codes at random spare the search for them."""
     codec = codecs.get(f"hqmq:k{key}v{value}")
-    pages = Pages([(random_codes(codec, (1, 2, n, 80), "key"), random_codes(codec, (1, 2, n, 80), "value")) for n in (64, 21)])
+    pages = CompressedKV(
+        [(random_codes(codec, (1, 2, n, 80), "key"), random_codes(codec, (1, 2, n, 80), "value")) for n in (64, 21)]
+    )
     q = torch.randn(1, 4, 2, 80)
     out, lse = triton.attend(q.to(DEVICE), moved(pages), AttendParams(0.02, start=70))
     wanted, wanted_lse = reference.attend(q, pages, AttendParams(0.02, start=70))
@@ -138,13 +140,13 @@ def test_pages_that_begin_inside_a_group_and_pages_of_nothing() -> None:
     k[..., 1] *= 30
     keys, values = codec.encode(k, "key"), codec.encode(v)
     cuts = [(0, 0), (5, 70), (70, 131), (140, 140), (150, 200)]
-    pages = Pages([(keys.slice(a, b), values.slice(a, b)) for a, b in cuts])
+    pages = CompressedKV([(keys.slice(a, b), values.slice(a, b)) for a, b in cuts])
     q = torch.randn(2, 4, 3, 80)
     out, lse = triton.attend(q.to(DEVICE), moved(pages), AttendParams(0.1, start=170, window=150))
     wanted, wanted_lse = reference.attend(q, pages, AttendParams(0.1, start=170, window=150))
     assert relative(out.cpu(), wanted) < HALF
     assert torch.allclose(lse.cpu(), wanted_lse, atol=2e-2, rtol=1e-3)
-    out, lse = triton.attend(q.to(DEVICE), moved(Pages(pages.pages[:1])), AttendParams(0.1))
+    out, lse = triton.attend(q.to(DEVICE), moved(CompressedKV(pages.pages[:1])), AttendParams(0.1))
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
 
@@ -155,7 +157,7 @@ def test_a_narrowed_channel_that_the_query_hardly_has_does_not_cost_the_others_t
     k[..., 1] *= 30000
     q = torch.randn(1, 1, 2, 64)
     q[..., 1] *= 1e-6
-    pages = Pages([(codec.encode(k, "key"), codec.encode(v))])
+    pages = CompressedKV([(codec.encode(k, "key"), codec.encode(v))])
     out, _ = triton.attend(q.to(DEVICE), moved(pages), AttendParams(0.3))
     assert relative(out.cpu(), reference.attend(q, pages, AttendParams(0.3))[0]) < HALF
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tessera import codecs
 from tessera.cache.tiers import QuantizedTier
 from tessera.codecs.key_stats import KeyStats
-from tessera.kernels import AttendParams, Pages, cpu, reference, triton
+from tessera.kernels import AttendParams, CompressedKV, cpu, reference, triton
 
 #: Rows, query heads, key heads, tokens of queries, head_dim.
 SHAPES = [(1, 4, 2, 1, 64), (3, 6, 2, 5, 32), (2, 3, 3, 1, 128), (1, 10, 2, 3, 20)]
@@ -27,7 +27,7 @@ def tier(spec: str, rows: int, heads: int, dim: int, tokens: int = 192) -> tuple
     return found, k, v
 
 
-def by_hand(q: Tensor, pages: Pages) -> Tensor:
+def by_hand(q: Tensor, pages: CompressedKV) -> Tensor:
     """Attention over the keys and values as they are decoded, in float64."""
     k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in pages.decode())
     return ((q.double() @ k.mT).softmax(-1) @ v).float()

@@ -191,7 +191,8 @@ def test_two_processes_learn_what_one_does(small_text: Path, tmp_path: Path) -> 
     words = ["train", "lm", "--spec", "window:8 + tc", "--data", str(small_text), "--steps", "12", *LM, "--out"]
     here = Path(__file__).parent
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    script = ["--rdzv-endpoint", "localhost:0", str(here / "two_processes.py"), str(tmp_path), *words, str(tmp_path / "two")]
+    leave, script = here.parent / "run_and_leave.py", here / "two_processes.py"
+    script = ["--rdzv-endpoint", "localhost:0", str(leave), str(script), str(tmp_path), *words, str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from transformers.masking_utils import find_packed_sequence_indices
 
 from tessera.cache.new_tokens import shown
-from tessera.cache.padding_mask import READ, PaddingMask
+from tessera.cache.padding_mask import READ, PaddingMask, by_padding
 from tessera.readback import HostCopy
 
 
@@ -174,7 +174,7 @@ class Square:
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
-        self._seen = None if isinstance(mask, PaddingMask) else HostCopy(shown(mask))
+        self._seen = None if by_padding(mask) else HostCopy(shown(mask))
         biased = mask.is_floating_point() and ~((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all()
         self._biased = HostCopy(biased) if isinstance(biased, Tensor) else None
 

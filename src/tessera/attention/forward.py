@@ -23,7 +23,7 @@ from tessera.attention.windowed import SlidingWindow, Softmax, dense, windowed
 from tessera.cache.cache_layer import ATTENTION, DeferredKV
 from tessera.cache.deferred import UNCOMPILED
 from tessera.cache.masks import by_lengths, check_absorbed, documents
-from tessera.cache.padding_mask import PaddingMask, on_host
+from tessera.cache.padding_mask import PaddingMask, by_padding, on_host
 from tessera.cache.truncated_bptt import Segment
 from tessera.tensor_cache.gated_read import MemoryCall
 from tessera.tensor_cache.infini import Infini
@@ -151,10 +151,11 @@ def mask_unless_causal(
     """
     rest = {"attention_mask": attention_mask, "local_size": local_size, **kwargs}
     compiling = torch.compiler.is_compiling()
+    room = 0
     if not compiling:
-        # Where these are tensors, they are the cache's own, which it goes on counting in before the mask is made.
+        # Static caches count in tensors, which have moved on when a mask is made later.
         q_offset, kv_offset, kv_length = int(q_offset), int(kv_offset), int(kv_length)
-    room = 0 if compiling else kv_offset + kv_length - q_offset - q_length
+        room = kv_offset + kv_length - q_offset - q_length
     simple, window = _window(mask_function, local_size)
     if simple and allow_is_causal_skip and not room and not compiling:
         if attention_mask is None and window is None:
@@ -195,9 +196,11 @@ def _window(mask_function: Any, local_size: int | None) -> tuple[bool, int | Non
 
 def _unless_all(mask: Tensor | None) -> Tensor | None:
     """The mask, or None if it hides nothing, which is looked at once for all layers."""
-    if not isinstance(mask, PaddingMask):
-        return mask
-    # Where one token sees a window, to look costs more than the mask.
+    if not by_padding(mask):
+        return mask.whole if isinstance(mask, PaddingMask) else mask
+    # What is compiled cannot depend on what is read; and where one token sees a window, to look costs more than the mask.
+    if torch.compiler.is_compiling():
+        return mask.whole
     if mask.window is not None and (mask.shape[2] == 1 or mask.shape[3] >= mask.window):
         return mask.whole
     real = mask.real_slots()

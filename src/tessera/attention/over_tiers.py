@@ -15,7 +15,7 @@ from tessera.cache.cache_layer import DeferredKV
 from tessera.cache.group import StepContext
 from tessera.cache.masks import GroupMask, Runs
 from tessera.cache.tiers import KVSource, TensorCacheTier
-from tessera.kernels import AttendParams, Pages, dispatch
+from tessera.kernels import AttendParams, CompressedKV, dispatch
 from tessera.kernels.source import Source
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 
@@ -156,7 +156,7 @@ def _attend(q: Tensor, step: StepContext, mask: GroupMask | None, scale: float, 
         if source.unmasked:
             seen = start = window = None
         params = AttendParams(scale, seen, softmax.softcap, start, window)
-        if isinstance(source.held, Pages):
+        if isinstance(source.held, CompressedKV):
             results.append(_over_pages(q, source, source.held, params))
         else:
             results.append(dispatch.attend_exact(q, *source.held, params))
@@ -171,7 +171,7 @@ def _sparse(source: KVSource) -> bool:
     return source.top is not None and source.top < source.tokens
 
 
-def _over_pages(q: Tensor, source: KVSource, pages: Pages, params: AttendParams) -> tuple[Tensor, Tensor]:
+def _over_pages(q: Tensor, source: KVSource, pages: CompressedKV, params: AttendParams) -> tuple[Tensor, Tensor]:
     """Partial attention to quantised tokens, on the device that holds them; arguments as in `dispatch.attend`."""
     here, there = q.device, pages.pages[0][0].device
     if here != there:
@@ -185,7 +185,7 @@ def _over_pages(q: Tensor, source: KVSource, pages: Pages, params: AttendParams)
 
 def _sparsely(q: Tensor, source: KVSource, params: AttendParams) -> tuple[Tensor, Tensor]:
     """Partial attention to the selected blocks of a source; arguments as in `dispatch.attend`."""
-    assert isinstance(source.held, Pages)
+    assert isinstance(source.held, CompressedKV)
     parts = []
     for part, chosen in select.in_turn(q, source):
         own = params.queries(part.start, part.stop)
@@ -217,7 +217,7 @@ def _fused(q: Tensor, step: StepContext, scale: float) -> Tensor | None:
     Kernels go first, except for many queries in bfloat16, for which processors may have matrix products.
     """
     source = step.sources[0]
-    if isinstance(source.held, Pages) or source.held[0].dtype != q.dtype:
+    if isinstance(source.held, CompressedKV) or source.held[0].dtype != q.dtype:
         return None
     k, v = source.held
     if v.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import KVSource
-from tessera.kernels import Pages
+from tessera.kernels import CompressedKV
 
 #: Weight of the typical deviation of a score, chosen with `benchmarks/sparse_reading.py`.
-SPREAD = 0.5
+SPREAD = 1.5
 #: Maximum bytes of a mask; more queries are processed in turn.
 MOST = 16 << 20
 
@@ -28,7 +28,7 @@ def queries_at_a_time(q: Tensor, tokens: int) -> int:
     return max(1, MOST // max(1, q.shape[0] * q.shape[1] * tokens))
 
 
-def selected(q: Tensor, pages: Pages, top: int, known: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def selected(q: Tensor, pages: CompressedKV, top: int, known: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Select the tokens that queries read.
 
     Args:
@@ -51,7 +51,7 @@ def selected(q: Tensor, pages: Pages, top: int, known: tuple[Tensor, Tensor] | N
     return found.repeat_interleave(heads // kv_heads, dim=1).repeat_interleave(BLOCK, dim=-1)
 
 
-def summaries(pages: Pages) -> tuple[Tensor, Tensor]:
+def summaries(pages: CompressedKV) -> tuple[Tensor, Tensor]:
     """Return means (rows, kv_heads, blocks, head_dim) of each block's coded keys, and widths (rows, kv_heads, blocks)."""
     # Computed in each call: keeping them would add many bytes to the cache.
     codec, _ = pages.codecs
@@ -60,7 +60,7 @@ def summaries(pages: Pages) -> tuple[Tensor, Tensor]:
 
 def in_turn(q: Tensor, source: KVSource) -> Iterator[tuple[slice, Tensor]]:
     """Yield as many queries at a time as the limit of masks allows, and the mask of what they read of a source."""
-    assert isinstance(source.held, Pages)
+    assert isinstance(source.held, CompressedKV)
     assert source.top is not None
     size, known = queries_at_a_time(q, source.tokens), summaries(source.held)
     for begin in range(0, q.shape[2], size):

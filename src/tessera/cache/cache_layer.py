@@ -305,7 +305,7 @@ class TesseraLayer(CacheLayerMixin):
             said = self._read_mask(mask, n)
             found = shares(self.policy, self.index, self.groups, self.waiting, said, n, before)
             views = [self._view(mask, share, said) for share in found.shares]
-        except ValueError:
+        except Exception:  # also a warning that is an error
             self.seen = before
             raise
         self.groups, self.waiting = found.groups, found.waiting

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tessera.cache.masks import Runs
 from tessera.cache.tiers import KVSource
-from tessera.kernels import Pages
+from tessera.kernels import CompressedKV
 
 
 def assemble(
@@ -39,7 +39,7 @@ def assemble(
             skip = wanted.before(first)
             if skip < source.tokens:
                 at = index[:, None], slice(None), wanted.cut(skip, source.tokens).index(index.device) - first
-                k, v = source.held.decode() if isinstance(source.held, Pages) else source.held
+                k, v = source.held.decode() if isinstance(source.held, CompressedKV) else source.held
                 keys[at] = k[:, :, skip:].to(keys).transpose(1, 2)
                 values[at] = v[:, :, skip:].to(values).transpose(1, 2)
     return keys, values

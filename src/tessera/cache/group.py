@@ -13,7 +13,7 @@ from tessera.cache.masks import Runs
 from tessera.cache.policy import RetentionPolicy
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import PAGE, KVSource
-from tessera.kernels import Pages
+from tessera.kernels import CompressedKV
 from tessera.kernels.precision import join
 
 #: While a cache records its past, this many more tokens stay exact, so that a crop of as many leaves no trace.
@@ -52,7 +52,7 @@ class StepContext:
         values: list[Tensor] = []
         for source in self.sources:
             a, b = max(begin - source.start, 0), min(end - source.start, source.tokens)
-            if not isinstance(source.held, Pages) and (a < b or not keys):
+            if not isinstance(source.held, CompressedKV) and (a < b or not keys):
                 keys.append(source.held[0][:, :, a : max(a, b)])
                 values.append(source.held[1][:, :, a : max(a, b)])
         k, v = join(keys, 2), join(values, 2)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.cache.padding_mask import PaddingMask
+from tessera.cache.padding_mask import PaddingMask, by_padding
 from tessera.devices import upload
 from tessera.finite import FiniteCheck
 from tessera.readback import HostCopy
@@ -71,15 +71,15 @@ def read_mask(mask: Tensor, known: NDArray[np.bool_], rule: Rule, finite: Finite
     Raises:
         ValueError: for an additive mask that does more than hide; see also `FiniteCheck.read`.
     """
-    if isinstance(mask, PaddingMask) and mask.window == rule.sliding:
+    if by_padding(mask) and mask.window == rule.sliding:
         if finite is not None:
             finite.read(*([] if mask.padding is None else [mask.padding]))
         shown = mask.real_slots()
-        said = None if shown is None and known.all() else _of_padding(shown, known, mask.shape[-2], rule)
+        if known.all() and (shown is None or shown.all()):
+            return None  # as for most tokens that are decoded
+        said = _of_padding(shown, known, mask.shape[-2], rule)
     else:
         said = _looked_at(mask, known, rule, finite)
-    if said is None:
-        return None
     # The first token of all begins a document anyway.
     anew = rule.by_document and any(begins and (known.shape[1] or begins != [0]) for begins in said.begins)
     return None if known.all() and all(said.plain) and all(map(all, said.real)) and not anew else said

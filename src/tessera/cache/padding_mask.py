@@ -8,13 +8,13 @@ another attention function, is given the mask itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tessera.readback import HostCopy
 
@@ -28,10 +28,14 @@ class PaddingMask(Tensor):
         padding: (batch, slots) bool, False for padding; None: there is none.
         window: a query sees this many newest slots, itself included; None: all up to its own.
         make: makes the mask.
+
+    Attributes:
+        altered: it, or a view of it, may have been written to, so that only the mask itself says what it hides.
     """
 
     padding: HostCopy | None
     window: int | None
+    altered: bool
     _make: Callable[[], Tensor]
     _whole: Tensor | None
 
@@ -47,6 +51,7 @@ class PaddingMask(Tensor):
         """Make one that has no numbers of its own."""
         self: PaddingMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         self.padding, self.window, self._make, self._whole = padding, window, make, None
+        self.altered = False
         return self
 
     def real_slots(self) -> NDArray[np.bool_] | None:
@@ -99,9 +104,20 @@ class PaddingMask(Tensor):
         if function is torch.ops.aten._to_copy.default and kwargs.get("device") is not None and "dtype" not in kwargs:
             # To another device, as accelerate takes it from layer to layer: what has been read stays known.
             (mask,), device = args, torch.device(kwargs["device"])
-            return PaddingMask(tuple(mask.shape), device, mask.padding, mask.window, lambda: mask.whole.to(device))
+            if not mask.altered:
+                return PaddingMask(tuple(mask.shape), device, mask.padding, mask.window, lambda: mask.whole.to(device))
+        if any(argument.alias_info is not None for argument in function._schema.arguments):
+            # A write, or a view, which may be written to unseen.
+            for each in tree_leaves((args, kwargs)):
+                if isinstance(each, PaddingMask):
+                    each.altered = True
         args, kwargs = tree_map_only(PaddingMask, lambda mask: mask.whole, (args, kwargs))
         return function(*args, **kwargs)
+
+
+def by_padding(mask: object) -> TypeGuard[PaddingMask]:
+    """Whether a mask still is what its padding and its window say."""
+    return isinstance(mask, PaddingMask) and not mask.altered
 
 
 #: On a (batch, slots) mask of one call, its copy on the host, which others than the attention have had to read before.

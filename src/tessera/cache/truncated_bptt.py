@@ -96,7 +96,7 @@ class TruncatedBPTTLayer(CacheLayerMixin):
 
 
 class TruncatedBPTTCache(TransformersCache):
-    """The state of whole batch rows without padding, for ``model(input_ids=segment, past_key_values=carry)``.
+    """The state of whole batch rows without padding, for ``model(input_ids=segment, past_key_values=cache)``.
 
     Args:
         model: a `tessera.models.gpt.GPT`, or a model with a memory attached; every layer must have a bounded state.

@@ -19,7 +19,7 @@ from tessera.devices import upload
 from tessera.files import WHOLE, atomic_path, brief, open_tensors
 from tessera.kernels import dispatch
 from tessera.kernels.bits import unpack_bits
-from tessera.kernels.pages import Format
+from tessera.kernels.compressed_kv import Format
 from tessera.kernels.precision import join, no_autocast
 
 Role = Literal["key", "value"]

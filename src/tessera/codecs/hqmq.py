@@ -178,12 +178,12 @@ class HQMQ(Codec):
                 inside = ~out
         scale = self._scale(radii, inside)
         books = self.secondaries(x.shape[1], role, layer).to(x.device)
-        turns = right_matrix(conjugate(books))
+        rotations = right_matrix(conjugate(books))
         if self.bf16_search:
             unit = chunks / radii.unsqueeze(-1).clamp(min=1e-8)
-            directions, projection = dispatch.nearest_directions(unit.bfloat16(), turns.bfloat16(), backend="reference")
+            directions, projection = dispatch.nearest_directions(unit.bfloat16(), rotations.bfloat16(), backend="reference")
         else:
-            directions, projection = dispatch.nearest_directions(chunks, turns)
+            directions, projection = dispatch.nearest_directions(chunks, rotations)
         r = radii if self.radius == "uniform" else projection.clamp(min=0)
         code = self._radius_code(r, scale.float().unsqueeze(-1))
         codes = torch.where((scale > 0).unsqueeze(-1), directions << self.radius_bits | code, 0)

@@ -34,7 +34,7 @@ from tessera.cache.policy import RetentionPolicy
 from tessera.codecs.key_stats import KeyStats
 from tessera.evaluation.protocols import filler, new_cache
 from tessera.evaluation.records import LayerRow
-from tessera.kernels import Pages
+from tessera.kernels import CompressedKV
 
 #: Number of queries whose weights are computed at once.
 QUERIES = 128
@@ -158,7 +158,7 @@ def _read(layer: TesseraLayer) -> Iterator[list[tuple[int, Tensor]]]:
         steps = opened(*arguments, **options)
         for step, _ in steps:
             for source in step.sources:
-                if isinstance(source.held, Pages):
+                if isinstance(source.held, CompressedKV):
                     found.append((source.start, torch.cat([keys.decode() for keys, _ in source.held.pages], dim=2)))
                 else:
                     found.append((source.start, source.held[0].clone()))

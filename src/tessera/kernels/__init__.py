@@ -9,11 +9,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from tessera.kernels import dispatch
+from tessera.kernels.compressed_kv import Coded, CompressedKV
 from tessera.kernels.dispatch import merge, nearest, nearest_directions
-from tessera.kernels.pages import Coded, Pages
 from tessera.kernels.params import AttendParams
 
-__all__ = ["AttendParams", "Pages", "attend", "decode", "merge", "nearest", "nearest_directions"]
+__all__ = ["AttendParams", "CompressedKV", "attend", "decode", "merge", "nearest", "nearest_directions"]
+
+#: The name that `CompressedKV` had before.
+Pages = CompressedKV
 
 
 def attend(
@@ -43,7 +46,7 @@ def attend(
     Raises:
         ValueError: for shapes that do not fit, or a backend that cannot do it.
     """
-    return dispatch.attend(q, Pages([(packed_k, packed_v)]), AttendParams(scale, mask, softcap, start, window), backend)
+    return dispatch.attend(q, CompressedKV([(packed_k, packed_v)]), AttendParams(scale, mask, softcap, start, window), backend)
 
 
 def decode(packed: Coded, backend: str | None = None) -> Tensor:

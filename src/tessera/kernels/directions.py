@@ -16,12 +16,12 @@ MANY = 1 << 22
 
 
 @without_autocast
-def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_directions(chunks: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
     """The best direction code s · 24 + p of every chunk, and the chunk's projection on it.
 
     Args:
         chunks: (batch, heads, tokens, n, 4).
-        turns: (heads or 1, S, 4, 4), y = turns @ x being x·conj(q_s); its dtype is that of the search.
+        rotations: (heads or 1, S, 4, 4), y = rotations @ x being x·conj(q_s); its dtype is that of the search.
 
     Returns:
         (batch, heads, tokens, n), int64 and float32.
@@ -29,9 +29,9 @@ def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(chunks.shape[:-1], dtype=torch.long, device=chunks.device)
     best = torch.empty(chunks.shape[:-1], dtype=torch.float32, device=chunks.device)
     for head in range(chunks.shape[1]):
-        turn = turns[head if len(turns) > 1 else 0]
-        flat = chunks[:, head].reshape(-1, 4).to(turn.dtype)
-        found = [_search(part, turn) for part in flat.split(max(1, MANY // len(turn)))]
+        rotation = rotations[head if len(rotations) > 1 else 0]
+        flat = chunks[:, head].reshape(-1, 4).to(rotation.dtype)
+        found = [_search(part, rotation) for part in flat.split(max(1, MANY // len(rotation)))]
         found = found or [(flat.new_zeros(0).long(), flat.new_zeros(0))]
         shape = codes[:, head].shape
         codes[:, head] = torch.cat([c for c, _ in found]).view(shape)
@@ -39,8 +39,8 @@ def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     return codes, best
 
 
-def _search(x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    turned = (x @ turn.flatten(0, 1).T).unflatten(-1, (-1, 4))  # (n, S, 4)
+def _search(x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    turned = (x @ rotation.flatten(0, 1).T).unflatten(-1, (-1, 4))  # (n, S, 4)
     projection, s = unit_projection(turned).max(-1)
     p = nearest_unit(turned.gather(1, s[:, None, None].expand(-1, 1, 4)).squeeze(1))
     return s * UNITS + p, projection

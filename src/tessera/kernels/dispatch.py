@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tessera.kernels import cpu, directions, feedback, pack, paged, pages, recurrent_grid, reference, triton
+from tessera.kernels import compressed_kv, cpu, directions, feedback, pack, paged, recurrent_grid, reference, triton
+from tessera.kernels.compressed_kv import Coded, CompressedKV
 from tessera.kernels.cpu import encode as cpu_encode
 from tessera.kernels.cpu import grid as cpu_grid
 from tessera.kernels.cpu import paged as cpu_paged
 from tessera.kernels.cpu import sources, tiled
 from tessera.kernels.nearest import Codewords
-from tessera.kernels.pages import Coded, Pages
 from tessera.kernels.params import AttendParams
 from tessera.kernels.precision import no_autocast, without_autocast
 from tessera.kernels.recurrent_grid import Gates, Steps
@@ -72,7 +72,7 @@ MERGE = Operation(
 DECODE = Operation(
     "decode",
     "the decoding of packed vectors",
-    Implementation("reference", pages, "decode_reference"),
+    Implementation("reference", compressed_kv, "decode_reference"),
     [
         Implementation("cpu", cpu, "decode", cpu.decode_refusal, levels=True),
         Implementation("triton", triton, "decode", triton.decode_refusal),
@@ -162,7 +162,7 @@ ADVANCE = Operation(
 
 
 @without_autocast
-def attend(q: Tensor, tier: Pages, params: AttendParams, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, tier: CompressedKV, params: AttendParams, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Partial attention over a packed tier, see `tessera.kernels.reference.attend`.
 
     Args:
@@ -260,9 +260,9 @@ def nearest(x: Tensor, book: Codewords, backend: str | None = None) -> Tensor:
 
 
 @without_autocast
-def nearest_directions(chunks: Tensor, turns: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def nearest_directions(chunks: Tensor, rotations: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The best products of a unit and a secondary quaternion, see `tessera.kernels.directions`."""
-    found: tuple[Tensor, Tensor] = NEAREST_DIRECTIONS(chunks, turns, backend=backend)
+    found: tuple[Tensor, Tensor] = NEAREST_DIRECTIONS(chunks, rotations, backend=backend)
     return found
 
 

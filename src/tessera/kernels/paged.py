@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from tessera.kernels.pages import Format, Widened
+from tessera.kernels.compressed_kv import Format, Widened
 
 #: Tokens of a page.
 GROUP = 64

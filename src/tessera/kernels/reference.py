@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tessera.kernels.pages import Pages
+from tessera.kernels.compressed_kv import CompressedKV
 from tessera.kernels.params import AttendParams
 from tessera.kernels.precision import without_autocast
 
@@ -26,7 +26,7 @@ FEW, MANY = 256, 1024
 @without_autocast
 def attend(
     q: Tensor,
-    pages: Pages,
+    pages: CompressedKV,
     params: AttendParams,
 ) -> tuple[Tensor, Tensor]:
     """Attention over packed keys and values, decoded block by block.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tessera.kernels.pages import Pages
+from tessera.kernels.compressed_kv import CompressedKV
 
 
 class Source(NamedTuple):
@@ -17,6 +17,6 @@ class Source(NamedTuple):
         start, window: as of `AttendParams`.
     """
 
-    held: Pages | tuple[Tensor, Tensor]
+    held: CompressedKV | tuple[Tensor, Tensor]
     start: int | None = None
     window: int | None = None

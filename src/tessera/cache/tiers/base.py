@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tessera.cache.spec import BLOCK
-from tessera.kernels import Pages
+from tessera.kernels import CompressedKV
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing since Python 3.11
@@ -37,7 +37,7 @@ class KVSource:
         unmasked: whether every query reads every key. There need not be one key for each token then, and no mask can hide any.
     """
 
-    held: Pages | Pairs
+    held: CompressedKV | Pairs
     start: int
     tokens: int
     window: int | None = None

@@ -13,7 +13,7 @@ from tessera.cache.tiers.base import KVSource, Pairs, Tier
 from tessera.codecs import Codec, Packed, Role
 from tessera.codecs.key_stats import KeyStats
 from tessera.finite import FiniteCheck
-from tessera.kernels import Pages
+from tessera.kernels import CompressedKV
 from tessera.kernels.precision import join
 
 #: Tokens of a page of packed tokens at most.
@@ -58,7 +58,7 @@ class QuantizedTier(Tier):
         self.store = store
         self.finite = finite
         self._pages: list[tuple[Packed, Packed]] = []
-        self._views: list[Pages] = []
+        self._views: list[CompressedKV] = []
 
     @property
     def tokens(self) -> int:
@@ -71,7 +71,7 @@ class QuantizedTier(Tier):
         return list(self._pages)
 
     @property
-    def view(self) -> Pages:
+    def view(self) -> CompressedKV:
         """The pages as kernels read them. There must be a token, and all pages on one device."""
         (view,) = self._views
         return view
@@ -93,11 +93,11 @@ class QuantizedTier(Tier):
         keys, values = (packed if store.holds(packed) else store.keep(packed) for packed in page)
         return keys, values
 
-    def _seen(self, pages: list[tuple[Packed, Packed]], before: Pages | None = None) -> Pages:
+    def _seen(self, pages: list[tuple[Packed, Packed]], before: CompressedKV | None = None) -> CompressedKV:
         stats = self.stats
         if stats is not None and stats.sizes.device != pages[0][0].device:
             stats = stats.to(pages[0][0].device)
-        return Pages(pages, before, stats)
+        return CompressedKV(pages, before, stats)
 
     def buffers(self) -> list[Tensor]:
         """Every tensor that is held."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.kernels.compressed_kv import Coded, CompressedKV, Format, strided
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.pages import Coded, Format, Pages, strided
 from tessera.kernels.params import AttendParams
 from tessera.kernels.products import ProductFormat
 from tessera.kernels.reference import check_exact
@@ -95,7 +95,7 @@ def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
     return [0 if x is None else x.data_ptr() for x in tensors]
 
 
-def attend_refusal(q: Tensor, pages: Pages) -> str | None:
+def attend_refusal(q: Tensor, pages: CompressedKV) -> str | None:
     """Say why `attend` cannot be used, or return None if it can."""
     keys, _ = pages.pages[0]
     dim = pages.shape[3]
@@ -114,7 +114,7 @@ def attend_refusal(q: Tensor, pages: Pages) -> str | None:
 
 def attend(
     q: Tensor,
-    pages: Pages,
+    pages: CompressedKV,
     params: AttendParams,
     *,
     level: str | None = None,
@@ -166,8 +166,8 @@ def _rule(params: AttendParams) -> tuple[list[float], Tensor | None]:
     return [params.softcap or 0.0, pointer, *strides, start is not None, start or 0, 0 if start is None else window], mask
 
 
-def _narrowed(q: Tensor, pages: Pages) -> Tensor:
-    """`Pages.narrowed` of contiguous float32 queries, without small, slow PyTorch operations."""
+def _narrowed(q: Tensor, pages: CompressedKV) -> Tensor:
+    """`CompressedKV.narrowed` of contiguous float32 queries, without small, slow PyTorch operations."""
     if pages.stats is None:
         return q
     sizes, out = pages.stats.sizes.contiguous(), torch.empty_like(q)
@@ -297,14 +297,15 @@ def decode(packed: Coded, level: str | None = None) -> Tensor:
     return out
 
 
-def nearest_directions(chunks: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_directions(chunks: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.directions` in C++."""
     batch, heads, tokens, n, _ = chunks.shape
-    chunks, turns = chunks.float().contiguous(), turns.contiguous()
+    chunks, rotations = chunks.float().contiguous(), rotations.contiguous()
     codes = torch.empty(chunks.shape[:-1], dtype=torch.int32, device="cpu")
     projections = torch.empty(chunks.shape[:-1], dtype=torch.float32, device="cpu")
     where = (codes.data_ptr(), projections.data_ptr(), torch.get_num_threads())
-    _cpu.nearest_directions(turns.data_ptr(), len(turns), turns.shape[1], chunks.data_ptr(), batch * heads, tokens * n, *where)
+    given = (rotations.data_ptr(), len(rotations), rotations.shape[1])
+    _cpu.nearest_directions(*given, chunks.data_ptr(), batch * heads, tokens * n, *where)
     return codes, projections
 
 
@@ -334,7 +335,7 @@ def _products(form: ProductFormat, heads: int, layer: int) -> Any:
     return _cpu.Products(form.bits, form.radius_bits, *(table.contiguous().numpy() for table in tables))
 
 
-def table_of(pages: Pages) -> Any:
+def table_of(pages: CompressedKV) -> Any:
     """Return the addresses of each page's tensors in the form that `page_at` in module.cpp reads: (pages, 24) int64."""
     if "cpu" not in pages.memo:
         pages.memo["cpu"] = torch.tensor([row for row, _ in pages.notes("cpu", _row)]).numpy()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import cpu
-from tessera.kernels.pages import Pages
+from tessera.kernels.compressed_kv import CompressedKV
 from tessera.kernels.source import Source
 
 
@@ -21,11 +21,11 @@ def attend_sources(
     if cpu.MISSING is not None or q.device.type != "cpu" or not q.numel() or (q.requires_grad and torch.is_grad_enabled()):
         return None
     exact: list[int] = []
-    packed: tuple[Pages, Source] | None = None
+    packed: tuple[CompressedKV, Source] | None = None
     kv_heads = 0
     for source in sources:
         held = source.held
-        if isinstance(held, Pages):
+        if isinstance(held, CompressedKV):
             if packed is not None or not _prepared(held, q):
                 return None
             packed, kv_heads = (held, source), held.shape[1]
@@ -57,7 +57,7 @@ def _rule(source: Source) -> tuple[bool, int, int]:
     return True, source.start, source.window or 0
 
 
-def _prepared(pages: Pages, q: Tensor) -> bool:
+def _prepared(pages: CompressedKV, q: Tensor) -> bool:
     """Whether there is a kernel for pages; its tables are then in their memo, for all steps until the pages change."""
     if "sources" not in pages.memo:
         if cpu.attend_refusal(q, pages) is not None:

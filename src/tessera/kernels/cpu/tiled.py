@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import cpu, reference
+from tessera.kernels.compressed_kv import CompressedKV
 from tessera.kernels.joint import JointFormat
-from tessera.kernels.pages import Pages
 from tessera.kernels.params import AttendParams
 
 #: Maximum bytes of decoded or widened keys and values at once, unless `BLOCK` tokens take more.
@@ -29,7 +29,7 @@ NO_KERNEL, WIDE_KERNEL, SLOW_KERNEL = 16, 768, 192
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def attend(q: Tensor, pages: Pages, params: AttendParams, *, level: str | None = None) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, pages: CompressedKV, params: AttendParams, *, level: str | None = None) -> tuple[Tensor, Tensor]:
     """Compute `tessera.kernels.reference.attend` the fastest way on a CPU. `level`: see `tessera.kernels.cpu.attend`."""
     if cpu.attend_refusal(q, pages) is None:
         level = level or cpu.levels()[-1]
@@ -47,7 +47,7 @@ def attend_exact(q: Tensor, k: Tensor, v: Tensor, params: AttendParams, *, level
     return attend_exact_tiled(q, k, v, params)
 
 
-def attend_refusal(q: Tensor, pages: Pages, params: AttendParams) -> str | None:
+def attend_refusal(q: Tensor, pages: CompressedKV, params: AttendParams) -> str | None:
     """Say why `attend` cannot be used, or return None if it can."""
     why = cpu.attend_refusal(q, pages)
     return why if why is None or tiled_refusal(q, pages, params) is not None else None
@@ -59,13 +59,13 @@ def attend_exact_refusal(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) 
     return why if why is None or exact_tiled_refusal(q, k, v, params) is not None else None
 
 
-def _fast(pages: Pages, level: str) -> bool:
+def _fast(pages: CompressedKV, level: str) -> bool:
     """Whether codes are multiplied as integers, which is faster than dense keys for any number of queries."""
     # NEON alone multiplies as many integers at a time as floats.
     return level not in ("portable", "neon") and all(isinstance(form, JointFormat) for form in pages.form())
 
 
-def tiled_refusal(q: Tensor, pages: Pages, params: AttendParams) -> str | None:
+def tiled_refusal(q: Tensor, pages: CompressedKV, params: AttendParams) -> str | None:
     """Say why `attend_tiled` cannot or should not be used, or return None."""
     if q.device.type != "cpu" or pages.pages[0][0].device.type != "cpu":
         return "PyTorch's flash attention that tells its log-sum-exp is for CPUs"
@@ -97,7 +97,7 @@ def _refusal(q: Tensor, params: AttendParams) -> str | None:
     return None
 
 
-def attend_tiled(q: Tensor, pages: Pages, params: AttendParams) -> tuple[Tensor, Tensor]:
+def attend_tiled(q: Tensor, pages: CompressedKV, params: AttendParams) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.reference.attend` without a mask, soft-capping or a window; one decoded tile at a time."""
     return _over_tiles(q, pages.shape, pages.decode, params, _tile(pages.shape))
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import feedback, pack
+from tessera.kernels.compressed_kv import Coded, CompressedKV, strided
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, Codewords
-from tessera.kernels.pages import Coded, Pages, strided
 from tessera.kernels.params import AttendParams
 from tessera.kernels.triton.tables import (
     FRACTION,
@@ -58,7 +58,7 @@ def _on(device: torch.device) -> AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def attend_refusal(q: Tensor, pages: Pages) -> str | None:
+def attend_refusal(q: Tensor, pages: CompressedKV) -> str | None:
     """Say why `attend` cannot be used, or return None if it can."""
     keys, _ = pages.pages[0]
     dim = pages.shape[3]
@@ -77,7 +77,7 @@ def attend_refusal(q: Tensor, pages: Pages) -> str | None:
 
 def attend(
     q: Tensor,
-    pages: Pages,
+    pages: CompressedKV,
     params: AttendParams,
     *,
     splits: int | None = None,
@@ -125,7 +125,7 @@ def attend_blocks(
     """Do what `attend` does over blocks of tokens that a table names.
 
     Args:
-        q: queries for keys with scaled channels, see `Pages.narrowed`.
+        q: queries for keys with scaled channels, see `CompressedKV.narrowed`.
         params, splits, lookup: as for `attend`.
         blocks: (blocks, columns) int64 on the device, see `tables.block_table`.
         forms: formats of the codes of keys and of values.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tessera.devices import upload
+from tessera.kernels.compressed_kv import Coded, CompressedKV
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import CellIndex, reduction_tables
-from tessera.kernels.pages import Coded, Pages
 from tessera.quaternion import units
 
 #: How a codeword is looked up, and the size of the table for codes of 16 bits. "moves": a point, in 8 KiB, whose components are
@@ -174,7 +174,7 @@ def _moves(form: JointFormat) -> Tensor:
     return (exchange | (exchange & 2) << 2 | signs).to(torch.uint32).view(torch.int32)
 
 
-def block_table(pages: Pages, block: int, group: int) -> tuple[Tensor, int, int]:
+def block_table(pages: CompressedKV, block: int, group: int) -> tuple[Tensor, int, int]:
     """Return the table of blocks, (blocks, `COLUMNS`) int64, and divisors of the addresses of keys and of value codes.
 
     The first divisor is for key codes and centres. Columns: addresses of key codes, key scales, key centres, the largest

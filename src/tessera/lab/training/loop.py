@@ -129,11 +129,11 @@ def train(
     found = checkpoints_in(checkpoints)
     state = load_checkpoint(found[-1], bare, average, optimizers) if found else RunState()
 
-    def compute_loss(ids: Tensor, targets: Tensor, carry: TruncatedBPTTCache | None = None) -> Tensor:
+    def compute_loss(ids: Tensor, targets: Tensor, cache: TruncatedBPTTCache | None = None) -> Tensor:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
             if loss is not None:
                 return loss(bare, ids, targets)
-            logits = bare(input_ids=ids, **({} if carry is None else {"past_key_values": carry})).logits
+            logits = bare(input_ids=ids, **({} if cache is None else {"past_key_values": cache})).logits
         total = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return total / (targets != IGNORED).sum().clamp(min=1)
 
@@ -154,13 +154,13 @@ def train(
         with torch.random.fork_rng(noisy):
             torch.manual_seed(int(np.random.SeedSequence((config.seed, state.step, rank)).generate_state(1)[0]))
             for rows in zip(*(x.split(phase.together(processes)) for x in (ids, targets)), strict=True):
-                carry = TruncatedBPTTCache(bare) if phase.segments > 1 else None
+                cache = TruncatedBPTTCache(bare) if phase.segments > 1 else None
                 for part, wanted in zip(*(x.chunk(phase.segments, dim=1) for x in rows), strict=True):
-                    value = loss_of(part, wanted, carry) * (int((wanted != IGNORED).sum()) / asked)
+                    value = loss_of(part, wanted, cache) * (int((wanted != IGNORED).sum()) / asked)
                     value.backward()
                     total += value.detach()
-                    if carry is not None:
-                        carry.detach()
+                    if cache is not None:
+                        cache.detach()
         average_gradients(bare, accelerator)
         return float(accelerator.reduce(total, reduction="mean"))
 

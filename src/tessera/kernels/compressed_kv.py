@@ -1,4 +1,4 @@
-"""The pages of a packed tier in the form that kernels read."""
+"""The quantised keys and values of a tier, in pages, in the form that kernels read."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class Widened(Protocol):
         """The inverse factor of each channel: (batch, kv_heads, head_dim) float32."""
 
 
-class Pages:
-    """Packed keys and values, (batch, kv_heads, tokens, head_dim) in all. Immutable.
+class CompressedKV:
+    """Quantised keys and values of a layer, (batch, kv_heads, tokens, head_dim) in all. Immutable.
 
     Args:
         pages: at least one pair of keys and values of one layer, encoded with the roles "key" and "value", of equal shapes;
@@ -91,7 +91,9 @@ class Pages:
         memo: data that backends derive from the pages and keep as long as they exist.
     """
 
-    def __init__(self, pages: Sequence[tuple[Coded, Coded]], before: Pages | None = None, stats: Widened | None = None) -> None:
+    def __init__(
+        self, pages: Sequence[tuple[Coded, Coded]], before: CompressedKV | None = None, stats: Widened | None = None
+    ) -> None:
         if not pages:
             raise ValueError("there are no pages")
         self.pages = tuple(pages)
@@ -116,11 +118,11 @@ class Pages:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As below: addresses are meaningless elsewhere, and here nothing would keep their tensors alive.
-        return Pages, (self.pages, None, self.stats)
+        return CompressedKV, (self.pages, None, self.stats)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedKV:
         # Data of backends, such as addresses, belong to these pages and not to copies.
-        return Pages(deepcopy(self.pages, memo), stats=deepcopy(self.stats, memo))
+        return CompressedKV(deepcopy(self.pages, memo), stats=deepcopy(self.stats, memo))
 
     def notes(self, name: str, make: Callable[[Coded, Coded], T]) -> list[T]:
         """Return data that a backend derives from each page, by name: computed once per page, also when pages are added."""
