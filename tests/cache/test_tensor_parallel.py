@@ -22,7 +22,7 @@ pytest.importorskip("transformers.distributed", reason="this transformers spread
 
 PROCESS = Path(__file__).with_name("tensor_parallel_process.py")
 LEAVE = Path(__file__).parents[1] / "run_and_leave.py"
-SIZE = {"vocab_size": 98, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "eos_token_id": None}
+SIZE = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "eos_token_id": None}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "initializer_range": 0.2}
 
 

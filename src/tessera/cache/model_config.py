@@ -79,13 +79,16 @@ def check_shapes(model: nn.Module, layers: list[tuple[tuple[int, int], int | Non
     Raises:
         ValueError: for a model whose layers keep keys and values of other shapes.
     """
+    processes = getattr(model, "_tp_size", None) or 1
     for module in model.modules():
         index, kind = getattr(module, "layer_idx", None), type(module).__name__
         if not isinstance(index, int) or index >= len(layers) or not kind.endswith("Attention"):
             continue
         heads, dim = layers[index][0]
         widths = [getattr(getattr(module, name, None), "out_features", None) for name in ("k_proj", "v_proj")]
-        if all(isinstance(width, int) for width in widths) and widths != [heads * dim] * 2:
+        # Where heads are sharded over processes, some versions of transformers name the width of this process.
+        allowed = [[heads * dim] * 2, [heads // processes * dim] * 2]
+        if all(isinstance(width, int) for width in widths) and widths not in allowed:
             raise ValueError(
                 f"tessera.Cache does not support {type(model).__name__}: layer {index} makes keys of {widths[0]} and values of "
                 f"{widths[1]} numbers a token, where its config says {heads} heads of {dim}"
