@@ -191,6 +191,10 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--draw", action="store_true", help="measure nothing, draw what there is")
     options = parser.parse_args()
+    if too_short := [length for length in options.lengths if length < 2 * SPACE]:
+        parser.error(f"--lengths: {too_short[0]} tokens are too few; at least {2 * SPACE} have passages that can be read again")
+    if options.draw and not options.json.is_file():
+        parser.error(f"--draw: there is no {options.json}; measure first, without --draw")
     quiet()
     rows: list[Row] = []
     jobs: list[Job] = []

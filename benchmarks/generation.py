@@ -191,19 +191,27 @@ def run(name: str, tokens: int, layers: int, count: int, width: int = WIDTH) -> 
 
 
 def pretrained(options: argparse.Namespace, console: Console) -> int:
-    """Measure a pretrained model, see model_generation.py."""
+    """Measure a pretrained model, see model_generation.py.
+
+    Rows of other lengths stay in the record if they were measured alike, on the same day.
+    """
     import model_generation
 
     path = options.json or ROOT / "docs" / "results" / "model_generation.json"
     settings = {"steps": options.steps or 136, "repeats": options.repeats, "environment": environment()}
+    lengths = options.tokens or model_generation.LENGTHS
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = all(before.get(name) == settings[name] for name in settings) and before["model"] == Path(options.model).name
+    kept = [row for row in before["rows"] if row["tokens"] not in lengths] if same else []
 
     def save(made: dict[str, Any]) -> None:
+        rows = sorted([*kept, *made["rows"]], key=lambda row: (row["tokens"], -row["chunk"]))
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps({**settings, **made}, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps({**settings, **made, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
     made = model_generation.measure(
         options.model,
-        options.tokens or model_generation.LENGTHS,
+        lengths,
         options.caches or model_generation.CACHES,
         chunk=options.chunk,
         steps=settings["steps"],

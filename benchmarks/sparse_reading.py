@@ -85,6 +85,8 @@ def main() -> int:
     parser.add_argument("--part", choices=("speed", "quality"), help="what is measured anew; without it: both")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "sparse_reading.json")
     options = parser.parse_args()
+    if options.part and not options.json.is_file():
+        parser.error(f"--part: there is no {options.json} to keep the other part of; measure both first")
     quiet()
     torch.manual_seed(0)
     found = json.loads(options.json.read_text(encoding="utf-8")) if options.part else {}

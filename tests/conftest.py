@@ -83,18 +83,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
-RUN_AGAIN: set[str] = set()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_handlecrashitem(crashitem: str, report: Any, sched: Any) -> None:
-    """A worker that ended in a test, for want of memory or because it stood still, is no verdict: the test has one more run."""
-    if crashitem not in RUN_AGAIN:
-        RUN_AGAIN.add(crashitem)
-        sched.mark_test_pending(crashitem)
-        report.outcome = "rerun"
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen = config.getoption("-m")
     no_gpu = pytest.mark.skip(reason="needs a CUDA device; run on one with: pytest -m gpu")

@@ -242,13 +242,19 @@ def test_what_a_tensor_memory_finds_is_told_by_the_next_call(fine: bool) -> None
                 model(ids[:, :1], past_key_values=cache)
 
 
-def test_a_missing_sink_is_told_by_the_next_call() -> None:
+def without_a_sink() -> tuple[Any, tessera.Cache, Tensor]:
+    """A model that has an attention sink, a cache without one that has read 100 tokens and not warned yet, and these tokens."""
     model = sink_models.make(sink=True)
     cache = deferred(tessera.Cache("q4_0", model))
     ids = torch.cat((torch.zeros(1, 1, dtype=torch.long), torch.randint(1, 257, (1, 99))), 1)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
         model(ids, past_key_values=cache)
+    return model, cache, ids
+
+
+def test_a_missing_sink_is_told_by_the_next_call() -> None:
+    model, cache, ids = without_a_sink()
     with pytest.warns(UserWarning, match="draws .* of the attention of layer"), torch.no_grad():
         model(ids[:, 1:2], past_key_values=cache)
     with warnings.catch_warnings(), torch.no_grad():
@@ -257,12 +263,9 @@ def test_a_missing_sink_is_told_by_the_next_call() -> None:
 
 
 def test_a_call_that_stops_at_a_warning_changes_nothing() -> None:
-    model = sink_models.make(sink=True)
-    cache = deferred(tessera.Cache("q4_0", model))
-    ids = torch.cat((torch.zeros(1, 1, dtype=torch.long), torch.randint(1, 257, (1, 99))), 1)
+    model, cache, ids = without_a_sink()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(ids, past_key_values=cache)
         with pytest.raises(UserWarning, match=r"draws .* of the attention of layer"):
             model(ids[:, 1:2], past_key_values=cache)
         assert {layer.seen for layer in cache.layers} == {100}

@@ -159,9 +159,9 @@ def test_kernels_by_hand_run_where_they_should(kernels: emulated.Kernels, level:
 
 
 def test_the_kernels_are_two(kernels: emulated.Kernels) -> None:
-    assert kernels.uses("DotKeys::products", "sdot")
-    assert kernels.uses("NeonKeys::products", "smlal")
-    assert not kernels.uses("NeonKeys::products", "sdot")
+    assert kernels.uses("DotForm::products", "sdot")
+    assert kernels.uses("NeonForm::products", "smlal")
+    assert not kernels.uses("NeonForm::products", "sdot")
 
 
 @pytest.mark.parametrize(

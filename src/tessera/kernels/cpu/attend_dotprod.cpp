@@ -21,6 +21,7 @@
 #include "prefetch.hpp"
 #include "rows.hpp"
 #include "neon_codewords.hpp"
+#include "neon_keys.hpp"
 #include "dotprod.hpp"
 
 void tessera::attend_dotprod(const Problem& p) {

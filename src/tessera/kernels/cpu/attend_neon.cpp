@@ -7,6 +7,7 @@
 #include "prefetch.hpp"
 #include "rows.hpp"
 #include "neon_codewords.hpp"
+#include "neon_keys.hpp"
 #include "neon.hpp"
 
 void tessera::attend_neon(const Problem& p) {

@@ -10,100 +10,17 @@ inline __attribute__((always_inline)) void store_wide(int16_t* to, int8x16_t x) 
     vst1q_s16(to + 8, vmovl_high_s8(x));
 }
 
-// Functions that are not to be inlined fill the registers by themselves.
-class NeonKeys {
-  public:
-    using Book = tessera::Book;
-
-    NeonKeys(const Book& book, int chunks, int limbs, int, Memory& memory)
-        : book_(book),
-          dim_(4 * chunks),
-          size_((chunks + 3) / 4 * 16),
-          limbs_(limbs > 2 ? 2 : 1),
-          codewords_{{book, 0}, {book, book.parts - 1}},
-          rows_(book.row_bytes(chunks), false, 1, memory),
-          query_limbs_(memory.take<int16_t>(size_t(TILE) * limbs_ * size_)),
-          vectors_(memory.take<int16_t>(size_t(book.parts) * UNIT * size_)) {}
-
-    void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
-
-    // In 16 bits, and where there are two limbs what is left in 16 more.
-    void set_queries(const float* q, int rows) {
-        alignas(16) float x[MAX_DIM];
-        std::fill(x, x + size_, 0.0f);
-        for (int r = 0; r < rows; ++r) {
-            std::copy(q + size_t(r) * dim_, q + size_t(r + 1) * dim_, x);
-            float32x4_t highest = vdupq_n_f32(0);
-            for (int c = 0; c < size_; c += 4) highest = vmaxq_f32(highest, vabsq_f32(vld1q_f32(x + c)));
-            const float most = vmaxvq_f32(highest);
-            // A query of zeros, or of less than floats resolve, scores zero.
-            const float inverse = most > 1e-30f ? MOST / most : 0.0f;
-            for (int c = 0; c < size_; c += 4) vst1q_f32(x + c, vmulq_n_f32(vld1q_f32(x + c), inverse));
-            worth_[r][0] = most / MOST * book_.step;
-            worth_[r][1] = worth_[r][0] / BASE;
-            for (int l = 0; l < limbs_; ++l) {
-                int16_t* to = query_limbs_ + (size_t(r) * limbs_ + l) * size_;
-                for (int c = 0; c < size_; c += 4) {
-                    const float32x4_t y = vld1q_f32(x + c), near = vrndnq_f32(y);
-                    vst1_s16(to + c, vqmovn_s32(vcvtq_s32_f32(near)));
-                    vst1q_f32(x + c, vmulq_n_f32(vsubq_f32(y, near), BASE));
-                }
-            }
-        }
-    }
-
-    // scores[r * stride + j] = <query r, vector j>, less its length, for the tokens of the unit, up to GROUP; and anything
-    // beyond, up to a multiple of UNIT.
-    void dot(Unit unit, int rows, float* scores, int stride) {
-        const int64_t bytes = book_.row_bytes(dim_ / 4);
-        for (; unit.count > 0; unit.count -= UNIT, unit.codes += UNIT * bytes, scores += UNIT) {
-            const uint8_t* row[UNIT];
-            rows_.find(unit, 0, row);
-            for (int part = 0; part < book_.parts; ++part) look_up(row, part);
-            int r = 0;
-            if (limbs_ == 2) {
-                for (; r + 2 <= rows; r += 2) dot_some<2, 2>(r, scores, stride);
-                if (r < rows) dot_some<1, 2>(r, scores, stride);
-            } else {
-                for (; r + 4 <= rows; r += 4) dot_some<4, 1>(r, scores, stride);
-                for (; r < rows; ++r) dot_some<1, 1>(r, scores, stride);
-            }
-        }
-    }
-
-  private:
-    static constexpr float MOST = 32767.0f;  // |limb|; 512 products of it with components up to 127 fit 32 bits
+// See ArmKeys.
+struct NeonForm {
+    using Number = int16_t;
+    static constexpr int LIMBS = 2;
+    static constexpr float MOST = 32767.0f;  // 512 products of it with components up to 127 fit 32 bits
     static constexpr float BASE = 65534.0f;
 
-    [[gnu::noinline]] void look_up(const uint8_t* const* row, int part) const {
-        const Codewords codewords = codewords_[part];  // a copy: stores do not change it
-        const int step = book_.bits / 2;               // bytes of four codes
-        int16_t* to = vectors_ + size_t(part) * UNIT * size_;
-        for (int t = 0; t < UNIT; ++t) {
-            const uint8_t* from = row[t];
-            for (int c = 0; c < size_; c += 16, from += step, to += 16) store_wide(to, codewords.four(from));
-        }
-    }
+    static int limbs(int asked) { return asked > 2 ? 2 : 1; }
+    static void narrow(int16_t* to, int32x4_t x) { vst1_s16(to, vqmovn_s32(x)); }
+    static void widen(int16_t* to, int8x16_t x) { store_wide(to, x); }
 
-    template <int ROWS, int LIMBS>
-    [[gnu::noinline]] void dot_some(int r, float* scores, int stride) const {
-        const int16_t* limbs = query_limbs_ + size_t(r) * LIMBS * size_;
-        for (int j = 0; j < UNIT; j += 4) {
-            float32x4_t total[ROWS];
-            for (int i = 0; i < ROWS; ++i) total[i] = vdupq_n_f32(0);
-            for (int part = 0; part < book_.parts; ++part) {
-                int32x4_t sum[ROWS * LIMBS];
-                products<ROWS * LIMBS>(vectors_ + (size_t(part) * UNIT + j) * size_, limbs, size_, sum);
-                const float weight = book_.parts == 2 ? TWO_PARTS[part] : 1.0f;
-                for (int i = 0; i < ROWS; ++i)
-                    for (int l = 0; l < LIMBS; ++l)
-                        total[i] = vfmaq_n_f32(total[i], vcvtq_f32_s32(sum[i * LIMBS + l]), worth_[r + i][l] * weight);
-            }
-            for (int i = 0; i < ROWS; ++i) vst1q_f32(scores + (r + i) * stride + j, total[i]);
-        }
-    }
-
-    // Sums of products of four vectors with N rows of limbs, all of `size` numbers.
     template <int N>
     [[gnu::noinline]] static void products(const int16_t* vectors, const int16_t* limbs, int size, int32x4_t out[N]) {
         int32x4_t sum[N][4];
@@ -125,16 +42,11 @@ class NeonKeys {
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) out[n] = vpaddq_s32(vpaddq_s32(sum[n][0], sum[n][1]), vpaddq_s32(sum[n][2], sum[n][3]));
     }
-
-    const Book& book_;
-    const int dim_, size_, limbs_;  // size: dim, up to a multiple of four chunks
-    const Codewords codewords_[2];
-    const Rows rows_;
-    int16_t* const query_limbs_;  // (TILE, limbs, size)
-    int16_t* const vectors_;      // (parts, UNIT, size)
-    float worth_[TILE][2] = {};
 };
 
+using NeonKeys = ArmKeys<NeonForm>;
+
+// Functions that are not to be inlined fill the registers by themselves.
 class NeonValues {
   public:
     using Book = tessera::Book;
