@@ -8,6 +8,7 @@ from torch import nn
 
 from tessera.adapters.attached import AttachedMemory
 from tessera.attention import SlidingWindow, enable, restore, unsupported
+from tessera.attention.documents import share_readings
 from tessera.cache.cache_layer import ATTACHED, ATTENTION
 from tessera.cache.model_config import check_shapes, read_config
 from tessera.tensor_cache.config import TensorCacheConfig
@@ -78,6 +79,7 @@ def install(
         setattr(modules[index], MEMORY, layer)
         done.hooks.append(modules[index].register_forward_pre_hook(_begin, with_kwargs=True))
         done.hooks.append(modules[index].register_forward_hook(_add, with_kwargs=True))
+    done.hooks += share_readings(model.get_decoder() if hasattr(model, "get_decoder") else model)
     setattr(model, ATTACHED, done)
     return done
 
