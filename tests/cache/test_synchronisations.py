@@ -6,6 +6,7 @@ once is deferred here as on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import warnings
@@ -378,9 +379,11 @@ def test_what_is_not_finite_shows_in_all_logits_until_it_is_encoded_and_is_refus
     logits(model, cache, ids[:, :40], (40,))
     with torch.no_grad():
         model(inputs_embeds=torch.full((1, 1, model.config.hidden_size), torch.nan), past_key_values=cache)
-        with pytest.raises(ValueError, match=r"NaN or infinite.*call cache\.reset\(\)"):
-            for shown in range(160):
-                assert not model(ids[:, shown : shown + 1], past_key_values=cache).logits.isfinite().any()
+        while not cache.layers[0].policy.finite.broken and shown < 160:
+            before, shown = shown, shown + 1
+            with contextlib.suppress(ValueError):
+                found = model(ids[:, before:shown], past_key_values=cache).logits
+                assert not found.isfinite().any()
         assert 20 < shown < 100
         with pytest.raises(ValueError, match=r"NaN or infinite.*call cache\.reset\(\)"):
             model(ids[:, :1], past_key_values=cache)

@@ -79,7 +79,8 @@ def install(
         setattr(modules[index], MEMORY, layer)
         done.hooks.append(modules[index].register_forward_pre_hook(_begin, with_kwargs=True))
         done.hooks.append(modules[index].register_forward_hook(_add, with_kwargs=True))
-    done.hooks += share_readings(model.get_decoder() if hasattr(model, "get_decoder") else model)
+    whole: Any = model
+    done.hooks += share_readings(whole.get_decoder() if hasattr(whole, "get_decoder") else whole)
     setattr(model, ATTACHED, done)
     return done
 

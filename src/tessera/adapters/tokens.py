@@ -94,8 +94,8 @@ def read_tokens(
             raise ValueError(PACKED)
         begins = begins if cached else _join(begins, _read_positions(given, shape))
     if by_kind:
-        flat = {**by_kind, **{name: each.told for name, each in told.items() if each is not None}}
-    return Tokens(shape, real, begins, flat if square is None or by_kind else square.told)
+        return Tokens(shape, real, begins, {**by_kind, **{name: each.told for name, each in told.items() if each is not None}})
+    return Tokens(shape, real, begins, flat if square is None else square.told)
 
 
 #: Why packed documents are refused where there is a cache, whose attention does not keep them apart.

@@ -25,6 +25,8 @@ from tessera.readback import HostCopy
 
 #: A mask of at most so many numbers for each head is evaluated on the host: layers of different kinds share its transfer.
 FEW = 1 << 20
+#: Why torch.compile breaks its graph here.
+READS = "what a mask says is evaluated on the host"
 PADDING_SHOWN = "the attention mask shows slots that were padding when they came; padding stays padding"
 
 
@@ -129,6 +131,7 @@ class MaskReading:
         """Note, for each block of `limits.window` queries, the slots that its queries may see."""
         self._columns[limits] = columns
 
+    @torch.compiler.disable(reason=READS)
     def blocks(self, limits: SlidingWindow, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """For each block of `limits.window` queries, the slots that they may see and whether each of them does.
 
@@ -181,7 +184,7 @@ def _columns(of: Documents, queries: int, limits: SlidingWindow) -> list[NDArray
     for first in range(past, of.slots, limits.window):
         near = real & (count > count[:, first : first + 1] - limits.window)
         seen = (sinks | near)[:, : min(first + limits.window, of.slots)]
-        found.append(seen.any(0).nonzero()[0])
+        found.append(np.nonzero(seen.any(0))[0])
     return found
 
 
@@ -260,6 +263,19 @@ def read_documents(
         if finite is not None:
             finite.read()
         return MaskReading(Documents(batch, slots) if before is None else before.followed(queries), None, queries)
+    return _read(mask, batch, queries, limits, before, memory, finite)
+
+
+@torch.compiler.disable(reason=READS)
+def _read(
+    mask: Tensor,
+    batch: int,
+    queries: int,
+    limits: SlidingWindow,
+    before: Documents | None,
+    memory: bool,
+    finite: FiniteCheck | None,
+) -> MaskReading:
     call = _CALLS.each[-1] if _CALLS.each else _Call()
     for of_mask, earlier, own, strict, reading in call.readings:
         same = before is earlier or (before is not None and before.same(earlier))
@@ -300,7 +316,7 @@ def _of_padding(
         # Documents are consecutive, so whoever sees another sees the first slot that is shown.
         first = np.take_along_axis(of.number, real.argmax(1)[:, None], 1)
         hidden = (of.number >= 0) & ~real & (of.place >= limits.sink)
-        rows, at = hidden.nonzero()
+        rows, at = np.nonzero(hidden)
         late = of.place[rows, at, None] <= of.place[rows, past:] - limits.window
         absorbed = late & (of.number[rows, at, None] == of.number[rows, past:])
         _check(bool(((new >= 0) & (new != first)).any()), bool(absorbed.any()), limits.window)

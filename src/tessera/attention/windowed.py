@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
-from tessera.attention.documents import Documents, MaskReading, SlidingWindow
+from tessera.attention.documents import READS, Documents, MaskReading, SlidingWindow
 from tessera.cache.masks import boolean
 from tessera.devices import upload
 from tessera.finite import FiniteCheck
@@ -118,40 +118,62 @@ def recalled(
     if of.single:
         real = torch.ones((batch, slots), dtype=torch.bool, device=device)
         return memory(query, key, value, real, positions, finite=finite)[0]
-    # One row for each document that a new token belongs to, its tokens at the end.
-    rows, at = (of.number >= 0).nonzero()
-    which = (of.place[rows, at] == 0).cumsum() - 1
-    length = np.bincount(which)
-    asked = np.bincount(which, weights=at >= slots - n) > 0
-    kept = asked[which]
-    rows, at, number = rows[kept], at[kept], (asked.cumsum() - 1)[which][kept]
-    if not len(rows):
+    found = _by_document(of, n, device)
+    if found is None:
         return query.new_zeros((batch, n, memory.out.out_features))
-    most = int(length[asked].max())
-    column = most - length[asked][number] + of.place[rows, at]
-    held = np.zeros((int(asked.sum()), most), dtype=np.bool_)
-    held[number, column] = True
-    new = at >= slots - n
-    real, to_rows, to_slots = (_sent(x, device) for x in (held, rows, at))
-    to_number, to_column = _sent(number, device), _sent(column, device)
+    real, slot, entry, new, answer = found
 
     def by_document(x: Tensor) -> Tensor:
         """(batch, heads, slots, head_dim) -> (documents, heads, tokens, head_dim)."""
-        table = x.new_zeros((*held.shape, x.shape[1], x.shape[3]))
-        return table.index_put((to_number, to_column), x[to_rows, :, to_slots]).transpose(1, 2)
+        table = x.new_zeros((*real.shape, x.shape[1], x.shape[3]))
+        return table.index_put(entry, x[slot[0], :, slot[1]]).transpose(1, 2)
 
-    where = None
-    if positions is not None:
-        where = positions.new_zeros(held.shape).index_put((to_number, to_column), positions[to_rows, to_slots])
+    where = None if positions is None else positions.new_zeros(real.shape).index_put(entry, positions[slot])
     asking = by_document(pad(query, (0, 0, slots - n, 0)))
     added, _ = memory(asking, by_document(key), by_document(value), real, where, finite=finite)
-    out = added.new_zeros((batch, n, added.shape[2]))
-    place = _sent(rows[new], device), _sent(at[new] - (slots - n), device)
-    return out.index_put(place, added[_sent(number[new], device), _sent(column[new], device)])
+    return added.new_zeros((batch, n, added.shape[2])).index_put(new, added[answer])
 
 
-def _sent(x: NDArray[Any], device: torch.device) -> Tensor:
-    return upload(torch.as_tensor(x), device)
+class _Table(NamedTuple):
+    """A table with a row for each document that a new token belongs to, its tokens at the end.
+
+    Attributes:
+        real: (documents, tokens) bool, whether there is a token.
+        slot: of each token, the row of the batch and the slot.
+        entry: of each token, the row and the column of the table.
+        new: of each new token, the row of the batch, and its number among the new slots.
+        answer: of each new token, the row and the column of the table.
+    """
+
+    real: Tensor
+    slot: tuple[Tensor, Tensor]
+    entry: tuple[Tensor, Tensor]
+    new: tuple[Tensor, Tensor]
+    answer: tuple[Tensor, Tensor]
+
+
+@torch.compiler.disable(reason=READS)
+def _by_document(of: Documents, n: int, device: torch.device) -> _Table | None:
+    """Make the table for the documents of the newest n slots; None: all of these are padding."""
+    rows, at = (of.number >= 0).nonzero()
+    which = (of.place[rows, at] == 0).cumsum() - 1
+    length = np.bincount(which)
+    asked = np.bincount(which, weights=at >= of.slots - n) > 0
+    kept = asked[which]
+    rows, at, number = rows[kept], at[kept], (asked.cumsum() - 1)[which][kept]
+    if not len(rows):
+        return None
+    most = int(length[asked].max())
+    column = most - length[asked][number] + of.place[rows, at]
+    real = np.zeros((int(asked.sum()), most), dtype=np.bool_)
+    real[number, column] = True
+    new = at >= of.slots - n
+
+    def pair(first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return upload(torch.as_tensor(first), device), upload(torch.as_tensor(second), device)
+
+    places = pair(rows[new], at[new] - (of.slots - n)), pair(number[new], column[new])
+    return _Table(upload(torch.as_tensor(real), device), pair(rows, at), pair(number, column), *places)
 
 
 def dense(
