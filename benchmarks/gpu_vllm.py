@@ -30,7 +30,7 @@ from tessera.evaluation.records import environment
 from tessera.files import write_json
 from tessera.kernels import paged
 from tessera.kernels.paged import GROUP, BlockLayout, PagedCall, Step
-from tessera.kernels.triton import paged as triton_paged
+from tessera.kernels.triton import triton_paged
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 CASES = ((1, 4096), (1, 32768), (8, 4096), (32, 4096), (8, 32768))

@@ -11,9 +11,9 @@ from tessera.attention import SlidingWindow, enable, restore, unsupported
 from tessera.attention.documents import share_readings
 from tessera.cache.cache_layer import ATTACHED, ATTENTION
 from tessera.cache.model_config import check_shapes, read_config
-from tessera.tensor_cache.config import TensorCacheConfig
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 from tessera.tensor_cache.rotary import phase_of
+from tessera.tensor_cache.tensor_cache_config import TensorCacheConfig
 
 #: Attribute of an attention module that holds its memory.
 MEMORY = "tensor_cache"

@@ -22,8 +22,8 @@ from tessera.cache.layer_states import stateful
 from tessera.cache.stream import Stream
 from tessera.finite import FiniteCheck
 from tessera.tensor_memory.gated_layer import TensorMemoryLayer
-from tessera.tensor_memory.state import TensorMemoryState
 from tessera.tensor_memory.tensor_memory import TensorMemory
+from tessera.tensor_memory.tensor_memory_state import TensorMemoryState
 
 
 class Call:

@@ -16,10 +16,10 @@ from transformers.masking_utils import (
 )
 
 from tessera.attention.documents import SlidingWindow, read_documents
-from tessera.attention.infini import over_whole
+from tessera.attention.infini_attention import over_whole
+from tessera.attention.over_segment import over_segment
 from tessera.attention.over_tiers import over_tiers
 from tessera.attention.past import recall, tokens_so_far
-from tessera.attention.truncated_bptt import over_segment
 from tessera.attention.windowed import Softmax, dense, windowed
 from tessera.cache.cache_layer import ATTENTION, DeferredKV
 from tessera.cache.deferred import UNCOMPILED

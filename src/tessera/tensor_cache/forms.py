@@ -7,12 +7,12 @@ import sys
 from torch import Tensor
 
 from tessera.kernels.cpu import absorb as cpu_absorb
-from tessera.kernels.registry import Implementation, Operation
+from tessera.kernels.operations import Implementation, Operation
 from tessera.tensor_cache import scan
-from tessera.tensor_cache.config import Order, Rule
 from tessera.tensor_cache.fused import fused_scan
 from tessera.tensor_cache.fused import refusal as fused_refusal
 from tessera.tensor_cache.recurrence import wedge
+from tessera.tensor_cache.tensor_cache_config import Order, Rule
 
 
 def recur(

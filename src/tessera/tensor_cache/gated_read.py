@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tessera.finite import FiniteCheck
 from tessera.modules import Float32Module
-from tessera.tensor_cache.config import TensorCacheConfig
 from tessera.tensor_cache.rotary import Phase
-from tessera.tensor_cache.state import TensorCacheState
 from tessera.tensor_cache.tensor_cache import TensorCache
+from tessera.tensor_cache.tensor_cache_config import TensorCacheConfig
+from tessera.tensor_cache.tensor_cache_state import TensorCacheState
 
 
 def is_gate(name: str) -> bool:

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from tessera.tensor_cache.config import Order, Rule
 from tessera.tensor_cache.recurrence import wedge
+from tessera.tensor_cache.tensor_cache_config import Order, Rule
 
 #: The smallest logarithm of a token's decay: the remaining 4e-18 of a matrix are below the rounding of any write.
 _LEAST = -40.0

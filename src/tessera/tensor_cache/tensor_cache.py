@@ -12,11 +12,11 @@ from torch.nn.functional import gumbel_softmax, logsigmoid, normalize, one_hot, 
 from tessera.finite import FiniteCheck
 from tessera.kernels.precision import join
 from tessera.modules import Float32Module
-from tessera.tensor_cache.config import Rule, TensorCacheConfig
 from tessera.tensor_cache.forms import recur
 from tessera.tensor_cache.recurrence import loop
 from tessera.tensor_cache.scan import scan
-from tessera.tensor_cache.state import TensorCacheState
+from tessera.tensor_cache.tensor_cache_config import Rule, TensorCacheConfig
+from tessera.tensor_cache.tensor_cache_state import TensorCacheState
 
 
 def logit(p: float) -> float:
