@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-import tessera
 from tessera.files import write_json
 from tessera.kernels import cpu
+from tessera.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def environment() -> dict[str, str]:
 
     return {
         "date": date.today().isoformat(),
-        "tessera": tessera.__version__,
+        "tessera": VERSION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
