@@ -73,9 +73,9 @@ def code_options(form: Readable, lookup: str, align: int) -> dict[str, Any]:
         raise ValueError(f"no lookup {lookup!r}; there are {', '.join(lookups(form))}")
     found = {"ALIGN": align, "LOOKUP": lookup, "MOVE_BITS": 0, "ZERO": 0}
     if isinstance(form, JointFormat):
-        points = 1 << (form.bits - form.move_bits)
-        shape = {"BITS": form.bits, "MOVE_BITS": form.move_bits, "FIELD": _field(form), "POINTS": points, "LENGTH": "byte"}
-        return {**found, **shape}
+        points = 1 << (form.bits - form.permutation_bits)
+        shape = {"BITS": form.bits, "MOVE_BITS": form.permutation_bits, "FIELD": _field(form), "POINTS": points}
+        return {**found, **shape, "LENGTH": "byte"}
     zero = int(form.zero) if form.numbers == "uniform" else 0
     points = TERMS[form.bits] if lookup == "curve" else 1 << 2 * form.bits
     length = "half" if "scale" in form.fields["key"] else "none"
@@ -156,12 +156,12 @@ def rotations(form: Readable, dim: int, device: torch.device) -> tuple[Tensor, T
 
 def _field(form: JointFormat) -> int:
     """Return the bits of a component of a point: a sign and seven, or more."""
-    return 8 if form.points.abs().max() <= 127 else 16
+    return 8 if form.representatives.abs().max() <= 127 else 16
 
 
 def _fits(form: JointFormat) -> bool:
     """Whether the points fit in shared memory."""
-    return _field(form) == 8 and 1 << (form.bits - form.move_bits) <= HELD
+    return _field(form) == 8 and 1 << (form.bits - form.permutation_bits) <= HELD
 
 
 def usual_lookup(form: Readable) -> str:
@@ -219,8 +219,8 @@ def curve(levels: Tensor) -> Tensor:
 def _points(form: JointFormat, lookup: str) -> Tensor:
     """Return the table of a lookup of codewords."""
     # There is a row for every value of a code, zero where the codebook has none.
-    points = torch.zeros(1 << (form.bits - form.move_bits), 4, dtype=torch.long)
-    points[: len(form.points)] = form.points.long()
+    points = torch.zeros(1 << (form.bits - form.permutation_bits), 4, dtype=torch.long)
+    points[: len(form.representatives)] = form.representatives.long()
     if lookup == "held" and not _fits(form):
         raise ValueError(f"shared memory holds up to {HELD} points of bytes; a code of {form.bits} bits has {len(points)}")
     if lookup == "halves":
