@@ -1,8 +1,8 @@
 """What the Triton attention compiles to for a GPU, found out without one.
 
-For each way to look a codeword up: registers of a thread, bytes that it spills into memory, shared memory of a program, and the
-machine instructions that it takes to go through a block of 64 tokens of one key head, those of all its warps together. What
-only groups with narrowed channels need is counted too.
+For each way to read codes: registers of a thread, bytes that it spills into memory, shared memory of a program, and the machine
+instructions that it takes to go through a block of 64 tokens of one key head, those of all its warps together. What only groups
+with narrowed channels need is counted too; `hqmq:4_nocentre` has none.
 
 Beside them stands what a multiprocessor could issue in the time in which its share of the memory's bandwidth delivers these
 keys and values in float16, and as they are coded: more instructions than the first cannot be faster than dense attention,
@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,16 @@ from rich.table import Table
 
 os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
 
+import torch
 import triton as compiler
 from triton.backends.compiler import GPUTarget
 
 from tessera import codecs
 from tessera.codecs import Role
-from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.files import write_json
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
-from tessera.kernels.triton.tables import LOOKUPS, code_options, options
+from tessera.kernels.triton.tables import Readable, code_options, lookups, options, readable, tables, usual_lookup
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Compute capability, and of a multiprocessor: bytes of memory in a nanosecond, instructions in a nanosecond.
@@ -62,8 +63,15 @@ CASES = (
     ("hqmq:4", 256, 16),
     ("hqmq:3", 128, 16),
     ("hqmq:k4v3", 128, 16),
+    ("hqmq:4_nocentre", 128, 16),
+    ("scalar:4", 128, 16),
+    ("scalar:3", 128, 16),
+    ("int:4", 128, 16),
+    ("int:8", 128, 16),
+    ("fp8", 128, 16),
 )
 ROLES: tuple[Role, ...] = ("key", "value")
+TYPES = {torch.int64: "i64", torch.int32: "i32", torch.float16: "fp16"}
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -72,22 +80,23 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(program), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def forms(spec: str, dim: int) -> list[JointFormat]:
+def forms(spec: str, dim: int) -> list[Readable]:
     """Of keys and of values."""
-    sides = [codecs.get(spec).side(role) for role in ROLES]
-    assert all(isinstance(side, JointHQMQ) for side in sides)
-    return [side.kernel_format(dim) for side in sides]  # type: ignore[misc]
+    found = [codecs.get(spec).side(role).kernel_format(dim) for role in ROLES]
+    assert all(readable(form) for form in found)
+    return found
 
 
-def built(spec: str, dim: int, rows: int, lookup: str) -> Any:
-    """The compiled kernel."""
-    keys, values = forms(spec, dim)
-    codes, value_codes = code_options(keys, lookup, 16), code_options(values, lookup, 16)
-    fixed = {**options(dim, rows, codes, value_codes), **FLAGS, "APART": values is not keys, "CENTRED": True}
+def built(spec: str, dim: int, rows: int, ways: Sequence[str]) -> Any:
+    """The compiled kernel, with these lookups of keys and of values."""
+    sides = forms(spec, dim)
+    codes, value_codes = (code_options(form, way, 16) for form, way in zip(sides, ways, strict=True))
+    centred = isinstance(sides[0], JointFormat) and sides[0].group > 1
+    fixed = {**options(dim, rows, codes, value_codes), **FLAGS, "APART": sides[0] is not sides[1], "CENTRED": centred}
     how = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
     pointers = dict(POINTERS)
-    for name, field in (("table", "FIELD"), ("v_table", "V_FIELD")):
-        pointers[name] = "i64" if lookup in ("signs", "halves") or fixed[field] > 8 else "i32"
+    for name, form, way in zip(("table", "v_table"), sides, ways, strict=True):
+        pointers[name] = TYPES[tables(form, way, torch.device("cpu"))[0].dtype]
     numbers = dict.fromkeys(("step", "v_step", "softcap"), "fp32")
     signature, aligned = {}, {}
     for place, name in enumerate(attend_kernel.arg_names):
@@ -119,16 +128,22 @@ def longest_loop(listing: str) -> int:
     return longest
 
 
+def row_bytes(form: Readable, dim: int) -> float:
+    """Bytes of a vector's codes and scale."""
+    how = code_options(form, usual_lookup(form), 16)
+    return how["BITS"] * dim / 32 + {"byte": 1, "half": 2, "none": 0}[how["LENGTH"]]
+
+
 def row(spec: str, dim: int, rows: int, lookup: str) -> dict[str, Any]:
     """One kernel."""
-    kernel = built(spec, dim, rows, lookup)
+    kernel = built(spec, dim, rows, [lookup if lookup in lookups(form) else usual_lookup(form) for form in forms(spec, dim)])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
         loop = longest_loop(tool("nvdisasm", "-c", file.name))
     warps = kernel.metadata.num_warps
-    coded = sum(BLOCK * (dim * form.bits / 4 / 8 + 1) for form in forms(spec, dim))
+    coded = sum(BLOCK * row_bytes(form, dim) for form in forms(spec, dim))
     return {
         "spec": spec,
         "dim": dim,
@@ -147,13 +162,15 @@ def row(spec: str, dim: int, rows: int, lookup: str) -> dict[str, Any]:
 def main() -> int:
     """Compile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=len(CASES), help="so many of the cases")
-    parser.add_argument("--lookups", nargs="+", choices=LOOKUPS, default=LOOKUPS)
+    specs = tuple(dict.fromkeys(spec for spec, _, _ in CASES))
+    parser.add_argument("--codecs", nargs="+", choices=specs, default=specs, metavar="CODEC", help="only these codecs")
+    parser.add_argument("--lookups", nargs="+", metavar="NAME", help="only these ways to read a codec; default: all")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "triton_static.json")
     options_ = parser.parse_args()
     rows = []
-    for spec, dim, count in CASES[: options_.cases]:
-        rows += [row(spec, dim, count, lookup) for lookup in options_.lookups]
+    for spec, dim, count in (case for case in CASES if case[0] in options_.codecs):
+        ways = dict.fromkeys(way for form in forms(spec, dim) for way in lookups(form))
+        rows += [row(spec, dim, count, way) for way in ways if options_.lookups is None or way in options_.lookups]
     record = {"triton": compiler.__version__, "capability": CAPABILITY, "block": BLOCK, "rows": rows}
     write_json(options_.json, record)
     table = Table(*rows[0])

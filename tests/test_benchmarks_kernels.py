@@ -21,11 +21,13 @@ def test_the_attention_compiles_for_a_gpu_and_keeps_to_registers_and_shared_memo
     path = tmp_path / "static.json"
     # Compiled anew, not taken from what an earlier run left.
     env = {**os.environ, "PYTHONIOENCODING": "utf-8", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, str(BENCHMARKS / "triton_static.py"), "--cases", "2", "--lookups", "held", "--json", str(path)]
+    command = [sys.executable, str(BENCHMARKS / "triton_static.py"), "--codecs", "hqmq:k4v3", "int:4", "scalar:4"]
+    command += ["--lookups", "held", "integers", "curve", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["spec"], row["rows"], row["lookup"]) for row in rows] == [("hqmq:4", 16, "held"), ("hqmq:4", 32, "held")]
+    found = [(row["spec"], row["lookup"]) for row in rows]
+    assert found == [("hqmq:k4v3", "held"), ("scalar:4", "curve"), ("int:4", "integers")]
     for row in rows:
         assert 0 < row["registers"] <= 255
         assert row["spilled"] < 256

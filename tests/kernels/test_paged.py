@@ -229,6 +229,14 @@ def test_triton(options: dict) -> None:
         close(got, plain(engine, r, **options), 2e-3)
 
 
+@pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))
+@pytest.mark.parametrize("spec", ["scalar:4", "(k=int:8,v=hqmq:3)", "(k=fp8,v=scalar:3)"])
+def test_triton_reads_codes_of_single_numbers(spec: str) -> None:
+    engine = Engine.make([70], heads=2, kv_heads=1, dim=20, sink=3, spec=spec)
+    for r, got in enumerate(engine.serve([66], backend="triton")):
+        close(got, plain(engine, r), 2e-3)
+
+
 @pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 def test_threads_and_long_contexts_that_are_cut_change_nothing() -> None:
     engine = Engine.make([3000, 70])

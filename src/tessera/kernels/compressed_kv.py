@@ -147,10 +147,10 @@ class CompressedKV:
         keys, values = self.pages[0]
         return keys.codec, values.codec
 
-    def lacking(self, kind: type[Any] = object) -> str | None:
-        """Return the spec of the first codec without a kernel format, or without one of a given kind; None if both have it."""
+    def lacking(self, readable: Callable[[Format], bool] = lambda form: True) -> str | None:
+        """Return the spec of the first codec without a kernel format, or without one that is readable; None if both have it."""
         formats = zip(self.codecs, self.form(), strict=True)
-        return next((codec.spec for codec, form in formats if form is None or not isinstance(form, kind)), None)
+        return next((codec.spec for codec, form in formats if form is None or not readable(form)), None)
 
     def check(self, q: Tensor, params: AttendParams) -> tuple[Format, Format]:
         """Return `form`, after checking that queries (batch, q_heads, q_tokens, head_dim) and a mask fit.

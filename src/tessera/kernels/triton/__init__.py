@@ -16,16 +16,21 @@ from tessera.kernels.compressed_kv import Coded, CompressedKV, strided
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, Codewords
 from tessera.kernels.params import AttendParams
+from tessera.kernels.scalars import ScalarFormat
 from tessera.kernels.triton.tables import (
-    FRACTION,
+    Readable,
     block_table,
     code_options,
     index_bias,
     index_bounds,
     index_tables,
+    kept_fields,
+    lookups,
     options,
     power,
+    readable,
     rotations,
+    step_of,
     tables,
     usual_lookup,
 )
@@ -68,7 +73,7 @@ def attend_refusal(q: Tensor, pages: CompressedKV) -> str | None:
         return "the Triton kernels have no gradients"
     if not interpreted() and not (q.is_cuda and keys.device == q.device):
         return f"the queries are on {q.device} and the cache on {keys.device}"
-    if (lacking := pages.lacking(JointFormat)) is not None:
+    if (lacking := pages.lacking(readable)) is not None:
         return f"there is no Triton kernel for {lacking}"
     if dim % 4 or dim > MAX_DIM:
         return f"head_dim {dim} is no multiple of 4 up to {MAX_DIM}"
@@ -88,19 +93,18 @@ def attend(
     Args:
         q, pages, params: as there.
         splits: number of parts that the tokens are split into; None: enough to fill the device.
-        lookup: one of `LOOKUPS` of `tables`, for keys and values; None: "held" where shared memory holds the points of one,
-            else "moves".
+        lookup: one of `tables.lookups`, for keys and values; None: for each `tables.usual_lookup`.
     """
     from tessera.kernels.triton.attend_kernel import BLOCK
 
     keys, values = pages.check(q, params)
-    if not isinstance(keys, JointFormat) or not isinstance(values, JointFormat):
-        raise ValueError(f"there is no Triton kernel for {pages.lacking(JointFormat)}")
-    blocks, *aligns = block_table(pages, BLOCK, keys.group)
+    if (lacking := pages.lacking(readable)) is not None:
+        raise ValueError(f"there is no Triton kernel for {lacking}")
+    blocks, *aligns = block_table(pages, BLOCK, keys.group if isinstance(keys, JointFormat) else BLOCK)
     return attend_blocks(
         pages.narrowed(q),
         blocks,
-        (keys, values),
+        (keys, values),  # type: ignore[arg-type]
         params,
         kv_heads=pages.shape[1],
         aligns=(aligns[0], aligns[1]),
@@ -113,7 +117,7 @@ def attend(
 def attend_blocks(
     q: Tensor,
     blocks: Tensor,
-    forms: tuple[JointFormat, JointFormat],
+    forms: tuple[Readable, Readable],
     params: AttendParams,
     *,
     kv_heads: int,
@@ -145,8 +149,10 @@ def attend_blocks(
     if len(blocks) == 0:
         none = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         return none, none.new_full(q.shape[:-1], -torch.inf)
-    codes = code_options(keys, lookup or usual_lookup(keys), aligns[0])
-    value_codes = code_options(values, lookup or usual_lookup(values), aligns[1])
+    ways = [lookup if lookup in lookups(form) else usual_lookup(form) for form in forms]
+    if lookup is not None and lookup not in ways:
+        ways[0] = lookup  # which is refused, naming those that there are
+    codes, value_codes = (code_options(*how) for how in zip(forms, ways, aligns, strict=True))
 
     tile = min(ROWS[dim > 128], power(rows))
     tiles = -(-rows // tile)
@@ -172,8 +178,8 @@ def attend_blocks(
             out,
             lse,
             *strides,
-            keys.step * FRACTION,
-            values.step * FRACTION,
+            step_of(keys),
+            step_of(values),
             params.softcap or 0.0,
             params.start or 0,
             params.window or 0,
@@ -271,24 +277,24 @@ def decode(packed: Coded) -> Tensor:
 
     batch, heads, tokens, dim = packed.shape
     form = packed.codec.kernel_format(dim)
-    assert isinstance(form, JointFormat)
-    codes, scale = packed.tensors["codes"].contiguous(), packed.tensors["scale"].contiguous()
+    if form is None or not readable(form):
+        raise ValueError(f"there is no Triton kernel for {packed.codec.spec}")
+    kept = kept_fields(packed)
+    codes = kept["codes"].contiguous()
+    scale = kept["scale"].contiguous() if "scale" in kept else codes
     out = torch.empty(packed.shape, dtype=torch.float32, device=codes.device)
     if out.numel():
         lookup = usual_lookup(form)
-        table, moves, scales = tables(form, lookup, codes.device)
         align = gcd(16, codes.shape[-1], codes.data_ptr())
         with _on(codes.device):
             decode_kernel[(batch * heads, -(-tokens // BLOCK))](
                 codes,
                 scale,
-                table,
-                moves,
-                scales,
+                *tables(form, lookup, codes.device),
                 out,
                 tokens * codes.shape[-1],
                 tokens,
-                form.step * FRACTION,
+                step_of(form),
                 tokens,
                 CHUNKS=dim // 4,
                 WIDTH=power(dim // 4),
@@ -296,7 +302,7 @@ def decode(packed: Coded) -> Tensor:
                 **code_options(form, lookup, align),
             )
     out = out @ rotations(form, dim, codes.device)[2]
-    if packed.role == "key":
+    if isinstance(form, JointFormat) and packed.role == "key":
         out = out / form.value_gain
         if "centre" in packed.tensors:
             group = (packed.offset + torch.arange(tokens, device=codes.device)) // form.group
@@ -364,6 +370,9 @@ def decode_refusal(packed: Coded) -> str | None:
         return missing()
     if packed.device.type != "cuda" and not interpreted():
         return f"the codes are on {packed.device}"
-    if not isinstance(packed.codec.kernel_format(dim), JointFormat) or dim % 4 or dim > MAX_DIM:
+    form = packed.codec.kernel_format(dim)
+    if not readable(form) or dim % 4 or dim > MAX_DIM:
         return f"there is no Triton kernel for {packed.codec.spec} of {dim} numbers"
+    if isinstance(form, ScalarFormat) and form.numbers == "levels":
+        return "the levels of the Triton kernels are rounded to half precision, which attention takes but decoding does not"
     return None

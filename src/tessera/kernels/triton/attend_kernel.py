@@ -2,12 +2,7 @@
 
 Flash-decoding: the tokens are split among programs, each of which goes through its share block by block with an online
 softmax and leaves a partial result and its log-sum-exp; `join_kernel` joins them. A program serves all query rows (query heads
-of a group, query tokens) of one key head, so a codeword is looked up once for all of them.
-
-A codeword's components are two pairs of half-precision numbers, each pair a word of 32 bits, as tensor cores take them. Their
-integers are stored in the fractions of these numbers without an exponent (subnormal): n has the value n · 2^-24, and no
-conversion is needed. All first pairs form one tile and all second pairs another, so the channels of queries and results have
-the order of `tessera.kernels.triton.tables.column_order`.
+of a group, query tokens) of one key head, so a vector is decoded once for all of them.
 """
 
 from __future__ import annotations
@@ -15,132 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tessera.kernels.triton.read_kernel import read_vectors
+
 #: Tokens of a block: at most as many as share the means of their key channels.
 BLOCK = 64
 #: Number of channels of queries that are scaled at once.
 SLICE = 32
-
-
-@triton.jit
-def _codes(base, seen, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """Load codes (BLOCK, WIDTH) of the rows `seen`, packed contiguously from the address `base` on.
-
-    ALIGN divides the address and the bytes of a row.
-    """
-    ROW_BYTES: tl.constexpr = (CHUNKS * BITS + 7) // 8
-    tokens = tl.arange(0, BLOCK)
-    chunks = tl.arange(0, WIDTH)
-    if BITS == 8:
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), ALIGN) + tokens[:, None] * ROW_BYTES
-        return tl.load(row + chunks[None, :], mask=seen[:, None] & (chunks < CHUNKS)[None, :], other=0).to(tl.int32)
-    if BITS == 16 and ALIGN % 2 == 0:
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
-        return tl.load(row + chunks[None, :], mask=seen[:, None] & (chunks < CHUNKS)[None, :], other=0).to(tl.int32)
-    if BITS == 12 and CHUNKS % 4 == 0 and ALIGN % 2 == 0:
-        # Three halves of words hold four codes.
-        four = tl.arange(0, WIDTH // 4)
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
-        inside = seen[:, None] & (4 * four < CHUNKS)[None, :]
-        low = tl.load(row + 3 * four[None, :], mask=inside, other=0).to(tl.int32)
-        middle = tl.load(row + 3 * four[None, :] + 1, mask=inside, other=0).to(tl.int32)
-        high = tl.load(row + 3 * four[None, :] + 2, mask=inside, other=0).to(tl.int32)
-        early = tl.join(low & 0xFFF, (low >> 12) | ((middle & 0xFF) << 4))
-        late = tl.join((middle >> 8) | ((high & 0xF) << 8), high >> 4)
-        return tl.reshape(tl.permute(tl.join(early, late), (0, 1, 3, 2)), (BLOCK, WIDTH))
-    seen = seen[:, None] & (chunks < CHUNKS)[None, :]
-    bit = chunks * BITS
-    if BITS <= 17 and ALIGN % 2 == 0:
-        # Two halves of a word contain a code wherever it begins. Nothing beyond the row may be read.
-        half = bit >> 4
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
-        inside = seen & (half + 1 < ROW_BYTES // 2)[None, :]
-        wide = tl.load(row + half[None, :], mask=seen, other=0).to(tl.int32)
-        wide |= tl.load(row + (half + 1)[None, :], mask=inside, other=0).to(tl.int32) << 16
-        return (wide >> (bit & 15)[None, :]) & ((1 << BITS) - 1)
-    byte = bit >> 3
-    row = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), ALIGN) + tokens[:, None] * ROW_BYTES
-    wide = tl.load(row + byte[None, :], mask=seen, other=0).to(tl.int32)
-    # A code may end in the byte in which it begins, or up to three bytes later.
-    for i in tl.static_range(1, (BITS + 14) // 8):
-        inside = seen & (byte + i < ROW_BYTES)[None, :]
-        wide |= tl.load(row + (byte + i)[None, :], mask=inside, other=0).to(tl.int32) << (8 * i)
-    return (wide >> (bit & 7)[None, :]) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _swapped(pair):
-    """Exchange the halves of a word."""
-    return (pair << 16) | ((pair >> 16) & 0xFFFF)
-
-
-@triton.jit
-def _signed(first, second, move):
-    """Apply the signs of a move to pairs; -0x7FFF8000 is the sign of either half."""
-    return first ^ (move & -0x7FFF8000), second ^ ((move << 1) & -0x7FFF8000)
-
-
-@triton.jit
-def _moved_bytes(point, move):
-    """Make the two pairs of a point whose components 0, 2, 1, 3 are the bytes of a word: a sign and seven bits each."""
-    point = tl.where((move & 1) != 0, _swapped(point), point)
-    first = point >> (move & 8)
-    second = point >> (~move & 8)
-    one = (first & 0x007F007F) | (((first << 8) ^ move) & -0x7FFF8000)
-    two = (second & 0x007F007F) | (((second << 8) ^ (move << 1)) & -0x7FFF8000)
-    return one, two
-
-
-@triton.jit
-def _moved_pairs(first, second, move):
-    """Make the two pairs of a point whose pairs are two words."""
-    other = (move & 8) != 0
-    one, two = tl.where(other, second, first), tl.where(other, first, second)
-    turn = (move & 1) != 0
-    return _signed(tl.where(turn, _swapped(one), one), tl.where(turn, _swapped(two), two), move)
-
-
-@triton.jit
-def _tile(pairs, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Unpack words of pairs (BLOCK, WIDTH) to (BLOCK, 2 WIDTH) float16."""
-    low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
-    high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.reshape(tl.join(low, high), (BLOCK, 2 * WIDTH))
-
-
-@triton.jit
-def _look_up(
-    codes,
-    table,
-    moves,
-    LOOKUP: tl.constexpr,
-    MOVE_BITS: tl.constexpr,
-    FIELD: tl.constexpr,
-    POINTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Look up the first and the second pairs of the codewords, each (BLOCK, 2 WIDTH); see `tables.LOOKUPS`."""
-    number = codes & ((1 << MOVE_BITS) - 1)
-    point = codes >> MOVE_BITS
-    if LOOKUP == "halves":
-        both = tl.load(table + codes)
-        one, two = both.to(tl.int32), (both >> 32).to(tl.int32)
-    elif LOOKUP == "signs":
-        move = tl.load(moves + number)
-        both = tl.load(table + (point * 4 + (move & 3)))
-        one, two = _signed(both.to(tl.int32), (both >> 32).to(tl.int32), move)
-    elif LOOKUP == "held":
-        held = tl.load(table + tl.arange(0, POINTS))
-        held_moves = tl.load(moves + tl.arange(0, 1 << MOVE_BITS))
-        word = tl.gather(held, tl.reshape(point, (BLOCK * WIDTH,)), 0)
-        move = tl.gather(held_moves, tl.reshape(number, (BLOCK * WIDTH,)), 0)
-        one, two = _moved_bytes(tl.reshape(word, (BLOCK, WIDTH)), tl.reshape(move, (BLOCK, WIDTH)))
-    elif FIELD == 8:
-        one, two = _moved_bytes(tl.load(table + point), tl.load(moves + number))
-    else:
-        both = tl.load(table + point)
-        one, two = _moved_pairs(both.to(tl.int32), (both >> 32).to(tl.int32), tl.load(moves + number))
-    return _tile(one, BLOCK, WIDTH), _tile(two, BLOCK, WIDTH)
 
 
 @triton.jit
@@ -194,7 +69,7 @@ def attend_kernel(
     blocks,  # (blocks, COLUMNS) int64, see `tessera.kernels.triton.tables`
     table,  # table of LOOKUP
     moves,  # (2^MOVE_BITS,) int32, see `tessera.kernels.triton.tables`
-    scales,  # (256,) float32
+    scales,  # (256,) float32, where LENGTH is byte
     v_table,  # the same three of values, where these are APART
     v_moves,
     v_scales,
@@ -204,8 +79,8 @@ def attend_kernel(
     mask_batch,
     mask_head,
     mask_query,
-    step,  # 2^24 times that of the codebook of keys
-    v_step,  # and of values
+    step,  # what the numbers of keys are to be multiplied by beside their lengths
+    v_step,  # and those of values
     softcap,
     start,
     window,
@@ -224,15 +99,19 @@ def attend_kernel(
     ALIGN: tl.constexpr,  # of codes and centres, in bytes
     LOOKUP: tl.constexpr,
     MOVE_BITS: tl.constexpr,
-    FIELD: tl.constexpr,  # bits of a component of a point
+    FIELD: tl.constexpr,
     POINTS: tl.constexpr,
-    V_BITS: tl.constexpr,  # the same six of values
+    LENGTH: tl.constexpr,
+    ZERO: tl.constexpr,  # the code of 0 of uniform codes
+    V_BITS: tl.constexpr,  # the same eight of values
     V_ALIGN: tl.constexpr,
     V_LOOKUP: tl.constexpr,
     V_MOVE_BITS: tl.constexpr,
     V_FIELD: tl.constexpr,
     V_POINTS: tl.constexpr,
-    APART: tl.constexpr,  # whether values have another codebook than keys; if not, its table is held once
+    V_LENGTH: tl.constexpr,
+    V_ZERO: tl.constexpr,
+    APART: tl.constexpr,  # whether values have another format than keys; if not, its table is held once
     CENTRED: tl.constexpr,
     MASKED: tl.constexpr,
     PLACED: tl.constexpr,
@@ -265,23 +144,43 @@ def attend_kernel(
         whole = real_row[:, None] & real_channel[None, :]
         query = tl.load(q + first_row[:, None] + channel[None, :], mask=whole, other=0.0)
 
+    if ZERO:
+        q_sum = tl.sum(q0.to(tl.float32), axis=1) + tl.sum(q1.to(tl.float32), axis=1)
+
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    below = tl.zeros((ROWS,), tl.float32)  # that of the sums which is due to V_ZERO
     sum0 = tl.zeros((ROWS, 2 * WIDTH), tl.float32)
     sum1 = tl.zeros((ROWS, 2 * WIDTH), tl.float32)
     for number in range(split * per_split, tl.minimum((split + 1) * per_split, block_count)):
         # Addresses and strides in bytes; the tokens of a block follow each other.
         about = blocks + number * COLUMNS
         k_codes = tl.load(about) + line * tl.load(about + 6)
-        k_scale = (tl.load(about + 1) + line * tl.load(about + 7)).to(tl.pointer_type(tl.uint8))
+        k_scale = tl.load(about + 1) + line * tl.load(about + 7)
         v_codes = tl.load(about + 4) + line * tl.load(about + 10)
-        v_scale = (tl.load(about + 5) + line * tl.load(about + 11)).to(tl.pointer_type(tl.uint8))
+        v_scale = tl.load(about + 5) + line * tl.load(about + 11)
         count = tl.load(about + 12)
         first = tl.load(about + 13)
         here = token < count
 
-        codes = _codes(k_codes, here, CHUNKS, WIDTH, BITS, ALIGN, BLOCK)
-        k0, k1 = _look_up(codes, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
+        k0, k1, length = read_vectors(
+            k_codes,
+            k_scale,
+            here,
+            table,
+            moves,
+            scales,
+            CHUNKS,
+            WIDTH,
+            BITS,
+            ALIGN,
+            LOOKUP,
+            MOVE_BITS,
+            FIELD,
+            POINTS,
+            LENGTH,
+            BLOCK,
+        )
         a0, a1, a_unit = q0, q1, q_unit
         shift = tl.zeros((ROWS,), tl.float32)
         if CENTRED:
@@ -296,8 +195,9 @@ def attend_kernel(
                 )
         scores = tl.dot(a0, tl.trans(k0))
         scores = tl.dot(a1, tl.trans(k1), scores)
-        length = tl.load(scales + tl.load(k_scale + token, mask=here, other=0)) * step
-        scores = scores * length[None, :] * a_unit[:, None] + shift[:, None]
+        if ZERO:
+            scores -= (q_sum * (ZERO * 2.0**-24))[:, None]
+        scores = scores * (length * step)[None, :] * a_unit[:, None] + shift[:, None]
         if CAPPED:
             # tanh, which the Triton language lacks
             t = scores / softcap
@@ -321,17 +221,37 @@ def attend_kernel(
         total = total * keep + tl.sum(weight, axis=1)
         top = new
 
-        codes = _codes(v_codes, here, CHUNKS, WIDTH, V_BITS, V_ALIGN, BLOCK)
-        v0, v1 = _look_up(codes, v_table, v_moves, V_LOOKUP, V_MOVE_BITS, V_FIELD, V_POINTS, BLOCK, WIDTH)
-        length = tl.load(v_scales + tl.load(v_scale + token, mask=here, other=0))
+        v0, v1, length = read_vectors(
+            v_codes,
+            v_scale,
+            here,
+            v_table,
+            v_moves,
+            v_scales,
+            CHUNKS,
+            WIDTH,
+            V_BITS,
+            V_ALIGN,
+            V_LOOKUP,
+            V_MOVE_BITS,
+            V_FIELD,
+            V_POINTS,
+            V_LENGTH,
+            BLOCK,
+        )
         longest = tl.maximum(tl.max(length, axis=0), 1e-30)  # so that the weights fit half precision
         share = (weight * (length / longest)[None, :]).to(tl.float16)
         worth = longest * v_step
         sum0 = sum0 * keep[:, None] + tl.dot(share, v0) * worth
         sum1 = sum1 * keep[:, None] + tl.dot(share, v1) * worth
+        if V_ZERO:
+            below = below * keep + tl.sum(share.to(tl.float32), axis=1) * worth
 
     whole_line = split.to(tl.int64) * lines + line
     norm = tl.where(total == 0, 1.0, total)[:, None]
+    if V_ZERO:
+        sum0 -= (below * (V_ZERO * 2.0**-24))[:, None]
+        sum1 -= (below * (V_ZERO * 2.0**-24))[:, None]
     to = ((whole_line * rows + row) * dim)[:, None] + pair[None, :]
     tl.store(out + to, sum0 / norm, mask=real)
     tl.store(out + to + dim // 2, sum1 / norm, mask=real)

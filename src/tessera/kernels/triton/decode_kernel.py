@@ -1,24 +1,24 @@
-"""Decoding of packed vectors on a GPU, before they are rotated back: codewords times the lengths of their vectors."""
+"""Decoding of packed vectors on a GPU, before they are rotated back: numbers times the lengths of their vectors."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from tessera.kernels.triton.attend_kernel import _codes, _look_up
+from tessera.kernels.triton.read_kernel import read_vectors
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def decode_kernel(
     codes,  # (lines, tokens, bytes) uint8, contiguous within a line
-    scale,  # (lines, tokens) uint8, likewise
+    scale,  # (lines, tokens), likewise
     table,  # table of LOOKUP
     moves,  # see `attend_kernel`
     scales,  # (256,) float32
     out,  # (lines, tokens, 4 CHUNKS) float32, its channels ordered
     codes_line,  # bytes from one line to the next
     scale_line,
-    step,  # 2^24 times that of the codebook
+    step,  # see `attend_kernel`
     tokens,
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -28,6 +28,8 @@ def decode_kernel(
     MOVE_BITS: tl.constexpr,
     FIELD: tl.constexpr,
     POINTS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ZERO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Decode one block of tokens of one line."""
@@ -38,11 +40,28 @@ def decode_kernel(
     token = first + tl.arange(0, BLOCK)
     here = token < tokens
     pair = tl.arange(0, 2 * WIDTH)
-    base = (codes + line * codes_line + first * ROW_BYTES).to(tl.int64)
-    words = _codes(base, here, CHUNKS, WIDTH, BITS, ALIGN, BLOCK)
-    one, two = _look_up(words, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
-    length = tl.load(scales + tl.load(scale + line * scale_line + token, mask=here, other=0)) * step
+    at_codes = (codes + line * codes_line + first * ROW_BYTES).to(tl.int64)
+    at_scale = (scale + line * scale_line + first).to(tl.int64)
+    one, two, length = read_vectors(
+        at_codes,
+        at_scale,
+        here,
+        table,
+        moves,
+        scales,
+        CHUNKS,
+        WIDTH,
+        BITS,
+        ALIGN,
+        LOOKUP,
+        MOVE_BITS,
+        FIELD,
+        POINTS,
+        LENGTH,
+        BLOCK,
+    )
+    length *= step
     at = (line * tokens + token)[:, None] * dim + pair[None, :]
     real = here[:, None] & (pair < 2 * CHUNKS)[None, :]
-    tl.store(out + at, one.to(tl.float32) * length[:, None], mask=real)
-    tl.store(out + at + dim // 2, two.to(tl.float32) * length[:, None], mask=real)
+    tl.store(out + at, (one.to(tl.float32) - ZERO * 2.0**-24) * length[:, None], mask=real)
+    tl.store(out + at + dim // 2, (two.to(tl.float32) - ZERO * 2.0**-24) * length[:, None], mask=real)

@@ -14,10 +14,19 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import triton
-from tessera.kernels.joint import JointFormat
-from tessera.kernels.paged import GROUP, BlockLayout, PagedCall, finish
+from tessera.kernels.paged import GROUP, ROLES, BlockLayout, PagedCall, Role, finish
 from tessera.kernels.params import AttendParams
-from tessera.kernels.triton.tables import COLUMNS
+from tessera.kernels.triton.tables import COLUMNS, readable
+
+#: Roles and fields of the first columns of the table of blocks; the one without a name is made from the field before it.
+FIELDS: tuple[tuple[Role, str], ...] = (
+    ("key", "codes"),
+    ("key", "scale"),
+    ("key", "centre"),
+    ("key", ""),
+    ("value", "codes"),
+    ("value", "scale"),
+)
 
 
 def refusal(q: Tensor, layout: BlockLayout) -> str | None:
@@ -26,7 +35,7 @@ def refusal(q: Tensor, layout: BlockLayout) -> str | None:
         return triton.missing()
     if not triton.interpreted() and not q.is_cuda:
         return f"the queries are on {q.device}"
-    if not all(isinstance(form, JointFormat) for form in layout.forms):
+    if not all(readable(form) for form in layout.forms):
         return "there is no Triton kernel for its codec"
     if layout.head_dim % 4 or layout.head_dim > triton.MAX_DIM:
         return f"head_dim {layout.head_dim} is no multiple of 4 up to {triton.MAX_DIM}"
@@ -62,8 +71,8 @@ def _packed(call: PagedCall, queries: Tensor, table: Tensor, groups: int, start:
     """Attention to the first groups of a request, without the sinks: each query sees those before its own."""
     pool, layout = call.pool, call.layout
     keys, values = layout.forms
-    assert isinstance(keys, JointFormat)
-    assert isinstance(values, JointFormat)
+    assert readable(keys)
+    assert readable(values)
     n = queries.shape[2]
     if layout.stats is not None:
         grouped = queries.float().unflatten(1, (pool.shape[1], -1))
@@ -105,10 +114,9 @@ def group_table(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -
     kept: Tensor | None = None
     shared = [16, pool.data_ptr(), pool.stride(0), pool.stride(1), layout.page_bytes]
     divisors = {"key": list(shared), "value": list(shared)}
-    for column, (role, name) in enumerate(
-        (("key", "codes"), ("key", "scale"), ("key", "centre"), ("key", ""), ("value", "codes"), ("value", "scale"))
-    ):
-        field = layout.fields[role].get(name)  # type: ignore[index]
+    names = {role: form.fields[role] for role, form in zip(ROLES, layout.forms, strict=True)}
+    for column, (role, name) in enumerate(FIELDS):
+        field = layout.fields[role].get(names[role].get(name, ""))
         if field is not None:
             row_bytes = math.prod(field.shape[1:]) * field.dtype.itemsize
             rows[:, column] = base + field.offset + (0 if name == "centre" else skipped * row_bytes)

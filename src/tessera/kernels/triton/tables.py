@@ -1,10 +1,10 @@
-"""Tables and compile-time options of the Triton kernels: codewords, rotations, blocks of tokens."""
+"""Tables and compile-time options of the Triton kernels: how formats are read, rotations, blocks of tokens."""
 
 from __future__ import annotations
 
 from functools import cache, partial
 from math import gcd
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,13 +13,22 @@ from tessera.devices import upload
 from tessera.kernels.compressed_kv import Coded, CompressedKV
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import CellIndex, reduction_tables
+from tessera.kernels.scalars import ScalarFormat
 from tessera.quaternion import units
 
-#: How a codeword is looked up, and the size of the table for codes of 16 bits. "moves": a point, in 8 KiB, whose components are
-#: then exchanged and negated. "held": the same, from shared memory. "signs": a point whose components have been exchanged, in
-#: 64 KiB, which are then negated. "halves": the codeword itself, in 512 KiB.
+#: The formats that the kernels read, see `readable`.
+Readable: TypeAlias = JointFormat | ScalarFormat
+#: How a codeword of a joint codebook is looked up, and the size of the table for codes of 16 bits. "moves": a point, in 8 KiB,
+#: whose components are then exchanged and negated. "held": the same, from shared memory. "signs": a point whose components have
+#: been exchanged, in 64 KiB, which are then negated. "halves": the codeword itself, in 512 KiB.
 LOOKUPS = ("moves", "held", "signs", "halves")
-#: Maximum number of points in shared memory.
+#: The same for the codes of `ScalarFormat`, by its `numbers`. "integers" and "floats" are made of the bits of a code. "curve":
+#: a polynomial gives a level. "pairs": two levels are a word of a table, in 1 KiB for 4 bits. "held pairs": the same, from
+#: shared memory.
+SCALAR_LOOKUPS = {"uniform": ("integers",), "fp8": ("floats",), "levels": ("curve", "pairs", "held pairs")}
+#: Maximum number of bits of levels that a polynomial gives, and the number of its coefficients by bits.
+TERMS = {2: 2, 3: 4, 4: 5}
+#: Maximum number of points, or of pairs of levels, in shared memory.
 HELD = 2048
 #: Number of columns of the table of blocks, see `block_table`.
 COLUMNS = 14
@@ -32,22 +41,52 @@ def power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def code_options(form: JointFormat, lookup: str, align: int) -> dict[str, Any]:
-    """Return the compile-time options of a kernel that reads codes.
+def readable(form: object) -> TypeGuard[Readable]:
+    """Whether the kernels read a format."""
+    return isinstance(form, JointFormat) or (isinstance(form, ScalarFormat) and form.numbers in SCALAR_LOOKUPS)
+
+
+def lookups(form: Readable) -> tuple[str, ...]:
+    """Return the ways to read the codes of a format."""
+    if isinstance(form, JointFormat):
+        return LOOKUPS
+    return tuple(name for name in SCALAR_LOOKUPS[form.numbers] if name != "curve" or form.bits in TERMS)
+
+
+def code_options(form: Readable, lookup: str, align: int) -> dict[str, Any]:
+    """Return the compile-time options of a kernel that reads codes: BITS of a chunk of four numbers, and more.
+
+    ALIGN is `align`, LOOKUP is `lookup`. FIELD: bits of a component of a point, or of a number. MOVE_BITS: those of a code that
+    are the move. POINTS: rows of the table that is held, or coefficients of the polynomial. LENGTH: whether the length of a
+    vector is a "byte", the index of a scale, or a "half"-precision number, or there is "none". ZERO: the code of 0 of uniform
+    codes.
 
     Args:
         form: format of the codes.
-        lookup: one of `LOOKUPS`.
+        lookup: one of `lookups`.
         align: divides all addresses of codes and, of keys, centres.
+
+    Raises:
+        ValueError: if the format cannot be read in this way.
     """
-    return {
-        "BITS": form.bits,
-        "ALIGN": align,
-        "LOOKUP": lookup,
-        "MOVE_BITS": form.move_bits,
-        "FIELD": _field(form),
-        "POINTS": 1 << (form.bits - form.move_bits),
-    }
+    if lookup not in lookups(form):
+        raise ValueError(f"no lookup {lookup!r}; there are {', '.join(lookups(form))}")
+    found = {"ALIGN": align, "LOOKUP": lookup, "MOVE_BITS": 0, "ZERO": 0}
+    if isinstance(form, JointFormat):
+        points = 1 << (form.bits - form.move_bits)
+        shape = {"BITS": form.bits, "MOVE_BITS": form.move_bits, "FIELD": _field(form), "POINTS": points, "LENGTH": "byte"}
+        return {**found, **shape}
+    zero = int(form.zero) if form.numbers == "uniform" else 0
+    points = TERMS[form.bits] if lookup == "curve" else 1 << 2 * form.bits
+    length = "half" if "scale" in form.fields["key"] else "none"
+    return {**found, "BITS": 4 * form.bits, "FIELD": form.bits, "POINTS": points, "LENGTH": length, "ZERO": zero}
+
+
+def step_of(form: Readable) -> float:
+    """Return what the numbers that the kernels read are to be multiplied by, beside the lengths of their vectors."""
+    if isinstance(form, JointFormat):
+        return form.step * FRACTION
+    return form.factor * {"uniform": FRACTION, "fp8": 256.0, "levels": 1.0}[form.numbers]
 
 
 def options(dim: int, rows: int, keys: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +141,7 @@ def column_order(dim: int) -> list[int]:
 
 
 @cache
-def rotations(form: JointFormat, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def rotations(form: Readable, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(dim, dim): x @ the first is the rotated x in the kernel's order of channels; the same in float16; x @ the third rotates
     values back, and lengthens them as they must be."""
     matrix = torch.eye(dim, dtype=torch.float32)
@@ -125,36 +164,74 @@ def _fits(form: JointFormat) -> bool:
     return _field(form) == 8 and 1 << (form.bits - form.move_bits) <= HELD
 
 
-def usual_lookup(form: JointFormat) -> str:
-    """Return the default lookup for a format."""
-    return "held" if _fits(form) else "moves"
+def usual_lookup(form: Readable) -> str:
+    """Return the default lookup for a format: of those with a table, that from shared memory where it fits."""
+    if isinstance(form, JointFormat):
+        return "held" if _fits(form) else "moves"
+    if form.numbers == "levels":
+        return "held pairs" if 1 << 2 * form.bits <= HELD else "pairs"
+    return lookups(form)[0]
 
 
 @cache
-def tables(form: JointFormat, lookup: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the table of a lookup, the moves, and the scales.
+def tables(form: Readable, lookup: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the table of a lookup, the moves, and the scales; those that a format has not have a single element.
 
     A move is the word of `_moves`. A point is four bytes in the order 0, 2, 1, 3 of its components, each a sign and seven bits,
     or, where these do not suffice and where nothing but signs is left to do, four half-precision numbers.
     """
-    if lookup not in LOOKUPS:
-        raise ValueError(f"no lookup {lookup!r}; there are {', '.join(LOOKUPS)}")
+    if isinstance(form, JointFormat):
+        return _points(form, lookup).contiguous().to(device), _moves(form).to(device), form.scales.to(device)
+    none = torch.zeros(1, dtype=torch.int32)
+    table = none
+    if lookup == "curve":
+        table = curve(form.levels)
+    elif form.numbers == "levels":
+        low, high = (level.reshape(-1) for level in torch.meshgrid(form.levels, form.levels, indexing="xy"))
+        table = torch.stack((low, high), dim=-1).half().view(torch.int32).squeeze(-1)
+    return table.contiguous().to(device), none.to(device), none.float().to(device)
+
+
+def curve(levels: Tensor) -> Tensor:
+    """Coefficients of the odd polynomial that gives n levels, almost symmetrical about 0.
+
+    Code c has the level x · p(x²), where x = (2 c + 1) / n - 1. Computed in half precision all are within 0.15 %.
+
+    Args:
+        levels: (n,) float32, ascending.
+
+    Returns:
+        (terms,) float16, those of p from the constant one on.
+    """
+    n = len(levels)
+    x = (2 * torch.arange(n // 2, n, dtype=torch.float64) + 1) / n - 1
+    wanted = (levels[n // 2 :] - levels[: n // 2].flip(0)).double() / 2
+    # Each divided by its level: what counts is the relative error.
+    powers = x[:, None] ** (2 * torch.arange(TERMS[n.bit_length() - 1]) + 1) / wanted[:, None]
+    rest, found = torch.ones(len(x), 1, dtype=torch.float64), []
+    for term in reversed(range(powers.shape[1])):
+        # Rounded one by one, so that those that follow make up for the rounding.
+        found.append(torch.linalg.lstsq(powers[:, : term + 1], rest).solution[-1].half())
+        rest = rest - powers[:, term : term + 1] * found[-1].double()
+    return torch.cat(found[::-1])
+
+
+def _points(form: JointFormat, lookup: str) -> Tensor:
+    """Return the table of a lookup of codewords."""
     # There is a row for every value of a code, zero where the codebook has none.
     points = torch.zeros(1 << (form.bits - form.move_bits), 4, dtype=torch.long)
     points[: len(form.points)] = form.points.long()
     if lookup == "held" and not _fits(form):
         raise ValueError(f"shared memory holds up to {HELD} points of bytes; a code of {form.bits} bits has {len(points)}")
     if lookup == "halves":
-        table = _pairs((points[:, form.permutation] * form.sign).flatten(0, 1))
-    elif lookup == "signs":
+        return _pairs((points[:, form.permutation] * form.sign).flatten(0, 1))
+    if lookup == "signs":
         places = torch.arange(4)
-        table = _pairs(points[:, places ^ places[:, None]].flatten(0, 1))
-    elif _field(form) > 8:
-        table = _pairs(points)
-    else:
-        bytes_ = points.abs() | (points < 0).long() << 7
-        table = (bytes_[:, [0, 2, 1, 3]] << torch.arange(4) * 8).sum(-1).to(torch.uint32).view(torch.int32)
-    return table.contiguous().to(device), _moves(form).to(device), form.scales.to(device)
+        return _pairs(points[:, places ^ places[:, None]].flatten(0, 1))
+    if _field(form) > 8:
+        return _pairs(points)
+    bytes_ = points.abs() | (points < 0).long() << 7
+    return (bytes_[:, [0, 2, 1, 3]] << torch.arange(4) * 8).sum(-1).to(torch.uint32).view(torch.int32)
 
 
 def _pairs(points: Tensor) -> Tensor:
@@ -189,19 +266,28 @@ def block_table(pages: CompressedKV, block: int, group: int) -> tuple[Tensor, in
         table[:, -1] += torch.tensor(pages.starts[:-1]).repeat_interleave(blocks)
         columns = ([0, 2, 6, 8], [4, 10])
         aligns = (
-            gcd(16, packed.tensors["codes"].shape[-1], *table[:, which].flatten().tolist())
+            gcd(16, kept_fields(packed)["codes"].shape[-1], *table[:, which].flatten().tolist())
             for packed, which in zip(pages.pages[0], columns, strict=True)
         )
         pages.memo["triton"] = upload(table, pages.pages[0][0].device), *aligns
     return pages.memo["triton"]
 
 
+def kept_fields(packed: Coded) -> dict[str, Tensor]:
+    """Return the kept tensors by the names that kernels use."""
+    form = packed.codec.kernel_format(packed.shape[3])
+    assert form is not None
+    names = form.fields[packed.role]  # type: ignore[index]
+    return {name: packed.tensors[field] for name, field in names.items() if field in packed.tensors}
+
+
 def _block_rows(keys: Coded, values: Coded, block: int, group: int) -> tuple[Tensor, list[Tensor | None]]:
     """Make one page's rows, places counted from its first token, and return the tensors that they point to, perhaps copies."""
-    centre = keys.tensors.get("centre")
-    fields = [keys.tensors["codes"], keys.tensors["scale"], centre]
+    own, others = kept_fields(keys), kept_fields(values)
+    centre = own.get("centre")
+    fields = [own["codes"], own.get("scale"), centre]
     fields += [None if centre is None else (centre & 15).amax(-1, keepdim=True).byte()]
-    fields += [values.tensors["codes"], values.tensors["scale"]]
+    fields += [others["codes"], others.get("scale")]
     kept = [None if field is None else field.contiguous() for field in fields]
     strides = [0 if field is None else field.stride(1) * field.element_size() for field in kept]
     steps = [0 if field is None else field.stride(2) * field.element_size() for field in kept]
