@@ -180,6 +180,9 @@ def tokens_so_far(
     known = None if layer is None else state_of(layer, TENSOR_CACHE)
     if not isinstance(known, Past) or past == 0:
         known = None
+    check = _check_of(call) if past else None
+    if check is not None and check.broken:
+        check.read()  # first, because what was refused is in the cache nevertheless
     if past and (known is None or known.slots < past or known.batch != batch):
         raise ValueError(
             f"this cache holds {past} tokens of {batch} rows, of which the Tensor Cache has seen "
@@ -188,7 +191,7 @@ def tokens_so_far(
     if known is not None:
         known.to(query.device)
         known.crop(known.slots, past)  # the newest tokens were cut off without `crop`
-    finite = None if known is None or _check_of(call) is not known.finite else known.finite
+    finite = None if known is None or check is not known.finite else check
     before = None if known is None else known.documents
     said = read_documents(mask, query, slots, limits, before, True, finite)
     of = said.of
