@@ -19,8 +19,10 @@ from tessera.kernels.params import AttendParams
 from tessera.kernels.scalars import ScalarFormat
 from tessera.kernels.triton.tables import (
     Readable,
+    block_of,
     block_table,
     code_options,
+    dim_refusal,
     index_bias,
     index_bounds,
     index_tables,
@@ -35,8 +37,6 @@ from tessera.kernels.triton.tables import (
     usual_lookup,
 )
 
-#: Largest head_dim that the kernels support.
-MAX_DIM = 256
 #: Maximum number of query rows of a program, by whether head_dim is over 128; more are split among programs. So many fit in
 #: registers, and Triton 3.6 fails to compile 64.
 ROWS = {False: 32, True: 16}
@@ -75,9 +75,7 @@ def attend_refusal(q: Tensor, pages: CompressedKV) -> str | None:
         return f"the queries are on {q.device} and the cache on {keys.device}"
     if (lacking := pages.lacking(readable)) is not None:
         return f"there is no Triton kernel for {lacking}"
-    if dim % 4 or dim > MAX_DIM:
-        return f"head_dim {dim} is no multiple of 4 up to {MAX_DIM}"
-    return None
+    return dim_refusal(pages.form(), dim)
 
 
 def attend(
@@ -95,12 +93,10 @@ def attend(
         splits: number of parts that the tokens are split into; None: enough to fill the device.
         lookup: one of `tables.lookups`, for keys and values; None: for each `tables.usual_lookup`.
     """
-    from tessera.kernels.triton.attend_kernel import BLOCK
-
     keys, values = pages.check(q, params)
     if (lacking := pages.lacking(readable)) is not None:
         raise ValueError(f"there is no Triton kernel for {lacking}")
-    blocks, *aligns = block_table(pages, BLOCK, keys.group if isinstance(keys, JointFormat) else BLOCK)
+    blocks, *aligns = block_table(pages, *block_of(keys))
     return attend_blocks(
         pages.narrowed(q),
         blocks,
@@ -131,16 +127,21 @@ def attend_blocks(
     Args:
         q: queries for keys with scaled channels, see `CompressedKV.narrowed`.
         params, splits, lookup: as for `attend`.
-        blocks: (blocks, columns) int64 on the device, see `tables.block_table`.
+        blocks: (blocks, columns) int64 on the device, see `tables.block_table`; of `tables.block_of` tokens at most.
         forms: formats of the codes of keys and of values.
         kv_heads: number of key heads of the tokens.
         aligns: divisor of all addresses of key codes and centres, and divisor of those of value codes.
         centred: whether keys have centres.
+
+    Raises:
+        ValueError: for a lookup or a head_dim that the formats do not have.
     """
     from tessera.kernels.triton.attend_kernel import attend_kernel
 
     keys, values = forms
     batch, heads, tokens, dim = q.shape
+    if (why := dim_refusal(forms, dim)) is not None:
+        raise ValueError(why)
     group, lines = heads // kv_heads, batch * kv_heads
     rows = group * tokens
     rotation, halved, _ = rotations(keys, dim, q.device)
@@ -190,7 +191,7 @@ def attend_blocks(
             group,
             rows,
             tokens,
-            **options(dim, tile, codes, value_codes),
+            **options(dim, tile, codes, value_codes, block_of(keys)[0]),
             APART=values is not keys,
             CENTRED=centred,
             MASKED=mask is not None,
@@ -371,8 +372,10 @@ def decode_refusal(packed: Coded) -> str | None:
     if packed.device.type != "cuda" and not interpreted():
         return f"the codes are on {packed.device}"
     form = packed.codec.kernel_format(dim)
-    if not readable(form) or dim % 4 or dim > MAX_DIM:
-        return f"there is no Triton kernel for {packed.codec.spec} of {dim} numbers"
-    if isinstance(form, ScalarFormat) and form.numbers == "levels":
-        return "the levels of the Triton kernels are rounded to half precision, which attention takes but decoding does not"
+    if not readable(form):
+        return f"there is no Triton kernel for {packed.codec.spec}"
+    if (why := dim_refusal([form], dim)) is not None:
+        return why
+    if isinstance(form, ScalarFormat) and form.numbers not in ("uniform", "fp8"):
+        return f"the Triton kernels round the numbers of {packed.codec.spec} to half precision, which is no decoding of it"
     return None

@@ -219,9 +219,110 @@ def read_chunks(
 
 
 @triton.jit
+def _whole(pair, ZERO: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Unpack pairs of codes to the integers code - ZERO, (BLOCK, 2 WIDTH) float16."""
+    # With these bits a number n is the half-precision number 1024 + n.
+    return _tile(pair | 0x64006400, BLOCK, WIDTH) - tl.full((), 1024 + ZERO, tl.float16)
+
+
+@triton.jit
+def _each(blocks, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Repeat numbers of blocks of eight chunks, (BLOCK, WIDTH / 8), for all pairs of numbers: (BLOCK, 2 WIDTH) float16."""
+    wide = tl.broadcast_to(blocks.to(tl.float16)[:, :, None], (BLOCK, WIDTH // 8, 16))
+    return tl.reshape(wide, (BLOCK, 2 * WIDTH))
+
+
+@triton.jit
+def _read_blocks(codes, here, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, FIELD: tl.constexpr, BLOCK: tl.constexpr):
+    """Read ggml's blocks of 32 numbers with a scale each: what `read_vectors` returns.
+
+    A chunk of q4_0 is two bytes, so its numbers are those of the channels 2 i, 2 i + 16, 2 i + 1 and 2 i + 17 of a block.
+    """
+    SIZE: tl.constexpr = 1 + 2 * FIELD  # of a block, in halves of words
+    token, chunk, block = tl.arange(0, BLOCK), tl.arange(0, WIDTH), tl.arange(0, WIDTH // 8)
+    row = codes.to(tl.pointer_type(tl.uint16)) + token[:, None] * (CHUNKS // 8 * SIZE)
+    at = row + (chunk // 8 * SIZE + 1 + chunk % 8 * (FIELD // 4))[None, :]
+    seen = here[:, None] & (chunk < CHUNKS)[None, :]
+    words = tl.load(at, mask=seen, other=0).to(tl.int32)
+    if FIELD == 8:
+        # Signed: with the upper bit exchanged they are counted from the lowest.
+        words = (words | (tl.load(at + 1, mask=seen, other=0).to(tl.int32) << 16)) ^ -0x7F7F7F80
+    seen = here[:, None] & (block < CHUNKS // 8)[None, :]
+    scale = tl.load((row + (block * SIZE)[None, :]).to(tl.pointer_type(tl.float16)), mask=seen, other=0.0).to(tl.float32)
+    # Relative to a token's largest scale, so that half precision holds every product.
+    length = tl.maximum(tl.max(tl.abs(scale), axis=1), 1e-30)
+    share = _each(scale * (1 / length)[:, None], BLOCK, WIDTH)
+    one = _whole(_spread(words, FIELD), 1 << (FIELD - 1), BLOCK, WIDTH) * share
+    two = _whole(_spread(words >> (2 * FIELD), FIELD), 1 << (FIELD - 1), BLOCK, WIDTH) * share
+    return one, two, length
+
+
+@triton.jit
+def _read_groups(
+    codes,
+    scale,
+    low,
+    here,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    FIELD: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Read codes of groups with a scale and a low: what `read_vectors` returns, for keys as `scaled_queries` needs them."""
+    words = read_codes(codes, here, CHUNKS, WIDTH, BITS, ALIGN, BLOCK)
+    # Counted from the middle of a group, so that no sums of large numbers that cancel are rounded.
+    HALF: tl.constexpr = 1 << (FIELD - 1)
+    one = _whole(_spread(words, FIELD), HALF, BLOCK, WIDTH)
+    two = _whole(_spread(words >> (2 * FIELD), FIELD), HALF, BLOCK, WIDTH)
+    if KEYS:
+        length = tl.full((BLOCK,), 1.0, tl.float32)
+    else:
+        token, block = tl.arange(0, BLOCK), tl.arange(0, WIDTH // 8)
+        COUNT: tl.constexpr = (CHUNKS + 7) // 8
+        at, real = token[:, None] * COUNT + block[None, :], here[:, None] & (block < COUNT)[None, :]
+        factor, middle = _factors(scale, low, at, real, FIELD)
+        # Relative to the largest number that there can be, so that half precision holds all.
+        length = tl.maximum(tl.max(tl.abs(middle) + HALF * factor, axis=1) * (1 / HALF), 1e-30)
+        inverse = (1 / length)[:, None]
+        share, base = _each(factor * inverse, BLOCK, WIDTH), _each(middle * inverse, BLOCK, WIDTH)
+        one, two = one * share + base, two * share + base
+    return one, two, length
+
+
+@triton.jit
+def _factors(scale, low, at, real, FIELD: tl.constexpr):
+    """Load the scales of groups, and compute what the code 2^(FIELD - 1) stands for in each."""
+    factor = tl.load(scale.to(tl.pointer_type(tl.float16)) + at, mask=real, other=0.0).to(tl.float32)
+    least = tl.load(low.to(tl.pointer_type(tl.float16)) + at, mask=real, other=0.0).to(tl.float32)
+    return factor, least + (1 << (FIELD - 1)) * factor
+
+
+@triton.jit
+def scaled_queries(query0, query1, scale, low, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, FIELD: tl.constexpr):
+    """Multiply the channels of queries by the scales that tokens of a key channel share.
+
+    The queries, (ROWS, 2 WIDTH) float32, are those channels that the two tiles have. Returns both in half precision, divided by
+    the largest number of a row, that number, and what is to be added to all scores of a row.
+    """
+    pair = tl.arange(0, 2 * WIDTH)
+    channel, real = pair // 2 * 4 + pair % 2, pair < 2 * CHUNKS
+    factor0, middle0 = _factors(scale, low, channel, real, FIELD)
+    factor1, middle1 = _factors(scale, low, channel + 2, real, FIELD)
+    shift = tl.sum(query0 * middle0[None, :], axis=1) + tl.sum(query1 * middle1[None, :], axis=1)
+    wide0, wide1 = query0 * factor0[None, :], query1 * factor1[None, :]
+    most = tl.maximum(tl.max(tl.maximum(tl.abs(wide0), tl.abs(wide1)), axis=1), 1e-30)
+    inverse = (1 / most)[:, None]
+    return (wide0 * inverse).to(tl.float16), (wide1 * inverse).to(tl.float16), most, shift
+
+
+@triton.jit
 def read_vectors(
     codes,
     scale,
+    low,
     here,
     table,
     moves,
@@ -235,20 +336,26 @@ def read_vectors(
     FIELD: tl.constexpr,
     POINTS: tl.constexpr,
     LENGTH: tl.constexpr,
+    KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Read the vectors of those tokens of a block that are `here`.
 
-    `codes` and `scale` are the addresses of its first token, the others see `tables.code_options` and `tables.tables`. Returns
-    the two tiles, (BLOCK, 2 WIDTH) float16, and the lengths that they are to be multiplied by, (BLOCK,) float32.
+    `codes`, `scale` and `low` are the addresses of its first token, the others see `tables.code_options` and `tables.tables`.
+    Returns the two tiles, (BLOCK, 2 WIDTH) float16, and the lengths that they are to be multiplied by, (BLOCK,) float32.
     """
-    token = tl.arange(0, BLOCK)
-    words = read_codes(codes, here, CHUNKS, WIDTH, BITS, ALIGN, BLOCK)
-    one, two = read_chunks(words, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
-    if LENGTH == "byte":
-        length = tl.load(scales + tl.load(scale.to(tl.pointer_type(tl.uint8)) + token, mask=here, other=0))
-    elif LENGTH == "half":
-        length = tl.load(scale.to(tl.pointer_type(tl.float16)) + token, mask=here, other=0.0).to(tl.float32)
+    if LOOKUP == "blocks":
+        one, two, length = _read_blocks(codes, here, CHUNKS, WIDTH, FIELD, BLOCK)
+    elif LOOKUP == "groups":
+        one, two, length = _read_groups(codes, scale, low, here, CHUNKS, WIDTH, BITS, ALIGN, FIELD, KEYS, BLOCK)
     else:
-        length = tl.full((BLOCK,), 1.0, tl.float32)
+        token = tl.arange(0, BLOCK)
+        words = read_codes(codes, here, CHUNKS, WIDTH, BITS, ALIGN, BLOCK)
+        one, two = read_chunks(words, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
+        if LENGTH == "byte":
+            length = tl.load(scales + tl.load(scale.to(tl.pointer_type(tl.uint8)) + token, mask=here, other=0))
+        elif LENGTH == "half":
+            length = tl.load(scale.to(tl.pointer_type(tl.float16)) + token, mask=here, other=0.0).to(tl.float32)
+        else:
+            length = tl.full((BLOCK,), 1.0, tl.float32)
     return one, two, length

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache, partial
 from math import gcd
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from tessera.devices import upload
-from tessera.kernels.compressed_kv import Coded, CompressedKV
+from tessera.kernels.compressed_kv import Coded, CompressedKV, Format
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import CellIndex, reduction_tables
 from tessera.kernels.scalars import ScalarFormat
 from tessera.quaternion import units
 
+#: Largest head_dim that the kernels support.
+MAX_DIM = 256
 #: The formats that the kernels read, see `readable`.
 Readable: TypeAlias = JointFormat | ScalarFormat
 #: How a codeword of a joint codebook is looked up, and the size of the table for codes of 16 bits. "moves": a point, in 8 KiB,
@@ -25,13 +28,31 @@ LOOKUPS = ("moves", "held", "signs", "halves")
 #: The same for the codes of `ScalarFormat`, by its `numbers`. "integers" and "floats" are made of the bits of a code. "curve":
 #: a polynomial gives a level. "pairs": two levels are a word of a table, in 1 KiB for 4 bits. "held pairs": the same, from
 #: shared memory.
-SCALAR_LOOKUPS = {"uniform": ("integers",), "fp8": ("floats",), "levels": ("curve", "pairs", "held pairs")}
+SCALAR_LOOKUPS = {
+    "uniform": ("integers",),
+    "fp8": ("floats",),
+    "blocks": ("blocks",),
+    "groups": ("groups",),
+    "levels": ("curve", "pairs", "held pairs"),
+}
 #: Maximum number of bits of levels that a polynomial gives, and the number of its coefficients by bits.
 TERMS = {2: 2, 3: 4, 4: 5}
+#: Tokens that share a scale and a low of a key channel.
+SHARE = 32
 #: Maximum number of points, or of pairs of levels, in shared memory.
 HELD = 2048
 #: Number of columns of the table of blocks, see `block_table`.
-COLUMNS = 14
+COLUMNS = 16
+#: Role and names of the fields of the first columns; a format has at most one of the names.
+FIELDS: tuple[tuple[Literal["key", "value"], tuple[str, ...]], ...] = (
+    ("key", ("codes",)),
+    ("key", ("scale",)),
+    ("key", ("centre", "low")),
+    ("key", ("exponent",)),  # the largest in a row of centres
+    ("value", ("codes",)),
+    ("value", ("scale",)),
+    ("value", ("low",)),
+)
 #: The inverse of the value of 1 in the fraction of a half-precision number without an exponent.
 FRACTION = 2.0**24
 
@@ -42,8 +63,31 @@ def power(n: int) -> int:
 
 
 def readable(form: object) -> TypeGuard[Readable]:
-    """Whether the kernels read a format."""
+    """Whether the kernels read a format, for a head_dim that `dim_refusal` does not refuse."""
     return isinstance(form, JointFormat) or (isinstance(form, ScalarFormat) and form.numbers in SCALAR_LOOKUPS)
+
+
+def shares_tokens(form: Format | None) -> bool:
+    """Whether tokens of a key channel share a scale and a low."""
+    return isinstance(form, ScalarFormat) and form.numbers == "groups"
+
+
+def block_of(keys: Format) -> tuple[int, int]:
+    """Return the tokens of a block of a kernel, and those that share centres or scales of key channels: a multiple."""
+    from tessera.kernels.triton.attend_kernel import BLOCK
+
+    if shares_tokens(keys):
+        return SHARE, SHARE
+    return BLOCK, keys.group if isinstance(keys, JointFormat) else BLOCK
+
+
+def dim_refusal(forms: Iterable[Format | None], dim: int) -> str | None:
+    """Say why the kernels cannot read vectors of `dim` numbers in readable formats, or return None."""
+    if dim % 4 or dim > MAX_DIM:
+        return f"head_dim {dim} is no multiple of 4 up to {MAX_DIM}"
+    if dim % 32 and any(isinstance(form, ScalarFormat) and form.numbers == "blocks" for form in forms):
+        return f"head_dim {dim} is no multiple of 32, the numbers of a block"
+    return None
 
 
 def lookups(form: Readable) -> tuple[str, ...]:
@@ -86,18 +130,19 @@ def step_of(form: Readable) -> float:
     """Return what the numbers that the kernels read are to be multiplied by, beside the lengths of their vectors."""
     if isinstance(form, JointFormat):
         return form.step * FRACTION
-    return form.factor * {"uniform": FRACTION, "fp8": 256.0, "levels": 1.0}[form.numbers]
+    return form.factor * {"uniform": FRACTION, "fp8": 256.0}.get(form.numbers, 1.0)
 
 
-def options(dim: int, rows: int, keys: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def options(dim: int, rows: int, keys: dict[str, Any], values: dict[str, Any], block: int) -> dict[str, Any]:
     """Return the compile-time options of `attend_kernel`, except those of visibility.
 
     Args:
         dim: head_dim of keys and values.
         rows: query rows of a program.
         keys, values: `code_options` of each.
+        block: tokens of a block, see `block_of`.
     """
-    from tessera.kernels.triton.attend_kernel import BLOCK, SLICE
+    from tessera.kernels.triton.attend_kernel import SLICE
 
     chunks = dim // 4
     return {
@@ -107,7 +152,7 @@ def options(dim: int, rows: int, keys: dict[str, Any], values: dict[str, Any]) -
         "ROWS": rows,
         **keys,
         **{f"V_{name}": value for name, value in values.items()},
-        "BLOCK": BLOCK,
+        "BLOCK": block,
         "SLICE": SLICE,
         "num_warps": 8 if rows > 16 or dim > 128 else 4,
         "num_stages": 1,  # with more stages the tables are prefetched through shared memory, which they would fill
@@ -135,9 +180,13 @@ def index_bias(index: CellIndex) -> Tensor:
     return index.words.square().sum(-1) / 2
 
 
-def column_order(dim: int) -> list[int]:
-    """Return the kernel's order of channels: components 0 and 1 of every chunk, then 2 and 3 of every chunk."""
-    return [4 * chunk + part + j for part in (0, 2) for chunk in range(dim // 4) for j in (0, 1)]
+def column_order(form: Readable, dim: int) -> list[int]:
+    """Return the kernel's order of channels: numbers 0 and 1 of every chunk, then 2 and 3 of every chunk."""
+    places = [(chunk, part + j) for part in (0, 2) for chunk in range(dim // 4) for j in (0, 1)]
+    if isinstance(form, ScalarFormat) and form.numbers == "blocks" and form.bits == 4:
+        # A byte holds two numbers that are 16 apart, and a chunk two bytes.
+        return [chunk // 8 * 32 + chunk % 8 * 2 + j // 2 + j % 2 * 16 for chunk, j in places]
+    return [4 * chunk + j for chunk, j in places]
 
 
 @cache
@@ -150,7 +199,7 @@ def rotations(form: Readable, dim: int, device: torch.device) -> tuple[Tensor, T
         while len(hadamard) * len(form.dct) < dim:
             hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32), hadamard) / 2**0.5
         matrix = (torch.kron(form.dct, hadamard) * form.signs).T
-    matrix = matrix[:, column_order(dim)].contiguous().to(device)
+    matrix = matrix[:, column_order(form, dim)].contiguous().to(device)
     return matrix, matrix.half(), (matrix.T * form.value_gain).contiguous()
 
 
@@ -254,17 +303,20 @@ def _moves(form: JointFormat) -> Tensor:
 def block_table(pages: CompressedKV, block: int, group: int) -> tuple[Tensor, int, int]:
     """Return the table of blocks, (blocks, `COLUMNS`) int64, and divisors of the addresses of keys and of value codes.
 
-    The first divisor is for key codes and centres. Columns: addresses of key codes, key scales, key centres, the largest
-        exponents in these, value codes and value scales of
-    its first token; in the same order the distances from one key head to the next in bytes; number of tokens; place of the
-    first.
+    The first divisor is for key codes and centres. Columns: of a block's first token the addresses of `FIELDS`; in the same
+    order the distances from one key head to the next in bytes; number of tokens; place of the first.
+
+    Args:
+        pages: keys and values.
+        block: tokens of a block at most, see `block_of`.
+        group: tokens that share key centres, or scales and lows of key channels.
     """
     if "triton" not in pages.memo:
         notes = pages.notes("triton", partial(_block_rows, block=block, group=group))
         table = torch.cat([rows for rows, _ in notes])
         blocks = torch.tensor([len(rows) for rows, _ in notes])
         table[:, -1] += torch.tensor(pages.starts[:-1]).repeat_interleave(blocks)
-        columns = ([0, 2, 6, 8], [4, 10])
+        columns = ([0, 2, 7, 9], [4, 11])
         aligns = (
             gcd(16, kept_fields(packed)["codes"].shape[-1], *table[:, which].flatten().tolist())
             for packed, which in zip(pages.pages[0], columns, strict=True)
@@ -283,11 +335,11 @@ def kept_fields(packed: Coded) -> dict[str, Tensor]:
 
 def _block_rows(keys: Coded, values: Coded, block: int, group: int) -> tuple[Tensor, list[Tensor | None]]:
     """Make one page's rows, places counted from its first token, and return the tensors that they point to, perhaps copies."""
-    own, others = kept_fields(keys), kept_fields(values)
-    centre = own.get("centre")
-    fields = [own["codes"], own.get("scale"), centre]
-    fields += [None if centre is None else (centre & 15).amax(-1, keepdim=True).byte()]
-    fields += [others["codes"], others.get("scale")]
+    found = {"key": kept_fields(keys), "value": kept_fields(values)}
+    if (centre := found["key"].get("centre")) is not None:
+        found["key"]["exponent"] = (centre & 15).amax(-1, keepdim=True).byte()
+    fields = [next((found[role][name] for name in names if name in found[role]), None) for role, names in FIELDS]
+    shared = shares_tokens(keys.codec.kernel_format(keys.shape[3]))
     kept = [None if field is None else field.contiguous() for field in fields]
     strides = [0 if field is None else field.stride(1) * field.element_size() for field in kept]
     steps = [0 if field is None else field.stride(2) * field.element_size() for field in kept]
@@ -296,7 +348,7 @@ def _block_rows(keys: Coded, values: Coded, block: int, group: int) -> tuple[Ten
         # A block never crosses from one group into the next.
         size = min(block, keys.tokens - token, block - (keys.offset + token) % block)
         at = (keys.offset + token) // group
-        first = [token, token, at, at, token, token]
+        first = [token, at if shared else token, at, at, token, token, token]
         addresses = [0 if f is None else f.data_ptr() + n * step for f, n, step in zip(kept, first, steps, strict=True)]
         rows.append([*addresses, *strides, size, token])
         token += size
