@@ -165,8 +165,8 @@ def attend_kernel(
         v_codes = tl.load(about + 4) + line * tl.load(about + 11)
         v_scale = tl.load(about + 5) + line * tl.load(about + 12)
         v_low = tl.load(about + 6) + line * tl.load(about + 13)
-        count = tl.load(about + 14)
-        first = tl.load(about + 15)
+        count = tl.load(about + 14).to(tl.int32)
+        first = tl.load(about + 15).to(tl.int32)
         here = token < count
 
         k0, k1, length = read_vectors(
