@@ -49,7 +49,7 @@ test-lm-eval: install
 # The kernels are left out where they cannot be built; everything runs in PyTorch then. Set CC and CXX to /bin/false to see that.
 test-without-compiler: install
 	$(BIN)/python -c "from tessera.kernels import cpu; assert not cpu.levels(), cpu.levels()"
-	$(BIN)/python -m pytest -n 2 tests/test_public_api.py tests/test_attention.py tests/test_cli.py tests/cache tests/codecs tests/associative tests/spatial
+	$(BIN)/python -m pytest -n 2 tests/test_public_api.py tests/test_attention.py tests/test_cli.py tests/cache tests/codecs tests/tensor_cache tests/tensor_memory
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,9 +3,9 @@
 1. For each codebook, nanoseconds a chunk of four numbers on one core: the C++ search at each instruction set that the processor
    has, the same search in PyTorch, and the brute-force search over all codewords, which defines it; and how many indices differ
    from those of brute force. Chunks as near to two codewords as float32 resolves do not count.
-2. For each codec, nanoseconds a chunk on one core of whole encoding, of keys and of values, many vectors and few.
-3. Nanoseconds a chunk of coding vectors with the errors of later chunks fed back.
-4. Milliseconds on one core to encode the keys and values of one token in all layers of an 8-billion-parameter Llama (32 layers,
+2. For each codec, nanoseconds a chunk on one core of whole encoding, of keys and of values, many vectors and few; and of keys
+   with the errors of later chunks fed back, as a cache encodes them, where a codec can.
+3. Milliseconds on one core to encode the keys and values of one token in all layers of an 8-billion-parameter Llama (32 layers,
    8 key heads, head_dim 128), one token at a time and in the blocks that the cache compresses.
 
 Example:
@@ -55,8 +55,6 @@ BLOCKS = (1, 64)
 SHAPES = ((1, 8, 4096, 128), (1, 3, 64, 64))
 #: Numbers from which on whole encoding is measured a tenth as often.
 MANY = 1 << 18
-#: (heads, vectors, head_dim) of coding with feedback.
-FEEDBACK = (8, 64, 128)
 
 
 @contextmanager
@@ -169,32 +167,20 @@ def whole(spec: str, shapes: tuple[tuple[int, ...], ...], repeats: int) -> list[
     codec = codecs.get(spec)
     rows = []
     for shape in shapes:
-        x = torch.randn(shape)
+        x, weights = torch.randn(shape), torch.exp2(-1.5 * torch.randint(0, 8, (*shape[:2], shape[3])).float())
+        kinds = {"key": partial(codec.encode, x, "key"), "value": partial(codec.encode, x, "value")}
+        if codec.weighs:
+            kinds["weighed key"] = partial(codec.encode, x, "key", weights=weights)
         often = repeats if x.numel() < MANY else -(-repeats // 10)
         seconds: dict[str, float] = {}
         for names, times in (({level: f"cpu:{level}" for level in cpu.levels()}, often), ({"PyTorch": "reference"}, SLOW)):
             runs: dict[str, Callable[[], object]] = {}
-            for role in ("key", "value"):
+            for kind, encode in kinds.items():
                 for name, asked in names.items():
-                    runs[f"{role}, {name}"] = partial(in_backend, asked, partial(codec.encode, x, role))  # type: ignore[arg-type]
+                    runs[f"{kind}, {name}"] = partial(in_backend, asked, encode)
             seconds.update(minima(runs, times))
         rows.append({"spec": spec, "shape": list(shape), "nanoseconds": {n: 4e9 * s / x.numel() for n, s in seconds.items()}})
     return rows
-
-
-def feedback(spec: str, repeats: int) -> dict[str, Any]:
-    """Nanoseconds a chunk of coding with feedback."""
-    codec = codecs.get(spec)
-    assert isinstance(codec, JointHQMQ)
-    heads, vectors, dim = FEEDBACK
-    y, chunk = torch.randn(heads, vectors, dim), torch.arange(dim) // 4
-    matrix = torch.randn(heads, dim, dim) * 0.2 / dim**0.5 * (chunk[:, None] < chunk)
-    book = words_of(codec.code_bits)
-    runs: dict[str, Callable[[], object]] = {
-        level: partial(dispatch.encode_feedback, y, matrix, book, backend=f"cpu:{level}") for level in cpu.levels()
-    }
-    seconds = minima(runs, repeats)
-    return {"spec": spec, "shape": list(FEEDBACK), "nanoseconds": {n: 4e9 * s / y.numel() for n, s in seconds.items()}}
 
 
 def token(spec: str, repeats: int) -> dict[str, Any]:
@@ -221,7 +207,7 @@ def show(record: dict[str, Any]) -> None:
     Console().print(table)
     table = Table("codec", "shape", "keys, ns", "values, ns", "keys in PyTorch, ns", "values in PyTorch, ns")
     for found in record["whole"]:
-        names = [f"{role}, {name}" for name in (best("PyTorch"), "PyTorch") for role in ("key", "value")]
+        names = [f"{kind}, {name}" for name in (best("PyTorch"), "PyTorch") for kind in ("key", "value")]
         table.add_row(found["spec"], str(found["shape"]), *(f"{found['nanoseconds'][name]:.0f}" for name in names))
     Console().print(table)
 
@@ -245,8 +231,6 @@ def main() -> int:
         record["search"] = [search(spec, options.chunks, options.few, options.repeats) for spec in options.specs]
         shapes = ((*SHAPES[0][:2], options.tokens, SHAPES[0][3]), SHAPES[1])
         record["whole"] = [row for spec in (*options.specs, *options.others) for row in whole(spec, shapes, options.repeats)]
-        joints = [spec for spec in options.specs if isinstance(codecs.get(spec), JointHQMQ)]
-        record["feedback"] = [feedback(spec, options.repeats) for spec in joints]
         record["token"] = [token(spec, options.repeats) for spec in options.specs]
     with atomic_path(options.json) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

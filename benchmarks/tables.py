@@ -363,18 +363,21 @@ def encode() -> str:
 
 
 def encode_vectors() -> str:
-    """Time of whole encoding on one core."""
+    """Time of whole encoding on one core, with the best instructions, with AVX2 and in PyTorch."""
     data = _load("encode")
     best = data["instructions"][-1]
-    fed = {row["spec"]: row["nanoseconds"][best] for row in data["feedback"]}
-    rows: dict[str, list[str]] = {}
+    ways = {f", {best}": best, ", avx2": "avx2", ", PyTorch": "PyTorch"}
+    kinds = {"keys": "key", "keys, weighed": "weighed key", "values": "value"}
+    rows = []
     for row in data["whole"]:
-        cells = rows.setdefault(row["spec"], [f"`{row['spec']}`"])
-        cells += [f"{row['nanoseconds'][f'{role}, {name}']:.0f}" for role in ("key", "value") for name in (best, "PyTorch")]
-    shapes = list(dict.fromkeys(" x ".join(f"{n:,}" for n in row["shape"][1:3]) for row in data["whole"]))
-    head = [f"{shape} {role}s{way}" for shape in shapes for role in ("key", "value") for way in ("", ", PyTorch")]
-    full = [(*cells, f"{fed[spec]:.0f}" if spec in fed else "") for spec, cells in rows.items()]
-    return markdown_table(("codec", *head, "with feedback"), full)
+        found = row["nanoseconds"]
+        cells = (
+            f"{found[name]:.0f}" if (name := f"{kind}, {way}") in found else ""
+            for kind in kinds.values()
+            for way in ways.values()
+        )
+        rows.append((f"`{row['spec']}`", " x ".join(f"{n:,}" for n in row["shape"][1:]), *cells))
+    return markdown_table(("codec", "vectors", *(kind + way for kind in kinds for way in ways)), rows)
 
 
 def triton_static() -> str:

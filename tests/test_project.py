@@ -65,6 +65,12 @@ def test_workflows_run_targets_of_the_makefile(path: Path) -> None:
             assert line.split()[1] in targets, line
 
 
+def test_tests_that_the_makefile_names_exist() -> None:
+    found = re.findall(r"(?<= )(?:tests|benchmarks|docs)/[\w./-]+", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert "tests/cache" in found
+    assert not [path for path in found if not (ROOT / path).exists()]
+
+
 def test_ci_tries_every_python_that_is_promised() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
     matrix = workflow["jobs"]["test"]["strategy"]["matrix"]

@@ -152,3 +152,75 @@ def test_codes_are_packed_as_bits_are(bits: int, dim: int) -> None:
     assert packed is not None
     assert torch.equal(packed, pack_bits(codes, bits))
     assert torch.equal(unpack_bits(packed, bits, dim), codes)
+
+
+def encoded(
+    monkeypatch: pytest.MonkeyPatch, backend: str, spec: str, x: Tensor, role: Role, weights: Tensor | None
+) -> codecs.Packed:
+    monkeypatch.setenv("TESSERA_BACKEND", backend)
+    return codecs.get(spec).encode(x, role, weights=weights)
+
+
+def channels(shape: tuple[int, int, int, int]) -> Tensor:
+    """Vectors whose channels differ in mean and width, as those of keys do, with vectors of zeros and constant ones."""
+    x = torch.randn(shape) * torch.randn(shape[3]).exp() + 3 * torch.randn(shape[3])
+    x[..., 1] *= 300
+    x[:, :, 2:3] = 0
+    x[:, :, 4:5] = 1e-6
+    x[..., 3] = 7
+    return x
+
+
+@pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:3", "hqmq:4", "hqmq:4.5", "hqmq:5", "hqmq:3_norot", "hqmq:4_nocentre"])
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (2, 1, 130, 128), (1, 2, 65, 80), (2, 2, 129, 12), (1, 1, 1, 4)], ids=str)
+def test_joint_codes_made_in_one_pass_are_those_of_the_definition(
+    monkeypatch: pytest.MonkeyPatch, level: str, spec: str, shape: tuple[int, int, int, int]
+) -> None:
+    x, codec = channels(shape), codecs.get(spec)
+    weights = torch.exp2(-1.5 * torch.randint(0, 8, (*shape[:2], shape[3])).float())
+    roles: tuple[tuple[Role, Tensor | None], ...] = (("key", weights), ("key", None), ("value", None))
+    for role, weighed in roles:
+        got, wanted = (encoded(monkeypatch, backend, spec, x, role, weighed) for backend in (f"cpu:{level}", "reference"))
+        assert {name: (t.shape, t.dtype) for name, t in got.tensors.items()} == {
+            name: (t.shape, t.dtype) for name, t in wanted.tensors.items()
+        }
+        # Sums in another order: what was rounded one way may be rounded the other, and then vectors have other codes.
+        assert (got.tensors["scale"] != wanted.tensors["scale"]).float().mean() < 0.01
+        if "centre" in wanted.tensors:
+            assert (got.tensors["centre"] != wanted.tensors["centre"]).float().mean() < 0.01
+        assert (got.tensors["codes"] != wanted.tensors["codes"]).any(-1).float().mean() < 0.05
+        scale = weighed.unsqueeze(2).sqrt() if weighed is not None and codec.weighs else 1.0
+        found, least = ((scale * (codec.decode(one) - x)).square().mean(-1) for one in (got, wanted))
+        torch.testing.assert_close(found.mean(), least.mean(), rtol=0.01, atol=1e-9)
+
+
+def test_joint_codes_on_a_cpu_are_made_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pack_nearest", "encode_feedback"):
+        monkeypatch.setattr(dispatch, name, lambda *_: pytest.fail("the steps ran"))
+    weights = torch.ones(1, 2, 64)
+    for role, weighed in (("key", weights), ("key", None), ("value", None)):
+        codecs.get("hqmq:4").encode(torch.randn(1, 2, 40, 64), role, weights=weighed)  # type: ignore[arg-type]
+
+
+def test_joint_codes_of_a_vector_do_not_depend_on_the_others_of_the_call(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TESSERA_BACKEND", f"cpu:{level}")
+    x, codec = channels((2, 3, 320, 64)), codecs.get("hqmq:4")
+    weights = torch.rand(2, 3, 64) + 0.01
+    whole = codec.encode(x, "key", weights=weights).tensors
+    for row, head, group in ((0, 0, 0), (1, 2, 4), (0, 1, 2)):
+        part = x[row : row + 1, head : head + 1, 64 * group : 64 * group + 64]
+        alone = codec.encode(part, "key", weights=weights[row : row + 1, head : head + 1]).tensors
+        for name, field in alone.items():
+            some = slice(group, group + 1) if name == "centre" else slice(64 * group, 64 * group + 64)
+            assert torch.equal(field, whole[name][row : row + 1, head : head + 1, some]), name
+
+
+def test_joint_codes_of_vectors_that_no_kernel_takes_are_made_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+    steps = pack.pack_nearest
+    monkeypatch.setattr(cpu_encode, "encode_joint", lambda *_, **__: pytest.fail("the kernel ran"))
+    monkeypatch.setattr(
+        cpu_encode, "pack_nearest", lambda x, scale, book, bits, **_: (calls.append(x), steps(x, scale, book, bits))[1]
+    )
+    codecs.get("hqmq:4").encode(torch.randn(1, 1, 5, 33), "key")
+    assert len(calls) == 1

@@ -103,8 +103,11 @@ class JointHQMQ(Codec):
         return self._coded(x, role, weights if x.shape[-1] % 4 == 0 else None)
 
     def _coded(self, x: Tensor, role: Role, weights: Tensor | None) -> dict[str, Tensor]:
+        centred, book = self.centre and role == "key", words_of(self.code_bits)
+        if (found := dispatch.encode_joint(x, self.kernel_format(x.shape[-1]), book, centred, weights)) is not None:
+            return found
         tensors = {}
-        if self.centre and role == "key":
+        if centred:
             tensors["centre"] = precondition.fit(x, self.group)
             index = _groups(x.shape[2], self.group, x.device)
             x = precondition.apply(x, tensors["centre"], index)

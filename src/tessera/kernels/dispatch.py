@@ -12,6 +12,7 @@ from tessera.kernels.cpu import encode as cpu_encode
 from tessera.kernels.cpu import grid as cpu_grid
 from tessera.kernels.cpu import paged as cpu_paged
 from tessera.kernels.cpu import sources, tiled
+from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import Codewords
 from tessera.kernels.params import AttendParams
 from tessera.kernels.precision import no_autocast, without_autocast
@@ -283,6 +284,28 @@ def encode_feedback(y: Tensor, matrix: Tensor, book: Codewords, backend: str | N
         )
     found: Tensor = ENCODE_FEEDBACK(y.detach(), matrix.detach(), book, backend=backend)
     return found
+
+
+def encode_joint(
+    x: Tensor, form: JointFormat, words: Codewords, centred: bool, weights: Tensor | None, backend: str | None = None
+) -> dict[str, Tensor] | None:
+    """Encode vectors by a joint codebook, from the numbers to the bytes, in one call into C++.
+
+    Args:
+        x: (batch, kv_heads, tokens, head_dim) float32, finite.
+        form: the format of the codes.
+        words: the codebook.
+        centred: whether channels are centred over groups of tokens, as keys are.
+        weights: (batch, kv_heads, head_dim) float32, see `tessera.codecs.Codec.encode`; None: equal weights.
+        backend: see `attend`.
+
+    Returns:
+        the tensors that `tessera.codecs.JointHQMQ` keeps; None where it is impossible: the caller then does the same in steps.
+    """
+    family, _, level = chosen(backend).partition(":")
+    if family not in ("auto", "cpu") or cpu_encode.encode_joint_refusal(x, form) is not None:
+        return None
+    return cpu_encode.encode_joint(x, form, words, centred, weights, level=level or None)
 
 
 def pack_nearest(x: Tensor, scale: Tensor, book: Codewords, bits: int, backend: str | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -338,7 +339,7 @@ def _products(form: ProductFormat, heads: int, layer: int) -> Any:
 def table_of(pages: CompressedKV) -> Any:
     """Return the addresses of each page's tensors in the form that `page_at` in module.cpp reads: (pages, 24) int64."""
     if "cpu" not in pages.memo:
-        pages.memo["cpu"] = torch.tensor([row for row, _ in pages.notes("cpu", _row)]).numpy()
+        pages.memo["cpu"] = np.array([row for row, _ in pages.notes("cpu", _row)], dtype=np.int64)
     return pages.memo["cpu"]
 
 

@@ -8,7 +8,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tessera.kernels.cpu import _cpu, addresses, levels
+from tessera.kernels.bits import packed_bytes
+from tessera.kernels.cpu import MAX_DIM, MISSING, _cpu, addresses, book, levels
+from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import Codewords, reduction_tables
 
 
@@ -70,6 +72,42 @@ def encode_feedback(y: Tensor, feedback: Tensor, book: Codewords, level: str | N
     if codes.numel():
         _cpu.encode_feedback(_index(book), level or levels()[-1], *where)
     return codes
+
+
+#: Tokens whose key channels are centred together.
+GROUP = 64
+
+
+def encode_joint_refusal(x: Tensor, form: JointFormat) -> str | None:
+    """Say why `encode_joint` cannot be used, or return None if it can."""
+    if MISSING is not None:
+        return MISSING
+    if x.device.type != "cpu":
+        return f"the vectors are on {x.device}"
+    if x.shape[-1] % 4 or x.shape[-1] > MAX_DIM:
+        return f"there is no kernel for vectors of {x.shape[-1]} numbers"
+    if form.group not in (1, GROUP):
+        return f"there is no kernel for groups of {form.group} tokens"
+    return None
+
+
+def encode_joint(
+    x: Tensor, form: JointFormat, words: Codewords, centred: bool, weights: Tensor | None, level: str | None = None
+) -> dict[str, Tensor]:
+    """Encode as `tessera.kernels.dispatch.encode_joint` says. `level`: see `nearest`."""
+    x, weights = x.contiguous(), None if weights is None else weights.contiguous()
+    batch, heads, tokens, dim = x.shape
+    kept = {
+        "codes": torch.empty(batch, heads, tokens, packed_bytes(dim // 4, form.bits), dtype=torch.uint8, device="cpu"),
+        "scale": torch.empty(batch, heads, tokens, dtype=torch.uint8, device="cpu"),
+    }
+    if centred:
+        kept["centre"] = torch.empty(batch, heads, -(-tokens // GROUP), dim, dtype=torch.int16, device="cpu")
+    if x.numel():
+        shape = [batch * heads, tokens, dim, torch.get_num_threads()]
+        where = addresses([x, weights, kept.get("centre"), kept["scale"], kept["codes"]])
+        _cpu.encode_joint(_index(words), book(form, heads, 0), level or levels()[-1], shape, *where)
+    return kept
 
 
 def pack_linear(

@@ -27,25 +27,32 @@ inline __attribute__((always_inline)) void feed_back(const float* matrix, int di
 
 static_assert(BLOCK == Feedback::BLOCK);
 
+// Codes of up to BLOCK vectors, whose numbers stand side by side in `target`; `error` is of the same shape, zero beyond `count`.
+// codes: (count, dim / 4).
+inline void feed_codes(const tessera::Index& index, const float* matrix, int dim, int count, float (*error)[BLOCK], float (*target)[BLOCK], int32_t* codes) {
+    const int chunks = dim / 4;
+    alignas(64) float word[4][BLOCK];
+    int32_t code[BLOCK];
+    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+        for (int i = 0; i < 4; ++i) std::memcpy(error[4 * chunk + i], target[4 * chunk + i], sizeof(float) * BLOCK);  // for now
+        feed_back(matrix, dim, chunk, error, target + 4 * chunk);
+        search({&index, target[4 * chunk], 1, BLOCK, count, code, word[0]});
+        for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < count; ++j) error[4 * chunk + i][j] = word[i][j] - error[4 * chunk + i][j];
+        for (int j = 0; j < count; ++j) codes[j * chunks + chunk] = code[j];
+    }
+}
+
 // Up to BLOCK vectors of a head, from `begin` on.
 inline void code_with_feedback(const Feedback& s, int64_t head, int64_t begin) {
-    const int count = int(std::min<int64_t>(BLOCK, s.vectors - begin)), dim = s.dim, chunks = dim / 4;
+    const int count = int(std::min<int64_t>(BLOCK, s.vectors - begin)), dim = s.dim;
     std::vector<float> room(2 * size_t(dim) * BLOCK + 16, 0.0f);
     float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
     auto error = reinterpret_cast<float (*)[BLOCK]>(aligned), target = error + dim;
     const float* y = s.y + (head * s.vectors + begin) * dim;
     for (int j = 0; j < count; ++j)
         for (int c = 0; c < dim; ++c) target[c][j] = y[int64_t(j) * dim + c];
-    alignas(64) float word[4][BLOCK];
-    int32_t code[BLOCK];
-    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-        for (int i = 0; i < 4; ++i) std::memcpy(error[4 * chunk + i], target[4 * chunk + i], sizeof(float) * BLOCK);  // for now
-        feed_back(s.matrix + head * dim * dim, dim, chunk, error, target + 4 * chunk);
-        search({s.index, target[4 * chunk], 1, BLOCK, count, code, word[0]});
-        for (int i = 0; i < 4; ++i)
-            for (int j = 0; j < count; ++j) error[4 * chunk + i][j] = word[i][j] - error[4 * chunk + i][j];
-        for (int j = 0; j < count; ++j) s.code[(head * s.vectors + begin + j) * chunks + chunk] = code[j];
-    }
+    feed_codes(*s.index, s.matrix + head * dim * dim, dim, count, error, target, s.code + (head * s.vectors + begin) * (dim / 4));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Half-precision numbers as floats. Included by one file for each instruction set, see attend_impl.hpp.
+// Half-precision numbers to floats and back. Included by one file for each instruction set, see attend_impl.hpp.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,24 @@ inline float half_to_float(uint16_t h) {
     std::memcpy(&value, &bits, 4);
     value *= 5.192296858534828e33f;
     return h & 0x8000 ? -value : value;
+}
+
+// To the nearest, ties to even; what is too large becomes infinite.
+inline uint16_t to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits >= 0x7f800000) return sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00);
+    if (bits >= 0x477ff000) return sign | 0x7c00;
+    if (bits < 0x38800000) {  // subnormal: adding a half lets the processor round
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        std::memcpy(&bits, &magnitude, 4);
+        return sign | uint16_t(bits - 0x3f000000);
+    }
+    return sign | uint16_t((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
 }  // namespace

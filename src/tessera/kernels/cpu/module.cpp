@@ -15,6 +15,7 @@
 #include "absorb.hpp"
 #include "attend.hpp"
 #include "grid.hpp"
+#include "joint_codes.hpp"
 #include "levels.hpp"
 #include "paged.hpp"
 #include "quantise.hpp"
@@ -384,6 +385,21 @@ void encode_feedback(const Index& index, const std::string& level, uintptr_t y, 
     Threads::get().run(heads * blocks, threads, [&](int64_t i, int) { run(s, i / blocks, i % blocks * Feedback::BLOCK); });
 }
 
+// shape: lines, tokens, dim, threads; weights and centre may be 0. See struct JointCodes.
+void encode_joint(const Index& index, const Book& book, const std::string& level, const std::vector<int64_t>& shape, uintptr_t x, uintptr_t weights,
+                  uintptr_t centre, uintptr_t scale, uintptr_t codes) {
+    if (shape.size() != 4 || shape[0] < 0 || shape[1] < 0 || shape[2] < 4 || shape[2] > MAX_DIM || !fits(book, int(shape[2])) || book.bits < 8)
+        throw nb::value_error("shapes that this kernel does not know");
+    const JointCodes s{&index, &book, reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weights), shape[0], shape[1], int(shape[2]),
+                       reinterpret_cast<uint16_t*>(centre), reinterpret_cast<uint8_t*>(scale), reinterpret_cast<uint8_t*>(codes), int(shape[3])};
+    nb::gil_scoped_release release;
+#if defined(TESSERA_X86)
+    if (at_least(level, AVX512)) return encode_joint_avx512(s);
+    if (at_least(level, AVX2)) return encode_joint_avx2(s);
+#endif
+    encode_joint_portable(s);
+}
+
 void pack_linear(const std::vector<uintptr_t>& given, const std::vector<int64_t>& shape, float least, float most, int bits, uintptr_t out,
                  int threads) {
     if (given.size() != 3 || shape.size() != 5 || bits < 1 || bits > 8 || *std::min_element(shape.begin(), shape.end()) < 1 || (!given[1] && shape[4] == 1))
@@ -536,6 +552,7 @@ NB_MODULE(_cpu, m) {
     m.def("nearest", &nearest);
     m.def("pack_nearest", &pack_nearest);
     m.def("encode_feedback", &encode_feedback);
+    m.def("encode_joint", &encode_joint);
     m.def("pack_linear", &pack_linear);
     m.def("pack_levels", &pack_levels);
     m.def("pack_blocks", &pack_blocks);

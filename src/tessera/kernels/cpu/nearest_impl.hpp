@@ -306,6 +306,10 @@ inline void read_chunks(const float* x, int64_t chunk, int64_t component, int co
             for (int i = 0; i < 4; ++i) to[i][j] = x[4 * j + i];
         return;
     }
+    if (chunk == 1) {  // side by side already
+        for (int i = 0; i < 4; ++i) std::memcpy(to[i], x + i * component, sizeof(float) * size_t(count));
+        return;
+    }
     for (int i = 0; i < 4; ++i)
         for (int j = 0; j < count; ++j) to[i][j] = x[j * chunk + i * component];
 }

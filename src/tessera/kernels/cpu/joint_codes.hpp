@@ -1,0 +1,30 @@
+// Encoding by a joint codebook, from vectors to the bytes that are kept: what codecs/hqmq_joint.py defines, in one pass.
+#pragma once
+
+#include <cstdint>
+
+#include "book.hpp"
+#include "nearest.hpp"
+
+namespace tessera {
+
+struct JointCodes {
+    const Index* index;
+    const Book* book;      // the rotation, the scales and the width of a code
+    const float* x;        // (lines, tokens, dim), finite; dim is a multiple of four
+    const float* weights;  // (lines, dim), of a squared error of each channel before the rotation; null: all alike
+    int64_t lines, tokens;
+    int dim;
+    uint16_t* centre;      // (lines, ceil(tokens / GROUP), dim), words of codecs/precondition.py; null: vectors are not centred
+    uint8_t* scale;        // (lines, tokens), bytes of codecs/logscale.py
+    uint8_t* codes;        // (lines, tokens, bytes)
+    int threads;
+};
+
+void encode_joint_portable(const JointCodes& s);
+#if defined(TESSERA_X86)
+void encode_joint_avx2(const JointCodes& s);
+void encode_joint_avx512(const JointCodes& s);
+#endif
+
+}  // namespace tessera
