@@ -144,9 +144,16 @@ def row_bytes(form: Readable, dim: int) -> float:
     return how["BITS"] * dim / 32 + {"byte": 1, "half": 2, "none": 0}[how["LENGTH"]]
 
 
-def row(spec: str, dim: int, rows: int, lookup: str) -> dict[str, Any]:
+def all_ways(spec: str, dim: int) -> list[tuple[str, ...]]:
+    """Every lookup of the keys and values of a codec; where only one of them has it, the other has its default."""
+    sides = forms(spec, dim)
+    names = dict.fromkeys(way for form in sides for way in lookups(form))
+    return list(dict.fromkeys(tuple(way if way in lookups(form) else usual_lookup(form) for form in sides) for way in names))
+
+
+def row(spec: str, dim: int, rows: int, ways: Sequence[str]) -> dict[str, Any]:
     """One kernel."""
-    kernel = built(spec, dim, rows, [lookup if lookup in lookups(form) else usual_lookup(form) for form in forms(spec, dim)])
+    kernel = built(spec, dim, rows, ways)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -158,7 +165,7 @@ def row(spec: str, dim: int, rows: int, lookup: str) -> dict[str, Any]:
         "spec": spec,
         "dim": dim,
         "rows": rows,
-        "lookup": lookup,
+        "lookup": ", ".join(dict.fromkeys(ways)),
         "warps": warps,
         "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
         "spilled": int(re.findall(r"STACK:(\d+)", usage)[-1]),
@@ -179,8 +186,8 @@ def main() -> int:
     options_ = parser.parse_args()
     rows = []
     for spec, dim, count in (case for case in CASES if case[0] in options_.codecs):
-        ways = dict.fromkeys(way for form in forms(spec, dim) for way in lookups(form))
-        rows += [row(spec, dim, count, way) for way in ways if options_.lookups is None or way in options_.lookups]
+        wanted = options_.lookups
+        rows += [row(spec, dim, count, ways) for ways in all_ways(spec, dim) if wanted is None or set(ways) & set(wanted)]
     record = {"triton": compiler.__version__, "capability": CAPABILITY, "block": BLOCK, "rows": rows}
     write_json(options_.json, record)
     table = Table(*rows[0])
