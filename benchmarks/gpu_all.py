@@ -48,7 +48,7 @@ from tessera.evaluation.records import environment
 from tessera.files import write_json
 from tessera.kernels import AttendParams, CompressedKV, reference, triton
 from tessera.kernels.nearest import brute_force, build_index
-from tessera.kernels.triton.tables import Readable, lookups, readable, usual_lookup
+from tessera.kernels.triton.formats import Readable, lookups, readable, usual_lookup
 from tessera.tensor_cache import fused
 from tessera.tensor_cache.recurrence import loop
 from tessera.tensor_cache.scan import scan

@@ -41,7 +41,9 @@ from tessera.files import write_json
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.scalars import ScalarFormat
 from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
-from tessera.kernels.triton.tables import Readable, block_of, code_options, lookups, options, readable, tables, usual_lookup
+from tessera.kernels.triton.block_table import block_of
+from tessera.kernels.triton.formats import Readable, code_options, lookups, options, readable, usual_lookup
+from tessera.kernels.triton.tables import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Compute capability, and of a multiprocessor: bytes of memory in a nanosecond, instructions in a nanosecond.

@@ -14,7 +14,7 @@ from tessera import codecs
 from tessera.codecs.codebooks import joint
 from tessera.codecs.hqmq_joint import JointHQMQ, words_of
 from tessera.kernels import AttendParams, CompressedKV, dispatch, reference, triton
-from tessera.kernels.triton.tables import LOOKUPS
+from tessera.kernels.triton.formats import LOOKUPS
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -12,7 +12,8 @@ from triton_checks import DEVICE, HALF, check, moved
 from tessera import codecs
 from tessera.codecs.scalar import normal_levels
 from tessera.kernels import AttendParams, CompressedKV, dispatch, reference, triton
-from tessera.kernels.triton.tables import TERMS, curve, lookups
+from tessera.kernels.triton.formats import TERMS, lookups
+from tessera.kernels.triton.tables import curve
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -73,7 +73,7 @@ def info() -> None:
 def _read_on_a_gpu(codec: Codec) -> bool:
     """Whether there is a Triton kernel for a codec's keys and values."""
     from tessera.codecs import Role
-    from tessera.kernels.triton.tables import readable
+    from tessera.kernels.triton.formats import readable
 
     roles: tuple[Role, ...] = ("key", "value")
     return all(readable(codec.side(role).kernel_format(128)) for role in roles)

@@ -17,25 +17,19 @@ from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, Codewords
 from tessera.kernels.params import AttendParams
 from tessera.kernels.scalars import ScalarFormat
-from tessera.kernels.triton.tables import (
+from tessera.kernels.triton.block_table import block_of, block_table, kept_fields
+from tessera.kernels.triton.formats import (
     Readable,
-    block_of,
-    block_table,
     code_options,
     dim_refusal,
-    index_bias,
-    index_bounds,
-    index_tables,
-    kept_fields,
     lookups,
     options,
     power,
     readable,
-    rotations,
     step_of,
-    tables,
     usual_lookup,
 )
+from tessera.kernels.triton.tables import index_bias, index_bounds, index_tables, rotations, tables
 
 #: Maximum number of query rows of a program, by whether head_dim is over 128; more are split among programs. So many fit in
 #: registers, and Triton 3.6 fails to compile 64.
@@ -91,7 +85,7 @@ def attend(
     Args:
         q, pages, params: as there.
         splits: number of parts that the tokens are split into; None: enough to fill the device.
-        lookup: one of `tables.lookups`, for keys and values; None: for each `tables.usual_lookup`.
+        lookup: one of `formats.lookups`, for keys and values; None: for each `formats.usual_lookup`.
     """
     keys, values = pages.check(q, params)
     if (lacking := pages.lacking(readable)) is not None:
@@ -127,7 +121,7 @@ def attend_blocks(
     Args:
         q: queries for keys with scaled channels, see `CompressedKV.narrowed`.
         params, splits, lookup: as for `attend`.
-        blocks: (blocks, columns) int64 on the device, see `tables.block_table`; of `tables.block_of` tokens at most.
+        blocks: (blocks, columns) int64 on the device, see `block_table.block_table`; of `block_of` tokens at most.
         forms: formats of the codes of keys and of values.
         kv_heads: number of key heads of the tokens.
         aligns: divisor of all addresses of key codes and centres, and divisor of those of value codes.

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from tessera.kernels.triton.read_kernel import read_vectors, scaled_queries
 
-#: Tokens of a block, see `tables.block_of`.
+#: Tokens of a block, see `block_table.block_of`.
 BLOCK = 64
 #: Number of channels of queries that are scaled at once.
 SLICE = 32
@@ -66,7 +66,7 @@ def attend_kernel(
     turned,  # the same rotated, less `unit`, its channels ordered, float16
     unit,  # (batch · kv_heads, rows) float32
     rotation,  # (dim, dim) float16, y = x @ rotation, its columns ordered
-    blocks,  # (blocks, COLUMNS) int64, see `tessera.kernels.triton.tables`
+    blocks,  # (blocks, COLUMNS) int64, see `tessera.kernels.triton.block_table`
     table,  # table of LOOKUP
     moves,  # (2^MOVE_BITS,) int32, see `tessera.kernels.triton.tables`
     scales,  # (256,) float32, where LENGTH is byte

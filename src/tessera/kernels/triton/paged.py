@@ -16,7 +16,8 @@ from torch import Tensor
 from tessera.kernels import triton
 from tessera.kernels.paged import GROUP, ROLES, BlockLayout, PagedCall, finish
 from tessera.kernels.params import AttendParams
-from tessera.kernels.triton.tables import COLUMNS, FIELDS, block_of, dim_refusal, readable, shares_tokens
+from tessera.kernels.triton.block_table import COLUMNS, FIELDS, block_of, shares_tokens
+from tessera.kernels.triton.formats import dim_refusal, readable
 
 
 def refusal(q: Tensor, layout: BlockLayout) -> str | None:
@@ -82,7 +83,7 @@ def _packed(call: PagedCall, queries: Tensor, table: Tensor, groups: int, start:
 
 
 def group_table(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -> tuple[Tensor, tuple[int, int], Tensor | None]:
-    """Make the table of `tables.block_table` for the first groups of a request, without its sinks.
+    """Make the table of `tessera.kernels.triton.block_table` for the first groups of a request, without its sinks.
 
     Args:
         pool, layout: see `tessera.kernels.paged.PagedCall`.

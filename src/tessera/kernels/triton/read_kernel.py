@@ -14,89 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def read_codes(
-    base, seen, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Load codes (BLOCK, WIDTH) of the rows `seen`, packed contiguously from the address `base` on.
-
-    ALIGN divides the address and the bytes of a row.
-    """
-    ROW_BYTES: tl.constexpr = (CHUNKS * BITS + 7) // 8
-    tokens = tl.arange(0, BLOCK)
-    chunks = tl.arange(0, WIDTH)
-    if BITS == 8:
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), ALIGN) + tokens[:, None] * ROW_BYTES
-        return tl.load(row + chunks[None, :], mask=seen[:, None] & (chunks < CHUNKS)[None, :], other=0).to(tl.int32)
-    if BITS == 16 and ALIGN % 2 == 0:
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
-        return tl.load(row + chunks[None, :], mask=seen[:, None] & (chunks < CHUNKS)[None, :], other=0).to(tl.int32)
-    if BITS == 12 and CHUNKS % 4 == 0 and ALIGN % 2 == 0:
-        # Three halves of words hold four codes.
-        four = tl.arange(0, WIDTH // 4)
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
-        inside = seen[:, None] & (4 * four < CHUNKS)[None, :]
-        low = tl.load(row + 3 * four[None, :], mask=inside, other=0).to(tl.int32)
-        middle = tl.load(row + 3 * four[None, :] + 1, mask=inside, other=0).to(tl.int32)
-        high = tl.load(row + 3 * four[None, :] + 2, mask=inside, other=0).to(tl.int32)
-        early = tl.join(low & 0xFFF, (low >> 12) | ((middle & 0xFF) << 4))
-        late = tl.join((middle >> 8) | ((high & 0xF) << 8), high >> 4)
-        return tl.reshape(tl.permute(tl.join(early, late), (0, 1, 3, 2)), (BLOCK, WIDTH))
-    seen = seen[:, None] & (chunks < CHUNKS)[None, :]
-    if BITS == 32 and ALIGN % 4 == 0:
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.int32)), ALIGN) + tokens[:, None] * (ROW_BYTES // 4)
-        return tl.load(row + chunks[None, :], mask=seen, other=0)
-    bit = chunks * BITS
-    EVEN: tl.constexpr = BITS & -BITS  # the largest power of two that divides the bits at which codes begin
-    MASK: tl.constexpr = -1 if BITS == 32 else (1 << BITS) - 1
-    if BITS - EVEN <= 16 and ALIGN % 2 == 0:
-        # Two halves of a word contain a code wherever it begins. Nothing beyond the row may be read.
-        half = bit >> 4
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
-        inside = seen & (half + 1 < ROW_BYTES // 2)[None, :]
-        wide = tl.load(row + half[None, :], mask=seen, other=0).to(tl.int32)
-        wide |= tl.load(row + (half + 1)[None, :], mask=inside, other=0).to(tl.int32) << 16
-        return (wide >> (bit & 15)[None, :]) & MASK
-    byte = bit >> 3
-    row = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), ALIGN) + tokens[:, None] * ROW_BYTES
-    wide = tl.load(row + byte[None, :], mask=seen, other=0).to(tl.int32)
-    for i in tl.static_range(1, (BITS - (EVEN if EVEN < 8 else 8) + 15) // 8):
-        inside = seen & (byte + i < ROW_BYTES)[None, :]
-        wide |= tl.load(row + (byte + i)[None, :], mask=inside, other=0).to(tl.int32) << (8 * i)
-    return (wide >> (bit & 7)[None, :]) & MASK
-
-
-@triton.jit
-def _swapped(pair):
-    """Exchange the halves of a word."""
-    return (pair << 16) | ((pair >> 16) & 0xFFFF)
-
-
-@triton.jit
-def _signed(first, second, move):
-    """Apply the signs of a move to pairs; -0x7FFF8000 is the sign of either half."""
-    return first ^ (move & -0x7FFF8000), second ^ ((move << 1) & -0x7FFF8000)
-
-
-@triton.jit
-def _moved_bytes(point, move):
-    """Make the two pairs of a point whose components 0, 2, 1, 3 are the bytes of a word: a sign and seven bits each."""
-    point = tl.where((move & 1) != 0, _swapped(point), point)
-    first = point >> (move & 8)
-    second = point >> (~move & 8)
-    one = (first & 0x007F007F) | (((first << 8) ^ move) & -0x7FFF8000)
-    two = (second & 0x007F007F) | (((second << 8) ^ (move << 1)) & -0x7FFF8000)
-    return one, two
-
-
-@triton.jit
-def _moved_pairs(first, second, move):
-    """Make the two pairs of a point whose pairs are two words."""
-    other = (move & 8) != 0
-    one, two = tl.where(other, second, first), tl.where(other, first, second)
-    turn = (move & 1) != 0
-    return _signed(tl.where(turn, _swapped(one), one), tl.where(turn, _swapped(two), two), move)
+from tessera.kernels.triton.codes_kernel import read_codes
+from tessera.kernels.triton.codewords_kernel import codewords, gathered
 
 
 @triton.jit
@@ -145,48 +64,6 @@ def _halved(codes, FIELD: tl.constexpr):
 
 
 @triton.jit
-def _gathered(held, at, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Gather words of a table that shared memory holds: at (BLOCK, WIDTH)."""
-    return tl.reshape(tl.gather(held, tl.reshape(at, (BLOCK * WIDTH,)), 0), (BLOCK, WIDTH))
-
-
-@triton.jit
-def _codewords(
-    codes,
-    table,
-    moves,
-    LOOKUP: tl.constexpr,
-    MOVE_BITS: tl.constexpr,
-    FIELD: tl.constexpr,
-    POINTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Look up the first and the second pairs of codewords of a joint codebook."""
-    number = codes & ((1 << MOVE_BITS) - 1)
-    point = codes >> MOVE_BITS
-    if LOOKUP == "halves":
-        both = tl.load(table + codes)
-        one, two = both.to(tl.int32), (both >> 32).to(tl.int32)
-    elif LOOKUP == "signs":
-        move = tl.load(moves + number)
-        both = tl.load(table + (point * 4 + (move & 3)))
-        one, two = _signed(both.to(tl.int32), (both >> 32).to(tl.int32), move)
-    elif LOOKUP == "held":
-        held = tl.load(table + tl.arange(0, POINTS))
-        held_moves = tl.load(moves + tl.arange(0, 1 << MOVE_BITS))
-        word = _gathered(held, point, BLOCK, WIDTH)
-        move = _gathered(held_moves, number, BLOCK, WIDTH)
-        one, two = _moved_bytes(word, move)
-    elif FIELD == 8:
-        one, two = _moved_bytes(tl.load(table + point), tl.load(moves + number))
-    else:
-        both = tl.load(table + point)
-        one, two = _moved_pairs(both.to(tl.int32), (both >> 32).to(tl.int32), tl.load(moves + number))
-    return one, two
-
-
-@triton.jit
 def read_chunks(
     codes,
     table,
@@ -198,7 +75,7 @@ def read_chunks(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Make the tiles of the first and second pairs of codes (BLOCK, WIDTH), each (BLOCK, 2 WIDTH); see `tables.LOOKUPS`."""
+    """Make the tiles of the first and second pairs of codes (BLOCK, WIDTH), each (BLOCK, 2 WIDTH); see `formats.LOOKUPS`."""
     if LOOKUP == "integers" or LOOKUP == "floats" or LOOKUP == "curve":
         one, two = _spread(codes, FIELD), _spread(codes >> (2 * FIELD), FIELD)
         if LOOKUP == "floats":
@@ -209,9 +86,9 @@ def read_chunks(
     elif LOOKUP == "held pairs":
         first, second = _halved(codes, FIELD)
         held = tl.load(table + tl.arange(0, POINTS))
-        one, two = _gathered(held, first, BLOCK, WIDTH), _gathered(held, second, BLOCK, WIDTH)
+        one, two = gathered(held, first, BLOCK, WIDTH), gathered(held, second, BLOCK, WIDTH)
     else:
-        one, two = _codewords(codes, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
+        one, two = codewords(codes, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
     if LOOKUP == "curve":
         return _curve(one, table, FIELD, POINTS, BLOCK, WIDTH), _curve(two, table, FIELD, POINTS, BLOCK, WIDTH)
     else:
@@ -341,7 +218,7 @@ def read_vectors(
 ):
     """Read the vectors of those tokens of a block that are `here`.
 
-    `codes`, `scale` and `low` are the addresses of its first token, the others see `tables.code_options` and `tables.tables`.
+    `codes`, `scale` and `low` are the addresses of its first token, the others see `formats.code_options` and `tables.tables`.
     Returns the two tiles, (BLOCK, 2 WIDTH) float16, and the lengths that they are to be multiplied by, (BLOCK,) float32.
     """
     if LOOKUP == "blocks":
