@@ -39,8 +39,11 @@ from tessera import codecs
 from tessera.codecs import Role
 from tessera.files import write_json
 from tessera.kernels.joint import JointFormat
+from tessera.kernels.scalars import ScalarFormat
 from tessera.kernels.triton.attend_kernel import BLOCK, attend_kernel
-from tessera.kernels.triton.tables import Readable, code_options, lookups, options, readable, tables, usual_lookup
+from tessera.kernels.triton.block_table import block_of
+from tessera.kernels.triton.formats import Readable, code_options, lookups, options, readable, usual_lookup
+from tessera.kernels.triton.tables import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Compute capability, and of a multiprocessor: bytes of memory in a nanosecond, instructions in a nanosecond.
@@ -69,6 +72,10 @@ CASES = (
     ("int:4", 128, 16),
     ("int:8", 128, 16),
     ("fp8", 128, 16),
+    ("q4_0", 128, 16),
+    ("q8_0", 128, 16),
+    ("kivi:4", 128, 16),
+    ("(k=q8_0,v=hqmq:3)", 128, 16),
 )
 ROLES: tuple[Role, ...] = ("key", "value")
 TYPES = {torch.int64: "i64", torch.int32: "i32", torch.float16: "fp16"}
@@ -92,7 +99,8 @@ def built(spec: str, dim: int, rows: int, ways: Sequence[str]) -> Any:
     sides = forms(spec, dim)
     codes, value_codes = (code_options(form, way, 16) for form, way in zip(sides, ways, strict=True))
     centred = isinstance(sides[0], JointFormat) and sides[0].group > 1
-    fixed = {**options(dim, rows, codes, value_codes), **FLAGS, "APART": sides[0] is not sides[1], "CENTRED": centred}
+    fixed = options(dim, rows, codes, value_codes, block_of(sides[0])[0])
+    fixed |= {**FLAGS, "APART": sides[0] is not sides[1], "CENTRED": centred}
     how = {name: fixed.pop(name) for name in ("num_warps", "num_stages")}
     pointers = dict(POINTERS)
     for name, form, way in zip(("table", "v_table"), sides, ways, strict=True):
@@ -130,13 +138,24 @@ def longest_loop(listing: str) -> int:
 
 def row_bytes(form: Readable, dim: int) -> float:
     """Bytes of a vector's codes and scale."""
+    if isinstance(form, ScalarFormat) and form.numbers == "blocks":
+        return dim / 32 * (2 + 4 * form.bits)
+    if isinstance(form, ScalarFormat) and form.numbers == "groups":
+        return dim / 32 * (4 + 4 * form.bits)
     how = code_options(form, usual_lookup(form), 16)
     return how["BITS"] * dim / 32 + {"byte": 1, "half": 2, "none": 0}[how["LENGTH"]]
 
 
-def row(spec: str, dim: int, rows: int, lookup: str) -> dict[str, Any]:
+def all_ways(spec: str, dim: int) -> list[tuple[str, ...]]:
+    """Every lookup of the keys and values of a codec; where only one of them has it, the other has its default."""
+    sides = forms(spec, dim)
+    names = dict.fromkeys(way for form in sides for way in lookups(form))
+    return list(dict.fromkeys(tuple(way if way in lookups(form) else usual_lookup(form) for form in sides) for way in names))
+
+
+def row(spec: str, dim: int, rows: int, ways: Sequence[str]) -> dict[str, Any]:
     """One kernel."""
-    kernel = built(spec, dim, rows, [lookup if lookup in lookups(form) else usual_lookup(form) for form in forms(spec, dim)])
+    kernel = built(spec, dim, rows, ways)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -148,12 +167,12 @@ def row(spec: str, dim: int, rows: int, lookup: str) -> dict[str, Any]:
         "spec": spec,
         "dim": dim,
         "rows": rows,
-        "lookup": lookup,
+        "lookup": ", ".join(dict.fromkeys(ways)),
         "warps": warps,
         "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
         "spilled": int(re.findall(r"STACK:(\d+)", usage)[-1]),
         "shared": kernel.metadata.shared,
-        "instructions": loop * warps,
+        "instructions": loop * warps * BLOCK // block_of(forms(spec, dim)[0])[0],
         "while dense is read": round(2 * BLOCK * dim * 2 / BYTES * ISSUES),
         "while codes are read": round(coded / BYTES * ISSUES),
     }
@@ -169,8 +188,8 @@ def main() -> int:
     options_ = parser.parse_args()
     rows = []
     for spec, dim, count in (case for case in CASES if case[0] in options_.codecs):
-        ways = dict.fromkeys(way for form in forms(spec, dim) for way in lookups(form))
-        rows += [row(spec, dim, count, way) for way in ways if options_.lookups is None or way in options_.lookups]
+        wanted = options_.lookups
+        rows += [row(spec, dim, count, ways) for ways in all_ways(spec, dim) if wanted is None or set(ways) & set(wanted)]
     record = {"triton": compiler.__version__, "capability": CAPABILITY, "block": BLOCK, "rows": rows}
     write_json(options_.json, record)
     table = Table(*rows[0])

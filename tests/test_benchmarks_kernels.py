@@ -35,6 +35,22 @@ def test_the_attention_compiles_for_a_gpu_and_keeps_to_registers_and_shared_memo
         assert row["instructions"] > 1000
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_what_is_measured_on_a_gpu_runs_interpreted_without_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(BENCHMARKS / "gpu_all.py"), "--smoke", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for part in ("correctness", "lookups", "encoding", "speed", "memories"):
+        assert record[part]
+        assert not [row for row in record[part] if "error" in row]
+    measured = {(row["spec"], row["lookup"]) for row in record["lookups"]}
+    assert {("dense", ""), ("hqmq:4", "held"), ("scalar:4", "curve"), ("int:4", "integers")} <= measured
+
+
 @pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 def test_encoding_is_measured_at_every_level(tmp_path: Path) -> None:
     path = tmp_path / "encode.json"

@@ -334,6 +334,10 @@ def test_info_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for level in cpu.LEVELS:
         assert rows[f"cpu:{level}"] == ("yes" if level in cpu.levels() else "no")
     assert f"In use: auto - {f'cpu:{cpu.levels()[-1]}' if cpu.levels() else 'reference'}" in out
+    said = " ".join(out.split())
+    assert (
+        "on a GPU for all but hqmq:o170_r4, hqmq:s96_r4, hqmq:s96_r4_med3, whose vectors are decoded in PyTorch there." in said
+    )
     monkeypatch.setenv("TESSERA_BACKEND", "abacus")
     code, _, error = run("info")
     assert code == 2

@@ -14,7 +14,7 @@ from tessera import codecs
 from tessera.codecs.codebooks import joint
 from tessera.codecs.hqmq_joint import JointHQMQ, words_of
 from tessera.kernels import AttendParams, CompressedKV, dispatch, reference, triton
-from tessera.kernels.triton.tables import LOOKUPS
+from tessera.kernels.triton.formats import LOOKUPS
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -189,7 +189,7 @@ def test_the_dispatcher_takes_it_when_asked(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(ran) == (2 if DEVICE == "cuda" else 1)
     dispatch.attend(q, moved(make_pages(codecs.get("hqmq:k4v3"), 1, 1, [64], 64)), AttendParams(0.1), backend="triton")
     assert len(ran) == (3 if DEVICE == "cuda" else 2)
-    for spec, lacking in (("q4_0", "q4_0"), ("(k=q4_0,v=hqmq:3)", "q4_0"), ("(k=hqmq:4,v=hqmq:s24_r2)", "hqmq:s24_r2")):
+    for spec, lacking in (("hqmq:s24_r2", "hqmq:s24_r2"), ("(k=hqmq:4,v=hqmq:s24_r2)", "hqmq:s24_r2")):
         with pytest.raises(ValueError, match=f"no Triton kernel for {lacking}"):
             dispatch.attend(q, moved(make_pages(codecs.get(spec), 1, 1, [64], 64)), AttendParams(0.1), backend="triton")
 

@@ -12,7 +12,8 @@ from triton_checks import DEVICE, HALF, check, moved
 from tessera import codecs
 from tessera.codecs.scalar import normal_levels
 from tessera.kernels import AttendParams, CompressedKV, dispatch, reference, triton
-from tessera.kernels.triton.tables import TERMS, curve, lookups
+from tessera.kernels.triton.formats import TERMS, lookups
+from tessera.kernels.triton.tables import curve
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -22,6 +23,35 @@ pytest.importorskip("triton", reason="triton is not installed")
 )
 def test_attention_equals_the_reference(spec: str) -> None:
     check(codecs.get(spec), (1, 4, 2, 2), [64, 21], 80, start=70)
+
+
+@pytest.mark.parametrize("spec", ["q4_0", "q4_0:norot", "q8_0", "(k=q8_0,v=hqmq:3)", "(k=kivi:4,v=q4_0)"])
+@pytest.mark.parametrize("dim", [32, 96])
+def test_blocks_with_a_scale_of_their_own_equal_the_reference(spec: str, dim: int) -> None:
+    check(codecs.get(spec), (1, 4, 2, 2), [64, 21], dim, start=70)
+
+
+@pytest.mark.parametrize("spec", [*(f"kivi:{bits}" for bits in range(2, 9)), "(k=kivi:4,v=hqmq:3)", "(k=hqmq:4,v=kivi:3)"])
+def test_groups_with_a_scale_and_a_low_equal_the_reference(spec: str) -> None:
+    """Of 80 channels the last group of a value has 16."""
+    check(codecs.get(spec), (2, 2, 1, 3), [64, 45], 80, start=100, window=90)
+
+
+@pytest.mark.parametrize(("spec", "ratio"), [("q8_0:norot", 300.0), ("kivi:8", 3e4), ("kivi:2", 3e4)])
+def test_scales_that_differ_by_much_and_vectors_of_zeros_keep_their_digits(spec: str, ratio: float) -> None:
+    x = torch.randn(1, 1, 96, 64)
+    x[..., :32] *= ratio
+    x[:, :, 5:9] = 0
+    x[:, :, 9:12] *= 1e-6
+    q = torch.randn(1, 1, 2, 64)
+    q[..., :32] /= ratio
+    codec = codecs.get(spec)
+    pages = CompressedKV([(codec.encode(x, "key"), codec.encode(x))])
+    out, lse = triton.attend(q.to(DEVICE), moved(pages), AttendParams(0.3))
+    wanted, wanted_lse = reference.attend(q, pages, AttendParams(0.3))
+    for part in (slice(0, 32), slice(32, 64)):
+        assert relative(out.cpu()[..., part], wanted[..., part]) < HALF
+    assert torch.allclose(lse.cpu(), wanted_lse, atol=2e-2)
 
 
 @pytest.mark.parametrize("spec", ["scalar:2", "scalar:3", "scalar:4", "scalar:5", "(k=scalar:4,v=scalar:6)"])
@@ -46,7 +76,7 @@ def test_keys_and_values_of_different_codecs_equal_the_reference(spec: str) -> N
     check(codecs.get(spec), (1, 4, 2, 3), [64, 33], 96, start=90, window=60)
 
 
-@pytest.mark.parametrize("spec", ["scalar:4", "scalar:3", "int:4", "int:7"])
+@pytest.mark.parametrize("spec", ["scalar:4", "scalar:3", "int:4", "int:7", "kivi:3"])
 @pytest.mark.parametrize(
     ("shape", "sizes", "dim", "rule"),
     [
@@ -71,7 +101,7 @@ def test_queries_in_half_precision_equal_the_reference(dtype: torch.dtype) -> No
     assert relative(out.cpu(), reference.attend(q, pages, AttendParams(0.05))[0]) < HALF
 
 
-@pytest.mark.parametrize("spec", ["scalar:3", "int:5"])
+@pytest.mark.parametrize("spec", ["scalar:3", "int:5", "kivi:3", "(k=kivi:5,v=int:3)"])
 def test_pages_that_begin_anywhere_and_pages_of_nothing(spec: str) -> None:
     """The bytes of a row are odd, and so are addresses."""
     codec = codecs.get(spec)
@@ -111,7 +141,7 @@ def test_vectors_decode_as_the_codec_defines(spec: str, role: Any) -> None:
 
 def test_levels_in_half_precision_are_not_decoded() -> None:
     packed = codecs.get("scalar:4").encode(torch.randn(1, 1, 4, 64), "key").to(DEVICE)
-    assert "rounded to half precision" in str(triton.decode_refusal(packed))
+    assert "round the numbers of scalar:4 to half precision" in str(triton.decode_refusal(packed))
     assert torch.equal(dispatch.decode(packed, backend="triton"), packed.codec.decode_reference(packed))
 
 
@@ -131,9 +161,9 @@ def test_the_kernel_runs_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     real = triton.attend
     monkeypatch.setattr(triton, "attend", lambda *a, **k: (ran.append(1), real(*a, **k))[1])
     q = torch.randn(1, 1, 1, 64, device=DEVICE)
-    for spec in ("scalar:4", "int:4", "fp8", "(k=int:8,v=scalar:3)"):
+    for spec in ("scalar:4", "int:4", "fp8", "kivi:4", "(k=q8_0,v=scalar:3)"):
         dispatch.attend(q, moved(make_pages(codecs.get(spec), 1, 1, [64], 64)), AttendParams(0.1), backend="triton")
-    assert len(ran) == 4
+    assert len(ran) == 5
 
 
 def test_a_way_to_read_that_a_format_lacks_is_refused() -> None:
@@ -141,3 +171,14 @@ def test_a_way_to_read_that_a_format_lacks_is_refused() -> None:
         check(codecs.get("scalar:5"), (1, 1, 1, 1), [64], 64, lookup="curve")
     with pytest.raises(ValueError, match="no lookup 'moves'; there are integers"):
         check(codecs.get("int:4"), (1, 1, 1, 1), [64], 64, lookup="moves")
+
+
+@pytest.mark.parametrize("spec", ["q4_0", "(k=hqmq:4,v=q8_0)"])
+def test_vectors_whose_last_block_is_incomplete_are_refused(spec: str) -> None:
+    pages = moved(make_pages(codecs.get(spec), 1, 1, [64], 80))
+    q = torch.randn(1, 1, 1, 80, device=DEVICE)
+    assert triton.attend_refusal(q, pages) == "head_dim 80 is no multiple of 32, the numbers of a block"
+    with pytest.raises(ValueError, match="head_dim 80 is no multiple of 32"):
+        triton.attend(q, pages, AttendParams(0.1))
+    with pytest.raises(ValueError, match="head_dim 80 is no multiple of 32"):
+        dispatch.attend(q, pages, AttendParams(0.1), backend="triton")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tessera.codecs import Codec
+
 
 def info() -> None:
     """Say which kernels run here, and why not better ones.
@@ -19,6 +24,7 @@ def info() -> None:
     from tessera.cli.quiet import quiet
 
     quiet()
+    from tessera import codecs
     from tessera.evaluation.records import environment
     from tessera.kernels import cpu, operations, triton
     from tessera.kernels import dispatch as dispatch
@@ -51,8 +57,23 @@ def info() -> None:
         "PyTorch, runs for all others.",
         highlight=False,
     )
+    unread = [spec for spec in codecs.examples() if not _read_on_a_gpu(codecs.get(spec))]
+    console.print(
+        "Attention over packed vectors has kernels for every codec on a CPU, and on a GPU for all but "
+        f"{', '.join(unread)}, whose vectors are decoded in PyTorch there.",
+        highlight=False,
+    )
     console.print(
         f"In use: {asked}" + ("" if asked != "auto" else f" - cpu:{best}" if best else " - reference") + ". "
         f"TESSERA_BACKEND takes {', '.join(operations.BACKENDS)}.",
         highlight=False,
     )
+
+
+def _read_on_a_gpu(codec: Codec) -> bool:
+    """Whether there is a Triton kernel for a codec's keys and values."""
+    from tessera.codecs import Role
+    from tessera.kernels.triton.formats import readable
+
+    roles: tuple[Role, ...] = ("key", "value")
+    return all(readable(codec.side(role).kernel_format(128)) for role in roles)

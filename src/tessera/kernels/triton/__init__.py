@@ -17,26 +17,20 @@ from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, Codewords
 from tessera.kernels.params import AttendParams
 from tessera.kernels.scalars import ScalarFormat
-from tessera.kernels.triton.tables import (
+from tessera.kernels.triton.block_table import block_of, block_table, kept_fields
+from tessera.kernels.triton.formats import (
     Readable,
-    block_table,
     code_options,
-    index_bias,
-    index_bounds,
-    index_tables,
-    kept_fields,
+    dim_refusal,
     lookups,
     options,
     power,
     readable,
-    rotations,
     step_of,
-    tables,
     usual_lookup,
 )
+from tessera.kernels.triton.tables import index_bias, index_bounds, index_tables, rotations, tables
 
-#: Largest head_dim that the kernels support.
-MAX_DIM = 256
 #: Maximum number of query rows of a program, by whether head_dim is over 128; more are split among programs. So many fit in
 #: registers, and Triton 3.6 fails to compile 64.
 ROWS = {False: 32, True: 16}
@@ -75,9 +69,7 @@ def attend_refusal(q: Tensor, pages: CompressedKV) -> str | None:
         return f"the queries are on {q.device} and the cache on {keys.device}"
     if (lacking := pages.lacking(readable)) is not None:
         return f"there is no Triton kernel for {lacking}"
-    if dim % 4 or dim > MAX_DIM:
-        return f"head_dim {dim} is no multiple of 4 up to {MAX_DIM}"
-    return None
+    return dim_refusal(pages.form(), dim)
 
 
 def attend(
@@ -93,14 +85,12 @@ def attend(
     Args:
         q, pages, params: as there.
         splits: number of parts that the tokens are split into; None: enough to fill the device.
-        lookup: one of `tables.lookups`, for keys and values; None: for each `tables.usual_lookup`.
+        lookup: one of `formats.lookups`, for keys and values; None: for each `formats.usual_lookup`.
     """
-    from tessera.kernels.triton.attend_kernel import BLOCK
-
     keys, values = pages.check(q, params)
     if (lacking := pages.lacking(readable)) is not None:
         raise ValueError(f"there is no Triton kernel for {lacking}")
-    blocks, *aligns = block_table(pages, BLOCK, keys.group if isinstance(keys, JointFormat) else BLOCK)
+    blocks, *aligns = block_table(pages, *block_of(keys))
     return attend_blocks(
         pages.narrowed(q),
         blocks,
@@ -131,16 +121,21 @@ def attend_blocks(
     Args:
         q: queries for keys with scaled channels, see `CompressedKV.narrowed`.
         params, splits, lookup: as for `attend`.
-        blocks: (blocks, columns) int64 on the device, see `tables.block_table`.
+        blocks: (blocks, columns) int64 on the device, see `block_table.block_table`; of `block_of` tokens at most.
         forms: formats of the codes of keys and of values.
         kv_heads: number of key heads of the tokens.
         aligns: divisor of all addresses of key codes and centres, and divisor of those of value codes.
         centred: whether keys have centres.
+
+    Raises:
+        ValueError: for a lookup or a head_dim that the formats do not have.
     """
     from tessera.kernels.triton.attend_kernel import attend_kernel
 
     keys, values = forms
     batch, heads, tokens, dim = q.shape
+    if (why := dim_refusal(forms, dim)) is not None:
+        raise ValueError(why)
     group, lines = heads // kv_heads, batch * kv_heads
     rows = group * tokens
     rotation, halved, _ = rotations(keys, dim, q.device)
@@ -190,7 +185,7 @@ def attend_blocks(
             group,
             rows,
             tokens,
-            **options(dim, tile, codes, value_codes),
+            **options(dim, tile, codes, value_codes, block_of(keys)[0]),
             APART=values is not keys,
             CENTRED=centred,
             MASKED=mask is not None,
@@ -371,8 +366,10 @@ def decode_refusal(packed: Coded) -> str | None:
     if packed.device.type != "cuda" and not interpreted():
         return f"the codes are on {packed.device}"
     form = packed.codec.kernel_format(dim)
-    if not readable(form) or dim % 4 or dim > MAX_DIM:
-        return f"there is no Triton kernel for {packed.codec.spec} of {dim} numbers"
-    if isinstance(form, ScalarFormat) and form.numbers == "levels":
-        return "the levels of the Triton kernels are rounded to half precision, which attention takes but decoding does not"
+    if not readable(form):
+        return f"there is no Triton kernel for {packed.codec.spec}"
+    if (why := dim_refusal([form], dim)) is not None:
+        return why
+    if isinstance(form, ScalarFormat) and form.numbers not in ("uniform", "fp8"):
+        return f"the Triton kernels round the numbers of {packed.codec.spec} to half precision, which is no decoding of it"
     return None

@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tessera.kernels.triton.read_kernel import read_vectors
+from tessera.kernels.triton.read_kernel import read_vectors, scaled_queries
 
-#: Tokens of a block: at most as many as share the means of their key channels.
+#: Tokens of a block, see `block_table.block_of`.
 BLOCK = 64
 #: Number of channels of queries that are scaled at once.
 SLICE = 32
@@ -66,7 +66,7 @@ def attend_kernel(
     turned,  # the same rotated, less `unit`, its channels ordered, float16
     unit,  # (batch · kv_heads, rows) float32
     rotation,  # (dim, dim) float16, y = x @ rotation, its columns ordered
-    blocks,  # (blocks, COLUMNS) int64, see `tessera.kernels.triton.tables`
+    blocks,  # (blocks, COLUMNS) int64, see `tessera.kernels.triton.block_table`
     table,  # table of LOOKUP
     moves,  # (2^MOVE_BITS,) int32, see `tessera.kernels.triton.tables`
     scales,  # (256,) float32, where LENGTH is byte
@@ -144,6 +144,10 @@ def attend_kernel(
         whole = real_row[:, None] & real_channel[None, :]
         query = tl.load(q + first_row[:, None] + channel[None, :], mask=whole, other=0.0)
 
+    if LOOKUP == "groups":
+        at = first_row[:, None] + (pair // 2 * 4 + pair % 2)[None, :]
+        query0 = tl.load(q + at, mask=real, other=0.0)
+        query1 = tl.load(q + at + 2, mask=real, other=0.0)
     if ZERO:
         q_sum = tl.sum(q0.to(tl.float32), axis=1) + tl.sum(q1.to(tl.float32), axis=1)
 
@@ -155,17 +159,20 @@ def attend_kernel(
     for number in range(split * per_split, tl.minimum((split + 1) * per_split, block_count)):
         # Addresses and strides in bytes; the tokens of a block follow each other.
         about = blocks + number * COLUMNS
-        k_codes = tl.load(about) + line * tl.load(about + 6)
-        k_scale = tl.load(about + 1) + line * tl.load(about + 7)
-        v_codes = tl.load(about + 4) + line * tl.load(about + 10)
-        v_scale = tl.load(about + 5) + line * tl.load(about + 11)
-        count = tl.load(about + 12)
-        first = tl.load(about + 13)
+        k_codes = tl.load(about) + line * tl.load(about + 7)
+        k_scale = tl.load(about + 1) + line * tl.load(about + 8)
+        k_low = tl.load(about + 2) + line * tl.load(about + 9)
+        v_codes = tl.load(about + 4) + line * tl.load(about + 11)
+        v_scale = tl.load(about + 5) + line * tl.load(about + 12)
+        v_low = tl.load(about + 6) + line * tl.load(about + 13)
+        count = tl.load(about + 14).to(tl.int32)
+        first = tl.load(about + 15).to(tl.int32)
         here = token < count
 
         k0, k1, length = read_vectors(
             k_codes,
             k_scale,
+            k_low,
             here,
             table,
             moves,
@@ -179,20 +186,23 @@ def attend_kernel(
             FIELD,
             POINTS,
             LENGTH,
+            True,
             BLOCK,
         )
         a0, a1, a_unit = q0, q1, q_unit
         shift = tl.zeros((ROWS,), tl.float32)
         if CENTRED:
-            k_centre = (tl.load(about + 2) + line * tl.load(about + 8)).to(tl.pointer_type(tl.int16))
+            k_centre = k_low.to(tl.pointer_type(tl.int16))
             word = tl.load(tl.multiple_of(k_centre, ALIGN) + channel, mask=real_channel, other=0)
             mean = (word & -16).to(tl.float16, bitcast=True).to(tl.float32)
             shift = tl.sum(query * mean[None, :], axis=1)
-            if tl.load((tl.load(about + 3) + line * tl.load(about + 9)).to(tl.pointer_type(tl.uint8))) > 0:
+            if tl.load((tl.load(about + 3) + line * tl.load(about + 10)).to(tl.pointer_type(tl.uint8))) > 0:
                 # Channels of this group were narrowed: scale the query's instead.
                 a0, a1, a_unit = _widened(
                     q, rotation, k_centre, first_row, real_row, pair, real_pair, dim, ROWS, 2 * WIDTH, SLICE
                 )
+        if LOOKUP == "groups":
+            a0, a1, a_unit, shift = scaled_queries(query0, query1, k_scale, k_low, CHUNKS, WIDTH, FIELD)
         scores = tl.dot(a0, tl.trans(k0))
         scores = tl.dot(a1, tl.trans(k1), scores)
         if ZERO:
@@ -224,6 +234,7 @@ def attend_kernel(
         v0, v1, length = read_vectors(
             v_codes,
             v_scale,
+            v_low,
             here,
             v_table,
             v_moves,
@@ -237,6 +248,7 @@ def attend_kernel(
             V_FIELD,
             V_POINTS,
             V_LENGTH,
+            False,
             BLOCK,
         )
         longest = tl.maximum(tl.max(length, axis=0), 1e-30)  # so that the weights fit half precision

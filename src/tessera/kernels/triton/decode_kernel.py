@@ -45,6 +45,7 @@ def decode_kernel(
     one, two, length = read_vectors(
         at_codes,
         at_scale,
+        at_scale,
         here,
         table,
         moves,
@@ -58,6 +59,7 @@ def decode_kernel(
         FIELD,
         POINTS,
         LENGTH,
+        False,
         BLOCK,
     )
     length *= step

@@ -14,89 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def read_codes(
-    base, seen, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Load codes (BLOCK, WIDTH) of the rows `seen`, packed contiguously from the address `base` on.
-
-    ALIGN divides the address and the bytes of a row.
-    """
-    ROW_BYTES: tl.constexpr = (CHUNKS * BITS + 7) // 8
-    tokens = tl.arange(0, BLOCK)
-    chunks = tl.arange(0, WIDTH)
-    if BITS == 8:
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), ALIGN) + tokens[:, None] * ROW_BYTES
-        return tl.load(row + chunks[None, :], mask=seen[:, None] & (chunks < CHUNKS)[None, :], other=0).to(tl.int32)
-    if BITS == 16 and ALIGN % 2 == 0:
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
-        return tl.load(row + chunks[None, :], mask=seen[:, None] & (chunks < CHUNKS)[None, :], other=0).to(tl.int32)
-    if BITS == 12 and CHUNKS % 4 == 0 and ALIGN % 2 == 0:
-        # Three halves of words hold four codes.
-        four = tl.arange(0, WIDTH // 4)
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
-        inside = seen[:, None] & (4 * four < CHUNKS)[None, :]
-        low = tl.load(row + 3 * four[None, :], mask=inside, other=0).to(tl.int32)
-        middle = tl.load(row + 3 * four[None, :] + 1, mask=inside, other=0).to(tl.int32)
-        high = tl.load(row + 3 * four[None, :] + 2, mask=inside, other=0).to(tl.int32)
-        early = tl.join(low & 0xFFF, (low >> 12) | ((middle & 0xFF) << 4))
-        late = tl.join((middle >> 8) | ((high & 0xF) << 8), high >> 4)
-        return tl.reshape(tl.permute(tl.join(early, late), (0, 1, 3, 2)), (BLOCK, WIDTH))
-    seen = seen[:, None] & (chunks < CHUNKS)[None, :]
-    if BITS == 32 and ALIGN % 4 == 0:
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.int32)), ALIGN) + tokens[:, None] * (ROW_BYTES // 4)
-        return tl.load(row + chunks[None, :], mask=seen, other=0)
-    bit = chunks * BITS
-    EVEN: tl.constexpr = BITS & -BITS  # the largest power of two that divides the bits at which codes begin
-    MASK: tl.constexpr = -1 if BITS == 32 else (1 << BITS) - 1
-    if BITS - EVEN <= 16 and ALIGN % 2 == 0:
-        # Two halves of a word contain a code wherever it begins. Nothing beyond the row may be read.
-        half = bit >> 4
-        row = tl.multiple_of(base.to(tl.pointer_type(tl.uint16)), ALIGN) + tokens[:, None] * (ROW_BYTES // 2)
-        inside = seen & (half + 1 < ROW_BYTES // 2)[None, :]
-        wide = tl.load(row + half[None, :], mask=seen, other=0).to(tl.int32)
-        wide |= tl.load(row + (half + 1)[None, :], mask=inside, other=0).to(tl.int32) << 16
-        return (wide >> (bit & 15)[None, :]) & MASK
-    byte = bit >> 3
-    row = tl.multiple_of(base.to(tl.pointer_type(tl.uint8)), ALIGN) + tokens[:, None] * ROW_BYTES
-    wide = tl.load(row + byte[None, :], mask=seen, other=0).to(tl.int32)
-    for i in tl.static_range(1, (BITS - (EVEN if EVEN < 8 else 8) + 15) // 8):
-        inside = seen & (byte + i < ROW_BYTES)[None, :]
-        wide |= tl.load(row + (byte + i)[None, :], mask=inside, other=0).to(tl.int32) << (8 * i)
-    return (wide >> (bit & 7)[None, :]) & MASK
-
-
-@triton.jit
-def _swapped(pair):
-    """Exchange the halves of a word."""
-    return (pair << 16) | ((pair >> 16) & 0xFFFF)
-
-
-@triton.jit
-def _signed(first, second, move):
-    """Apply the signs of a move to pairs; -0x7FFF8000 is the sign of either half."""
-    return first ^ (move & -0x7FFF8000), second ^ ((move << 1) & -0x7FFF8000)
-
-
-@triton.jit
-def _moved_bytes(point, move):
-    """Make the two pairs of a point whose components 0, 2, 1, 3 are the bytes of a word: a sign and seven bits each."""
-    point = tl.where((move & 1) != 0, _swapped(point), point)
-    first = point >> (move & 8)
-    second = point >> (~move & 8)
-    one = (first & 0x007F007F) | (((first << 8) ^ move) & -0x7FFF8000)
-    two = (second & 0x007F007F) | (((second << 8) ^ (move << 1)) & -0x7FFF8000)
-    return one, two
-
-
-@triton.jit
-def _moved_pairs(first, second, move):
-    """Make the two pairs of a point whose pairs are two words."""
-    other = (move & 8) != 0
-    one, two = tl.where(other, second, first), tl.where(other, first, second)
-    turn = (move & 1) != 0
-    return _signed(tl.where(turn, _swapped(one), one), tl.where(turn, _swapped(two), two), move)
+from tessera.kernels.triton.codes_kernel import read_codes
+from tessera.kernels.triton.codewords_kernel import codewords, gathered
 
 
 @triton.jit
@@ -145,48 +64,6 @@ def _halved(codes, FIELD: tl.constexpr):
 
 
 @triton.jit
-def _gathered(held, at, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Gather words of a table that shared memory holds: at (BLOCK, WIDTH)."""
-    return tl.reshape(tl.gather(held, tl.reshape(at, (BLOCK * WIDTH,)), 0), (BLOCK, WIDTH))
-
-
-@triton.jit
-def _codewords(
-    codes,
-    table,
-    moves,
-    LOOKUP: tl.constexpr,
-    MOVE_BITS: tl.constexpr,
-    FIELD: tl.constexpr,
-    POINTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Look up the first and the second pairs of codewords of a joint codebook."""
-    number = codes & ((1 << MOVE_BITS) - 1)
-    point = codes >> MOVE_BITS
-    if LOOKUP == "halves":
-        both = tl.load(table + codes)
-        one, two = both.to(tl.int32), (both >> 32).to(tl.int32)
-    elif LOOKUP == "signs":
-        move = tl.load(moves + number)
-        both = tl.load(table + (point * 4 + (move & 3)))
-        one, two = _signed(both.to(tl.int32), (both >> 32).to(tl.int32), move)
-    elif LOOKUP == "held":
-        held = tl.load(table + tl.arange(0, POINTS))
-        held_moves = tl.load(moves + tl.arange(0, 1 << MOVE_BITS))
-        word = _gathered(held, point, BLOCK, WIDTH)
-        move = _gathered(held_moves, number, BLOCK, WIDTH)
-        one, two = _moved_bytes(word, move)
-    elif FIELD == 8:
-        one, two = _moved_bytes(tl.load(table + point), tl.load(moves + number))
-    else:
-        both = tl.load(table + point)
-        one, two = _moved_pairs(both.to(tl.int32), (both >> 32).to(tl.int32), tl.load(moves + number))
-    return one, two
-
-
-@triton.jit
 def read_chunks(
     codes,
     table,
@@ -198,7 +75,7 @@ def read_chunks(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Make the tiles of the first and second pairs of codes (BLOCK, WIDTH), each (BLOCK, 2 WIDTH); see `tables.LOOKUPS`."""
+    """Make the tiles of the first and second pairs of codes (BLOCK, WIDTH), each (BLOCK, 2 WIDTH); see `formats.LOOKUPS`."""
     if LOOKUP == "integers" or LOOKUP == "floats" or LOOKUP == "curve":
         one, two = _spread(codes, FIELD), _spread(codes >> (2 * FIELD), FIELD)
         if LOOKUP == "floats":
@@ -209,9 +86,9 @@ def read_chunks(
     elif LOOKUP == "held pairs":
         first, second = _halved(codes, FIELD)
         held = tl.load(table + tl.arange(0, POINTS))
-        one, two = _gathered(held, first, BLOCK, WIDTH), _gathered(held, second, BLOCK, WIDTH)
+        one, two = gathered(held, first, BLOCK, WIDTH), gathered(held, second, BLOCK, WIDTH)
     else:
-        one, two = _codewords(codes, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
+        one, two = codewords(codes, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
     if LOOKUP == "curve":
         return _curve(one, table, FIELD, POINTS, BLOCK, WIDTH), _curve(two, table, FIELD, POINTS, BLOCK, WIDTH)
     else:
@@ -219,9 +96,110 @@ def read_chunks(
 
 
 @triton.jit
+def _whole(pair, ZERO: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Unpack pairs of codes to the integers code - ZERO, (BLOCK, 2 WIDTH) float16."""
+    # With these bits a number n is the half-precision number 1024 + n.
+    return _tile(pair | 0x64006400, BLOCK, WIDTH) - tl.full((), 1024 + ZERO, tl.float16)
+
+
+@triton.jit
+def _each(blocks, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Repeat numbers of blocks of eight chunks, (BLOCK, WIDTH / 8), for all pairs of numbers: (BLOCK, 2 WIDTH) float16."""
+    wide = tl.broadcast_to(blocks.to(tl.float16)[:, :, None], (BLOCK, WIDTH // 8, 16))
+    return tl.reshape(wide, (BLOCK, 2 * WIDTH))
+
+
+@triton.jit
+def _read_blocks(codes, here, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, FIELD: tl.constexpr, BLOCK: tl.constexpr):
+    """Read ggml's blocks of 32 numbers with a scale each: what `read_vectors` returns.
+
+    A chunk of q4_0 is two bytes, so its numbers are those of the channels 2 i, 2 i + 16, 2 i + 1 and 2 i + 17 of a block.
+    """
+    SIZE: tl.constexpr = 1 + 2 * FIELD  # of a block, in halves of words
+    token, chunk, block = tl.arange(0, BLOCK), tl.arange(0, WIDTH), tl.arange(0, WIDTH // 8)
+    row = codes.to(tl.pointer_type(tl.uint16)) + token[:, None] * (CHUNKS // 8 * SIZE)
+    at = row + (chunk // 8 * SIZE + 1 + chunk % 8 * (FIELD // 4))[None, :]
+    seen = here[:, None] & (chunk < CHUNKS)[None, :]
+    words = tl.load(at, mask=seen, other=0).to(tl.int32)
+    if FIELD == 8:
+        # Signed: with the upper bit exchanged they are counted from the lowest.
+        words = (words | (tl.load(at + 1, mask=seen, other=0).to(tl.int32) << 16)) ^ -0x7F7F7F80
+    seen = here[:, None] & (block < CHUNKS // 8)[None, :]
+    scale = tl.load((row + (block * SIZE)[None, :]).to(tl.pointer_type(tl.float16)), mask=seen, other=0.0).to(tl.float32)
+    # Relative to a token's largest scale, so that half precision holds every product.
+    length = tl.maximum(tl.max(tl.abs(scale), axis=1), 1e-30)
+    share = _each(scale * (1 / length)[:, None], BLOCK, WIDTH)
+    one = _whole(_spread(words, FIELD), 1 << (FIELD - 1), BLOCK, WIDTH) * share
+    two = _whole(_spread(words >> (2 * FIELD), FIELD), 1 << (FIELD - 1), BLOCK, WIDTH) * share
+    return one, two, length
+
+
+@triton.jit
+def _read_groups(
+    codes,
+    scale,
+    low,
+    here,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    FIELD: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Read codes of groups with a scale and a low: what `read_vectors` returns, for keys as `scaled_queries` needs them."""
+    words = read_codes(codes, here, CHUNKS, WIDTH, BITS, ALIGN, BLOCK)
+    # Counted from the middle of a group, so that no sums of large numbers that cancel are rounded.
+    HALF: tl.constexpr = 1 << (FIELD - 1)
+    one = _whole(_spread(words, FIELD), HALF, BLOCK, WIDTH)
+    two = _whole(_spread(words >> (2 * FIELD), FIELD), HALF, BLOCK, WIDTH)
+    if KEYS:
+        length = tl.full((BLOCK,), 1.0, tl.float32)
+    else:
+        token, block = tl.arange(0, BLOCK), tl.arange(0, WIDTH // 8)
+        COUNT: tl.constexpr = (CHUNKS + 7) // 8
+        at, real = token[:, None] * COUNT + block[None, :], here[:, None] & (block < COUNT)[None, :]
+        factor, middle = _factors(scale, low, at, real, FIELD)
+        # Relative to the largest number that there can be, so that half precision holds all.
+        length = tl.maximum(tl.max(tl.abs(middle) + HALF * factor, axis=1) * (1 / HALF), 1e-30)
+        inverse = (1 / length)[:, None]
+        share, base = _each(factor * inverse, BLOCK, WIDTH), _each(middle * inverse, BLOCK, WIDTH)
+        one, two = one * share + base, two * share + base
+    return one, two, length
+
+
+@triton.jit
+def _factors(scale, low, at, real, FIELD: tl.constexpr):
+    """Load the scales of groups, and compute what the code 2^(FIELD - 1) stands for in each."""
+    factor = tl.load(scale.to(tl.pointer_type(tl.float16)) + at, mask=real, other=0.0).to(tl.float32)
+    least = tl.load(low.to(tl.pointer_type(tl.float16)) + at, mask=real, other=0.0).to(tl.float32)
+    return factor, least + (1 << (FIELD - 1)) * factor
+
+
+@triton.jit
+def scaled_queries(query0, query1, scale, low, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, FIELD: tl.constexpr):
+    """Multiply the channels of queries by the scales that tokens of a key channel share.
+
+    The queries, (ROWS, 2 WIDTH) float32, are those channels that the two tiles have. Returns both in half precision, divided by
+    the largest number of a row, that number, and what is to be added to all scores of a row.
+    """
+    pair = tl.arange(0, 2 * WIDTH)
+    channel, real = pair // 2 * 4 + pair % 2, pair < 2 * CHUNKS
+    factor0, middle0 = _factors(scale, low, channel, real, FIELD)
+    factor1, middle1 = _factors(scale, low, channel + 2, real, FIELD)
+    shift = tl.sum(query0 * middle0[None, :], axis=1) + tl.sum(query1 * middle1[None, :], axis=1)
+    wide0, wide1 = query0 * factor0[None, :], query1 * factor1[None, :]
+    most = tl.maximum(tl.max(tl.maximum(tl.abs(wide0), tl.abs(wide1)), axis=1), 1e-30)
+    inverse = (1 / most)[:, None]
+    return (wide0 * inverse).to(tl.float16), (wide1 * inverse).to(tl.float16), most, shift
+
+
+@triton.jit
 def read_vectors(
     codes,
     scale,
+    low,
     here,
     table,
     moves,
@@ -235,20 +213,26 @@ def read_vectors(
     FIELD: tl.constexpr,
     POINTS: tl.constexpr,
     LENGTH: tl.constexpr,
+    KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Read the vectors of those tokens of a block that are `here`.
 
-    `codes` and `scale` are the addresses of its first token, the others see `tables.code_options` and `tables.tables`. Returns
-    the two tiles, (BLOCK, 2 WIDTH) float16, and the lengths that they are to be multiplied by, (BLOCK,) float32.
+    `codes`, `scale` and `low` are the addresses of its first token, the others see `formats.code_options` and `tables.tables`.
+    Returns the two tiles, (BLOCK, 2 WIDTH) float16, and the lengths that they are to be multiplied by, (BLOCK,) float32.
     """
-    token = tl.arange(0, BLOCK)
-    words = read_codes(codes, here, CHUNKS, WIDTH, BITS, ALIGN, BLOCK)
-    one, two = read_chunks(words, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
-    if LENGTH == "byte":
-        length = tl.load(scales + tl.load(scale.to(tl.pointer_type(tl.uint8)) + token, mask=here, other=0))
-    elif LENGTH == "half":
-        length = tl.load(scale.to(tl.pointer_type(tl.float16)) + token, mask=here, other=0.0).to(tl.float32)
+    if LOOKUP == "blocks":
+        one, two, length = _read_blocks(codes, here, CHUNKS, WIDTH, FIELD, BLOCK)
+    elif LOOKUP == "groups":
+        one, two, length = _read_groups(codes, scale, low, here, CHUNKS, WIDTH, BITS, ALIGN, FIELD, KEYS, BLOCK)
     else:
-        length = tl.full((BLOCK,), 1.0, tl.float32)
+        token = tl.arange(0, BLOCK)
+        words = read_codes(codes, here, CHUNKS, WIDTH, BITS, ALIGN, BLOCK)
+        one, two = read_chunks(words, table, moves, LOOKUP, MOVE_BITS, FIELD, POINTS, BLOCK, WIDTH)
+        if LENGTH == "byte":
+            length = tl.load(scales + tl.load(scale.to(tl.pointer_type(tl.uint8)) + token, mask=here, other=0))
+        elif LENGTH == "half":
+            length = tl.load(scale.to(tl.pointer_type(tl.float16)) + token, mask=here, other=0.0).to(tl.float32)
+        else:
+            length = tl.full((BLOCK,), 1.0, tl.float32)
     return one, two, length

@@ -1,117 +1,17 @@
-"""Tables and compile-time options of the Triton kernels: how formats are read, rotations, blocks of tokens."""
+"""Tables of the Triton kernels: codewords, levels, rotations, the search's index."""
 
 from __future__ import annotations
 
-from functools import cache, partial
-from math import gcd
-from typing import Any, TypeAlias, TypeGuard
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from tessera.devices import upload
-from tessera.kernels.compressed_kv import Coded, CompressedKV
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import CellIndex, reduction_tables
 from tessera.kernels.scalars import ScalarFormat
+from tessera.kernels.triton.formats import FRACTION, HELD, TERMS, Readable, fits_shared_memory, point_bits
 from tessera.quaternion import units
-
-#: The formats that the kernels read, see `readable`.
-Readable: TypeAlias = JointFormat | ScalarFormat
-#: How a codeword of a joint codebook is looked up, and the size of the table for codes of 16 bits. "moves": a point, in 8 KiB,
-#: whose components are then exchanged and negated. "held": the same, from shared memory. "signs": a point whose components have
-#: been exchanged, in 64 KiB, which are then negated. "halves": the codeword itself, in 512 KiB.
-LOOKUPS = ("moves", "held", "signs", "halves")
-#: The same for the codes of `ScalarFormat`, by its `numbers`. "integers" and "floats" are made of the bits of a code. "curve":
-#: a polynomial gives a level. "pairs": two levels are a word of a table, in 1 KiB for 4 bits. "held pairs": the same, from
-#: shared memory.
-SCALAR_LOOKUPS = {"uniform": ("integers",), "fp8": ("floats",), "levels": ("curve", "pairs", "held pairs")}
-#: Maximum number of bits of levels that a polynomial gives, and the number of its coefficients by bits.
-TERMS = {2: 2, 3: 4, 4: 5}
-#: Maximum number of points, or of pairs of levels, in shared memory.
-HELD = 2048
-#: Number of columns of the table of blocks, see `block_table`.
-COLUMNS = 14
-#: The inverse of the value of 1 in the fraction of a half-precision number without an exponent.
-FRACTION = 2.0**24
-
-
-def power(n: int) -> int:
-    """Round n up to a power of two, at least 16, as a dot product requires."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-def readable(form: object) -> TypeGuard[Readable]:
-    """Whether the kernels read a format."""
-    return isinstance(form, JointFormat) or (isinstance(form, ScalarFormat) and form.numbers in SCALAR_LOOKUPS)
-
-
-def lookups(form: Readable) -> tuple[str, ...]:
-    """Return the ways to read the codes of a format."""
-    if isinstance(form, JointFormat):
-        return LOOKUPS
-    return tuple(name for name in SCALAR_LOOKUPS[form.numbers] if name != "curve" or form.bits in TERMS)
-
-
-def code_options(form: Readable, lookup: str, align: int) -> dict[str, Any]:
-    """Return the compile-time options of a kernel that reads codes: BITS of a chunk of four numbers, and more.
-
-    ALIGN is `align`, LOOKUP is `lookup`. FIELD: bits of a component of a point, or of a number. MOVE_BITS: those of a code that
-    are the move. POINTS: rows of the table that is held, or coefficients of the polynomial. LENGTH: whether the length of a
-    vector is a "byte", the index of a scale, or a "half"-precision number, or there is "none". ZERO: the code of 0 of uniform
-    codes.
-
-    Args:
-        form: format of the codes.
-        lookup: one of `lookups`.
-        align: divides all addresses of codes and, of keys, centres.
-
-    Raises:
-        ValueError: if the format cannot be read in this way.
-    """
-    if lookup not in lookups(form):
-        raise ValueError(f"no lookup {lookup!r}; there are {', '.join(lookups(form))}")
-    found = {"ALIGN": align, "LOOKUP": lookup, "MOVE_BITS": 0, "ZERO": 0}
-    if isinstance(form, JointFormat):
-        points = 1 << (form.bits - form.permutation_bits)
-        shape = {"BITS": form.bits, "MOVE_BITS": form.permutation_bits, "FIELD": _field(form), "POINTS": points}
-        return {**found, **shape, "LENGTH": "byte"}
-    zero = int(form.zero) if form.numbers == "uniform" else 0
-    points = TERMS[form.bits] if lookup == "curve" else 1 << 2 * form.bits
-    length = "half" if "scale" in form.fields["key"] else "none"
-    return {**found, "BITS": 4 * form.bits, "FIELD": form.bits, "POINTS": points, "LENGTH": length, "ZERO": zero}
-
-
-def step_of(form: Readable) -> float:
-    """Return what the numbers that the kernels read are to be multiplied by, beside the lengths of their vectors."""
-    if isinstance(form, JointFormat):
-        return form.step * FRACTION
-    return form.factor * {"uniform": FRACTION, "fp8": 256.0, "levels": 1.0}[form.numbers]
-
-
-def options(dim: int, rows: int, keys: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the compile-time options of `attend_kernel`, except those of visibility.
-
-    Args:
-        dim: head_dim of keys and values.
-        rows: query rows of a program.
-        keys, values: `code_options` of each.
-    """
-    from tessera.kernels.triton.attend_kernel import BLOCK, SLICE
-
-    chunks = dim // 4
-    return {
-        "COLUMNS": COLUMNS,
-        "CHUNKS": chunks,
-        "WIDTH": power(chunks),
-        "ROWS": rows,
-        **keys,
-        **{f"V_{name}": value for name, value in values.items()},
-        "BLOCK": BLOCK,
-        "SLICE": SLICE,
-        "num_warps": 8 if rows > 16 or dim > 128 else 4,
-        "num_stages": 1,  # with more stages the tables are prefetched through shared memory, which they would fill
-    }
 
 
 @cache
@@ -135,9 +35,13 @@ def index_bias(index: CellIndex) -> Tensor:
     return index.words.square().sum(-1) / 2
 
 
-def column_order(dim: int) -> list[int]:
-    """Return the kernel's order of channels: components 0 and 1 of every chunk, then 2 and 3 of every chunk."""
-    return [4 * chunk + part + j for part in (0, 2) for chunk in range(dim // 4) for j in (0, 1)]
+def column_order(form: Readable, dim: int) -> list[int]:
+    """Return the kernel's order of channels: numbers 0 and 1 of every chunk, then 2 and 3 of every chunk."""
+    places = [(chunk, part + j) for part in (0, 2) for chunk in range(dim // 4) for j in (0, 1)]
+    if isinstance(form, ScalarFormat) and form.numbers == "blocks" and form.bits == 4:
+        # A byte holds two numbers that are 16 apart, and a chunk two bytes.
+        return [chunk // 8 * 32 + chunk % 8 * 2 + j // 2 + j % 2 * 16 for chunk, j in places]
+    return [4 * chunk + j for chunk, j in places]
 
 
 @cache
@@ -150,27 +54,8 @@ def rotations(form: Readable, dim: int, device: torch.device) -> tuple[Tensor, T
         while len(hadamard) * len(form.dct) < dim:
             hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32), hadamard) / 2**0.5
         matrix = (torch.kron(form.dct, hadamard) * form.signs).T
-    matrix = matrix[:, column_order(dim)].contiguous().to(device)
+    matrix = matrix[:, column_order(form, dim)].contiguous().to(device)
     return matrix, matrix.half(), (matrix.T * form.value_gain).contiguous()
-
-
-def _field(form: JointFormat) -> int:
-    """Return the bits of a component of a point: a sign and seven, or more."""
-    return 8 if form.representatives.abs().max() <= 127 else 16
-
-
-def _fits(form: JointFormat) -> bool:
-    """Whether the points fit in shared memory."""
-    return _field(form) == 8 and 1 << (form.bits - form.permutation_bits) <= HELD
-
-
-def usual_lookup(form: Readable) -> str:
-    """Return the default lookup for a format: of those with a table, that from shared memory where it fits."""
-    if isinstance(form, JointFormat):
-        return "held" if _fits(form) else "moves"
-    if form.numbers == "levels":
-        return "held pairs" if 1 << 2 * form.bits <= HELD else "pairs"
-    return lookups(form)[0]
 
 
 @cache
@@ -221,14 +106,14 @@ def _points(form: JointFormat, lookup: str) -> Tensor:
     # There is a row for every value of a code, zero where the codebook has none.
     points = torch.zeros(1 << (form.bits - form.permutation_bits), 4, dtype=torch.long)
     points[: len(form.representatives)] = form.representatives.long()
-    if lookup == "held" and not _fits(form):
+    if lookup == "held" and not fits_shared_memory(form):
         raise ValueError(f"shared memory holds up to {HELD} points of bytes; a code of {form.bits} bits has {len(points)}")
     if lookup == "halves":
         return _pairs((points[:, form.permutation] * form.sign).flatten(0, 1))
     if lookup == "signs":
         places = torch.arange(4)
         return _pairs(points[:, places ^ places[:, None]].flatten(0, 1))
-    if _field(form) > 8:
+    if point_bits(form) > 8:
         return _pairs(points)
     bytes_ = points.abs() | (points < 0).long() << 7
     return (bytes_[:, [0, 2, 1, 3]] << torch.arange(4) * 8).sum(-1).to(torch.uint32).view(torch.int32)
@@ -249,55 +134,3 @@ def _moves(form: JointFormat) -> Tensor:
     negated = (form.sign < 0).long()
     signs = (negated << torch.tensor([15, 31, 14, 30])).sum(-1)
     return (exchange | (exchange & 2) << 2 | signs).to(torch.uint32).view(torch.int32)
-
-
-def block_table(pages: CompressedKV, block: int, group: int) -> tuple[Tensor, int, int]:
-    """Return the table of blocks, (blocks, `COLUMNS`) int64, and divisors of the addresses of keys and of value codes.
-
-    The first divisor is for key codes and centres. Columns: addresses of key codes, key scales, key centres, the largest
-        exponents in these, value codes and value scales of
-    its first token; in the same order the distances from one key head to the next in bytes; number of tokens; place of the
-    first.
-    """
-    if "triton" not in pages.memo:
-        notes = pages.notes("triton", partial(_block_rows, block=block, group=group))
-        table = torch.cat([rows for rows, _ in notes])
-        blocks = torch.tensor([len(rows) for rows, _ in notes])
-        table[:, -1] += torch.tensor(pages.starts[:-1]).repeat_interleave(blocks)
-        columns = ([0, 2, 6, 8], [4, 10])
-        aligns = (
-            gcd(16, kept_fields(packed)["codes"].shape[-1], *table[:, which].flatten().tolist())
-            for packed, which in zip(pages.pages[0], columns, strict=True)
-        )
-        pages.memo["triton"] = upload(table, pages.pages[0][0].device), *aligns
-    return pages.memo["triton"]
-
-
-def kept_fields(packed: Coded) -> dict[str, Tensor]:
-    """Return the kept tensors by the names that kernels use."""
-    form = packed.codec.kernel_format(packed.shape[3])
-    assert form is not None
-    names = form.fields[packed.role]  # type: ignore[index]
-    return {name: packed.tensors[field] for name, field in names.items() if field in packed.tensors}
-
-
-def _block_rows(keys: Coded, values: Coded, block: int, group: int) -> tuple[Tensor, list[Tensor | None]]:
-    """Make one page's rows, places counted from its first token, and return the tensors that they point to, perhaps copies."""
-    own, others = kept_fields(keys), kept_fields(values)
-    centre = own.get("centre")
-    fields = [own["codes"], own.get("scale"), centre]
-    fields += [None if centre is None else (centre & 15).amax(-1, keepdim=True).byte()]
-    fields += [others["codes"], others.get("scale")]
-    kept = [None if field is None else field.contiguous() for field in fields]
-    strides = [0 if field is None else field.stride(1) * field.element_size() for field in kept]
-    steps = [0 if field is None else field.stride(2) * field.element_size() for field in kept]
-    rows, token = [], 0
-    while token < keys.tokens:
-        # A block never crosses from one group into the next.
-        size = min(block, keys.tokens - token, block - (keys.offset + token) % block)
-        at = (keys.offset + token) // group
-        first = [token, token, at, at, token, token]
-        addresses = [0 if f is None else f.data_ptr() + n * step for f, n, step in zip(kept, first, steps, strict=True)]
-        rows.append([*addresses, *strides, size, token])
-        token += size
-    return torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS), kept

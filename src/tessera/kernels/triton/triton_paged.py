@@ -14,19 +14,10 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import triton
-from tessera.kernels.paged import GROUP, ROLES, BlockLayout, PagedCall, Role, finish
+from tessera.kernels.paged import GROUP, ROLES, BlockLayout, PagedCall, finish
 from tessera.kernels.params import AttendParams
-from tessera.kernels.triton.tables import COLUMNS, readable
-
-#: Roles and fields of the first columns of the table of blocks; the one without a name is made from the field before it.
-FIELDS: tuple[tuple[Role, str], ...] = (
-    ("key", "codes"),
-    ("key", "scale"),
-    ("key", "centre"),
-    ("key", ""),
-    ("value", "codes"),
-    ("value", "scale"),
-)
+from tessera.kernels.triton.block_table import COLUMNS, FIELDS, block_of, shares_tokens
+from tessera.kernels.triton.formats import dim_refusal, readable
 
 
 def refusal(q: Tensor, layout: BlockLayout) -> str | None:
@@ -37,9 +28,7 @@ def refusal(q: Tensor, layout: BlockLayout) -> str | None:
         return f"the queries are on {q.device}"
     if not all(readable(form) for form in layout.forms):
         return "there is no Triton kernel for its codec"
-    if layout.head_dim % 4 or layout.head_dim > triton.MAX_DIM:
-        return f"head_dim {layout.head_dim} is no multiple of 4 up to {triton.MAX_DIM}"
-    return None
+    return dim_refusal(layout.forms, layout.head_dim)
 
 
 def attend_paged(call: PagedCall) -> Tensor:
@@ -94,7 +83,7 @@ def _packed(call: PagedCall, queries: Tensor, table: Tensor, groups: int, start:
 
 
 def group_table(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -> tuple[Tensor, tuple[int, int], Tensor | None]:
-    """Make the table of `tables.block_table` for the first groups of a request, without its sinks.
+    """Make the table of `tessera.kernels.triton.block_table` for the first groups of a request, without its sinks.
 
     Args:
         pool, layout: see `tessera.kernels.paged.PagedCall`.
@@ -106,31 +95,39 @@ def group_table(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -
         tensors that the table points to besides the pool.
     """
     device = pool.device
-    number = torch.arange(groups, device=device)
-    block, page = table.to(device)[number // layout.pages].long(), number % layout.pages
+    size, _ = block_of(layout.forms[0])
+    count = GROUP // size  # kernel's blocks of a group
+    number = torch.arange(groups * count, device=device)
+    group, part = number // count, number % count
+    block, page = table.to(device)[group // layout.pages].long(), group % layout.pages
     base = pool.data_ptr() + block * pool.stride(0) + page * layout.page_bytes
-    skipped = torch.where(number == 0, layout.sink, 0)
-    rows = torch.zeros(groups, COLUMNS, dtype=torch.int64, device=device)
+    skipped = torch.where(group == 0, (layout.sink - part * size).clamp(0, size), 0)
+    rows = torch.zeros(len(number), COLUMNS, dtype=torch.int64, device=device)
     kept: Tensor | None = None
     shared = [16, pool.data_ptr(), pool.stride(0), pool.stride(1), layout.page_bytes]
     divisors = {"key": list(shared), "value": list(shared)}
-    names = {role: form.fields[role] for role, form in zip(ROLES, layout.forms, strict=True)}
-    for column, (role, name) in enumerate(FIELDS):
-        field = layout.fields[role].get(names[role].get(name, ""))
-        if field is not None:
-            row_bytes = math.prod(field.shape[1:]) * field.dtype.itemsize
-            rows[:, column] = base + field.offset + (0 if name == "centre" else skipped * row_bytes)
-            rows[:, 6 + column] = pool.stride(1)
-            if name != "scale":
-                divisors[role] += [field.offset] if name == "centre" else [field.offset, layout.sink * row_bytes, row_bytes]
-        elif column == 3 and "centre" in layout.fields["key"]:
-            # The kernel needs the largest exponent among a group's channels; pages hold only the exponent of each channel.
-            centre = layout.views(pool)["key"]["centre"][block, :, page]  # (groups, kv_heads, 1, d)
-            kept = (centre & 15).amax((-1, -2)).to(torch.uint8)
-            rows[:, column] = kept.data_ptr() + number * kept.shape[1]
-            rows[:, 6 + column] = 1
-    rows[:, 12] = GROUP - skipped
-    rows[:, 13] = number * GROUP + skipped
+    forms = dict(zip(ROLES, layout.forms, strict=True))
+    for column, (role, names) in enumerate(FIELDS):
+        if names == ("exponent",):
+            if "centre" in layout.fields["key"]:
+                # The kernel needs the largest exponent among a group's channels; pages hold that of each channel.
+                centre = layout.views(pool)["key"]["centre"][block, :, page]  # (groups, kv_heads, 1, d)
+                kept = (centre & 15).amax((-1, -2)).to(torch.uint8)
+                rows[:, column] = kept.data_ptr() + number * kept.shape[1]
+                rows[:, 7 + column] = 1
+            continue
+        known = forms[role].fields[role]
+        field = next((layout.fields[role][known[name]] for name in names if known.get(name) in layout.fields[role]), None)
+        if field is None:
+            continue
+        row_bytes = math.prod(field.shape[1:]) * field.dtype.itemsize
+        grouped = role == "key" and (names[0] == "centre" or (names[0] == "scale" and shares_tokens(forms[role])))
+        rows[:, column] = base + field.offset + (part if grouped else part * size + skipped) * row_bytes
+        rows[:, 7 + column] = pool.stride(1)
+        if names[0] in ("codes", "centre"):
+            divisors[role] += [field.offset, row_bytes] if grouped else [field.offset, layout.sink * row_bytes, row_bytes]
+    rows[:, 14] = size - skipped
+    rows[:, 15] = group * GROUP + part * size + skipped
     return rows, (gcd(*divisors["key"]), gcd(*divisors["value"])), kept
 
 
