@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -91,6 +92,26 @@ def test_odd_shapes_and_rules_equal_the_reference(
     spec: str, shape: tuple[int, int, int, int], sizes: list[int], dim: int, rule: dict[str, Any]
 ) -> None:
     check(codecs.get(spec), shape, sizes, dim, **rule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "value"),
+    list(permutations(("hqmq:3", "scalar:3", "scalar:4", "scalar:6", "int:5", "q4_0", "q8_0", "kivi:3", "fp8"), 2)),
+)
+@pytest.mark.parametrize(
+    ("shape", "sizes", "dim", "rule"),
+    [
+        ((2, 6, 2, 9), [64, 70, 3], 32, {"start": 131, "window": 100, "softcap": 8.0}),
+        ((1, 4, 1, 5), [129], 96, {"mask": torch.arange(5 * 193).view(1, 1, 5, 193)[..., :129] % 7 > 0, "splits": 3}),
+        ((1, 2, 2, 1), [40], 256, {"start": 39}),
+    ],
+    ids=["window", "mask", "wide"],
+)
+def test_any_two_formats_equal_the_reference(
+    key: str, value: str, shape: tuple[int, int, int, int], sizes: list[int], dim: int, rule: dict[str, Any]
+) -> None:
+    check(codecs.get(f"(k={key},v={value})"), shape, sizes, dim, **rule)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
