@@ -180,7 +180,7 @@ class HQMQ(Codec):
             order = chunks.permute(2, 0, 1, 3, 4)
             order = order.clamp(-HALF_MAX, HALF_MAX).half()
             marks = out.permute(2, 0, 1, 3)
-            if 0 < x.shape[2] <= FEW:
+            if marks.numel() and x.shape[2] <= FEW:
                 later["kept"] = marked(order.flatten(0, 3), marks.flatten())
             else:
                 tensors["kept"] = order[marks]
