@@ -31,7 +31,7 @@ from torch.nn.functional import normalize
 
 from tessera.evaluation.records import environment
 from tessera.files import write_json
-from tessera.lab.evaluation.streams import SPECS, streams, streams_table
+from tessera.lab.evaluation.long_streams import SPECS, streams, streams_table
 from tessera.tensor_cache.forms import recur
 from tessera.tensor_cache.recurrence import loop
 from tessera.tensor_cache.scan import scan

@@ -33,8 +33,8 @@ import tessera
 from tessera.cache.per_layer import parse
 from tessera.cli.quiet import quiet
 from tessera.evaluation import Source, load, read_text
-from tessera.evaluation.errors import standard_error
-from tessera.evaluation.sources import encode
+from tessera.evaluation.loading import encode
+from tessera.evaluation.standard_errors import standard_error
 from tessera.lab.evaluation.jobs import Job, Row, resume
 from tessera.models import demo_memory_path, heldout_text
 

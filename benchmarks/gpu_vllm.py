@@ -31,7 +31,7 @@ from tessera.evaluation.records import environment
 from tessera.files import write_json
 from tessera.kernels import paged
 from tessera.kernels.paged import GROUP, BlockLayout, PagedCall, Step
-from tessera.kernels.triton import paged as triton_paged
+from tessera.kernels.triton import triton_paged
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 #: The default, and codecs of single numbers.

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from stretches import GRID, GRID_CONFIG, with_and_without
 from tessera.adapters import attach
+from tessera.evaluation.loading import windows
 from tessera.evaluation.records import environment
-from tessera.evaluation.sources import windows
 from tessera.files import write_json
-from tessera.lab.models.gpt import GPT, GPTConfig
+from tessera.lab.models.small_gpt import GPT, GPTConfig
 from tessera.lab.training.corpus import Corpus
 from tessera.lab.training.demo import shrink_branches
 from tessera.lab.training.lm import prepare_lm

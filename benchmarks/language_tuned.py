@@ -33,10 +33,10 @@ from torch import Tensor
 from stretches import GRID, GRID_CONFIG, with_and_without
 from tessera.adapters import attach, attached_memory
 from tessera.evaluation import load
+from tessera.evaluation.loading import windows
 from tessera.evaluation.records import environment
-from tessera.evaluation.sources import windows
 from tessera.files import write_json
-from tessera.lab.models.gpt import GPT, GPTConfig
+from tessera.lab.models.small_gpt import GPT, GPTConfig
 from tessera.lab.training.corpus import Corpus
 from tessera.lab.training.lm import prepare_lm
 from tessera.lab.training.loop import train

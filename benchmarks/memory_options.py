@@ -27,7 +27,7 @@ from rich.table import Table
 import tessera
 from stretches import measure
 from tessera.evaluation import load
-from tessera.evaluation.sources import encode, windows
+from tessera.evaluation.loading import encode, windows
 from tessera.lab.evaluation.jobs import Job, Row, resume
 from tessera.lab.training.lm import prepare_lm
 from tessera.lab.training.memory import train_memory

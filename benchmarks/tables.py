@@ -35,8 +35,8 @@ from tessera.evaluation.table import caption, markdown, markdown_table, size
 from tessera.files import atomic_path
 from tessera.lab.evaluation import long_context
 from tessera.lab.evaluation.recall import config_of
-from tessera.lab.training.recall import state_bytes
-from tessera.planning import table as plans
+from tessera.lab.training.recall_training import state_bytes
+from tessera.planning import plan_table as plans
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"

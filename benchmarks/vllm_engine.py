@@ -299,7 +299,7 @@ def kernels(args: argparse.Namespace) -> dict[str, Any]:
     from tessera import codecs
     from tessera.codecs.pages import block_layout, write
     from tessera.kernels import paged
-    from tessera.kernels.cpu.paged import attend_paged
+    from tessera.kernels.cpu.cpu_paged import attend_paged
     from timing import medians
 
     dtype, size = torch.bfloat16, args.block_size

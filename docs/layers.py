@@ -49,6 +49,7 @@ FOR_ALL = (
     "readback",
     "sealed",
     "state",
+    "version",
     "wrapped",
 )
 #: Imports that point up: the module, the package that it imports, and why.
@@ -56,7 +57,6 @@ EXCEPTIONS = {
     ("tessera.cli.app", "lab"): "the commands train, eval and view, imported when one of them is asked for",
     ("tessera.models", "lab"): "names of version 0.1, imported when one of them is first used",
     ("tessera.cache.cache", "attention"): "a cache switches a model's attention over to the tiers when it is made",
-    ("tessera.evaluation.records", "tessera"): "a record says which version measured it",
 }
 
 #: What is in a package, in a line of the picture; and the column where it stands.

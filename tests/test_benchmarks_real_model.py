@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tessera.attention.first_token import SINK
+from tessera.attention.first_token_weight import SINK
 from tessera.evaluation import compare, load, read_text
 from tessera.evaluation.table import without_sinks
 

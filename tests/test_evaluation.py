@@ -13,10 +13,10 @@ import torch
 
 from tessera.cache.spec import parse
 from tessera.evaluation import Comparison, Row, Source, compare, load, load_all, read_text, save_all
-from tessera.evaluation.compare import default_specs, paper_spec
+from tessera.evaluation.comparison import default_specs, paper_spec
+from tessera.evaluation.loading import encode, windows
 from tessera.evaluation.methods import method, short
 from tessera.evaluation.plot import pareto
-from tessera.evaluation.sources import encode, windows
 from tessera.evaluation.table import advice, best, caption, cells, differences, markdown, tables
 from tessera.kernels import CompressedKV, dispatch
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, DynamicCache
 
 import tessera
 from tessera.attention import over_tiers, switch
-from tessera.attention.source import touches, windowed
+from tessera.attention.module_code import touches, windowed
 from tessera.tensor_cache import TensorCacheConfig
 from tessera.tensor_memory import TensorMemoryConfig
 from versions import SECTIONS_OF_ROTARY

@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sink_models import make
-from tessera.attention.first_token import QUERIES, first_key_weight
+from tessera.attention.first_token_weight import QUERIES, first_key_weight
 from tessera.evaluation import Source, compare, load, read_text
-from tessera.evaluation.compare import TRIED_WITH_SINKS
+from tessera.evaluation.comparison import TRIED_WITH_SINKS
 from tessera.evaluation.first_token import SINK, first_token_weight, lacks_sinks, with_sinks
 from tessera.evaluation.table import without_sinks
 

@@ -10,7 +10,7 @@ import pytest
 from tessera import grammar
 from tessera.cache import parse
 from tessera.lab.models.backbones import BackboneConfig
-from tessera.lab.models.gpt import read_attention
+from tessera.lab.models.small_gpt import read_attention
 from tessera.lab.models.vit import read_frames
 
 READERS: dict[str, Callable[[str], Any]] = {

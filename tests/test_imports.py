@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_the_core_does_not_import_the_lab(layers: Any) -> None:
 @pytest.mark.parametrize(
     ("line", "noticed"),
     [
-        ("import tessera.lab.models.gpt", "lab"),
+        ("import tessera.lab.models.small_gpt", "lab"),
         ("def f():\n    from tessera.lab.models import GPT", "lab"),
         ("if TYPE_CHECKING:\n    from tessera.lab import models", "lab"),
         ("from importlib import import_module\nimport_module('tessera.lab.models')", "lab"),
@@ -67,6 +68,12 @@ def test_every_way_to_import_is_noticed(layers: Any, line: str, noticed: str | N
     names = [name for _, name in layers._names(ast.parse(line), "tessera.cache.new", False)]
     packages = {layers.package_of(name) for name in names if name.startswith("tessera")}
     assert packages == ({noticed} if noticed else set())
+
+
+def test_no_two_files_have_the_same_name(layers: Any) -> None:
+    """So that a name says what its file holds, in a search as in a traceback."""
+    names = Counter(path.name for path in layers.SOURCE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_the_picture_is_of_these_imports(layers: Any) -> None:

@@ -17,7 +17,7 @@ import tessera
 from tessera.cli import app
 from tessera.evaluation import Source, load
 from tessera.evaluation.identity import Identity
-from tessera.evaluation.prefill import load_prefilled, prefill, read_prefilled, save_prefilled, text_hash
+from tessera.evaluation.prefill_file import load_prefilled, prefill, read_prefilled, save_prefilled, text_hash
 from tessera.sealed import OPEN, SEAL, check_seal
 from tessera.tensor_cache import TensorCacheConfig
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tessera.evaluation.errors import standard_error
+from tessera.evaluation.standard_errors import standard_error
 
 
 def spread_of_means(values: torch.Tensor) -> float:

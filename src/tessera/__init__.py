@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tessera.version import VERSION
+
 if TYPE_CHECKING:
     from tessera import associative as associative
     from tessera import attachment as attachment
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from tessera.cache import Cache, CacheReport
     from tessera.planning import plan
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = ["Cache", "CacheReport", "attach", "detach", "disable", "enable", "load_memory", "plan", "save_memory", "using"]
 

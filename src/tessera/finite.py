@@ -3,6 +3,10 @@
 Reading a number from another device waits for all work queued there. So every finding is added to a flag on that device,
 numbers that are not finite are replaced by zeros, and the flag is read when the next call begins, together with that call's
 mask (`tessera.readback`). On a CPU there is nothing to wait for, and non-finite numbers are refused at once.
+
+Keys and values that a tier keeps exactly are not checked there, because they hide nothing: every query that reads one that is
+not finite gives logits that are not finite either, as in any other cache. They are checked when a codec or a memory, which
+could not give them back, takes them in.
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ class FiniteCheck(Awaited):
         broken: non-finite numbers are in the cache, so that only a reset helps.
     """
 
-    def __init__(self) -> None:
-        self.at_once: bool | None = None
+    def __init__(self, at_once: bool | None = None) -> None:
+        self.at_once = at_once
         self.broken = False
         self._found: Tensor | None = None  # () bool on a device: whether there was a finding since it was last read
 

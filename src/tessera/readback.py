@@ -68,7 +68,7 @@ class HostCopy(Awaited):
     """A tensor of which the host will want a copy: `get` transfers it, unless another `bring` has done so by then.
 
     Args:
-        tensor: bool or float32, of any shape.
+        tensor: bool, int64 or float32, of any shape.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -93,4 +93,4 @@ class HostCopy(Awaited):
 
 
 def _numpy(dtype: torch.dtype) -> np.dtype[np.generic]:
-    return np.dtype({torch.bool: np.bool_, torch.float32: np.float32}[dtype])
+    return np.dtype({torch.bool: np.bool_, torch.int64: np.int64, torch.float32: np.float32}[dtype])

@@ -269,7 +269,7 @@ def test_chosen_layers_only(family: str) -> None:
 
 
 def test_a_gpt_with_a_window_of_its_own_gets_it_back() -> None:
-    from tessera.lab.models.gpt import GPT, GPTConfig
+    from tessera.lab.models.small_gpt import GPT, GPTConfig
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -153,7 +153,7 @@ def test_a_cache_that_does_not_fit_is_refused_and_a_reset_one_begins_anew() -> N
 
 
 def test_segments_with_a_carry_learn_what_the_whole_does() -> None:
-    from tessera.lab.models.gpt import GPT, GPTConfig
+    from tessera.lab.models.small_gpt import GPT, GPTConfig
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -18,8 +18,9 @@ from transformers import DynamicCache, Gemma3ForConditionalGeneration, PaliGemma
 from transformers.masking_utils import create_causal_mask, sdpa_mask, sliding_window_causal_mask_function
 
 import tessera
+from tessera.attention.documents import SlidingWindow, read_documents
 from tessera.attention.forward import mask_unless_causal
-from tessera.cache.masks import Runs, documents
+from tessera.cache.masks import Runs
 from tessera.cache.new_tokens import Rule, read_mask
 from tessera.cache.padding_mask import PaddingMask
 from tessera.readback import HostCopy
@@ -440,7 +441,8 @@ def test_documents_and_padding_are_read_from_the_mask_whole_and_in_parts(drawn: 
         assert said.begins[0] == begins
         assert said.plain == [len(begins) < 2]
     query = torch.zeros(1, 1, count, 4)
-    of = documents(seen, query, count)
+    limits = SlidingWindow(4, 1)
+    of = read_documents(seen, query, count, limits).of
     for slot in range(count):
         if slot in real:
             assert of.number[0, slot] == sum(begin <= slot for begin in begins) - 1
@@ -449,10 +451,46 @@ def test_documents_and_padding_are_read_from_the_mask_whole_and_in_parts(drawn: 
             assert of.number[0, slot] == -1
     cut = min(cut, count)
     if cut:
-        before = documents(seen[:, :, :cut, :cut], query[:, :, :cut], cut)
-        parts = documents(seen[:, :, cut:], query[:, :, cut:], count, before) if cut < count else before
-        assert torch.equal(parts.number, of.number)
-        assert torch.equal(parts.place[:, real], of.place[:, real])
+        before = read_documents(seen[:, :, :cut, :cut], query[:, :, :cut], cut, limits).of
+        parts = read_documents(seen[:, :, cut:], query[:, :, cut:], count, limits, before).of if cut < count else before
+        assert parts.same(of)
+        assert (parts.place[:, real] == of.place[:, real]).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pads=st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=1, max_size=3),
+    cuts=st.lists(st.integers(1, 11), max_size=2, unique=True),
+    window=st.integers(1, 5),
+    sink=st.integers(0, 3),
+)
+def test_documents_of_a_mask_of_padding_are_those_of_the_mask_itself(
+    pads: list[list[bool]], cuts: list[int], window: int, sink: int
+) -> None:
+    """And so is what queries see within a window and sinks; each of the calls goes on from those before."""
+    real, limits = ~torch.tensor(pads), SlidingWindow(window, sink)
+    rows, start = len(pads), 0
+    before: list[Any] = [None, None, None]
+    for end in [*sorted(cuts), 12]:
+        n = end - start
+        made = mask_unless_causal(rows, n, end, start, attention_mask=real[:, :end])
+        assert isinstance(made, PaddingMask)
+        few = made.whole.clone()
+        query, found = torch.zeros(rows, 1, n, 4), []
+        with pytest.MonkeyPatch.context() as patch:
+            for number, mask in enumerate((made, few, few.expand(-1, 2, -1, -1))):
+                patch.setattr("tessera.attention.documents.FEW", 0 if number == 2 else 1 << 20)
+                found.append(read_documents(mask, query, end, limits, before[number], memory=True))
+        for said in found:
+            assert said.of.same(found[0].of)
+            seen = torch.zeros(rows, n, end, dtype=torch.bool)
+            for first, (columns, shown) in zip(range(0, n, window), said.blocks(limits, query.device), strict=True):
+                asks = torch.as_tensor(said.of.number)[:, start + first : start + first + window, None] >= 0
+                seen[:, first : first + window, columns] = shown[:, 0] & asks
+            place, number = torch.as_tensor(said.of.place), torch.as_tensor(said.of.number)
+            near = (place[:, None] > place[:, start:, None] - window) | (place[:, None] < sink)
+            assert torch.equal(seen, few[:, 0] & near & (number[:, start:, None] >= 0))
+        before, start = [said.of for said in found], end
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,6 +6,7 @@ once is deferred here as on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import warnings
@@ -207,6 +208,67 @@ def _stream(layer: Any) -> Any:
     return state_of(layer, "tensor_memory")
 
 
+def square(row: Tensor, queries: int) -> Tensor:
+    """The mask of the newest queries, (rows, 1, queries, slots), as a caller makes it from one of padding."""
+    slots = row.shape[1]
+    causal = torch.ones(slots, slots, dtype=torch.bool).tril()
+    return (causal & row[:, None].bool())[:, None, slots - queries :].clone()
+
+
+@pytest.mark.parametrize("how", ["no mask", "ones", "padding", "padding within", "made", "added", "documents"])
+@pytest.mark.parametrize("kind", [{}, {"write": "chunk_means", "rule": "outer"}, {"layers": (1, 3)}], ids=str)
+def test_a_tensor_cache_beside_a_cache_of_transformers_costs_one_look(kind: dict[str, Any], how: str) -> None:
+    """Also where only some layers have a memory."""
+    model = attached(config=TensorCacheConfig(**{**CONFIG.to_dict(), **kind}), num_hidden_layers=4)
+    ids, mask = tokens(3, 90), padding((0, 0, 0) if how == "ones" else (0, 9, 30), 90)
+    if how != "ones":
+        mask[0, 50:53], mask[1, 81] = 0, 0
+
+    def call(cache: Any, end: int, count: int) -> Tensor:
+        given: Tensor | None = mask[:, :end]
+        if how == "no mask":
+            given = None
+        elif how in ("made", "added", "documents"):
+            given = square(mask[:, :end], count)
+            if how == "documents" and end > 70:
+                given[:, :, max(0, count - end + 70) :, :70] = False
+            if how == "added":
+                given = torch.zeros(given.shape).masked_fill(~given, torch.finfo(torch.float32).min)
+        out: Tensor = model(ids[:, end - count : end], attention_mask=given, past_key_values=cache).logits
+        return out
+
+    cache, plain, end, found = DynamicCache(config=model.config), DynamicCache(config=model.config), 0, {}
+    with torch.no_grad():
+        call(DynamicCache(config=model.config), 40, 40)  # tables that are made once
+        for count in (40, 12, 1, 1, 20, 1, 1, 1, 1, 1, 1, 1, 1):
+            end += count
+            with Looks() as seen:
+                given = call(cache, end, count)
+            found[f"{count} tokens up to {end}"] = +seen.found
+            assert torch.equal(given, call(plain, end, count))
+            for state in filter(None, (state_of(layer, "tensor_cache") for layer in cache.layers)):
+                state.finite.at_once = False
+    assert max(seen.total() for name, seen in found.items() if not name.startswith("40")) <= 1, found
+    if how != "no mask":
+        assert min(seen.total() for seen in found.values()) >= 1, found
+
+
+def test_what_a_tensor_cache_finds_beside_a_cache_of_transformers_is_told_by_the_next_call() -> None:
+    model, ids = attached(num_hidden_layers=4), tokens(2, 60)
+    cache = DynamicCache(config=model.config)
+    logits(model, cache, ids[:, :40], (40,))
+    first = next(state for layer in cache.layers if (state := state_of(layer, "tensor_cache")))
+    first.finite.at_once = False
+    with torch.no_grad():
+        model(inputs_embeds=torch.full((2, 1, model.config.hidden_size), torch.nan), past_key_values=cache)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"NaN or infinite.*call cache\.reset\(\)"):
+                model(ids[:, :1], past_key_values=cache)
+    cache.reset()
+    wanted = logits(model, DynamicCache(config=model.config), ids[:, :41], (40, 1))
+    assert torch.equal(logits(model, cache, ids[:, :41], (40, 1)), wanted)
+
+
 def test_a_mask_that_a_caller_has_made_costs_one_look() -> None:
     """Also where it hides other things than padding."""
     model, ids = make(num_hidden_layers=4), tokens(2, 60)
@@ -311,6 +373,22 @@ def test_what_is_not_finite_is_refused_by_the_next_call_and_until_a_reset(spec: 
     assert torch.equal(logits(model, cache, ids, (150, 50)), wanted)
 
 
+def test_what_is_not_finite_shows_in_all_logits_until_it_is_encoded_and_is_refused_from_then_on() -> None:
+    model, ids = make(num_hidden_layers=4), tokens(1, 200)
+    cache, shown = deferred(tessera.Cache(HQMQ, model)), 0
+    logits(model, cache, ids[:, :40], (40,))
+    with torch.no_grad():
+        model(inputs_embeds=torch.full((1, 1, model.config.hidden_size), torch.nan), past_key_values=cache)
+        while not cache.layers[0].policy.finite.broken and shown < 160:
+            before, shown = shown, shown + 1
+            with contextlib.suppress(ValueError):
+                found = model(ids[:, before:shown], past_key_values=cache).logits
+                assert not found.isfinite().any()
+        assert 20 < shown < 100
+        with pytest.raises(ValueError, match=r"NaN or infinite.*call cache\.reset\(\)"):
+            model(ids[:, :1], past_key_values=cache)
+
+
 @pytest.mark.parametrize("spec", [HQMQ, "sink:4 + q4_0"])
 def test_a_save_finds_what_no_call_has_yet(spec: str, tmp_path: Path) -> None:
     model = model_for(spec)
@@ -333,3 +411,69 @@ def test_on_a_cpu_and_where_it_is_asked_for_they_are_refused_at_once() -> None:
         with pytest.raises(ValueError, match="keys must be finite"), torch.no_grad():
             model(inputs_embeds=torch.full((1, 2, model.config.hidden_size), torch.nan), past_key_values=cache)
         logits(model, cache, tokens(1, 5), (5,))
+
+
+@pytest.mark.parametrize("how", ["made", "added", "by kind"])
+@pytest.mark.parametrize("spec", ["dense", HQMQ, "of transformers"])
+def test_a_mask_that_a_caller_has_made_costs_a_tensor_memory_one_look(spec: str, how: str) -> None:
+    model, ids, padded = attached_tensor_memory("gemma3" if how == "by kind" else "llama"), tokens(2, 100), padding((0, 9), 100)
+    padded[0, 85] = 0
+    ours = spec != "of transformers"
+    cache = deferred(tessera.Cache(spec, model)) if ours else DynamicCache(config=model.config)
+    plain = tessera.Cache(spec, model) if ours else DynamicCache(config=model.config)
+    end = 0
+    for count in (60, 12, 1, 1, 6, 1, 1, 1, 1, 1):
+        end += count
+        mask: Any = square(padded[:, :end], count)
+        if how == "added":
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        if how == "by kind":
+            window = model.config.sliding_window
+            near = torch.ones(end, end, dtype=torch.bool).triu(1 - window)[end - count :]
+            first = max(0, end - count - window + 1)
+            mask = {"full_attention": mask, "sliding_attention": (mask & near)[..., first:]}
+        with torch.no_grad(), Looks() as seen:
+            given = model(ids[:, end - count : end], attention_mask=mask, past_key_values=cache).logits
+        if end > 60:
+            assert (+seen.found).total() == 1, (end, seen.found)
+        with torch.no_grad():
+            assert torch.equal(given, model(ids[:, end - count : end], attention_mask=mask, past_key_values=plain).logits)
+        if not ours and end == 60:
+            next(state for state in map(_stream, cache.layers) if state is not None).finite.at_once = False
+
+
+@pytest.mark.parametrize("memory", ["tensor_cache", "tensor_memory"])
+def test_beams_cost_a_memory_beside_a_cache_of_transformers_one_look(memory: str) -> None:
+    """Of the order of its rows every layer would look at a copy of its own."""
+    made = attached if memory == "tensor_cache" else attached_tensor_memory
+    model, ids, mask, order = tessera.enable(made()), tokens(3, 50), padding((0, 9, 4), 50), torch.tensor([2, 0, 0])
+    cache = DynamicCache(config=model.config)
+    wanted = logits(model, DynamicCache(config=model.config), ids[order][:, :41], (40, 1), mask[order][:, :41])
+    with Looks():  # which knows then what is the host's own
+        logits(model, cache, ids[:, :40], (40,), mask[:, :40])
+    for layer in cache.layers:
+        if (state := state_of(layer, memory)) is not None and hasattr(state, "finite"):
+            state.finite.at_once = False
+    with torch.no_grad():
+        rows = order.clone()
+        with Looks() as seen:
+            cache.reorder_cache(rows)
+        assert (+seen.found).total() == 0
+        rows.zero_()  # a caller may use the same buffer again
+        beams = ids[order][:, 40:41], (1,), mask[order][:, :41]
+        with Looks() as seen:
+            given = logits(model, cache, *beams)
+        assert (+seen.found).total() == 1, seen.found
+    torch.testing.assert_close(given, wanted[:, 40:])
+
+
+@pytest.mark.parametrize("spec", ["sink:4 + hqmq:s96_r4_med3 + recent:16", "hqmq:s24_r2_med3@128 + recent:16"])
+def test_outliers_are_looked_at_only_where_a_block_is_encoded(spec: str) -> None:
+    """How many there are decides how many bytes are kept, which the host has to know."""
+    model, ids, mask = make(), tokens(2, 230), padding((0, 9), 230)
+    cache = deferred(tessera.Cache(spec, model))
+    logits(model, cache, ids[:, :140], (140,), mask[:, :140])
+    found = [seen.total() for seen in looks(model, cache, ids, mask)]
+    encoded = [count for count in found if count > 1]
+    assert 0 < len(encoded) <= 2 * (230 - 140) // 64 + 2  # of each row, which have their blocks at different times
+    assert len(found) - len(encoded) > 80

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tessera
 from tessera.cache.truncated_bptt import TruncatedBPTTCache
-from tessera.lab.models.gpt import GPT, GPTConfig
+from tessera.lab.models.small_gpt import GPT, GPTConfig
 from tessera.tensor_cache import TensorCacheConfig
 
 SIZES: dict[str, Any] = {

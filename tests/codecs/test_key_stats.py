@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tessera import codecs
+from tessera.codecs.channel_stats import KeyStats, load_stats, save_stats
 from tessera.codecs.feedback import feedback
 from tessera.codecs.hqmq_joint import words_of
-from tessera.codecs.key_stats import KeyStats, load_stats, save_stats
 from tessera.codecs.rotation import rotation
 from tessera.kernels import dispatch
 

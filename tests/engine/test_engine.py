@@ -13,7 +13,7 @@ import pytest
 import torch
 from engine_fixtures import SPEC, Answer, ask, counter, engine, random_stats
 
-from tessera.codecs.key_stats import save_stats
+from tessera.codecs.channel_stats import save_stats
 
 pytestmark = pytest.mark.vllm
 

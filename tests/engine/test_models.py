@@ -13,7 +13,7 @@ import torch
 import transformers
 from engine_fixtures import SPEC, Answer, ask, counter, engine, random_stats
 
-from tessera.codecs.key_stats import KeyStats, save_stats
+from tessera.codecs.channel_stats import KeyStats, save_stats
 from tessera.codecs.pages import block_layout, write
 from tessera.integrations.vllm.settings import read
 from tessera.kernels import paged

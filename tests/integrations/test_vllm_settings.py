@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tessera.codecs.key_stats import KeyStats, save_stats
+from tessera.codecs.channel_stats import KeyStats, save_stats
 from tessera.integrations.vllm import statistics
 from tessera.integrations.vllm.plugin import version_refusal
 from tessera.integrations.vllm.refusals import engine_refusal, layer_refusal, spec_refusal

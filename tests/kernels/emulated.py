@@ -83,8 +83,8 @@ class Kernels:
         arrays = [_ints(ints), _floats([params.scale, forms[1].value_gain, params.softcap or 0.0])]
         for form in forms:
             assert isinstance(form, JointFormat)
-            arrays += [_ints([form.bits, form.move_bits]), _floats([form.step])]
-            arrays += [form.points, form.permutation, form.sign, form.scales, form.dct, form.signs]
+            arrays += [_ints([form.bits, form.permutation_bits]), _floats([form.step])]
+            arrays += [form.representatives, form.permutation, form.sign, form.scales, form.dct, form.signs]
         mask = None if params.mask is None else params.mask.expand(batch, heads, tokens, pages.tokens)
         arrays += [q, torch.zeros(0) if mask is None else mask]
         for keys, values in pages.pages:

@@ -90,9 +90,9 @@ def test_codes_number_the_same_codewords_as_products(bits: int) -> None:
     book = joint(bits)
     assert torch.equal(book.codewords[book.codes], book.products)
     assert torch.equal(book.codes.sort().values, torch.arange(len(book.products)))
-    # Fields of a code: which point, and how it is moved.
-    permutation, sign = book.moves
+    # Fields of a code: which representative, and how it is permuted.
+    permutation, sign = book.signed_permutations
     code = torch.randint(len(book.codewords), (50,))
-    point, move = code // len(sign), code % len(sign)
-    moved = book.points[point].gather(1, permutation[move]) * sign[move]
+    representative, number = code // len(sign), code % len(sign)
+    moved = book.representatives[representative].gather(1, permutation[number]) * sign[number]
     assert torch.equal(moved.to(torch.int16), book.codewords[code])

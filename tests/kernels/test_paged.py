@@ -11,7 +11,7 @@ from kernel_inputs import NoKernel
 from torch import Tensor
 
 from tessera import codecs
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 from tessera.codecs.pages import block_layout, write
 from tessera.kernels import cpu, dispatch, paged, triton
 from tessera.kernels.paged import GROUP, BlockLayout, PagedCall, Step

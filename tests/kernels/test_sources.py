@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tessera.kernels.cpu.sources as fused
 from tessera import codecs
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch
 from tessera.kernels.source import Source
 

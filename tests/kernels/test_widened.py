@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tessera import codecs
 from tessera.cache.tiers import QuantizedTier
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 from tessera.kernels import AttendParams, CompressedKV, cpu, reference, triton
 
 #: Rows, query heads, key heads, tokens of queries, head_dim.

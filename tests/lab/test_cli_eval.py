@@ -15,9 +15,9 @@ from tessera.cli import app
 from tessera.lab.evaluation import recall
 from tessera.lab.evaluation.capacity import SETTINGS, capacity, plot_capacity, recalled
 from tessera.lab.evaluation.language_plot import plot_language
+from tessera.lab.evaluation.long_streams import length
 from tessera.lab.evaluation.recall_plot import STYLES, plot_recall
-from tessera.lab.evaluation.streams import length
-from tessera.lab.training import recall as training
+from tessera.lab.training import recall_training as training
 
 
 def run(*words: object) -> tuple[int, str, str]:

@@ -21,8 +21,8 @@ from tessera.lab.evaluation import diagnostics as plans
 from tessera.lab.evaluation.diagnostics_plot import STYLES, plot_diagnostics
 from tessera.lab.models.backbones import KINDS, BackboneConfig, build_backbone
 from tessera.lab.tasks.binding import Binding
-from tessera.lab.training import diagnostics as training
-from tessera.lab.training.diagnostics import DiagnosticConfig, train_diagnostic
+from tessera.lab.training import diagnostics_training as training
+from tessera.lab.training.diagnostics_training import DiagnosticConfig, train_diagnostic
 from tessera.lab.training.optimizers import make_optimizers
 from tessera.tensor_memory import TensorMemoryConfig
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import tessera
-from tessera.lab.models.gpt import GPT, GPTConfig
+from tessera.lab.models.small_gpt import GPT, GPTConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,

@@ -18,8 +18,8 @@ from tessera.cli import app
 from tessera.evaluation import load
 from tessera.lab.evaluation import long_context
 from tessera.lab.evaluation.long_context_plot import plot_needle, plot_ruler
-from tessera.lab.tasks.long_context import RULER, Example, fit, needle, score
 from tessera.lab.tasks.prose import ADJECTIVES, NOUNS, VERBS, WORDS, sentence
+from tessera.lab.tasks.retrieval import RULER, Example, fit, needle, score
 
 
 def run(*words: object) -> tuple[int, str, str]:

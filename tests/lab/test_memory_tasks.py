@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
+from tessera.lab.tasks.associative_recall import IGNORED
 from tessera.lab.tasks.binding import Binding
 from tessera.lab.tasks.map_building import MapBuilding
 from tessera.lab.tasks.no_harm import NoHarm
 from tessera.lab.tasks.occlusion import VELOCITIES, Occlusion
-from tessera.lab.tasks.recall import IGNORED
 
 TASKS = [
     Occlusion(),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessera.lab.tasks.recall import IGNORED, Recall, accuracy
+from tessera.lab.tasks.associative_recall import IGNORED, Recall, accuracy
 
 
 @settings(max_examples=30, deadline=None)

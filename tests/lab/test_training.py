@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", reason="the extra lab is not installed")
 pytest.importorskip("tokenizers", reason="the extra lab is not installed")
 
 from tessera.lab.cli.train import app
-from tessera.lab.training.attention import blockwise_attention
+from tessera.lab.training.causal_attention import blockwise_attention
 from tessera.lab.training.corpus import Corpus, training_files
 from tessera.lab.training.demo import TINY, train_demo
 from tessera.lab.training.log import read_log

@@ -22,10 +22,10 @@ pytest.importorskip("tokenizers", reason="the extra lab is not installed")
 import tessera
 from tessera.cli import app
 from tessera.evaluation import load
-from tessera.lab.tasks.recall import Recall
+from tessera.lab.tasks.associative_recall import Recall
 from tessera.lab.training.lm import LmConfig, prepare_lm, train_lm
 from tessera.lab.training.loop import train
-from tessera.lab.training.recall import RecallConfig, train_recall
+from tessera.lab.training.recall_training import RecallConfig, train_recall
 from tessera.lab.training.schedule import LoopConfig, Phase
 
 SMALL = ("--layers", "1", "--heads", "2", "--head-dim", "16", "--hidden", "32")

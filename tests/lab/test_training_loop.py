@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("accelerate", reason="the extra lab is not installed")
 
-from tessera.lab.models.gpt import GPT, GPTConfig
+from tessera.lab.models.small_gpt import GPT, GPTConfig
 from tessera.lab.training.loop import train
 from tessera.lab.training.optimizers import make_optimizers
 from tessera.lab.training.schedule import LoopConfig, Phase

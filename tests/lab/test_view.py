@@ -17,12 +17,12 @@ pytest.importorskip("accelerate", reason="the extra lab is not installed")
 import tessera
 from tessera.adapters.apply import read_shared
 from tessera.cli import app
-from tessera.lab.evaluation.view import follow, follow_backbone, follow_vit, read_stream, sizes
+from tessera.lab.evaluation.traces import follow, follow_backbone, follow_vit, read_stream, sizes
 from tessera.lab.evaluation.view_plot import animate, plot_state, plot_trace
 from tessera.lab.models import ViT, ViTConfig
 from tessera.lab.models.backbones import BackboneConfig, build_backbone
-from tessera.lab.models.gpt import GPT, GPTConfig
-from tessera.lab.training import diagnostics as training
+from tessera.lab.models.small_gpt import GPT, GPTConfig
+from tessera.lab.training import diagnostics_training as training
 from tessera.tensor_cache import TensorCacheConfig
 from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 

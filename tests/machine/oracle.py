@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tessera import codecs
 from tessera.cache.spec import BLOCK, parse
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 
 #: Tokens that a cache which records its past keeps exactly on top.
 RECORDED = 512

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import tessera
 from tessera.cli import app
-from tessera.planning.table import caption, cells, header
+from tessera.planning.plan_table import caption, cells, header
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

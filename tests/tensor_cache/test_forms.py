@@ -12,9 +12,9 @@ from torch.nn.functional import normalize
 
 from tessera.kernels import cpu, dispatch
 from tessera.tensor_cache import TensorCache, TensorCacheConfig, forms
-from tessera.tensor_cache.config import Order, Rule
 from tessera.tensor_cache.forms import recur
 from tessera.tensor_cache.recurrence import loop
+from tessera.tensor_cache.tensor_cache_config import Order, Rule
 
 built = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 SHAPES = [

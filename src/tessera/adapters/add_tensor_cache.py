@@ -8,11 +8,12 @@ from torch import nn
 
 from tessera.adapters.attached import AttachedMemory
 from tessera.attention import SlidingWindow, enable, restore, unsupported
+from tessera.attention.documents import share_readings
 from tessera.cache.cache_layer import ATTACHED, ATTENTION
 from tessera.cache.model_config import check_shapes, read_config
-from tessera.tensor_cache.config import TensorCacheConfig
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 from tessera.tensor_cache.rotary import phase_of
+from tessera.tensor_cache.tensor_cache_config import TensorCacheConfig
 
 #: Attribute of an attention module that holds its memory.
 MEMORY = "tensor_cache"
@@ -78,6 +79,8 @@ def install(
         setattr(modules[index], MEMORY, layer)
         done.hooks.append(modules[index].register_forward_pre_hook(_begin, with_kwargs=True))
         done.hooks.append(modules[index].register_forward_hook(_add, with_kwargs=True))
+    whole: Any = model
+    done.hooks += share_readings(whole.get_decoder() if hasattr(whole, "get_decoder") else whole)
     setattr(model, ATTACHED, done)
     return done
 

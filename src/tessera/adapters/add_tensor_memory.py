@@ -18,9 +18,9 @@ from tessera.adapters.attached import AttachedMemory
 from tessera.adapters.hooks import MemoryHooks
 from tessera.adapters.probe import check_form
 from tessera.cache.cache_layer import ATTACHED
-from tessera.tensor_memory.config import TensorMemoryConfig
 from tessera.tensor_memory.gated_layer import make_layers, make_memory
 from tessera.tensor_memory.tensor_memory import TensorMemory
+from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig
 
 #: Attribute of a model that holds its memory.
 MEMORY = "tensor_memory"

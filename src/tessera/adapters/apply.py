@@ -26,11 +26,11 @@ from tessera.cache.cache_layer import ATTACHED
 from tessera.cache.ranks import ranks_of
 from tessera.devices import device_of
 from tessera.files import WHOLE, atomic_path, brief, open_tensors, read_json
-from tessera.tensor_cache.config import TensorCacheConfig
 from tessera.tensor_cache.gated_read import TensorCacheLayer, is_gate
-from tessera.tensor_memory.config import TensorMemoryConfig
+from tessera.tensor_cache.tensor_cache_config import TensorCacheConfig
 from tessera.tensor_memory.gated_layer import make_layers, make_memory
 from tessera.tensor_memory.tensor_memory import TensorMemory
+from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig
 from tessera.wrapped import unwrap_to_change, unwrap_to_read
 
 M = TypeVar("M", bound=nn.Module)

@@ -22,8 +22,8 @@ from tessera.cache.layer_states import stateful
 from tessera.cache.stream import Stream
 from tessera.finite import FiniteCheck
 from tessera.tensor_memory.gated_layer import TensorMemoryLayer
-from tessera.tensor_memory.state import TensorMemoryState
 from tessera.tensor_memory.tensor_memory import TensorMemory
+from tessera.tensor_memory.tensor_memory_state import TensorMemoryState
 
 
 class Call:
@@ -114,8 +114,13 @@ class MemoryHooks:
                 given |= given.pop(name, {})
         cache = next((value for value in given.values() if isinstance(value, TransformersCache)), None)
         past = 0 if cache is None else int(cache.get_seq_length())
-        known = known_stream(cache, self.first, self.name) if past else None
-        kept = None if known is None else known.kept
+        known: Stream | None = None
+
+        def kept() -> Tensor | None:
+            nonlocal known
+            known = known_stream(cache, self.first, self.name) if past else None
+            return None if known is None else known.kept
+
         made = given.get("use_cache")
         made = getattr(getattr(owner, "config", None), "use_cache", False) if made is None else made
         call = self.stack.frames[-1]

@@ -13,7 +13,7 @@ from tessera.cache.group import RECORDED
 from tessera.cache.layer_states import state_of, stateful
 from tessera.cache.stream import BACK, TENSOR_MEMORY, CropGuard, Run, Stream
 from tessera.devices import upload
-from tessera.tensor_memory.config import TensorMemoryConfig
+from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig
 
 
 def known_stream(cache: Any, index: int, owner: str) -> Stream | None:

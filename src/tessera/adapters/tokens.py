@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,22 +24,24 @@ class Tokens:
         shape: (rows, tokens); None: unknown, in which case the model itself will refuse the call.
         real: (rows, tokens) bool on the CPU, False for padding; None: there is none.
         begins: (rows, tokens) bool on the CPU, True where a document begins behind another; None: every row is one document.
-        mask: the (rows, slots) mask of the call, whose copy on the host goes with it; None: there is none, or it has four axes.
+        mask: the mask of the call, as the layers are to be given it, with its copy on the host; None: as it is.
     """
 
     shape: tuple[int, int] | None = None
     real: Tensor | None = None
     begins: Tensor | None = None
-    mask: Tensor | None = None
+    mask: Any = None
 
 
-def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, past: int, window: int | None) -> Tokens:
+def read_tokens(
+    given: Mapping[str, Any], cached: bool, earlier: Callable[[], Tensor | None], past: int, window: int | None
+) -> Tokens:
     """Read the arguments of a call.
 
     Args:
         given: arguments of the model's decoder by name.
         cached: whether the call has a cache, or the model makes one.
-        kept: (rows, past) bool on the CPU, which tokens of earlier calls with the same cache were real; None: all.
+        earlier: returns (rows, past) bool on the CPU, which tokens of earlier calls with the same cache were real; None: all.
         past: tokens of a row in the earlier calls.
         window: window of the model's sliding layers, in tokens, or None.
 
@@ -52,6 +54,7 @@ def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, pas
         return Tokens()
     shape = source.shape[0], source.shape[1]
     mask = given.get("attention_mask")
+    by_kind = mask if isinstance(mask, dict) else {}
     if isinstance(mask, dict):
         # The decoder's caller made a mask for each type of layer; full layers see all that sliding ones do.
         window = None if "full_attention" in mask else window
@@ -61,6 +64,9 @@ def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, pas
     unordered = _unordered(given, shape) if mask is None and cached else None
     flat = noted(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
     square = Square(mask) if isinstance(mask, Tensor) and mask.ndim == 4 else None
+    # Those of other kinds of layers are read by the layers.
+    told = {name: square if each is mask else Square(each) for name, each in by_kind.items() if getattr(each, "ndim", 0) == 4}
+    kept = earlier()
     if finite is not None and not finite.get():
         raise ValueError("inputs_embeds must be finite; a memory that has absorbed NaN or infinity never recovers")
     begins = None
@@ -87,7 +93,9 @@ def read_tokens(given: Mapping[str, Any], cached: bool, kept: Tensor | None, pas
         if unordered is not None and unordered.get():
             raise ValueError(PACKED)
         begins = begins if cached else _join(begins, _read_positions(given, shape))
-    return Tokens(shape, real, begins, flat)
+    if by_kind:
+        return Tokens(shape, real, begins, {**by_kind, **{name: each.told for name, each in told.items() if each is not None}})
+    return Tokens(shape, real, begins, flat if square is None else square.told)
 
 
 #: Why packed documents are refused where there is a cache, whose attention does not keep them apart.
@@ -175,6 +183,11 @@ class Square:
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
         self._seen = None if by_padding(mask) else HostCopy(shown(mask))
+        #: The same mask for the layers of the call, which read it too; the caller's own may be another by the next call.
+        self.told = mask
+        if self._seen is not None and not isinstance(mask, PaddingMask):
+            self.told = mask.view_as(mask)
+            setattr(self.told, READ, self._seen)
         biased = mask.is_floating_point() and ~((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all()
         self._biased = HostCopy(biased) if isinstance(biased, Tensor) else None
 

@@ -15,14 +15,16 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from tessera.attention.infini import over_whole
+from tessera.attention.documents import SlidingWindow, read_documents
+from tessera.attention.infini_attention import over_whole
+from tessera.attention.over_segment import over_segment
 from tessera.attention.over_tiers import over_tiers
 from tessera.attention.past import recall, tokens_so_far
-from tessera.attention.truncated_bptt import over_segment
-from tessera.attention.windowed import SlidingWindow, Softmax, dense, windowed
+from tessera.attention.windowed import Softmax, dense, windowed
 from tessera.cache.cache_layer import ATTENTION, DeferredKV
 from tessera.cache.deferred import UNCOMPILED
-from tessera.cache.masks import by_lengths, check_absorbed, documents
+from tessera.cache.masks import by_lengths
+from tessera.cache.new_tokens import whole
 from tessera.cache.padding_mask import PaddingMask, by_padding, on_host
 from tessera.cache.truncated_bptt import Segment
 from tessera.tensor_cache.gated_read import MemoryCall
@@ -102,7 +104,7 @@ def attention_forward(
         return over_whole(module, infini, query, key, value, attention_mask, scaling, kwargs.get("position_ids")), None
     if limits is not None:
         return _bounded(module, limits, query, key, value, attention_mask, softmax, memory_call), None
-    attention_mask = _bottom_right(module, query, key) if attention_mask is None else attention_mask
+    attention_mask = _bottom_right(module, query, key) if attention_mask is None else whole(attention_mask)
     if softmax.usual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     return dense(module, query, key, value, attention_mask, softmax), None
@@ -122,14 +124,11 @@ def _bounded(
     if torch.compiler.is_compiling() and mask is not None and key.shape[2] > query.shape[2]:
         raise ValueError("a window over a cache of fixed length cannot be compiled; generate(..., disable_compile=True)")
     if call is None:
-        of = documents(mask, query, key.shape[2])
+        said = read_documents(mask, query, key.shape[2], limits)
     else:
-        past = tokens_so_far(call, query, key.shape[2], mask)
-        of = past.documents
-        if mask is not None:
-            check_absorbed(mask, of, limits.window, limits.sink)
+        past, said = tokens_so_far(call, query, key.shape[2], mask, limits)
         call.added = recall(call, past, query, key, value)
-    return windowed(module, limits, query, key, value, mask, of, softmax)
+    return windowed(module, limits, query, key, value, said, softmax)
 
 
 def mask_unless_causal(
@@ -197,14 +196,14 @@ def _window(mask_function: Any, local_size: int | None) -> tuple[bool, int | Non
 def _unless_all(mask: Tensor | None) -> Tensor | None:
     """The mask, or None if it hides nothing, which is looked at once for all layers."""
     if not by_padding(mask):
-        return mask.whole if isinstance(mask, PaddingMask) else mask
+        return None if mask is None else whole(mask)
     # What is compiled cannot depend on what is read; and where one token sees a window, to look costs more than the mask.
     if torch.compiler.is_compiling():
         return mask.whole
     if mask.window is not None and (mask.shape[2] == 1 or mask.shape[3] >= mask.window):
         return mask.whole
     real = mask.real_slots()
-    return None if real is None or real.all() else mask.whole
+    return None if real is None or real.all() else mask
 
 
 def _bottom_right(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.attention.first_token import SINK, first_key_weight
+from tessera.attention.first_token_weight import SINK, first_key_weight
 from tessera.attention.windowed import Softmax
 from tessera.cache.cache_layer import CacheContext, TesseraLayer
 from tessera.cache.group import StepContext

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tessera.attention.documents import Documents, MaskReading, SlidingWindow, read_documents
 from tessera.attention.windowed import recalled
 from tessera.cache.layer_states import LayerState, state_of, stateful
-from tessera.cache.masks import Documents, documents
 from tessera.devices import upload
+from tessera.finite import FiniteCheck
 from tessera.tensor_cache import TensorCacheState
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 
@@ -33,16 +35,18 @@ class Past(LayerState):
         state: None: nothing has been written yet.
         written: slots.
         before: an earlier state, and its number of slots.
+        finite: findings in the memories of a cache, kept by the first layer with a memory.
     """
 
     def __init__(self, of: Documents, positions: Tensor | None) -> None:
+        self.finite = FiniteCheck()
         self.note(of, positions)
         self.forget()
 
     def note(self, of: Documents, positions: Tensor | None) -> None:
         """Store documents and positions of all tokens so far."""
         self.documents, self.positions = of, positions
-        self.batch, self.slots = of.number.shape
+        self.batch, self.slots = of.batch, of.slots
 
     def forget(self) -> None:
         """Drop the state, so that it is computed again."""
@@ -76,12 +80,11 @@ class Past(LayerState):
         """See `LayerState`."""
         self.crop(self.slots, 0)
         self.forget()
+        self.finite.reset()
 
     def to(self, device: torch.device | str) -> None:
         """See `LayerState`."""
-        number, place, single = self.documents
-        at = self.positions
-        self.note(Documents(number.to(device), place.to(device), single), None if at is None else at.to(device))
+        self.positions = None if self.positions is None else self.positions.to(device)
         self.state = None if self.state is None else self.state.to(device)
         before, slots = self.before
         self.before = None if before is None else before.to(device), slots
@@ -90,11 +93,13 @@ class Past(LayerState):
         """See `LayerState`."""
         states = [state for state in (self.state, self.before[0]) if state is not None]
         found = [tensor for state in states for tensor in state.tensors().values()]
-        return [*self.documents[:2], *([] if self.positions is None else [self.positions]), *found]
+        return [*self.documents.buffers(), *([] if self.positions is None else [self.positions]), *found]
 
     # Within a call
 
-    def recall(self, memory: TensorCacheLayer, query: Tensor, key: Tensor, value: Tensor, keep: bool) -> Tensor:
+    def recall(
+        self, memory: TensorCacheLayer, query: Tensor, key: Tensor, value: Tensor, keep: bool, finite: FiniteCheck | None
+    ) -> Tensor:
         """Compute the memory's contribution for the newest tokens, whose documents and positions have been noted.
 
         Args:
@@ -102,6 +107,7 @@ class Past(LayerState):
             query: (batch, heads, n, head_dim).
             key, value: (batch, kv_heads, slots, head_dim).
             keep: whether the new state is kept; if False it is computed for this call alone, and is differentiable.
+            finite: see `recalled`.
 
         Returns:
             (batch, n, hidden).
@@ -109,10 +115,10 @@ class Past(LayerState):
         past, of = key.shape[2] - query.shape[2], self.documents
         # Means of chunks depend on where chunks begin, and a state belongs to one document.
         keep = keep and not torch.is_grad_enabled() and memory.config.write != "chunk_means"
-        if not keep or (not of.single and bool(((of.place == 0) & (of.number > 0))[:, past:].any())):
+        if not keep or of.begin_after(past):
             self.forget()
-            return recalled(memory, query, key, value, of, self.positions)
-        memory.memory.check_finite(key[:, :, past:], value[:, :, past:])
+            return recalled(memory, query, key, value, of, self.positions, finite)
+        memory.memory.check_finite(key[:, :, past:], value[:, :, past:], finite)
         if self.owner != memory.name or self.written > past:
             self.forget()
             self.owner = memory.name
@@ -131,7 +137,7 @@ class Past(LayerState):
 
         query, and the result: (batch, heads, end - written, head_dim).
         """
-        at, live = self._leaving(memory.config.window, memory.config.sink, end)
+        at, live = self._leaving(memory.config.window, memory.config.sink, end, key.device)
         k, v = (x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (key, value))
         if self.positions is not None:
             k = memory.unrotated(k, self.positions.gather(1, at))
@@ -140,23 +146,22 @@ class Past(LayerState):
         self.written = end
         return read
 
-    def _leaving(self, window: int, sink: int, end: int) -> tuple[Tensor, Tensor]:
+    def _leaving(self, window: int, sink: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Find the slot that leaves the window at each slot from `written` to `end`, and whether it is to be written."""
-        number, place, single = self.documents
-        new = slice(self.written, end)
-        live = place[:, new] - window >= sink
-        if single:
-            slot = torch.arange(self.written, end, device=number.device).expand(self.batch, -1)
-            return (slot - window).clamp(min=0), live
-        real = number >= 0
-        # The slots of real tokens, in order, come first.
-        order = (~real).to(torch.int8).argsort(dim=1, stable=True)
-        count = real.cumsum(1)[:, new] - 1
-        live &= real[:, new] & (number[:, new] == number.amax(1, keepdim=True))
-        return order.gather(1, (count - window).clamp(min=0)), live
+        of = self.documents
+        if of.single:
+            leaving = torch.arange(self.written, end, device=device).expand(self.batch, -1) - window
+            return leaving.clamp(min=0), leaving >= sink
+        new, real = slice(self.written, end), of.number >= 0
+        count = of.count[:, new] - 1
+        live = (of.place[:, new] - window >= sink) & real[:, new] & (of.number[:, new] == of.number.max(1, keepdims=True))
+        at = np.take_along_axis(of.order, (count - window).clip(min=0), 1)
+        return upload(torch.as_tensor(at), device), upload(torch.as_tensor(live), device)
 
 
-def tokens_so_far(call: MemoryCall, query: Tensor, slots: int, mask: Tensor | None) -> Past:
+def tokens_so_far(
+    call: MemoryCall, query: Tensor, slots: int, mask: Tensor | None, limits: SlidingWindow
+) -> tuple[Past, MaskReading]:
     """Find documents and positions of all slots of a call, and store them on the cache's layer for the next call.
 
     Args:
@@ -164,15 +169,20 @@ def tokens_so_far(call: MemoryCall, query: Tensor, slots: int, mask: Tensor | No
         query: (batch, heads, tokens, head_dim).
         slots: tokens in the cache, the call's own included.
         mask: attention mask of the call.
+        limits: the memory's.
 
     Raises:
-        ValueError: if the cache holds tokens that the memory has not seen.
+        ValueError: if the cache holds tokens that the memory has not seen, or a mask that it cannot follow; and for what an
+            earlier call found, see `FiniteCheck.read`.
     """
     batch, n = query.shape[0], query.shape[2]
     past, layer = slots - n, None if call.cache is None else call.cache.layers[call.layer]
     known = None if layer is None else state_of(layer, TENSOR_CACHE)
     if not isinstance(known, Past) or past == 0:
         known = None
+    check = _check_of(call) if past else None
+    if check is not None and check.broken:
+        check.read()  # first, because what was refused is in the cache nevertheless
     if past and (known is None or known.slots < past or known.batch != batch):
         raise ValueError(
             f"this cache holds {past} tokens of {batch} rows, of which the Tensor Cache has seen "
@@ -181,7 +191,10 @@ def tokens_so_far(call: MemoryCall, query: Tensor, slots: int, mask: Tensor | No
     if known is not None:
         known.to(query.device)
         known.crop(known.slots, past)  # the newest tokens were cut off without `crop`
-    of = documents(mask, query, slots, None if known is None else known.documents)
+    finite = None if known is None or check is not known.finite else check
+    before = None if known is None else known.documents
+    said = read_documents(mask, query, slots, limits, before, True, finite)
+    of = said.of
     positions = call.positions_of(query)
     if positions is not None:
         # A copy in any case: the caller is likely to overwrite its tensor for its next call.
@@ -194,12 +207,19 @@ def tokens_so_far(call: MemoryCall, query: Tensor, slots: int, mask: Tensor | No
         if layer is not None:
             stateful(layer).put(TENSOR_CACHE, known)
     known.note(of, positions)
-    return known
+    return known, said
+
+
+def _check_of(call: MemoryCall) -> FiniteCheck | None:
+    """Return the check for finite numbers that the layers of a cache share, that of its first layer with a memory."""
+    layers = () if call.cache is None else call.cache.layers
+    states = (state_of(layer, TENSOR_CACHE) for layer in layers)
+    return next((state.finite for state in states if isinstance(state, Past)), None)
 
 
 def recall(call: MemoryCall, past: Past, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Compute a Tensor Cache's contribution for a call's tokens; see `Past.recall`, and `tokens_so_far` for `past`."""
-    added = past.recall(call.memory, query, key, value, keep=call.cache is not None)
+    added = past.recall(call.memory, query, key, value, call.cache is not None, _check_of(call))
     if call.cache is not None:
         stateful(call.cache.layers[call.layer]).used()
     return added

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from tessera.attention.source import touches, windowed
+from tessera.attention.module_code import touches, windowed
 from tessera.attention.weights import refuse_weights
 from tessera.cache.cache_layer import ATTACHED, ATTENTION
 from tessera.wrapped import unwrap

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
-from tessera.cache.masks import Documents, boolean
+from tessera.attention.documents import READS, Documents, MaskReading, SlidingWindow
+from tessera.cache.masks import boolean
+from tessera.devices import upload
+from tessera.finite import FiniteCheck
 from tessera.tensor_cache.gated_read import TensorCacheLayer
-
-
-class SlidingWindow(NamedTuple):
-    """The limits of a model's attention: the newest `window` tokens, the query's own included, and the first `sink`."""
-
-    window: int
-    sink: int
 
 
 class Softmax(NamedTuple):
@@ -46,8 +44,7 @@ def windowed(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    of: Documents,
+    said: MaskReading,
     softmax: Softmax,
 ) -> Tensor:
     """Differentiable attention to a window and to sinks over plain tensors; only scores near the diagonal are computed.
@@ -60,8 +57,7 @@ def windowed(
         limits: the window and the sinks.
         query: (batch, heads, tokens, head_dim).
         key, value: (batch, kv_heads, slots, head_dim).
-        mask: (batch or 1, heads or 1, tokens, slots); None: causal.
-        of: the documents of all slots.
+        said: what the mask of the call says.
         softmax: how scores become weights.
 
     Returns:
@@ -69,28 +65,19 @@ def windowed(
     """
     n, slots = query.shape[2], key.shape[2]
     past, window = slots - n, limits.window
-    plain = mask is None and of.single
-    shown = None if mask is None else boolean(mask)
     out = []
-    for a in range(0, n, window):
+    for number, a in enumerate(range(0, n, window)):
         b = min(a + window, n)
-        newest = torch.arange(past + a, past + b, device=query.device)
-        columns = torch.arange(past + b if plain else slots, device=query.device)
-        if plain:
-            begin = max(0, past + a - window + 1)
+        if said.plain:
             # The sinks, and tokens near the diagonal.
+            newest = torch.arange(past + a, past + b, device=query.device)
+            columns = torch.arange(past + b, device=query.device)
+            begin = max(0, past + a - window + 1)
             columns = torch.cat((columns[: min(begin, limits.sink)], columns[begin:]))
             distance = newest[:, None] - columns
             seen = ((distance >= 0) & ((distance < window) | (columns < limits.sink)))[None, None]
         else:
-            number, place = of.number[:, None, newest, None], of.place[:, None, newest, None]
-            keys = of.number[:, None, None], of.place[:, None, None]
-            seen = (number == keys[0]) & (number >= 0) & ((keys[1] > place - window) | (keys[1] < limits.sink))
-            seen = seen & (columns <= newest[:, None] if shown is None else shown[:, :, a:b])
-            columns = seen.any(dim=(0, 1, 2)).nonzero().flatten()
-            # A padding query sees nothing; it is shown a token, because a softmax over nothing is NaN.
-            columns = columns if len(columns) else newest[:1]
-            seen = seen[..., columns] | (number < 0)
+            columns, seen = said.blocks(limits, query.device)[number]
         q, k, v = query[:, :, a:b], key[:, :, columns], value[:, :, columns]
         if softmax.usual:
             drop = softmax.dropout if module.training else 0.0
@@ -105,7 +92,13 @@ def windowed(
 
 
 def recalled(
-    memory: TensorCacheLayer, query: Tensor, key: Tensor, value: Tensor, of: Documents, positions: Tensor | None
+    memory: TensorCacheLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    of: Documents,
+    positions: Tensor | None,
+    finite: FiniteCheck | None = None,
 ) -> Tensor:
     """Compute a Tensor Cache's contribution for the newest tokens of whole rows, differentiably, document by document.
 
@@ -115,43 +108,72 @@ def recalled(
         key, value: (batch, kv_heads, slots, head_dim).
         of: the documents of all slots.
         positions: (batch, slots), where the memory needs them.
+        finite: told of keys and values that are not finite, on devices where it defers that.
 
     Returns:
         (batch, n, hidden).
     """
     batch, n = query.shape[0], query.shape[2]
-    slots = key.shape[2]
+    slots, device = key.shape[2], query.device
     if of.single:
-        real = torch.ones((batch, slots), dtype=torch.bool, device=query.device)
-        return memory(query, key, value, real, positions)[0]
-    # One row for each document that a new token belongs to, its tokens at the end.
-    rows, at = (of.number >= 0).nonzero(as_tuple=True)
-    begins = of.place[rows, at] == 0
-    which = begins.long().cumsum(0) - 1
-    length = which.bincount()
-    asked = which.new_zeros(len(length)).index_add(0, which, (at >= slots - n).long()) > 0
-    number = (asked.long().cumsum(0) - 1)[which]
-    kept = asked[which]
-    rows, at, number = rows[kept], at[kept], number[kept]
-    if not len(rows):
+        real = torch.ones((batch, slots), dtype=torch.bool, device=device)
+        return memory(query, key, value, real, positions, finite=finite)[0]
+    found = _by_document(of, n, device)
+    if found is None:
         return query.new_zeros((batch, n, memory.out.out_features))
-    most = int(length[asked].max())
-    column = most - length[asked][number] + of.place[rows, at]
-    real = torch.zeros((int(asked.sum()), most), dtype=torch.bool, device=query.device)
-    real[number, column] = True
+    real, slot, entry, new, answer = found
 
     def by_document(x: Tensor) -> Tensor:
         """(batch, heads, slots, head_dim) -> (documents, heads, tokens, head_dim)."""
         table = x.new_zeros((*real.shape, x.shape[1], x.shape[3]))
-        return table.index_put((number, column), x[rows, :, at]).transpose(1, 2)
+        return table.index_put(entry, x[slot[0], :, slot[1]]).transpose(1, 2)
 
-    where = None
-    if positions is not None:
-        where = positions.new_zeros(real.shape).index_put((number, column), positions[rows, at])
-    added, _ = memory(by_document(pad(query, (0, 0, slots - n, 0))), by_document(key), by_document(value), real, where)
-    new = at >= slots - n
-    out = added.new_zeros((batch, n, added.shape[2]))
-    return out.index_put((rows[new], at[new] - (slots - n)), added[number[new], column[new]])
+    where = None if positions is None else positions.new_zeros(real.shape).index_put(entry, positions[slot])
+    asking = by_document(pad(query, (0, 0, slots - n, 0)))
+    added, _ = memory(asking, by_document(key), by_document(value), real, where, finite=finite)
+    return added.new_zeros((batch, n, added.shape[2])).index_put(new, added[answer])
+
+
+class _Table(NamedTuple):
+    """A table with a row for each document that a new token belongs to, its tokens at the end.
+
+    Attributes:
+        real: (documents, tokens) bool, whether there is a token.
+        slot: of each token, the row of the batch and the slot.
+        entry: of each token, the row and the column of the table.
+        new: of each new token, the row of the batch, and its number among the new slots.
+        answer: of each new token, the row and the column of the table.
+    """
+
+    real: Tensor
+    slot: tuple[Tensor, Tensor]
+    entry: tuple[Tensor, Tensor]
+    new: tuple[Tensor, Tensor]
+    answer: tuple[Tensor, Tensor]
+
+
+@torch.compiler.disable(reason=READS)
+def _by_document(of: Documents, n: int, device: torch.device) -> _Table | None:
+    """Make the table for the documents of the newest n slots; None: all of these are padding."""
+    rows, at = (of.number >= 0).nonzero()
+    which = (of.place[rows, at] == 0).cumsum() - 1
+    length = np.bincount(which)
+    asked = np.bincount(which, weights=at >= of.slots - n) > 0
+    kept = asked[which]
+    rows, at, number = rows[kept], at[kept], (asked.cumsum() - 1)[which][kept]
+    if not len(rows):
+        return None
+    most = int(length[asked].max())
+    column = most - length[asked][number] + of.place[rows, at]
+    real = np.zeros((int(asked.sum()), most), dtype=np.bool_)
+    real[number, column] = True
+    new = at >= of.slots - n
+
+    def pair(first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return upload(torch.as_tensor(first), device), upload(torch.as_tensor(second), device)
+
+    places = pair(rows[new], at[new] - (of.slots - n)), pair(number[new], column[new])
+    return _Table(upload(torch.as_tensor(real), device), pair(rows, at), pair(number, column), *places)
 
 
 def dense(

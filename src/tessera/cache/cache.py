@@ -26,7 +26,7 @@ from tessera.cache.report import CacheReport
 from tessera.cache.spec import Spec
 from tessera.cache.stream import Stream
 from tessera.cache.stream_file import named
-from tessera.codecs.key_stats import KeyStats, load_stats
+from tessera.codecs.channel_stats import KeyStats, load_stats
 from tessera.devices import layer_devices
 from tessera.files import brief
 from tessera.finite import FiniteCheck

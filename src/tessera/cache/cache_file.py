@@ -23,10 +23,10 @@ from tessera.cache.spec import BLOCK
 from tessera.cache.stream import TENSOR_MEMORY, Stream
 from tessera.cache.tiers import PAGE, ExactTier, QuantizedTier
 from tessera.codecs import Codec, Packed
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 from tessera.files import WHOLE, TensorFile, atomic_path, brief, open_tensors, read_json
 from tessera.tensor_cache import TensorCacheConfig, TensorCacheState
-from tessera.tensor_memory.config import TensorMemoryConfig
+from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig
 
 if TYPE_CHECKING:
     from tessera.cache.cache_layer import TesseraLayer

@@ -19,8 +19,8 @@ from tessera.cache.learning import LEARN, Learning
 from tessera.cache.policy import RetentionPolicy
 from tessera.cache.spec import BLOCK
 from tessera.cache.tiers import KVSource, QuantizedTier, RecentTier, SinkTier, TensorCacheTier, Tier
-from tessera.cache.tiers.base import whole_blocks
-from tessera.codecs.key_stats import KeyStats
+from tessera.cache.tiers.tier import whole_blocks
+from tessera.codecs.channel_stats import KeyStats
 
 
 class Chain:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from tessera.readback import HostCopy
+
 #: Attribute of a layer that holds its states.
 STATES = "memory_states"
 
@@ -67,8 +69,19 @@ class LayerStates:
     """
 
     def __init__(self) -> None:
-        self._states: dict[str, LayerState] = {}
+        self._known: dict[str, LayerState] = {}
+        self._orders: list[HostCopy] = []  # of rows, which the host does not know yet
         self.away = False
+
+    @property
+    def _states(self) -> dict[str, LayerState]:
+        """The states, with their rows in the order of the cache's."""
+        orders, self._orders = self._orders, []
+        for order in orders:
+            rows = torch.as_tensor(order.get())
+            for state in self._known.values():
+                state.select(torch.arange(state.batch)[rows])
+        return self._known
 
     def get(self, kind: str) -> LayerState | None:
         """The state of the memory of this kind."""
@@ -81,20 +94,19 @@ class LayerStates:
     def __iter__(self) -> Iterator[LayerState]:
         return iter(self._states.values())
 
-    def select(self, rows: Callable[[int], Tensor]) -> None:
-        """Change the rows; `rows(n)` gives, for n old rows, the old row of each new one."""
-        for state in self:
-            state.select(rows(state.batch))
-
     def reorder(self, rows: Tensor) -> None:
-        """Row i of the new batch is row rows[i] of the old one. rows: (n,) int64, or bool for the rows to keep."""
-        if self._states:
-            order = torch.as_tensor(rows).cpu()
-            self.select(lambda batch: torch.arange(batch)[order])
+        """Row i of the new batch is row rows[i] of the old one. rows: (n,) int64, or bool for the rows to keep.
+
+        The states follow when they are next used, so that one transfer brings the rows to all layers.
+        """
+        if self._known:
+            rows = rows.detach()
+            self._orders.append(HostCopy(rows.to(rows.dtype if rows.dtype == torch.bool else torch.long, copy=True)))
 
     def repeat(self, times: int) -> None:
         """Repeat each row."""
-        self.select(lambda batch: torch.arange(batch).repeat_interleave(times))
+        for state in self:
+            state.select(torch.arange(state.batch).repeat_interleave(times))
 
     def check_crop(self, seen: int, length: int) -> None:
         """See `LayerState.check_crop`."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 from tessera.devices import upload
 
 #: Number of tokens whose queries and keys the statistics are computed from. Until then all tokens stay exact.

@@ -14,7 +14,7 @@ import re
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,29 +167,6 @@ class GroupMask:
         return torch.nn.functional.pad(found, (wanted.count - known.count, 0), value=False)
 
 
-class Documents(NamedTuple):
-    """The document of every slot of a batch, as whole tensors, for attention without tiers.
-
-    Attributes:
-        number: (batch, slots) int64, of the document, counted within its row; -1 for padding.
-        place: (batch, slots) int64, of a token in its document.
-        single: every row is one document without padding, so the tensors need not be read.
-    """
-
-    number: Tensor
-    place: Tensor
-    single: bool
-
-    def select(self, rows: Tensor) -> Documents:
-        """Row i of the new batch is row rows[i] of this one. rows: (n,) int64."""
-        rows = upload(rows, self.number.device)
-        return Documents(self.number[rows], self.place[rows], self.single)
-
-    def first(self, slots: int) -> Documents:
-        """The documents of the first `slots` slots."""
-        return Documents(self.number[:, :slots], self.place[:, :slots], self.single)
-
-
 def by_lengths(lengths: Tensor, mask: Tensor | None, batch: int, queries: int, slots: int) -> Tensor:
     """Make the mask of a row of packed documents from their lengths, as kernels for packed attention are given them.
 
@@ -210,74 +187,3 @@ def by_lengths(lengths: Tensor, mask: Tensor | None, batch: int, queries: int, s
     number = torch.searchsorted(lengths.contiguous(), place, right=True)
     packed = ((number[:, None] == number) & (place[:, None] >= place))[None, None]
     return packed if mask is None else packed & boolean(mask)
-
-
-def documents(mask: Tensor | None, query: Tensor, slots: int, before: Documents | None = None) -> Documents:
-    """Find the document of each slot of a call.
-
-    Args:
-        mask: attention mask of the call; None: plain causality.
-        query: (batch, heads, tokens, head_dim) of the call.
-        slots: all up to now.
-        before: documents of the slots before the call; None: those that the mask shows are one document.
-
-    Raises:
-        ValueError: if the mask shows what was padding when it came.
-    """
-    batch, queries = query.shape[0], query.shape[2]
-    past = slots - queries
-    if mask is None:
-        if before is None or before.single:
-            place = torch.arange(slots, device=query.device).expand(batch, -1)
-            return Documents(torch.zeros_like(place), place, True)
-        new = before.number.amax(1, keepdim=True).clamp(min=0).expand(-1, queries)
-        return _placed(torch.cat((before.number, new), dim=1))
-    seen = boolean(mask).any(1).expand(batch, -1, -1)
-    real = seen[..., past:].any(1)
-    if before is None:
-        old = seen[..., :past].any(1).long() - 1
-    else:
-        old = before.number.to(mask.device)
-        if ((old < 0)[:, None] & seen[..., :past]).any():
-            raise ValueError("the attention mask shows slots that were padding when they came; padding stays padding")
-    earlier = seen & torch.ones((queries, slots), dtype=torch.bool, device=mask.device).tril(past - 1)
-    begins = real & ~earlier.any(-1)
-    last = old.amax(1, keepdim=True) if past else old.new_full((batch, 1), -1)
-    new = (last + begins.cumsum(1)).masked_fill(~real, -1)
-    return _placed(torch.cat((old, new), dim=1))
-
-
-def _placed(number: Tensor) -> Documents:
-    count = (number >= 0).cumsum(1) - 1
-    before = torch.nn.functional.pad(number, (1, -1), value=-1).cummax(1).values
-    place = count - count.masked_fill(number <= before, 0).cummax(1).values
-    return Documents(number, place, bool((number == 0).all()))
-
-
-def check_absorbed(mask: Tensor, of: Documents, window: int, sink: int) -> None:
-    """Refuse a mask that a memory behind a window cannot follow, because it holds all that left its document's window.
-
-    Args:
-        mask: attention mask of the call.
-        of: the documents of all slots.
-        window: tokens that a query sees itself.
-        sink: first tokens of a document that it sees too.
-
-    Raises:
-        ValueError: if the mask hides absorbed tokens or shows another document.
-    """
-    seen, n = boolean(mask), mask.shape[-2]
-    number, place = of.number[:, None, None], of.place[:, None, None]
-    own, at = (x[:, None, -n:, None] for x in of[:2])
-    same, real = (own == number) & (own >= 0), own >= 0
-    if (seen & real & ~same).any():
-        raise ValueError(
-            "the attention mask shows a token another document than its own; a Tensor Cache begins anew with each document, so "
-            "run such rows without one (tessera.detach)"
-        )
-    absorbed = same & (place <= at - window) & (place >= sink)
-    if (absorbed & ~seen).any():
-        raise ValueError(
-            f"the attention mask hides tokens that have left the window of {window}, and the Tensor Cache has absorbed them; "
-            "it can hide padding and whole documents only, so run such rows without one (tessera.detach)"
-        )

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.cache.padding_mask import PaddingMask, by_padding
+from tessera.cache.padding_mask import READ, PaddingMask, by_padding
 from tessera.devices import upload
 from tessera.finite import FiniteCheck
 from tessera.readback import HostCopy
@@ -86,6 +86,9 @@ def read_mask(mask: Tensor, known: NDArray[np.bool_], rule: Rule, finite: Finite
 
 
 def _looked_at(mask: Tensor, known: NDArray[np.bool_], rule: Rule, finite: FiniteCheck | None) -> NewTokens:
+    read: HostCopy | None = getattr(mask, READ, None)
+    if read is not None:
+        mask = torch.as_tensor(read.get())
     n, slots = mask.shape[-2:]
     past, device, batch = slots - n, mask.device, known.shape[0]
     biased = torch.zeros((), dtype=torch.bool, device=device)
@@ -116,10 +119,11 @@ def _looked_at(mask: Tensor, known: NDArray[np.bool_], rule: Rule, finite: Finit
         place = count - 1 - torch.where(first, count - 1, 0).cummax(1).values
         old = own & asks & (place[:, None] <= place[:, past:, None] - window) & (place[:, None] >= sink)
         absorbed = (old[:, None] & ~seen).flatten(1).any(1)
-    copy = HostCopy(torch.cat((real.flatten(), begins.flatten(), plain, strange, absorbed, biased[None])))
+    found = torch.cat((real.flatten(), begins.flatten(), plain, strange, absorbed, biased[None]))
+    copy = None if read is not None else HostCopy(found)
     if finite is not None:
-        finite.read(copy)
-    said = copy.get()
+        finite.read(*([] if copy is None else [copy]))
+    said = found.numpy() if copy is None else copy.get()
     if said[-1]:
         raise ValueError(BIASED)
     rows, size = real.shape
@@ -132,9 +136,13 @@ def _looked_at(mask: Tensor, known: NDArray[np.bool_], rule: Rule, finite: Finit
 
 def shown(mask: Tensor) -> Tensor:
     """The mask as bool, True where a query sees a slot; that it does no more than hide must be known."""
-    if isinstance(mask, PaddingMask):
-        return mask.whole
+    mask = whole(mask)
     return mask == 0 if mask.is_floating_point() else mask.bool()
+
+
+def whole(mask: Tensor) -> Tensor:
+    """The mask itself, where it is not made yet."""
+    return mask.whole if isinstance(mask, PaddingMask) else mask
 
 
 def _of_padding(shown: NDArray[np.bool_] | None, known: NDArray[np.bool_], n: int, rule: Rule) -> NewTokens:

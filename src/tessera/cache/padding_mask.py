@@ -120,7 +120,7 @@ def by_padding(mask: object) -> TypeGuard[PaddingMask]:
     return isinstance(mask, PaddingMask) and not mask.altered
 
 
-#: On a (batch, slots) mask of one call, its copy on the host, which others than the attention have had to read before.
+#: On a mask of one call, its copy on the host as bool, which others than the attention have had to read before.
 READ = "_tessera_read"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from tessera.cache.offload import Store
 from tessera.cache.spec import Spec
 from tessera.codecs import Codec
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 from tessera.finite import FiniteCheck
 
 

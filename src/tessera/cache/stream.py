@@ -16,8 +16,8 @@ from tessera.cache.group import RECORDED
 from tessera.cache.layer_states import LayerState
 from tessera.devices import upload
 from tessera.finite import FiniteCheck
-from tessera.tensor_memory.config import TensorMemoryConfig
-from tessera.tensor_memory.state import TensorMemoryState
+from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig
+from tessera.tensor_memory.tensor_memory_state import TensorMemoryState
 
 #: Its kind in `LayerStates`.
 TENSOR_MEMORY = "tensor_memory"

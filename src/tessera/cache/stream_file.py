@@ -13,8 +13,8 @@ from tessera.cache.cache_layer import TesseraLayer
 from tessera.cache.stream import TENSOR_MEMORY, Groups, Read, Stream, padded
 from tessera.files import brief
 from tessera.state import MODEL_DTYPES
-from tessera.tensor_memory.config import TensorMemoryConfig
-from tessera.tensor_memory.state import TensorMemoryState
+from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig
+from tessera.tensor_memory.tensor_memory_state import TensorMemoryState
 
 #: The largest number that a layer norm, which every token has passed, can square in float32.
 LARGE = 1e18

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from tessera import __version__
-from tessera.cli import compare, generate, info, lm_eval, plan, prefill, stats
+from tessera.cli import compare, generate, info, lm_eval_command, plan, prefill, stats
 from tessera.cli.many import ManyValues
 
 #: The lab's commands; each is the `app` of the module of the same name.
@@ -60,7 +60,7 @@ app.command("generate")(generate.generate)
 app.command("info")(info.info)
 # Its options, including --help, are the harness's.
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
-    lm_eval.lm_eval
+    lm_eval_command.lm_eval
 )
 app.command("plan", cls=ManyValues)(plan.plan)
 app.command("prefill")(prefill.prefill)

@@ -73,7 +73,7 @@ def compare(
     quiet()
     from tessera import evaluation
     from tessera.cache.per_layer import parse
-    from tessera.codecs.key_stats import load_stats
+    from tessera.codecs.channel_stats import load_stats
     from tessera.evaluation.layers_plot import plot_layers
     from tessera.evaluation.layers_table import layer_tables
     from tessera.evaluation.plot import pareto

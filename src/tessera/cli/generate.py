@@ -70,7 +70,7 @@ def generate(
     import tessera
     from tessera import evaluation
     from tessera.cache.per_layer import parse
-    from tessera.evaluation import prefill as files
+    from tessera.evaluation import prefill_file as files
 
     with one_line_errors():
         if (prompt is None) == (prompt_file is None):

@@ -26,12 +26,12 @@ def info() -> None:
     quiet()
     from tessera import codecs
     from tessera.evaluation.records import environment
-    from tessera.kernels import cpu, registry, triton
+    from tessera.kernels import cpu, operations, triton
     from tessera.kernels import dispatch as dispatch
     from tessera.tensor_cache import forms as forms  # the import registers its recurrence
 
     with one_line_errors():
-        asked = registry.chosen(None)
+        asked = operations.chosen(None)
     console = Console()
     found = [f"{name} {value}" for name, value in environment().items() if name not in ("date", "kernels")]
     console.print(", ".join(found), highlight=False)
@@ -44,14 +44,14 @@ def info() -> None:
     table.add_row("triton", "no" if triton.missing() else "yes", triton.missing() or "for tensors on the GPU")
     table.add_row("reference", "yes", "plain PyTorch: the definition, and what no kernel can do")
     console.print(table)
-    operations = Table("operation", "cpu", "triton", "runs here", title="What has kernels", title_justify="left")
+    listed = Table("operation", "cpu", "triton", "runs here", title="What has kernels", title_justify="left")
     family = asked.partition(":")[0]
-    for operation in registry.OPERATIONS.values():
-        can = {one: registry.missing(one) is None for one in operation.implementations}
-        cells = ["-" if one not in can else "yes" if can[one] else "not here" for one in registry.DEVICES]
+    for operation in operations.OPERATIONS.values():
+        can = {one: operations.missing(one) is None for one in operation.implementations}
+        cells = ["-" if one not in can else "yes" if can[one] else "not here" for one in operations.DEVICES]
         wanted = [one for one in can if can[one] and family in ("auto", one)]
-        operations.add_row(f"{operation.name}: {operation.what}", *cells, " or ".join(wanted) or "reference")
-    console.print(operations)
+        listed.add_row(f"{operation.name}: {operation.what}", *cells, " or ".join(wanted) or "reference")
+    console.print(listed)
     console.print(
         "A kernel runs for tensors on its device that it can take (cpu: on the CPU, triton: on the GPU); the reference, plain "
         "PyTorch, runs for all others.",
@@ -65,7 +65,7 @@ def info() -> None:
     )
     console.print(
         f"In use: {asked}" + ("" if asked != "auto" else f" - cpu:{best}" if best else " - reference") + ". "
-        f"TESSERA_BACKEND takes {', '.join(registry.BACKENDS)}.",
+        f"TESSERA_BACKEND takes {', '.join(operations.BACKENDS)}.",
         highlight=False,
     )
 

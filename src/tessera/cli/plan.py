@@ -48,9 +48,9 @@ def plan(
     from tessera.cli.quiet import quiet
 
     quiet()
-    from tessera.evaluation.sources import load_config
+    from tessera.evaluation.loading import load_config
     from tessera.planning import plan as find
-    from tessera.planning.table import advice, caption, table
+    from tessera.planning.plan_table import advice, caption, table
 
     console = Console()
     with one_line_errors():

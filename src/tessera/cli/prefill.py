@@ -49,7 +49,7 @@ def prefill(
 
     quiet()
     from tessera import evaluation
-    from tessera.evaluation import prefill as files
+    from tessera.evaluation import prefill_file as files
 
     console = Console()
     with one_line_errors():

@@ -44,7 +44,7 @@ def stats(
 
     quiet()
     from tessera import evaluation
-    from tessera.codecs.key_stats import save_stats
+    from tessera.codecs.channel_stats import save_stats
     from tessera.evaluation.key_stats import measure_stats
 
     console = Console()

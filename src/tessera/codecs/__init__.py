@@ -7,9 +7,9 @@ from tessera.codecs.hqmq_joint import JointHQMQ
 
 # isort: split
 from tessera.codecs.blocks import Blocks
+from tessera.codecs.channel_stats import KeyStats, load_stats, save_stats
 from tessera.codecs.fp8 import FP8
 from tessera.codecs.integer import Int, Kivi
-from tessera.codecs.key_stats import KeyStats, load_stats, save_stats
 from tessera.codecs.registry import examples, get, names
 from tessera.codecs.scalar import Scalar
 

@@ -104,8 +104,9 @@ class JointCodebook:
     """A codebook of 4-vectors q_p·q_s, all 24 units p times secondaries s of any length.
 
     Eight of the units, ±1, ±i, ±j, ±k, only permute components and change signs, and so do their products with v̄ from the
-    right, v in {1, i, j, k}. Every codeword is such a *move* (a signed permutation) of one of few *points*: code = point ·
-    moves + move. A decoder needs the table of points and only changes signs.
+    right, v in {1, i, j, k}. So the codewords fall into orbits of a group of signed permutations, and a code names an orbit's
+    representative and a signed permutation: code = representative · permutations + permutation. A decoder needs the table of
+    representatives and only exchanges components and changes signs.
 
     Attributes:
         bits: width of a code, in bits.
@@ -128,32 +129,32 @@ class JointCodebook:
         return _products(self.base, self.conjugations)
 
     @property
-    def points(self) -> Tensor:
-        """The codewords from which moves make all codewords: (9 n, 4) int16 with conjugations, else (3 n, 4).
+    def representatives(self) -> Tensor:
+        """One codeword of each orbit, from which signed permutations make all: (9 n, 4) int16 with conjugations, else (3 n, 4).
 
-        Conjugation by ω permutes the last three components of a point cyclically. With conjugations the points are ordered so
-        that kernels need tables for a third of them only: of m = 3 n points the largest multiple of `TABLE`, these permuted
-        once, these permuted twice; then the remaining points in the same three forms.
+        Conjugation by ω permutes the last three components cyclically. With conjugations the representatives are ordered so
+        that kernels need tables for a third of them only: of m = 3 n the largest multiple of `TABLE`, these permuted once,
+        these permuted twice; then the remaining ones in the same three forms.
         """
-        points = _points(self.base, self.conjugations)
-        return torch.empty_like(points).index_copy_(0, _places(len(self.base), self.conjugations), points)
+        found = _representatives(self.base, self.conjugations)
+        return torch.empty_like(found).index_copy_(0, _places(len(self.base), self.conjugations), found)
 
     @property
-    def moves(self) -> tuple[Tensor, Tensor]:
-        """Permutations and signs: (moves, 4) int64 each, 32 with conjugations, else 8. x moves to sign · x[permutation]."""
-        return _moves(self.conjugations)
+    def signed_permutations(self) -> tuple[Tensor, Tensor]:
+        """Permutations and signs: (n, 4) int64 each, n = 32 with conjugations, else 8. x becomes sign · x[permutation]."""
+        return _signed_permutations(self.conjugations)
 
     @property
     def codewords(self) -> Tensor:
         """All codewords in the order of their codes, as integers: (24 S, 4) int16."""
-        return _moved(self.points, self.moves)
+        return _orbits(self.representatives, self.signed_permutations)
 
     @cached_property
     def codes(self) -> Tensor:
         """The codes of all products, (24 S,) int64."""
-        order, moves = _order(self.conjugations), len(self.moves[0])
+        order, count = _order(self.conjugations), len(self.signed_permutations[0])
         code = (torch.arange(len(self.base))[:, None] * len(order) + order).flatten()
-        return _places(len(self.base), self.conjugations)[code // moves] * moves + code % moves
+        return _places(len(self.base), self.conjugations)[code // count] * count + code % count
 
 
 def _integers(q: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ def _products(base: Tensor, conjugations: bool) -> Tensor:
     return _integers(hamilton(units(), s[:, None]))
 
 
-def _points(base: Tensor, conjugations: bool) -> Tensor:
+def _representatives(base: Tensor, conjugations: bool) -> Tensor:
     # Powers of ω = (1 + i + j + k) / 2 take {±1, ±i, ±j, ±k} to its three cosets in the group.
     one, omega = units()[0], units()[8]
     powers = torch.stack((one, omega, hamilton(omega, omega)))
@@ -180,32 +181,32 @@ def _points(base: Tensor, conjugations: bool) -> Tensor:
 
 
 def _places(size: int, conjugations: bool) -> Tensor:
-    """Find the number of each of `_points` in the codebook, (points,) int64."""
+    """Find the number of each of `_representatives` in the codebook, (n,) int64."""
     if not conjugations:
         return torch.arange(3 * size)
     count = 3 * size
     whole = count // TABLE * TABLE
-    point, turns = torch.arange(count)[:, None], torch.arange(3)
-    return torch.where(point < whole, turns * whole + point, 2 * whole + turns * (count - whole) + point).flatten()
+    number, turns = torch.arange(count)[:, None], torch.arange(3)
+    return torch.where(number < whole, turns * whole + number, 2 * whole + turns * (count - whole) + number).flatten()
 
 
 @cache
-def _moves(conjugations: bool) -> tuple[Tensor, Tensor]:
+def _signed_permutations(conjugations: bool) -> tuple[Tensor, Tensor]:
     left, right = left_matrix(units()[:8]), right_matrix(conjugate(units()[0 : 8 if conjugations else 2 : 2]))
     matrices = (left[:, None] @ right[None]).reshape(-1, 4, 4)
     permutation = matrices.abs().argmax(-1)
     return permutation, matrices.gather(-1, permutation.unsqueeze(-1)).squeeze(-1).long()
 
 
-def _moved(points: Tensor, moves: tuple[Tensor, Tensor]) -> Tensor:
-    permutation, sign = moves
-    return (points[:, permutation] * sign.to(points.dtype)).reshape(-1, 4)
+def _orbits(representatives: Tensor, signed_permutations: tuple[Tensor, Tensor]) -> Tensor:
+    permutation, sign = signed_permutations
+    return (representatives[:, permutation] * sign.to(representatives.dtype)).reshape(-1, 4)
 
 
 @cache
 def _order(conjugations: bool) -> Tensor:
     probe = torch.tensor([[22, 10, 6, 4]])  # all of its products are different
-    codes = _moved(_points(probe, conjugations), _moves(conjugations))
+    codes = _orbits(_representatives(probe, conjugations), _signed_permutations(conjugations))
     same = (_products(probe, conjugations)[:, None] == codes).all(-1)
     assert (same.sum(0) == 1).all()
     assert (same.sum(1) == 1).all()

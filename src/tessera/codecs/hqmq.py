@@ -232,10 +232,12 @@ class HQMQ(Codec):
         radius = radius * packed.tensors["scale"].float().unsqueeze(-1)
         chunks = words[head, direction] * radius.unsqueeze(-1)
         if "flags" in packed.tensors:
+            # Indices of a fixed number, because for a mask as index the host would have to know how many are set.
             flags = unpack_bits(packed.tensors["flags"], 1, chunks.shape[3]).bool()
-            order = chunks.permute(2, 0, 1, 3, 4).contiguous()
-            order[flags.permute(2, 0, 1, 3)] = packed.tensors["kept"].float()
-            chunks = order.permute(1, 2, 0, 3, 4)
+            order = flags.permute(2, 0, 1, 3)
+            number = (order.flatten().cumsum(0) - 1).clamp(min=0).view(order.shape).permute(1, 2, 0, 3)
+            kept = packed.tensors["kept"].float()
+            chunks = torch.where(flags.unsqueeze(-1), kept[number], chunks) if len(kept) else chunks
         x = from_chunks(chunks, dim)
         return x @ rotation(dim, device=x.device) if self.rotate else x
 

@@ -63,7 +63,7 @@ class JointHQMQ(Codec):
         self.group = GROUP if centre else 1
         self.weighs = stats and rotate and centre
         self.summarises = centre
-        self.revision = 2 if joint_shape(self.code_bits)[1] else 1  # revision 2 changed the order of `JointCodebook.points`
+        self.revision = 2 if joint_shape(self.code_bits)[1] else 1  # revision 2 changed the order of the representatives
         words = (("norot", rotate), ("nocentre", centre), ("nostats", self.weighs or not (rotate and centre)))
         self.spec = "_".join((f"hqmq:{bits:g}", *(word for word, has in words if not has)))
 
@@ -145,7 +145,7 @@ class JointHQMQ(Codec):
 @cache
 def _format(code_bits: int, rotated_dim: int, group: int) -> JointFormat:
     book = joint(code_bits)
-    permutation, sign = book.moves
+    permutation, sign = book.signed_permutations
     dct, signs = (
         rotation_factors(rotated_dim)
         if rotated_dim
@@ -153,10 +153,10 @@ def _format(code_bits: int, rotated_dim: int, group: int) -> JointFormat:
     )
     return JointFormat(
         bits=code_bits,
-        move_bits=(len(sign) - 1).bit_length(),
+        permutation_bits=(len(sign) - 1).bit_length(),
         step=book.step,
         value_gain=1 / (1 - book.nmse),
-        points=book.points,
+        representatives=book.representatives,
         permutation=permutation,
         sign=sign,
         scales=logscale.from_byte(torch.arange(256, dtype=torch.uint8)),

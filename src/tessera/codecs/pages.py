@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.codecs.base import Codec, Packed, Role
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 from tessera.kernels.paged import GROUP, ROLES, BlockLayout, Field
 
 #: Alignment of every field in bytes: the size of the largest kept number.

@@ -1,7 +1,7 @@
 """Measurement of caches on real models: perplexity, divergence, bytes and speed, in one result record."""
 
-from tessera.evaluation.compare import compare
+from tessera.evaluation.comparison import compare
+from tessera.evaluation.loading import Source, load, read_text
 from tessera.evaluation.records import Comparison, Row, load_all, save_all
-from tessera.evaluation.sources import Source, load, read_text
 
 __all__ = ["Comparison", "Row", "Source", "compare", "load", "load_all", "read_text", "save_all"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.attention import enable
-from tessera.attention.first_token import SINK, first_key_weight
+from tessera.attention.first_token_weight import SINK, first_key_weight
 from tessera.attention.observed import Call, observed
 from tessera.cache.model_config import read_config
 from tessera.cache.per_layer import parse

@@ -10,8 +10,8 @@ from tessera.adapters import attached_memory
 from tessera.attention import enable
 from tessera.attention.observed import Call, observed
 from tessera.cache.model_config import read_config, rotary_partner
-from tessera.codecs.key_stats import KeyStats
-from tessera.evaluation.sources import Source, encode, windows
+from tessera.codecs.channel_stats import KeyStats
+from tessera.evaluation.loading import Source, encode, windows
 
 #: First tokens whose keys are left out: those of attention sinks differ from other keys, and stay exact in most caches.
 SKIPPED = 4

@@ -31,7 +31,7 @@ from tessera.cache.cache_layer import TesseraLayer
 from tessera.cache.model_config import read_config
 from tessera.cache.per_layer import parse
 from tessera.cache.policy import RetentionPolicy
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 from tessera.evaluation.protocols import filler, new_cache
 from tessera.evaluation.records import LayerRow
 from tessera.kernels import CompressedKV

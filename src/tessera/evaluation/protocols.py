@@ -1,4 +1,4 @@
-"""The two protocols of comparisons, see `tessera.evaluation.compare`, and the specifications of the second."""
+"""The two protocols of comparisons, see `tessera.evaluation.comparison`, and the specifications of the second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tessera import codecs
 from tessera.cache import Cache, Prefill
 from tessera.cache.per_layer import PerLayer, parse
 from tessera.cache.spec import BLOCK, Spec
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 
 PROTOCOLS = ("streaming", "paper")
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-import tessera
 from tessera.files import write_json
 from tessera.kernels import cpu
+from tessera.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Row:
     """The results of one cache specification under one protocol.
 
     Attributes:
-        protocol: "streaming" or "paper", see `tessera.evaluation.compare`.
+        protocol: "streaming" or "paper", see `tessera.evaluation.comparison`.
         spec: specification of the cache.
         perplexity: exp of the mean negative log-likelihood of the text.
         delta: perplexity relative to the exact cache, minus one.
         delta_error: standard error of `delta` over the tokens of this text, paired with the exact cache; see
-            `tessera.evaluation.errors`. Records before `kl_error` was kept took tokens for independent.
+            `tessera.evaluation.standard_errors`. Records before `kl_error` was kept took tokens for independent.
         kl: mean over tokens of KL(exact || spec), in nats.
         top1: share of tokens at which both models' likeliest next token is the same.
         codec_bits: true bits per element of the compressed tier; of the whole cache where there is none.
@@ -68,7 +68,7 @@ class Pair:
         spec: specification of the first cache.
         other: specification of the second cache.
         nll: mean difference of the negative log-likelihoods of the text.
-        nll_error: standard error of `nll`, see `tessera.evaluation.errors`.
+        nll_error: standard error of `nll`, see `tessera.evaluation.standard_errors`.
         kl: mean difference of the divergences from the exact model.
         kl_error: standard error of `kl`.
     """
@@ -183,7 +183,7 @@ def environment() -> dict[str, str]:
 
     return {
         "date": date.today().isoformat(),
-        "tessera": tessera.__version__,
+        "tessera": VERSION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from tessera.cache.per_layer import parse
-from tessera.evaluation.errors import NEIGHBOURS
 from tessera.evaluation.first_token import SINK, SINKS, lacks_sinks, with_sinks
 from tessera.evaluation.records import Comparison, Row
+from tessera.evaluation.standard_errors import NEIGHBOURS
 
 COLUMNS = ("cache", "perplexity", "Δ", "KL", "top-1", "bits", "bits in all", "cache size", "smaller", "tokens/s")
 #: Maximum number of pairs of one protocol that are printed; the record has all.

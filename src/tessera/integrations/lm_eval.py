@@ -29,7 +29,7 @@ from tqdm import tqdm
 import tessera
 from tessera.cache.per_layer import parse
 from tessera.cache.report import CacheReport
-from tessera.codecs.key_stats import load_stats
+from tessera.codecs.channel_stats import load_stats
 
 #: A request of the harness: what it is cached by, the tokens of the context, and those to be scored behind it.
 Request = tuple[Any, list[int], list[int]]

@@ -1,4 +1,4 @@
-"""All operations that have kernels, each with its implementations; `tessera.kernels.registry` chooses among them."""
+"""All operations that have kernels, each with its implementations; `tessera.kernels.operations` chooses among them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tessera.kernels import compressed_kv, cpu, directions, feedback, pack, paged, recurrent_grid, reference, triton
+from tessera.kernels import compressed_kv, cpu, directions, error_feedback, pack, paged, recurrent_grid, reference, triton
 from tessera.kernels.compressed_kv import Coded, CompressedKV
+from tessera.kernels.cpu import cpu_paged, sources, tiled
 from tessera.kernels.cpu import encode as cpu_encode
 from tessera.kernels.cpu import grid as cpu_grid
-from tessera.kernels.cpu import paged as cpu_paged
-from tessera.kernels.cpu import sources, tiled
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import Codewords
+from tessera.kernels.operations import BACKENDS, OPERATIONS, Implementation, Operation, chosen, say_once
 from tessera.kernels.params import AttendParams
 from tessera.kernels.precision import no_autocast, without_autocast
 from tessera.kernels.recurrent_grid import Gates, Steps
-from tessera.kernels.registry import BACKENDS, OPERATIONS, Implementation, Operation, chosen, say_once
 from tessera.kernels.source import Source
-from tessera.kernels.triton import paged as triton_paged
+from tessera.kernels.triton import triton_paged
 
 __all__ = ["BACKENDS", "OPERATIONS", "chosen", "say_once"]
 
@@ -100,7 +99,7 @@ NEAREST_DIRECTIONS = Operation(
 ENCODE_FEEDBACK = Operation(
     "encode_feedback",
     _SEARCH,
-    Implementation("reference", feedback, "encode_feedback"),
+    Implementation("reference", error_feedback, "encode_feedback"),
     [
         Implementation(
             "cpu", cpu_encode, "encode_feedback", lambda y, matrix, book: cpu.float32_refusal((y, matrix)), levels=True
@@ -268,7 +267,7 @@ def nearest_directions(chunks: Tensor, rotations: Tensor, backend: str | None = 
 
 
 def encode_feedback(y: Tensor, matrix: Tensor, book: Codewords, backend: str | None = None) -> Tensor:
-    """Codes of vectors with the errors of later chunks fed back, see `tessera.kernels.feedback.encode_feedback`.
+    """Codes of vectors with the errors of later chunks fed back, see `tessera.kernels.error_feedback.encode_feedback`.
 
     Args:
         y, matrix, book: as there.

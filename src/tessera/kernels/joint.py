@@ -14,17 +14,18 @@ from torch import Tensor
 class JointFormat:
     """The format of a vector R⁻¹ (scale · codewords); a key's channels are then multiplied by factors and added to means.
 
-    Codes are packed contiguously, `bits` each, one for four numbers: point · 2^move_bits + move, the codeword
-    being sign[move] · points[point][permutation[move]] · step.
+    Codes are packed contiguously, `bits` each, one for four numbers: point · 2^permutation_bits + move, the codeword being
+    sign[move] · representatives[point][permutation[move]] · step. So kernels, for short, call the number of an orbit's
+    representative a point, and that of a signed permutation a move; see `JointCodebook` in `tessera.codecs.codebooks`.
 
     Attributes:
         bits: width of a code, in bits.
-        move_bits: how many of them, the lowest, are the move.
-        step: the value of one unit of a point's integers.
+        permutation_bits: how many of them, the lowest, name the signed permutation.
+        step: the value of one unit of a representative's integers.
         value_gain: values are multiplied by it.
-        points: (n, 4) int16.
-        permutation: (2^move_bits, 4) int64.
-        sign: (2^move_bits, 4) int64, ±1.
+        representatives: (n, 4) int16.
+        permutation: (2^permutation_bits, 4) int64.
+        sign: (2^permutation_bits, 4) int64, ±1.
         scales: (256,) float32, the scale for each byte of field "scale".
         group: tokens that share a row of field "centre": int16 words, a half-precision mean of which the low four bits
             hold the exponent of the factor.
@@ -34,10 +35,10 @@ class JointFormat:
     """
 
     bits: int
-    move_bits: int
+    permutation_bits: int
     step: float
     value_gain: float
-    points: Tensor
+    representatives: Tensor
     permutation: Tensor
     sign: Tensor
     scales: Tensor

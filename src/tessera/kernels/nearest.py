@@ -129,8 +129,8 @@ class Codewords:
         products: (24 S, 4) int16, row s · 24 + p is q_p·q_s in units of `step`.
         step: what one integer is worth.
         conjugations: whether the codebook is closed under s -> u·s·ū; then s = base · 12 + rotation.
-        codes: (24 S,) int64, the code of each product: a point times the number of moves, 32 with conjugations and else 8, plus
-            a move; within a base, points and moves of the products are the same for all bases.
+        codes: (24 S,) int64, the code of each product: the number of its orbit's representative times the number of signed
+            permutations, 32 with conjugations and else 8, plus that of one; within a base both are the same for all bases.
     """
 
     products: Tensor

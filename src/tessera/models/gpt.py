@@ -1,4 +1,4 @@
-"""The name that `tessera.lab.models.gpt` had in version 0.1."""
+"""The name that `tessera.lab.models.small_gpt` had in version 0.1."""
 
 from __future__ import annotations
 

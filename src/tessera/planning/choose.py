@@ -146,7 +146,7 @@ def plan(
 def _config(model_or_config: Any) -> tuple[Any, Any]:
     """Return the config, and the argument without wrappers."""
     if isinstance(model_or_config, str):
-        from tessera.evaluation.sources import load_config
+        from tessera.evaluation.loading import load_config
 
         return load_config(model_or_config), None
     given = unwrap(model_or_config)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tessera.tensor_cache.config import TensorCacheConfig
-from tessera.tensor_cache.state import TensorCacheState
 from tessera.tensor_cache.tensor_cache import TensorCache
+from tessera.tensor_cache.tensor_cache_config import TensorCacheConfig
+from tessera.tensor_cache.tensor_cache_state import TensorCacheState
 
 __all__ = ["TensorCache", "TensorCacheConfig", "TensorCacheState"]

@@ -7,12 +7,12 @@ import sys
 from torch import Tensor
 
 from tessera.kernels.cpu import absorb as cpu_absorb
-from tessera.kernels.registry import Implementation, Operation
+from tessera.kernels.operations import Implementation, Operation
 from tessera.tensor_cache import scan
-from tessera.tensor_cache.config import Order, Rule
 from tessera.tensor_cache.fused import fused_scan
 from tessera.tensor_cache.fused import refusal as fused_refusal
 from tessera.tensor_cache.recurrence import wedge
+from tessera.tensor_cache.tensor_cache_config import Order, Rule
 
 
 def recur(
@@ -26,6 +26,7 @@ def recur(
     order: Order = "write_first",
     chunk: int = 64,
     backend: str | None = None,
+    least: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `tessera.tensor_cache.recurrence.loop` for any number of tokens; shapes as there.
 
@@ -34,13 +35,14 @@ def recur(
         chunk: tokens of a chunk of `tessera.tensor_cache.scan.scan`, which runs where no kernel can.
         backend: see `tessera.kernels.dispatch.attend`. "cpu" is the kernel in C++, "triton" flash-linear-attention's where they
             fit, "reference" the scan.
+        least: see `tessera.tensor_cache.scan.scan`.
 
     Raises:
         ValueError: if the kernel in C++ is asked for and cannot do it, saying why.
     """
     if rule == "wedge":
-        return wedge(recur, q, k, v, g, eta, state, order, chunk, backend)
-    found: tuple[Tensor, Tensor] = RECUR(q, k, v, g, eta, state, rule, order, chunk, backend=backend)
+        return wedge(recur, q, k, v, g, eta, state, order, chunk, backend, least)
+    found: tuple[Tensor, Tensor] = RECUR(q, k, v, g, eta, state, rule, order, chunk, least, backend=backend)
     return found
 
 
@@ -54,6 +56,7 @@ def _absorb(
     rule: Rule,
     order: Order,
     chunk: int,
+    least: float | None,
     *,
     level: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -61,7 +64,16 @@ def _absorb(
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, eta: Tensor, state: Tensor, rule: Rule, order: Order, chunk: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    eta: Tensor,
+    state: Tensor,
+    rule: Rule,
+    order: Order,
+    chunk: int,
+    least: float | None,
 ) -> tuple[Tensor, Tensor]:
     return fused_scan(q, k, v, g, eta, state, rule)
 
@@ -82,7 +94,7 @@ RECUR = Operation(
             "triton",
             sys.modules[__name__],
             "_fused",
-            lambda q, k, v, g, eta, state, rule, order, chunk: fused_refusal(q, v, rule, order),
+            lambda q, k, v, g, eta, state, rule, order, *_: fused_refusal(q, v, rule, order),
         ),
     ],
 )

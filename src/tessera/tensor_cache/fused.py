@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tessera.tensor_cache.config import Order, Rule
+from tessera.tensor_cache.tensor_cache_config import Order, Rule
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 #: Largest head_dim that the kernels take.

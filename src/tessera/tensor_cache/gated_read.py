@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tessera.finite import FiniteCheck
 from tessera.modules import Float32Module
-from tessera.tensor_cache.config import TensorCacheConfig
 from tessera.tensor_cache.rotary import Phase
-from tessera.tensor_cache.state import TensorCacheState
 from tessera.tensor_cache.tensor_cache import TensorCache
+from tessera.tensor_cache.tensor_cache_config import TensorCacheConfig
+from tessera.tensor_cache.tensor_cache_state import TensorCacheState
 
 
 def is_gate(name: str) -> bool:
@@ -87,7 +88,14 @@ class TensorCacheLayer(Float32Module):
         return added if self.reads else added * 0
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, positions: Tensor | None, state: TensorCacheState | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor,
+        positions: Tensor | None,
+        state: TensorCacheState | None = None,
+        finite: FiniteCheck | None = None,
     ) -> tuple[Tensor, TensorCacheState]:
         """Compute the contribution for whole sequences, or for the next part of them.
 
@@ -97,6 +105,7 @@ class TensorCacheLayer(Float32Module):
             real: (batch, tokens) bool, False for padding before the first token.
             positions: (batch or 1, tokens) int64, the rotary positions; None where `unrotates` is False.
             state: the state after the previous part; None: the sequences begin.
+            finite: see `TensorCache.forward`.
 
         Returns:
             (batch, n, hidden), and the new state.
@@ -106,8 +115,8 @@ class TensorCacheLayer(Float32Module):
         query = self.unrotated(q, None if positions is None else positions[:, past:])
         if past:
             nothing = k.new_zeros((k.shape[0], k.shape[1], past, k.shape[3]))
-            _, state = self.memory(nothing, k[:, :, :past], v[:, :, :past], state, real[:, :past])
-        read, state = self.memory(query, k[:, :, past:], v[:, :, past:], state, real[:, past : past + n])
+            _, state = self.memory(nothing, k[:, :, :past], v[:, :, :past], state, real[:, :past], finite=finite)
+        read, state = self.memory(query, k[:, :, past:], v[:, :, past:], state, real[:, past : past + n], finite=finite)
         return self.project(read, query), state
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.tensor_cache.config import Order, Rule
+from tessera.tensor_cache.tensor_cache_config import Order, Rule
 
 
 def loop(

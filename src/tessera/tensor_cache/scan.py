@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from tessera.tensor_cache.config import Order, Rule
 from tessera.tensor_cache.recurrence import wedge
+from tessera.tensor_cache.tensor_cache_config import Order, Rule
 
 #: The smallest logarithm of a token's decay: the remaining 4e-18 of a matrix are below the rounding of any write.
 _LEAST = -40.0
@@ -40,16 +40,23 @@ def scan(
     rule: Rule,
     order: Order = "write_first",
     chunk: int = 64,
+    least: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `tessera.tensor_cache.recurrence.loop`, `chunk` tokens at a time. Any number of tokens; shapes as there."""
+    """Compute `tessera.tensor_cache.recurrence.loop`, `chunk` tokens at a time. Any number of tokens; shapes as there.
+
+    Args:
+        q, k, v, g, eta, state, rule, order: as there.
+        chunk: most tokens of a chunk.
+        least: a number that no g is below, if one is known; None: the host reads g, and waits for its device.
+    """
     batch, heads, group, tokens, _ = q.shape
     if tokens == 0:
         return q.new_zeros((*q.shape[:4], v.shape[-1])), state
     if rule == "wedge":
-        return wedge(scan, q, k, v, g, eta, state, order, chunk)
+        return wedge(scan, q, k, v, g, eta, state, order, chunk, least)
     g = g.clamp(min=_LEAST)
     size = -(-tokens // -(-tokens // chunk))  # the same number of chunks, of equal size, with little padding
-    while size > 2 and float(_cut(g.detach(), 2, size).sum(-1).amin()) < 2 * _LEAST:
+    while size > 2 and _decay(g, size, least) < 2 * _LEAST:
         size = (size + 1) // 2  # the factors of a decay must be within the range of float32
     # Chunks come first, so that each is contiguous; the query heads of a group become rows of their chunk.
     q = _cut(q, 3, size).movedim(3, 0).flatten(3, 4).flatten(1, 2)
@@ -57,6 +64,11 @@ def scan(
     read, end = _Scan.apply(q, k, v, g, eta, state.flatten(0, 1), rule == "delta", order == "read_first")
     read = read.unflatten(2, (group, size)).movedim(0, 2).flatten(2, 3).unflatten(0, (batch, heads))
     return read[:, :, :, :tokens], end.unflatten(0, (batch, heads))
+
+
+def _decay(g: Tensor, size: int, least: float | None) -> float:
+    """The smallest logarithm of a chunk's decay, or a number below it."""
+    return float(_cut(g.detach(), 2, size).sum(-1).amin()) if least is None else max(least, _LEAST) * size
 
 
 def _cut(x: Tensor, dim: int, size: int) -> Tensor:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax, logsigmoid, normalize, one_hot, pad
 
+from tessera.finite import FiniteCheck
 from tessera.kernels.precision import join
 from tessera.modules import Float32Module
-from tessera.tensor_cache.config import Rule, TensorCacheConfig
 from tessera.tensor_cache.forms import recur
 from tessera.tensor_cache.recurrence import loop
 from tessera.tensor_cache.scan import scan
-from tessera.tensor_cache.state import TensorCacheState
+from tessera.tensor_cache.tensor_cache_config import Rule, TensorCacheConfig
+from tessera.tensor_cache.tensor_cache_state import TensorCacheState
 
 
 def logit(p: float) -> float:
@@ -41,6 +42,7 @@ class TensorCache(Float32Module):
         if num_heads < 1 or head_dim < 1:
             raise ValueError(f"a Tensor Cache needs heads and a head_dim, got {num_heads} and {head_dim}")
         self.config, self.num_heads, self.head_dim = config, num_heads, head_dim
+        self._leasts: dict[tuple[int, int], float] = {}
         decays = torch.tensor([logit(decay) for decay in config.decays(num_heads)], dtype=torch.float32)
         self.decay_logit = nn.Parameter(decays)
         self.rate_logit = nn.Parameter(torch.full_like(decays, logit(config.write_rate)))
@@ -57,6 +59,11 @@ class TensorCache(Float32Module):
     def extra_repr(self) -> str:
         """Describe the module in its `repr`."""
         return f"heads={self.num_heads}, head_dim={self.head_dim}, rule={self.config.rule!r}"
+
+    def train(self, mode: bool = True) -> TensorCache:
+        """Set the mode, see `nn.Module`; what is known of the parameters is forgotten."""
+        self._leasts = {}
+        return super().train(mode)
 
     @property
     def decay(self) -> Tensor:
@@ -85,7 +92,14 @@ class TensorCache(Float32Module):
         )
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: TensorCacheState | None = None, real: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: TensorCacheState | None = None,
+        real: Tensor | None = None,
+        *,
+        finite: FiniteCheck | None = None,
     ) -> tuple[Tensor, TensorCacheState]:
         """Compute the reads of whole sequences, or of the next part of them.
 
@@ -96,6 +110,7 @@ class TensorCache(Float32Module):
             k, v: (batch, num_heads, tokens, head_dim).
             state: the state that the previous part returned; None: the sequences begin.
             real: (batch, tokens) bool, False for padding, which is never written; None: there is none.
+            finite: told of keys and values that are not finite, on devices where it defers that; None: they are refused.
 
         Returns:
             read: (batch, query heads, tokens, head_dim) in the dtype of `q`, before any gate; and the new state.
@@ -103,7 +118,7 @@ class TensorCache(Float32Module):
         Raises:
             ValueError: for shapes that do not fit, and for keys or values that are not finite; the state is not changed.
         """
-        state = self._checked(q, k, v, state)
+        state = self._checked(q, k, v, state, finite)
         batch, tokens = q.shape[0], q.shape[2]
         if k.shape[2] != tokens:
             raise ValueError(f"there are {tokens} queries and {k.shape[2]} keys; the parallel form takes as many of each")
@@ -176,32 +191,45 @@ class TensorCache(Float32Module):
                 route, share = self._routes(k, q)
                 q, k, v = self._to_slots(q, k, v)
 
-            def run(decay: Tensor, rate: Tensor, a: Tensor, v: Tensor, rule: Rule = config.rule) -> tuple[Tensor, Tensor]:
+            def run(
+                decay: Tensor, rate: Tensor, a: Tensor, v: Tensor, least: float | None, rule: Rule = config.rule
+            ) -> tuple[Tensor, Tensor]:
                 g, eta = self._rates(decay, rate, live, route)
                 if by_loop:
                     return loop(q, k, v, g, eta, a, rule, config.order)
                 if config.write == "chunk_means":
                     mean_k, mean_v, eta = _means(k, v, eta, config.chunk)
-                    return scan(q, mean_k, mean_v, g, eta, a, rule, config.order, config.chunk)
-                return recur(q, k, v, g, eta, a, rule, config.order, config.chunk)
+                    return scan(q, mean_k, mean_v, g, eta, a, rule, config.order, config.chunk, least)
+                return recur(q, k, v, g, eta, a, rule, config.order, config.chunk, None, least)
 
-            read, a = run(decay, rate, state.a, v)
+            least = None if config.rates == "token" else self._least(self.decay_logit)
+            read, a = run(decay, rate, state.a, v, least)
             changed: dict[str, Tensor] = {"a": a}
             if config.slow is not None:
                 assert state.slow is not None
-                slow, changed["slow"] = run(
-                    self.slow_decay_logit.float()[:, None], self.slow_rate_logit.float()[:, None], state.slow, v
-                )
+                slow_rates = self.slow_decay_logit.float()[:, None], self.slow_rate_logit.float()[:, None]
+                slow, changed["slow"] = run(*slow_rates, state.slow, v, self._least(self.slow_decay_logit))
                 mix = torch.sigmoid(self.slow_share.float()).repeat_interleave(config.slots).view(1, -1, 1, 1, 1)
                 read = read + mix * (slow - read)
             if config.normalise_read:
                 assert state.z is not None
                 ones = v.new_ones((*v.shape[:3], 1))
-                weight, changed["z"] = run(decay, rate, state.z, ones, "outer")
+                weight, changed["z"] = run(decay, rate, state.z, ones, least, "outer")
                 read = read / weight.abs().clamp(min=1.0)
             if share is not None:
                 read = (read.unflatten(1, (self.num_heads, config.slots)) * share.unsqueeze(-1)).sum(2)
             return read.flatten(1, 2).to(dtype), replace(state, **changed)
+
+    def _least(self, logit: Tensor) -> float | None:
+        """The smallest logarithm of a decay, which is read from the device once after training; None: it is not known."""
+        if torch.is_grad_enabled() or logit.is_inference():
+            return None  # the parameter changes, or its changes are not counted
+        key = logit.data_ptr(), logit._version
+        known = self._leasts.get(key)
+        if known is None:
+            self._leasts = {other: each for other, each in self._leasts.items() if other[0] != key[0]}
+            known = self._leasts[key] = float(logsigmoid(logit.detach().float()).amin())
+        return known
 
     def _rates(self, decay: Tensor, rate: Tensor, live: Tensor, route: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return log-decays and write rates of all matrices, (batch, heads · slots, tokens); zero where no pair leaves."""
@@ -235,13 +263,13 @@ class TensorCache(Float32Module):
         return q.repeat_interleave(slots, 1), k.repeat_interleave(slots, 1), v.repeat_interleave(slots, 1)
 
     @staticmethod
-    def check_finite(k: Tensor, v: Tensor) -> None:
-        """Refuse shapes that do not fit, and numbers that are not finite, which would corrupt the state."""
-        for name, x in (("keys", k), ("values", v)):
-            if not x.isfinite().all():
-                raise ValueError(f"{name} must be finite; a matrix that has absorbed NaN or infinity never recovers")
+    def check_finite(k: Tensor, v: Tensor, finite: FiniteCheck | None = None) -> None:
+        """Refuse numbers that are not finite, which would corrupt the state; `finite` may defer that."""
+        (FiniteCheck(at_once=True) if finite is None else finite).look(k, v)
 
-    def _checked(self, q: Tensor, k: Tensor, v: Tensor, state: TensorCacheState | None) -> TensorCacheState:
+    def _checked(
+        self, q: Tensor, k: Tensor, v: Tensor, state: TensorCacheState | None, finite: FiniteCheck | None = None
+    ) -> TensorCacheState:
         batch, dim = q.shape[0], self.head_dim
         if q.ndim != 4 or q.shape[3] != dim or q.shape[1] % self.num_heads:
             raise ValueError(
@@ -250,7 +278,7 @@ class TensorCache(Float32Module):
         for name, x in (("keys", k), ("values", v)):
             if x.ndim != 4 or x.shape[:2] != (batch, self.num_heads) or x.shape[3] != dim or x.shape[2] != k.shape[2]:
                 raise ValueError(f"{name} {tuple(x.shape)} do not fit: expected ({batch}, {self.num_heads}, tokens, {dim})")
-        self.check_finite(k, v)
+        self.check_finite(k, v, finite)
         if state is None:
             return self.initial_state(batch, k)
         matrices = (batch, self.num_heads * self.config.slots, dim, dim)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tessera.tensor_memory.config import TensorMemoryConfig
-from tessera.tensor_memory.state import TensorMemoryState
 from tessera.tensor_memory.tensor_memory import TensorMemory
+from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig
+from tessera.tensor_memory.tensor_memory_state import TensorMemoryState
 
 __all__ = ["TensorMemory", "TensorMemoryConfig", "TensorMemoryState"]

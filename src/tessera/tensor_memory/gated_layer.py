@@ -10,9 +10,9 @@ from torch.nn.functional import layer_norm
 
 from tessera.finite import FiniteCheck
 from tessera.modules import Float32Module
-from tessera.tensor_memory.config import TensorMemoryConfig
-from tessera.tensor_memory.state import TensorMemoryState
 from tessera.tensor_memory.tensor_memory import TensorMemory
+from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig
+from tessera.tensor_memory.tensor_memory_state import TensorMemoryState
 
 
 class TensorMemoryLayer(Float32Module):

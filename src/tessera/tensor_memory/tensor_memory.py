@@ -15,10 +15,10 @@ from tessera.finite import FiniteCheck, finite_only
 from tessera.kernels import dispatch
 from tessera.kernels.recurrent_grid import Gates, Steps
 from tessera.modules import Float32Module
-from tessera.tensor_memory.config import SIGMA_LEAST, TensorMemoryConfig
 from tessera.tensor_memory.coordinates import gaussian, nearest, positions, sample, solid
-from tessera.tensor_memory.reference import gate_inputs, update
-from tessera.tensor_memory.state import TensorMemoryState
+from tessera.tensor_memory.paper_step import gate_inputs, update
+from tessera.tensor_memory.tensor_memory_config import SIGMA_LEAST, TensorMemoryConfig
+from tessera.tensor_memory.tensor_memory_state import TensorMemoryState
 
 #: Maximum learned offset from a token's own place, on a grid from -1 to 1.
 REACH = 0.5

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tessera.cache.spec import BLOCK
-from tessera.cache.tiers.base import KVSource, Pairs, Tier, whole_blocks
+from tessera.cache.tiers.tier import KVSource, Pairs, Tier, whole_blocks
 from tessera.devices import upload
 from tessera.kernels.precision import join
 

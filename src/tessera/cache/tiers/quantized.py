@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tessera.cache.offload import Store
 from tessera.cache.spec import BLOCK
-from tessera.cache.tiers.base import KVSource, Pairs, Tier
+from tessera.cache.tiers.tier import KVSource, Pairs, Tier
 from tessera.codecs import Codec, Packed, Role
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 from tessera.finite import FiniteCheck
 from tessera.kernels import CompressedKV
 from tessera.kernels.precision import join

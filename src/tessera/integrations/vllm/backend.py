@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 from tessera.codecs.pages import block_layout
 from tessera.integrations.vllm.refusals import spec_refusal
 from tessera.integrations.vllm.ring import RingMetadata
@@ -102,7 +102,7 @@ class TesseraBackend(AttentionBackend):
     @staticmethod
     def get_impl_cls() -> type:
         """See vLLM's `AttentionBackend`."""
-        from tessera.integrations.vllm.attention import TesseraAttention
+        from tessera.integrations.vllm.packed_attention import TesseraAttention
 
         return TesseraAttention
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from tessera.codecs.key_stats import KeyStats, load_stats
+from tessera.codecs.channel_stats import KeyStats, load_stats
 
 
 @cache

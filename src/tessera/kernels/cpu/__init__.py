@@ -319,8 +319,8 @@ def book(form: Format, heads: int, layer: int) -> Any:
 
 @cache
 def _joint(form: JointFormat) -> Any:
-    tables = (form.points, form.permutation, form.sign, form.scales, form.dct, form.signs)
-    return _cpu.Book(form.bits, form.move_bits, form.step, *(table.contiguous().numpy() for table in tables))
+    tables = (form.representatives, form.permutation, form.sign, form.scales, form.dct, form.signs)
+    return _cpu.Book(form.bits, form.permutation_bits, form.step, *(table.contiguous().numpy() for table in tables))
 
 
 @cache

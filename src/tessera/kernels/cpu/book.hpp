@@ -1,4 +1,5 @@
 // A joint codebook as the kernels read it: code = point << move_bits | move, see JointCodebook in codecs/codebooks.py.
+// A point is the representative of an orbit of codewords, a move one of the signed permutations that make the others of it.
 #pragma once
 
 #include <cstdint>

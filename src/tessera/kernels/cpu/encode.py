@@ -64,7 +64,7 @@ def pack_nearest(x: Tensor, scale: Tensor, book: Codewords, bits: int, level: st
 
 
 def encode_feedback(y: Tensor, feedback: Tensor, book: Codewords, level: str | None = None) -> Tensor:
-    """`tessera.kernels.feedback.encode_feedback`, codes as int32; `level`: see `nearest`."""
+    """`tessera.kernels.error_feedback.encode_feedback`, codes as int32; `level`: see `nearest`."""
     y, feedback = y.contiguous(), feedback.contiguous()
     heads, vectors, dim = y.shape
     codes = torch.empty(heads, vectors, dim // 4, dtype=torch.int32, device="cpu")

@@ -11,7 +11,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from tessera.kernels import feedback, pack
+from tessera.kernels import error_feedback, pack
 from tessera.kernels.compressed_kv import Coded, CompressedKV, strided
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import ROOT, CellIndex, Codewords
@@ -343,8 +343,8 @@ def nearest_codes(x: Tensor, book: Codewords) -> Tensor:
 
 
 def encode_feedback(y: Tensor, matrix: Tensor, book: Codewords) -> Tensor:
-    """`tessera.kernels.feedback.encode_feedback` with the search in Triton."""
-    return feedback.encode_feedback(y, matrix, book, nearest)
+    """`tessera.kernels.error_feedback.encode_feedback` with the search in Triton."""
+    return error_feedback.encode_feedback(y, matrix, book, nearest)
 
 
 def pack_nearest(x: Tensor, scale: Tensor, book: Codewords, bits: int) -> Tensor:

@@ -89,8 +89,14 @@ def code_options(form: Readable, lookup: str, dim: int, align: int) -> dict[str,
         raise ValueError(f"no lookup {lookup!r}; there are {', '.join(lookups(form))}")
     found = {"ALIGN": align, "LOOKUP": lookup, "MOVE_BITS": 0, "WORDS": whole_words(form, lookup, dim), "ZERO": 0}
     if isinstance(form, JointFormat):
-        points = 1 << (form.bits - form.move_bits)
-        shape = {"BITS": form.bits, "MOVE_BITS": form.move_bits, "FIELD": point_bits(form), "POINTS": points, "LENGTH": "byte"}
+        points = 1 << (form.bits - form.permutation_bits)
+        shape = {
+            "BITS": form.bits,
+            "MOVE_BITS": form.permutation_bits,
+            "FIELD": point_bits(form),
+            "POINTS": points,
+            "LENGTH": "byte",
+        }
         return {**found, **shape}
     zero = int(form.zero) if form.numbers == "uniform" else 0
     points = TERMS[form.bits] if lookup == "curve" else 1 << 2 * form.bits
@@ -133,12 +139,12 @@ def options(dim: int, rows: int, keys: dict[str, Any], values: dict[str, Any], b
 
 def point_bits(form: JointFormat) -> int:
     """Return the bits of a component of a point: a sign and seven, or more."""
-    return 8 if form.points.abs().max() <= 127 else 16
+    return 8 if form.representatives.abs().max() <= 127 else 16
 
 
 def fits_shared_memory(form: JointFormat) -> bool:
     """Whether the points fit in shared memory."""
-    return point_bits(form) == 8 and 1 << (form.bits - form.move_bits) <= HELD
+    return point_bits(form) == 8 and 1 << (form.bits - form.permutation_bits) <= HELD
 
 
 def usual_lookup(form: Readable) -> str:

@@ -117,8 +117,8 @@ def curve(levels: Tensor) -> Tensor:
 def _points(form: JointFormat, lookup: str) -> Tensor:
     """Return the table of a lookup of codewords."""
     # There is a row for every value of a code, zero where the codebook has none.
-    points = torch.zeros(1 << (form.bits - form.move_bits), 4, dtype=torch.long)
-    points[: len(form.points)] = form.points.long()
+    points = torch.zeros(1 << (form.bits - form.permutation_bits), 4, dtype=torch.long)
+    points[: len(form.representatives)] = form.representatives.long()
     if lookup == "held" and not fits_shared_memory(form):
         raise ValueError(f"shared memory holds up to {HELD} points of bytes; a code of {form.bits} bits has {len(points)}")
     if lookup == "halves":

@@ -10,7 +10,7 @@ import typer
 from tessera.cli.errors import one_line_errors
 from tessera.cli.many import ManyValues
 from tessera.lab.cli import eval_long, show
-from tessera.lab.cli.options import Gap, HeadDim, Jobs, Out, Pairs, Rewrites, Steps
+from tessera.lab.cli.shared_options import Gap, HeadDim, Jobs, Out, Pairs, Rewrites, Steps
 
 app = typer.Typer(
     help="Measure memories and caches: recall, diagnostics, capacity, language, streams, needle, ruler.",
@@ -253,7 +253,7 @@ def streams(
     from tessera.cache.spec import parse
     from tessera.evaluation.records import environment
     from tessera.files import write_json
-    from tessera.lab.evaluation import streams as measure
+    from tessera.lab.evaluation import long_streams as measure
 
     with one_line_errors():
         path = show.folder(out) / "streams.json"

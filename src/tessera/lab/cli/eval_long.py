@@ -10,7 +10,7 @@ import typer
 
 from tessera.cli.errors import one_line_errors
 from tessera.cli.many import ManyValues
-from tessera.lab.cli.options import Out
+from tessera.lab.cli.shared_options import Out
 
 Model = Annotated[
     str | None, typer.Option(help="Folder, GGUF file or hub name of a causal language model.  [default: the demo model]")
@@ -99,7 +99,7 @@ def ruler(
     """
     from tessera.lab.evaluation import long_context
     from tessera.lab.evaluation.long_context_plot import plot_ruler
-    from tessera.lab.tasks.long_context import RULER
+    from tessera.lab.tasks.retrieval import RULER
 
     def plan(name: str, chosen: Sequence[str], sizes: Sequence[int]) -> list[Any]:
         return long_context.ruler_plan(name, chosen, sizes, tasks or list(RULER), samples, seed, chunk)

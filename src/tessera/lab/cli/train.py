@@ -11,7 +11,7 @@ import typer
 from tessera.cli.errors import one_line_errors
 from tessera.cli.many import ManyValues
 from tessera.lab.cli import train_new, train_vision
-from tessera.lab.cli.options import Minutes, Precision, Resume, Rule, Seed, StepsOrMinutes
+from tessera.lab.cli.shared_options import Minutes, Precision, Resume, Rule, Seed, StepsOrMinutes
 
 app = typer.Typer(help="Train models and memories.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.command("lm", cls=ManyValues)(train_new.lm)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from tessera.cli.errors import one_line_errors
-from tessera.lab.cli.options import (
+from tessera.lab.cli.say import say
+from tessera.lab.cli.shared_options import (
     Batch,
     Gap,
     HeadDim,
@@ -27,7 +28,6 @@ from tessera.lab.cli.options import (
     StepsOrMinutes,
     TensorBoard,
 )
-from tessera.lab.cli.say import say
 
 
 def lm(
@@ -132,8 +132,8 @@ def recall(
     from tessera.cli.quiet import quiet
 
     quiet()
-    from tessera.lab.tasks.recall import Recall
-    from tessera.lab.training.recall import RecallConfig, train_recall
+    from tessera.lab.tasks.associative_recall import Recall
+    from tessera.lab.training.recall_training import RecallConfig, train_recall
 
     with one_line_errors():
         task = Recall(pairs=pairs, gap=gap, rewrites=rewrites, keys=max(64, pairs))

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from tessera.cli.errors import one_line_errors
-from tessera.lab.cli.options import (
+from tessera.lab.cli.say import say
+from tessera.lab.cli.shared_options import (
     Batch,
     Heads,
     Hidden,
@@ -21,7 +22,6 @@ from tessera.lab.cli.options import (
     TensorBoard,
     TensorMemory,
 )
-from tessera.lab.cli.say import say
 
 
 def image(

@@ -10,7 +10,7 @@ import typer
 from tessera.cli.errors import one_line_errors
 
 if TYPE_CHECKING:
-    from tessera.lab.evaluation.view import Trace
+    from tessera.lab.evaluation.traces import Trace
     from tessera.tensor_memory import TensorMemoryState
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -81,7 +81,7 @@ def view(
             raise ValueError(f"--out must be a folder, and {out} is a file")
         import matplotlib  # noqa: F401 - pictures need it, which is said before anything is trained
 
-        from tessera.lab.evaluation import view as look
+        from tessera.lab.evaluation import traces as look
         from tessera.lab.evaluation import view_plot
 
         saved = [out / "state.png"]
@@ -127,7 +127,7 @@ def _stream(path: Path, weights: Path | None, fields: dict[str, Any], paper: boo
     from safetensors.torch import load_file
 
     from tessera.adapters.apply import read_shared
-    from tessera.lab.evaluation.view import follow, read_stream
+    from tessera.lab.evaluation.traces import follow, read_stream
     from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
     x = read_stream(path)
@@ -155,7 +155,7 @@ def _vit(folder: Path, clip: Path | None, seed: int) -> tuple[list[Trace], str]:
     from safetensors import SafetensorError
     from torch import Generator
 
-    from tessera.lab.evaluation.view import follow_vit
+    from tessera.lab.evaluation.traces import follow_vit
     from tessera.lab.models import ViT, ViTConfig
     from tessera.lab.tasks.moving_digits import MovingDigits
     from tessera.lab.tasks.pictures import load_digits, read_frames
@@ -195,8 +195,8 @@ def _clip(task: str, steps: int, paper: bool, seed: int) -> tuple[list[Trace], s
     from torch import Generator
 
     from tessera.lab.evaluation import diagnostics as plans
-    from tessera.lab.evaluation.view import follow_backbone
-    from tessera.lab.training.diagnostics import train_diagnostic
+    from tessera.lab.evaluation.traces import follow_backbone
+    from tessera.lab.training.diagnostics_training import train_diagnostic
 
     fields = next((own for name, own, _ in plans.MENDED if name == task), {})
     job = plans.job(task, fields, "memory", "the paper's" if paper else "default", steps=steps, seed=seed)

@@ -16,8 +16,8 @@ from rich.table import Table
 from torch.nn.functional import normalize
 
 from tessera.files import atomic_path
-from tessera.tensor_cache.config import Rule
 from tessera.tensor_cache.scan import scan
+from tessera.tensor_cache.tensor_cache_config import Rule
 
 WIDTHS = (16, 32, 64, 128)
 """Default widths of a matrix."""

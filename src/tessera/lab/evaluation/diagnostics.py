@@ -22,7 +22,7 @@ from tessera.lab.tasks.binding import Binding
 from tessera.lab.tasks.map_building import MapBuilding
 from tessera.lab.tasks.no_harm import NoHarm
 from tessera.lab.tasks.occlusion import Occlusion
-from tessera.lab.training.diagnostics import DiagnosticConfig, train_diagnostic
+from tessera.lab.training.diagnostics_training import DiagnosticConfig, train_diagnostic
 from tessera.tensor_memory import TensorMemoryConfig
 
 TASKS: dict[str, type[Any]] = {"occlusion": Occlusion, "map": MapBuilding, "binding": Binding, "no harm": NoHarm}

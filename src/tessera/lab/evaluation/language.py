@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from tessera.adapters import attached_memory, reading, tensor_cache
 from tessera.cache import Cache
+from tessera.evaluation.loading import Source, encode, windows
 from tessera.evaluation.records import environment
-from tessera.evaluation.sources import Source, encode, windows
 
 TOGETHER = 16
 """Number of sequences read at once."""

@@ -21,9 +21,9 @@ from torch import Tensor
 from tessera.adapters import attached_memory
 from tessera.cache import Cache
 from tessera.cache.per_layer import parse
-from tessera.evaluation.sources import Source
+from tessera.evaluation.loading import Source
 from tessera.lab.evaluation.jobs import Job, Row, resume
-from tessera.lab.tasks.long_context import RULER, Prompt, Task, fit, needle, score
+from tessera.lab.tasks.retrieval import RULER, Prompt, Task, fit, needle, score
 
 SPECS = (
     "dense",

@@ -1,6 +1,6 @@
 """Associative recall beyond the window: which attention, trained from scratch, recalls values that have left its window.
 
-Small GPTs of two layers learn to recall pairs over a forced gap (`tessera.lab.tasks.recall`). The gap is longer than the reach
+Small GPTs of two layers learn to recall pairs over a forced gap (see `associative_recall`). The gap is longer than the reach
 of two layers of windows, so a window can only be at chance. Every row is one model: accuracy at the gap of training and at
 others, and the bytes of its state at the length of the training sequences.
 """
@@ -15,8 +15,8 @@ from typing import Any
 from rich.table import Table
 
 from tessera.lab.evaluation.jobs import resume
-from tessera.lab.tasks.recall import Recall
-from tessera.lab.training.recall import GAPS, RecallConfig, train_recall
+from tessera.lab.tasks.associative_recall import Recall
+from tessera.lab.training.recall_training import GAPS, RecallConfig, train_recall
 from tessera.tensor_cache import TensorCacheConfig
 
 WINDOW, LAYERS, HEADS = 16, 2, 2

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from tessera.files import atomic_path
-from tessera.lab.evaluation.view import Trace
+from tessera.lab.evaluation.traces import Trace
 
 #: Colours of writes and of reads, in contrast to the map of |h|. After Okabe and Ito.
 WRITE, READ = "#D55E00", "#56B4E9"

@@ -14,10 +14,10 @@ from transformers.utils import ModelOutput
 
 from tessera import grammar
 from tessera.lab.models.vit_state import ViTState
-from tessera.tensor_memory.config import TensorMemoryConfig
 from tessera.tensor_memory.gated_layer import make_layers, make_memory
-from tessera.tensor_memory.state import TensorMemoryState
 from tessera.tensor_memory.tensor_memory import TensorMemory
+from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig
+from tessera.tensor_memory.tensor_memory_state import TensorMemoryState
 
 
 class ViTConfig(PreTrainedConfig):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tessera.files import atomic_path, brief, open_tensors
 from tessera.state import MODEL_DTYPES
-from tessera.tensor_memory.state import TensorMemoryState
+from tessera.tensor_memory.tensor_memory_state import TensorMemoryState
 
 _KIND = "vit_state"
 #: No stream has seen more frames.

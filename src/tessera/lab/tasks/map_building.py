@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from tessera.lab.tasks.recall import IGNORED
+from tessera.lab.tasks.associative_recall import IGNORED
 
 #: Cells along a side of a glimpse.
 GLIMPSE = 2

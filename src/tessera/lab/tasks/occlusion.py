@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from tessera.lab.tasks.recall import IGNORED
+from tessera.lab.tasks.associative_recall import IGNORED
 
 #: Pixels along a side of a frame, and of a quadrant.
 SIZE, HALF = 16, 8

@@ -279,7 +279,7 @@ def train_demo(
         FileNotFoundError: if the standard library's source is absent.
         ValueError: if ``out`` holds a run of another recipe.
     """
-    from tessera.lab.training.attention import register
+    from tessera.lab.training.causal_attention import register
 
     if not resume:
         shutil.rmtree(out, ignore_errors=True)

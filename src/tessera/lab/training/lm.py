@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from tessera.files import atomic_path, read_utf8
-from tessera.lab.models.gpt import GPT, GPTConfig, read_attention
+from tessera.lab.models.small_gpt import GPT, GPTConfig, read_attention
 from tessera.lab.training.checkpoints import RunState, claim
 from tessera.lab.training.corpus import Corpus, SourceFile, training_files
 from tessera.lab.training.demo import BOS_ID, EOS_ID, export, held_out_loss, shrink_branches, train_tokenizer
@@ -43,7 +43,7 @@ class LmConfig:
     """The shape of a language model and how it is trained."""
 
     attention: str = "dense"
-    """See `tessera.lab.models.gpt.GPTConfig`."""
+    """See `tessera.lab.models.small_gpt.GPTConfig`."""
     memory: dict[str, Any] | None = None
     """Fields of `TensorCacheConfig` for "tc"."""
     hidden: int = 256

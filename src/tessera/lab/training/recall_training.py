@@ -1,4 +1,4 @@
-"""Training of a small `GPT` on associative recall (`tessera.lab.tasks.recall`) from scratch, and its measurement."""
+"""Training of a small `GPT` from scratch on `tessera.lab.tasks.associative_recall`, and its measurement."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from accelerate import PartialState
 from torch import Generator, Tensor
 
 from tessera.files import write_json
-from tessera.lab.models.gpt import GPT, GPTConfig, read_attention
-from tessera.lab.tasks.recall import Recall, accuracy
+from tessera.lab.models.small_gpt import GPT, GPTConfig, read_attention
+from tessera.lab.tasks.associative_recall import Recall, accuracy
 from tessera.lab.training.checkpoints import claim
 from tessera.lab.training.lm import forget
 from tessera.lab.training.loop import Moment, train
@@ -38,7 +38,7 @@ class RecallConfig:
     task: Recall = field(default_factory=lambda: Recall(gap=64))
     """The task: pairs, gap, rewritten keys."""
     attention: str = "window:16 + tc"
-    """See `tessera.lab.models.gpt.GPTConfig`."""
+    """See `tessera.lab.models.small_gpt.GPTConfig`."""
     memory: dict[str, Any] | None = None
     """Fields of `TensorCacheConfig` for "tc"."""
     dim: int = 64

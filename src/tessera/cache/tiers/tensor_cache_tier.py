@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tessera.cache.tiers.base import KVSource, Pairs, Tier
+from tessera.cache.tiers.tier import KVSource, Pairs, Tier
 from tessera.devices import upload
 from tessera.tensor_cache import TensorCache, TensorCacheState
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.attention.documents import SlidingWindow, read_documents
 from tessera.cache.cache_layer import DeferredKV
-from tessera.cache.masks import documents
 from tessera.tensor_cache.infini import Infini
 from tessera.tensor_cache.rotary import Phase
 
@@ -28,7 +28,7 @@ def over_whole(
         raise ValueError("Infini-attention keeps its own memory; run this model without a tessera.Cache")
     batch, n, slots = query.shape[0], query.shape[2], key.shape[2]
     past = slots - n
-    if not documents(mask, query, slots).single:
+    if not read_documents(mask, query, slots, SlidingWindow(slots, 0)).of.single:
         raise ValueError(
             "Infini-attention counts its segments from the first slot; give it rows of one document without padding"
         )

@@ -13,10 +13,10 @@ from tessera import grammar
 from tessera.adapters import install
 from tessera.attention import SlidingWindow, enable
 from tessera.cache.spec import parse
-from tessera.tensor_cache.config import TensorCacheConfig
 from tessera.tensor_cache.gated_read import TensorCacheLayer
 from tessera.tensor_cache.infini import Infini
 from tessera.tensor_cache.rotary import Phase
+from tessera.tensor_cache.tensor_cache_config import TensorCacheConfig
 
 
 class GPTConfig(LlamaConfig):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tessera.cache import Cache
 from tessera.evaluation.identity import Identity
-from tessera.evaluation.sources import Source, encode
+from tessera.evaluation.loading import Source, encode
 from tessera.files import atomic_path, brief, open_tensors, read_json
 from tessera.sealed import OPEN, SEAL, check_seal, seal
 

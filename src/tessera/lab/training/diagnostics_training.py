@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from tessera.lab.models.backbones import Backbone, BackboneConfig, build_backbone, parameters
-from tessera.lab.tasks.recall import accuracy
+from tessera.lab.tasks.associative_recall import accuracy
 from tessera.lab.training.checkpoints import claim
 from tessera.lab.training.loop import train
 from tessera.lab.training.schedule import FORWARD_TOKENS, LoopConfig, Phase

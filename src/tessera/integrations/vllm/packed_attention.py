@@ -12,7 +12,7 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from tessera.codecs.key_stats import KeyStats
+from tessera.codecs.channel_stats import KeyStats
 from tessera.codecs.pages import write
 from tessera.integrations.vllm import statistics
 from tessera.integrations.vllm.backend import TesseraMetadata, layout_of

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.attention.windowed import SlidingWindow, Softmax, windowed
-from tessera.cache.masks import documents
+from tessera.attention.documents import SlidingWindow, read_documents
+from tessera.attention.windowed import Softmax, windowed
 from tessera.cache.truncated_bptt import TruncatedBPTTLayer
 from tessera.tensor_cache.gated_read import MemoryCall
 from tessera.tensor_cache.rotary import Phase
@@ -39,6 +39,6 @@ def over_segment(
         call.added, layer.memory = call.memory(query, key, value, real, positions, layer.memory)
     key, value = layer.joined(key, value)
     # Slots replace places: carried tokens begin with the sinks, and those after them are consecutive.
-    out = windowed(module, limits, query, key, value, None, documents(None, query, key.shape[2]), softmax)
+    out = windowed(module, limits, query, key, value, read_documents(None, query, key.shape[2], limits), softmax)
     layer.keep(key, value, limits.sink, limits.window)
     return out
