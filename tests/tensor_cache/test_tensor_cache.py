@@ -293,3 +293,18 @@ def test_a_mask_of_another_shape_is_refused() -> None:
     q = torch.randn(1, 2, 20, 8)
     with pytest.raises(ValueError, match=r"real \(1, 10\) does not fit: expected \(1, 20\)"):
         memory(q, q, q, real=torch.ones(1, 10, dtype=torch.bool))
+
+
+def test_chunks_are_short_enough_for_the_decays_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast a parameter lets decay is read once, and again when it has changed."""
+    monkeypatch.setenv("TESSERA_BACKEND", "reference")
+    memory = TensorCache(TensorCacheConfig(window=1, sink=0, chunk=64), num_heads=2, head_dim=8)
+    q, k, v = (torch.randn(1, 2, 200, 8) for _ in range(3))
+    live = torch.ones(1, 200, dtype=torch.bool)
+    for value in (5.0, -30.0, -3.0, -60.0):
+        with torch.no_grad():
+            memory.decay_logit.fill_(value)
+            found, end = memory.advance(q, k, v, live, memory.initial_state(1, k))
+            wanted, state = memory.advance(q, k, v, live, memory.initial_state(1, k), by_loop=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(end.a, state.a, rtol=1e-4, atol=1e-5)
