@@ -57,17 +57,15 @@ from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 #: Codecs whose search for codewords is measured.
 BOOKS = ("hqmq:3", "hqmq:4")
 #: Codecs of which every way to read codes is measured.
-READ = (*BOOKS, "scalar:3", "scalar:4", "int:4", "int:8", "fp8")
-#: Codecs whose attention is compared with the reference.
-CHECKED = (
-    *("hqmq:4", "hqmq:3", "hqmq:2", "hqmq:2.5", "hqmq:3.5", "hqmq:5"),
-    *("scalar:4", "scalar:3", "int:4", "int:7", "int:8", "fp8"),
-)
+READ = (*BOOKS, "scalar:3", "scalar:4", "int:4", "int:8", "fp8", "q4_0", "q8_0", "kivi:4")
+#: Codecs whose attention is compared with the reference, on all shapes and on the smallest and the largest.
+CHECKED = ("hqmq:4", "hqmq:3", "hqmq:2", "hqmq:2.5", "hqmq:3.5", "hqmq:5")
+CHECKED_BRIEFLY = ("scalar:4", "scalar:3", "int:4", "int:7", "int:8", "fp8", "q4_0", "q8_0", "kivi:4", "kivi:3")
 #: The same with keys and values of two formats.
-PAIRS = ("(k=int:8,v=hqmq:3)", "(k=hqmq:4,v=scalar:3)")
+PAIRS = ("(k=q8_0,v=hqmq:3)", "(k=hqmq:4,v=scalar:3)", "(k=kivi:4,v=int:4)")
 #: Name -> codec, and what one channel of the keys is multiplied by.
 KEYS = {
-    **{spec: (spec, 1.0) for spec in ("hqmq:3", "hqmq:4", "scalar:4", "int:4")},
+    **{spec: (spec, 1.0) for spec in ("hqmq:3", "hqmq:4", "scalar:4", "int:4", "q4_0")},
     "hqmq:4, a wide channel": ("hqmq:4", 30.0),
 }
 LENGTHS = (4096, 16384, 32768, 131072)
@@ -138,7 +136,9 @@ def cases(smoke: bool) -> list[dict[str, Any]]:
     if smoke:
         shapes = ((2, 8, 2, 1, 100, 64),)
     found: list[dict[str, Any]] = [
-        {"spec": spec, "shape": shape, "rule": {}, "lookup": None} for spec in CHECKED for shape in shapes
+        {"spec": spec, "shape": shape, "rule": {}, "lookup": None}
+        for spec in (*CHECKED, *CHECKED_BRIEFLY)
+        for shape in (shapes if spec in CHECKED else {shapes[0], shapes[-1]})
     ]
     batch, heads, kv_heads, _, tokens, dim = shapes[0]
     several = (batch, heads, kv_heads, 3, tokens, dim)

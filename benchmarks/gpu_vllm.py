@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +34,8 @@ from tessera.kernels.paged import GROUP, BlockLayout, PagedCall, Step
 from tessera.kernels.triton import triton_paged
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
+#: The default, and codecs of single numbers.
+CODECS = ("hqmq:4", "scalar:4", "int:4", "q4_0")
 CASES = ((1, 4096), (1, 32768), (8, 4096), (32, 4096), (8, 32768))
 #: Relative error above which the kernels are wrong.
 WRONG = 1e-2
@@ -46,11 +49,12 @@ class Served:
         new: tokens of each in the step.
         shape: query heads, key heads, head_dim.
         device: of everything.
+        spec: the pages' codec.
     """
 
-    def __init__(self, lengths: list[int], new: int, shape: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(self, lengths: list[int], new: int, shape: tuple[int, int, int], device: torch.device, spec: str) -> None:
         heads, kv_heads, dim = shape
-        codec = codecs.get("hqmq:4")
+        codec = codecs.get(spec)
         self.layout: BlockLayout = block_layout(codec, dim, torch.float16, pages=2, sink=4, heads=kv_heads)
         needed = [-(-n // self.layout.tokens) for n in lengths]
         self.pool = torch.zeros(sum(needed) + 1, kv_heads, self.layout.nbytes, dtype=torch.uint8, device=device)
@@ -100,26 +104,27 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.smoke:
         parser.error("there is no CUDA device; --smoke only shows that the script runs")
-    shape = (2, 1, 16) if args.smoke else (HEADS, KV_HEADS, DIM)
+    shape = (2, 1, 32) if args.smoke else (HEADS, KV_HEADS, DIM)
     record: dict[str, Any] = {"environment": environment(), "rows": []}
     if device.type == "cuda":
         record["environment"]["device"] = torch.cuda.get_device_name()
 
-    for new in (1, 5) if args.smoke else (1, 70):
-        served = Served([130, 200] if args.smoke else [700, 130, 1500], new, shape, device)
+    for spec, new in product(CODECS, (1, 5) if args.smoke else (1, 70)):
+        served = Served([130, 200] if args.smoke else [700, 130, 1500], new, shape, device, spec)
         wanted = served.attend(paged.attend_paged)
         error = float((served.attend(triton_paged.attend_paged) - wanted).norm() / wanted.norm())
-        record["rows"].append({"what": "error", "new": new, "error": error, "right": error < WRONG})
+        record["rows"].append({"what": "error", "spec": spec, "new": new, "error": error, "right": error < WRONG})
         print(record["rows"][-1], flush=True)
-    for requests, tokens in ((2, 256),) if args.smoke else CASES:
-        served = Served([tokens] * requests, 1, shape, device)
+    for (requests, tokens), spec in product(((2, 256),) if args.smoke else CASES, CODECS):
+        served = Served([tokens] * requests, 1, shape, device, spec)
         heads, kv_heads, dim = shape
         k, v = torch.randn(2, requests, kv_heads, tokens, dim, dtype=torch.float16, device=device)
         q = served.q.view(requests, heads, 1, dim)
         repeats = 2 if args.smoke else 20
         ours = timed(lambda served=served: served.attend(triton_paged.attend_paged), device, repeats)
         dense = timed(lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, enable_gqa=True), device, repeats)
-        record["rows"].append({"what": "step", "requests": requests, "tokens": tokens, "ms": ours, "dense_ms": dense})
+        row = {"what": "step", "spec": spec, "requests": requests, "tokens": tokens, "ms": ours, "dense_ms": dense}
+        record["rows"].append(row)
         print(record["rows"][-1], flush=True)
         write_json(args.json, record)
     write_json(args.json, record)

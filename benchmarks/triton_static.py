@@ -97,7 +97,7 @@ def forms(spec: str, dim: int) -> list[Readable]:
 def built(spec: str, dim: int, rows: int, ways: Sequence[str]) -> Any:
     """The compiled kernel, with these lookups of keys and of values."""
     sides = forms(spec, dim)
-    codes, value_codes = (code_options(form, way, 16) for form, way in zip(sides, ways, strict=True))
+    codes, value_codes = (code_options(form, way, dim, 16) for form, way in zip(sides, ways, strict=True))
     centred = isinstance(sides[0], JointFormat) and sides[0].group > 1
     fixed = options(dim, rows, codes, value_codes, block_of(sides[0])[0])
     fixed |= {**FLAGS, "APART": sides[0] is not sides[1], "CENTRED": centred}
@@ -142,7 +142,7 @@ def row_bytes(form: Readable, dim: int) -> float:
         return dim / 32 * (2 + 4 * form.bits)
     if isinstance(form, ScalarFormat) and form.numbers == "groups":
         return dim / 32 * (4 + 4 * form.bits)
-    how = code_options(form, usual_lookup(form), 16)
+    how = code_options(form, usual_lookup(form), dim, 16)
     return how["BITS"] * dim / 32 + {"byte": 1, "half": 2, "none": 0}[how["LENGTH"]]
 
 

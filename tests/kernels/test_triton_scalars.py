@@ -26,6 +26,14 @@ def test_attention_equals_the_reference(spec: str) -> None:
     check(codecs.get(spec), (1, 4, 2, 2), [64, 21], 80, start=70)
 
 
+@pytest.mark.parametrize("dim", [20, 36, 48, 112])
+@pytest.mark.parametrize("spec", ["int:2", "int:4", "kivi:2", "kivi:4", "(k=scalar:2,v=scalar:4)"])
+def test_codes_that_fill_words_and_codes_that_do_not_equal_the_reference(spec: str, dim: int) -> None:
+    """Of 20 and 36 numbers neither 2 nor 4 bits fill words, of 48 and 112 both do."""
+    lookup = "curve" if "scalar" in spec else None
+    check(codecs.get(spec), (1, 2, 1, 2), [64, 33], dim, start=95, lookup=lookup)
+
+
 @pytest.mark.parametrize("spec", ["q4_0", "q4_0:norot", "q8_0", "(k=q8_0,v=hqmq:3)", "(k=kivi:4,v=q4_0)"])
 @pytest.mark.parametrize("dim", [32, 96])
 def test_blocks_with_a_scale_of_their_own_equal_the_reference(spec: str, dim: int) -> None:

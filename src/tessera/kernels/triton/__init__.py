@@ -138,16 +138,16 @@ def attend_blocks(
         raise ValueError(why)
     group, lines = heads // kv_heads, batch * kv_heads
     rows = group * tokens
-    rotation, halved, _ = rotations(keys, dim, q.device)
-    _, _, back = rotations(values, dim, q.device)
+    ways = [lookup if lookup in lookups(form) else usual_lookup(form) for form in forms]
+    if lookup is not None and lookup not in ways:
+        ways[0] = lookup  # which is refused, naming those that there are
+    codes, value_codes = (code_options(form, way, dim, align) for form, way, align in zip(forms, ways, aligns, strict=True))
+    rotation, halved, _ = rotations(keys, ways[0], dim, q.device)
+    _, _, back = rotations(values, ways[1], dim, q.device)
     query, turned, unit = _prepared(q, params.scale, rotation)
     if len(blocks) == 0:
         none = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         return none, none.new_full(q.shape[:-1], -torch.inf)
-    ways = [lookup if lookup in lookups(form) else usual_lookup(form) for form in forms]
-    if lookup is not None and lookup not in ways:
-        ways[0] = lookup  # which is refused, naming those that there are
-    codes, value_codes = (code_options(*how) for how in zip(forms, ways, aligns, strict=True))
 
     tile = min(ROWS[dim > 128], power(rows))
     tiles = -(-rows // tile)
@@ -294,9 +294,9 @@ def decode(packed: Coded) -> Tensor:
                 CHUNKS=dim // 4,
                 WIDTH=power(dim // 4),
                 BLOCK=BLOCK,
-                **code_options(form, lookup, align),
+                **code_options(form, lookup, dim, align),
             )
-    out = out @ rotations(form, dim, codes.device)[2]
+    out = out @ rotations(form, usual_lookup(form), dim, codes.device)[2]
     if isinstance(form, JointFormat) and packed.role == "key":
         out = out / form.value_gain
         if "centre" in packed.tensors:

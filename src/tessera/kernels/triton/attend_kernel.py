@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tessera.kernels.triton.read_kernel import read_vectors, scaled_queries
+from tessera.kernels.triton.read_kernel import channels_of, read_vectors, scaled_queries
 
 #: Tokens of a block, see `block_table.block_of`.
 BLOCK = 64
@@ -102,14 +102,16 @@ def attend_kernel(
     FIELD: tl.constexpr,
     POINTS: tl.constexpr,
     LENGTH: tl.constexpr,
+    WORDS: tl.constexpr,
     ZERO: tl.constexpr,  # the code of 0 of uniform codes
-    V_BITS: tl.constexpr,  # the same eight of values
+    V_BITS: tl.constexpr,  # the same nine of values
     V_ALIGN: tl.constexpr,
     V_LOOKUP: tl.constexpr,
     V_MOVE_BITS: tl.constexpr,
     V_FIELD: tl.constexpr,
     V_POINTS: tl.constexpr,
     V_LENGTH: tl.constexpr,
+    V_WORDS: tl.constexpr,
     V_ZERO: tl.constexpr,
     APART: tl.constexpr,  # whether values have another format than keys; if not, its table is held once
     CENTRED: tl.constexpr,
@@ -145,9 +147,8 @@ def attend_kernel(
         query = tl.load(q + first_row[:, None] + channel[None, :], mask=whole, other=0.0)
 
     if LOOKUP == "groups":
-        at = first_row[:, None] + (pair // 2 * 4 + pair % 2)[None, :]
-        query0 = tl.load(q + at, mask=real, other=0.0)
-        query1 = tl.load(q + at + 2, mask=real, other=0.0)
+        query0 = tl.load(q + first_row[:, None] + channels_of(pair, 0, FIELD, WORDS)[None, :], mask=real, other=0.0)
+        query1 = tl.load(q + first_row[:, None] + channels_of(pair, 1, FIELD, WORDS)[None, :], mask=real, other=0.0)
     if ZERO:
         q_sum = tl.sum(q0.to(tl.float32), axis=1) + tl.sum(q1.to(tl.float32), axis=1)
 
@@ -186,6 +187,7 @@ def attend_kernel(
             FIELD,
             POINTS,
             LENGTH,
+            WORDS,
             True,
             BLOCK,
         )
@@ -202,7 +204,7 @@ def attend_kernel(
                     q, rotation, k_centre, first_row, real_row, pair, real_pair, dim, ROWS, 2 * WIDTH, SLICE
                 )
         if LOOKUP == "groups":
-            a0, a1, a_unit, shift = scaled_queries(query0, query1, k_scale, k_low, CHUNKS, WIDTH, FIELD)
+            a0, a1, a_unit, shift = scaled_queries(query0, query1, k_scale, k_low, CHUNKS, WIDTH, FIELD, WORDS)
         scores = tl.dot(a0, tl.trans(k0))
         scores = tl.dot(a1, tl.trans(k1), scores)
         if ZERO:
@@ -248,6 +250,7 @@ def attend_kernel(
             V_FIELD,
             V_POINTS,
             V_LENGTH,
+            V_WORDS,
             False,
             BLOCK,
         )

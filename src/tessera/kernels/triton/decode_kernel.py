@@ -29,6 +29,7 @@ def decode_kernel(
     FIELD: tl.constexpr,
     POINTS: tl.constexpr,
     LENGTH: tl.constexpr,
+    WORDS: tl.constexpr,
     ZERO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -59,6 +60,7 @@ def decode_kernel(
         FIELD,
         POINTS,
         LENGTH,
+        WORDS,
         False,
         BLOCK,
     )

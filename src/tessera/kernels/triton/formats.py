@@ -62,17 +62,24 @@ def lookups(form: Readable) -> tuple[str, ...]:
     return tuple(name for name in SCALAR_LOOKUPS[form.numbers] if name != "curve" or form.bits in TERMS)
 
 
-def code_options(form: Readable, lookup: str, align: int) -> dict[str, Any]:
+def whole_words(form: Readable, lookup: str, dim: int) -> bool:
+    """Whether the codes of single numbers are read as words of 32 bits, which they must fill."""
+    fits = isinstance(form, ScalarFormat) and form.bits in (2, 4, 8) and dim * form.bits % 32 == 0
+    return fits and lookup not in ("pairs", "held pairs")
+
+
+def code_options(form: Readable, lookup: str, dim: int, align: int) -> dict[str, Any]:
     """Return the compile-time options of a kernel that reads codes: BITS of a chunk of four numbers, and more.
 
     ALIGN is `align`, LOOKUP is `lookup`. FIELD: bits of a component of a point, or of a number. MOVE_BITS: those of a code that
     are the move. POINTS: rows of the table that is held, or coefficients of the polynomial. LENGTH: whether the length of a
-    vector is a "byte", the index of a scale, or a "half"-precision number, or there is "none". ZERO: the code of 0 of uniform
-    codes.
+    vector is a "byte", the index of a scale, or a "half"-precision number, or there is "none". WORDS: see `whole_words`. ZERO:
+    the code of 0 of uniform codes.
 
     Args:
         form: format of the codes.
         lookup: one of `lookups`.
+        dim: numbers of a vector.
         align: divides all addresses of codes and, of keys, centres.
 
     Raises:
@@ -80,7 +87,7 @@ def code_options(form: Readable, lookup: str, align: int) -> dict[str, Any]:
     """
     if lookup not in lookups(form):
         raise ValueError(f"no lookup {lookup!r}; there are {', '.join(lookups(form))}")
-    found = {"ALIGN": align, "LOOKUP": lookup, "MOVE_BITS": 0, "ZERO": 0}
+    found = {"ALIGN": align, "LOOKUP": lookup, "MOVE_BITS": 0, "WORDS": whole_words(form, lookup, dim), "ZERO": 0}
     if isinstance(form, JointFormat):
         points = 1 << (form.bits - form.permutation_bits)
         shape = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import CellIndex, reduction_tables
 from tessera.kernels.scalars import ScalarFormat
-from tessera.kernels.triton.formats import FRACTION, HELD, TERMS, Readable, fits_shared_memory, point_bits
+from tessera.kernels.triton.formats import FRACTION, HELD, TERMS, Readable, fits_shared_memory, point_bits, whole_words
 from tessera.quaternion import units
 
 
@@ -35,17 +35,30 @@ def index_bias(index: CellIndex) -> Tensor:
     return index.words.square().sum(-1) / 2
 
 
-def column_order(form: Readable, dim: int) -> list[int]:
-    """Return the kernel's order of channels: numbers 0 and 1 of every chunk, then 2 and 3 of every chunk."""
-    places = [(chunk, part + j) for part in (0, 2) for chunk in range(dim // 4) for j in (0, 1)]
+def column_order(form: Readable, lookup: str, dim: int) -> list[int]:
+    """Return the kernel's order of channels, those of the first tile and then those of the second.
+
+    Of chunks these are numbers 0 and 1 of every chunk, and 2 and 3 of every chunk. Of words they are the pairs of numbers that
+    are 16 bits apart, the lower half of the pairs of every word and the upper half of them.
+    """
+    if not whole_words(form, lookup, dim):
+        return [4 * chunk + part + j for part in (0, 2) for chunk in range(dim // 4) for j in (0, 1)]
+    step = 16 // form.bits  # numbers in half a word
+    order = [
+        2 * step * word + pair + step * j
+        for part in (0, step // 2)
+        for word in range(dim // (2 * step))
+        for pair in range(part, part + step // 2)
+        for j in (0, 1)
+    ]
     if isinstance(form, ScalarFormat) and form.numbers == "blocks" and form.bits == 4:
-        # A byte holds two numbers that are 16 apart, and a chunk two bytes.
-        return [chunk // 8 * 32 + chunk % 8 * 2 + j // 2 + j % 2 * 16 for chunk, j in places]
-    return [4 * chunk + j for chunk, j in places]
+        # A byte of a block holds two numbers that are 16 apart.
+        return [n // 32 * 32 + n % 32 // 2 + n % 2 * 16 for n in order]
+    return order
 
 
 @cache
-def rotations(form: Readable, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def rotations(form: Readable, lookup: str, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(dim, dim): x @ the first is the rotated x in the kernel's order of channels; the same in float16; x @ the third rotates
     values back, and lengthens them as they must be."""
     matrix = torch.eye(dim, dtype=torch.float32)
@@ -54,7 +67,7 @@ def rotations(form: Readable, dim: int, device: torch.device) -> tuple[Tensor, T
         while len(hadamard) * len(form.dct) < dim:
             hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32), hadamard) / 2**0.5
         matrix = (torch.kron(form.dct, hadamard) * form.signs).T
-    matrix = matrix[:, column_order(form, dim)].contiguous().to(device)
+    matrix = matrix[:, column_order(form, lookup, dim)].contiguous().to(device)
     return matrix, matrix.half(), (matrix.T * form.value_gain).contiguous()
 
 
