@@ -12,6 +12,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import tessera
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -79,6 +81,10 @@ def test_ci_tries_every_python_that_is_promised() -> None:
     assert all(SpecifierSet(PROJECT["requires-python"]).contains(version) for version in said)
     for row in matrix["include"]:
         assert Path(ROOT / row["constraints"]).exists()
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert tessera.__version__ == PROJECT["version"]
 
 
 def test_the_citation_is_of_this_version_and_names_the_papers() -> None:

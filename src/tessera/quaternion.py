@@ -90,7 +90,7 @@ def nearest_unit(x: Tensor) -> Tensor:
     biggest, axis = a.max(-1)
     negative = x < 0
     axis_unit = 2 * axis + negative.gather(-1, axis.unsqueeze(-1)).squeeze(-1)
-    weights = torch.tensor([8, 4, 2, 1], device=x.device)
+    weights = 1 << torch.arange(3, -1, -1, device=x.device)
     half_unit = 8 + (negative * weights).sum(-1)
     return torch.where(a.sum(-1) * 0.5 > biggest, half_unit, axis_unit)
 

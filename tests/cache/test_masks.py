@@ -484,12 +484,13 @@ def test_documents_of_a_mask_of_padding_are_those_of_the_mask_itself(
         for said in found:
             assert said.of.same(found[0].of)
             seen = torch.zeros(rows, n, end, dtype=torch.bool)
-            for first, (columns, shown) in zip(range(0, n, window), said.blocks(limits, query.device), strict=True):
+            for number, first in enumerate(range(0, n, window)):
+                columns, shown = said.block(limits, query.device, number)
                 asks = torch.as_tensor(said.of.number)[:, start + first : start + first + window, None] >= 0
                 seen[:, first : first + window, columns] = shown[:, 0] & asks
-            place, number = torch.as_tensor(said.of.place), torch.as_tensor(said.of.number)
+            place, real_query = torch.as_tensor(said.of.place), torch.as_tensor(said.of.number)[:, start:, None] >= 0
             near = (place[:, None] > place[:, start:, None] - window) | (place[:, None] < sink)
-            assert torch.equal(seen, few[:, 0] & near & (number[:, start:, None] >= 0))
+            assert torch.equal(seen, few[:, 0] & near & real_query)
         before, start = [said.of for said in found], end
 
 

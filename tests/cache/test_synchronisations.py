@@ -467,13 +467,31 @@ def test_beams_cost_a_memory_beside_a_cache_of_transformers_one_look(memory: str
     torch.testing.assert_close(given, wanted[:, 40:])
 
 
-@pytest.mark.parametrize("spec", ["sink:4 + hqmq:s96_r4_med3 + recent:16", "hqmq:s24_r2_med3@128 + recent:16"])
-def test_outliers_are_looked_at_only_where_a_block_is_encoded(spec: str) -> None:
-    """How many there are decides how many bytes are kept, which the host has to know."""
-    model, ids, mask = make(), tokens(2, 230), padding((0, 9), 230)
+@pytest.mark.parametrize("spec", ["scalar:4", "q4_0 + recent:16", "int:4", "kivi:4", "fp8", "hqmq:o170_r4"])
+def test_codecs_without_a_kernel_cost_one_look(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TESSERA_BACKEND", "reference")
+    model, ids, mask = make(), tokens(2, 150), padding((0, 9), 150)
     cache = deferred(tessera.Cache(spec, model))
-    logits(model, cache, ids[:, :140], (140,), mask[:, :140])
-    found = [seen.total() for seen in looks(model, cache, ids, mask)]
-    encoded = [count for count in found if count > 1]
-    assert 0 < len(encoded) <= 2 * (230 - 140) // 64 + 2  # of each row, which have their blocks at different times
-    assert len(found) - len(encoded) > 80
+    logits(model, cache, ids[:, :70], (70,), mask[:, :70])
+    assert max(seen.total() for seen in looks(model, cache, ids, mask)) == 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("spec", ["sink:4 + hqmq:s96_r4_med3 + recent:16", "hqmq:s24_r2_med3@128 + recent:16"])
+def test_how_many_outliers_there_are_is_read_with_the_next_mask(
+    spec: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It decides how many bytes are kept; what more than one block of tokens keeps is read at once."""
+    monkeypatch.setenv("TESSERA_BACKEND", backend)
+    model, ids, mask = make(), tokens(2, 330), padding((0, 9), 330)
+    cache, plain = deferred(tessera.Cache(spec, model)), tessera.Cache(spec, model)
+    with Looks():
+        logits(model, cache, ids[:, :140], (140,), mask[:, :140])
+    found = looks(model, cache, ids, mask)
+    assert max(seen.total() for seen in found) == 1, Counter(map(str, found))
+    logits(model, plain, ids[:, :140], (140,), mask[:, :140])
+    for end in range(141, 331):
+        with torch.no_grad():
+            model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=plain)
+    for one, other in zip(kept(cache), kept(plain), strict=True):
+        assert torch.equal(one, other)

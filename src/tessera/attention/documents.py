@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from tessera.cache.new_tokens import BIASED, shown
+from tessera.cache.new_tokens import BIASED, shown, whole
 from tessera.cache.padding_mask import by_padding
 from tessera.devices import upload
 from tessera.finite import FiniteCheck
@@ -109,6 +109,25 @@ class Documents:
         return [] if self._number is None else [torch.as_tensor(self._number)]
 
 
+class _Block(NamedTuple):
+    """Some queries of a call on a device: the first and last of their slots, and what they may see.
+
+    Attributes:
+        first, stop: slots of the queries.
+        columns: (columns,) int64, slots that they may see.
+        number, place: (batch, queries) int64, of the queries, see `Documents`.
+        key_number, key_place: (batch, columns) int64, of the columns.
+    """
+
+    first: int
+    stop: int
+    columns: Tensor
+    number: Tensor
+    place: Tensor
+    key_number: Tensor
+    key_place: Tensor
+
+
 class MaskReading:
     """What a call's mask says.
 
@@ -120,7 +139,7 @@ class MaskReading:
         self.of = of
         self._mask, self._queries = mask, queries
         self._columns: dict[SlidingWindow, list[NDArray[np.int64]]] = {}
-        self._blocks: dict[tuple[SlidingWindow, torch.device], list[tuple[Tensor, Tensor]]] = {}
+        self._blocks: dict[tuple[SlidingWindow, torch.device], list[_Block]] = {}
 
     @property
     def plain(self) -> bool:
@@ -132,40 +151,32 @@ class MaskReading:
         self._columns[limits] = columns
 
     @torch.compiler.disable(reason=READS)
-    def blocks(self, limits: SlidingWindow, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """For each block of `limits.window` queries, the slots that they may see and whether each of them does.
+    def block(self, limits: SlidingWindow, device: torch.device, number: int) -> tuple[Tensor, Tensor]:
+        """Return the slots that a block of `limits.window` queries may see, and whether each of them does.
 
         Returns:
             (columns,) int64, and (batch, heads or 1, queries, columns) bool; a query that is padding sees all of them.
         """
         key = limits, device
         if key not in self._blocks:
-            found = []
             columns = self._columns.get(limits) or _columns(self.of, self._queries, limits)
-            for number, own in enumerate(columns):
-                # A padding query sees nothing; it is shown a token, because a softmax over nothing is NaN.
-                first = self.of.slots - self._queries + number * limits.window
-                own = own if len(own) else np.array([first])
-                found.append(self._block(first, own, limits, device))
-            self._blocks[key] = found
-        return self._blocks[key]
-
-    def _block(
-        self, first: int, columns: NDArray[np.int64], limits: SlidingWindow, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        stop, past = min(first + limits.window, self.of.slots), self.of.slots - self._queries
-        number, place = self.of.number, self.of.place
-        query, key, asked, held = (
-            upload(torch.as_tensor(np.ascontiguousarray(x)), device)
-            for x in (number[:, first:stop], number[:, columns], place[:, first:stop], place[:, columns])
-        )
-        seen = _within(query, asked, key, held, limits)
-        at = upload(torch.as_tensor(columns), device)
+            past = self.of.slots - self._queries
+            self._blocks[key] = [self._on(past + n * limits.window, own, limits, device) for n, own in enumerate(columns)]
+        own = self._blocks[key][number]
+        seen = _within(own.number, own.place, own.key_number, own.key_place, limits)
+        past = self.of.slots - self._queries
         if self._mask is None:
-            seen = seen & (at <= torch.arange(first, stop, device=device)[:, None])
+            seen = seen & (own.columns <= torch.arange(own.first, own.stop, device=device)[:, None])
         else:
-            seen = seen & shown(self._mask)[:, :, first - past : stop - past, at].to(device)
-        return at, seen | (query[:, None, :, None] < 0)
+            seen = seen & shown(whole(self._mask)[:, :, own.first - past : own.stop - past]).to(device)[..., own.columns]
+        return own.columns, seen | (own.number[:, None, :, None] < 0)
+
+    def _on(self, first: int, columns: NDArray[np.int64], limits: SlidingWindow, device: torch.device) -> _Block:
+        # A padding query sees nothing; it is shown a token, because a softmax over nothing is NaN.
+        columns = columns if len(columns) else np.array([first])
+        stop, number, place = min(first + limits.window, self.of.slots), self.of.number, self.of.place
+        of_slots = columns, number[:, first:stop], place[:, first:stop], number[:, columns], place[:, columns]
+        return _Block(first, stop, *(upload(torch.as_tensor(np.ascontiguousarray(x)), device) for x in of_slots))
 
 
 def _within(number: Tensor, place: Tensor, key_number: Tensor, key_place: Tensor, limits: SlidingWindow) -> Tensor:

@@ -77,7 +77,7 @@ def windowed(
             distance = newest[:, None] - columns
             seen = ((distance >= 0) & ((distance < window) | (columns < limits.sink)))[None, None]
         else:
-            columns, seen = said.blocks(limits, query.device)[number]
+            columns, seen = said.block(limits, query.device, number)
         q, k, v = query[:, :, a:b], key[:, :, columns], value[:, :, columns]
         if softmax.usual:
             drop = softmax.dropout if module.training else 0.0

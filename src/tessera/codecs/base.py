@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Literal
 
@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tessera.codecs.ragged import Fields, pending
 from tessera.devices import upload
 from tessera.files import WHOLE, atomic_path, brief, open_tensors
 from tessera.kernels import dispatch
 from tessera.kernels.bits import unpack_bits
 from tessera.kernels.compressed_kv import Format
 from tessera.kernels.precision import join, no_autocast
+from tessera.readback import HostCopy
 
 Role = Literal["key", "value"]
 
@@ -92,29 +94,45 @@ class Packed:
 
     def compact(self) -> Packed:
         """Return a copy that owns its memory, so that the tensors it was sliced from can be freed."""
-        return replace(self, tensors={name: t.clone() for name, t in self.tensors.items()})
+        fields = self.tensors
+        if not pending(fields):
+            return replace(self, tensors={name: t.clone() for name, t in fields.items()})
+        ragged = [name for name in fields if self.codec.fields[name] == "ragged"]
+        known = {name: fields[name].clone() for name in fields if name not in ragged}
+        return replace(self, tensors=Fields(known, {name: partial(_copy_of, fields, name) for name in ragged}))
+
+    def complete(self) -> Packed:
+        """Make the fields of which the host did not know yet how long they are, and return this."""
+        for _ in self.tensors.values():
+            pass
+        return self
 
     def slice(self, start: int, stop: int) -> Packed:
         """Tokens [start, stop), without copying."""
         batch, heads, tokens, dim = self.shape
         start = min(tokens, max(0, start))
         stop = max(start, min(tokens, stop))
+        if (start, stop) == (0, tokens):
+            return self
         group = self.codec.group
         first, last = (self.offset + start) // group, -(-(self.offset + stop) // group)
         if stop == start:
             last = first
-        parts = {}
-        for name, tensor in self.tensors.items():
+        parts: dict[str, Tensor] = {}
+        later: dict[str, Callable[[], Tensor]] = {}
+        for name in self.tensors:
             layout = self.codec.fields[name]
             if layout == "token":
-                parts[name] = tensor[:, :, start:stop]
+                parts[name] = self.tensors[name][:, :, start:stop]
             elif layout == "group":
-                parts[name] = tensor[:, :, first:last]
+                parts[name] = self.tensors[name][:, :, first:last]
             else:
-                ends = _set_bits(self.tensors["flags"]).sum((0, 1, 3)).cumsum(0).tolist()
-                parts[name] = tensor[ends[start - 1] if start else 0 : ends[stop - 1] if stop else 0]
+                ends = HostCopy(torch.nn.functional.pad(_set_bits(self.tensors["flags"]).sum((0, 1, 3)).cumsum(0), (1, 0)))
+                later[name] = partial(_part_of, self.tensors, name, ends, start, stop)
         offset = (self.offset + start) % group if stop > start else 0
-        return replace(self, tensors=parts, shape=(batch, heads, stop - start, dim), offset=offset)
+        return replace(
+            self, tensors=Fields(parts, later) if later else parts, shape=(batch, heads, stop - start, dim), offset=offset
+        )
 
     def select(self, rows: Tensor) -> Packed:
         """Batch rows by index, in the order given; a row may be taken more than once. rows: (n,) int64."""
@@ -147,14 +165,16 @@ class Packed:
                     f"group ends; the left part ends {(left.offset + left.tokens) % left.codec.group} tokens into a "
                     f"group and the right one begins {right.offset} tokens into one"
                 )
-        tensors = {
-            name: join([p.tensors[name] for p in parts], 0 if layout == "ragged" else 2)
-            for name, layout in first.codec.fields.items()
-            if name in first.tensors
-        }
+        tensors: dict[str, Tensor] = {}
+        later: dict[str, Callable[[], Tensor]] = {}
+        for name, layout in first.codec.fields.items():
+            if name in first.tensors and layout == "ragged" and any(pending(p.tensors) for p in parts):
+                later[name] = partial(_joined, [p.tensors for p in parts], name)
+            elif name in first.tensors:
+                tensors[name] = join([p.tensors[name] for p in parts], 0 if layout == "ragged" else 2)
         shape = (*first.shape[:2], sum(p.tokens for p in parts), first.shape[3])
         dtype = reduce(torch.promote_types, (p.dtype for p in parts))
-        return replace(first, tensors=tensors, shape=shape, dtype=dtype)
+        return replace(first, tensors=Fields(tensors, later) if later else tensors, shape=shape, dtype=dtype)
 
     def describe(self) -> str:
         """Describe this in one line for error messages."""
@@ -383,10 +403,10 @@ class Codec(ABC):
                 raise ValueError(f"field {name!r} of {packed.describe()} is damaged: it has numbers that are not finite")
 
     @abstractmethod
-    def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
+    def _encode(self, x: Tensor, role: Role, layer: int) -> Mapping[str, Tensor]:
         """x: finite float32 (batch, kv_heads, tokens, head_dim) -> the tensors to keep."""
 
-    def _encode_weighed(self, x: Tensor, role: Role, layer: int, weights: Tensor) -> dict[str, Tensor]:
+    def _encode_weighed(self, x: Tensor, role: Role, layer: int, weights: Tensor) -> Mapping[str, Tensor]:
         """Do what `_encode` does with weighted errors, for codecs with `weighs`."""
         raise NotImplementedError
 
@@ -421,6 +441,20 @@ def check_codes(packed: Packed, bits: int, count: int) -> None:
     for part in packed.tensors["codes"].split(PART, dim=2):
         if part.numel() and int(unpack_bits(part, bits, chunks).max()) >= count:
             raise ValueError(f"field 'codes' of {packed.describe()} is damaged: it has codes that no codeword has")
+
+
+def _copy_of(fields: Mapping[str, Tensor], name: str) -> Tensor:
+    return fields[name].clone()
+
+
+def _part_of(fields: Mapping[str, Tensor], name: str, ends: HostCopy, start: int, stop: int) -> Tensor:
+    """The rows of a ragged field for the tokens [start, stop). ends: (tokens + 1,), how many rows come before each token."""
+    known = ends.get()
+    return fields[name][int(known[start]) : int(known[stop])]
+
+
+def _joined(parts: list[Mapping[str, Tensor]], name: str) -> Tensor:
+    return join([fields[name] for fields in parts], 0)
 
 
 def _set_bits(bitmap: Tensor) -> Tensor:

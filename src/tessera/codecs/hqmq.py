@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from typing import Literal
 
@@ -26,8 +26,10 @@ from tessera.codecs.codebooks import optimised_secondary, random_secondary
 from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.codecs.lloyd_max import lloyd_max
 from tessera.codecs.outliers import OutlierRule, find_outliers
+from tessera.codecs.ragged import Fields, marked
 from tessera.codecs.registry import register
 from tessera.codecs.rotation import rotation, rotation_factors
+from tessera.devices import upload
 from tessera.kernels import dispatch
 from tessera.kernels.bits import pack_bits, packed_bytes, unpack_bits
 from tessera.kernels.products import ProductFormat
@@ -38,6 +40,8 @@ PAPER = tuple(f"s{s}_r{b}" for s in (24, 48, 96, 192) for b in (2, 3, 4, 6))
 #: Smallest norm of a vector that is not stored as zero. The smallest normal half-precision number.
 TINY = 2.0**-14
 HALF_MAX = 65504.0
+#: Outliers of at most so many tokens are selected when they are first read: until then all their chunks are held.
+FEW = 64
 
 
 class HQMQ(Codec):
@@ -161,23 +165,29 @@ class HQMQ(Codec):
         super().check(packed)
         check_codes(packed, self.code_bits, UNITS * self.secondary << self.radius_bits)
 
-    def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
+    def _encode(self, x: Tensor, role: Role, layer: int) -> Mapping[str, Tensor]:
         if self.rotate:
             x = x @ rotation(x.shape[-1], device=x.device).T
         chunks = to_chunks(x)  # (b, h, t, n, 4)
         radii = chunks.norm(dim=-1)
         tensors: dict[str, Tensor] = {}
+        later: dict[str, Callable[[], Tensor]] = {}
         inside = torch.ones_like(radii, dtype=torch.bool)
         if self.outliers is not None:
             out = find_outliers(radii, self.outliers, self.outlier_rule)
             tensors["flags"] = pack_bits(out.int(), 1)
             # Ordered by token, batch, head, chunk, so that tokens can be appended and sliced off.
             order = chunks.permute(2, 0, 1, 3, 4)
-            tensors["kept"] = order[out.permute(2, 0, 1, 3)].clamp(-HALF_MAX, HALF_MAX).half()
+            order = order.clamp(-HALF_MAX, HALF_MAX).half()
+            marks = out.permute(2, 0, 1, 3)
+            if marks.numel() and x.shape[2] <= FEW:
+                later["kept"] = marked(order.flatten(0, 3), marks.flatten())
+            else:
+                tensors["kept"] = order[marks]
             if self.outlier_rule == "vector":
                 inside = ~out
         scale = self._scale(radii, inside)
-        books = self.secondaries(x.shape[1], role, layer).to(x.device)
+        books = upload(self.secondaries(x.shape[1], role, layer), x.device)
         rotations = right_matrix(conjugate(books))
         if self.bf16_search:
             unit = chunks / radii.unsqueeze(-1).clamp(min=1e-8)
@@ -187,7 +197,8 @@ class HQMQ(Codec):
         r = radii if self.radius == "uniform" else projection.clamp(min=0)
         code = self._radius_code(r, scale.float().unsqueeze(-1))
         codes = torch.where((scale > 0).unsqueeze(-1), directions << self.radius_bits | code, 0)
-        return {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
+        tensors = {"codes": pack_bits(codes, self.code_bits), "scale": scale, **tensors}
+        return Fields(tensors, later) if later else tensors
 
     def _scale(self, radii: Tensor, inside: Tensor) -> Tensor:
         """Compute the half-precision scale of each vector from the radii that count: (b, h, t)."""
@@ -203,7 +214,7 @@ class HQMQ(Codec):
         ratio = r / scale.clamp(min=TINY)
         if self.radius == "uniform":
             return (ratio * most).round().clamp(0, most).long()
-        levels = chi_levels(self.radius_bits).to(r.device)
+        levels = upload(chi_levels(self.radius_bits), r.device)
         return torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)
 
     def directions(self, heads: int, role: Role, layer: int) -> Tensor:
@@ -226,9 +237,9 @@ class HQMQ(Codec):
         heads, dim = packed.shape[1], packed.shape[3]
         codes = unpack_bits(packed.tensors["codes"], self.code_bits, -(-dim // 4))
         direction, code = codes >> self.radius_bits, codes & (2**self.radius_bits - 1)
-        words = self.directions(heads, packed.role, packed.layer).to(codes.device)
+        words = upload(self.directions(heads, packed.role, packed.layer), codes.device)
         head = torch.arange(heads, device=codes.device)[:, None, None] if len(words) > 1 else 0
-        radius = self.levels().to(codes.device)[code]
+        radius = upload(self.levels(), codes.device)[code]
         radius = radius * packed.tensors["scale"].float().unsqueeze(-1)
         chunks = words[head, direction] * radius.unsqueeze(-1)
         if "flags" in packed.tensors:

@@ -62,10 +62,10 @@ class Pair(Codec):
         """See `Codec`."""
         self.side(packed.role).check(packed)
 
-    def _encode(self, x: Tensor, role: Role, layer: int) -> dict[str, Tensor]:
+    def _encode(self, x: Tensor, role: Role, layer: int) -> Mapping[str, Tensor]:
         return self.side(role)._encode(x, role, layer)
 
-    def _encode_weighed(self, x: Tensor, role: Role, layer: int, weights: Tensor) -> dict[str, Tensor]:
+    def _encode_weighed(self, x: Tensor, role: Role, layer: int, weights: Tensor) -> Mapping[str, Tensor]:
         return self.side(role)._encode_weighed(x, role, layer, weights)
 
 

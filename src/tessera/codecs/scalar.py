@@ -17,6 +17,7 @@ from tessera.codecs.lloyd_max import lloyd_max
 from tessera.codecs.registry import register
 from tessera.codecs.rotation import rotation
 from tessera.codecs.scalar_format import scalar_format
+from tessera.devices import upload
 from tessera.kernels import dispatch
 from tessera.kernels.bits import packed_bytes, unpack_bits
 from tessera.kernels.scalars import ScalarFormat
@@ -52,7 +53,7 @@ class Scalar(Codec):
         dim = x.shape[-1]
         x = x @ rotation(dim, device=x.device).T
         norm = x.norm(dim=-1, keepdim=True)
-        levels = normal_levels(self.bits).to(x.device)
+        levels = upload(normal_levels(self.bits), x.device)
         length, bounds = norm.clamp(min=torch.finfo(torch.float32).tiny), (levels[1:] + levels[:-1]) / 2
         codes, chosen = dispatch.pack_levels(x, length, dim**0.5, bounds, levels, self.bits)
         scale = norm.squeeze(-1) / chosen.norm(dim=-1)
@@ -65,7 +66,7 @@ class Scalar(Codec):
     def decode_reference(self, packed: Packed) -> Tensor:
         """See `Codec`."""
         dim = packed.shape[-1]
-        levels = normal_levels(self.bits).to(packed.device)
+        levels = upload(normal_levels(self.bits), packed.device)
         x = levels[unpack_bits(packed.tensors["codes"], self.bits, dim)] * packed.tensors["scale"].float().unsqueeze(-1)
         return x @ rotation(dim, device=x.device)
 

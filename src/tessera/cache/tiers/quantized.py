@@ -120,6 +120,8 @@ class QuantizedTier(Tier):
             keys = self._encode(coming, "key", weights)
             keys = replace(keys, dtype=k.dtype)  # the dtypes that decoding returns
             values = self._encode(v[:, :, chunk], "value")
+            if n > BLOCK:
+                keys, values = keys.complete(), values.complete()  # or the outliers of a prompt would take a dense copy
             pages.append((keys, values))
             if few and held + size == PAGE:
                 keys, values = (Packed.cat(list(packed)) for packed in zip(*pages[-few - 1 :], strict=True))
