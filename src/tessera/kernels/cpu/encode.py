@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels.bits import packed_bytes
-from tessera.kernels.cpu import MAX_DIM, MISSING, _cpu, addresses, book, levels
+from tessera.kernels.cpu import MAX_DIM, _cpu, addresses, book, chunks_refusal, levels
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import Codewords, reduction_tables
 
@@ -80,10 +80,8 @@ GROUP = 64
 
 def encode_joint_refusal(x: Tensor, form: JointFormat) -> str | None:
     """Say why `encode_joint` cannot be used, or return None if it can."""
-    if MISSING is not None:
-        return MISSING
-    if x.device.type != "cpu":
-        return f"the vectors are on {x.device}"
+    if (why := chunks_refusal(x)) is not None:
+        return why
     if x.shape[-1] % 4 or x.shape[-1] > MAX_DIM:
         return f"there is no kernel for vectors of {x.shape[-1]} numbers"
     if form.group not in (1, GROUP):
