@@ -70,13 +70,13 @@ def _rotation_units() -> Tensor:
 class CellIndex:
     """Candidate lists over a tree of cubes that covers the reduced region. See `build_index`.
 
-    A *link* is the row of a candidate list, or -2 - i for the cube whose parts are ``children[i]``, or -1 for no cube.
+    A *node* is the row of a candidate list, or -2 - i for the cube whose parts are ``children[i]``, or -1 for no cube.
 
     Attributes:
         dims: (4,) int64, cubes of edge `ROOT` along each axis.
         origin: (4,) int64, cube coordinates of the first of them.
-        roots: (prod(dims),) int32, their links.
-        children: (n, 16) int32, links of the sixteen halves, the first axis slowest.
+        roots: (prod(dims),) int32, their nodes.
+        children: (n, 16) int32, nodes of the sixteen halves, the first axis slowest.
         depth: halvings at the most.
         candidates: (rows, K) int32, indices into `points`, padded by repeating the first.
         points: (m, 4) float32, the codewords that occur in any list.
@@ -185,19 +185,19 @@ def build_index(words: Tensor, conjugations: bool) -> CellIndex:
     children: list[Tensor] = []
     lists = internals = depth = 0
     roots = torch.full((0,), -1)
-    parent = torch.arange(len(low))  # position in `links` of the depth above of the link to each cube
-    links = torch.full((len(low),), -1)
+    parent = torch.arange(len(low))  # position of each cube in `nodes` of the depth above
+    nodes = torch.full((len(low),), -1)
     while True:
         box, word = _prune(low, size, box, word, words)
         count = torch.bincount(box, minlength=len(low))
         split = (count > LIST) & (size > SMALLEST)
         leaf = ~split & (count <= LONGEST)
-        links[parent[split]] = -2 - internals - torch.arange(int(split.sum()))
-        links[parent[leaf]] = lists + torch.arange(int(leaf.sum()))
+        nodes[parent[split]] = -2 - internals - torch.arange(int(split.sum()))
+        nodes[parent[leaf]] = lists + torch.arange(int(leaf.sum()))
         if depth == 0:
-            roots = links
+            roots = nodes
         else:
-            children.append(links)
+            children.append(nodes)
         kept = leaf[box]
         rows.append(((lists + leaf.cumsum(0) - 1)[box[kept]], word[kept]))
         lists, internals = lists + int(leaf.sum()), internals + int(split.sum())
@@ -206,7 +206,7 @@ def build_index(words: Tensor, conjugations: bool) -> CellIndex:
         inner = torch.where(split, split.cumsum(0) - 1, -1)[box]
         box, word = inner[inner >= 0], word[inner >= 0]
         low, parent, box, word, size = _halve(low[split], box, word, size, radius, conjugations)
-        links = torch.full((16 * int(split.sum()),), -1)
+        nodes = torch.full((16 * int(split.sum()),), -1)
         depth += 1
 
     used, local = torch.unique(torch.cat([w for _, w in rows]), return_inverse=True)
@@ -325,20 +325,20 @@ def _nearest(x: Tensor, index: CellIndex) -> Tensor:
     p = nearest_unit(x)
     z = hamilton(conjugate(all_units)[p], x)
     if index.conjugations:
-        v, turn = canonical_rotation(z[:, 1:])
+        v, reduction = canonical_rotation(z[:, 1:])
         z = torch.cat((z[:, :1], v), dim=-1)
     place = z / ROOT
     corner = place.floor()
     # Rounding may leave a chunk slightly outside the region; the cube beside it has its candidates, due to MARGIN.
     corner = torch.maximum(corner, index.origin).minimum(index.origin + index.dims - 1)
-    link = index.roots[_flat(corner.long() - index.origin, index.dims)].long()
+    node = index.roots[_flat(corner.long() - index.origin, index.dims)].long()
     place = (place - corner).clamp(0, 1)
     for _ in range(index.depth):
         half = place >= 0.5
         place = (2 * place - half.float()).clamp(0, 1)
         part = (half * torch.tensor([8, 4, 2, 1], device=device)).sum(-1)
-        link = torch.where(link < -1, index.children[(-2 - link).clamp(min=0), part].long(), link)
-    cell = link
+        node = torch.where(node < -1, index.children[(-2 - node).clamp(min=0), part].long(), node)
+    cell = node
     far = (cell < 0) | (z.square().sum(-1) > index.radius**2)
     listed = index.candidates[cell.clamp(min=0).long()].long()
     score = torch.einsum("nkc,nc->nk", index.points[listed], z) - index.bias[listed]
@@ -346,7 +346,7 @@ def _nearest(x: Tensor, index: CellIndex) -> Tensor:
     s, unit = code // UNITS, code % UNITS
     if index.conjugations:
         # x = q_p·g·z·ḡ, so the codeword for x is q_p·(g·q_unit·ḡ)·(g·s·ḡ).
-        g = _rotation_units().to(device)[turn]
+        g = _rotation_units().to(device)[reduction]
         inverse = product.argmin(1)  # the column of +1, unit 0
         unit = product[product[g, unit], inverse[g]]
         base, rotation = s // 12, s % 12

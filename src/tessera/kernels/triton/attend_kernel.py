@@ -42,10 +42,10 @@ def _widened(
     for part in range(0, dim, SLICE):
         wide = (_slice(q, k_centre, part, first_row, real_row, dim, SLICE) / most[:, None]).to(tl.float16)
         channel = part + tl.arange(0, SLICE)
-        turn = rotation + channel[:, None] * dim + pair[None, :]
+        entries = rotation + channel[:, None] * dim + pair[None, :]
         real = (channel < dim)[:, None] & real_pair[None, :]
-        one = tl.dot(wide, tl.load(turn, mask=real, other=0.0), one)
-        two = tl.dot(wide, tl.load(turn + dim // 2, mask=real, other=0.0), two)
+        one = tl.dot(wide, tl.load(entries, mask=real, other=0.0), one)
+        two = tl.dot(wide, tl.load(entries + dim // 2, mask=real, other=0.0), two)
     return one.to(tl.float16), two.to(tl.float16), most
 
 

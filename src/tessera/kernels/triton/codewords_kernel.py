@@ -34,8 +34,8 @@ def _moved_pairs(first, second, move):
     """Make the two pairs of a point whose pairs are two words."""
     other = (move & 8) != 0
     one, two = tl.where(other, second, first), tl.where(other, first, second)
-    turn = (move & 1) != 0
-    return _signed(tl.where(turn, _swapped(one), one), tl.where(turn, _swapped(two), two), move)
+    swap = (move & 1) != 0
+    return _signed(tl.where(swap, _swapped(one), one), tl.where(swap, _swapped(two), two), move)
 
 
 @triton.jit

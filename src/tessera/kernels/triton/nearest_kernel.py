@@ -68,7 +68,7 @@ def nearest_kernel(
     z2 = p0 * x2 + p1 * x3 - p2 * x0 - p3 * x1
     z3 = p0 * x3 - p1 * x2 + p2 * x1 - p3 * x0
 
-    turn = tl.zeros_like(at)
+    reduction = tl.zeros_like(at)
     if CONJUGATIONS:
         # The largest of the three comes first, then the flip of two signs that fixes the first two.
         shift = tl.where(tl.abs(z2) > tl.abs(z1), 1, 0)
@@ -80,7 +80,7 @@ def nearest_kernel(
         z1 = tl.where(flips >= 2, -a, a)
         z2 = tl.where((flips == 1) | (flips == 3), -b, b)
         z3 = tl.where((flips == 1) | (flips == 2), -c, c)
-        turn = shift * 4 + flips
+        reduction = shift * 4 + flips
 
     # Down the tree of cubes.
     y0, y1, y2, y3 = z0 / root, z1 / root, z2 / root, z3 / root
@@ -92,17 +92,17 @@ def nearest_kernel(
     cube = (cube * dims2 + (c2 - origin2).to(tl.int32)) * dims3 + (c3 - origin3).to(tl.int32)
     y0, y1 = tl.minimum(tl.maximum(y0 - c0, 0.0), 1.0), tl.minimum(tl.maximum(y1 - c1, 0.0), 1.0)
     y2, y3 = tl.minimum(tl.maximum(y2 - c2, 0.0), 1.0), tl.minimum(tl.maximum(y3 - c3, 0.0), 1.0)
-    link = tl.load(roots + cube)
+    node = tl.load(roots + cube)
     for _ in tl.static_range(DEPTH):
         h0, h1, h2, h3 = y0 >= 0.5, y1 >= 0.5, y2 >= 0.5, y3 >= 0.5
         part = 8 * h0.to(tl.int32) + 4 * h1.to(tl.int32) + 2 * h2.to(tl.int32) + h3.to(tl.int32)
-        inner = link < -1
-        link = tl.load(children + tl.where(inner, -2 - link, 0) * 16 + part, mask=inner, other=0) + tl.where(inner, 0, link)
+        inner = node < -1
+        node = tl.load(children + tl.where(inner, -2 - node, 0) * 16 + part, mask=inner, other=0) + tl.where(inner, 0, node)
         y0, y1 = 2 * y0 - h0.to(tl.float32), 2 * y1 - h1.to(tl.float32)
         y2, y3 = 2 * y2 - h2.to(tl.float32), 2 * y3 - h3.to(tl.float32)
 
-    far = (link < 0) | (z0 * z0 + z1 * z1 + z2 * z2 + z3 * z3 > square_radius)
-    row = tl.where(far, 0, link)
+    far = (node < 0) | (z0 * z0 + z1 * z1 + z2 * z2 + z3 * z3 > square_radius)
+    row = tl.where(far, 0, node)
     begin, length = tl.load(first + row), tl.load(count + row)
     best = tl.full((BLOCK,), -3.4e38, tl.float32)
     where = begin
@@ -118,7 +118,7 @@ def nearest_kernel(
     s, right = found // 24, found % 24
     if CONJUGATIONS:
         # x = q_p·g·z·ḡ, so the codeword for x is q_p·(g·q_unit·ḡ)·(g·s·ḡ).
-        g = tl.load(turn_unit + turn)
+        g = tl.load(turn_unit + reduction)
         right = tl.load(product + 24 * tl.load(product + 24 * g + right) + tl.load(inverse + g))
         turned = tl.load(product + 24 * g + tl.load(rotation_unit + s % 12))
         s = s // 12 * 12 + tl.load(unit_rotation + turned)

@@ -35,8 +35,8 @@ def prepare_kernel(
         real = real_row[:, None] & (inner < DIM)[None, :]
         x = tl.load(q + at, mask=real, other=0.0).to(tl.float32) * scale
         tl.store(query + at, x, mask=real)
-        turn = rotation + inner[:, None] * DIM + channel[None, :]
-        y = tl.load(turn, mask=(inner < DIM)[:, None] & real_channel[None, :], other=0.0)
+        entries = rotation + inner[:, None] * DIM + channel[None, :]
+        y = tl.load(entries, mask=(inner < DIM)[:, None] & real_channel[None, :], other=0.0)
         whole = tl.dot(x, y, whole, input_precision="tf32x3")  # as exact as float32
     most = tl.maximum(tl.max(tl.abs(whole), axis=1), 1e-30)
     tl.store(unit + row, most, mask=real_row)
