@@ -107,7 +107,7 @@ def on_files(files: Any, config: Any) -> Any:
             name = target.relative_to(ROOT).as_posix()
             kind = SHOWN.get(target.suffix, "text")
             code = target.read_text(encoding="utf-8")
-            fence = "`" * (1 + max((len(run) for run in re.findall("`+", code)), default=2))
+            fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", code)), default=0))
             page = f'# {name}\n\n{fence}{{.{kind} linenums="1"}}\n{code}\n{fence}\n'
             files.append(File.generated(config, _page_of(target), content=page, inclusion=InclusionLevel.NOT_IN_NAV))
     return files
@@ -127,3 +127,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         anchor = f"#__codelineno-0-{line_of(target, symbol)}" if symbol else ""
         markdown = f"{markdown[: match.start()]}]({path}{anchor}){markdown[match.end() :]}"
     return _HELP.sub(lambda found: help_of(found[1]), markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Let links to numbered lines be checked: mkdocs does not look for anchors in blocks of code."""
+    page.present_anchor_ids |= set(re.findall(r'"(__codelineno-[\d-]+)"', html))
+    return html
