@@ -90,7 +90,10 @@ def test_all_at_once(demo: Path, prompts: list[list[int]]) -> None:
 
 
 def test_heads_on_two_devices(demo: Path, prompts: list[list[int]], tmp_path: Path) -> None:
-    """Each process has one of the two key heads; sums over both are made in another order than in one process."""
+    """Each process has one of the two key heads; sums over both are made in another order than in one process.
+
+    So a number may be rounded to another code, and what follows differs by as much as quantisation itself changes it.
+    """
     torch.manual_seed(0)
     save_stats(random_stats(6, 2, 64), tmp_path / "stats.safetensors")
     settings = {"tessera": SPEC, "tessera_stats": str(tmp_path / "stats.safetensors")}
@@ -100,7 +103,9 @@ def test_heads_on_two_devices(demo: Path, prompts: list[list[int]], tmp_path: Pa
         got = ask(llm, prompts, logprobs=0, prompt_logprobs=0)
     for one, wanted, prompt in zip(got, alone, prompts, strict=True):
         n = len(prompt) - 1
-        assert (one.logprobs[:n] - wanted.logprobs[:n]).abs().mean() < 0.01
+        difference = (one.logprobs[:n] - wanted.logprobs[:n]).abs()
+        assert difference[:63].max() < 1e-4  # nothing is quantised yet
+        assert difference.mean() < 0.05
     assert sum(one.tokens == wanted.tokens for one, wanted in zip(got, alone, strict=True)) >= len(alone) - 2
 
 

@@ -215,6 +215,11 @@ def test_joint_codes_of_a_vector_do_not_depend_on_the_others_of_the_call(level: 
             assert torch.equal(field, whole[name][row : row + 1, head : head + 1, some]), name
 
 
+def test_weights_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weights \(1, 2, 64\) do not fit vectors \(3, 2, 64, 64\)"):
+        codecs.get("hqmq:4").encode(torch.randn(3, 2, 64, 64), "key", weights=torch.ones(1, 2, 64))
+
+
 def test_joint_codes_of_vectors_that_no_kernel_takes_are_made_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
     steps = pack.pack_nearest

@@ -300,7 +300,12 @@ def encode_joint(
 
     Returns:
         the tensors that `tessera.codecs.JointHQMQ` keeps; None where it is impossible: the caller then does the same in steps.
+
+    Raises:
+        ValueError: for weights of another shape.
     """
+    if weights is not None and weights.shape != (*x.shape[:2], x.shape[3]):
+        raise ValueError(f"weights {tuple(weights.shape)} do not fit vectors {tuple(x.shape)}: one a row, head and channel")
     family, _, level = chosen(backend).partition(":")
     if family not in ("auto", "cpu") or cpu_encode.encode_joint_refusal(x, form) is not None:
         return None

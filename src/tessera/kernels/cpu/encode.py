@@ -93,7 +93,7 @@ def encode_joint(
     x: Tensor, form: JointFormat, words: Codewords, centred: bool, weights: Tensor | None, level: str | None = None
 ) -> dict[str, Tensor]:
     """Encode as `tessera.kernels.dispatch.encode_joint` says. `level`: see `nearest`."""
-    x, weights = x.contiguous(), None if weights is None else weights.contiguous()
+    x, weights = x.contiguous(), None if weights is None else weights.to(x).contiguous()
     batch, heads, tokens, dim = x.shape
     kept = {
         "codes": torch.empty(batch, heads, tokens, packed_bytes(dim // 4, form.bits), dtype=torch.uint8, device="cpu"),
