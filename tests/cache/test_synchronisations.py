@@ -28,7 +28,13 @@ import sink_models
 import tessera
 from tessera.adapters import attached_memory
 from tessera.cache.layer_states import state_of
+from tessera.kernels import cpu
 from tessera.tensor_cache import TensorCacheConfig
+
+#: As on a GPU without Triton.
+pytestmark = pytest.mark.skipif(
+    cpu.MISSING is not None, reason="without kernels the search for codewords waits, see docs/devices.md"
+)
 
 #: Not `numpy`, which takes tensors of the CPU only.
 LOOKS = ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__")
