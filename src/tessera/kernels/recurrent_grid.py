@@ -118,7 +118,7 @@ def advance(
     Returns:
         what each step read of the state before it, (batch, steps, reads, channels); h and c after the last.
     """
-    count, cells = steps.read.shape[1], h[0].numel() * h.shape[0]
+    count, cells = steps.read.shape[1], h.numel()
     most = max(1, _SEGMENT // max(1, 4 * cells))
     every = every or min(most, max(1, math.isqrt(count) if gates.see_state else count))
     given = (h, c, *steps.tensors(), *gates.tensors())
