@@ -18,8 +18,9 @@ from transformers import DynamicCache, Gemma3ForConditionalGeneration, PaliGemma
 from transformers.masking_utils import create_causal_mask, sdpa_mask, sliding_window_causal_mask_function
 
 import tessera
-from tessera.attention.documents import SlidingWindow, read_documents
+from tessera.attention.documents import SlidingWindow
 from tessera.attention.forward import mask_unless_causal
+from tessera.attention.read_masks import read_documents
 from tessera.cache.masks import Runs
 from tessera.cache.new_tokens import Rule, read_mask
 from tessera.cache.padding_mask import PaddingMask
@@ -479,7 +480,7 @@ def test_documents_of_a_mask_of_padding_are_those_of_the_mask_itself(
         query, found = torch.zeros(rows, 1, n, 4), []
         with pytest.MonkeyPatch.context() as patch:
             for number, mask in enumerate((made, few, few.expand(-1, 2, -1, -1))):
-                patch.setattr("tessera.attention.documents.FEW", 0 if number == 2 else 1 << 20)
+                patch.setattr("tessera.attention.read_masks.FEW", 0 if number == 2 else 1 << 20)
                 found.append(read_documents(mask, query, end, limits, before[number], memory=True))
         for said in found:
             assert said.of.same(found[0].of)

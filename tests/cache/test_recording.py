@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import tessera
 from tessera.cache.group import RECORDED
+from tessera.kernels import cpu
 from tessera.tensor_cache import TensorCacheConfig
 
 SPECS = ["dense", "window:24", "sink:4 + hqmq:4 + recent:16", "hqmq:4@128 + recent:16", TC]
@@ -49,7 +50,10 @@ def test_what_a_memory_has_written_since_is_taken_back_whole(spec: str) -> None:
         logits(model, cropped, wrong[:, : sum(cuts)], cuts)
         cropped.crop(-sum(cuts))
     found, wanted = logits(model, cropped, more, (49, 1)), logits(model, plain, more, (49, 1))
-    assert torch.equal(found, wanted)
+    if cpu.MISSING is None:
+        assert torch.equal(found, wanted)
+    else:  # the recurrence in PyTorch adds up whole chunks of writes, which begin where calls did
+        torch.testing.assert_close(found, wanted, rtol=0, atol=5e-6)
     assert cropped.report() == plain.report()
 
 

@@ -220,6 +220,14 @@ def test_weights_of_another_shape_are_refused() -> None:
         codecs.get("hqmq:4").encode(torch.randn(3, 2, 64, 64), "key", weights=torch.ones(1, 2, 64))
 
 
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan")])
+def test_weights_that_are_not_positive_are_refused(level: str, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    monkeypatch.setenv("TESSERA_BACKEND", f"cpu:{level}")
+    weights = torch.full((2, 3, 64), wrong)
+    with pytest.raises(ValueError, match="weights of a channel's errors must be positive"):
+        codecs.get("hqmq:4").encode(torch.randn(2, 3, 70, 64), "key", weights=weights)
+
+
 def test_joint_codes_of_vectors_that_no_kernel_takes_are_made_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
     steps = pack.pack_nearest

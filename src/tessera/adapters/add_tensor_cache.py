@@ -8,7 +8,7 @@ from torch import nn
 
 from tessera.adapters.attached import AttachedMemory
 from tessera.attention import SlidingWindow, enable, restore, unsupported
-from tessera.attention.documents import share_readings
+from tessera.attention.read_masks import share_readings
 from tessera.cache.cache_layer import ATTACHED, ATTENTION
 from tessera.cache.model_config import check_shapes, read_config
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer

@@ -1,33 +1,20 @@
-"""The documents within the rows of a call, for attention without tiers, as the host knows them.
-
-What a mask that was made from padding says is known from the padding; any other is evaluated on its device, and the results
-come in one transfer. Layers that are given the same mask in a call share what was read from it.
-"""
+"""The documents within the rows of a call, for attention without tiers, as the host knows them, and who sees what of them."""
 
 from __future__ import annotations
 
-import threading
-import weakref
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import Tensor
 
-from tessera.cache.new_tokens import BIASED, shown, whole
-from tessera.cache.padding_mask import by_padding
+from tessera.cache.new_tokens import shown, whole
 from tessera.devices import upload
-from tessera.finite import FiniteCheck
-from tessera.readback import HostCopy
 
-#: A mask of at most so many numbers for each head is evaluated on the host: layers of different kinds share its transfer.
-FEW = 1 << 20
 #: Why torch.compile breaks its graph here.
 READS = "what a mask says is evaluated on the host"
-PADDING_SHOWN = "the attention mask shows slots that were padding when they came; padding stays padding"
 
 
 class SlidingWindow(NamedTuple):
@@ -163,7 +150,7 @@ class MaskReading:
             past = self.of.slots - self._queries
             self._blocks[key] = [self._on(past + n * limits.window, own, limits, device) for n, own in enumerate(columns)]
         own = self._blocks[key][number]
-        seen = _within(own.number, own.place, own.key_number, own.key_place, limits)
+        seen = within(own.number, own.place, own.key_number, own.key_place, limits)
         past = self.of.slots - self._queries
         if self._mask is None:
             seen = seen & (own.columns <= torch.arange(own.first, own.stop, device=device)[:, None])
@@ -179,7 +166,7 @@ class MaskReading:
         return _Block(first, stop, *(upload(torch.as_tensor(np.ascontiguousarray(x)), device) for x in of_slots))
 
 
-def _within(number: Tensor, place: Tensor, key_number: Tensor, key_place: Tensor, limits: SlidingWindow) -> Tensor:
+def within(number: Tensor, place: Tensor, key_number: Tensor, key_place: Tensor, limits: SlidingWindow) -> Tensor:
     """Whether a key is of a query's document and within its limits, (batch, 1, queries, keys); all are (batch, n)."""
     number, place = number[:, None, :, None], place[:, None, :, None]
     key_number, key_place = key_number[:, None, None], key_place[:, None, None]
@@ -197,231 +184,3 @@ def _columns(of: Documents, queries: int, limits: SlidingWindow) -> list[NDArray
         seen = (sinks | near)[:, : min(first + limits.window, of.slots)]
         found.append(np.nonzero(seen.any(0))[0])
     return found
-
-
-# Reading
-
-
-class _Call:
-    """What has been read in a call of a model; masks are compared by identity."""
-
-    def __init__(self) -> None:
-        self.readings: list[tuple[weakref.ref[Tensor], Documents | None, SlidingWindow, bool, MaskReading]] = []
-        self.copies: list[tuple[weakref.ref[Tensor], HostCopy]] = []
-
-    def copy(self, mask: Tensor) -> HostCopy:
-        """What a mask shows some head and all heads, and whether it does more than hide, in one row."""
-        for of_mask, copy in self.copies:
-            if of_mask() is mask:
-                return copy
-        seen = shown(mask)
-        copy = HostCopy(torch.cat((seen.any(1).flatten(), seen.all(1).flatten(), _biased(mask)[None])))
-        self.copies.append((weakref.ref(mask), copy))
-        return copy
-
-
-class _Calls(threading.local):
-    """The calls of models that this thread is in, innermost last."""
-
-    def __init__(self) -> None:
-        self.each: list[_Call] = []
-
-
-_CALLS = _Calls()
-
-
-def share_readings(decoder: nn.Module) -> list[Any]:
-    """Let the layers of a decoder share what they read from the mask of a call. Returns the handles of its hooks."""
-    return [decoder.register_forward_pre_hook(_begin, prepend=True), decoder.register_forward_hook(_end, always_call=True)]
-
-
-def _begin(*_: Any) -> None:
-    if not torch.compiler.is_compiling():
-        _CALLS.each.append(_Call())
-
-
-def _end(*_: Any) -> None:
-    if not torch.compiler.is_compiling() and _CALLS.each:
-        _CALLS.each.pop()
-
-
-def read_documents(
-    mask: Tensor | None,
-    query: Tensor,
-    slots: int,
-    limits: SlidingWindow,
-    before: Documents | None = None,
-    memory: bool = False,
-    finite: FiniteCheck | None = None,
-) -> MaskReading:
-    """Find the document of each slot of a call.
-
-    Args:
-        mask: attention mask of the call, (batch or 1, heads or 1, queries, slots); None: plain causality.
-        query: (batch, heads, tokens, head_dim) of the call.
-        slots: all up to now.
-        limits: the layer's.
-        before: documents of the slots before the call; None: those that the mask shows are one document.
-        memory: whether a memory holds all that left its document's window.
-        finite: read with the mask; None: nothing.
-
-    Raises:
-        ValueError: for an additive mask that does more than hide, or one that shows what was padding when it came; and, where
-            there is a memory, for one that hides absorbed tokens or shows another document. See also `FiniteCheck.read`.
-    """
-    batch, queries = query.shape[0], query.shape[2]
-    if mask is None:
-        if finite is not None:
-            finite.read()
-        return MaskReading(Documents(batch, slots) if before is None else before.followed(queries), None, queries)
-    return _read(mask, batch, queries, limits, before, memory, finite)
-
-
-@torch.compiler.disable(reason=READS)
-def _read(
-    mask: Tensor,
-    batch: int,
-    queries: int,
-    limits: SlidingWindow,
-    before: Documents | None,
-    memory: bool,
-    finite: FiniteCheck | None,
-) -> MaskReading:
-    call = _CALLS.each[-1] if _CALLS.each else _Call()
-    for of_mask, earlier, own, strict, reading in call.readings:
-        same = before is earlier or (before is not None and before.same(earlier))
-        if of_mask() is mask and same and own == limits and strict == memory:
-            if finite is not None:
-                finite.read()
-            return reading
-    if by_padding(mask) and mask.window is None:
-        if finite is not None:
-            finite.read(*([] if mask.padding is None else [mask.padding]))
-        reading = _of_padding(mask, mask.real_slots(), batch, queries, limits, before, memory)
-    else:
-        reading = _looked_at(mask, call, batch, queries, limits, before, memory, finite)
-    call.readings.append((weakref.ref(mask), before, limits, memory, reading))
-    return reading
-
-
-def _of_padding(
-    mask: Tensor,
-    real: NDArray[np.bool_] | None,
-    batch: int,
-    queries: int,
-    limits: SlidingWindow,
-    before: Documents | None,
-    memory: bool,
-) -> MaskReading:
-    """As `_looked_at`, of a mask by which a query sees the slots up to its own that are no padding."""
-    slots = mask.shape[-1]
-    past = slots - queries
-    real = np.ones((batch, slots), dtype=np.bool_) if real is None else np.broadcast_to(real, (batch, slots))
-    begins = real[:, past:] & (real.cumsum(1)[:, past:] == 1)
-    old = real[:, :past].astype(np.int64) - 1 if before is None else before.number
-    if ((old < 0) & real[:, :past]).any():
-        raise ValueError(PADDING_SHOWN)
-    of = Documents(batch, slots, _numbers(old, real[:, past:], begins))
-    if memory and not of.single:
-        new = of.number[:, past:]
-        # Documents are consecutive, so whoever sees another sees the first slot that is shown.
-        first = np.take_along_axis(of.number, real.argmax(1)[:, None], 1)
-        hidden = (of.number >= 0) & ~real & (of.place >= limits.sink)
-        rows, at = np.nonzero(hidden)
-        late = of.place[rows, at, None] <= of.place[rows, past:] - limits.window
-        absorbed = late & (of.number[rows, at, None] == of.number[rows, past:])
-        _check(bool(((new >= 0) & (new != first)).any()), bool(absorbed.any()), limits.window)
-    return MaskReading(of, mask, queries)
-
-
-def _brought(copy: HostCopy, finite: FiniteCheck | None) -> NDArray[Any]:
-    """A copy on the host, brought together with the findings of a check."""
-    if finite is not None:
-        finite.read(copy)
-    return copy.get()
-
-
-def _biased(mask: Tensor) -> Tensor:
-    """Whether a mask does more than hide, () bool."""
-    if not mask.is_floating_point():
-        return torch.zeros((), dtype=torch.bool, device=mask.device)
-    return ~((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all()
-
-
-def _looked_at(
-    mask: Tensor,
-    call: _Call,
-    batch: int,
-    queries: int,
-    limits: SlidingWindow,
-    before: Documents | None,
-    memory: bool,
-    finite: FiniteCheck | None,
-) -> MaskReading:
-    rows, slots = mask.shape[0], mask.shape[-1]
-    past = slots - queries
-    brought = call.copy(mask) if rows * queries * slots <= FEW else None
-    if brought is not None:
-        told = torch.as_tensor(_brought(brought, finite))
-        some, every = told[:-1].view(2, rows, queries, slots).unbind()
-        biased = told[-1]
-    else:
-        some, every, biased = shown(mask).any(1), shown(mask).all(1), _biased(mask)
-    device = some.device
-    no = torch.zeros((), dtype=torch.bool, device=device)
-    seen = some.expand(batch, -1, -1)
-    shows_old, real = seen[..., :past].any(1), seen[..., past:].any(1)
-    old = shows_old.long() - 1 if before is None else upload(torch.as_tensor(before.number), device)
-    earlier = seen & torch.ones((queries, slots), dtype=torch.bool, device=device).tril(past - 1)
-    begins = real & ~earlier.any(-1)
-    last = old.amax(1, keepdim=True) if past else old.new_full((batch, 1), -1)
-    number = torch.cat((old, (last + begins.cumsum(1)).masked_fill(~real, -1)), dim=1)
-    count = (number >= 0).cumsum(1) - 1
-    place = count - count.masked_fill(number <= pad(number, (1, -1), value=-1).cummax(1).values, 0).cummax(1).values
-    other = absorbed = no
-    if memory:
-        key, query = number[:, None, None], number[:, None, past:, None]
-        other = (seen[:, None] & (query >= 0) & (key >= 0) & (query != key)).any()
-        left = place[:, None, None] <= place[:, None, past:, None] - limits.window
-        kept = place[:, None, None] < limits.sink
-        absorbed = ((query >= 0) & (query == key) & left & ~kept & ~every[:, None]).any()
-    blocks = []
-    for first in range(past, slots, limits.window):
-        own = slice(first, first + limits.window)
-        near = _within(number[:, own], place[:, own], number, place, limits)
-        blocks.append((near & seen[:, None, first - past : first - past + limits.window]).any(dim=(0, 1, 2)))
-    flags = torch.stack((biased, ((old < 0) & shows_old).any(), other, absorbed))
-    found = torch.cat([flags, *(x.flatten() for x in (shows_old, real, begins, *blocks))])
-    said: NDArray[Any] = found.numpy() if brought is not None else _brought(HostCopy(found), finite)
-    if said[0]:
-        raise ValueError(BIASED)
-    if said[1] and before is not None:
-        raise ValueError(PADDING_SHOWN)
-    _check(bool(said[2]), bool(said[3]), limits.window)
-    sizes = np.cumsum([4, batch * past, batch * queries, batch * queries, *[slots] * len(blocks)])
-    old_shown, new, begun, *columns = np.split(said, sizes[:-1])[1:]
-    old_host = old_shown.reshape(batch, past).astype(np.int64) - 1 if before is None else before.number
-    of = Documents(batch, slots, _numbers(old_host, new.reshape(batch, queries), begun.reshape(batch, queries)))
-    reading = MaskReading(of, mask, queries)
-    reading.see(limits, [block.nonzero()[0] for block in columns])
-    return reading
-
-
-def _numbers(old: NDArray[np.int64], real: NDArray[np.bool_], begins: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The number of the document of each slot, of the old ones and of the new ones' properties."""
-    last = old.max(1, keepdims=True, initial=-1)
-    return np.concatenate((old, np.where(real, last + begins.cumsum(1), -1)), 1)
-
-
-def _check(other: bool, absorbed: bool, window: int) -> None:
-    """Refuse a mask that a memory behind a window cannot follow, because it holds all that left its document's window."""
-    if other:
-        raise ValueError(
-            "the attention mask shows a token another document than its own; a Tensor Cache begins anew with each document, so "
-            "run such rows without one (tessera.detach)"
-        )
-    if absorbed:
-        raise ValueError(
-            f"the attention mask hides tokens that have left the window of {window}, and the Tensor Cache has absorbed them; "
-            "it can hide padding and whole documents only, so run such rows without one (tessera.detach)"
-        )

@@ -15,11 +15,12 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from tessera.attention.documents import SlidingWindow, read_documents
+from tessera.attention.documents import SlidingWindow
 from tessera.attention.infini_attention import over_whole
 from tessera.attention.over_segment import over_segment
 from tessera.attention.over_tiers import over_tiers
 from tessera.attention.past import recall, tokens_so_far
+from tessera.attention.read_masks import read_documents
 from tessera.attention.windowed import Softmax, dense, windowed
 from tessera.cache.cache_layer import ATTENTION, DeferredKV
 from tessera.cache.deferred import UNCOMPILED

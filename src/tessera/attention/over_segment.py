@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.attention.documents import SlidingWindow, read_documents
+from tessera.attention.documents import SlidingWindow
+from tessera.attention.read_masks import read_documents
 from tessera.attention.windowed import Softmax, windowed
 from tessera.cache.truncated_bptt import TruncatedBPTTLayer
 from tessera.tensor_cache.gated_read import MemoryCall

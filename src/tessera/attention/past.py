@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tessera.attention.documents import Documents, MaskReading, SlidingWindow, read_documents
+from tessera.attention.documents import Documents, MaskReading, SlidingWindow
+from tessera.attention.read_masks import read_documents
 from tessera.attention.windowed import recalled
 from tessera.cache.layer_states import LayerState, state_of, stateful
 from tessera.devices import upload

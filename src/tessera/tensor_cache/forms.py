@@ -55,25 +55,14 @@ def _absorb(
     state: Tensor,
     rule: Rule,
     order: Order,
-    chunk: int,
-    least: float | None,
-    *,
+    *_: object,
     level: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     return cpu_absorb.absorb(q, k, v, g, eta, state, rule == "delta", order == "read_first", level)
 
 
 def _fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    eta: Tensor,
-    state: Tensor,
-    rule: Rule,
-    order: Order,
-    chunk: int,
-    least: float | None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, eta: Tensor, state: Tensor, rule: Rule, *_: object
 ) -> tuple[Tensor, Tensor]:
     return fused_scan(q, k, v, g, eta, state, rule)
 

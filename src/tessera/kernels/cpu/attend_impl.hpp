@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "centre.hpp"
 #include "half.hpp"
 #include "lanes.hpp"
 #include "memory.hpp"
@@ -100,19 +101,6 @@ inline float exponentials(float* x, const float* length, int count, float most, 
     }
     high = largest(highest);
     return total(lanes);
-}
-
-// Means and factors of a group's channels, see codecs/precondition.py. Returns whether any factor is not 1.
-inline bool read_centre(const uint8_t* words, int dim, float* mean, float* factor) {
-    uint16_t word[MAX_DIM];
-    std::memcpy(word, words, 2 * size_t(dim));
-    uint16_t exponents = 0;
-    for (int c = 0; c < dim; ++c) {
-        mean[c] = half_to_float(word[c] & 0xfff0);
-        factor[c] = float(1 << (word[c] & 15));
-        exponents |= word[c] & 15;
-    }
-    return exponents != 0;
 }
 
 // Up to GROUP tokens of one page that share their centre.

@@ -12,6 +12,7 @@ from tessera.kernels.bits import packed_bytes
 from tessera.kernels.cpu import MAX_DIM, _cpu, addresses, book, chunks_refusal, levels
 from tessera.kernels.joint import JointFormat
 from tessera.kernels.nearest import Codewords, reduction_tables
+from tessera.kernels.paged import GROUP
 
 
 def nearest(x: Tensor, book: Codewords, level: str | None = None) -> Tensor:
@@ -74,10 +75,6 @@ def encode_feedback(y: Tensor, feedback: Tensor, book: Codewords, level: str | N
     return codes
 
 
-#: Tokens whose key channels are centred together.
-GROUP = 64
-
-
 def encode_joint_refusal(x: Tensor, form: JointFormat) -> str | None:
     """Say why `encode_joint` cannot be used, or return None if it can."""
     if (why := chunks_refusal(x)) is not None:
@@ -104,7 +101,8 @@ def encode_joint(
     if x.numel():
         shape = [batch * heads, tokens, dim, torch.get_num_threads()]
         where = addresses([x, weights, kept.get("centre"), kept["scale"], kept["codes"]])
-        _cpu.encode_joint(_index(words), book(form, heads, 0), level or levels()[-1], shape, *where)
+        if not _cpu.encode_joint(_index(words), book(form, heads, 0), level or levels()[-1], shape, *where):
+            raise ValueError("the weights of a channel's errors must be positive")
     return kept
 
 

@@ -27,10 +27,20 @@ inline __attribute__((always_inline)) void feed_back(const float* matrix, int di
 
 static_assert(BLOCK == Feedback::BLOCK);
 
-// Codes of up to BLOCK vectors, whose numbers stand side by side in `target`; `error` is of the same shape, zero beyond `count`.
-// codes: (count, dim / 4).
-inline void feed_codes(const tessera::Index& index, const float* matrix, int dim, int count, float (*error)[BLOCK], float (*target)[BLOCK], int32_t* codes) {
+using SideBySide = float (*)[BLOCK];
+
+// Room for numbers of up to BLOCK vectors side by side, (dim, BLOCK), zero beyond `count`.
+inline SideBySide side_by_side(tessera::Memory& memory, int dim, int count) {
+    const size_t size = size_t(dim) * BLOCK;
+    float* const room = memory.take<float>(size);
+    if (count < BLOCK) std::memset(room, 0, sizeof(float) * size);
+    return reinterpret_cast<SideBySide>(room);
+}
+
+// Codes of `count` vectors, whose numbers stand side by side in `target`, which is changed. codes: (count, dim / 4).
+inline void feed_codes(const tessera::Index& index, const float* matrix, int dim, int count, SideBySide target, int32_t* codes, tessera::Memory& memory) {
     const int chunks = dim / 4;
+    const SideBySide error = side_by_side(memory, dim, count);
     alignas(64) float word[4][BLOCK];
     int32_t code[BLOCK];
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {
@@ -46,13 +56,12 @@ inline void feed_codes(const tessera::Index& index, const float* matrix, int dim
 // Up to BLOCK vectors of a head, from `begin` on.
 inline void code_with_feedback(const Feedback& s, int64_t head, int64_t begin) {
     const int count = int(std::min<int64_t>(BLOCK, s.vectors - begin)), dim = s.dim;
-    std::vector<float> room(2 * size_t(dim) * BLOCK + 16, 0.0f);
-    float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
-    auto error = reinterpret_cast<float (*)[BLOCK]>(aligned), target = error + dim;
+    tessera::Memory memory;
+    const SideBySide target = side_by_side(memory, dim, count);
     const float* y = s.y + (head * s.vectors + begin) * dim;
     for (int j = 0; j < count; ++j)
         for (int c = 0; c < dim; ++c) target[c][j] = y[int64_t(j) * dim + c];
-    feed_codes(*s.index, s.matrix + head * dim * dim, dim, count, error, target, s.code + (head * s.vectors + begin) * (dim / 4));
+    feed_codes(*s.index, s.matrix + head * dim * dim, dim, count, target, s.code + (head * s.vectors + begin) * (dim / 4), memory);
 }
 
 }  // namespace

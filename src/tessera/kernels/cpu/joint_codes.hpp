@@ -21,10 +21,11 @@ struct JointCodes {
     int threads;
 };
 
-void encode_joint_portable(const JointCodes& s);
+// Returns false where the weights are not positive: nothing is encoded then.
+bool encode_joint_portable(const JointCodes& s);
 #if defined(TESSERA_X86)
-void encode_joint_avx2(const JointCodes& s);
-void encode_joint_avx512(const JointCodes& s);
+bool encode_joint_avx2(const JointCodes& s);
+bool encode_joint_avx512(const JointCodes& s);
 #endif
 
 }  // namespace tessera

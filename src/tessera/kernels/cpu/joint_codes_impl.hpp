@@ -1,5 +1,6 @@
 // The encoding of joint_codes.hpp. Included behind nearest_impl.hpp and feedback.hpp, which search and feed errors back.
 
+#include "centre.hpp"
 #include "half.hpp"
 #include "rotation.hpp"
 
@@ -75,14 +76,15 @@ inline void metric_of(const tessera::Rotation& r, const float* weights, int dim,
         }
 }
 
-// The inverse of a symmetric positive 4 x 4 matrix, by its Cholesky factor.
-inline void invert(const float* from, int stride, double (*to)[4]) {
+// The inverse of a symmetric 4 x 4 matrix, by its Cholesky factor. Returns whether the matrix is positive.
+inline bool invert(const float* from, int stride, double (*to)[4]) {
     double root[4][4] = {}, back[4][4] = {};
     for (int i = 0; i < 4; ++i)
         for (int j = 0; j <= i; ++j) {
             double rest = from[j * stride + i];
             for (int k = 0; k < j; ++k) rest -= root[i][k] * root[j][k];
-            root[i][j] = i == j ? std::sqrt(std::max(rest, 1e-30)) : rest / root[j][j];
+            if (i == j && !(rest > 0)) return false;
+            root[i][j] = i == j ? std::sqrt(rest) : rest / root[j][j];
         }
     for (int j = 0; j < 4; ++j)
         for (int i = j; i < 4; ++i) {
@@ -95,16 +97,18 @@ inline void invert(const float* from, int stride, double (*to)[4]) {
             to[i][j] = 0;
             for (int k = std::max(i, j); k < 4; ++k) to[i][j] += back[k][i] * back[k][j];
         }
+    return true;
 }
 
 // The feedback of codecs/feedback.py in the blocks above the diagonal: the metric is L·D·Lᵀ in blocks of a chunk, and this is Lᵀ.
-// Rows of a block are those of what is left of the metric, times the inverse of the block on its diagonal.
-inline void feedback_matrix(const tessera::Rotation& r, const float* weights, int dim, float* matrix) {
+// Rows of a block are those of what is left of the metric, times the inverse of the block on its diagonal. Returns whether there is
+// such a matrix.
+inline bool feedback_matrix(const tessera::Rotation& r, const float* weights, int dim, float* matrix) {
     metric_of(r, weights, dim, matrix);
     float rest[4][tessera::MAX_DIM];
     for (int first = 0; first < dim; first += 4) {
         double inverse[4][4];
-        invert(matrix + first * dim + first, dim, inverse);
+        if (!invert(matrix + first * dim + first, dim, inverse)) return false;
         for (int i = 0; i < 4; ++i) std::memcpy(rest[i], matrix + (first + i) * dim, sizeof(float) * size_t(dim));
         for (int i = 0; i < 4; ++i) {
             float* const row = matrix + (first + i) * dim;
@@ -118,6 +122,7 @@ inline void feedback_matrix(const tessera::Rotation& r, const float* weights, in
             for (int j = i / 4 * 4; j < dim; ++j) row[j] -= a * rows[j] + b * rows[dim + j] + c * rows[2 * dim + j] + d * rows[3 * dim + j];
         }
     }
+    return true;
 }
 
 // The nearest byte of a scale that is not negative; 0 of 0.
@@ -130,23 +135,18 @@ inline uint8_t scale_byte(float scale) {
 // Up to `count` of a line's tokens, all of one group, from `begin` on.
 inline void encode_block(const JointCodes& s, const float* matrix, int64_t line, int64_t begin, int count) {
     const int dim = s.dim, chunks = dim / 4;
-    std::vector<float> room(2 * size_t(dim) * BLOCK + 16, 0.0f);
-    float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
-    auto error = reinterpret_cast<float (*)[BLOCK]>(aligned), target = error + dim;
+    tessera::Memory memory;
+    const SideBySide target = side_by_side(memory, dim, count);
     alignas(64) float mean[tessera::MAX_DIM], factor[tessera::MAX_DIM], y[tessera::MAX_DIM];
     if (s.centre) {
         const int64_t groups = (s.tokens + tessera::GROUP - 1) / tessera::GROUP;
-        const uint16_t* word = s.centre + (line * groups + begin / tessera::GROUP) * dim;
-        for (int c = 0; c < dim; ++c) {
-            mean[c] = half_to_float(word[c] & 0xfff0);
-            factor[c] = 1.0f / float(1 << (word[c] & 15));
-        }
+        read_centre(reinterpret_cast<const uint8_t*>(s.centre + (line * groups + begin / tessera::GROUP) * dim), dim, mean, factor);
     }
     uint8_t* const scale = s.scale + line * s.tokens + begin;
     for (int j = 0; j < count; ++j) {
         const float* x = s.x + (line * s.tokens + begin + j) * dim;
         if (s.centre)
-            for (int c = 0; c < dim; ++c) y[c] = (x[c] - mean[c]) * factor[c];
+            for (int c = 0; c < dim; ++c) y[c] = (x[c] - mean[c]) / factor[c];
         else std::memcpy(y, x, sizeof(float) * size_t(dim));
         rotate(s.book->rotation, y);
         float square = 0;
@@ -158,38 +158,42 @@ inline void encode_block(const JointCodes& s, const float* matrix, int64_t line,
         else
             for (int c = 0; c < dim; ++c) target[c][j] = 1.0f;
     }
-    std::vector<int32_t> codes(size_t(count) * size_t(chunks));
-    if (matrix) feed_codes(*s.index, matrix, dim, count, error, target, codes.data());
+    int32_t* const codes = memory.take<int32_t>(size_t(count) * size_t(chunks));
+    if (matrix) feed_codes(*s.index, matrix, dim, count, target, codes, memory);
     else {
         int32_t code[BLOCK];
         for (int chunk = 0; chunk < chunks; ++chunk) {
             search({s.index, target[4 * chunk], 1, BLOCK, count, code, nullptr});
-            for (int j = 0; j < count; ++j) codes[size_t(j * chunks + chunk)] = code[j];
+            for (int j = 0; j < count; ++j) codes[j * chunks + chunk] = code[j];
         }
     }
     const int64_t bytes = tessera::packed_bytes(chunks, s.book->bits);
     uint8_t* out = s.codes + (line * s.tokens + begin) * bytes;
     for (int j = 0; j < count; ++j, out += bytes) {
-        if (scale[j]) tessera::pack_words(codes.data() + j * chunks, chunks, s.book->bits, out);
+        if (scale[j]) tessera::pack_words(codes + j * chunks, chunks, s.book->bits, out);
         else std::memset(out, 0, size_t(bytes));
     }
 }
 
-inline void encode_joint(const JointCodes& s) {
+inline bool encode_joint(const JointCodes& s) {
     const int64_t groups = s.centre ? (s.tokens + tessera::GROUP - 1) / tessera::GROUP : 0, square = int64_t(s.dim) * s.dim;
     const int64_t matrices = s.weights ? s.lines : 0;
-    const std::unique_ptr<float[]> matrix(matrices ? new float[size_t(matrices * square)] : nullptr);
+    tessera::Memory memory;
+    float* const matrix = memory.take<float>(size_t(matrices * square));
+    std::atomic<bool> positive{true};
     auto& threads = tessera::Threads::get();
     threads.run(matrices + s.lines * groups, s.threads, [&](int64_t i, int) {
-        if (i < matrices) feedback_matrix(s.book->rotation, s.weights + i * s.dim, s.dim, &matrix[size_t(i * square)]);
-        else centre_group(s, (i - matrices) / groups, (i - matrices) % groups);
+        if (i >= matrices) centre_group(s, (i - matrices) / groups, (i - matrices) % groups);
+        else if (!feedback_matrix(s.book->rotation, s.weights + i * s.dim, s.dim, matrix + i * square)) positive = false;
     });
+    if (!positive) return false;
     // Few tokens are shared out in smaller parts, so that no thread waits long for another.
     const int64_t part = s.lines * s.tokens < 4 * BLOCK * s.threads ? BLOCK / 2 : BLOCK, parts = (s.tokens + part - 1) / part;
     threads.run(s.lines * parts, s.threads, [&](int64_t i, int) {
         const int64_t line = i / parts, begin = i % parts * part;
-        encode_block(s, matrices ? &matrix[size_t(line * square)] : nullptr, line, begin, int(std::min(part, s.tokens - begin)));
+        encode_block(s, matrices ? matrix + line * square : nullptr, line, begin, int(std::min(part, s.tokens - begin)));
     });
+    return true;
 }
 
 }  // namespace

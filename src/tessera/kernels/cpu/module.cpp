@@ -385,8 +385,8 @@ void encode_feedback(const Index& index, const std::string& level, uintptr_t y, 
     Threads::get().run(heads * blocks, threads, [&](int64_t i, int) { run(s, i / blocks, i % blocks * Feedback::BLOCK); });
 }
 
-// shape: lines, tokens, dim, threads; weights and centre may be 0. See struct JointCodes.
-void encode_joint(const Index& index, const Book& book, const std::string& level, const std::vector<int64_t>& shape, uintptr_t x, uintptr_t weights,
+// shape: lines, tokens, dim, threads; weights and centre may be 0. Returns whether the weights are positive. See struct JointCodes.
+bool encode_joint(const Index& index, const Book& book, const std::string& level, const std::vector<int64_t>& shape, uintptr_t x, uintptr_t weights,
                   uintptr_t centre, uintptr_t scale, uintptr_t codes) {
     if (shape.size() != 4 || shape[0] < 0 || shape[1] < 0 || shape[2] < 4 || shape[2] > MAX_DIM || !fits(book, int(shape[2])) || book.bits < 8)
         throw nb::value_error("shapes that this kernel does not know");
@@ -397,7 +397,7 @@ void encode_joint(const Index& index, const Book& book, const std::string& level
     if (at_least(level, AVX512)) return encode_joint_avx512(s);
     if (at_least(level, AVX2)) return encode_joint_avx2(s);
 #endif
-    encode_joint_portable(s);
+    return encode_joint_portable(s);
 }
 
 void pack_linear(const std::vector<uintptr_t>& given, const std::vector<int64_t>& shape, float least, float most, int bits, uintptr_t out,

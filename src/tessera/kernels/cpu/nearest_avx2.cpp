@@ -1,13 +1,14 @@
 // Only what stands between the pragmas is compiled for AVX2; see attend_avx512.cpp.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "attend.hpp"
 #include "joint_codes.hpp"
+#include "memory.hpp"
 #include "packing.hpp"
 #include "threads.hpp"
 
@@ -20,5 +21,5 @@
 
 void tessera::nearest_avx2(const Search& s) { search(s); }
 void tessera::feedback_avx2(const Feedback& s, int64_t head, int64_t begin) { code_with_feedback(s, head, begin); }
-void tessera::encode_joint_avx2(const JointCodes& s) { encode_joint(s); }
+bool tessera::encode_joint_avx2(const JointCodes& s) { return encode_joint(s); }
 #pragma GCC pop_options

@@ -15,7 +15,7 @@ from tessera.lab.cli.shared_options import Out
 Model = Annotated[
     str | None, typer.Option(help="Folder, GGUF file or hub name of a causal language model.  [default: the demo model]")
 ]
-Specs = Annotated[list[str] | None, typer.Option("--specs", "--spec", help="Cache specifications.  [default: eight of them]")]
+Specs = Annotated[list[str] | None, typer.Option("--specs", "--spec", help="Cache specifications.  [default: nine of them]")]
 Lengths = Annotated[
     list[int] | None,
     typer.Option("--lengths", "--length", help="Tokens of text, question and answer.  [default: 1024 2048 4096]", min=64),

@@ -34,6 +34,7 @@ SPECS = (
     "sink:4 + fp8 + recent:128",
     "sink:4 + window:512",
     "window:512",
+    "sink:4 + hqmq:4/top:512 + recent:128",
 )
 """The default caches."""
 
