@@ -1,12 +1,14 @@
 """Attention of one new token over a long cache: the compressed cache against PyTorch's dense ways, in one run.
 
-Every dense way that PyTorch offers for keys and values in bfloat16 is timed, and the fastest of them is the peer. The cache
-is packed as `tessera.Cache` packs it. Times are medians of interleaved calls; ratios are what counts.
+Every dense way that PyTorch offers is timed, for keys and values in bfloat16, float16 and float32, and the fastest of them is
+the peer. The cache is packed as `tessera.Cache` packs it. Times are medians of interleaved calls; ratios are what counts.
+`--level avx2` restricts PyTorch too, as a processor without AVX-512 does.
 
 Example:
 
     python benchmarks/decode_attention.py
     python benchmarks/decode_attention.py --tokens 4096 --shapes 32,8,128 --json out.json
+    python benchmarks/decode_attention.py --level avx2 --json out.json
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ from tessera.evaluation.records import environment
 from tessera.files import atomic_path
 from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch, reference
 from tessera.kernels.joint import JointFormat
+from instruction_sets import VARIABLES, restrict
 from timing import medians
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Query heads, key heads, head_dim.
 SHAPES = ("32,8,128", "28,4,128", "32,8,64")
 TOKENS = (4096, 32768)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Configurations of the HQMQ paper, the second with outlier chunks.
 PAPER = ("hqmq:s96_r4", "hqmq:s96_r4_med3")
 #: Baselines, and codecs for keys and values of different kinds.
@@ -46,7 +50,7 @@ OTHERS = ("q4_0", "q8_0", "int:4", "kivi:4", "scalar:4", "fp8", "(k=q8_0,v=hqmq:
 
 
 def dense_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
-    """PyTorch's ways to attend to dense bfloat16 keys and values, by name."""
+    """PyTorch's ways to attend to dense keys and values, by name; all three tensors have one dtype."""
     _, heads, _, dim = q.shape
     _, kv_heads, tokens, _ = k.shape
     scale = dim**-0.5
@@ -58,10 +62,11 @@ def dense_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object
         return scores.softmax(-1).to(q.dtype) @ flat_v
 
     folded = grouped[None]
+    dtype = str(q.dtype).removeprefix("torch.")
     return {
-        "matmul, grouped": matmul,
-        "sdpa, enable_gqa": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True),
-        "sdpa, queries of a group folded": lambda: scaled_dot_product_attention(folded, k, v, scale=scale),
+        f"{dtype}, matmul, grouped": matmul,
+        f"{dtype}, sdpa, enable_gqa": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        f"{dtype}, sdpa, queries of a group folded": lambda: scaled_dot_product_attention(folded, k, v, scale=scale),
     }
 
 
@@ -82,10 +87,14 @@ def measure(shape: str, tokens: int, repeats: int, specs: tuple[str, ...], level
     """Rows of one shape and length, at an instruction level of the kernels for CPUs."""
     heads, kv_heads, dim = map(int, shape.split(","))
     q = torch.randn(1, heads, 1, dim)
-    k, v = torch.randn(2, 1, kv_heads, tokens, dim).bfloat16().unbind(0)
-    dense = dense_ways(q.bfloat16(), k, v)
-    runs: dict[str, Callable[[], object]] = dict(dense)
-    nbytes = dict.fromkeys(dense, 2 * k.numel() * k.element_size())
+    k, v = torch.randn(2, 1, kv_heads, tokens, dim).unbind(0)
+    dense: dict[str, Callable[[], object]] = {}
+    nbytes = {}
+    for dtype in DTYPES:
+        ways = dense_ways(q.to(dtype), k.to(dtype), v.to(dtype))
+        dense |= ways
+        nbytes |= dict.fromkeys(ways, 2 * k.numel() * dtype.itemsize)
+    runs = dict(dense)
     scale = dim**-0.5
     for spec in specs:
         pages = pages_of(spec, kv_heads, tokens, dim)
@@ -114,10 +123,11 @@ def measure(shape: str, tokens: int, repeats: int, specs: tuple[str, ...], level
             "tokens": tokens,
             "name": name,
             "peer": peer,
+            "dense": name in dense,
             "milliseconds": 1e3 * seconds[name],
             "times_the_peer": seconds[peer] / seconds[name],
             "bytes": nbytes[name],
-            "bytes_of_dense": nbytes[name] / nbytes[peer],
+            "bytes_of_dense": nbytes[name] / (2 * k.numel() * torch.bfloat16.itemsize),
         }
         for name in runs
     ]
@@ -131,10 +141,11 @@ def main() -> int:
     specs = ("hqmq:4", "hqmq:3", *PAPER, *OTHERS)
     parser.add_argument("--codecs", "--specs", dest="specs", nargs="+", default=specs, metavar="CODEC", help="codecs")
     best = cpu.levels()[-1] if cpu.levels() else None
-    parser.add_argument("--level", choices=cpu.levels(), default=best, help="instructions; default: the best here")
+    parser.add_argument("--level", choices=cpu.levels(), default=best, help="instruction set; default: the best here")
     parser.add_argument("--repeats", type=int, default=9, help="number of calls, of which the median is taken")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "decode_attention.json")
     options = parser.parse_args()
+    restrict(options.level if options.level in VARIABLES and options.level != best else None)
     if any(tokens < 64 or tokens % min(PAGE, tokens) for tokens in options.tokens):
         parser.error(f"--tokens must be at least 64, and multiples of {PAGE} above it; got {options.tokens}")
     torch.manual_seed(0)
@@ -145,7 +156,8 @@ def main() -> int:
             for tokens in options.tokens:
                 rows += measure(shape, tokens, options.repeats, tuple(options.specs), options.level)
                 progress.advance(task)
-    about = {**environment(), "levels": ", ".join(cpu.levels()), "level": options.level}
+    vectors = torch.backends.cpu.get_cpu_capability()
+    about = {**environment(), "levels": ", ".join(cpu.levels()), "level": options.level, "pytorch": vectors}
     record = {"environment": about, "repeats": options.repeats, "rows": rows}
     with atomic_path(options.json) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -156,7 +168,7 @@ def main() -> int:
             for column in ("way", "ms", "speed of the fastest dense way", "bytes of dense"):
                 table.add_column(column, justify="left" if column == "way" else "right")
             for row in (r for r in rows if (r["shape"], r["tokens"]) == (shape, tokens)):
-                style = "dim" if row["bytes_of_dense"] == 1 else None
+                style = "dim" if row["dense"] else None
                 cells = (f"{row['milliseconds']:.3f}", f"{row['times_the_peer']:.2f}x", f"{row['bytes_of_dense']:.3f}")
                 table.add_row(row["name"], *cells, style=style)
             console.print(table)
