@@ -448,8 +448,9 @@ def test_a_mask_that_a_caller_has_made_costs_a_tensor_memory_one_look(spec: str,
             next(state for state in map(_stream, cache.layers) if state is not None).finite.at_once = False
 
 
+@pytest.mark.parametrize("how", ["padding", "made", "added"])
 @pytest.mark.parametrize("memory", ["tensor_cache", "tensor_memory"])
-def test_beams_cost_a_memory_beside_a_cache_of_transformers_one_look(memory: str) -> None:
+def test_beams_cost_a_memory_beside_a_cache_of_transformers_one_look(memory: str, how: str) -> None:
     """Of the order of its rows every layer would look at a copy of its own."""
     made = attached if memory == "tensor_cache" else attached_tensor_memory
     model, ids, mask, order = tessera.enable(made()), tokens(3, 50), padding((0, 9, 4), 50), torch.tensor([2, 0, 0])
@@ -466,9 +467,14 @@ def test_beams_cost_a_memory_beside_a_cache_of_transformers_one_look(memory: str
             cache.reorder_cache(rows)
         assert (+seen.found).total() == 0
         rows.zero_()  # a caller may use the same buffer again
-        beams = ids[order][:, 40:41], (1,), mask[order][:, :41]
+        beams = mask[order][:, :41]
+        at = beams.sum(1, keepdim=True) - 1
+        if how != "padding":
+            beams = square(beams, 1)
+        if how == "added":
+            beams = torch.zeros(beams.shape).masked_fill(~beams, torch.finfo(torch.float32).min)
         with Looks() as seen:
-            given = logits(model, cache, *beams)
+            given = model(ids[order][:, 40:41], attention_mask=beams, position_ids=at, past_key_values=cache).logits
         assert (+seen.found).total() == 1, seen.found
     torch.testing.assert_close(given, wanted[:, 40:])
 

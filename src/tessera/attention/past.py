@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tessera.attention.documents import Documents, MaskReading, SlidingWindow
-from tessera.attention.read_masks import read_documents
+from tessera.attention.read_masks import note_mask, read_documents
 from tessera.attention.windowed import recalled
 from tessera.cache.layer_states import LayerState, state_of, stateful
 from tessera.devices import upload
@@ -178,6 +178,8 @@ def tokens_so_far(
     """
     batch, n = query.shape[0], query.shape[2]
     past, layer = slots - n, None if call.cache is None else call.cache.layers[call.layer]
+    if past:
+        note_mask(mask)  # the state may have to read first how its rows were reordered
     known = None if layer is None else state_of(layer, TENSOR_CACHE)
     if not isinstance(known, Past) or past == 0:
         known = None

@@ -119,6 +119,19 @@ def read_documents(
 
 
 @torch.compiler.disable(reason=READS)
+def note_mask(mask: Tensor | None) -> None:
+    """Note that the mask of this call will be read, so that whatever is read before it comes in the same transfer."""
+    if mask is None or not _CALLS.each or (by_padding(mask) and mask.window is None):
+        return
+    if _is_small(mask):
+        _CALLS.each[-1].copy(mask)
+
+
+def _is_small(mask: Tensor) -> bool:
+    return mask.shape[0] * mask.shape[-2] * mask.shape[-1] <= FEW
+
+
+@torch.compiler.disable(reason=READS)
 def _read(mask: Tensor, asked: _Request, finite: FiniteCheck | None) -> MaskReading:
     call = _CALLS.each[-1] if _CALLS.each else _Call()
     for of_mask, answered, reading in call.readings:
@@ -177,7 +190,7 @@ def _looked_at(mask: Tensor, call: _Call, asked: _Request, finite: FiniteCheck |
     batch, queries, limits, before, memory = asked
     rows, slots = mask.shape[0], mask.shape[-1]
     past = slots - queries
-    brought = call.copy(mask) if rows * queries * slots <= FEW else None
+    brought = call.copy(mask) if _is_small(mask) else None
     if brought is not None:
         told = torch.as_tensor(_brought(brought, finite))
         some, every = told[:-1].view(2, rows, queries, slots).unbind()
