@@ -61,8 +61,8 @@ inline void read_scales(const Book& book, const Side& side, int64_t line, int64_
     }
 }
 
-// Codewords out of memory: points by plain loads and stores of single words, of many codes, since a register read back at once would
-// wait for the stores of its words; then moves of 16 at a time by a shuffle of bytes and a change of signs.
+// Codewords looked up in memory: points word by word, straight into registers; then moves of 16 at a time by a shuffle of bytes and a
+// change of signs. Points that are stored and then loaded again by eight take a quarter longer, and a gather more than that.
 // SHORT: codes are 16 bits long, of which five are the move.
 template <bool SHORT>
 class Codewords {
@@ -89,21 +89,17 @@ class Codewords {
         shift_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(shift));
     }
 
-    // The points of the eight codes at `from`: a word of four bytes each.
-    inline __attribute__((always_inline)) void points(const uint8_t* from, uint32_t* to) const {
+    // The points of the eight codes at `from`, a word of four bytes each: of the first four in to[0], of the others in to[1].
+    inline __attribute__((always_inline)) void points(const uint8_t* from, __m128i to[2]) const {
         if constexpr (SHORT) {
-            uint64_t four[2];
-            std::memcpy(four, from, 16);
+            const __m128i point = _mm_srli_epi16(load(from), 5);
+            const uint64_t c[2] = {uint64_t(_mm_cvtsi128_si64(point)), uint64_t(_mm_extract_epi64(point, 1))};
 #pragma GCC unroll 2
-            for (int i = 0; i < 2; ++i)
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) to[4 * i + j] = table_[four[i] >> (16 * j + 5) & 0x7ff];
+            for (int i = 0; i < 2; ++i) to[i] = words(uint16_t(c[i]), uint16_t(c[i] >> 16), uint16_t(c[i] >> 32), c[i] >> 48);
         } else {
-            alignas(32) uint32_t point[8];
-            const __m256i code = _mm256_srl_epi32(codes(from, from + half_), point_shift_);
-            _mm256_store_si256(reinterpret_cast<__m256i*>(point), _mm256_and_si256(code, point_mask_));
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; ++j) to[j] = table_[point[j]];
+            const __m256i point = _mm256_and_si256(_mm256_srl_epi32(codes(from, from + half_), point_shift_), point_mask_);
+            to[0] = words(_mm256_castsi256_si128(point));
+            to[1] = words(_mm256_extracti128_si256(point, 1));
         }
     }
 
@@ -125,6 +121,17 @@ class Codewords {
     }
 
   private:
+    inline __attribute__((always_inline)) __m128i words(uint64_t a, uint64_t b, uint64_t c, uint64_t d) const {
+        const __m128i first = _mm_insert_epi32(_mm_cvtsi32_si128(int(table_[a])), int(table_[b]), 1);
+        return _mm_insert_epi32(_mm_insert_epi32(first, int(table_[c]), 2), int(table_[d]), 3);
+    }
+
+    // point: 32 bits each.
+    inline __attribute__((always_inline)) __m128i words(__m128i point) const {
+        const uint64_t low = uint64_t(_mm_cvtsi128_si64(point)), high = uint64_t(_mm_extract_epi64(point, 1));
+        return words(uint32_t(low), low >> 32, uint32_t(high), high >> 32);
+    }
+
     static inline __attribute__((always_inline)) __m128i load(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 
     static inline __attribute__((always_inline)) __m256i join(const uint8_t* a, const uint8_t* b) { return _mm256_set_m128i(load(b), load(a)); }
@@ -165,10 +172,6 @@ class Codewords {
 
 inline bool short_codes(const Book& book) { return book.bits == 16 && book.move_bits == 5; }
 
-inline __attribute__((always_inline)) __m256i load_words(const uint32_t* a, const uint32_t* b) {
-    return _mm256_set_m128i(_mm_load_si128(reinterpret_cast<const __m128i*>(b)), _mm_load_si128(reinterpret_cast<const __m128i*>(a)));
-}
-
 // Components 0 and 2, or 1 and 3, of bytes, as 16-bit numbers.
 inline __attribute__((always_inline)) __m256i even(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
 inline __attribute__((always_inline)) __m256i odd(__m256i x) { return _mm256_srai_epi16(x, 8); }
@@ -192,7 +195,6 @@ class Avx2Keys {
           codewords_{{book, 0}, {book, book.parts - 1}},
           rows_(book.row_bytes(chunks), exact_rows(book, chunks), 1, memory),
           query_limbs_(memory.take<int16_t>(size_t(TILE) * limbs_ * steps_ * 32)),
-          words_(memory.take<uint32_t>(size_t(UNIT) * steps_ * 8)),
           planes_(memory.take<__m256i>(size_t(book.parts) * 8 * steps_ * 4)) {}
 
     void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
@@ -258,16 +260,15 @@ class Avx2Keys {
     [[gnu::noinline]] void look_up(const uint8_t* const* row, int part) const {
         const Codewords<SHORT> codewords = codewords_[part];  // a copy: stores do not change it
         const int step = book_.bits;                          // bytes of eight codes
-        uint32_t* word = words_;
-        for (int t = 0; t < UNIT; ++t)
-            for (int s = 0; s < steps_; ++s, word += 8) codewords.points(row[t] + s * step, word);
         __m256i* to = planes_ + size_t(part) * 8 * steps_ * 4;
         for (int t = 0; t < 8; ++t) {
             const int first = t / 4 * 8 + t % 4, second = first + 4;
             const uint8_t *a = row[first], *b = row[second];
-            const uint32_t *u = words_ + first * 8 * steps_, *v = words_ + second * 8 * steps_;
-            for (int s = 0; s < steps_; ++s, a += step, b += step, u += 8, v += 8, to += 4) {
-                __m256i x[2] = {load_words(u, v), load_words(u + 4, v + 4)};
+            for (int s = 0; s < steps_; ++s, a += step, b += step, to += 4) {
+                __m128i u[2], v[2];
+                codewords.points(a, u);
+                codewords.points(b, v);
+                __m256i x[2] = {_mm256_set_m128i(v[0], u[0]), _mm256_set_m128i(v[1], u[1])};
                 codewords.rows(a, b, x);
 #pragma GCC unroll 2
                 for (int i = 0; i < 2; ++i) {
@@ -323,7 +324,6 @@ class Avx2Keys {
     const Codewords<SHORT> codewords_[2];
     const Rows rows_;
     int16_t* const query_limbs_;   // (TILE, limbs, steps, 4, 8), in the order of the planes
-    uint32_t* const words_;   // (UNIT, steps, 8)
     __m256i* const planes_;   // (parts, 2, 4, steps, 4)
     float worth_[TILE][2] = {};
 };
@@ -366,8 +366,6 @@ class Avx2Values {
     }
 
   private:
-    static constexpr int WORDS = 64;  // tokens whose points are looked up before the first is moved
-
     // As 16 bits, less 2^15, which is added by way of `bias_`; with two limbs as twice 12 bits. Never fewer: many small weights,
     // each rounded to nothing, would be missed beside a large one.
     template <int LIMBS>
@@ -400,21 +398,19 @@ class Avx2Values {
         __m256i* to = planes_ + size_t(part) * BLOCK / 2 * 4;
         __m256i sum[4];  // of at most 128 bytes each
         for (int i = 0; i < 4; ++i) sum[i] = _mm256_setzero_si256();
-        alignas(32) uint32_t words[WORDS * 8];
-        for (int begin = 0; begin < count; begin += WORDS) {
-            const int end = std::min(count, begin + WORDS);
-            for (int t = begin; t < end; ++t) codewords.points(row[t] + at, words + (t - begin) * 8);
-            const uint32_t* word = words;
-            for (int t = begin; t < end; t += 2, to += 4, word += 16) {
-                __m256i x[2] = {_mm256_load_si256(reinterpret_cast<const __m256i*>(word)), _mm256_load_si256(reinterpret_cast<const __m256i*>(word + 8))};
-                codewords.pair(row[t] + at, row[t + 1] + at, x);
-                const __m256i low = _mm256_unpacklo_epi16(x[0], x[1]), high = _mm256_unpackhi_epi16(x[0], x[1]);
-                const __m256i all[4] = {even(low), odd(low), even(high), odd(high)};
+        for (int t = 0; t < count; t += 2, to += 4) {
+            const uint8_t *a = row[t] + at, *b = row[t + 1] + at;
+            __m128i u[2], v[2];
+            codewords.points(a, u);
+            codewords.points(b, v);
+            __m256i x[2] = {_mm256_set_m128i(u[1], u[0]), _mm256_set_m128i(v[1], v[0])};
+            codewords.pair(a, b, x);
+            const __m256i low = _mm256_unpacklo_epi16(x[0], x[1]), high = _mm256_unpackhi_epi16(x[0], x[1]);
+            const __m256i all[4] = {even(low), odd(low), even(high), odd(high)};
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) {
-                    _mm256_store_si256(to + i, all[i]);
-                    sum[i] = _mm256_add_epi16(sum[i], all[i]);
-                }
+            for (int i = 0; i < 4; ++i) {
+                _mm256_store_si256(to + i, all[i]);
+                sum[i] = _mm256_add_epi16(sum[i], all[i]);
             }
         }
         for (int i = 0; i < 4; ++i) bias_[part][i] = _mm256_slli_epi32(_mm256_madd_epi16(sum[i], _mm256_set1_epi16(1)), 15);

@@ -12,6 +12,10 @@ class Rows {
     // Of tokens that there are not, codes of another; they have no weight. `number` of the unit: its copies stay.
     void find(const Unit& unit, int number, const uint8_t** to) const {
         prefetch(unit.codes + AHEAD * UNIT * bytes_, UNIT * bytes_);
+        if (unit.count >= UNIT && (exact_ || (unit.count - UNIT) * bytes_ >= SLACK)) {  // usual, and worth the few instructions
+            for (int j = 0; j < UNIT; ++j) to[j] = unit.codes + j * bytes_;
+            return;
+        }
         uint8_t* copy = exact_ ? nullptr : copies_ + size_t(number) * UNIT * size_t(bytes_ + SLACK);
         const int last = std::min(unit.count, UNIT) - 1;
         for (int j = 0; j < UNIT; ++j) {
