@@ -1,8 +1,8 @@
 """Time attention of one new token over a long cache: the compressed cache against PyTorch's dense implementations.
 
-Every dense implementation of PyTorch is timed, for keys and values in bfloat16, float16 and float32; the fastest is the baseline.
-The cache is packed as `tessera.Cache` packs it. Times are medians of interleaved calls; ratios are what counts. `--level avx2`
-restricts PyTorch as well, to what it does on a processor without AVX-512.
+Every dense implementation of PyTorch is timed, for keys and values in bfloat16, float16 and float32; the fastest is the
+baseline. The cache is packed as `tessera.Cache` packs it. Times are medians of interleaved calls; ratios are what counts.
+`--level avx2` restricts PyTorch as well, to what it does on a processor without AVX-512.
 
 Example:
 
@@ -28,14 +28,13 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from instruction_sets import VARIABLES, environment_within, restrict
 from tessera import codecs
 from tessera.cache.tiers import PAGE
 from tessera.codecs import Packed
-from tessera.evaluation.records import environment
 from tessera.files import atomic_path
 from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch, reference
 from tessera.kernels.joint import JointFormat
-from instruction_sets import VARIABLES, restrict
 from timing import medians
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,7 +144,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=9, help="number of calls, of which the median is taken")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "decode_attention.json")
     options = parser.parse_args()
-    restrict(options.level if options.level in VARIABLES and options.level != best else None)
+    restricted = options.level if options.level in VARIABLES and options.level != best else None
+    restrict(restricted)
     if any(tokens < 64 or tokens % min(PAGE, tokens) for tokens in options.tokens):
         parser.error(f"--tokens must be at least 64, and multiples of {PAGE} above it; got {options.tokens}")
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def main() -> int:
                 rows += measure(shape, tokens, options.repeats, tuple(options.specs), options.level)
                 progress.advance(task)
     vectors = torch.backends.cpu.get_cpu_capability()
-    about = {**environment(), "levels": ", ".join(cpu.levels()), "level": options.level, "pytorch": vectors}
+    about = {**environment_within(restricted), "levels": ", ".join(cpu.levels()), "level": options.level, "pytorch": vectors}
     record = {"environment": about, "repeats": options.repeats, "rows": rows}
     with atomic_path(options.json) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

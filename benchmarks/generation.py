@@ -13,6 +13,7 @@ Example:
 
     python benchmarks/generation.py
     python benchmarks/generation.py --model SmolLM2-135M-Instruct
+    python benchmarks/generation.py --model SmolLM2-135M-Instruct --restrict avx2 --json out.json
     python benchmarks/generation.py --tokens 4096 --caches DynamicCache "sink:4 + hqmq:4 + recent:128" --layers 2
 """
 
@@ -39,9 +40,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedC
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tessera
+from instruction_sets import VARIABLES, environment_within, restrict
 from tessera.cache.spec import BLOCK
 from tessera.codecs.hqmq_joint import JointHQMQ
-from tessera.evaluation.records import environment
 from tessera.evaluation.table import size
 from tessera.files import atomic_path
 from tessera.kernels import dispatch
@@ -198,7 +199,7 @@ def pretrained(options: argparse.Namespace, console: Console) -> int:
     import model_generation
 
     path = options.json or ROOT / "docs" / "results" / "model_generation.json"
-    settings = {"steps": options.steps or 136, "repeats": options.repeats, "environment": environment()}
+    settings = {"steps": options.steps or 136, "repeats": options.repeats, "environment": environment_within(options.restrict)}
     lengths = options.tokens or model_generation.LENGTHS
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     same = all(before.get(name) == settings[name] for name in settings) and before["model"] == Path(options.model).name
@@ -244,7 +245,11 @@ def main() -> int:
     parser.add_argument(
         "--gguf", type=Path, help="with --model: the same model for llama.cpp, if llama-cpp-python is installed"
     )
+    parser.add_argument("--restrict", choices=VARIABLES, help="instruction set that Tessera and PyTorch may not exceed")
     options = parser.parse_args()
+    if options.restrict and options.gguf:
+        parser.error("llama.cpp chooses its instructions when it is built; leave --gguf out or build it for the set")
+    restrict(options.restrict)
     console = Console()
     if options.model is not None:
         return pretrained(options, console)
@@ -254,7 +259,12 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
 
     def save() -> None:
-        record = {"layers": options.layers, "steps": options.steps, "environment": environment(), "rows": rows}
+        record = {
+            "layers": options.layers,
+            "steps": options.steps,
+            "environment": environment_within(options.restrict),
+            "rows": rows,
+        }
         with atomic_path(options.json) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from typing import Any
+
+from tessera.evaluation.records import environment
 
 #: Environment variables by instruction set: of ATen, oneDNN, MKL and Tessera.
 VARIABLES: Mapping[str, Mapping[str, str]] = {
@@ -32,3 +35,8 @@ def restrict(name: str | None) -> None:
         return
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+
+
+def environment_within(name: str | None) -> dict[str, Any]:
+    """Return what a record says of machine and software, and the instruction set to which they are restricted, if any."""
+    return {**environment(), **({"restricted_to": name} if name else {})}

@@ -222,6 +222,19 @@ BENCHMARKS = (
         needs="pip install 'tessera[bench]', and the model in results/models (benchmarks/real_models.py)",
     ),
     Benchmark(
+        "model-generation-avx2",
+        "the same where neither Tessera nor PyTorch may use more than AVX2",
+        (
+            "benchmarks/generation.py",
+            *("--model", "results/models/smollm2", "--restrict", "avx2", "--steps", "72", "--repeats", "2"),
+            *("--caches", "DynamicCache", "dense", "sink:4 + hqmq:4 + recent:128"),
+            *("--json", "docs/results/model_generation_avx2.json"),
+        ),
+        ("model_generation_avx2.json",),
+        takes="half an hour",
+        needs="the model in results/models (benchmarks/real_models.py)",
+    ),
+    Benchmark(
         "query-limbs",
         "what it costs that a kernel writes queries in 8-bit digits",
         ("benchmarks/query_limbs.py",),
@@ -454,7 +467,7 @@ BENCHMARKS = (
     Benchmark("layers", "draw what imports what", ("docs/layers.py",), takes="seconds"),
 )
 #: Files of this folder that are modules, not scripts.
-HELPERS = ("model_generation.py", "run.py", "stretches.py", "timing.py")
+HELPERS = ("instruction_sets.py", "model_generation.py", "run.py", "stretches.py", "timing.py")
 
 
 def find(name: str) -> Benchmark:
