@@ -320,7 +320,8 @@ class TesseraLayer(CacheLayerMixin):
             if group.chain.learning is not None and queries is not None:
                 asked = tokens.of(self._rows(queries, group.rows), 0, 2)
             step = group.begin_step(keys, values, self.context.quantize_before_attend, tokens, own, hold, asked)
-            steps.append((replace(step, index=self._index(group.rows, k.device)), view))
+            index = self._index(group.rows, k.device)
+            steps.append((step if index is None else replace(step, index=index), view))
         if not hold:
             given = {id(share.group) for share in found.shares}
             idle = [group for group in self.groups if id(group) not in given and group.holds_back]
