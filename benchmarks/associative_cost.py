@@ -1,9 +1,9 @@
-"""What the Tensor Cache costs: its fast forms against the token loop that defines it, and streams of any length.
+"""Measure the cost of the Tensor Cache: its fast forms against the token loop that defines it, and long streams.
 
 1. Forward, and forward with backward, at growing lengths, of the chunk-parallel scan in PyTorch and of the kernel in C++:
    linear, and many times faster than the loop.
 2. A stream through `tessera.Cache`: bytes of state and tokens per second against the tokens seen, for a dense cache, a
-   window, and a window with a Tensor Cache behind it; and the growth of the process.
+   window, and a window with a Tensor Cache behind it; and the growth of the process's memory.
 
 Example:
 
@@ -44,7 +44,7 @@ HEADS, DIM = 2, 64
 
 
 def inputs(tokens: int) -> list[Tensor]:
-    """q, k, v, g, eta and the state, as leaves of a graph."""
+    """Return q, k, v, g, eta and the state, as tensors that require gradients."""
     k = normalize(torch.randn(1, HEADS, tokens, DIM), dim=-1)
     x = [torch.randn(1, HEADS, 1, tokens, DIM), k, torch.randn(1, HEADS, tokens, DIM)]
     x += [torch.full((1, HEADS, tokens), -1e-3), torch.full((1, HEADS, tokens), 0.5), torch.zeros(1, HEADS, DIM, DIM)]
@@ -52,7 +52,7 @@ def inputs(tokens: int) -> list[Tensor]:
 
 
 def scans(tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """Rows of one length: both rules, forward and with backward."""
+    """Measure one length, for both rules, forward alone and with backward."""
     x = inputs(tokens)
     runs: dict[str, Callable[[], object]] = {}
     for rule in RULES:

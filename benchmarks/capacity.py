@@ -1,4 +1,4 @@
-"""How many pairs one matrix holds; see `tessera.lab.evaluation.capacity`.
+"""Measure how many pairs one matrix holds; see `tessera.lab.evaluation.capacity`.
 
 Example:
 

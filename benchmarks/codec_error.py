@@ -1,8 +1,8 @@
-"""The error and the true bits of every codec, side by side, and whether the bars hold.
+"""Compare the error and the true bits of all codecs, and check that they meet their bars.
 
 True bits count every byte that is kept: codes, scales, flags, centres, outliers, padding. The error is the mean squared error
 over the mean square of the input. For keys with giant channels it is taken for each channel over the channel's variance, and
-averaged over channels: what is constant in a channel moves all scores of a query alike, and the giants would hide the rest.
+averaged over channels: a constant of a channel changes all scores of a query equally, and giants would dominate the mean.
 Gaussian and heavy-tailed vectors are encoded as values; as keys, hqmq keeps a quarter of a bit more, the centres.
 
 Example:
@@ -32,13 +32,13 @@ from tessera.files import atomic_path
 RESULT = Path(__file__).resolve().parent.parent / "docs" / "results" / "codec_error.json"
 HEAD_DIMS = (64, 128)
 HEADS = 4
-#: Tokens of each head: a multiple of every group, as a long context has whole groups.
+#: Tokens of each head, a multiple of the group size of every codec: groups of a long context are whole.
 TOKENS, QUICK_TOKENS = 1024, 64
 
 OURS = ("hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4", "hqmq:4.5", "hqmq:5")
-#: Its codebook takes ten seconds to index, and it has more bits than any baseline that the bars look at.
+#: Left out by default: its codebook takes ten seconds to index, and it has more bits than any baseline in the bars.
 SLOW = ("hqmq:5",)
-#: Codecs by what they are. The bars compare ours to those that are named baselines.
+#: Codecs by kind. The bars compare Tessera's codecs with those named baselines.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "HQMQ, Tessera": OURS,
     "HQMQ, optimised units": ("hqmq:o21_r3", "hqmq:o170_r4"),
@@ -62,25 +62,25 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "fp8": ("fp8", "fp8:scaled"),
 }
 BASELINES = ("HQMQ, paper", "HQMQ, authors' code", "integers", "KIVI", "Lloyd-Max", "llama.cpp", "fp8")
-#: hqmq:4 without the part that these inputs call for.
+#: Variants of hqmq:4 that lack the step made for these inputs.
 VARIANTS = {"heavy-tailed": ("hqmq:4_norot",), "giant-keys": ("hqmq:4_nocentre",)}
 
-#: (spec, most error, most bits) on Gaussian values at head_dim 128.
+#: (spec, maximum error, maximum bits) on Gaussian values at head_dim 128.
 LIMITS = (("hqmq:4", 0.0075, 4.13), ("hqmq:3", 0.0290, 3.13))
-#: Bits between which no baseline may be better at as many bits.
+#: Range of bits in which no baseline may have a lower error at equal bits.
 RANGE = (3.0, 5.0)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One codec on one kind of input.
+    """The result of one codec on one kind of input.
 
     Attributes:
-        codec: what it is, a key of `FAMILIES`.
-        spec: its name.
+        codec: its kind, a key of `FAMILIES`.
+        spec: its specification.
         head_dim: numbers in a vector.
         inputs: a key of `INPUTS`.
-        role: what the vectors were encoded as.
+        role: whether they were encoded as keys or values.
         bits: true bits per element.
         nmse: the error.
         vectors: how many were encoded.
@@ -98,16 +98,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Bar:
-    """Something that must hold.
+    """A condition that the codecs must meet.
 
     Attributes:
-        name: what.
-        value: what was measured: an error, or our error over a baseline's.
-        limit: what `value` may be at the most; a ratio must be below it.
+        name: of the condition.
+        value: the measured error, or the ratio of Tessera's error to a baseline's.
+        limit: the maximum of `value`; a ratio must be below it.
         bits: at which `value` was measured.
-        most_bits: what `bits` may be at the most.
-        holds: whether it does.
-        sentence: all this in words.
+        most_bits: the maximum of `bits`.
+        holds: whether the condition is met.
+        sentence: the result in words.
     """
 
     name: str
@@ -120,18 +120,18 @@ class Bar:
 
 
 def gaussian(tokens: int, dim: int, random: torch.Generator) -> Tensor:
-    """Independent normal numbers: (1, heads, tokens, dim)."""
+    """Draw independent normal numbers, (1, heads, tokens, dim)."""
     return torch.randn(1, HEADS, tokens, dim, generator=random)
 
 
 def heavy_tailed(tokens: int, dim: int, random: torch.Generator) -> Tensor:
-    """Independent numbers of Student's t distribution with four degrees of freedom, of unit variance."""
+    """Draw independent numbers of unit variance from Student's t distribution with four degrees of freedom."""
     chi2 = torch.randn(1, HEADS, tokens, dim, 4, generator=random).square().sum(-1)
     return gaussian(tokens, dim, random) * (4 / chi2).sqrt() / 2**0.5
 
 
 def giant_keys(tokens: int, dim: int, random: torch.Generator) -> Tensor:
-    """Keys of unit variance in which four channels are 80 to 280 times as large, see `giant_channels`."""
+    """Draw keys of unit variance in which four channels are 80 to 280 times as large, see `giant_channels`."""
     x = gaussian(tokens, dim, random)
     constant, varying = giant_channels(dim)
     size = 80 + 200 * torch.rand(1, HEADS, 1, 4, generator=random)
@@ -141,11 +141,11 @@ def giant_keys(tokens: int, dim: int, random: torch.Generator) -> Tensor:
 
 
 def giant_channels(dim: int) -> tuple[list[int], list[int]]:
-    """Return the channels of `giant_keys` that have a giant mean, which stays, and those that vary by as much."""
+    """Return the channels of `giant_keys` with a giant constant mean, and those with a giant standard deviation."""
     return [dim // 7, dim // 2], [dim // 3, dim - 3]
 
 
-#: How vectors are drawn, and as what they are encoded.
+#: For each kind of input: the function that draws it, and the role that it is encoded in.
 INPUTS: dict[str, tuple[Callable[[int, int, torch.Generator], Tensor], Role]] = {
     "gaussian": (gaussian, "value"),
     "heavy-tailed": (heavy_tailed, "value"),
@@ -154,7 +154,7 @@ INPUTS: dict[str, tuple[Callable[[int, int, torch.Generator], Tensor], Role]] = 
 
 
 def error(x: Tensor, approximation: Tensor, inputs: str) -> float:
-    """Return the error as this file's first lines define it."""
+    """Return the error defined in the module's docstring."""
     squares = (x - approximation).double().square()
     if inputs == "giant-keys":
         return float((squares.mean((0, 2)) / x.double().var((0, 2), correction=0)).mean())
@@ -162,14 +162,14 @@ def error(x: Tensor, approximation: Tensor, inputs: str) -> float:
 
 
 def specs(inputs: str, quick: bool) -> list[tuple[str, str]]:
-    """Every (family, spec) that is measured on these inputs."""
+    """Return every (family, spec) that is measured on these inputs."""
     chosen = [(family, spec) for family, members in FAMILIES.items() for spec in members]
     chosen += [("HQMQ, Tessera, a part left out", spec) for spec in VARIANTS.get(inputs, ())]
     return [(family, spec) for family, spec in chosen if not (quick and spec in SLOW)]
 
 
 def measure(inputs: list[str], quick: bool, seed: int, progress: Progress) -> list[Row]:
-    """Encode and decode everything."""
+    """Encode and decode with every codec and measure the errors."""
     tokens = QUICK_TOKENS if quick else TOKENS
     work = [(kind, dim, family, spec) for kind in inputs for dim in HEAD_DIMS for family, spec in specs(kind, quick)]
     task = progress.add_task("codecs", total=len(work))
@@ -186,7 +186,7 @@ def measure(inputs: list[str], quick: bool, seed: int, progress: Progress) -> li
 
 
 def bars(rows: list[Row]) -> list[Bar]:
-    """Judge the rows that there are."""
+    """Check all bars for which the rows suffice."""
     found = []
     for spec, limit, most_bits in LIMITS:
         for row in rows:
@@ -204,7 +204,7 @@ def bars(rows: list[Row]) -> list[Bar]:
 
 
 def _against_baselines(rows: list[Row]) -> Bar:
-    """Ours against every baseline in `RANGE`, on one kind of input: the worst ratio of errors."""
+    """Return the largest ratio of Tessera's error to a baseline's in `RANGE`, on one kind of input."""
     kind, dim = rows[0].inputs, rows[0].head_dim
     worst: tuple[float, Row, Row | None] | None = None
     count = lost = 0
@@ -258,7 +258,7 @@ def main() -> None:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         rows = measure(list(options.inputs), options.quick, options.seed, progress)
     judged = bars(rows)
-    # A table cut to a narrow terminal would lose figures; where the output is no terminal there is no width to keep to.
+    # A table cut to the width of a narrow terminal would lose figures; output to a file has no width to respect.
     console = Console() if Console().is_terminal else Console(width=200)
     show(rows, console)
     for bar in judged:

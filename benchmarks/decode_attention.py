@@ -1,7 +1,7 @@
-"""Attention of one new token over a long cache: the compressed cache against PyTorch's dense ways, in one run.
+"""Time attention of one new token over a long cache: the compressed cache against PyTorch's dense implementations.
 
-Every dense way that PyTorch offers for keys and values in bfloat16 is timed, and the fastest of them is the peer. The cache
-is packed as `tessera.Cache` packs it. Times are medians of interleaved calls; ratios are what counts.
+Every dense implementation of PyTorch for keys and values in bfloat16 is timed; the fastest is the baseline. The cache is packed
+as `tessera.Cache` packs it. Times are medians of interleaved calls; ratios are what counts.
 
 Example:
 
@@ -46,7 +46,7 @@ OTHERS = ("q4_0", "q8_0", "int:4", "kivi:4", "scalar:4", "fp8", "(k=q8_0,v=hqmq:
 
 
 def dense_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
-    """PyTorch's ways to attend to dense bfloat16 keys and values, by name."""
+    """Return PyTorch's implementations of attention to dense bfloat16 keys and values, by name."""
     _, heads, _, dim = q.shape
     _, kv_heads, tokens, _ = k.shape
     scale = dim**-0.5
@@ -66,7 +66,7 @@ def dense_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object
 
 
 def pages_of(spec: str, kv_heads: int, tokens: int, dim: int) -> CompressedKV:
-    """Pages of their own memory. One is encoded and copied: the time does not depend on what it holds."""
+    """Make pages in separate memory. One is encoded and copied, since its contents do not affect the time."""
     codec = codecs.get(spec)
     size = min(PAGE, tokens)
     k, v = torch.randn(2, 1, kv_heads, size, dim).unbind(0)
@@ -79,7 +79,7 @@ def pages_of(spec: str, kv_heads: int, tokens: int, dim: int) -> CompressedKV:
 
 
 def measure(shape: str, tokens: int, repeats: int, specs: tuple[str, ...], level: str | None) -> list[dict[str, Any]]:
-    """Rows of one shape and length, at an instruction level of the kernels for CPUs."""
+    """Measure one shape and length, at one instruction set of the CPU kernels."""
     heads, kv_heads, dim = map(int, shape.split(","))
     q = torch.randn(1, heads, 1, dim)
     k, v = torch.randn(2, 1, kv_heads, tokens, dim).bfloat16().unbind(0)

@@ -1,6 +1,6 @@
-"""Tasks that ask for a memory, in full; see `tessera.lab.evaluation.diagnostics`.
+"""Train and measure on all tasks that need a memory; see `tessera.lab.evaluation.diagnostics`.
 
-Runs are saved one by one; a plan that is cut short goes on where it was. In full it takes hours on a CPU.
+Each run is saved when it ends, and an interrupted plan resumes. The whole plan takes hours on a CPU.
 
 Example:
 

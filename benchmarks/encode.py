@@ -1,10 +1,10 @@
-"""Encoding: the search for the nearest codeword against comparing all of them, and what vectors and tokens cost.
+"""Time encoding: the nearest-codeword search against brute force, and whole vectors and tokens.
 
 1. For each codebook, nanoseconds a chunk of four numbers on one core: the C++ search at each instruction set that the processor
    has, the same search in PyTorch, and the brute-force search over all codewords, which defines it; and how many indices differ
-   from those of brute force. Chunks as near to two codewords as float32 resolves do not count.
+   from those of brute force. Chunks that are equidistant from two codewords within float32 rounding are excluded.
 2. For each codec, nanoseconds a chunk on one core of whole encoding, of keys and of values, many vectors and few; and of keys
-   with the errors of later chunks fed back, as a cache encodes them, where a codec can.
+   with the errors of later chunks fed back, as a cache encodes them, for codecs that support it.
 3. Milliseconds on one core to encode the keys and values of one token in all layers of an 8-billion-parameter Llama (32 layers,
    8 key heads, head_dim 128), one token at a time and in the blocks that the cache compresses.
 
@@ -44,22 +44,22 @@ from timing import minima
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = ("hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4", "hqmq:4.5", "hqmq:5", "hqmq:s96_r4")
-#: How often what takes long is measured: PyTorch and brute force.
+#: Repetitions of the slow measurements, PyTorch and brute force.
 SLOW = 2
-#: Codecs that search for nothing.
+#: Codecs without a codebook search.
 OTHERS = ("scalar:4", "kivi:4", "int:4", "q4_0", "q8_0")
 LAYERS, KV_HEADS, DIM = 32, 8, 128
-#: Tokens encoded together: one, and the cache's block.
+#: Numbers of tokens encoded together: one, and a block of the cache.
 BLOCKS = (1, 64)
-#: (batch, key heads, tokens, head_dim) of whole encoding.
+#: Shapes for whole encoding: (batch, key heads, tokens, head_dim).
 SHAPES = ((1, 8, 4096, 128), (1, 3, 64, 64))
-#: Numbers from which on whole encoding is measured a tenth as often.
+#: Number of elements from which whole encoding is repeated a tenth as often.
 MANY = 1 << 18
 
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """PyTorch and the kernels on one thread."""
+    """Run PyTorch and the kernels on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -70,7 +70,7 @@ def one_core() -> Iterator[None]:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """What TESSERA_BACKEND asks for."""
+    """Set TESSERA_BACKEND within a block."""
     before = os.environ.get("TESSERA_BACKEND")
     os.environ["TESSERA_BACKEND"] = name
     try:
@@ -82,13 +82,13 @@ def backend(name: str) -> Iterator[None]:
 
 
 def in_backend(name: str, run: Callable[[], object]) -> None:
-    """Call with a backend."""
+    """Return a function that calls with a backend."""
     with backend(name):
         run()
 
 
 def search(spec: str, chunks: int, few: int, repeats: int) -> dict[str, Any]:
-    """One codebook's row. Brute force is timed on the first `few` of the chunks."""
+    """Measure one codebook. Brute force is timed on the first `few` of the chunks."""
     codec = codecs.get(spec)
     if isinstance(codec, HQMQ):
         return search_directions(codec, chunks, few, repeats)
@@ -106,7 +106,7 @@ def search(spec: str, chunks: int, few: int, repeats: int) -> dict[str, Any]:
     }
     runs = slow | fast
     began = time.perf_counter()
-    runs[best("brute force")]()  # the first search builds its tables
+    runs[best("brute force")]()  # the first search builds the tables
     built = time.perf_counter() - began
     seconds = minima(slow, SLOW) | minima(fast, repeats)
     wanted = book.codes[runs["brute force"]()]
@@ -117,14 +117,14 @@ def search(spec: str, chunks: int, few: int, repeats: int) -> dict[str, Any]:
 
 
 def best(otherwise: str) -> str:
-    """The best instruction set, or what there is without any."""
+    """Return the time with the best instruction set, or the only time if there is no choice."""
     return cpu.levels()[-1] if cpu.levels() else otherwise
 
 
 def search_directions(codec: HQMQ, chunks: int, few: int, repeats: int) -> dict[str, Any]:
-    """The row of a codebook of directions, of which the largest inner product is searched.
+    """Measure a codebook of directions, which is searched for the largest inner product.
 
-    The loader chooses the instructions.
+    The dynamic loader chooses the instruction set.
     """
     words = codec.directions(1, "key", 0)[0]
     turns = right_matrix(conjugate(codec.secondaries(1, "key", 0)))
@@ -149,7 +149,7 @@ def search_directions(codec: HQMQ, chunks: int, few: int, repeats: int) -> dict[
 def row(
     spec: str, codewords: int, seconds: dict[str, float], chunks: int, few: int, gap: Tensor, other: Tensor
 ) -> dict[str, Any]:
-    """One row; gap: how much worse what was found is than what brute force found; other: whether it is another."""
+    """Make a row. gap: excess distance over brute force's codeword; other: whether the index differs from brute force's."""
     nanoseconds = {name: 1e9 * value / (few if name == "brute force" else chunks) for name, value in seconds.items()}
     return {
         "spec": spec,
@@ -163,7 +163,7 @@ def row(
 
 
 def whole(spec: str, shapes: tuple[tuple[int, ...], ...], repeats: int) -> list[dict[str, Any]]:
-    """Nanoseconds a chunk of `Codec.encode`: with the best instructions, with others where there is a choice, in PyTorch."""
+    """Measure nanoseconds per chunk of `Codec.encode` at each instruction set and in PyTorch."""
     codec = codecs.get(spec)
     rows = []
     for shape in shapes:
@@ -184,7 +184,7 @@ def whole(spec: str, shapes: tuple[tuple[int, ...], ...], repeats: int) -> list[
 
 
 def token(spec: str, repeats: int) -> dict[str, Any]:
-    """Milliseconds a token, of a codec."""
+    """Measure milliseconds per token of a codec."""
     codec = codecs.get(spec)
     runs: dict[str, Callable[[], object]] = {}
     for block in BLOCKS:
@@ -195,7 +195,7 @@ def token(spec: str, repeats: int) -> dict[str, Any]:
 
 
 def show(record: dict[str, Any]) -> None:
-    """Print the searches, the costs of a token, and whole encoding."""
+    """Print the times of the searches, of a token, and of whole encoding."""
     table = Table("codec", "codewords", "brute force, ns", *cpu.levels(), "other indices", "ms a token")
     for found, cost in zip(record["search"], record["token"], strict=True):
         ns = found["nanoseconds"]

@@ -1,9 +1,9 @@
 """Try every causal family of transformers, built small, with a `tessera.Cache`, a Tensor Cache and a Tensor Memory.
 
 A family is served if its logits over prefill, a chunk and single steps, in a batch with left padding, are those of
-transformers' own `DynamicCache`, and stay within a bound where the cache quantises; it is refused if making the cache says why
-it cannot be. Memories are held to themselves: a text read in one call and the same text read in parts must give the same
-logits. Whatever is neither served nor refused is a fault, and makes the exit status 1.
+transformers' own `DynamicCache`, or within a bound of them where the cache quantises; it is refused if the cache raises an
+error with the reason. Memories are checked for consistency: a text read in one call and in parts must give the same
+logits. A family that is neither served nor refused is a fault, and makes the exit status 1.
 
 Example:
 
@@ -38,14 +38,14 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results" / "families.json"
 
 VOCAB, TOKENS, PADS = 97, 120, (0, 7)
-#: A prefill, a chunk, and single steps.
+#: Lengths of calls: a prefill, a chunk, and single steps.
 CUTS = (100, 12, 1, 1, 1, 1, 1, 1, 1, 1)
 PACKED = "sink:4 + hqmq:4 + recent:16"
-#: Largest error of the logits, root mean square over root mean square: unchanged, quantised, read in parts.
+#: Maximum relative root mean square error of the logits: exact cache, quantised cache, text read in parts.
 EXACT, BOUND, STREAMED = 1e-4, 0.6, 1e-3
 WINDOW, SINK = 32, 4
 
-#: What a small model has, by the names that configs use.
+#: Sizes of the small models, by config field.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_inner", "decoder_ffn_dim"), 96),
@@ -68,12 +68,12 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-#: Of these, what the towers that read pictures and sound are given.
+#: The fields among these that are also set for vision and audio encoders.
 TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layers", "depth")
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
-#: Rotary channels by time, height and width, which together are half of the head.
+#: Rotary channels for time, height and width, together half of head_dim.
 _SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
-#: What some families need besides.
+#: Further settings that some families need.
 EXTRA: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
@@ -90,21 +90,21 @@ EXTRA: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
-#: Parameters of a model that is small enough.
+#: Maximum number of parameters.
 MOST = 100_000_000
-#: Settings of a layer pattern that have to fit the number of layers.
+#: Settings of a layer pattern that must match the number of layers.
 PATTERNS = ("layer_types", "mlp_layer_types", "layers_block_type", "attention_types", "indexer_types")
 
 
 def families() -> list[str]:
-    """Model types of all causal language models, and of image-and-text models, whose decoder is tried on text."""
+    """Return the model types of all causal language models and image-text models; the decoders of the latter are tried."""
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     pictures = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return sorted({*causal, *pictures})
 
 
 def small_config(kind: str) -> Any:
-    """The config of a family with small sizes; layers of every type that the family's own default has."""
+    """Return a small config of a family, with layers of every type that its default has."""
     default = CONFIG_MAPPING[kind]()
     text = default.get_text_config(decoder=True)
     own = _small(text)
@@ -142,7 +142,7 @@ def _small(text: Any) -> dict[str, Any]:
 
 
 def small_model(kind: str, config: Any) -> Any:
-    """A model with random weights large enough that attention matters, the same in every run."""
+    """Make a model with seeded random weights that are large enough for attention to matter."""
     names = {**modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     make = getattr(transformers, names[kind])
     with torch.device("meta"):
@@ -160,7 +160,7 @@ def small_model(kind: str, config: Any) -> Any:
 
 
 def text() -> tuple[Tensor, Tensor]:
-    """Token numbers and a mask of left padding, both (rows, tokens)."""
+    """Return token ids and a mask with left padding, both (rows, tokens)."""
     random = torch.Generator().manual_seed(2)
     ids = torch.randint(3, VOCAB, (len(PADS), TOKENS), generator=random)
     return ids, (torch.arange(TOKENS) >= torch.tensor(PADS)[:, None]).long()
@@ -168,7 +168,7 @@ def text() -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def logits(model: Any, cache: Any, cuts: tuple[int, ...] = CUTS) -> Tensor:
-    """Logits of all real tokens, (n, vocabulary), when the text is read in these parts; a cache of None: none is used."""
+    """Return the logits of all real tokens, (n, vocabulary), for a text read in these parts, without a cache if it is None."""
     ids, mask = text()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     takes = inspect.signature(model.forward).parameters
@@ -184,7 +184,7 @@ def logits(model: Any, cache: Any, cuts: tuple[int, ...] = CUTS) -> Tensor:
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of what is wanted."""
+    """Return the root mean square error relative to the root mean square of the expected values."""
     return float(((found - wanted).square().mean() / wanted.square().mean()).sqrt())
 
 
@@ -192,8 +192,8 @@ def walk(kind: str) -> dict[str, Any]:
     """Try one family.
 
     Returns:
-        its name and, for "cache", "tensor_cache" and "tensor_memory", an outcome: "served", "decoded" (only by a cache made
-        from the config, which decodes for the model's own attention), "refused", "not tried" or "fault"; with the reason.
+        its name and, for "cache", "tensor_cache" and "tensor_memory", an outcome: "served", "decoded" (only a cache made
+        from the config works, which decodes for the model's own attention), "refused", "not tried" or "fault"; with the reason.
     """
     row: dict[str, Any] = {"family": kind}
     with warnings.catch_warnings():
@@ -230,7 +230,7 @@ def walk(kind: str) -> dict[str, Any]:
 
 
 def _refusal(make: Callable[[], Any]) -> dict[str, Any] | None:
-    """The outcome if a cache for a config or a model is refused."""
+    """Return the outcome for a refused cache of a config or a model."""
     try:
         given = make()
     except Exception:
@@ -300,7 +300,7 @@ def _tensor_memory(model: Any) -> dict[str, Any]:
 
 
 def _open(model: Any) -> None:
-    """Give what was attached weights that matter."""
+    """Set the weights of attached memories so that their output is not zero."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(3)
         for group in tessera.adapters.memory_parameters(model):
@@ -325,7 +325,7 @@ def _line(problem: BaseException) -> str:
 
 
 def main() -> int:
-    """Walk and write; returns 1 if a family is neither served nor refused."""
+    """Try all families and write the outcomes; return 1 if a family is neither served nor refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="model types to try and print, writing nothing")
     only = parser.parse_args().only

@@ -1,11 +1,11 @@
-"""What is lost beyond the window, and what is still recalled, against the total bytes of a cache, for every policy there is.
+"""Measure loss and recall against the total bytes of a cache, for every retention policy.
 
-A text is read into each cache as generation reads it, a chunk a call, and behind it short passages of the same text a second
-time, one for every 256 tokens, from all depths. The loss is over the second half of the text, less that of the exact cache over
-the same tokens: there, everything that drops tokens has dropped some. Recall is the share of the repeated tokens that the model
-predicts, once it has read the first few of their passage; how many of these it predicts at first sight, with nothing to recall,
-is measured with the exact cache. Bytes are all that the cache holds at the end, exact tiers and free room included. Rows are
-written one by one; a run that was cut short goes on.
+Each cache reads a text in chunks, as generation does, and after it short passages of the same text a second time, one for every
+256 tokens, from all depths. The loss is over the second half of the text, minus that of the exact cache over the same tokens;
+by then every policy that drops tokens has dropped some. Recall is the share of the repeated tokens that the model predicts
+after the first few of their passage; the share that it predicts when it reads them for the first time is measured with the
+exact cache. Bytes count all that the cache holds at the end, exact tiers and free space included. Each row is saved when it is
+measured, and an interrupted run resumes.
 
 Example:
 
@@ -40,10 +40,10 @@ from tessera.models import demo_memory_path, heldout_text
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON, PICTURE = ROOT / "docs" / "results" / "frontier.json", ROOT / "docs" / "images" / "frontier.png"
-#: Tokens of a passage that is read again, those at its beginning that are not asked for, and tokens a passage is taken from.
+#: Length of a repeated passage, of its unscored beginning, and of the stretch of text for each passage, in tokens.
 PASSAGE, CUE, SPACE = 32, 8, 256
 DEMO = "demo model"
-#: Kinds of policies: what they are called, and their colour and marker, told apart by readers who see no colours too.
+#: Kinds of policies: label, colour, and a marker that distinguishes them without colours.
 KINDS = {
     "exact": ("#000000", "*"),
     "window without sinks": ("#999999", "x"),
@@ -59,7 +59,7 @@ KINDS = {
 
 
 def policies(length: int, memory: bool) -> dict[str, str]:
-    """Cache specifications for texts of a length, and the kind of each."""
+    """Return cache specifications for texts of a length, and the kind of each."""
     sink, recent = ("sink:4 + ", " + recent:128")
     found = {"dense": "exact"}
     for part in (16, 8, 4, 2):
@@ -81,7 +81,7 @@ def policies(length: int, memory: bool) -> dict[str, str]:
 
 
 def passages(length: int) -> Tensor:
-    """Where the passages begin that are read again behind a text, (passages,): every other one, and back by the others."""
+    """Return where the repeated passages begin, (passages,): the even ones in order, then the odd ones in reverse."""
     count = length // SPACE
     depth = (torch.arange(count) + 0.5) / count
     begin = (depth * (length - count * PASSAGE - PASSAGE)).long()
@@ -89,7 +89,7 @@ def passages(length: int) -> Tensor:
 
 
 def read(source: Source, spec: str, ids: Tensor, chunk: int) -> tuple[Tensor, Tensor, int]:
-    """Read tokens through a cache, so many a call.
+    """Read tokens through a cache, `chunk` tokens per call.
 
     Returns:
         negative log-likelihoods (tokens - 1,), whether the likeliest token was right (tokens - 1,), and the bytes of the cache.
@@ -105,13 +105,13 @@ def read(source: Source, spec: str, ids: Tensor, chunk: int) -> tuple[Tensor, Te
 
 
 class Bench:
-    """Runs jobs on one model.
+    """A model on which jobs are run.
 
     Args:
-        source: the model without a memory.
-        remembering: the same with its Tensor Cache, for policies that have one; None: there is none.
-        text: to be read.
-        chunk: tokens of a call.
+        source: model without a memory.
+        remembering: the same model with its Tensor Cache, for policies that use one, or None.
+        text: text to read.
+        chunk: tokens per call.
     """
 
     def __init__(self, source: Source, remembering: Source | None, text: str, chunk: int) -> None:
@@ -120,13 +120,13 @@ class Bench:
         self.exact = lru_cache(maxsize=None)(lambda length: read(source, "dense", self._ids(length), chunk)[:2])
 
     def _ids(self, length: int) -> Tensor:
-        """So many tokens: the text, and its passages again."""
+        """Return this many tokens of the text, followed by the repeated passages."""
         begin = passages(length)
         again = (begin[:, None] + torch.arange(PASSAGE)).flatten()
         return torch.cat([self.ids[: length - len(again)], self.ids[again]])
 
     def run(self, job: Job) -> Row:
-        """One policy at one length."""
+        """Measure one policy at one length."""
         spec, length = job["spec"], job["length"]
         source = self.remembering if parse(spec).tensor_cache and self.remembering is not None else self.source
         nll, right, nbytes = read(source, spec, self._ids(length), self.chunk)
@@ -134,7 +134,7 @@ class Bench:
         begin = passages(length)
         text = length - len(begin) * PASSAGE
         gap = (nll - exact)[None, text // 2 : text - 1]
-        asked = torch.arange(CUE, PASSAGE) - 1  # what is predicted is the next token
+        asked = torch.arange(CUE, PASSAGE) - 1  # position i predicts token i + 1
         first = seen[(begin[:, None] + asked).flatten()]
         again = right[(text + PASSAGE * torch.arange(len(begin))[:, None] + asked).flatten()]
         shares = {"recall": float(again.double().mean()), "first": float(first.double().mean())}
@@ -142,12 +142,12 @@ class Bench:
 
 
 def key(job: Job) -> tuple[Any, ...]:
-    """What tells one run from another."""
+    """Return what identifies a run."""
     return tuple(job[name] for name in ("model", "length", "spec"))
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Loss and recall against bytes, a line of two panels for each model and length, pretrained models first."""
+    """Draw loss and recall against bytes, a row of two panels for each model and length, pretrained models first."""
     found = sorted(dict.fromkeys((row["model"], row["length"]) for row in rows), key=lambda one: (one[0] == DEMO, *one))
     figure = Figure(figsize=(9, 3.1 * len(found) + 1.1), layout="constrained")
     panels = figure.subplots(len(found), 2, squeeze=False)

@@ -1,11 +1,11 @@
-"""Decoding end to end: tokens per second and memory of a whole model, with each kind of cache, at growing contexts.
+"""Measure decoding of a whole model, in tokens per second and memory, with each kind of cache at growing contexts.
 
-The model has the layers of an 8-billion-parameter Llama with random weights, as few as the machine holds. Its cache is
-filled with random keys and values, in chunks and without running the model, and then tokens are decoded one by one. Each
-cache has a process of its own. The peers are transformers' `DynamicCache`, which is exact, and its `QuantizedCache` with 4
-bits, which decodes everything at every step (needs optimum-quanto and hqq: pip install 'tessera[bench]').
+The model has layers of an 8-billion-parameter Llama with random weights, as many as fit in memory. Its cache is filled with
+random keys and values, in chunks and without running the model, and then tokens are decoded one by one. Each cache runs in a
+separate process. The baselines are transformers' `DynamicCache`, which is exact, and its `QuantizedCache` with 4 bits, which
+decodes everything at every step (needs optimum-quanto and hqq: pip install 'tessera[bench]').
 
-"attention" is the time of a step less that of a step after a context of no tokens: what the context costs.
+"attention" is the time of a step minus that of a step with an empty cache, which is the cost of the context.
 
 With `--model` a pretrained model generates instead: see model_generation.py.
 
@@ -49,14 +49,14 @@ from tessera.kernels import dispatch
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = {"DynamicCache": None, "QuantizedCache, quanto": "optimum", "QuantizedCache, hqq": "hqq"}
 CACHES = (*PEERS, "sink:4 + hqmq:4 + recent:128", "sink:4 + hqmq:3 + recent:128")
-#: Of an 8B model: its other layers have 3.5 times as many.
+#: Hidden size of an 8B model, whose MLP is 3.5 times as wide.
 WIDTH = 4096
-#: Tokens that are given to a cache at once while it is filled.
+#: Tokens per call while a cache is filled.
 CHUNK = 2048
 
 
 def build(layers: int, width: int = WIDTH) -> LlamaForCausalLM:
-    """A Llama with the attention of 8B in bfloat16, with weights that nobody trained."""
+    """Make a Llama with the attention of an 8B model, random weights, in bfloat16."""
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=width,
@@ -75,7 +75,7 @@ def build(layers: int, width: int = WIDTH) -> LlamaForCausalLM:
 
 
 def make(name: str, model: LlamaForCausalLM) -> Any:
-    """An empty cache."""
+    """Make an empty cache."""
     if name == "DynamicCache":
         return DynamicCache(config=model.config)
     if name in PEERS:
@@ -85,20 +85,20 @@ def make(name: str, model: LlamaForCausalLM) -> Any:
 
 
 def peak_memory() -> int:
-    """Most bytes of this process that have been in physical memory at once since `forget_peak`."""
+    """Return the peak resident memory of this process since `forget_peak`, in bytes."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def forget_peak() -> int:
-    """Begin to watch the peak anew; returns the memory in use now."""
+    """Reset the peak of resident memory, and return the present value in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
 
 
 @torch.inference_mode()
 def steps(model: LlamaForCausalLM, cache: Any, count: int) -> float:
-    """Median seconds of a step of one token."""
+    """Return the median seconds of a decoding step."""
     times = []
     for _ in range(count):
         began = time.perf_counter()
@@ -109,13 +109,13 @@ def steps(model: LlamaForCausalLM, cache: Any, count: int) -> float:
 
 @torch.inference_mode()
 def breakdown(model: LlamaForCausalLM, cache: Any) -> dict[str, float]:
-    """Milliseconds a step and layer, over as many steps as it takes until a block of tokens has been compressed.
+    """Return milliseconds per step and layer by part, over the steps between two compressions of a block.
 
-    "kernel": attention to all tiers in one call, or over the compressed one where it takes several. "compress": encoding.
-    "update": the cache takes new keys and values. "attention": all else of the attention function.
+    "kernel": attention to all tiers in one call, or to the compressed one if several calls are made. "compress": encoding.
+    "update": appending new keys and values. "attention": the rest of the attention function.
     """
     spent = dict.fromkeys(("kernel", "compress", "update", "attention"), 0.0)
-    inner = [0.0]  # for each call that is going on the time of the calls within it
+    inner = [0.0]  # for each open call, the time of its nested calls
 
     def timed(name: str, call: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -174,7 +174,7 @@ def measure(name: str, tokens: int, layers: int, count: int, width: int, channel
 
 
 def run(name: str, tokens: int, layers: int, count: int, width: int = WIDTH) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a separate process."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(name, tokens, layers, count, width, there))
@@ -193,7 +193,7 @@ def run(name: str, tokens: int, layers: int, count: int, width: int = WIDTH) -> 
 def pretrained(options: argparse.Namespace, console: Console) -> int:
     """Measure a pretrained model, see model_generation.py.
 
-    Rows of other lengths stay in the record if they were measured alike, on the same day.
+    Rows of other lengths are kept in the record if they have the same settings and day.
     """
     import model_generation
 
@@ -267,7 +267,7 @@ def main() -> int:
                     console.print(f"{name} is left out: {package} is not installed", highlight=False)
                 else:
                     rows.append(run(name, tokens, options.layers, options.steps))
-                    save()  # a run that is cut short has left what it measured
+                    save()  # written after each row, so that an interrupted run keeps its results
                 progress.advance(task)
     table = Table("cache", "tokens", "ms a token", "of them for the context", "peak memory of the cache")
     for row in rows:

@@ -1,18 +1,18 @@
-"""Everything that needs a GPU, in one run of some minutes: first whether the kernels are right, then how fast they are.
+"""Run everything that needs a GPU in a few minutes: first check the kernels, then time them.
 
-1. The Triton attention and decoding against the reference, attention twice, for what is not the same twice.
-2. The ways to read codes, side by side, of codebooks, whose codewords are looked up, and of codecs that code number by number,
-   which are decoded by arithmetic or from small tables; and dense attention beside them.
+1. The Triton attention and decoding against the reference; attention runs twice, to detect nondeterminism.
+2. The ways to read codes, for codebooks, whose codewords are looked up, and for scalar codecs, which are decoded by arithmetic
+   or from small tables; and dense attention for comparison.
 3. One new token over a long cache: against scaled dot product attention in float16, at 4k to 128k tokens and batches of 1, 8
-   and 32, as far as the memory of the device goes; called from Python, and replayed as a CUDA graph.
-4. The same for 4, 16 and 64 new tokens, and for keys with a channel so wide that it is narrowed.
-5. The search for codewords against all of them, one by one.
+   and 32, as far as device memory allows; called from Python, and replayed as a CUDA graph.
+4. The same for 4, 16 and 64 new tokens, and for keys with a channel wide enough to be narrowed.
+5. The nearest-codeword search against brute force.
 6. The memories on the device against their definitions on the CPU, forward and backward: the scan of a Tensor Cache, with the
    kernels of flash-linear-attention too where these are installed, and a Tensor Memory.
 
-Whatever has not begun after `--minutes` is left out, and said to be. Before every timed call other data goes through the
-device's cache, as that of other layers does. Writes JSON after every case, so that a run cut short has left what it measured; a
-case that fails leaves its error and the others go on. The tests say more about the kernels' corners: run `python -m pytest
+Cases that have not begun after `--minutes` are listed as skipped. Before every timed call other data goes through the
+device's cache, as that of other layers does. JSON is written after every case, so an interrupted run keeps its results; a
+case that fails is recorded with its error and the others run. The tests cover the kernels' edge cases: run `python -m pytest
 tests/kernels/test_triton.py` on the device as well.
 
 Example:
@@ -54,16 +54,16 @@ from tessera.tensor_cache.recurrence import loop
 from tessera.tensor_cache.scan import scan
 from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
-#: Codecs whose search for codewords is measured.
+#: Codecs whose nearest-codeword search is measured.
 BOOKS = ("hqmq:3", "hqmq:4")
-#: Codecs of which every way to read codes is measured.
+#: Codecs for which every way to read codes is measured.
 READ = (*BOOKS, "scalar:3", "scalar:4", "int:4", "int:8", "fp8", "q4_0", "q8_0", "kivi:4")
 #: Codecs whose attention is compared with the reference, on all shapes and on the smallest and the largest.
 CHECKED = ("hqmq:4", "hqmq:3", "hqmq:2", "hqmq:2.5", "hqmq:3.5", "hqmq:5")
 CHECKED_BRIEFLY = ("scalar:4", "scalar:3", "int:4", "int:7", "int:8", "fp8", "q4_0", "q8_0", "kivi:4", "kivi:3")
 #: The same with keys and values of two formats.
 PAIRS = ("(k=q8_0,v=hqmq:3)", "(k=hqmq:4,v=scalar:3)", "(k=kivi:4,v=int:4)")
-#: Name -> codec, and what one channel of the keys is multiplied by.
+#: Name -> codec, and the factor of one channel of the keys.
 KEYS = {
     **{spec: (spec, 1.0) for spec in ("hqmq:3", "hqmq:4", "scalar:4", "int:4", "q4_0")},
     "hqmq:4, a wide channel": ("hqmq:4", 30.0),
@@ -71,16 +71,16 @@ KEYS = {
 LENGTHS = (4096, 16384, 32768, 131072)
 BATCHES = (1, 8, 32)
 HEADS, KV_HEADS, DIM = 32, 8, 128
-#: Seconds of repeated calls that one figure is taken from.
+#: Seconds of repeated calls for each figure.
 SECONDS = 0.3
-#: Relative error above which a kernel is wrong.
+#: Maximum relative error of a correct kernel.
 WRONG = 1e-2
-#: Bytes that leave nothing of what a call reads in a device's cache.
+#: Bytes to write for evicting everything else from the device's cache.
 FLUSH = 1 << 28
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Median milliseconds of a call; interpreted, where no time says anything, those of one."""
+    """Return the median milliseconds of a call; of a single call if interpreted, where times mean nothing."""
     if device.type != "cuda":
         began = time.perf_counter()
         run()
@@ -103,7 +103,7 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def both(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of a call, and of its launches alone: replayed as a CUDA graph, as servers decode."""
+    """Return the median milliseconds of a call, and of its launches replayed as a CUDA graph, as servers decode."""
     found = {"ms": timed(run, device)}
     if device.type == "cuda":
         graph = torch.cuda.CUDAGraph()
@@ -116,7 +116,7 @@ def both(run: Callable[[], object], device: torch.device) -> dict[str, float]:
 def pages_of(
     spec: str, batch: int, tokens: int, dim: int, kv_heads: int, device: torch.device, wide: float = 1.0
 ) -> CompressedKV:
-    """Pages of their own memory; one is encoded and copied."""
+    """Make pages in separate memory; one is encoded and copied."""
     codec = codecs.get(spec)
     size = min(PAGE, tokens)
     k, v = torch.randn(2, 1, kv_heads, size, dim).unbind(0)
@@ -131,7 +131,7 @@ def pages_of(
 
 
 def cases(smoke: bool) -> list[dict[str, Any]]:
-    """What is compared with the reference: every codec and shape, with some every rule, and every way to read codes."""
+    """Return the cases to compare with the reference: every codec and shape, every mask rule, every way to read codes."""
     shapes = ((2, 8, 2, 1, 1000, 64), (1, 28, 4, 1, 2048, 128), (1, 4, 2, 64, 700, 80), (2, 4, 4, 3, 320, 256))
     if smoke:
         shapes = ((2, 8, 2, 1, 100, 64),)
@@ -146,18 +146,18 @@ def cases(smoke: bool) -> list[dict[str, Any]]:
         found += [{"spec": spec, "shape": several, "rule": rule, "lookup": None} for spec in ("hqmq:4", "int:4", "scalar:3")]
     found += [{"spec": spec, "shape": several, "rule": {}, "lookup": None} for spec in PAIRS]
     found += [{"spec": spec, "shape": shapes[0], "rule": {}, "lookup": name} for spec in READ for name in ways(spec)]
-    # Shared memory does not hold the points of hqmq:5.
+    # The points of hqmq:5 do not fit in shared memory.
     found += [{"spec": "hqmq:5", "shape": shapes[0], "rule": {}, "lookup": name} for name in ways("hqmq:5") if name != "held"]
     return found
 
 
 def ways(spec: str) -> tuple[str, ...]:
-    """The ways to read a codec's keys."""
+    """Return the ways to read a codec's keys."""
     return lookups(format_of(spec))
 
 
 def format_of(spec: str) -> Readable:
-    """The format of a codec's keys."""
+    """Return the format of a codec's keys."""
     form = codecs.get(spec).side("key").kernel_format(DIM)
     assert readable(form)
     return form
@@ -166,7 +166,7 @@ def format_of(spec: str) -> Readable:
 def correctness(
     device: torch.device, spec: str, shape: Sequence[int], rule: dict[str, Any], lookup: str | None
 ) -> dict[str, Any]:
-    """Relative errors of one case."""
+    """Return the relative errors of one case."""
     batch, heads, kv_heads, queries, tokens, dim = shape
     codec = codecs.get(spec)
     k, v = torch.randn(2, batch, kv_heads, tokens, dim).unbind(0)
@@ -191,16 +191,16 @@ def correctness(
 
 
 def right(row: dict[str, Any]) -> bool:
-    """Whether a case ended, and ended well; no figure that is not a number is."""
+    """Whether a case ended with errors within the limit; NaN counts as wrong."""
     good = "error" not in row and row["same_again"]
     return good and row["relative_error"] <= WRONG and row["lse_error"] <= 0.1 and row["decode_error"] <= 1e-4
 
 
 def dense_speed(q: Tensor, tokens: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of PyTorch's ways over dense keys and values, which are gone afterwards."""
+    """Time PyTorch's implementations over dense keys and values, in milliseconds, and free these."""
     batch, heads, queries, dim = q.shape
     k, v = torch.randn(2, batch, KV_HEADS, tokens, dim, device=q.device, dtype=q.dtype).unbind(0)
-    folded = q.view(batch, KV_HEADS, heads // KV_HEADS * queries, dim)  # queries of a group as tokens of their key head
+    folded = q.view(batch, KV_HEADS, heads // KV_HEADS * queries, dim)  # a group's query heads as tokens
     return {
         "sdpa, enable_gqa": both(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True), q.device),
         "sdpa, queries of a group folded": both(lambda: scaled_dot_product_attention(folded, k, v), q.device),
@@ -208,7 +208,7 @@ def dense_speed(q: Tensor, tokens: int) -> dict[str, dict[str, float]]:
 
 
 def speed(device: torch.device, batch: int, tokens: int, queries: int) -> dict[str, Any]:
-    """Milliseconds of the dense peer and of each codec, and ratios."""
+    """Time dense attention and each codec, in milliseconds, with ratios."""
     q = torch.randn(batch, HEADS, queries, DIM, device=device, dtype=torch.float16)
     dense = dense_speed(q, tokens)
     row: dict[str, Any] = {"dense": dense}
@@ -221,7 +221,7 @@ def speed(device: torch.device, batch: int, tokens: int, queries: int) -> dict[s
 
 
 def lookup_speed(device: torch.device, batch: int, tokens: int, spec: str, lookup: str) -> dict[str, Any]:
-    """Milliseconds of one way to read codes, one new token; of the spec "dense" those of the fastest dense way."""
+    """Time one way to read codes for one new token, in milliseconds; for "dense" the fastest dense implementation."""
     q = torch.randn(batch, HEADS, 1, DIM, device=device, dtype=torch.float16)
     if spec == "dense":
         found = dense_speed(q, tokens)
@@ -232,7 +232,7 @@ def lookup_speed(device: torch.device, batch: int, tokens: int, spec: str, looku
 
 
 def reading(rows: Sequence[dict[str, Any]], batch: int, way: str) -> Table:
-    """The ways to read codes at one batch, for each codec the fastest first, beside dense attention."""
+    """Time the ways to read codes at one batch size, for each codec the fastest first, and dense attention."""
     table = Table("codec", "lookup", "ms", "times dense", "", title=f"batch {batch}", title_justify="left")
     mine = [row for row in rows if row["batch"] == batch and way in row]
     dense = next((row[way] for row in mine if row["spec"] == "dense"), float("nan"))
@@ -244,7 +244,7 @@ def reading(rows: Sequence[dict[str, Any]], batch: int, way: str) -> Table:
 
 
 def encoding(device: torch.device, spec: str, count: int) -> dict[str, Any]:
-    """The search for the codewords of `count` chunks: share of those no farther than the nearest, milliseconds, and ratio."""
+    """Time the search for `count` chunks, and return the share of nearest codewords, milliseconds, and the ratio."""
     book = joint(int(4 * float(spec.partition(":")[2])))
     index = build_index(book.products.float() * book.step, book.conjugations).to(device)
     x = torch.randn(count, 4, device=device)
@@ -255,7 +255,7 @@ def encoding(device: torch.device, spec: str, count: int) -> dict[str, Any]:
 
 
 def memories(device: torch.device, tokens: int) -> dict[str, tuple[Any, list[Tensor], Any]]:
-    """Name -> what runs on the device, its inputs, and its definition."""
+    """Return, by name, the function that runs on the device, its inputs, and its definition."""
     found: dict[str, tuple[Any, list[Tensor], Any]] = {}
     k = normalize(torch.randn(1, 2, tokens, 64), dim=-1)
     x = [torch.randn(1, 2, 2, tokens, 64), k, torch.randn(1, 2, tokens, 64), -0.05 * torch.rand(1, 2, tokens)]
@@ -271,7 +271,7 @@ def memories(device: torch.device, tokens: int) -> dict[str, tuple[Any, list[Ten
 
 
 def memory_case(device: torch.device, fast: Any, inputs: list[Tensor], definition: Any) -> dict[str, Any]:
-    """Largest relative error of outputs and gradients, and milliseconds of both passes."""
+    """Return the largest relative error of outputs and gradients, and milliseconds of both passes."""
     wanted = both_passes(definition, inputs)
     on_device = [t.to(device) for t in inputs]
     found = both_passes(fast, on_device)
@@ -280,7 +280,7 @@ def memory_case(device: torch.device, fast: Any, inputs: list[Tensor], definitio
 
 
 def both_passes(run: Any, inputs: list[Tensor]) -> list[Tensor]:
-    """The output of `run`, and the gradients of its inputs."""
+    """Return the output of `run` and the gradients of its inputs."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     out = run(*leaves)[0]
     weights = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
@@ -288,7 +288,7 @@ def both_passes(run: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def main() -> int:
-    """Run all of it."""
+    """Run all checks and timings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("docs/results/gpu.json"))
     parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing is begun")
@@ -305,7 +305,7 @@ def main() -> int:
     console = Console()
 
     def attempt(part: str, case: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Add a row, with the error of a case that fails."""
+        """Add a row, which for a failed case contains the error."""
         try:
             if time.monotonic() > until:
                 raise TimeoutError(f"left out: {options.minutes:g} minutes were over")

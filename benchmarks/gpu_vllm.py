@@ -1,10 +1,10 @@
-"""Attention of an engine's step by block table on a GPU: whether it is right, and how fast it is.
+"""Check and time attention by block table, as a vLLM step needs it, on a GPU.
 
-1. The Triton path against the definition in PyTorch, requests of different lengths in one step.
-2. One new token for each of some requests over long contexts, against scaled dot product attention over dense keys and values
-   in float16 that lie there already, one call for all requests: the dense cache's best case.
+1. The Triton path against the definition in PyTorch, with requests of different lengths in one step.
+2. One new token for each of several long requests, against scaled dot product attention over dense keys and values in float16
+   that are already contiguous, in one call: the best case of a dense cache.
 
-The engine itself is measured by `benchmarks/vllm_engine.py`, which on a GPU asks for the backend CUSTOM.
+The engine itself is measured by `benchmarks/vllm_engine.py`, which on a GPU requests the backend CUSTOM.
 
 Example:
 
@@ -34,22 +34,22 @@ from tessera.kernels.paged import GROUP, BlockLayout, PagedCall, Step
 from tessera.kernels.triton import triton_paged
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
-#: The default, and codecs of single numbers.
+#: The default codec, and scalar codecs.
 CODECS = ("hqmq:4", "scalar:4", "int:4", "q4_0")
 CASES = ((1, 4096), (1, 32768), (8, 4096), (32, 4096), (8, 32768))
-#: Relative error above which the kernels are wrong.
+#: Maximum relative error of correct kernels.
 WRONG = 1e-2
 
 
 class Served:
-    """Requests in a pool, as an engine has them; one page of real codes is copied to all others.
+    """Requests in a pool, laid out as an engine does; one page of real codes is copied to all others.
 
     Args:
-        lengths: of requests, in tokens.
-        new: tokens of each in the step.
+        lengths: lengths of the requests, in tokens.
+        new: tokens of each request in the step.
         shape: query heads, key heads, head_dim.
-        device: of everything.
-        spec: the pages' codec.
+        device: device of all tensors.
+        spec: codec of the pages.
     """
 
     def __init__(self, lengths: list[int], new: int, shape: tuple[int, int, int], device: torch.device, spec: str) -> None:
@@ -75,13 +75,13 @@ class Served:
         self.k, self.v = torch.randn(2, count, kv_heads, dim, dtype=torch.float16, device=device)
 
     def attend(self, run: Any) -> Tensor:
-        """The step, by `paged.attend_paged` or what does the same."""
+        """Compute the step by `paged.attend_paged` or another implementation of it."""
         scale = self.q.shape[-1] ** -0.5
         return run(PagedCall(self.q, self.k, self.v, self.pool, self.ring, self.layout, self.step, scale))
 
 
 def timed(run: Any, device: torch.device, repeats: int = 20) -> float:
-    """Median milliseconds of a call."""
+    """Return the median milliseconds of a call."""
     times = []
     for i in range(repeats + 3):
         if device.type == "cuda":

@@ -1,7 +1,8 @@
-"""Language beyond the window: the demo model's loss by distance from the start; see `tessera.lab.evaluation.language`.
+"""Measure the demo model's loss by distance from the start, with a Tensor Cache and without.
 
-The demo model was trained dense; its Tensor Cache was attached afterwards and trained with the model frozen
-(`tessera train memory`). Several memories are several seeds of one recipe; all else is measured once.
+See `tessera.lab.evaluation.language`. The demo model was trained dense; its Tensor Cache was attached afterwards and trained
+with the model frozen (`tessera train
+memory`). Several memories are treated as several seeds of one recipe; everything else is measured once.
 
 Example:
 

@@ -1,11 +1,11 @@
-"""Language from nothing beyond a window of 64 tokens: which attention predicts best what lies farther back, at what cost.
+"""Train small GPTs with different attention and compare their losses beyond a window of 64 tokens, and their costs.
 
-Small GPTs of four layers learn text in sequences of eight windows: the files given, or Python source. Every row is one model:
-its loss by place in the sequence, on text that it never saw. The controls: a window that is longer by as many tokens as the
+GPTs of four layers are trained on sequences of eight windows, of the given files or of Python source. Every row is one model:
+its loss by position in the sequence, on held-out text. The controls: a window that is longer by as many tokens as the
 matrices take bytes, an MLP that is wider by as many parameters as the memory has, and the memory's reads switched off when it
-is measured. Beside the Tensor Cache stands a Tensor Memory, attached to the same window and trained with the model.
+is measured. The Tensor Cache is compared with a Tensor Memory, attached to the same window and trained with the model.
 
-Runs are saved one by one; a plan that is cut short goes on where it was. The data is read once into a folder of its own.
+Each run is saved when it ends, and an interrupted plan resumes. The data is read once into a separate folder.
 
 Example:
 
@@ -45,17 +45,17 @@ ROOT = Path(__file__).resolve().parent.parent
 WINDOW, LAYERS, HEADS, DIM, HIDDEN, MLP = 64, 4, 2, 64, 128, 384
 SEQUENCE = 8 * WINDOW
 EDGES = (1, WINDOW, 2 * WINDOW, 4 * WINDOW, SEQUENCE)
-#: Sequences of held-out text that a model is measured on, so many at once.
+#: Number of held-out sequences that a model is measured on, and sequences per call.
 MEASURED, TOGETHER = 96, 16
 MEMORY = "with a Tensor Cache"
-#: Name -> attention, and width of the MLP where it is another.
+#: Name -> attention, and the width of the MLP if it differs.
 ARMS: dict[str, tuple[str, int]] = {
     "dense": ("dense", MLP),
     "window": (f"window:{WINDOW}", MLP),
     "window + sinks": (f"sink:4 + window:{WINDOW}", MLP),
     MEMORY: (f"sink:4 + window:{WINDOW} + tc", MLP),
     GRID: (f"sink:4 + window:{WINDOW}", MLP),
-    # A float32 matrix of d x d is as large as d / 2 float32 pairs of a key and a value.
+    # A float32 matrix of d x d takes the bytes of d / 2 float32 key-value pairs.
     "longer by the memory's bytes": (f"sink:4 + window:{WINDOW + DIM // 2}", MLP),
     "wider by the memory's parameters": (f"sink:4 + window:{WINDOW}", MLP + 43),
     "Infini-attention": (f"infini:{WINDOW}", MLP),
@@ -63,7 +63,7 @@ ARMS: dict[str, tuple[str, int]] = {
 
 
 def build(arm: str, seed: int, vocabulary: int) -> GPT:
-    """The untrained model of an arm."""
+    """Make the untrained model of an arm."""
     attention, mlp = ARMS[arm]
     torch.manual_seed(seed)
     model = GPT(
@@ -89,7 +89,7 @@ def build(arm: str, seed: int, vocabulary: int) -> GPT:
 
 
 def run(arm: str, seed: int, steps: int, precision: str, corpus: Corpus, ids: Tensor, vocabulary: int) -> list[dict[str, Any]]:
-    """Train one model and measure it; with a memory also without its reads."""
+    """Train one model and measure it; a model with a memory also with its reads switched off."""
     model = build(arm, seed, vocabulary)
     loop = LoopConfig(
         phases=(Phase(1.0, SEQUENCE, 8),),

@@ -1,12 +1,12 @@
-"""Language beyond a window of 256 tokens, learned: the demo model goes on learning with its attention changed.
+"""Train the demo model further with different attention, and compare the losses beyond a window of 256 tokens.
 
 The demo model was trained dense. Every row is that model, all of its weights trained further under one attention in sequences
-of eight windows, and its loss by place in the sequence on modules that it never saw. The controls: the dense model trained as
-much, a window that is longer by as many tokens as the matrices take bytes, an MLP that is wider by as many parameters as the
-memory has, and the memory's reads switched off when it is measured. Beside the Tensor Cache stands a Tensor Memory, attached to
-the same window and trained with the model.
+of eight windows, and its loss by position in the sequence on held-out modules. The controls: the dense model trained as much, a
+window that is longer by as many tokens as the matrices take bytes, an MLP that is wider by as many parameters as the memory
+has, and the memory's reads switched off when it is measured. The Tensor Cache is compared with a Tensor Memory, attached to the
+same window and trained with the model.
 
-Runs are saved one by one; a plan that is cut short goes on where it was. The data is read once into a folder of its own.
+Each run is saved when it ends, and an interrupted plan resumes. The data is read once into a separate folder.
 
 Example:
 
@@ -47,14 +47,14 @@ ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 256
 SEQUENCE = 8 * WINDOW
 EDGES = (1, WINDOW, 2 * WINDOW, 4 * WINDOW, SEQUENCE)
-#: Sequences of held-out text that a model is measured on.
+#: Number of held-out sequences that a model is measured on.
 MEASURED = 32
 BATCH = 2
 MEMORY = "with a Tensor Cache"
 SHIPPED = "with the Tensor Cache that ships"
 WIDER = "wider by the memory's parameters"
 SINKS = f"sink:4 + window:{WINDOW}"
-#: Name -> attention. A float32 matrix of d x d is as large as d / 2 float32 pairs of a key and a value; d is 64.
+#: Name -> attention. A float32 matrix of d x d takes the bytes of d / 2 float32 key-value pairs; d is 64.
 ARMS = {
     "dense": "dense",
     "window": f"window:{WINDOW}",
@@ -69,7 +69,7 @@ ARMS = {
 
 
 def build(arm: str, seed: int) -> GPT:
-    """The demo model with the attention of an arm; what it lacks is new, and does nothing or little at first."""
+    """Make the demo model with the attention of an arm; new weights have no effect, or a small one, before training."""
     demo = load().model
     fields = {k: v for k, v in demo.config.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
     width = fields.pop("intermediate_size")
@@ -82,7 +82,7 @@ def build(arm: str, seed: int) -> GPT:
     with torch.no_grad():
         for name, weight in demo.state_dict().items():
             if "down_proj" in name:
-                own[name].zero_()  # the new channels say nothing yet
+                own[name].zero_()  # the new channels contribute zero at first
             own[name][tuple(map(slice, weight.shape))] = weight.float()
     if arm == GRID:
         attach(model, GRID_CONFIG)
@@ -96,7 +96,7 @@ def build(arm: str, seed: int) -> GPT:
 
 
 def run(arm: str, seed: int, steps: int, corpus: Corpus, ids: Tensor) -> list[dict[str, Any]]:
-    """Train one model and measure it; with a memory also without its reads."""
+    """Train one model and measure it; a model with a memory also with its reads switched off."""
     model = build(arm, seed)
     about = {"arm": arm, "seed": seed, "steps": steps, "parameters": sum(p.numel() for p in model.parameters())}
     if steps:

@@ -1,11 +1,11 @@
-"""Attention of a decoding step against llama.cpp, the CPU engine that has a fused quantised cache, in one run.
+"""Time attention of a decoding step against llama.cpp, a CPU engine with attention over quantised caches, in one run.
 
 Both sides run a Llama with the attention of an 8-billion-parameter model (32 query heads, 8 key heads, head_dim 128) and
-narrow everything else, random weights, as many threads. "attention" is the time of a step less that of a step after a
-context of no tokens: what the context costs. llama.cpp runs with flash attention and caches of f16, q8_0 and q4_0; its
-model is written as GGUF for the purpose, and its cache is filled in pieces that do not see each other, which are then
-joined: what it holds does not change the time of a step. Needs pip install 'tessera[bench]'; llama-cpp-python is built from
-its source for the machine it is installed on.
+everything else narrow, random weights, and the same number of threads. "attention" is the time of a step minus that of one with
+an empty cache, which is the cost of the context. llama.cpp runs with flash attention and caches of f16, q8_0 and q4_0; its
+model is written as a GGUF file, and its cache is filled in separate sequences that do not see each other and are then
+joined, since the contents do not affect the time of a step. Needs pip install 'tessera[bench]'; llama-cpp-python is built from
+source for the machine it is installed on.
 
 Example:
 
@@ -38,17 +38,17 @@ from tessera.files import atomic_path
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS, KV_HEADS, DIM, WIDTH, VOCABULARY = 32, 8, 128, 256, 256
-#: Caches of llama.cpp and their numbers in ggml.
+#: Cache types of llama.cpp and their ids in ggml.
 TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
-#: Bits an element.
+#: Bits per element.
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 SPECS = ("sink:4 + hqmq:4 + recent:128", "sink:4 + hqmq:3 + recent:128")
-#: Tokens of a piece while llama.cpp's cache is filled.
+#: Tokens per sequence while llama.cpp's cache is filled.
 PIECE = 512
 
 
 def write_model(path: Path, layers: int) -> None:
-    """A GGUF of random weights."""
+    """Write a GGUF file of random weights."""
     import gguf
 
     rng = np.random.default_rng(0)
@@ -134,7 +134,7 @@ class LlamaCpp:
         self.length += count
 
     def steps(self, count: int) -> float:
-        """Median seconds of a step of one token."""
+        """Return the median seconds of a decoding step."""
         times = []
         for _ in range(count):
             began = time.perf_counter()
@@ -145,7 +145,7 @@ class LlamaCpp:
 
 
 def _silent(_level: int, _text: bytes, _data: object) -> None:
-    """llama.cpp's log goes nowhere."""
+    """Discard llama.cpp's log."""
 
 
 try:
@@ -157,7 +157,7 @@ except ImportError:
 
 
 def measure_llama(kind: str, tokens: int, layers: int, count: int, channel: Connection) -> None:
-    """One of llama.cpp's caches, in this process."""
+    """Measure one of llama.cpp's cache types, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_model(path, layers)
@@ -168,7 +168,7 @@ def measure_llama(kind: str, tokens: int, layers: int, count: int, channel: Conn
 
 
 def run(name: str, tokens: int, layers: int, count: int) -> dict[str, Any]:
-    """One row, measured in a process of its own."""
+    """Measure one row in a separate process."""
     if name not in TYPES:
         return generation.run(name, tokens, layers, count, width=WIDTH)
     context = multiprocessing.get_context("spawn")

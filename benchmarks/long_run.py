@@ -1,8 +1,8 @@
-"""A million writes: whether the float32 state of a Tensor Cache stays what it should be, and what bfloat16 would have lost.
+"""Check the accuracy of a Tensor Cache's float32 state over a million writes, and measure what bfloat16 would lose.
 
-Keys and values in bfloat16 leave a window one by one and are written by `TensorCache.step`. The same writes in float64 say what
-the state should be, and the norm that no state of such decays can exceed says whether it is bounded; the same with a state
-that is rounded to bfloat16 after every write shows why it is not kept so: a decay of 0.9999 changes no number of it.
+Keys and values in bfloat16 leave a window one by one and are written by `TensorCache.step`. The same writes in float64 give
+the expected state, and an upper bound of its norm for the decays shows whether it stays bounded. The same with a state
+rounded to bfloat16 after every write shows why the state is float32: a decay of 0.9999 changes no bfloat16 number.
 
 Example:
 
@@ -38,18 +38,18 @@ RULES = ("outer", "delta")
 
 
 def bound(decay: float, rate: float, largest: float) -> float:
-    """The largest norm of a state that is multiplied by `decay` and then given at most rate · largest at each step."""
+    """Return an upper bound of the norm of a state that is multiplied by `decay` and then changed by at most rate · largest."""
     return rate * largest / (1 - decay)
 
 
 @torch.inference_mode()
 def follow(rule: str, steps: int, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Rows at every power of ten: of each head the relative error of both states, and its norm as a share of the bound."""
+    """Return a row per power of ten: for each head the relative errors of both states, and its norm as a share of the bound."""
     torch.manual_seed(0)
     heads, rate = len(DECAYS), 0.05
     memory = TensorCache(TensorCacheConfig(rule=rule, write_rate=rate), heads, DIM)  # type: ignore[arg-type]
     memory.decay_logit.copy_(torch.tensor([math.log(d) - math.log1p(-d) for d in DECAYS]))
-    # The rates as the module has them in float32, so that nothing but the rounding of states differs.
+    # The rates are the module's float32 ones, so that only the rounding of states differs.
     decay = torch.nn.functional.logsigmoid(memory.decay_logit).exp()[None]
     eta = torch.minimum(memory.write_rate, decay).double() if rule == "delta" else memory.write_rate.double()[None]
     g = decay.double().log()

@@ -1,7 +1,7 @@
-"""Options of a Tensor Cache that is attached to the demo model: what each is worth after a short training.
+"""Compare options of a Tensor Cache attached to the demo model after a short training.
 
-Every row is a memory trained by `tessera train memory` with one option changed: the loss behind the window on held-out modules,
-by place in the sequence. Runs are saved one by one; a plan that is cut short goes on where it was.
+Every row is a memory trained by `tessera train memory` with one option changed: the loss beyond the window on held-out modules,
+by position in the sequence. Each run is saved when it ends, and an interrupted plan resumes.
 
 Example:
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WINDOW, SINK = 256, 4
 SEQUENCE = 8 * WINDOW
 EDGES = (1, WINDOW, 2 * WINDOW, 4 * WINDOW, SEQUENCE)
-#: Sequences of a step, and of held-out text.
+#: Sequences per training step, and held-out sequences.
 BATCH, MEASURED = 4, 16
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def run(job: Job, folder: Path) -> Row:
-    """Train one memory and measure it; without steps it gives nothing, as at first."""
+    """Train one memory and measure it; with no steps its output is zero, as at initialisation."""
     source = load()
     torch.manual_seed(0)
     tessera.attach(source.model, TensorCacheConfig(window=WINDOW, sink=SINK, **OPTIONS[job["option"]]))
@@ -74,7 +74,7 @@ def run(job: Job, folder: Path) -> Row:
 
 
 def key(job: Job) -> tuple[Any, ...]:
-    """What tells one run from another."""
+    """Return what identifies a run."""
     return job["option"], job["steps"]
 
 

@@ -1,8 +1,8 @@
-"""Generation of a pretrained model: first token, steps and memory by kind of cache; what `generation.py --model` runs.
+"""Measure generation of a pretrained model, by kind of cache: first token, steps and memory. `generation.py --model` runs it.
 
-For each length of a prompt all caches are filled, in one call or in chunks, and then decode, in turns of a few steps, so that
-a disturbance of the machine meets all of them. Memory is measured in a process of its own for each. "processor" is the time
-that the process spent computing, all threads together: on a machine that is shared with others it is the figure to go by.
+For each prompt length all caches are filled, in one call or in chunks, and then decode, alternating every few steps, so that
+a disturbance of the machine affects all of them. Memory is measured in a separate process for each. "processor" is the time
+that all threads of the process spent computing; on a shared machine it is the more reliable figure.
 
 Two generations side by side: two processes at once, each with half of the threads or each with all of them, against the same
 two one after the other with all threads.
@@ -29,16 +29,16 @@ import tessera
 from generation import PEERS, forget_peak, peak_memory
 
 CACHES = (*PEERS, "dense", "sink:4 + hqmq:4 + recent:128")
-#: Tokens of prompts.
+#: Prompt lengths, in tokens.
 LENGTHS = (256, 1024, 2048, 4096, 8192)
-#: Steps of a cache before it is the next one's turn; a block of 64 tokens falls in one turn of eight at most.
+#: Steps of one cache before the next cache runs; a block of 64 tokens is encoded in at most one of eight such turns.
 TURN = 8
 LLAMA_CPP = "llama.cpp, q4_0 cache, flash attention"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A cache and a prompt."""
+    """A cache and a prompt to measure."""
 
     cache: str
     tokens: int
@@ -46,14 +46,14 @@ class Run:
 
 
 def load(path: str, cache: str) -> PreTrainedModel:
-    """The model in float32, its attention Tessera's if the cache is."""
+    """Load the model in float32, with Tessera's attention for Tessera's caches."""
     folder, options = (str(Path(path).parent), {"gguf_file": Path(path).name}) if path.endswith(".gguf") else (path, {})
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     return model if cache in PEERS else tessera.enable(model)
 
 
 def empty(cache: str, model: PreTrainedModel) -> Any:
-    """An empty cache."""
+    """Make an empty cache."""
     if cache == "DynamicCache":
         return DynamicCache(config=model.config)
     if cache in PEERS:
@@ -63,7 +63,7 @@ def empty(cache: str, model: PreTrainedModel) -> Any:
 
 
 def prompt(model: PreTrainedModel, tokens: int) -> torch.Tensor:
-    """Tokens drawn from the vocabulary; what they are changes no time."""
+    """Draw random tokens; which they are does not affect the time."""
     size = model.config.get_text_config().vocab_size
     return torch.randint(size, (1, tokens), generator=torch.Generator().manual_seed(0))
 
@@ -81,7 +81,7 @@ def step(model: PreTrainedModel, cache: Any) -> None:
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds and processor seconds of a call."""
+    """Return the wall-clock and processor seconds of a call."""
     began = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - began[0], time.process_time() - began[1]
@@ -89,7 +89,7 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
 
 @torch.inference_mode()
 def times(models: dict[bool, PreTrainedModel], runs: Sequence[Run], steps: int, repeats: int) -> list[dict[str, Any]]:
-    """Prefill and steps of caches over prompts of one length, in turns. models: with Tessera's attention, and without."""
+    """Time prefill and alternating steps of all caches at one prompt length. models: with Tessera's attention, and without."""
     filled: dict[Run, list[tuple[float, float]]] = {run: [] for run in runs}
     decoded: dict[Run, list[tuple[float, float]]] = {run: [] for run in runs}
     caches: dict[Run, Any] = {}
@@ -103,7 +103,7 @@ def times(models: dict[bool, PreTrainedModel], runs: Sequence[Run], steps: int, 
         for run in runs:
             model, cache = models[run.cache not in PEERS], caches[run]
             took = [timed(lambda model=model, cache=cache: step(model, cache)) for _ in range(TURN)]
-            decoded[run] += took if turn else []  # what is made once is made in the first turn
+            decoded[run] += took if turn else []  # the first turn builds lazily made tables
     rows = []
     for run in runs:
         (fill_s, fill_cpu), (step_s, step_cpu) = ([*zip(*found[run], strict=True)] for found in (filled, decoded))
@@ -125,7 +125,7 @@ def times(models: dict[bool, PreTrainedModel], runs: Sequence[Run], steps: int, 
 
 @torch.inference_mode()
 def memory(path: str, run: Run, channel: Connection) -> None:
-    """Most bytes that prefill and a few steps add to a process that has run the model before."""
+    """Return the peak bytes that prefill and a few steps add to a process in which the model has already run."""
     model = load(path, run.cache)
     fill(model, empty(run.cache, model), Run(run.cache, 256, 256))
     gc.collect()
@@ -139,7 +139,7 @@ def memory(path: str, run: Run, channel: Connection) -> None:
 
 @torch.inference_mode()
 def generate(path: str, run: Run, steps: int, threads: int, channel: Connection) -> None:
-    """Load the model, say so, wait for a word, then generate and send the seconds that it took."""
+    """Load the model, report it, wait for a signal, then generate and send the seconds it took."""
     torch.set_num_threads(threads)
     model = load(path, run.cache)
     fill(model, empty(run.cache, model), Run(run.cache, 64, 64))
@@ -154,7 +154,7 @@ def generate(path: str, run: Run, steps: int, threads: int, channel: Connection)
 
 
 def start(work: Callable[..., None], *given: Any) -> tuple[Any, Connection]:
-    """A process that works, and what it is talked to through."""
+    """Start a worker process, and return it with its connection."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=work, args=(*given, there))
@@ -164,7 +164,7 @@ def start(work: Callable[..., None], *given: Any) -> tuple[Any, Connection]:
 
 
 def answer(process: Any, talk: Connection) -> Any:
-    """What a process says next.
+    """Return the next message of a process.
 
     Raises:
         SystemExit: if it has ended instead.
@@ -177,7 +177,7 @@ def answer(process: Any, talk: Connection) -> Any:
 
 
 def peak(path: str, run: Run) -> int:
-    """`memory` in a process of its own."""
+    """Run `memory` in a separate process."""
     process, talk = start(memory, path, run)
     found: int = answer(process, talk)
     process.join()
@@ -185,7 +185,7 @@ def peak(path: str, run: Run) -> int:
 
 
 def together(path: str, run: Run, steps: int, count: int, threads: int) -> float:
-    """Seconds until so many generations that begin at once have ended, each with so many threads."""
+    """Return the seconds that simultaneous generations take, each with this many threads."""
     working = [start(generate, path, run, steps, threads) for _ in range(count)]
     for each in working:
         answer(*each)
@@ -201,7 +201,7 @@ def together(path: str, run: Run, steps: int, count: int, threads: int) -> float
 
 
 def side_by_side(path: str, run: Run, steps: int, threads: int) -> dict[str, Any]:
-    """Seconds of two generations one after the other with all threads, and at once with half of them each or all."""
+    """Time two generations, in sequence with all threads, and simultaneously with half or all of the threads each."""
     return {
         "cache": run.cache,
         "tokens": run.tokens,
@@ -214,7 +214,7 @@ def side_by_side(path: str, run: Run, steps: int, threads: int) -> dict[str, Any
 
 
 def llama_cpp(file: Path, runs: Sequence[Run], steps: int) -> list[dict[str, Any]]:
-    """The same of llama.cpp, whole model; its weights are as the file has them, its matrix products its own."""
+    """Measure the same for llama.cpp, with the weights of the file and llama.cpp's own matrix products."""
     from llama_cpp import Llama
 
     rows = []
@@ -251,7 +251,7 @@ def llama_cpp(file: Path, runs: Sequence[Run], steps: int) -> list[dict[str, Any
 
 
 def missing(cache: str) -> str | None:
-    """The package without which a peer cannot run, if it is not there."""
+    """Return the name of the missing package that a baseline needs, if any."""
     package = PEERS.get(cache)
     return package if package is not None and importlib.util.find_spec(package) is None else None
 
@@ -267,7 +267,7 @@ def measure(
     save: Callable[[dict[str, Any]], None],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """All of it. save: is given what there is after each part; say: what is left out, and how far it is."""
+    """Run all parts. save: called with the results after each part; say: called with progress and what is skipped."""
     left_out = [f"{cache}: {package} is not installed" for cache in caches if (package := missing(cache))]
     caches = [cache for cache in caches if not missing(cache)]
     if gguf is None or importlib.util.find_spec("llama_cpp") is None:

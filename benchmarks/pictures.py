@@ -1,6 +1,6 @@
-"""Handwritten digits, named or with half of their patches filled in again, by a small ViT with a Tensor Memory and without.
+"""Train a small ViT, with a Tensor Memory and without, to classify handwritten digits and to fill in hidden patches.
 
-Attention sees the whole picture, so that a memory is not needed; here it shall do no harm.
+Attention sees the whole picture, so a memory is not needed; the benchmark shows whether it does harm.
 
 Example:
 
@@ -26,7 +26,7 @@ from tessera.lab.training.vision import VisionConfig, train_vision
 from tessera.tensor_memory import TensorMemoryConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-#: A memory as flat as a picture.
+#: A two-dimensional memory, as pictures are.
 GRID = (8, 8)
 ARMS: dict[str, TensorMemoryConfig | None] = {
     "without a memory": None,

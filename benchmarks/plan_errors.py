@@ -1,6 +1,6 @@
 """Write the table of errors by which `tessera plan` ranks caches: src/tessera/planning/measured.json.
 
-It is taken from docs/results/real_models/paper.json: a pretrained model, of whose keys and values all but those of four sinks
+It is taken from docs/results/real_models/paper.json: a pretrained model whose keys and values, except those of four sinks,
 are quantised before they are read. Nothing is measured here.
 
 Example:
@@ -23,7 +23,7 @@ SOURCE = "docs/results/real_models/paper.json"
 
 
 def table() -> dict[str, Any]:
-    """The record that is written: where it is from, and for each codec its bits, KL and standard error."""
+    """Return the record to write: its source, and for each codec its bits, KL and standard error."""
     found = load_all(ROOT / SOURCE)[0]
     rows = [
         {"codec": codec, "bits": row.codec_bits, "kl": row.kl, "kl_error": row.kl_error}
@@ -35,7 +35,7 @@ def table() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write it."""
+    """Write the record."""
     record = table()
     write_json(FILE, record)
     print(f"{FILE}: {len(record['codecs'])} codecs")

@@ -1,9 +1,8 @@
-"""Attention of many queries on a CPU: which way is the fastest, by codec, heads and number of queries.
+"""Time implementations of attention of many queries on a CPU, by codec, heads and number of queries.
 
-"kernel" multiplies codes as they are; "tiled" decodes a tile and gives it to PyTorch's flash attention; "definition" is plain
-matrix products and a softmax. Of exact keys "tiled" is flash attention alone, and "definition" what it is compared with. By
-these figures `tessera.kernels.cpu.tiled` chooses. Seconds are those that the processor computed, so that a busy machine
-disturbs them little; each is a median.
+"kernel" multiplies codes directly; "tiled" decodes a tile and passes it to PyTorch's flash attention; "definition" is plain
+matrix products and a softmax. For exact keys "tiled" is flash attention alone. `tessera.kernels.cpu.tiled` chooses by these
+figures. Times are processor times, so that a busy machine affects them little; each is a median.
 
 Example:
 
@@ -39,7 +38,7 @@ PARAMS = AttendParams(0.1)
 
 
 def ways(spec: str, shape: tuple[int, int, int], queries: int, tokens: int) -> dict[str, Callable[[], object]]:
-    """The ways in which these queries can read so many tokens."""
+    """Return the implementations that can be used for these queries and this many tokens."""
     heads, kv_heads, dim = shape
     q = torch.randn(1, heads, queries, dim)
     k, v = torch.randn(2, 1, kv_heads, tokens, dim).unbind(0)
@@ -61,7 +60,7 @@ def ways(spec: str, shape: tuple[int, int, int], queries: int, tokens: int) -> d
 
 
 def processor_ms(call: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds that the processor computes for a call."""
+    """Return the median processor milliseconds of a call."""
     call()
     took = []
     for _ in range(repeats):

@@ -1,6 +1,6 @@
-"""What it costs that the AVX-512 kernel writes queries in 8-bit limbs: the demo model's perplexity with one, two and three.
+"""Measure the demo model's perplexity with the AVX-512 kernel's queries in one, two and three 8-bit limbs.
 
-The streaming protocol of `tessera compare`, the same text for all; "float" is the reference in plain PyTorch.
+All rows use the streaming protocol of `tessera compare` and the same text; "float" is the reference in plain PyTorch.
 
 Example:
 

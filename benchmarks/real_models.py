@@ -24,7 +24,7 @@ import rescaled_keys
 from tessera.cli import app
 
 RESULTS = real_model.ROOT / "docs" / "results" / "real_models"
-#: Bits and baselines, by what they are for.
+#: The specifications of each run.
 OURS = ("hqmq:3", "hqmq:3.5", "hqmq:4", "hqmq:5")
 OTHERS = ("hqmq:4_nostats", "hqmq:s96_r4", "scalar:4", "q4_0", "int:4", "kivi:4", "fp8")
 MORE = ("hqmq:k4.5v3.5", "hqmq:k3.5v2.5", "hqmq:s24_r2", "hqmq:s192_r6_med3", "scalar:3", "int:3")
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def measure(name: str, options: list[str], model: Path, specs: list[str]) -> None:
-    """One run of `tessera compare`, whose record is kept under a name."""
+    """Run `tessera compare` once, and keep its record under a name."""
     with tempfile.TemporaryDirectory() as folder:
         protocol = name.partition("_")[0]
         words = ["compare", "--model", str(model), "--protocol", protocol, "--out", folder, *options, "--specs", *specs]

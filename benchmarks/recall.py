@@ -1,6 +1,6 @@
-"""Associative recall beyond the window, in full; see `tessera.lab.evaluation.recall`.
+"""Train and measure all models on associative recall beyond the window; see `tessera.lab.evaluation.recall`.
 
-Runs are saved one by one; a run that is cut short goes on where it was.
+Each run is saved when it ends, and an interrupted plan resumes.
 
 Example:
 

@@ -1,7 +1,7 @@
 """Count the tests behind each promise of docs/reliability.md, for its table.
 
-Writes docs/results/reliability.json: for each promise the files that hold it, how many cases of them run always and how many
-only among the slow tests, and what they repeat within a case.
+Writes docs/results/reliability.json: for each promise the files that test it, how many of their cases run always and how many
+only among the slow tests, and the repetitions within a case.
 
 Example:
 
@@ -21,7 +21,7 @@ from tessera.files import atomic_path
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results" / "reliability.json"
 
-#: What is promised, and the test files that hold it.
+#: What is promised, and the files that test it.
 PROMISES: dict[str, tuple[str, ...]] = {
     "any sequence of calls and changes gives what the definition says": ("tests/machine/test_machine.py",),
     "the definition itself is right": ("tests/machine/test_oracle.py",),
@@ -55,7 +55,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
 
 
 class _Collected:
-    """Notes what pytest has found."""
+    """A pytest plugin that records the collected tests."""
 
     def __init__(self) -> None:
         self.items: list[tuple[str, bool]] = []
@@ -65,12 +65,12 @@ class _Collected:
 
 
 def count_items(items: list[pytest.Item]) -> list[tuple[str, bool]]:
-    """File and slowness of each case."""
+    """Return the file of each case and whether it is slow."""
     return [(item.path.relative_to(ROOT).as_posix(), "slow" in item.keywords) for item in items]
 
 
 def rows(items: list[tuple[str, bool]]) -> list[dict[str, Any]]:
-    """A row for each promise, and one for all the rest."""
+    """Return a row for each promise, and one for all other tests."""
     found, rest = [], list(items)
     for promise, places in PROMISES.items():
         own = [item for item in items if item[0].startswith(places)]

@@ -1,8 +1,8 @@
-"""Make a model whose keys have channels of very different widths, and which computes what it did before.
+"""Give a model key channels of very different widths without changing its output.
 
 Both channels of each rotary pair of a key head are multiplied by exp(spread · n), n standard normal, and the queries of its
-group divided by the same. Scores, and so the model, stay what they were to rounding. Widths of this kind are what models such
-as Qwen2.5 and Qwen3 have. A cache that does not see the queries cannot tell an important channel from a wide one.
+group divided by the same. Scores, and so the model's output, stay the same up to rounding. Models such as Qwen2.5 and Qwen3
+have such widths. A cache that does not see the queries cannot tell an important channel from a wide one.
 
     python benchmarks/rescaled_keys.py --model ./SmolLM2-135M-Instruct --out ./rescaled
     tessera compare --model ./SmolLM2-135M-Instruct --model ./rescaled --protocol paper --context 512
@@ -29,8 +29,8 @@ def rescale(model: Any, spread: float = SPREAD, seed: int = 0) -> None:
     """Rescale the keys and queries of a model in place.
 
     Args:
-        model: of transformers, with a `q_proj` and a `k_proj` in each layer's `self_attn` and nothing but a rotary embedding
-            behind them.
+        model: a transformers model with a `q_proj` and a `k_proj` in each layer's `self_attn`, followed by nothing but a
+            rotary embedding.
         spread: standard deviation of the logarithms of the factors.
         seed: of the factors.
 
@@ -60,14 +60,14 @@ def _multiply(linear: Any, factor: Tensor) -> None:
 
 
 def main() -> None:
-    """Read a model, rescale it, check that it says the same, write it."""
+    """Read a model, rescale it, check that its output is unchanged, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal language model")
     parser.add_argument("--out", required=True, help="folder of the rescaled model, in float32")
     parser.add_argument("--spread", type=float, default=SPREAD)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    # Whole in float32: rounded factors would change what the model computes.
+    # Everything in float32: rounded factors would change what the model computes.
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     ids = torch.arange(64)[None] % model.config.vocab_size
     with torch.no_grad():

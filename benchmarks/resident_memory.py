@@ -1,14 +1,13 @@
-"""How much a process grows by a cache, beside the bytes that the cache itself reports.
+"""Compare the growth of a process's resident memory by a cache with the bytes that the cache reports.
 
-Each cache is filled in a process of its own. Random keys and values go in through `cache.update`, layer by layer and in chunks,
-as a model gives them; what lies between, the attention to all earlier tokens, is left out, because it takes hours on a CPU and
-leaves nothing behind. At the end the model generates one real token from the full cache.
+Each cache is filled in a separate process. Random keys and values are added by `cache.update`, layer by layer and in chunks, as
+a model does; attention to all earlier tokens is left out, because it takes hours on a CPU and leaves no memory allocated. At
+the end the model generates one real token from the full cache.
 
-Growth is the resident memory after that less the resident memory before the cache was made, both times once the allocator has
-given back to the system what it only keeps in reserve. By default it does not give all of that back: "with reserve" is the
-growth as it stands before. The peak was seen while the cache was filled. Before it all, a short cache of the same kind is used
-and thrown away, so that the code, the codec's codebook and its index are there already; they are the same for any length and
-are listed as "once".
+Growth is the resident memory after that minus the resident memory before the cache was made, both after the allocator has
+returned free memory to the system. By default it keeps part of it: "with reserve" is the growth before that. The peak is taken
+while the cache is filled. Beforehand a short cache of the same kind is used and discarded, so that the code, the codec's
+codebook and its index are already loaded; they do not depend on the length and are listed as "once".
 
 Example:
 
@@ -53,13 +52,13 @@ SPECS = (
     "q8_0",
     "sink:4 + window:1024",
 )
-#: Tokens of a call while the cache is filled, and of the short cache that goes before.
+#: Tokens per call while the cache is filled, and length of the short cache that is used beforehand.
 CHUNK, WARM_UP = 512, 1536
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a cache depends on in a model.
+    """The properties of a model that a cache depends on.
 
     Attributes:
         layers: number of layers.
@@ -76,7 +75,7 @@ class Shape:
     dtype: str
 
     def model(self) -> LlamaForCausalLM:
-        """A Llama with random weights that are small beside its cache."""
+        """Make a Llama with random weights that take little memory compared with its cache."""
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=512,
@@ -91,24 +90,24 @@ class Shape:
         return LlamaForCausalLM(config).to(getattr(torch, self.dtype)).eval()
 
     def dense_bytes(self, tokens: int) -> int:
-        """Bytes of all keys and values."""
+        """Return the bytes of all keys and values."""
         return 2 * self.layers * self.kv_heads * self.head_dim * getattr(torch, self.dtype).itemsize * tokens
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cache.
+    """The result of one cache.
 
     Attributes:
         spec: its specification, or "DynamicCache".
         rss_growth: bytes by which the process has grown at the end.
-        rss_with_reserve: the same before the allocator has given back what nothing uses.
-        rss_peak: bytes by which it had grown when it was largest.
+        rss_with_reserve: the same before the allocator has returned free memory.
+        rss_peak: largest growth in bytes.
         rss_once: bytes that the model and the use of a short cache took before.
-        report_bytes: what the cache says that it holds; for "DynamicCache" the bytes of its tensors.
+        report_bytes: bytes that the cache reports; for "DynamicCache" the bytes of its tensors.
         dense_bytes: bytes of all keys and values if none were packed or dropped.
         ratio_to_exact: growth with "DynamicCache" over the growth with this.
-        seconds: time that it took to fill.
+        seconds: time to fill the cache.
     """
 
     spec: str
@@ -123,7 +122,7 @@ class Row:
 
 
 def resident() -> int:
-    """Bytes of this process that are in physical memory."""
+    """Return the resident memory of this process in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
@@ -136,7 +135,7 @@ def resident() -> int:
 
 
 def give_back() -> None:
-    """Return to the system what Python and the allocator keep for later, so that growth cannot hide in it."""
+    """Return free memory of Python and the allocator to the system, so that growth is not hidden in it."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
@@ -145,12 +144,12 @@ def give_back() -> None:
 
 
 def make(spec: str, model: LlamaForCausalLM) -> Any:
-    """An empty cache."""
+    """Make an empty cache."""
     return DynamicCache(config=model.config) if spec == EXACT else tessera.Cache(spec, model)
 
 
 def held(cache: Any) -> int:
-    """Bytes that a cache says it holds."""
+    """Return the bytes that a cache reports."""
     if isinstance(cache, tessera.Cache):
         return cache.report().nbytes
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
@@ -158,7 +157,7 @@ def held(cache: Any) -> int:
 
 @torch.inference_mode()
 def fill(cache: Any, model: LlamaForCausalLM, shape: Shape, tokens: int, progress: Any = None) -> int:
-    """Give a cache all tokens but one, and the last by generating from it. Returns the largest resident memory seen."""
+    """Fill a cache, the last token by generating from it. Return the largest resident memory seen."""
     random = torch.Generator().manual_seed(1)
     peak = 0
     for start in range(0, tokens - 1, CHUNK):
@@ -177,7 +176,7 @@ def fill(cache: Any, model: LlamaForCausalLM, shape: Shape, tokens: int, progres
 
 
 def measure(spec: str, shape: Shape, tokens: int, channel: Connection) -> None:
-    """Measure one cache in this process; send numbers of tokens, and a `Row` without its ratio, or an error, at the end."""
+    """Measure one cache in this process; send its progress in tokens, and at the end a `Row` without its ratio, or an error."""
     try:
         start = resident()
         model = shape.model()
@@ -200,7 +199,7 @@ def measure(spec: str, shape: Shape, tokens: int, channel: Connection) -> None:
 
 
 def measure_apart(spec: str, shape: Shape, tokens: int, progress: Any) -> Row:
-    """`measure` in a new process."""
+    """Run `measure` in a new process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(spec, shape, tokens, theirs))
@@ -222,7 +221,7 @@ def measure_apart(spec: str, shape: Shape, tokens: int, progress: Any) -> Row:
 
 
 def show(rows: list[Row], tokens: int, shape: Shape, console: Console) -> None:
-    """Print the table and what follows from it."""
+    """Print the table and its conclusion."""
     title = f"{tokens:,} tokens, {shape.layers} layers, {shape.kv_heads} key heads of {shape.head_dim}, {shape.dtype}"
     table = Table(title=title)
     for column in (
@@ -257,7 +256,7 @@ def show(rows: list[Row], tokens: int, shape: Shape, console: Console) -> None:
 
 
 def sentence(rows: list[Row], tokens: int) -> str:
-    """The finding in words: our recommended cache, or else the first that packs, against the exact one."""
+    """Return the conclusion in words: the recommended cache, or else the first that packs, against the exact one."""
     exact = rows[0]
     packed = [row for row in rows[1:] if parse(row.spec).codec is not None]
     chosen = next((row for row in packed if parse(row.spec) == parse(SPECS[1])), packed[0] if packed else rows[-1])
@@ -299,7 +298,7 @@ def main() -> None:
             bar.update(task, completed=options.tokens)
             exact = rows[0].rss_growth if rows else row.rss_growth
             rows.append(Row(**{**asdict(row), "ratio_to_exact": exact / max(1, row.rss_growth)}))
-    # A table cut to a narrow terminal would lose figures; where the output is no terminal there is no width to keep to.
+    # A table cut to the width of a narrow terminal would lose figures; output to a file has no width to respect.
     show(rows, options.tokens, shape, Console() if sys.stdout.isatty() else Console(width=200))
     result = {
         "tokens": options.tokens,

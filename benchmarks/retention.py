@@ -1,12 +1,12 @@
-"""How much of a write can be read later: for the paper's Tensor Memory, for each improvement alone, and for the default.
+"""Measure how long a Tensor Memory retains a write: the paper's form, each improvement alone, and the default.
 
-A token writes; random tokens follow, one a step; every step reads at the place of that first write. Weights are those of the
-start: nothing is trained. Two things are measured:
+A token writes; random tokens follow, one per step; every step reads at the place of that first write. Weights are those of
+the initialisation: nothing is trained. Two things are measured:
 
-1. What a read tells of the content that was written: the share of its variance that the best linear map recovers, fitted to
+1. How much of the written content a read retains: the share of its variance that the best linear map recovers, fitted to
    some sequences and tested on others.
-2. What training has to go by: the size of the Jacobian of the read with respect to that content, as a share of its size right
-   after the write. Above 1, later gates enlarge what they see.
+2. How large gradients are: the norm of the Jacobian of the read with respect to that content, as a share of its norm right
+   after the write. Above 1, later gates amplify it.
 
 Example:
 
@@ -56,10 +56,10 @@ SETTINGS: dict[str, TensorMemoryConfig] = {
 
 
 def first_write(memory: TensorMemory, batch: int, steps: int) -> tuple[Tensor, Tensor]:
-    """What the first token of random sequences writes, (batch, channels), and what is read there before each step.
+    """Return what the first token of random sequences writes, and what is read there before each step.
 
     Returns:
-        the content, with its graph, and the reads, (batch, steps, channels).
+        the content, (batch, channels), with its graph, and the reads, (batch, steps, channels).
     """
     state = memory.initial_state(batch)
     chunks = torch.randn(batch, steps, 1, memory.dim)
@@ -74,7 +74,7 @@ def first_write(memory: TensorMemory, batch: int, steps: int) -> tuple[Tensor, T
 
 @torch.no_grad()
 def recovered(config: TensorMemoryConfig, lags: Sequence[int], seeds: int, sequences: int = 384, dim: int = DIM) -> list[float]:
-    """Share of the variance of what was written that a linear map of the read, `lags` steps later, recovers."""
+    """Return the share of the written content's variance that a linear map of the read `lags` steps later recovers."""
     shares = []
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def recovered(config: TensorMemoryConfig, lags: Sequence[int], seeds: int, seque
         fitted = 2 * sequences // 3
         for lag in lags:
             read = (reads[:, lag] - reads[:, lag].mean(0)).double()
-            # Scaled by what is there, so that a weak trace counts as much as it can be told from the rest.
+            # Regularised relative to the reads, so that a weak trace counts as far as it can be distinguished.
             read = read / read.square().mean().sqrt().clamp(min=1e-30)
             ridge = 1e-3 * fitted * torch.eye(read.shape[1], dtype=torch.float64)
             gram = read[:fitted].T @ read[:fitted] + ridge
@@ -94,7 +94,7 @@ def recovered(config: TensorMemoryConfig, lags: Sequence[int], seeds: int, seque
 
 
 def gradients(config: TensorMemoryConfig, lags: Sequence[int], seeds: int, batch: int = 8, dim: int = DIM) -> list[float]:
-    """Size of the Jacobian of a read with respect to what was written `lags` steps before, as a share of that at one step."""
+    """Return the norm of the Jacobian of a read with respect to a write `lags` steps earlier, relative to one step."""
     squares = torch.zeros(len(lags) + 1, dtype=torch.float64)
     for seed in range(seeds):
         torch.manual_seed(seed)

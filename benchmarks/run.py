@@ -1,13 +1,13 @@
 """List what is measured, and run a measurement by its name.
 
 Every script and every JSON file in docs/results is registered here once: what it measures, where it writes, how long it takes
-on two cores, and what it needs that `make install` does not bring. Further arguments go to the command behind the name.
+on two cores, and what it needs beyond `make install`. Arguments after the name are passed to the command.
 
 Example:
 
     python benchmarks/run.py                               # the list
     python benchmarks/run.py decode-attention --repeats 3
-    python benchmarks/run.py --all                         # what `make bench` runs: all that needs nothing more
+    python benchmarks/run.py --all                         # as `make bench`: all that need nothing further
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ WINDOWS = ("window:256", "sink:4 + window:256", "sink:4 + window:256 + tc")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A measurement, or what is made from measurements.
+    """A measurement, or something made from measurements.
 
     Attributes:
-        name: for the command line.
-        measures: one line that says what.
-        command: a script of this folder and its arguments, or "tessera" and those of the command.
+        name: on the command line.
+        measures: what it measures, in one line.
+        command: a script of this folder and its arguments, or "tessera" and its arguments.
         results: files in docs/results that it writes.
-        takes: about how long, on two cores.
-        needs: what it needs beyond `make install`; what needs something is not run by `--all`.
-        measured: the date of results that do not say it themselves.
+        takes: approximate time on two cores.
+        needs: what it needs beyond `make install`; if anything, `--all` skips it.
+        measured: the date of results whose files do not contain it.
         shown: documents, in docs/, that show the results.
     """
 
@@ -53,7 +53,7 @@ class Benchmark:
     shown: tuple[str, ...] = ()
 
     def line(self, more: Sequence[str] = ()) -> list[str]:
-        """The command as the operating system takes it."""
+        """The command as a list of arguments for `subprocess`."""
         first, *rest = self.command
         start = ["-m", "tessera"] if first == "tessera" else [str(ROOT / first)]
         return [sys.executable, *start, *rest, *more]
@@ -453,12 +453,12 @@ BENCHMARKS = (
     Benchmark("tables", "write the tables of the documents from docs/results", ("benchmarks/tables.py",), takes="seconds"),
     Benchmark("layers", "draw what imports what", ("docs/layers.py",), takes="seconds"),
 )
-#: Files of this folder that are imported by others.
+#: Files of this folder that are modules, not scripts.
 HELPERS = ("model_generation.py", "run.py", "stretches.py", "timing.py")
 
 
 def find(name: str) -> Benchmark:
-    """The benchmark of a name.
+    """Return the benchmark of a name.
 
     Raises:
         ValueError: if there is none.
@@ -470,7 +470,7 @@ def find(name: str) -> Benchmark:
 
 
 def listing() -> str:
-    """What there is, two or three lines each."""
+    """Return the list of all benchmarks, two or three lines each."""
     lines = ["python benchmarks/run.py NAME [arguments], or --all for all that needs nothing more:", ""]
     for each in BENCHMARKS:
         facts = [f"takes {each.takes}"] + [f"needs {each.needs}"] * bool(each.needs)

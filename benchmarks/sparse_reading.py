@@ -1,15 +1,15 @@
-"""Sparse reading: how much faster one token's attention is that reads the best blocks only, and what the choice loses.
+"""Measure sparse reading: the speed of attention to the best blocks only, and the loss in quality.
 
-Speed: one query token over a long quantised tier, reading everything and reading `top` tokens, choosing included. Medians of
-interleaved calls. Quality: a model reads a text through `hqmq:4/top:N`, with several weights of a block's width beside its mean
-(`tessera.attention.select.SPREAD`); the loss over the exact cache's, and how many tokens of passages that are read again it
+Speed: one query token over a long quantised tier, reading everything and reading `top` tokens, selection included. Medians of
+interleaved calls. Quality: a model reads a text through `hqmq:4/top:N`, with several weights of a block's width in its score
+(`tessera.attention.select.SPREAD`); measured are the loss over the exact cache's, and how many tokens of repeated passages it
 predicts, as `frontier.py` measures them.
 
 Example:
 
     python benchmarks/sparse_reading.py
     python benchmarks/sparse_reading.py --model SMOLLM2 --text wikitext-2-valid.txt --length 8192
-    python benchmarks/sparse_reading.py --part speed    # keep the quality that the JSON has
+    python benchmarks/sparse_reading.py --part speed    # keeps the quality in the JSON
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SPREADS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
 def speed(tokens: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of one token's attention over so many, all read and the best."""
+    """Time one token's attention over this many tokens, reading all and reading the best, in milliseconds."""
     heads, kv_heads, dim = HEADS
     tier = QuantizedTier(codecs.get("hqmq:4"), 0)
     for _ in range(tokens // 8192):
@@ -61,7 +61,7 @@ def speed(tokens: int, repeats: int) -> dict[str, Any]:
 
 
 def quality(source: Source, text: str, length: int, tops: Sequence[int], chunk: int) -> list[dict[str, Any]]:
-    """Loss and recall by how much is read, for several weights of a block's width."""
+    """Measure loss and recall by tokens read, for several weights of a block's width."""
     bench, rows = Bench(source, None, text, chunk), []
     plan = [(0, select.SPREAD), *((top, spread) for top in tops for spread in SPREADS)]
     for top, spread in track(plan, "reading", console=Console(stderr=True), transient=True):

@@ -1,4 +1,4 @@
-"""What the benchmarks of language share: a trained model's losses by stretch, with what is attached to it and without."""
+"""Measure a trained model's losses by stretch of the sequence, with its memory and without; for the language benchmarks."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tessera.lab.evaluation.language import loss_by_distance, over_stretches
 from tessera.tensor_memory import TensorMemoryConfig
 
 GRID = "with a Tensor Memory"
-#: Chunks of four tokens: a step of training shall cost less than three of those without a memory.
+#: Chunks of four tokens, so that a training step costs less than three times one without a memory.
 GRID_CONFIG = TensorMemoryConfig(channels=32, chunk=4)
 
 
 @torch.no_grad()
 def measure(model: Any, ids: Tensor, edges: Sequence[int], together: int) -> dict[str, Any]:
-    """Losses by stretch and over several; see `over_stretches`.
+    """Return losses by stretch and over several stretches; see `over_stretches`.
 
     Args:
         model: a causal language model.
         ids: (count, tokens), each sequence read from the beginning.
-        edges: of the stretches, the last being the length of the sequences.
-        together: sequences of a call.
+        edges: ends of the stretches, the last being the length of the sequences.
+        together: sequences per call.
     """
     parts = [loss_by_distance(model, part, None, edges) for part in ids.split(together)]
     return over_stretches([sum(values) / len(values) for values in zip(*parts, strict=True)], edges)
@@ -34,7 +34,7 @@ def measure(model: Any, ids: Tensor, edges: Sequence[int], together: int) -> dic
 def with_and_without(
     model: Any, about: dict[str, Any], ids: Tensor, edges: Sequence[int], together: int
 ) -> list[dict[str, Any]]:
-    """A row of a model, and one with its reads switched off where a memory is attached."""
+    """Return a row of a model, and if a memory is attached, one with its reads switched off."""
     model.eval()
     rows = [{**about, **measure(model, ids, edges, together)}]
     if attached_memory(model) is not None:

@@ -1,6 +1,6 @@
 """Write the tables of the README and of docs/ from the JSON in docs/results/.
 
-A table stands between two comments and is replaced whole:
+A table is placed between two comments and replaced as a whole:
 
     <!-- table: compare demo streaming -->
     <!-- end -->
@@ -10,7 +10,7 @@ The first word names a function of this file, the others are its arguments.
 Example:
 
     python benchmarks/tables.py            # write
-    python benchmarks/tables.py --check    # exit with 1 if a table is not what the JSON says
+    python benchmarks/tables.py --check    # exit with 1 if a table differs from the JSON
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _BLOCK = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end -->)", re.DOTA
 
 
 def benchmarks() -> str:
-    """What is measured, by which command, where and when it was, and where it is shown."""
+    """Make the table of all benchmarks: command, machine, date and where it is shown."""
     parts = []
     for each in run.BENCHMARKS:
         facts = [f"command: `python benchmarks/run.py {each.name}`, which takes {each.takes}"]
@@ -64,7 +64,7 @@ def benchmarks() -> str:
 
 
 def _measured(each: run.Benchmark, name: str) -> str:
-    """Day, processor and versions of a result, as far as they are known."""
+    """Return the day, processor and versions of a result, as far as known."""
     data = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     if "comparisons" in data:
         data = data["comparisons"][0]
@@ -76,12 +76,12 @@ def _measured(each: run.Benchmark, name: str) -> str:
 
 
 def compare(name: str, protocol: str) -> str:
-    """What `tessera compare --out docs/results/NAME` measured under one protocol."""
+    """Make the table of `tessera compare --out docs/results/NAME` under one protocol."""
     return markdown(Comparison.load(RESULTS / name / "compare.json"), protocol)
 
 
 def real_models(protocol: str) -> str:
-    """SmolLM2 and, if it was measured in the same run, the same model with rescaled keys, side by side."""
+    """Make the table of SmolLM2 and, if measured in the same run, of the model with rescaled keys."""
     # A long context is measured in several runs, whose exact rows are the same.
     runs = [load_all(path) for path in sorted((RESULTS / "real_models").glob(f"{protocol}*.json"))]
     rows = {row.spec: row for run in runs for row in run[0].rows}
@@ -95,12 +95,12 @@ def real_models(protocol: str) -> str:
     return caption(first) + "\n\n" + markdown_table(head, lines)
 
 
-#: What the README shows of a pretrained model: the codecs that people know, at about four bits, and what is asked for most.
+#: The codecs in the README's tables: well-known ones at about four bits, and Tessera's most used ones.
 README = ("hqmq:5", "hqmq:4", "hqmq:3", "q4_0", "kivi:4", "scalar:4", "int:4", "fp8")
 
 
 def readme_model() -> str:
-    """A few rows of `real_models streaming`, without its caption."""
+    """Make a table of a few rows of `real_models streaming`, without its caption."""
     runs = [load_all(path) for path in sorted((RESULTS / "real_models").glob("streaming*.json"))]
     rows = {row.spec: row for run in runs for row in run[0].rows}
     lines = []
@@ -111,7 +111,7 @@ def readme_model() -> str:
 
 
 def readme_rescaled() -> str:
-    """A few rows of `real_models paper`: the model and the one with rescaled keys."""
+    """Make a table of a few rows of `real_models paper`: the model, and the one with rescaled keys."""
     one, other = load_all(RESULTS / "real_models" / "paper.json")
     rows = [{row.spec: row for row in each.rows} for each in (one, other)]
     lines = []
@@ -122,7 +122,7 @@ def readme_rescaled() -> str:
 
 
 def readme_speed() -> str:
-    """Attention of one token over 32,768 in one layer, against dense ways, llama.cpp and transformers' caches, a run each."""
+    """Make the table of one token's attention over 32,768 in one layer, against dense attention, llama.cpp and transformers."""
     lines = []
     shape = [r for r in _load("decode_attention")["rows"] if r["shape"] == "32,8,128" and r["tokens"] == 32768]
     peer = next(r["milliseconds"] for r in shape if r["name"] == r["peer"])
@@ -147,14 +147,14 @@ def _versus(name: str, peer: float, ours: dict[str, float]) -> tuple[str, ...]:
 
 
 def _change(row: Row) -> tuple[str, str]:
-    # Where a model is lost, percents are a row of digits.
+    # A ruined model's perplexity is unreadable in percent.
     change = f"{row.delta:+.2%} ± {row.delta_error:.2%}" if row.delta < 10 else f"{1 + row.delta:,.0f} times"
     digits = 4 if row.kl > 0.002 else 5
     return change, f"{row.kl:.{digits}f} ± {row.kl_error:.{digits}f}"
 
 
 def frontier() -> str:
-    """Loss and recall against all bytes, by model and length."""
+    """Make the table of loss and recall against total bytes, by model and length."""
     rows = _load("frontier")["rows"]
     rows.sort(key=lambda row: (row["model"] == "demo model", row["model"], row["length"], row["nbytes"]))
     lines: list[tuple[str, ...]] = []
@@ -171,7 +171,7 @@ def frontier() -> str:
 
 
 def sparse_speed() -> str:
-    """One token's attention, everything read and the best."""
+    """Make the table of one token's attention, reading all blocks and the best."""
     lines = [
         (
             f"{row['tokens']:,}",
@@ -186,7 +186,7 @@ def sparse_speed() -> str:
 
 
 def sparse_quality() -> str:
-    """Loss and recall by how much is read and how much a block's width counts."""
+    """Make the table of loss and recall by tokens read and weight of a block's width."""
     lines = [
         (
             f"{row['top']:,} of {row['length']:,}" if row["top"] else "everything",
@@ -201,7 +201,7 @@ def sparse_quality() -> str:
 
 
 def codec_error(inputs: str, head_dim: str) -> str:
-    """Bits and error of every codec on one kind of vectors, by bits."""
+    """Make the table of bits and error of every codec on one kind of vectors, by bits."""
     rows = [r for r in _load("codec_error")["rows"] if r["inputs"] == inputs and r["head_dim"] == int(head_dim)]
     rows.sort(key=lambda row: (row["bits"], row["nmse"]))
     return markdown_table(
@@ -210,12 +210,12 @@ def codec_error(inputs: str, head_dim: str) -> str:
 
 
 def codec_bars() -> str:
-    """Whether the codecs reach what they must, in sentences."""
+    """Say for each bar whether the codecs meet it."""
     return "\n".join(f"- {bar['sentence']}" for bar in _load("codec_error")["bars"])
 
 
 def decode_attention(shape: str) -> str:
-    """Time of attention of one new token, for one shape, by length."""
+    """Make the table of attention times of one new token, for one shape, by length."""
     rows = [r for r in _load("decode_attention")["rows"] if r["shape"] == shape]
     cells = [
         (
@@ -231,7 +231,7 @@ def decode_attention(shape: str) -> str:
 
 
 def decode_avx2() -> str:
-    """`hqmq:4` held to AVX2, by shape and length."""
+    """Make the table of `hqmq:4` restricted to AVX2, by shape and length."""
     rows = [r for r in _load("decode_attention_avx2")["rows"] if r["name"] in ("hqmq:4, 16-bit queries", "q4_0")]
     cells = [
         (r["shape"].replace(",", "/"), f"{r['tokens']:,}", r["name"], f"{r['milliseconds']:.2f}", f"{r['times_the_peer']:.2f}x")
@@ -241,7 +241,7 @@ def decode_avx2() -> str:
 
 
 def vllm_pool() -> str:
-    """What the pool of an engine holds, and how many times that of the dense cache, by length of requests."""
+    """Make the table of a pool's capacity, also relative to the dense cache, by length of requests."""
     rows = _load("vllm_engine")["rows"]
     dense = next(r for r in rows if r["cache"] == "dense")
     cells = [
@@ -255,7 +255,7 @@ def vllm_pool() -> str:
 
 
 def vllm_quality() -> str:
-    """What an engine says, by cache."""
+    """Make the table of an engine's quality, by cache."""
     rows = _load("vllm_engine")["rows"]
     cells = [
         (
@@ -273,7 +273,7 @@ def vllm_quality() -> str:
 
 
 def vllm_speed() -> str:
-    """How fast engines answer, by cache."""
+    """Make the table of the engines' speed, by cache."""
     record = _load("vllm_engine")
     many, few, prompt, long = (record[name] for name in ("requests", "few", "prompt", "long"))
     cells = [
@@ -287,7 +287,7 @@ def vllm_speed() -> str:
 
 
 def vllm_server(part: str) -> str:
-    """The transcript of a server, "packed" or "dense": its command, its log and its metrics."""
+    """Return the transcript of a server, "packed" or "dense": its command, its log and its metrics."""
     found = _load("vllm_serve")[part]
     return "\n".join(
         ("```", f"$ {found['command']}", *found["log"], "$ curl --silent localhost:8000/metrics", *found["metrics"], "```")
@@ -295,18 +295,18 @@ def vllm_server(part: str) -> str:
 
 
 def vllm_client(part: str) -> str:
-    """What the clients of a server, "packed" or "dense", saw."""
+    """Return the output of the clients of a server, "packed" or "dense"."""
     lines = _load("vllm_serve")[part]["client"]
     return "\n".join(("```", "$ python docs/vllm_client.py http://localhost:8000/v1 article.txt", *lines, "```"))
 
 
 def source(path: str) -> str:
-    """A program of the repository, as it is."""
+    """Return the text of a program of the repository."""
     return "\n".join(("```python", (ROOT / path).read_text(encoding="utf-8").rstrip(), "```"))
 
 
 def vllm_kernels() -> str:
-    """Attention of one layer and step by block table, packed and dense."""
+    """Make the table of one layer's attention by block table, packed and dense."""
     cells = [
         (
             r["shape"],
@@ -324,7 +324,7 @@ def vllm_kernels() -> str:
 
 
 def query_limbs() -> str:
-    """What the limbs of queries cost on the demo model."""
+    """Make the table of perplexity by number of query limbs on the demo model."""
     rows = _load("query_limbs")["rows"]
     cells = [
         (f"`{r['spec']}`", r["queries"], f"{r['perplexity']:.4f}", f"{r['delta']:+.3%}", f"{r['kl']:.6f}", f"{r['top1']:.2%}")
@@ -334,7 +334,7 @@ def query_limbs() -> str:
 
 
 def encode() -> str:
-    """Time of the search for codewords on one core, and of encoding a token."""
+    """Make the table of the nearest-codeword search on one core, and of encoding a token."""
     data = _load("encode")
     levels = data["instructions"]
     cells = []
@@ -363,7 +363,7 @@ def encode() -> str:
 
 
 def encode_vectors() -> str:
-    """Time of whole encoding on one core, with the best instructions, with AVX2 and in PyTorch."""
+    """Make the table of whole encoding on one core, with the best instruction set, with AVX2 and in PyTorch."""
     data = _load("encode")
     best = data["instructions"][-1]
     ways = {f", {best}": best, ", avx2": "avx2", ", PyTorch": "PyTorch"}
@@ -381,7 +381,7 @@ def encode_vectors() -> str:
 
 
 def triton_static() -> str:
-    """What the Triton attention compiles to."""
+    """Make the table of the compiled Triton attention."""
     rows = _load("triton_static")["rows"]
     counts = ("registers", "spilled", "shared", "instructions", "while dense is read", "while codes are read")
     cells = [
@@ -392,7 +392,7 @@ def triton_static() -> str:
 
 
 def generation(tokens: str = "") -> str:
-    """A step of a whole model, by cache and length, or at one length."""
+    """Make the table of a whole model's step, by cache and length, or at one length."""
     cells = [
         (
             f"`{r['cache']}`",
@@ -409,7 +409,7 @@ def generation(tokens: str = "") -> str:
 
 
 def prefill_attention() -> str:
-    """Milliseconds of attention of many queries, by keys, heads and way."""
+    """Make the table of attention of many queries, by keys, heads and implementation."""
     rows = _load("prefill_attention")["rows"]
     names = list(dict.fromkeys(name for r in rows for name in r["processor_ms"]))
     cells = [
@@ -425,7 +425,7 @@ def prefill_attention() -> str:
 
 
 def model_generation() -> str:
-    """First token, steps and memory of a pretrained model, each beside DynamicCache's in the same turn."""
+    """Make the table of a pretrained model's first token, steps and memory, relative to DynamicCache."""
     rows = _load("model_generation")["rows"]
     base = {(r["tokens"], r["chunk"]): r for r in rows if r["cache"] == "DynamicCache"}
     cells = []
@@ -440,7 +440,7 @@ def model_generation() -> str:
 
 
 def side_by_side() -> str:
-    """Two generations at once against one after the other."""
+    """Make the table of two simultaneous generations against two in sequence."""
     cells = [
         (
             f"`{r['cache']}`",
@@ -455,7 +455,7 @@ def side_by_side() -> str:
 
 
 def overheads() -> str:
-    """Where a step's time goes within a layer of the cache."""
+    """Make the table of a step's time by part of a layer."""
     rows = [r for r in _load("generation")["rows"] if "breakdown" in r]
     parts = ("kernel", "attention", "update", "compress")
     cells = [(f"`{r['cache']}`", f"{r['tokens']:,}", *(f"{r['breakdown'][part]:.3f}" for part in parts)) for r in rows]
@@ -463,7 +463,7 @@ def overheads() -> str:
 
 
 def llamacpp() -> str:
-    """Attention of a step beside llama.cpp's."""
+    """Make the table of a step's attention, Tessera's and llama.cpp's."""
     data = _load("llamacpp_attention")
     peer = {r["tokens"]: r["attention_ms"] for r in data["rows"] if r["cache"] == "llama.cpp, q4_0"}
     cells = [
@@ -479,26 +479,26 @@ def llamacpp() -> str:
 
 
 def language() -> str:
-    """Loss by distance from the start, with a memory behind the window and without."""
+    """Make the table of loss by distance from the start, with a memory behind the window and without."""
     data = _load("language_memory")
     return _stretches(data["rows"], data["edges"], ("name",), ("attention",))
 
 
 def language_trained(name: str) -> str:
-    """Models trained under one attention each, the demo model further ("tuned") or from "scratch": losses by place, mean and
+    """Make the table of models trained with one attention each, "tuned" or from "scratch": losses by position, mean and
     spread over seeds."""
     data = _load(f"language_{name}")
     return _stretches(data["rows"], data["edges"], ("arm", "steps"), ("attention", "steps"))
 
 
 def memory_options() -> str:
-    """Options of an attached Tensor Cache after a short training."""
+    """Make the table of options of an attached Tensor Cache after a short training."""
     data = _load("memory_options")
     return _stretches(data["rows"], data["edges"], ("option", "steps"), ("option", "steps"))
 
 
 def _stretches(rows: list[dict[str, Any]], edges: list[int], by: tuple[str, ...], head: tuple[str, ...]) -> str:
-    """Losses by place in the sequence, over all, and beyond the window: mean of the seeds, and of the last their spread."""
+    """Make the columns of losses by position, in total, and beyond the window: means over seeds; the last with its spread."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in rows:
         found.setdefault(tuple(r[name] for name in by), []).append(r)
@@ -657,7 +657,7 @@ def diagnostics(what: str) -> str:
 
 
 def pictures() -> str:
-    """Digits named and filled in, with a memory and without."""
+    """Make the table of digits classified and filled in, with a memory and without."""
     rows = _load("pictures")["rows"]
     cells = [
         (arm, *(_spread([r["score"] for r in rows if (r["arm"], r["ask"]) == (arm, ask)]) for ask in ("label", "pixels")))
@@ -667,7 +667,7 @@ def pictures() -> str:
 
 
 def video(stay: str) -> str:
-    """Which digit is hidden: clips, and streams by stretch, where digits stay hidden for so many frames in a place."""
+    """Make the table of hidden digits: clips, and streams by stretch, for a number of hidden frames."""
     data = _load("video")
     rows = [r for r in data["rows"] if r["stay"] == int(stay)]
     stretches = [f"frames {a + 1}–{b}" for a, b in itertools.pairwise(data["edges"])]
@@ -684,13 +684,13 @@ def video(stay: str) -> str:
     return markdown_table(("patches see", "clips", *stretches), lines)
 
 
-#: Outcomes of the walk over families, in the words of the documents.
+#: Outcomes of `families.py`, in the words of the documents.
 _OUTCOMES = {"served": "served", "decoded": "served by decoding", "refused": "refused", "not tried": "not tried"}
 _PARTS = {"cache": "`tessera.Cache`", "tensor_cache": "Tensor Cache", "tensor_memory": "Tensor Memory"}
 
 
 def families(what: str) -> str:
-    """What became of the families of transformers: their "counts", or by outcome and cause for one of `_PARTS`."""
+    """Make the table of families: the "counts" of outcomes, or outcome and cause for one of `_PARTS`."""
     rows = _load("families")["rows"]
     if what == "counts":
         found = {part: [row[part]["outcome"] for row in rows if part in row] for part in _PARTS}
@@ -706,14 +706,14 @@ def families(what: str) -> str:
 
 
 def reliability() -> str:
-    """How many tests hold each promise."""
+    """Make the table of the number of tests of each promise."""
     rows = _load("reliability")["rows"]
     cells = [(r["promise"], str(r["always"]), str(r["slow"]), ", ".join(f"`{path}`" for path in r["tests"])) for r in rows]
     return markdown_table(("promise", "always", "slow", "in"), cells)
 
 
 def _cause(found: dict[str, str]) -> str:
-    """The reason without the names of the family and its classes."""
+    """Return the reason without the names of the family and its classes."""
     if found["outcome"] == "not tried":
         return found["reason"].partition(":")[0]
     reason = re.sub(r"^tessera\.\w+: |does not support [\w-]+: |^[\w-]+: | \((?:[^()]|\([^()]*\))*\)", "", found["reason"])
@@ -725,14 +725,14 @@ def _cause(found: dict[str, str]) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds."""
+    """Format the mean ± standard deviation over seeds."""
     if not values:
         return ""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def resident_memory() -> str:
-    """Resident memory of a process beside the bytes that the cache reports."""
+    """Make the table of a process's resident memory and the bytes that the cache reports."""
     data = _load("resident_memory")
     rows = [
         (f"`{r['spec']}`", size(r["rss_growth"]), size(r["report_bytes"]), f"{r['ratio_to_exact']:.2f}x") for r in data["rows"]
@@ -741,7 +741,7 @@ def resident_memory() -> str:
 
 
 def training() -> str:
-    """The demo model's loss on modules it never saw, as training went on."""
+    """Make the table of the demo model's loss on held-out modules during training."""
     rows = _load("demo_training")["held_out"]
     chosen = rows[:: max(1, len(rows) // 8)]
     if chosen[-1] is not rows[-1]:
@@ -760,7 +760,7 @@ def training() -> str:
     return markdown_table(("step", "tokens", "minutes", "held-out loss", "perplexity", "bits per byte"), cells)
 
 
-#: The shape of a Llama of eight billion parameters, as its config.json has it.
+#: The shape of a Llama of eight billion parameters, from its config.json.
 EIGHT_BILLION = {
     "vocab_size": 128_256,
     "hidden_size": 4096,
@@ -774,7 +774,7 @@ EIGHT_BILLION = {
 
 
 def plan(context: str, budget: str, bandwidth: str) -> str:
-    """What `tessera plan` finds for a Llama of eight billion parameters."""
+    """Return what `tessera plan` prints for a Llama of eight billion parameters."""
     found = tessera.plan(LlamaConfig(**EIGHT_BILLION), context=context, budget=budget, bandwidth=bandwidth)
     rows = [(f"`{row[0]}`", *row[1:]) for row in map(plans.cells, found.rows)]
     table = markdown_table(plans.header(found), rows)
@@ -782,13 +782,13 @@ def plan(context: str, budget: str, bandwidth: str) -> str:
 
 
 def needle() -> str:
-    """Needles found in SmolLM2's haystacks, for each cache and length over all depths."""
+    """Make the table of needles found by SmolLM2, for each cache and length over all depths."""
     rows = _load("long_context/needle")["rows"]
     return _with_remarks(rows, "length", markdown_table(*long_context.grid(rows, "length")))
 
 
 def ruler(length: str) -> str:
-    """RULER's tasks on SmolLM2, for each cache and task at one length."""
+    """Make the table of RULER's tasks on SmolLM2, for each cache and task at one length."""
     rows = [row for row in _load("long_context/ruler")["rows"] if row["length"] == int(length)]
     return _with_remarks(rows, "task", markdown_table(*long_context.grid(rows, "task")))
 
@@ -858,10 +858,10 @@ def _load(name: str) -> Any:
 
 
 def render(text: str) -> str:
-    """Return a document with all its tables made anew.
+    """Return a document with all its tables regenerated.
 
     Raises:
-        ValueError: if a table is of no kind that there is.
+        ValueError: if the kind of a table is unknown.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -874,7 +874,7 @@ def render(text: str) -> str:
 
 
 def documents() -> list[Path]:
-    """Every document that may hold tables."""
+    """Return every document that may have tables."""
     return [
         ROOT / "README.md",
         *sorted((ROOT / "docs").rglob("*.md")),
@@ -883,7 +883,7 @@ def documents() -> list[Path]:
 
 
 def main() -> int:
-    """Write or check; returns the exit status."""
+    """Write or check all tables, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; say which documents are out of date")
     check = parser.parse_args().check

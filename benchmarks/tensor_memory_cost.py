@@ -1,8 +1,8 @@
-"""What a Tensor Memory costs: the fast forms against the plain loop that defines it, and what is kept.
+"""Time a Tensor Memory's fast forms against the plain loop that defines it, and measure its bytes of state.
 
 Forward, and forward with backward, at the two sizes of the paper's models, for the paper's setting, this project's, and gates
-from the input alone. A step takes part in everything: the nets that say where and what to write, the recurrence, the
-projection of what is read.
+from the input alone. The time of a step includes everything: the networks for addresses and contents, the recurrence, the
+output projection.
 
 Example:
 
@@ -33,7 +33,7 @@ from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 from timing import medians
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Batch, tokens, width of a token, and the size of the memory.
+#: Batch, tokens, width of a token, and size of the memory.
 SIZES: tuple[tuple[int, int, int, dict[str, Any]], ...] = (
     (2, 1024, 256, {"channels": 32, "grid": (8, 8, 8), "chunk": 16}),
     (8, 128, 96, {"channels": 16, "grid": (6, 6, 6), "chunk": 1}),
@@ -47,12 +47,12 @@ PLAIN = "plain loop"
 
 
 def forms() -> dict[str, str | None]:
-    """Ways to compute it, by name: the backend."""
+    """Return the backends that can compute it, by name."""
     return {PLAIN: None, "PyTorch": "reference", **({} if cpu.MISSING else {"C++": "cpu"})}
 
 
 def rows(batch: int, tokens: int, dim: int, size: dict[str, Any], setting: str, repeats: int) -> list[dict[str, Any]]:
-    """All forms of one setting at one size."""
+    """Measure all forms of one setting at one size."""
     torch.manual_seed(0)
     memory = TensorMemory(SETTINGS[setting](**size), dim)
     x = torch.randn(batch, tokens, dim, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: fair medians, and what they ran on."""
+"""Time several functions by interleaved calls, and describe the machine."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 
 
 def medians(runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float = 0.02) -> dict[str, float]:
-    """Median seconds of one call of each; see `times`."""
+    """Return the median seconds of one call of each; see `times`."""
     return {name: median(values) for name, values in times(runs, repeats, seconds).items()}
 
 
 def minima(runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float = 0.001) -> dict[str, float]:
-    """Least seconds of one call of each, for what short calls cost a core whose neighbours are busy; see `times`."""
+    """Return the minimum seconds of one call of each, for short calls on a core disturbed by others; see `times`."""
     return {name: min(values) for name, values in times(runs, repeats, seconds).items()}
 
 
 def times(runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of one call of each, as often as it is measured.
+    """Return the seconds of one call of each, for every repetition.
 
-    The calls are interleaved, so that a disturbance of the machine meets all of them, and short ones are repeated until
+    The calls are interleaved, so that a disturbance of the machine affects all of them, and short ones are repeated until
     they take about `seconds`.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}

@@ -1,13 +1,13 @@
-"""What the Triton attention compiles to for a GPU, found out without one.
+"""Analyse the compiled Triton attention statically, without a GPU.
 
-For each way to read codes: registers of a thread, bytes that it spills into memory, shared memory of a program, and the machine
-instructions that it takes to go through a block of 64 tokens of one key head, those of all its warps together. What only groups
-with narrowed channels need is counted too; `hqmq:4_nocentre` has none.
+For each way to read codes: registers of a thread, bytes spilled to memory, shared memory of a program, and the machine
+instructions of all warps for a block of 64 tokens of one key head. Instructions that only groups with narrowed channels need
+are counted too; `hqmq:4_nocentre` has none.
 
-Beside them stands what a multiprocessor could issue in the time in which its share of the memory's bandwidth delivers these
-keys and values in float16, and as they are coded: more instructions than the first cannot be faster than dense attention,
-fewer than the second leave the memory as the bound. The figures are an H200's, 4.8 TB/s, 132 multiprocessors that issue 4
-instructions a cycle at 1.75 GHz, and nothing but arithmetic: it says what cannot be fast, not what is.
+For comparison: the instructions that a multiprocessor can issue in the time in which its share of memory bandwidth delivers
+these keys and values in float16, and in coded form. More instructions than the first cannot be faster than dense attention;
+fewer than the second leave the kernel memory-bound. The figures are an H200's, 4.8 TB/s, 132 multiprocessors that issue 4
+instructions per cycle at 1.75 GHz. They bound the speed from above and do not predict it.
 
 Example:
 
@@ -46,7 +46,7 @@ from tessera.kernels.triton.formats import Readable, code_options, lookups, opti
 from tessera.kernels.triton.tables import tables
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Compute capability, and of a multiprocessor: bytes of memory in a nanosecond, instructions in a nanosecond.
+#: Compute capability; bytes of memory and instructions per nanosecond of a multiprocessor.
 CAPABILITY, BYTES, ISSUES = 90, 4800 / 132, 4 * 1.75
 POINTERS = {
     "turned": "fp16",
@@ -58,7 +58,7 @@ POINTERS = {
     **dict.fromkeys(("q", "unit", "scales", "v_scales", "out", "lse"), "fp32"),
 }
 FLAGS = {"MASKED": False, "PLACED": True, "WINDOWED": False, "CAPPED": False}
-#: Codec, head_dim, rows of queries.
+#: Codec, head_dim and rows of queries of each kernel.
 CASES = (
     ("hqmq:4", 128, 16),
     ("hqmq:4", 128, 32),
@@ -82,20 +82,20 @@ TYPES = {torch.int64: "i64", torch.int32: "i32", torch.float16: "fp16"}
 
 
 def tool(name: str, *arguments: str) -> str:
-    """What a program of NVIDIA's that comes with Triton prints."""
+    """Run one of NVIDIA's tools that come with Triton, and return its output."""
     program = Path(compiler.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([str(program), *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def forms(spec: str, dim: int) -> list[Readable]:
-    """Of keys and of values."""
+    """Return the formats of keys and of values."""
     found = [codecs.get(spec).side(role).kernel_format(dim) for role in ROLES]
     assert all(readable(form) for form in found)
     return found
 
 
 def built(spec: str, dim: int, rows: int, ways: Sequence[str]) -> Any:
-    """The compiled kernel, with these lookups of keys and of values."""
+    """Compile the kernel with these lookups of keys and of values."""
     sides = forms(spec, dim)
     codes, value_codes = (code_options(form, way, dim, 16) for form, way in zip(sides, ways, strict=True))
     centred = isinstance(sides[0], JointFormat) and sides[0].group > 1
@@ -122,7 +122,7 @@ def built(spec: str, dim: int, rows: int, ways: Sequence[str]) -> Any:
 
 
 def longest_loop(listing: str) -> int:
-    """Instructions of the longest loop in a disassembly."""
+    """Return the number of instructions of the longest loop in a disassembly."""
     labels: dict[str, int] = {}
     count = longest = 0
     for line in listing.splitlines():
@@ -137,7 +137,7 @@ def longest_loop(listing: str) -> int:
 
 
 def row_bytes(form: Readable, dim: int) -> float:
-    """Bytes of a vector's codes and scale."""
+    """Return the bytes of a vector's codes and scale."""
     if isinstance(form, ScalarFormat) and form.numbers == "blocks":
         return dim / 32 * (2 + 4 * form.bits)
     if isinstance(form, ScalarFormat) and form.numbers == "groups":
@@ -147,14 +147,14 @@ def row_bytes(form: Readable, dim: int) -> float:
 
 
 def all_ways(spec: str, dim: int) -> list[tuple[str, ...]]:
-    """Every lookup of the keys and values of a codec; where only one of them has it, the other has its default."""
+    """Return all pairs of lookups of a codec's keys and values; where only one has a lookup, the other has its default."""
     sides = forms(spec, dim)
     names = dict.fromkeys(way for form in sides for way in lookups(form))
     return list(dict.fromkeys(tuple(way if way in lookups(form) else usual_lookup(form) for form in sides) for way in names))
 
 
 def row(spec: str, dim: int, rows: int, ways: Sequence[str]) -> dict[str, Any]:
-    """One kernel."""
+    """Analyse one kernel."""
     kernel = built(spec, dim, rows, ways)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

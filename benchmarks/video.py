@@ -1,12 +1,12 @@
-"""Two digits that pass behind a bar: which one is hidden now, in clips as trained on and in streams eight times as long.
+"""Train small ViTs to name the digit hidden behind a bar, and test them on clips and on streams eight times as long.
 
-Every row is a small ViT, trained from nothing on clips of 16 frames, whose patches see the frame that they are in, the newest
-four, or the whole clip; with a Tensor Memory and without. Streams are read frame by frame with the state carried along, once
+Every row is a small ViT, trained from scratch on clips of 16 frames, whose patches attend to their own frame, the newest
+four, or the whole clip; with a Tensor Memory and without. Streams are read frame by frame with a persistent state, once
 more with every frame shown four times, so that digits are hidden for longer than in training and than a window sees back, and
 with a memory also with its reads switched off. Then the same where digits stay behind the bar for longer than a window sees
 back, in training too.
 
-Runs are saved one by one; a plan that is cut short goes on where it was.
+Each run is saved when it ends, and an interrupted plan resumes.
 
 Example:
 
@@ -40,11 +40,11 @@ ROOT = Path(__file__).resolve().parent.parent
 STREAMS, FRAMES = 128, 128
 #: Stretches of a stream, in frames.
 EDGES = (0, 16, 32, 64, FRAMES)
-#: Times that each frame of a slow stream is shown.
+#: Repetitions of each frame of a slow stream.
 SLOW = 4
-#: A memory as flat as a picture.
+#: A two-dimensional memory, as pictures are.
 GRID = (8, 8)
-#: Name -> attention, and the memory.
+#: Name -> attention and memory.
 ARMS: dict[str, tuple[str, TensorMemoryConfig | None]] = {
     "frame": ("frame", None),
     "frame, memory": ("frame", TensorMemoryConfig(grid=GRID)),
@@ -53,7 +53,7 @@ ARMS: dict[str, tuple[str, TensorMemoryConfig | None]] = {
     "window:4": ("window:4", None),
     "whole clip": ("all", None),
 }
-#: Frames of a clip, for which a digit stays in a place behind the bar, and the arms.
+#: Frames per clip, frames for which a digit stays behind the bar, and the arms.
 PLAN: tuple[tuple[int, int, tuple[str, ...]], ...] = (
     (16, 1, tuple(ARMS)),
     (24, 6, ("frame, memory", "frame, memory that updates every cell", "window:4")),
@@ -62,7 +62,7 @@ PLAN: tuple[tuple[int, int, tuple[str, ...]], ...] = (
 
 @torch.no_grad()
 def by_stretch(model: Any, task: MovingDigits, count: int, times: int = 1) -> list[float]:
-    """Accuracy in each stretch of long streams, a frame at a time and each so many times; the last answer to it counts."""
+    """Return the accuracy in each stretch of long streams whose frames are repeated; the last answer to a frame counts."""
     clips, targets = task.sample(count, Generator().manual_seed(1), held_out=True)
     state, said = None, []
     for frame in clips.split(1, dim=1):

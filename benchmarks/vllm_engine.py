@@ -1,11 +1,11 @@
-"""vLLM with packed pages against its own dense and fp8 caches: what the pool holds, how fast it answers, what it says.
+"""Compare vLLM with packed pages to its own dense and fp8 caches: capacity of the pool, speed and quality.
 
-Each cache has an engine in a process of its own. The engines take their steps in turns, so that a disturbance of the machine
-meets all of them; times are of an engine's own steps, medians over steps and rounds. Quality is the divergence of the engine's
-distribution of every next token of a text, read in chunks, from that of the engine with the dense cache, and how well
-it reads a list of words a second time, by the engine's own log-probabilities.
+Each cache has an engine in a separate process. The engines step alternately, so that a disturbance of the machine affects all
+of them; times are of an engine's own steps, medians over steps and rounds. Quality is the divergence of the engine's next-token
+distributions over a text, read in chunks, from those of the engine with the dense cache, and how well it reads a list of words
+a second time, by the engine's own log-probabilities.
 
-Run it with the Python that has vLLM (`make test-vllm` makes one in .venv-vllm).
+Run it in an environment with vLLM (`make test-vllm` creates .venv-vllm).
 
 Example:
 
@@ -28,22 +28,22 @@ from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Specifications of Tessera's that are measured, and what vLLM's own caches are called here.
+#: The measured specifications of Tessera, and the names used here for vLLM's own caches.
 SPECS = ("sink:4 + hqmq:4", "sink:4 + hqmq:4, with statistics", "sink:4 + hqmq:3")
 DENSE, FP8 = "dense", "fp8"
-#: What a specification ends with where keys are coded by statistics of the end of the text.
+#: Suffix of specifications whose keys are coded with statistics measured at the end of the text.
 STATS = ", with statistics"
-#: Lengths of requests, in tokens, for which it is said how many the pool holds.
+#: Lengths of requests, in tokens, for which the pool's capacity is computed.
 LENGTHS = (1024, 4096, 8192)
-#: Query heads, key heads, head_dim of layers, and requests, tokens and new tokens of steps, whose attention is timed by itself.
+#: Shapes for timing attention alone: query heads, key heads and head_dim; requests, tokens and new tokens of a step.
 SHAPES = ((9, 3, 64), (32, 8, 128))
 STEPS = ((1, 4096, 1), (8, 4096, 1), (32, 1024, 1), (32, 4096, 1), (1, 2048, 2048))
-#: What a small pool is: enough for every workload in the dense cache.
+#: Size of a small pool, enough for every workload in the dense cache.
 POOL = 1 << 30
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True, help="folder of a model")
     parser.add_argument("--text", required=True, type=Path, help="a text of at least 40,000 words")
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
 
 
 def start(args: argparse.Namespace, **options: Any) -> Any:
-    """An engine with the cache that is asked for."""
+    """Start an engine with this cache."""
     import torch
     from vllm import LLM
 
@@ -86,20 +86,20 @@ def start(args: argparse.Namespace, **options: Any) -> Any:
         usual["additional_config"] = {"tessera": args.cache.removesuffix(STATS)}
         if args.cache.endswith(STATS):
             usual["additional_config"]["tessera_stats"] = str(args.stats)
-        if torch.cuda.is_available():  # the CPU platform knows one backend only
+        if torch.cuda.is_available():  # the CPU platform has a single backend
             usual["attention_backend"] = "CUSTOM"
     return LLM(model=args.model, **{**usual, **options})
 
 
 def pieces(llm: Any, text: Path, count: int, size: int) -> list[list[int]]:
-    """Prompts of `size` tokens, different from each other."""
+    """Return different prompts of `size` tokens."""
     tokens = llm.get_tokenizer().encode(text.read_text(encoding="utf-8")[: 12 * count * size])
     step = (len(tokens) - size) // max(1, count)
     return [tokens[i * step : i * step + size] for i in range(count)]
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Be one of several engines that take their steps in turns: answer each line of the input with one of JSON.
+    """Run an engine that is stepped from outside: answer each line of the input with a line of JSON.
 
     A line is the name of a workload, whose requests are added, "step", or "end".
     """
@@ -107,7 +107,7 @@ def serve(args: argparse.Namespace) -> None:
     from vllm import SamplingParams
 
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints is none of them
+    os.dup2(2, 1)  # vLLM's own output must not mix with the answers
     llm = start(args)
     engine, serial = llm.llm_engine, count()
     workloads = {
@@ -121,7 +121,7 @@ def serve(args: argparse.Namespace) -> None:
 
     config = engine.vllm_config.cache_config
     groups = engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
-    # Of a model without windows all groups but one are rings.
+    # Without sliding windows, all cache groups but one are rings.
     pool = {"blocks": config.num_gpu_blocks, "block_size": config.block_size, "pool": POOL, "rings": len(groups) - 1}
     answer({**pool, "threads": torch.get_num_threads()})
     for line in sys.stdin:
@@ -141,11 +141,11 @@ def serve(args: argparse.Namespace) -> None:
 
 
 class Engine:
-    """One of the engines that take turns, in a process of its own.
+    """One of the alternating engines, in a separate process.
 
     Attributes:
-        cache: that it has.
-        pool: what it says of its pool, or the error that kept it from starting, as "error".
+        cache: its cache.
+        pool: properties of its pool, or the error at start, as "error".
     """
 
     def __init__(self, args: argparse.Namespace, cache: str) -> None:
@@ -166,7 +166,7 @@ class Engine:
                 self.pool = {"error": complaint(log.read(), self.process.wait())}
 
     def ask(self, line: str) -> dict[str, Any]:
-        """What the engine answers to a line."""
+        """Send a line to the engine and return its answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
@@ -180,7 +180,7 @@ class Engine:
         return json.loads(line)
 
     def end(self) -> None:
-        """Let the process end."""
+        """End the process."""
         assert self.process.stdin is not None
         if "error" not in self.pool:
             self.process.stdin.write("end\n")
@@ -189,11 +189,11 @@ class Engine:
 
 
 def speed(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Of each cache what its pool holds, and seconds until first tokens and of the steps after them; by cache."""
+    """Measure, by cache, the pool's capacity, and the seconds until first tokens and of later steps."""
     engines = [Engine(args, cache) for cache in args.caches]
     running = [one for one in engines if "error" not in one.pool]
     found = {one.cache: dict(one.pool) for one in engines}
-    turns(running, "first")  # whoever uses memory for the first time waits for it
+    turns(running, "first")  # the first use of memory pages is slow
     for workload in ("first", "many", "long"):
         rounds = [turns(running, workload) for _ in range(args.rounds)]
         for cache in (one.cache for one in running):
@@ -205,7 +205,7 @@ def speed(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def turns(engines: list[Engine], workload: str) -> dict[str, dict[str, float]]:
-    """Run a workload in all engines, one step of each after the other, so that a disturbance of the machine meets all.
+    """Run a workload in all engines, alternating single steps, so that a disturbance of the machine affects all.
 
     Returns:
         By cache: "first" and "all_first", the seconds of its own steps until the first of the requests and until all of them
@@ -234,7 +234,7 @@ def turns(engines: list[Engine], workload: str) -> dict[str, dict[str, float]]:
 
 
 def quality(args: argparse.Namespace) -> dict[str, Any]:
-    """Divergence from the dense cache, whose scores are in a file; the dense cache writes it."""
+    """Measure the divergence from the dense cache, whose scores are in a file that its own run writes."""
     import torch
     from vllm import SamplingParams
 
@@ -270,7 +270,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def recall(args: argparse.Namespace, llm: Any) -> dict[str, float]:
-    """A task: words in an order that nothing tells but the context, and the same words again.
+    """Measure recall: the prompt has random words, and the same words again.
 
     Returns:
         The share of tokens of the second list that are the engine's first choice, and the mean of their log-probabilities.
@@ -285,13 +285,13 @@ def recall(args: argparse.Namespace, llm: Any) -> dict[str, float]:
         prompt = [*listed, *tokenizer.encode("\n", add_special_tokens=False), *listed]
         params = SamplingParams(max_tokens=1, prompt_logprobs=0)
         [read] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-        second = range(len(prompt) - len(listed) + 8, len(prompt))  # the first words say which list it is
+        second = range(len(prompt) - len(listed) + 8, len(prompt))  # the first words identify the list
         scores += [read.prompt_logprobs[i][prompt[i]] for i in second]
     return {"right": sum(one.rank == 1 for one in scores) / len(scores), "logprob": mean(one.logprob for one in scores)}
 
 
 def kernels(args: argparse.Namespace) -> dict[str, Any]:
-    """One layer's attention of a step, by block table: packed pages and vLLM's dense kernel, interleaved in one process."""
+    """Time one layer's attention by block table: packed pages and vLLM's dense kernel, interleaved in one process."""
     import torch
     import vllm._C  # noqa: F401
     from vllm import _custom_ops as ops
@@ -343,7 +343,7 @@ def kernels(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def instructions() -> list[str]:
-    """Sets of vector instructions that the processor has."""
+    """Return the vector instruction sets of the processor."""
     try:
         flags = next(
             line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("flags")
@@ -354,7 +354,7 @@ def instructions() -> list[str]:
 
 
 def command(args: argparse.Namespace, cache: str, what: str, **more: Any) -> list[str]:
-    """The command of a process of its own for one cache."""
+    """Return the command of the process for one cache."""
     given = {"--model": args.model, "--text": args.text, "--dtype": args.dtype, "--tokens": args.tokens, "--new": args.new}
     given |= {"--few": args.few, "--requests": args.requests, "--prompt": args.prompt, "--long": args.long}
     given |= {"--lists": args.lists, "--block-size": args.block_size, "--cache": cache, "--what": what, "--stats": args.stats}
@@ -363,18 +363,18 @@ def command(args: argparse.Namespace, cache: str, what: str, **more: Any) -> lis
 
 
 def environment_of_children() -> dict[str, str]:
-    """Engines run in the process that asks for them, and say little."""
+    """Set variables so that engines run in the process that makes them, with little output."""
     return {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
 def complaint(log: str, status: int) -> str:
-    """What a process that failed said last."""
+    """Return the last line of a failed process."""
     lines = [line for line in log.splitlines() if "Error" in line]
     return lines[-1].strip() if lines else f"exit {status}"
 
 
 def measure_statistics(args: argparse.Namespace, folder: Path) -> Path:
-    """Statistics of keys from the last tenth of the text, which nothing else here reads."""
+    """Measure key statistics on the last tenth of the text, which nothing else here reads."""
     text, path = args.text.read_text(encoding="utf-8"), folder / "stats.safetensors"
     (folder / "end.txt").write_text(text[-len(text) // 10 :], encoding="utf-8")
     words = {"--model": args.model, "--text": folder / "end.txt", "--out": path}
@@ -384,7 +384,7 @@ def measure_statistics(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def child(args: argparse.Namespace, cache: str, what: str, scores: Path) -> dict[str, Any]:
-    """One measurement in a process of its own; what went wrong there is said in its place."""
+    """Run one measurement in a separate process; if it fails, return its error instead."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         asked = command(args, cache, what, scores=scores, json=out.name)
         done = subprocess.run(asked, env=environment_of_children(), capture_output=True, text=True)
@@ -394,13 +394,13 @@ def child(args: argparse.Namespace, cache: str, what: str, scores: Path) -> dict
 
 
 def tokens_held(row: dict[str, Any], length: int) -> float:
-    """Tokens of requests of one length that the pool holds at once, were requests divisible: rounding favours nobody."""
+    """Return the tokens that the pool holds for requests of one length, counting fractions of requests."""
     blocks = -(-length // row["block_size"]) + row["rings"]
     return (row["blocks"] - 1) / blocks * length
 
 
 def main() -> None:
-    """Measure all, or in a child process one."""
+    """Measure all caches, or one in a child process."""
     args = parse()
     if args.what == "serve":
         serve(args)

@@ -1,9 +1,9 @@
-"""A transcript of vLLM's server with packed pages: what its log says, what clients see, and what its metrics say afterwards.
+"""Record a transcript of vLLM's server with packed pages: its log, its clients' output, and its metrics afterwards.
 
-It starts the server as a user would, lets `docs/vllm_client.py` ask about a text through the `openai` package, reads
+It starts the server as a user would, runs `docs/vllm_client.py`, which asks about a text through the `openai` package, reads
 `/metrics`, and does the same with a server that has no specification. `benchmarks/tables.py` puts it into `docs/vllm.md`.
 
-Run it with the Python that has vLLM (`make test-vllm` makes one in .venv-vllm).
+Run it in an environment with vLLM (`make test-vllm` creates .venv-vllm).
 
 Example:
 
@@ -28,9 +28,9 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Of vLLM's log, what says how much the pool holds.
+#: Pattern of the lines of vLLM's log that give the pool's capacity.
 SAID = ("KV cache size", "Tessera")
-#: Of its metrics, those that the how-to page speaks of.
+#: The metrics that the documentation shows.
 METRICS = ("prompt_tokens_total", "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total")
 OPTIONS = (
     *("--max-model-len", "8192", "--block-size", "256", "--kv-cache-memory-bytes", "1G"),
@@ -39,7 +39,7 @@ OPTIONS = (
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True, help="folder of a model")
     parser.add_argument("--text", required=True, type=Path, help="a text, of which 12,000 characters are asked about")
@@ -50,14 +50,14 @@ def parse() -> argparse.Namespace:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return an unused port."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return int(found.getsockname()[1])
 
 
 def transcript(args: argparse.Namespace, article: Path, spec: str | None) -> dict[str, Any]:
-    """One server's log, its clients' lines and its metrics."""
+    """Return one server's log, its clients' output and its metrics."""
     port = free_port()
     name = Path(args.model).name
     shown = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", name, *OPTIONS]
@@ -94,11 +94,11 @@ def transcript(args: argparse.Namespace, article: Path, spec: str | None) -> dic
 
 
 def wait(url: str, server: subprocess.Popen[str], seconds: float) -> None:
-    """Return when a server answers.
+    """Wait until a server answers.
 
     Raises:
-        TimeoutError: if it does not in so many seconds.
-        ChildProcessError: if it has ended.
+        TimeoutError: if it does not answer in this many seconds.
+        ChildProcessError: if the server has ended.
     """
     until = time.monotonic() + seconds
     while time.monotonic() < until:

@@ -1,9 +1,9 @@
-"""What the site does beyond Markdown: links into the source, and the help of every command.
+"""Hooks of mkdocs that turn links to symbols into links to source lines, and insert the help of commands.
 
 A document links to a symbol of the source by its name, as ``../src/tessera/codecs/hqmq.py#HQMQ.directions``. On the site the
 file is a page with numbered lines and the link leads to the line where the symbol is defined now; on a page that shows the
-repository's files it leads to the file. ``tests/test_docs.py`` holds every such name to the source. A line
-``<!-- help: compare -->`` becomes what ``tessera compare --help`` prints.
+repository's files it leads to the file. ``tests/test_docs.py`` checks that every such name exists. A line ``<!-- help: compare
+-->`` is replaced by the output of ``tessera compare --help``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 _LINK = re.compile(r"\]\(([^)\s]*\.\./[^)\s#]*)(?:#([^)\s]*))?\)")
 _HELP = re.compile(r"^<!-- help: ([\w -]*?) *-->$", re.MULTILINE)
-#: What is shown as a page of its own; other files outside of docs/ cannot be.
+#: Suffixes of the source files that get a page on the site.
 SHOWN = {".py": "python", ".hpp": "cpp", ".cpp": "cpp", ".md": "markdown", ".toml": "toml", ".txt": "text", ".yml": "yaml"}
 
 
 @cache
 def _definitions(path: Path) -> dict[str, int]:
-    """The line of every class, function, method and constant of a file, by its dotted name."""
+    """Return the line of every class, function, method and constant of a file, by its dotted name."""
     found: dict[str, int] = {}
 
     def visit(nodes: list[ast.stmt], prefix: str) -> None:
@@ -45,14 +45,14 @@ def _definitions(path: Path) -> dict[str, int]:
 
 
 def line_of(path: Path, symbol: str) -> int:
-    """The line where a file defines a symbol.
+    """Return the line where a file defines a symbol.
 
     Args:
         path: of a Python file.
         symbol: as ``HQMQ.directions``.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if the file does not define it.
     """
     try:
         return _definitions(path)[symbol]
@@ -61,14 +61,14 @@ def line_of(path: Path, symbol: str) -> int:
 
 
 def links(page: Path, text: str) -> list[tuple[re.Match[str], Path, str | None]]:
-    """Links of a document to files outside of docs/.
+    """Yield the links of a document to files outside of docs/.
 
     Args:
         page: the document's file.
         text: what is in it.
 
     Returns:
-        what matched, the file, and the symbol if one is named.
+        the match, the file, and the symbol if one is named.
     """
     found = []
     for match in _LINK.finditer(text):
@@ -79,12 +79,12 @@ def links(page: Path, text: str) -> list[tuple[re.Match[str], Path, str | None]]
 
 
 def _page_of(target: Path) -> str:
-    """Where the site shows a file: a path in docs/ that no document has."""
+    """Return where the site shows a file: a path in docs/ that no document has."""
     return f"source/{target.relative_to(ROOT).as_posix()}.md"
 
 
 def help_of(command: str) -> str:
-    """What ``tessera COMMAND --help`` prints, as a block of Markdown."""
+    """Return the output of ``tessera COMMAND --help`` as a block of Markdown."""
     from typer.testing import CliRunner
 
     from tessera.cli.app import app
@@ -122,7 +122,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     for match, target, symbol in reversed(links(here, markdown)):
         shown = _page_of(target)
         if files.get_file_from_path(shown) is None:
-            continue  # mkdocs says that there is no such page
+            continue  # mkdocs reports that the page does not exist
         path = os.path.relpath(DOCS / shown, here.parent)
         anchor = f"#__codelineno-0-{line_of(target, symbol)}" if symbol else ""
         markdown = f"{markdown[: match.start()]}]({path}{anchor}){markdown[match.end() :]}"
@@ -130,6 +130,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Let links to numbered lines be checked: mkdocs does not look for anchors in blocks of code."""
+    """Add anchors for the linked lines, since mkdocs finds none in code blocks."""
     page.present_anchor_ids |= set(re.findall(r'"(__codelineno-[\d-]+)"', html))
     return html

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "tessera"
 OUT = ROOT / "docs" / "images" / "layers.svg"
 
-#: From top to bottom: a package imports packages of lower rows only. "tessera" is the public face, `tessera/__init__.py`.
+#: Packages from top to bottom; each imports only packages of lower rows. "tessera" is the public interface,
+#: `tessera/__init__.py`.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("lab",),
     ("cli",),
@@ -35,7 +36,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("modules for all",),
 )
-#: Packages by their names of version 0.1, and what they are called now.
+#: Names of packages in version 0.1, and their present names.
 OLD_NAMES = {"associative": "tensor_cache", "attachment": "adapters", "spatial": "tensor_memory"}
 #: Single modules that every package may import; among them only `state` and `finite` import another.
 FOR_ALL = (
@@ -59,7 +60,7 @@ EXCEPTIONS = {
     ("tessera.cache.cache", "attention"): "a cache switches a model's attention over to the tiers when it is made",
 }
 
-#: What is in a package, in a line of the picture; and the column where it stands.
+#: The caption of each package in the picture, and its column.
 WORDS = {
     "lab": ("training, tasks, studies", 1),
     "cli": ("the command tessera", 1),
@@ -78,7 +79,7 @@ WORDS = {
 
 
 class Import(NamedTuple):
-    """One import: the module that has it, its line, what it imports, and the packages of both."""
+    """An import: the importing module, its line, the imported name, and the packages of both."""
 
     module: str
     line: int
@@ -88,7 +89,7 @@ class Import(NamedTuple):
 
 
 def package_of(module: str) -> str:
-    """The name in `ORDER` of the package that a module such as "tessera.cache.spec" belongs to."""
+    """Return the name in `ORDER` of the package that a module such as "tessera.cache.spec" belongs to."""
     parts = module.split(".")
     if len(parts) == 1:
         return parts[0]
@@ -102,7 +103,7 @@ def package_of(module: str) -> str:
 
 
 def _names(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """Line and name of all that a file imports, wherever in it; strings that are names of modules count as imports too."""
+    """Yield line and name of all imports of a file, in functions too; strings that are module names count as imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -111,16 +112,16 @@ def _names(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[in
             if node.level:
                 parts = module.split(".")
                 base = ".".join([*parts[: len(parts) - node.level + is_package], *filter(None, [node.module])])
-            # `from tessera import cache` imports a package, `from tessera import Cache` the face.
+            # `from tessera import cache` imports a package, `from tessera import Cache` the public interface.
             yield from ((node.lineno, f"{base}.{alias.name}" if base == "tessera" else base) for alias in node.names)
         elif isinstance(node, ast.Constant) and re.fullmatch(r"tessera(\.\w+)+\.?", str(node.value)):
             name = str(node.value).rstrip(".")
-            if package_of(name) != "tessera":  # names of the face, as "tessera.attach", are what messages speak of
+            if package_of(name) != "tessera":  # strings with public names, such as "tessera.attach", are text of messages
                 yield node.lineno, name
 
 
 def imports() -> list[Import]:
-    """What the files of one package import of another, also in functions, for type checkers and by name."""
+    """Return the imports between packages, including those in functions, for type checkers and by name."""
     found = []
     for path in sorted(SOURCE.rglob("*.py")):
         parts = path.relative_to(SOURCE.parent).with_suffix("").parts
@@ -134,10 +135,10 @@ def imports() -> list[Import]:
 
 
 def rank(package: str) -> int:
-    """The row of a package in `ORDER`.
+    """Return the row of a package in `ORDER`.
 
     Raises:
-        ValueError: if the order does not have it.
+        ValueError: if the package is not in it.
     """
     for row, packages in enumerate(ORDER):
         if package in packages:
@@ -161,7 +162,7 @@ WIDTH, HEIGHT, WIDE, GAP_X, GAP_Y, LEFT, TOP = 190, 52, 760, 60, 38, 35, 76
 
 
 def _box(name: str) -> tuple[int, int]:
-    """Left and top of a box."""
+    """Return the left and top of a box."""
     rows = [row for row in ORDER if any(package in WORDS for package in row)]
     row = next(i for i, packages in enumerate(rows) if name in packages)
     return LEFT + WORDS[name][1] * (WIDTH + GAP_X), TOP + row * (HEIGHT + GAP_Y)
@@ -175,7 +176,7 @@ def _arrow(points: list[tuple[float, float]], up: bool) -> str:
 
 
 def _route(a: str, b: str, up: bool) -> list[tuple[float, float]]:
-    """The corners of an arrow from box to box."""
+    """Return the corners of an arrow between two boxes."""
     (ax, ay), (bx, by) = _box(a), _box(b)
     middle = WIDTH / 2
     if up and ax == bx:
@@ -199,7 +200,7 @@ def _text(x: float, y: float, words: str, size: int = 12, style: str = "") -> st
 
 
 def picture() -> str:
-    """The picture as SVG."""
+    """Return the picture as SVG."""
     centred = ' text-anchor="middle"'
     down, up = arrows()
     bottom = max(_box(name)[1] for name in WORDS) + HEIGHT + GAP_Y

@@ -1,6 +1,6 @@
-"""Draw a token's life: where a cache keeps it as it ages, and what a query reads.
+"""Draw the tiers that a token passes through as it ages, and what a query reads of each.
 
-Writes docs/images/token_life.svg. The sizes in it are those of the codec, per number of a key or a value.
+Writes docs/images/token_life.svg. Sizes are bits per element of a key or a value, as the codec has them.
 
 Example:
 
@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 OUT = Path(__file__).resolve().parent / "images" / "token_life.svg"
-#: Wong's colours, which people who see colours otherwise tell apart too, lightened where text stands on them.
+#: Wong's colour-blind safe palette, lightened behind text.
 EXACT, PACKED, MATRIX, LINE = "#BFE0F5", "#FCE0A6", "#CFE9DF", "#222222"
 READ, MOVE = "#0072B2", "#D55E00"
-#: Of the whole picture, in inches at 100 dots each.
+#: Size of the picture in inches, at 100 dots per inch.
 SIZE = (8.4, 4.5)
 
 
 def box(axes: Any, left: float, bottom: float, width: float, height: float, colour: str, title: str, words: str) -> None:
-    """A tier."""
+    """Draw the box of a tier."""
     from matplotlib.patches import FancyBboxPatch
 
     shape = FancyBboxPatch((left, bottom), width, height, "round,pad=0,rounding_size=0.08", fc=colour, ec=LINE, lw=1)
@@ -33,13 +33,13 @@ def box(axes: Any, left: float, bottom: float, width: float, height: float, colo
 
 
 def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], colour: str, style: str = "-") -> None:
-    """An arrow from point to point."""
+    """Draw an arrow between two points."""
     how = {"arrowstyle": "-|>,head_width=0.22,head_length=0.4", "color": colour, "lw": 1.6, "ls": style}
     axes.annotate("", end, start, arrowprops={**how, "shrinkA": 0, "shrinkB": 0})
 
 
 def draw(path: Path) -> None:
-    """Draw the picture; the kind of the file is that of its name."""
+    """Draw the picture; the suffix of the file decides its format."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,7 +90,7 @@ def draw(path: Path) -> None:
 
 
 def main() -> None:
-    """Draw it."""
+    """Draw the picture from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
     draw(parser.parse_args().out)

@@ -1,4 +1,4 @@
-"""Three questions about one text, to any server that speaks OpenAI's protocol: two at once, then a third.
+"""Ask three questions about one text, two at once and then a third, on any server with OpenAI's protocol.
 
 Example:
 
@@ -15,7 +15,7 @@ from openai import AsyncOpenAI
 
 
 async def ask(client: AsyncOpenAI, model: str, name: str, text: str, question: str) -> None:
-    """Stream an answer, and print it with what the server says of the tokens."""
+    """Stream an answer, and print it with the token counts that the server reports."""
     stream = await client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": f"{text}\n\n{question}"}],
