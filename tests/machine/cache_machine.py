@@ -22,6 +22,7 @@ from torch import Tensor
 import tessera
 from tessera.adapters import attached_memory
 from tessera.attention import attention_forward
+from tessera.cache.per_layer import parse
 from tessera.tensor_cache import TensorCacheConfig
 from tessera.tensor_memory import TensorMemoryConfig
 
@@ -40,7 +41,7 @@ class Kind:
         spec, prefill: arguments of the cache.
         model: "" for random keys and values, passed to the attention function without a model; "plain" for a
             Llama; "sliding" for one whose layers see `SLIDING` slots (a Mistral); "tc", "tc-rotary", "tc-wedge", "tc-paper" or
-            "tm" for a Llama with that memory.
+            "tm" for a Llama of two layers with that memory.
     """
 
     spec: str
@@ -56,9 +57,14 @@ class Kind:
         return 160 if self.model == "tm" else 260 if self.model.startswith("tc") else 420
 
     @property
+    def padding_only(self) -> bool:
+        """Whether masks may hide padding only, because a memory cannot remove what it has read."""
+        return self.model == "tm" or (self.model.startswith("tc") and bool(parse(self.spec).codecs))
+
+    @property
     def tolerance(self) -> float:
         """Return the maximum error of a token, relative to the root mean square of all. Rounding may change single codes."""
-        return 3e-3 if Rules.of(self.spec).codecs else 1e-3 if self.model.startswith("t") else 1e-5
+        return 3e-3 if parse(self.spec).codecs else 1e-3 if self.model.startswith("t") else 1e-5
 
 
 EXACT = [Kind(spec) for spec in ("dense", "window:20", "sink:2 + window:20", "sink:5 + window:64")]
@@ -88,8 +94,34 @@ TENSOR_CACHES = [
     Kind("sink:2 + window:16 + tc", model="tc-wedge"),
     Kind("window:16 + tc", model="tc-paper"),
 ]
-TENSOR_MEMORIES = [Kind(spec, model="tm") for spec in ("dense", "sink:2 + window:20")]
-KINDS = [*EXACT, *LOSSY, *PAIRS, *CHAINS, *LLAMAS, *SLIDING_LAYERS, *TENSOR_CACHES, *TENSOR_MEMORIES]
+#: Exact, quantised, and then written into the matrix.
+DISSOLVED = [
+    Kind(spec, model="tc-rotary")
+    for spec in ("sink:2 + hqmq:4@64 + recent:16 + tc", "sink:2 + hqmq:4@64 + (k=q8_0,v=hqmq:3)@64 + recent:8 + tc")
+]
+TENSOR_MEMORIES = [
+    Kind(spec, model="tm")
+    for spec in (
+        "dense",
+        "sink:2 + window:20",
+        "sink:2 + hqmq:4@64 + hqmq:3 + recent:8",
+        "{0: sink:2 + hqmq:5@64 + recent:16; *: sink:4 + (k=q8_0,v=hqmq:3) + recent:8}",
+    )
+]
+#: A spec for each layer.
+PER_LAYER = [Kind("{0: sink:2 + hqmq:4@64 + recent:8 + tc; *: sink:2 + window:16 + tc}", model="tc-rotary")]
+KINDS = [
+    *EXACT,
+    *LOSSY,
+    *PAIRS,
+    *CHAINS,
+    *LLAMAS,
+    *SLIDING_LAYERS,
+    *TENSOR_CACHES,
+    *DISSOLVED,
+    *TENSOR_MEMORIES,
+    *PER_LAYER,
+]
 
 
 @memoised
@@ -202,7 +234,7 @@ class CacheMachine(RuleBasedStateMachine):
         layers, sliding = [], SLIDING if kind.model == "sliding" else None
         for index in range(len(self.cache.layers)):
             memory = done.layers[index] if done is not None and done.kind == "TensorCache" else None
-            rules = Rules.of(kind.spec, kind.prefill, sliding, index)
+            rules = Rules.of(kind.spec, kind.prefill, sliding, index, len(self.cache.layers))
             layers.append(LayerOracle(rules, memory, tuple((i + DIM // 2) % DIM for i in range(DIM))))
         self.truth = LlamaOracle(self.model, layers, done if kind.model == "tm" else None)
         self.begin_anew()
@@ -315,8 +347,7 @@ class CacheMachine(RuleBasedStateMachine):
         return visible, mask, positions
 
     def structured(self, layout: Layout) -> str:
-        # A Tensor Memory supports padding only.
-        return "causal" if self.kind.model == "tm" else layout.structure
+        return "causal" if self.kind.padding_only else layout.structure
 
     def mask(self, visible: Tensor, real: Tensor, document: Tensor, layout: Layout) -> Tensor | None:
         # A form is used only for masks that it can express.
@@ -423,7 +454,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.again()
 
     @then_a_call(how=st.sampled_from(("file", "copy", "original", "device")), n=st.integers(1, 70))
-    def carry(self, how: str, n: int) -> None:
+    def keep(self, how: str, n: int) -> None:
         """Apply operations that do not change a cache's contents."""
         if how == "file":
             self.save_and_load()

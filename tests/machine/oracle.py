@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tessera import codecs
-from tessera.cache.spec import BLOCK, parse
+from tessera.cache.per_layer import layer_specs, parse
+from tessera.cache.spec import BLOCK
 from tessera.codecs.channel_stats import KeyStats
 
 #: Additional exact tokens of a cache that records its past.
@@ -31,7 +32,7 @@ class Rules:
     Attributes:
         sink, recent, window: fields of `tessera.cache.spec.Spec`.
         codecs: also from there, and `limits`: the maximum number of tokens of each.
-        matrix: whether tokens that leave the window are written into a Tensor Cache.
+        matrix: whether tokens that leave the window, or the last codec, are written into a Tensor Cache.
         packed_prefill: whether a call's queries read the tokens that it quantises in quantised form.
         sliding: size of the model's own sliding window in slots, which the mask applies; None: no window.
         layer: its index, for codebooks that differ by layer.
@@ -58,13 +59,18 @@ class Rules:
         return self.limits[-1] if self.limits else None
 
     @property
+    def dissolves(self) -> bool:
+        """The Tensor Cache is written what the last codec gives back of the tokens that leave it."""
+        return self.matrix and self.window is None
+
+    @property
     def by_document(self) -> bool:
         """Whether each document has its own window and sinks."""
         return self.window is not None and self.sliding is None
 
     @staticmethod
-    def of(text: str, prefill: str = "exact", sliding: int | None = None, layer: int = 0) -> Rules:
-        spec = parse(text)
+    def of(text: str, prefill: str = "exact", sliding: int | None = None, layer: int = 0, layers: int = 1) -> Rules:
+        spec = layer_specs(parse(text), layers)[layer]
         used, limits = tuple(codecs.get(name) for name, _ in spec.codecs), tuple(limit for _, limit in spec.codecs)
         # A layer with a sliding window needs neither sinks outside of it nor more exact tokens than it sees.
         sink, recent = (spec.sink, spec.recent) if sliding is None else (0, min(spec.recent, sliding - 1))
@@ -88,6 +94,7 @@ class Row:
         stats: key statistics, once they are fixed.
         begins: for a window, the place of the first token of each token's document.
         matrices: for a window, the matrix (kv_heads, head_dim, head_dim) after each token, and the number of pairs written.
+        dissolved: behind codecs, the matrix; None: nothing has been written.
     """
 
     real: tuple[bool, ...]
@@ -102,6 +109,7 @@ class Row:
     stats: KeyStats | None = None
     begins: tuple[int, ...] = ()
     matrices: tuple[tuple[Tensor, int], ...] = ()
+    dissolved: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -132,7 +140,7 @@ class LayerOracle:
     Args:
         rules: rules of its cache.
         memory: the model's `TensorCacheLayer`, whose parameters are read, for a spec with "tc".
-        partner: for each channel of a key, its partner in the rotary embedding.
+        partner: of each channel of a key the one that the model's rotary embedding mixes it with.
     """
 
     def __init__(self, rules: Rules, memory: Any = None, partner: tuple[int, ...] | None = None) -> None:
@@ -180,8 +188,8 @@ class LayerOracle:
                 out[b, new] = self._attend(row, given.q[b, :, new].float(), self._visible(row, seen, old))
                 if self.rules.matrix:
                     queries = (given.q if given.bare_q is None else given.bare_q)[b, :, new].float()
-                    row, read[b, new] = self._recall(row, queries, old)
-            self.rows[b] = self._settle(row, spare)
+                    row, read[b, new] = self._recall(row, self._asked(queries), old)
+            self.rows[b] = self._end(row, spare, row.tokens > old)
         return out, read
 
     def _visible(self, row: Row, seen: Tensor, old: int) -> Tensor:
@@ -214,37 +222,51 @@ class LayerOracle:
 
     def _recall(self, row: Row, q: Tensor, old: int) -> tuple[Row, Tensor]:
         """Run the recurrence for each token: a pair leaves the window, is written to the matrix, and the query reads."""
+        nothing, matrices, reads = torch.zeros(*row.k.shape[::2], row.k.shape[2]), list(row.matrices), []
+        if self.rules.dissolves:
+            a = nothing if row.dissolved is None else row.dissolved
+            return row, torch.stack([(each.unflatten(0, (a.shape[0], -1)) @ a).flatten(0, 1) for each in q.unbind(1)])
         assert self.rules.window is not None
+        for place in range(old, row.tokens):
+            begin, leaves = row.begins[place], place - self.rules.window
+            a, count = matrices[-1] if place > begin else (nothing, 0)
+            before = a
+            if leaves - begin >= self.rules.sink:
+                a, count = self._written(a, row.bare[:, leaves], row.v[:, leaves]), count + 1
+            matrices.append((a, count))
+            grouped = q[:, place - old].unflatten(0, (a.shape[0], -1))
+            reads.append((grouped @ (a if self.memory.config.order == "write_first" else before)).flatten(0, 1))
+        return replace(row, matrices=tuple(matrices)), torch.stack(reads)
+
+    def _asked(self, q: Tensor) -> Tensor:
+        """Queries as the matrix is asked them."""
+        return q / q.norm(dim=-1, keepdim=True).clamp(min=1e-12) if self.memory.config.normalise_queries else q
+
+    def _written(self, a: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The matrix once it has taken a pair in. key, value: (kv_heads, head_dim)."""
         config, memory = self.memory.config, self.memory.memory
         decay, rate = (x.detach()[:, None, None] for x in (memory.decay, memory.write_rate))
         if config.rule == "delta":
             rate = torch.minimum(rate, decay)
-        if config.normalise_queries:
-            q = q / q.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        matrices, reads = list(row.matrices), []
-        for place in range(old, row.tokens):
-            begin, leaves = row.begins[place], place - self.rules.window
-            a, count = matrices[-1] if place > begin else (torch.zeros(*row.k.shape[::2], row.k.shape[2]), 0)
-            before = a
-            if leaves - begin >= self.rules.sink:
-                k, v = row.bare[:, leaves, :, None], row.v[:, leaves, None] * config.value_scale
-                if config.normalise_keys:
-                    k = k / k.norm(dim=1, keepdim=True).clamp(min=1e-12)
-                if config.rule == "delta":
-                    v = v - k.mT @ a
-                pair = k @ v
-                a, count = decay * a + rate * (pair - pair.mT if config.rule == "wedge" else pair), count + 1
-            matrices.append((a, count))
-            grouped = q[:, place - old].unflatten(0, (a.shape[0], -1))
-            reads.append((grouped @ (a if config.order == "write_first" else before)).flatten(0, 1))
-        return replace(row, matrices=tuple(matrices)), torch.stack(reads)
+        k, v = key[..., None], value[:, None] * config.value_scale
+        if config.normalise_keys:
+            k = k / k.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        if config.rule == "delta":
+            v = v - k.mT @ a
+        pair = k @ v
+        return decay * a + rate * (pair - pair.mT if config.rule == "wedge" else pair)
 
-    def _settle(self, row: Row, spare: int) -> Row:
-        """Quantise, pass on and drop the oldest tokens after a call."""
+    def _end(self, row: Row, spare: int, called: bool = False) -> Row:
+        """Quantise, pass on and drop the oldest tokens after a call, or after a crop, which writes nothing into a matrix."""
         row = self._pass_on(self._quantise(row, spare))
         held, limit = (row.passed[-1] if row.passed else row.quantised) - row.dropped, self.rules.limit
-        if limit is not None and held > limit:
-            row = replace(row, dropped=row.dropped - (limit - held) // BLOCK * BLOCK)
+        if limit is not None and held > limit and (called or not self.rules.dissolves):
+            before, row = row.dropped, replace(row, dropped=row.dropped - (limit - held) // BLOCK * BLOCK)
+            if self.rules.dissolves:
+                a = torch.zeros(*row.k.shape[::2], row.k.shape[2]) if row.dissolved is None else row.dissolved
+                for place in range(before, row.dropped):
+                    a = self._written(a, row.k[:, place], row.v[:, place])
+                row = replace(row, dissolved=a)
         return replace(row, kept=max(row.kept, row.dropped, self._oldest(row.real) - spare))
 
     def _oldest(self, real: tuple[bool, ...]) -> int:
@@ -311,7 +333,7 @@ class LayerOracle:
             return False
         if rules.by_document and (row.begins[rest - 1] if rest else 0) != row.begins[-1]:
             return True
-        if rules.matrix and row.matrices[-1][1] != (row.matrices[rest - 1][1] if rest else 0):
+        if rules.matrix and not rules.dissolves and row.matrices[-1][1] != (row.matrices[rest - 1][1] if rest else 0):
             return True
         # Only those of a codec's tokens are needed that the crop exposes.
         oldest = rest if rules.limit is not None else self._oldest(real)
@@ -340,8 +362,9 @@ class LayerOracle:
                 stats=row.stats if rest else None,  # an empty row begins anew
                 begins=row.begins[:rest],
                 matrices=row.matrices[:rest],
+                dissolved=row.dissolved if rest else None,
             )
-            self.rows[b] = self._settle(cut, 0)
+            self.rows[b] = self._end(cut, 0)
 
     def select(self, rows: list[int]) -> None:
         """Replace row i by row rows[i]."""
@@ -358,7 +381,7 @@ class LayerOracle:
         # Only whole blocks are dropped; a matrix still needs a pair that leaves the window at a step; and a sliding window
         # may be counted in slots or in tokens.
         slack = 0 if rules.window is None else BLOCK + int(rules.matrix)
-        if rules.matrix and (self.recording or self.expecting):
+        if rules.matrix and not rules.dissolves and (self.recording or self.expecting):
             slack += RECORDED  # pairs that left at tokens that may be cropped have not been written yet
         slack = slack if rules.sliding is None else 2 * BLOCK + rules.sliding
         least = most = 0
@@ -407,10 +430,10 @@ class LlamaOracle:
                 (h @ linear.weight.T).view(batch, n, -1, config.head_dim).transpose(1, 2)
                 for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            turned_q, turned_k = (_rotated(y, positions, config) for y in (q, k))
+            rotated_q, rotated_k = (_rotated(y, positions, config) for y in (q, k))
             # The matrix gets keys without rotary phase, unless it is configured to keep it.
             bare = (q, k) if oracle.memory is not None and not oracle.memory.config.rotary else (None, None)
-            out, read = oracle.step(Given(turned_q, turned_k, v, visible, *bare))
+            out, read = oracle.step(Given(rotated_q, rotated_k, v, visible, *bare))
             x = x + out.flatten(2) @ attention.o_proj.weight.T
             if oracle.rules.matrix:
                 x = x + torch.sigmoid(oracle.memory.gate_logit) * (read.flatten(2) @ oracle.memory.out.weight.T)
@@ -466,7 +489,7 @@ def _rms(x: Tensor, norm: Any) -> Tensor:
 
 
 def _rotated(x: Tensor, positions: Tensor, config: Any) -> Tensor:
-    """Rotate the halves of x, (batch, heads, n, head_dim), by position · θ^(-2i / head_dim)."""
+    """x: (batch, heads, n, head_dim); its halves rotated by position · θ^(-2i / head_dim)."""
     half = x.shape[-1] // 2
     theta = config.rope_parameters["rope_theta"]
     angle = positions[:, None, :, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
