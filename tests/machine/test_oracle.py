@@ -24,7 +24,8 @@ def oracle(name: str, spec: str) -> LlamaOracle:
     model = model_of(name)
     done = attached_memory(model)
     memories = done.layers if done is not None and name != "tm" else {}
-    layers = [LayerOracle(Rules.of(spec, layer=i), memories.get(i)) for i in range(model.config.num_hidden_layers)]
+    count = model.config.num_hidden_layers
+    layers = [LayerOracle(Rules.of(spec, layer=i, layers=count), memories.get(i)) for i in range(count)]
     return LlamaOracle(model, layers, done if name == "tm" else None)
 
 
