@@ -13,7 +13,7 @@ class Rows {
     // kept.
     void find(const Unit& unit, int number, const uint8_t** to) const {
         prefetch(unit.codes + AHEAD * UNIT * bytes_, UNIT * bytes_);
-        if (unit.count >= UNIT && (exact_ || (unit.count - UNIT) * bytes_ >= SLACK)) {  // usual, and worth the few instructions
+        if (unit.count >= UNIT && (exact_ || (unit.count - UNIT) * bytes_ >= SLACK)) {  // nearly always: the checks below are a tenth of the work
             for (int j = 0; j < UNIT; ++j) to[j] = unit.codes + j * bytes_;
             return;
         }
