@@ -40,12 +40,12 @@ def write(model: Any, tokenizer: Any, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    # transformers requires a merge; this one joins bytes that never occur in UTF-8.
-    tokens[tokens.index("ÿ")] = "ĀĀ"
+    # transformers requires merges, older versions more than one; these take the places of bytes that never occur in UTF-8.
+    tokens[tokens.index("ÿ")], tokens[tokens.index("þ")] = "ĀĀ", "āā"
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if token == "<s>" else TokenType.NORMAL for token in tokens])
-    writer.add_token_merges(["Ā Ā"])
+    writer.add_token_merges(["Ā Ā", "ā ā"])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_add_bos_token(True)
     state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}

@@ -73,8 +73,8 @@ def test_the_promises_name_tests_that_there_are(request: pytest.FixtureRequest) 
     if len({file for file, _ in items}) < 60:
         pytest.skip("the counts can be compared where all tests are collected only")
     for row, wanted in zip(noted, module.rows(items), strict=True):
-        # The number of kernel cases depends on the processor.
-        if "tests/kernels" not in row["tests"] and row["promise"] != "everything else":
+        # The number of kernel cases depends on the processor, that of families on the version of transformers.
+        if not {"tests/kernels", "tests/test_every_family.py"} & {*row["tests"]} and row["promise"] != "everything else":
             assert row == wanted, "run python benchmarks/reliability.py, then python benchmarks/tables.py"
 
 
@@ -118,7 +118,9 @@ def test_the_picture_of_a_tokens_life_is_what_its_script_draws(tmp_path: Path) -
 
     drawn, kept = (tmp_path / "life.svg").read_text(encoding="utf-8"), module.OUT.read_text(encoding="utf-8")
     if f"Matplotlib v{matplotlib.__version__}" in kept:  # other versions of matplotlib write other numbers
-        assert drawn == kept
+        # Names of clip paths are hashes of numbers that NumPy rounds.
+        one, other = (re.sub(r"\bp[0-9a-f]{10}\b", "path", text) for text in (drawn, kept))
+        assert one == other
 
 
 def test_every_document_is_in_the_navigation() -> None:
