@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from tokenizers.processors import ByteLevel
 from typer.testing import CliRunner
 
 from gguf_files import write
@@ -19,6 +22,12 @@ def model_file(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     path = tmp_path_factory.mktemp("gguf") / "small.gguf"
     source = load(str(small_model))
     write(source.model, source.tokenizer, path)
+    try:
+        load(str(path))
+    except ValueError as error:
+        if "upgrade transformers" in str(error):
+            pytest.skip(str(error))
+        raise
     return path
 
 
@@ -33,6 +42,19 @@ def test_a_file_is_the_model_that_it_was_written_from(small_model: Path, model_f
         torch.testing.assert_close(found.model(ids).logits, wanted.model(ids).logits)
     assert found.model.dtype == torch.float32
     assert not found.model.training
+
+
+def test_a_tokenizer_that_lost_the_first_token_of_texts_is_refused(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = transformers.AutoTokenizer.from_pretrained
+
+    def without_first(*args: Any, **options: Any) -> Any:
+        tokenizer = read(*args, **options)
+        tokenizer.backend_tokenizer.post_processor = ByteLevel()
+        return tokenizer
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", without_first)
+    with pytest.raises(ValueError, match=r"leaves out token 0, with which texts begin .*small\.gguf; upgrade transformers"):
+        load(str(model_file))
 
 
 def test_a_folder_with_one_file_is_that_model(model_file: Path, tmp_path: Path) -> None:

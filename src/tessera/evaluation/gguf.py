@@ -34,7 +34,8 @@ def load_gguf(file: Path, dtype: Any) -> tuple[Any, Any]:
         dtype: dtype of the unpacked weights, or "auto".
 
     Raises:
-        ValueError: if a package is missing, or the file is damaged or holds something else.
+        ValueError: if a package is missing, the file is damaged or holds something else, or transformers reads its tokenizer
+            without the token that texts begin with.
     """
     _check(file)
     import transformers
@@ -55,7 +56,23 @@ def load_gguf(file: Path, dtype: Any) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, **where)
     except Exception as error:  # Readers of a binary format raise all kinds of errors on damaged bytes.
         raise _refusal(file, error) from error
+    first = _first_token(file)
+    if first is not None and tokenizer("a")["input_ids"][:1] != [first]:
+        raise ValueError(
+            f"transformers {transformers.__version__} leaves out token {first}, with which texts begin by the tokenizer in "
+            f"{file}; upgrade transformers"
+        )
     return model, tokenizer
+
+
+def _first_token(file: Path) -> int | None:
+    """Return the token that the file's tokenizer puts before a text, or None."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    fields = [reader.get_field(f"tokenizer.ggml.{name}") for name in ("add_bos_token", "bos_token_id")]
+    adds, token = (None if field is None else int(field.parts[field.data[0]][0]) for field in fields)
+    return token if adds else None
 
 
 def gguf_config(file: Path) -> Any:
