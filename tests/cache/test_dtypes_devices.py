@@ -188,7 +188,7 @@ def test_a_cache_that_was_reset_is_saved_and_loaded_as_a_new_one(tmp_path: Path)
 
 
 def states(model: Any, cache: Any) -> list[Tensor]:
-    """The floating-point tensors of what a memory carries, but for keys and values of the model that wait."""
+    """The floating-point tensors of what a memory keeps, but for keys and values of the model that wait."""
     if attached_memory(model).kind == "TensorMemory":
         found = [state for stream in streams(cache) for _, state in stream.groups]
         return [x for state in found if state is not None for x in state.tensors().values()]

@@ -86,7 +86,7 @@ def giant_keys() -> tuple[Tensor, Tensor]:
 def agreement(a: Tensor, b: Tensor) -> float:
     """Share of elements that are equal to within float32 rounding.
 
-    Sums in another order may settle a tie between two codewords the other way, so a rare element may differ by more.
+    Sums in another order may break a tie between two codewords the other way, so a rare element may differ by more.
     """
     size = torch.maximum(a.float().abs(), b.float().abs())
     # The rounding of a vector is that of its largest number: a rotation spreads it.

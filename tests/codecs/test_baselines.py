@@ -36,7 +36,7 @@ def mixed(*shape: int) -> Tensor:
 
 
 def is_close(found: Tensor, wanted: list[list[float]], share: float = 1.0) -> None:
-    """Equal to float32 rounding, at least this share of them (where rounding can settle a tie)."""
+    """Equal to float32 rounding, at least this share of them (where rounding can break a tie)."""
     expected = np.array(wanted).reshape(found.shape)
     unit = np.abs(expected).max(-1, keepdims=True)
     assert (np.abs(found.double().numpy() - expected) <= 1e-5 * unit + 1e-12).mean() >= share
@@ -150,14 +150,14 @@ def test_llama_cpp_blocks_byte_for_byte(name: str, role: Role) -> None:
     assert kept.shape == (2, 2, 30, 2, size)
     blocks = [write(v[i : i + 32]) for v in vectors(x) for i in (0, 32)]
     same = [bytes(row) == block for row, block in zip(kept.reshape(-1, size), blocks, strict=True)]
-    assert np.mean(same) > 0.98  # the last bit of a product may settle a tie
+    assert np.mean(same) > 0.98  # the last bit of a product may break a tie
     read_back = [[*read(bytes(row[0])), *read(bytes(row[1]))] for row in kept.reshape(-1, 2, size)]
     is_close(p.decode(), read_back)
     is_close(p.decode(), [[*read(write(v[:32])), *read(write(v[32:]))] for v in vectors(x)], 0.995)
 
 
 @pytest.mark.parametrize(("name", "most"), [("q4_0", -8.0), ("q8_0", 127.0)])
-def test_llama_cpp_settles_ties_as_its_reference_does(name: str, most: float) -> None:
+def test_llama_cpp_breaks_ties_as_its_reference_does(name: str, most: float) -> None:
     # d is 1, so that halves are exact.
     write, _, _ = FORMATS[name]
     x = torch.arange(-7.5, 8.5, 0.5)
@@ -170,9 +170,9 @@ def test_llama_cpp_settles_ties_as_its_reference_does(name: str, most: float) ->
 def test_rotated_blocks_are_the_blocks_of_the_rotated_vectors(name: str) -> None:
     write, read, _ = FORMATS[name]
     x = mixed(2, 2, 30, 64)
-    turn = rotation(64)
-    turned = torch.tensor([[*read(write(v[:32])), *read(write(v[32:]))] for v in vectors(x @ turn.T)])
-    is_close(get(name).encode(x).decode(), (turned @ turn).double().tolist(), 0.99)
+    basis = rotation(64)
+    rotated = torch.tensor([[*read(write(v[:32])), *read(write(v[32:]))] for v in vectors(x @ basis.T)])
+    is_close(get(name).encode(x).decode(), (rotated @ basis).double().tolist(), 0.99)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("q4_0", 4.5), ("q8_0", 8.5)])
@@ -211,11 +211,11 @@ def test_scalar_levels_are_those_of_max() -> None:
 
 def scalar_oracle(x: np.ndarray, bits: int) -> np.ndarray:
     levels = normal_levels(bits).double().numpy()
-    turned = rotation(len(x)).double().numpy() @ x
-    norm = np.linalg.norm(turned)
+    rotated = rotation(len(x)).double().numpy() @ x
+    norm = np.linalg.norm(rotated)
     if norm == 0:
-        return 0 * turned
-    chosen = levels[np.abs(turned[:, None] / norm * len(x) ** 0.5 - levels).argmin(1)]
+        return 0 * rotated
+    chosen = levels[np.abs(rotated[:, None] / norm * len(x) ** 0.5 - levels).argmin(1)]
     scale = half(norm / np.linalg.norm(chosen))
     return scale * chosen @ rotation(len(x)).double().numpy()
 

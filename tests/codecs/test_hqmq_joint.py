@@ -1,4 +1,4 @@
-"""``hqmq:b``, secondaries that carry the radius: against comparing every codeword, and against the error it must keep to."""
+"""``hqmq:b``, secondaries that contain the radius: against comparing every codeword, and against the error it must keep to."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_the_shipped_joint_codebook_is_what_the_script_makes() -> None:
         assert sorted(file.files) == ["nmse", "secondary", "step"]
         assert make_codebooks.measure(8, file["secondary"], float(file["step"])) == pytest.approx(float(file["nmse"]), rel=1e-4)
         assert file["secondary"].dtype == np.int16
-        # Lloyd's algorithm may carry a last bit on to the next; a unit is a fiftieth of a typical number.
+        # Lloyd's algorithm may pass a last bit on to the next; a unit is a fiftieth of a typical number.
         assert np.abs(secondary - file["secondary"]).max() <= 1
         assert step == pytest.approx(float(file["step"]), rel=1e-3)
 

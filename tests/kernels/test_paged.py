@@ -274,7 +274,7 @@ def test_tokens_that_were_drafted_in_vain_leave_no_trace(backend: str) -> None:
     while done < 150:
         end = min(150, done + 30)
         keep = min(end, done + 7)
-        # Tokens behind `keep` are drafts that are turned down: the next step writes others in their place.
+        # Tokens behind `keep` are drafts that are rejected: the next step writes others in their place.
         for i, x in enumerate((engine.q, engine.k, engine.v)):
             x[0] = torch.cat((right[i][:keep], wrong[i][keep:]))
         got.append(engine.step([(done, end)], backend)[0][: keep - done])

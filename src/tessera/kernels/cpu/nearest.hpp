@@ -1,6 +1,6 @@
 // Nearest codeword of a joint codebook: the tables that the search reads, see nearest_index.cpp, and the search, nearest_impl.hpp.
 //
-// A chunk is turned by an element of the group, which permutes codewords, into a region of space that is 1/24 or 1/288 of it, see
+// A chunk is rotated by an element of the group, which permutes codewords, into a region of space that is 1/24 or 1/288 of it, see
 // kernels/nearest.py. The region is cut into cubes, whose edges are powers of two of the codebook's step; of each the cube's cells
 // are halved as often as pays. A cell lists the codewords that are nearest for any of its points, as bytes relative to its centre,
 // so that one load fetches a candidate.
@@ -14,7 +14,7 @@ namespace tessera {
 struct Group {
     uint8_t product[24][24];
     uint8_t inverse[24];
-    uint8_t turn_unit[12];      // for each outcome of the reduction by rotations the unit g of z = conj(g)·v·g
+    uint8_t reduction_unit[12];      // for each outcome of the reduction by rotations the unit g of z = conj(g)·v·g
     uint8_t rotation_unit[12];  // the order of rotations u·s·conj(u) in the codebook,
     uint8_t unit_rotation[24];  // and the number of each unit's
 };
@@ -103,7 +103,7 @@ using Nearest = void (*)(const Search& s);
 void vector_codes(const Index& index, Nearest nearest, const VectorCodes& s, int64_t begin, int64_t end);
 
 // The best product 24 s + p of n chunks (n, 4): the one of the largest projection; that projection, and it, are given back.
-// turns: (size, 4, 4), of x·conj(s), see kernels/directions.py.
-void nearest_product(const float* turns, int size, const float* x, int64_t n, int32_t* code, float* projection);
+// matrices: (size, 4, 4), of x·conj(s), see kernels/directions.py.
+void nearest_product(const float* matrices, int size, const float* x, int64_t n, int32_t* code, float* projection);
 
 }  // namespace tessera
