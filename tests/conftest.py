@@ -1,8 +1,8 @@
-"""The tests' random numbers, small real models on disk, and which tests need more than a CPU and some seconds.
+"""Seeds of all tests, small models on disk, and marks of tests that need more than a CPU and a few seconds.
 
-Every test has random inputs of its own, the same in every run: its name says where the global generators begin. A failing
-test says its seed; TESSERA_TEST_SEED=N changes the seeds of all, and lets Hypothesis try other examples. A helper that must
-draw the same twice within a test begins the test's sequence again: ``torch.manual_seed(torch.initial_seed())``.
+Every test has its own random inputs, the same in every run: its name determines the seed of the global generators. A failing
+test prints its seed; TESSERA_TEST_SEED=N changes all seeds, also Hypothesis's examples. A helper that must draw the same
+numbers twice within a test resets the seed: ``torch.manual_seed(torch.initial_seed())``.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: threads of several would only wait for each other. Subprocesses inherit it.
+    # Workers share the cores, so more threads would only wait for each other. Subprocesses inherit the setting.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # Triton decides when it is imported whether it interprets, and other packages import it.
+    # Triton reads this when it is imported, and other packages import it.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 SEED = os.environ.get("TESSERA_TEST_SEED", "")
 
-# Without a seed Hypothesis tries the same examples in every run.
+# Derandomised, Hypothesis tries the same examples in every run.
 hypothesis.settings.register_profile("tessera", derandomize=not SEED, print_blob=True)
 hypothesis.settings.load_profile("tessera")
 
 
 def seed_of(test: str) -> int:
-    """Where the generators begin in the test with this node id."""
+    """Return the seed of the test with this node id."""
     return zlib.crc32((SEED + test).encode())
 
 
 class TorchRandom:
-    """PyTorch's global generator as Hypothesis handles generators: every example begins where the test did."""
+    """PyTorch's global generator for Hypothesis: every example starts with the test's seed."""
 
     def __init__(self) -> None:
         self.start = 0
@@ -96,7 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with random weights and a tokenizer of bytes, as a folder."""
+    """Save a Llama with random weights and a byte tokenizer in a folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -128,7 +128,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with two thousand characters of text."""
+    """Write a file with two thousand characters of text."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(70)), encoding="utf-8")
     return path

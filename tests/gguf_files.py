@@ -1,4 +1,4 @@
-"""A small Llama of transformers written as a GGUF file, as llama.cpp's converter writes it."""
+"""Write a small Llama of transformers as a GGUF file, as llama.cpp's converter does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter, TokenType
 
-#: Names of the parts of a layer: in transformers, in a GGUF file.
+#: Names of a layer's weights in transformers and in a GGUF file.
 PARTS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -40,7 +40,7 @@ def write(model: Any, tokenizer: Any, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    # transformers wants a merge: of two bytes that no text has side by side, for a byte that UTF-8 has not.
+    # transformers requires a merge; this one joins bytes that never occur in UTF-8.
     tokens[tokens.index("ÿ")] = "ĀĀ"
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
@@ -65,6 +65,6 @@ def write(model: Any, tokenizer: Any, path: Path) -> None:
 
 
 def _interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows in llama.cpp's order: the two of a rotary pair are neighbours there, and half a head apart in transformers."""
+    """Reorder rows as llama.cpp does: a rotary pair is adjacent there, and half a head apart in transformers."""
     heads = weight.shape[0] // head_dim
     return np.ascontiguousarray(weight.reshape(heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape))

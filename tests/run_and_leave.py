@@ -1,7 +1,7 @@
-"""Run a script as one process of several, and end the process at once behind it: ``run_and_leave.py SCRIPT ARGUMENTS``.
+"""Run a script as one process of several, and exit immediately after it: ``run_and_leave.py SCRIPT ARGUMENTS``.
 
-At the end of an ordinary process the destructors of process groups can wait for a thread that waits for the interpreter's lock
-(github.com/pytorch/pytorch/issues/56297, in Gloo): on a busy machine one of many such processes then never ends.
+When an ordinary process exits, the destructors of process groups can wait for a thread that waits for the interpreter's lock
+(github.com/pytorch/pytorch/issues/56297, in Gloo); on a busy machine some of these processes then never exit.
 """
 
 from __future__ import annotations

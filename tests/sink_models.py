@@ -1,4 +1,4 @@
-"""Small models whose first token is an attention sink, and the same without."""
+"""Small models whose first token is an attention sink, and the same models without."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def make(sink: bool, vocabulary: int = 257, bos: int = 0) -> Any:
-    """A Llama of two layers and random weights in evaluation mode.
+    """Make a Llama of two layers with random weights in evaluation mode.
 
     Args:
-        sink: the keys of `bos` have a part that all queries look for, so that it draws most of their attention.
+        sink: whether the key of `bos` has a component that all queries match, so that it gets most of their attention.
         vocabulary: number of tokens.
         bos: the token that becomes the sink; it must be the first of a text.
     """
@@ -35,14 +35,14 @@ def make(sink: bool, vocabulary: int = 257, bos: int = 0) -> Any:
     if not sink:
         return model
     with torch.no_grad():
-        # Two channels of the residual stream that nothing else writes: one says "anything", the other "the first token".
+        # Two channels of the residual stream are reserved: one marks every token, the other the first token.
         model.model.embed_tokens.weight[:, :2] = torch.tensor([1.0, 0.0])
         model.model.embed_tokens.weight[bos, :2] = torch.tensor([1.0, 8.0])
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[:2] = 0
             layer.mlp.down_proj.weight[:2] = 0
             attention = layer.self_attn
-            # The slowest pair of the rotary embedding hardly turns, so distance does not matter.
+            # The slowest pair of the rotary embedding hardly rotates, so distance does not matter.
             for weight, channel, size in ((attention.q_proj.weight, 0, 4.0), (attention.k_proj.weight, 1, 4.0)):
                 for head in range(weight.shape[0] // 32):
                     weight[head * 32 + 15] = 0

@@ -1,4 +1,4 @@
-"""The kernels that define attention over parts, against softmax written out."""
+"""The kernels that define attention over parts agree with an explicit softmax."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCALE = 0.3
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """seen: (..., queries, keys) bool."""
+    """Compute attention explicitly. seen: (..., queries, keys) bool."""
     group = q.shape[1] // k.shape[1]
     k, v = k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
     scores = q.double() @ k.transpose(-1, -2) * SCALE
@@ -84,7 +84,7 @@ def test_exact(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_queries_over_exact_keys_run_in_cpp(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (x.to(dtype) for x in inputs(2, 300, 4))
-    k = torch.cat((k, k), dim=2)[:, :, 100:400]  # strided, as a ring is
+    k = torch.cat((k, k), dim=2)[:, :, 100:400]  # strided, like a ring buffer
     wanted = attend_exact(q, k, v, AttendParams(SCALE))
     monkeypatch.setattr(dispatch.reference, "attend_exact", None)
     assert dispatch.exact_family(q, k, v, AttendParams(SCALE)) == "cpu"

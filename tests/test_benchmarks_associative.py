@@ -1,4 +1,4 @@
-"""The benchmarks of the Tensor Cache measure what they say."""
+"""The benchmarks of the Tensor Cache measure what they claim."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def test_a_long_stream_neither_breaks_nor_drifts(rule: str, benchmark: Any) -> N
         assert row["finite"]
         assert row["share_of_bound"] <= 1
         assert row["float32_error"] < 1e-5
-    # What decays by less than bfloat16 resolves does not decay in it.
+    # A decay smaller than bfloat16's resolution has no effect in bfloat16.
     last = {row["decay"]: row["bfloat16_error"] for row in rows if row["steps"] == 3000}
     assert last[0.99999] > 100 * 1e-5

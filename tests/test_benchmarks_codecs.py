@@ -1,4 +1,4 @@
-"""The benchmark of the codecs: what it prints and writes, and that its verdicts are computed."""
+"""The benchmark of the codecs prints and writes its results, and computes its verdicts from them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """What a quick run prints, and what it writes."""
+    """Return the output and the JSON of a quick run."""
     path = tmp_path_factory.mktemp("results") / "new" / "codec_error.json"
     command = [sys.executable, str(SCRIPT), "--quick", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
@@ -101,7 +101,7 @@ def test_a_bar_that_does_not_hold_is_reported(run: tuple[str, dict[str, Any]], s
     assert changed("hqmq:4", bits=4.14) == [False, True, False]
     assert changed("hqmq:3", nmse=0.0291) == [True, False, True]
     assert changed("kivi:2", nmse=0.03, bits=3.0) == [True, True, False]
-    assert changed("fp8", nmse=1e-9) == [True, True, True]  # of more than five bits
+    assert changed("fp8", nmse=1e-9) == [True, True, True]  # with more than five bits
     few = script.bars([r for r in rows if r.spec in ("hqmq:4", "kivi:2")])
     assert [bar.holds for bar in few] == [True, False]
     assert "nothing of hqmq has so few bits" in few[1].sentence

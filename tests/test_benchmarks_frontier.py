@@ -1,4 +1,4 @@
-"""What every policy loses and recalls for its bytes: what is read again, what is written, and that a cut run goes on."""
+"""The frontier benchmark repeats the right passages, writes its results, and resumes."""
 
 from __future__ import annotations
 

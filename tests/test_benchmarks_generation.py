@@ -1,4 +1,4 @@
-"""Generation of a pretrained model is measured with every kind of cache that there is."""
+"""Generation of a pretrained model is measured with every kind of cache."""
 
 from __future__ import annotations
 

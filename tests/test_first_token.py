@@ -1,4 +1,4 @@
-"""Models whose first token is an attention sink, and what is said about caches that compress it."""
+"""Caches that compress the first token warn on models in which it is an attention sink."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models in GGUF files: they load as they are, and what cannot be loaded is said in one line."""
+"""Models in GGUF files load correctly, or are refused in one line."""
 
 from __future__ import annotations
 

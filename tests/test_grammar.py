@@ -1,4 +1,4 @@
-"""Every specification of the project is read by one grammar, and a mistake is named with what would be right."""
+"""One grammar reads all specifications, and names a mistake and its correction."""
 
 from __future__ import annotations
 

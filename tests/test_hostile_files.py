@@ -1,7 +1,7 @@
-"""Files that were damaged, or made to do harm: each is refused in one line that names it, or holds something valid.
+"""A damaged or malicious file is refused in one line that names it, or contains something valid.
 
-Nothing may be allocated from a number in a file before it is checked, no other exception than ValueError may come out, and
-nothing may hang. What is loaded after all is used once.
+Numbers in a file are checked before memory is allocated from them, only ValueError may be raised, and nothing may hang.
+Whatever is loaded is used once.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from tessera.tensor_cache import TensorCache, TensorCacheConfig
 from tessera.tensor_cache.infini import Infini
 from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
 
-#: Bytes that loading a file of some kilobytes may take at once.
+#: Maximum bytes that loading a file of some kilobytes may allocate at once.
 MOST = 32 << 20
-#: Seconds that a case may take, on a machine that others use too.
+#: Maximum seconds of a case, also on a busy machine.
 LONG = 20
 
 TC = TensorCacheConfig(window=24, sink=3, slots=2, top_k=1, slow=(0.9, 0.5), normalise_read=True)
@@ -60,7 +60,7 @@ CODECS = ("hqmq:3", "hqmq:o21_r3", "hqmq:s24_r3_med3", "q4_0", "q8_0:norot", "in
 
 
 class Kind(NamedTuple):
-    """How a file is written, read, and what was read is used."""
+    """A kind of file: functions that write it, read it, and use its contents."""
 
     path: Path
     load: Callable[[Path], Any]
@@ -84,7 +84,7 @@ def llama(memory: Any = None) -> Any:
 
 
 def step(model: Any, cache: tessera.Cache) -> None:
-    """One token more for every row."""
+    """Run one more token for every row."""
     cache.report()
     layer = cache.layers[0]
     rows, stream, mask = layer.batch or 1, state_of(layer, TENSOR_MEMORY), None
@@ -94,7 +94,7 @@ def step(model: Any, cache: tessera.Cache) -> None:
         try:
             model(torch.ones(rows, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache)
         except ValueError as error:
-            # Of keys and values that are too large the model makes numbers that a Tensor Memory does not take.
+            # Keys and values that are too large give inputs that a Tensor Memory refuses.
             if stream is None or "tokens must be finite" not in str(error):
                 raise
 
@@ -108,7 +108,7 @@ def read_once(model: Any) -> None:
 
 
 def decode(packed: Packed) -> None:
-    if packed.shape[3] < 1e4:  # the rotation of a vector that is longer takes more than the vector
+    if packed.shape[3] < 1e4:  # rotating a longer vector takes more memory than the vector
         assert packed.decode().shape == packed.shape
         assert packed.decode().isfinite().all()
 
@@ -132,7 +132,7 @@ def make(folder: Path) -> dict[str, Kind]:
         with torch.no_grad():
             model(ids, attention_mask=mask, past_key_values=cache)
         if name == "cache-tm":
-            cache.crop(-3)  # so that something is to be read again
+            cache.crop(-3)  # so that tokens must be read again
         cache.save(folder / name)
         found[name] = Kind(
             folder / name,
@@ -185,7 +185,7 @@ def make(folder: Path) -> dict[str, Kind]:
     return found
 
 
-# What is done to files
+# Kinds of damage
 
 NUMBERS = (
     -1,
@@ -228,7 +228,7 @@ OTHERS = (
     [10**12],
     {"a": 1},
 )
-#: Put into a header as text, where JSON writes none of them.
+#: Inserted into a header as text, because JSON cannot express them.
 RAW = ("NaN", "-Infinity", "1e999", "9" * 5000, "[" * 100_000, '"\\ud800"', '"' + "y" * 9000 + '"')
 MARK = "@@mark@@"
 DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool, torch.float8_e5m2)
@@ -254,7 +254,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def changed(table: Any, rng: random.Random) -> str:
-    """A table as JSON with some of its values, or of its structure, changed."""
+    """Change some values, or the structure, of a JSON object."""
     table = copy.deepcopy(table)
     raw = None
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -290,7 +290,7 @@ def changed(table: Any, rng: random.Random) -> str:
 
 
 def flip(content: bytes, rng: random.Random) -> bytes:
-    """Some bytes changed, often in the header."""
+    """Change some bytes, often in the header."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8, 64))):
         data[rng.randrange(min(len(data), rng.choice((16, 400, len(data)))))] = rng.choice((0, 255, 128, rng.randrange(256)))
@@ -298,7 +298,7 @@ def flip(content: bytes, rng: random.Random) -> bytes:
 
 
 def cut(content: bytes, rng: random.Random) -> bytes:
-    """A part is missing, or there is something behind."""
+    """Remove a part, or append something."""
     what = rng.randrange(3)
     at = rng.randrange(len(content) + 1)
     if what == 0:
@@ -307,7 +307,7 @@ def cut(content: bytes, rng: random.Random) -> bytes:
 
 
 def lie_about_tensors(content: bytes, rng: random.Random) -> bytes:
-    """The header of safetensors itself is changed."""
+    """Change the header of safetensors itself."""
     header, data = split(content)
     about = header.pop("__metadata__", {})
     text = changed(header, rng)
@@ -317,7 +317,7 @@ def lie_about_tensors(content: bytes, rng: random.Random) -> bytes:
 
 
 def lie_in_words(content: bytes, rng: random.Random) -> bytes:
-    """What the file says about itself is changed, in the JSON within the header where there is some."""
+    """Change the file's metadata, including the JSON within the header."""
     header, data = split(content)
     about = header["__metadata__"]
     key = rng.choice(sorted(about))
@@ -329,7 +329,7 @@ def lie_in_words(content: bytes, rng: random.Random) -> bytes:
 
 
 def other_tensors(content: bytes, rng: random.Random) -> bytes:
-    """Tensors of other shapes and dtypes, with other numbers, too few and too many."""
+    """Replace tensors by ones of other shapes, dtypes and values, and remove or add some."""
     from safetensors.torch import load, save
 
     tensors, about = load(content), split(content)[0]["__metadata__"]
@@ -369,7 +369,7 @@ def other_tensors(content: bytes, rng: random.Random) -> bytes:
 
 
 def other_archive(content: bytes, rng: random.Random) -> bytes:
-    """An archive whose arrays have other headers, are missing, or are Python objects."""
+    """Write an archive whose arrays have other headers, are missing, or are Python objects."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
         names = old.namelist()
@@ -390,7 +390,7 @@ def other_archive(content: bytes, rng: random.Random) -> bytes:
                 elif what == 2:
                     data = data[: rng.randrange(len(data))]
                 elif what == 3:
-                    data = data[:start] + bytes(50_000_000)  # packed into some kilobytes
+                    data = data[:start] + bytes(50_000_000)  # compressed to some kilobytes
                 else:
                     header = (
                         f"{{'descr': {descr}, 'fortran_order': {rng.choice((True, False, 3))}, 'shape': {shape}, }}\n".encode()
@@ -401,7 +401,7 @@ def other_archive(content: bytes, rng: random.Random) -> bytes:
 
 
 class Bounded(TorchDispatchMode):
-    """No tensor of more than `MOST` bytes is made."""
+    """A mode in which no tensor of more than `MOST` bytes may be made."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -412,7 +412,7 @@ class Bounded(TorchDispatchMode):
 
 
 def outcome(kind: Kind, path: Path) -> str:
-    """Read a file and use what it holds: "loaded", or the message with which it was refused; anything else raises."""
+    """Read a file and use its contents. Return "loaded", or the message of the refusal; anything else raises."""
     begin = time.monotonic()
     tracemalloc.start()
     try:
@@ -435,7 +435,7 @@ def outcome(kind: Kind, path: Path) -> str:
 
 
 def fuzz(kinds: dict[str, Kind], folder: Path, seed: int, count: int) -> dict[str, int]:
-    """Damage `count` files, each in a way that its number and the seed say."""
+    """Damage `count` files, each in a way determined by its number and the seed."""
     met = {"loaded": 0, "refused": 0}
     contents = {name: kind.path.read_bytes() for name, kind in kinds.items()}
     for number in range(count):
@@ -474,13 +474,13 @@ def test_ten_thousand_hostile_files_are_refused_or_hold_something_valid(kinds: d
     assert met["refused"] > 5000
 
 
-# Lies of which each part fits the others
+# Consistent forgeries
 
 Lie = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 
 def told(content: bytes, key: str, lie: Callable[[Any, dict[str, Tensor]], None]) -> bytes:
-    """A file whose words under `key` (JSON; all of them where it is empty) and tensors are changed."""
+    """Change the metadata under `key` (JSON; all of it if empty) and the tensors of a file."""
     from safetensors.torch import load, save
 
     about, tensors = split(content)[0]["__metadata__"], load(content)
@@ -490,7 +490,7 @@ def told(content: bytes, key: str, lie: Callable[[Any, dict[str, Tensor]], None]
 
 
 def everywhere(**changes: Any) -> Lie:
-    """In every layer of a cache: numbers are added, everything else replaces."""
+    """Change every layer of a cache: numbers are added, other values replaced."""
 
     def lie(words: dict[str, Any], _: dict[str, Tensor]) -> None:
         for layer in words["layers"]:
@@ -503,7 +503,7 @@ def everywhere(**changes: Any) -> Lie:
 
 
 def along(**changes: Any) -> Lie:
-    """Of what a Tensor Memory has read, in every layer."""
+    """Change the state of a Tensor Memory in every layer."""
     return lambda words, _: [layer["tensor_memory"].update(changes) for layer in words["layers"]] and None
 
 
@@ -516,7 +516,7 @@ def without(part: str) -> Lie:
 
 
 def twice(part: str) -> Lie:
-    """Two matrices where the memory has one."""
+    """Write two matrices for a memory that has one."""
 
     def lie(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for name in tensors:
@@ -531,7 +531,7 @@ def config(**changes: Any) -> Lie:
 
 
 def no_tokens(shape: tuple[int, ...]) -> Lie:
-    """Nothing packed, in absurd dimensions that multiply to nothing."""
+    """Write empty packed tensors with huge dimensions whose product is zero."""
 
     def lie(words: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         words["shape"] = ",".join(map(str, shape))

@@ -1,4 +1,4 @@
-"""Packages import what lies below them, and nothing of the core imports the lab."""
+"""Packages import only lower packages, and the core does not import the lab."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_exceptions_are_still_needed(layers: Any) -> None:
 def test_the_core_does_not_import_the_lab(layers: Any) -> None:
     found = [each for each in layers.imports() if each.target == "lab"]
     assert {each.module for each in found} == {"tessera.cli.app", "tessera.models"}
-    # One line of the command: its own commands of the lab.
+    # The command line imports the lab's commands in one line.
     assert [each.name for each in found if each.module == "tessera.cli.app"] == ["tessera.lab.cli"]
 
 
@@ -71,7 +71,7 @@ def test_every_way_to_import_is_noticed(layers: Any, line: str, noticed: str | N
 
 
 def test_no_two_files_have_the_same_name(layers: Any) -> None:
-    """So that a name says what its file holds, in a search as in a traceback."""
+    """A file name is thus unambiguous in searches and tracebacks."""
     names = Counter(path.name for path in layers.SOURCE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
     assert [name for name, count in names.items() if count > 1] == []
 
@@ -101,7 +101,7 @@ def _fresh(script: str) -> None:
     ],
 )
 def test_importing_tessera_is_enough(expression: str) -> None:
-    """And it imports no torch before something is used, nor the lab afterwards."""
+    """Importing tessera loads torch only on first use, and never the lab."""
     _fresh(
         f"import sys, tessera; assert 'torch' not in sys.modules; {expression}; "
         "assert not any(name.startswith('tessera.lab') for name in sys.modules)"

@@ -1,4 +1,4 @@
-"""Layers measured one by one: each is given what the exact model computed, and its weights are compared with the exact ones."""
+"""Per-layer measurement gives each layer the exact model's inputs, and compares attention weights with the exact ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import cache_models
 
 
 def recorded(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Queries, keys and values of every layer of a Llama, made by its own modules from the inputs of each layer."""
+    """Return queries, keys and values of every layer of a Llama, computed by its modules from the layer's inputs."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     hidden = model(ids, use_cache=False, output_hidden_states=True).hidden_states
@@ -72,7 +72,7 @@ def test_while_streaming_only_what_is_older_is_quantised() -> None:
         p, k_ = weights(q, k), codecs.get("q4_0").encode(k, "key", layer).decode()
         for start in range(0, 200, 50):
             mixed = k.clone()
-            # Whole blocks behind the sinks, once 32 newer tokens have been read in earlier calls.
+            # Whole blocks after the sinks, once 32 newer tokens have been read in earlier calls.
             end = 4 + max(0, start - 4 - 32) // 64 * 64
             mixed[:, :, 4:end] = k_[:, :, 4:end]
             own = slice(start, start + 50)

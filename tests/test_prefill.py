@@ -1,4 +1,4 @@
-"""A text read once and kept in a file: `tessera prefill`, `tessera generate --from`, and what is refused."""
+"""`tessera prefill` reads a text into a file, `tessera generate --from` continues it, and unsuitable files are refused."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_file_says_what_it_is_of(small_model: Path, prompt: Path, tmp_path: 
     with safe_open(path, "pt") as file:
         assert file.metadata()[SEAL] != OPEN
         assert not any(tensor.dtype == torch.int64 for tensor in map(file.get_tensor, file.keys()))  # no tokens of the text
-    # It is a saved cache like any other, too.
+    # The file is also an ordinary saved cache.
     assert tessera.Cache.load(path, source.model).get_seq_length() == count
 
 

@@ -1,4 +1,4 @@
-"""What the project says about itself in several files agrees: versions, ranges of dependencies, what CI runs."""
+"""Versions, dependency ranges and CI commands agree between the project's files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
 def pins(name: str) -> dict[str, set[str]]:
-    """The versions that a file of constraints names, by package."""
+    """Return the pinned versions of a constraints file, by package."""
     found: dict[str, set[str]] = {}
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):

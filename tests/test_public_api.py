@@ -1,4 +1,4 @@
-"""The public names: others write against these, so a change here is a change for them."""
+"""The public names are fixed here, because users' code depends on them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_name_is_there() -> None:
 
 
 def test_codecs_can_be_used_without_transformers() -> None:
-    """They import torch only; a process that has used one has not loaded transformers."""
+    """Codecs import torch only; a process that has used one has not loaded transformers."""
     script = (
         "import sys, torch, tessera.codecs as c; p = c.get('hqmq:3').encode(torch.randn(1, 1, 2, 64)); p.decode(); "
         "sys.exit('transformers' in sys.modules)"

@@ -1,4 +1,4 @@
-"""The laws of the 24 units."""
+"""The 24 units form the group that the codecs assume."""
 
 import torch
 from hypothesis import given, settings
@@ -64,7 +64,7 @@ def test_multiplying_by_a_unit_is_an_isometry() -> None:
 def test_nearest_unit_is_exact(x: list[float]) -> None:
     v, u = torch.tensor(x), Q.units()
     products = u @ v
-    # Equal to brute force up to ties, which float32 sums may break either way.
+    # Equal to brute force up to ties, which float32 sums may resolve either way.
     assert products[Q.nearest_unit(v)] >= products.max() - 1e-5 * v.abs().sum() - 1e-30
     assert torch.isclose(Q.unit_projection(v), products.max(), rtol=1e-5, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""A test that stands still fails, says where, and does not hold up the others."""
+"""A test that hangs fails, prints its stack, and does not block the others."""
 
 from __future__ import annotations
 

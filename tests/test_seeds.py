@@ -1,4 +1,4 @@
-"""A failing test says its seed, and TESSERA_TEST_SEED changes the random numbers of every test."""
+"""A failing test prints its seed, and TESSERA_TEST_SEED changes the random numbers of every test."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_draws_for_examples(n):
 
 
 def run(folder: Path, seed: str | None, *chosen: str) -> str:
-    """What pytest prints, without how long it took."""
+    """Return pytest's output without durations."""
     environment = {name: value for name, value in os.environ.items() if name != "TESSERA_TEST_SEED"}
     if seed is not None:
         environment["TESSERA_TEST_SEED"] = seed
@@ -50,10 +50,10 @@ def test_seeds_are_of_the_test_printed_and_changed_by_the_environment(tmp_path: 
     assert len(set(drawn)) == 2, first
     assert len(lines(first, "seed: ")) == 3
     assert examples
-    # Every example begins where the test does.
+    # Every example starts with the test's seed.
     assert len({line.split()[-1] for line in examples}) == 1
     for word in ("drawn", "example ", "seed: "):
         assert not set(lines(other, word)) & set(lines(first, word))
-    # A test draws the same in every run, by itself or among others.
+    # A test draws the same numbers in every run, alone or with others.
     assert lines(run(tmp_path, None, "test_it.py::test_draws_too"), "drawn") == drawn[1:]
     assert "TESSERA_TEST_SEED=1" in other

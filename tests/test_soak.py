@@ -1,4 +1,4 @@
-"""Streams far longer than what is kept: memory does not grow, and nothing that comes out is infinite."""
+"""In streams far longer than the cache, memory does not grow and results stay finite."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tessera.tensor_cache import TensorCacheConfig
 from tessera.tensor_memory import TensorMemoryConfig
 
 TOKENS, WARM, CALL = 200_000, 50_000, 500
-#: Tokens between two looks at the memory.
+#: Tokens between two measurements of memory.
 LOOK = 5_000
-#: Bytes by which the process may grow behind the first `WARM` tokens.
+#: Maximum growth of the process in bytes after the first `WARM` tokens.
 GROWTH = 8 << 20
 
 
@@ -68,8 +68,8 @@ def test_memory_is_flat_and_outputs_are_finite_over_a_long_stream(spec: str, att
             gc.collect()
             held.append(cache.report().nbytes)
             resident.append(process.memory_info().rss)
-    # What is packed in groups comes and goes, so the cache breathes, but within what it was while it was warmed up.
+    # Packing in groups makes the cache's size vary, but within its range during warm-up.
     few = len(held) // 4
     assert max(held[-few:]) <= max(held[:few])
-    # The least of many looks, for what calls need for a moment comes and goes too.
+    # The minimum of many measurements, since temporary memory of calls varies too.
     assert min(resident[-few:]) - min(resident[:few]) < GROWTH, [size >> 20 for size in resident[::10]]

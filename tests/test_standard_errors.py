@@ -1,4 +1,4 @@
-"""Standard errors of means over tokens that resemble their neighbours."""
+"""Standard errors of means account for correlation between neighbouring tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tessera.evaluation.standard_errors import standard_error
 
 
 def spread_of_means(values: torch.Tensor) -> float:
-    """Standard deviation of the mean over texts. values: (texts, windows, tokens)."""
+    """Return the standard deviation of the mean over texts. values: (texts, windows, tokens)."""
     return float(values.mean((1, 2)).std())
 
 

@@ -1,4 +1,4 @@
-"""The Python of every tutorial and how-to page, and of the README, runs as it stands, from top to bottom."""
+"""The Python code of the README and of every tutorial and how-to page runs from top to bottom."""
 
 from __future__ import annotations
 

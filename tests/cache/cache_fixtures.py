@@ -1,4 +1,4 @@
-"""A codec of the tests' own, and the codecs that the tests of the cache run with."""
+"""The codecs that the tests of the cache run with, and a codec that exists for tests only."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ GROUPED = Grouped.spec
 if "grouped" not in codecs.names():
     registry.register("grouped", (GROUPED,))(lambda argument: Grouped())
 
-#: One spec of each real codec that there is, and the tests' own.
+#: One specification of each kind of codec, and the tests' own.
 CODECS = [GROUPED, *(spec for spec in ("int:4", "kivi:4", "hqmq:4") if spec.split(":")[0] in codecs.names())]

@@ -29,7 +29,7 @@ from transformers import (
 VOCAB = 97
 MIXED = ["sliding_attention", "full_attention"]
 
-#: How a sequence may be cut into calls: a long first one, steps of one, and a chunk in the middle.
+#: Ways to split a sequence into calls: a long first call, steps of one token, and a chunk in the middle.
 CUTS = (170, 1, 1, 30, 1, 70, 1)
 
 _COMMON: dict[str, Any] = {
@@ -86,7 +86,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def make(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A model in evaluation mode, with weights large enough that attention matters."""
+    """Make a model in evaluation mode, with weights large enough for attention to matter."""
     config_class, model_class, arguments = FAMILIES[family]
     config = config_class(**{**arguments, "initializer_range": 0.1, **changes})
     with torch.random.fork_rng():
@@ -95,7 +95,7 @@ def make(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: A
 
 
 def tokens(rows: int, count: int) -> torch.Tensor:
-    """(rows, count) random tokens that are neither padding nor the end."""
+    """Draw (rows, count) random tokens that are neither padding nor the end."""
     return torch.randint(3, VOCAB, (rows, count))
 
 
@@ -108,7 +108,7 @@ def logits(
     mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Logits of all positions when the calls are cut so. mask: (rows, slots), 0 for padding, for all slots up to the last."""
+    """Return the logits of all positions for these calls. mask: (rows, slots), 0 for padding, for all slots up to the last."""
     out = []
     start = 0 if mask is None else mask.shape[1] - ids.shape[1]
     for part in ids.split(list(cuts), dim=1):
@@ -122,10 +122,10 @@ def logits(
 
 
 def padding(pads: tuple[int, ...], count: int) -> torch.Tensor:
-    """The mask of rows that begin with so much padding, `count` slots long."""
+    """Return a mask of `count` slots for rows that begin with these lengths of padding."""
     return (torch.arange(count) >= torch.tensor(pads)[:, None]).long()
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Root mean square of the difference, over that of what is wanted."""
+    """Return the root mean square error relative to the root mean square of the expected values."""
     return float(((found - wanted).square().mean() / wanted.square().mean()).sqrt())

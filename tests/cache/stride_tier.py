@@ -1,4 +1,4 @@
-"""A tier of one's own: `stride:4` keeps every fourth token that leaves the tier before it, exactly, and drops the rest."""
+"""An example of a user-defined tier: `stride:4` keeps every fourth token that leaves the tier before it, and drops the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tessera.cache.tiers import ExactTier, KVSource, Pairs, Tier
 
 
 class StrideTier(Tier):
-    """The first of every `step` tokens, which stands for all of them."""
+    """A tier that keeps the first of every `step` tokens, unquantised."""
 
     keeps_tokens = False
 

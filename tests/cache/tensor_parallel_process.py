@@ -1,4 +1,4 @@
-"""What each process does in `test_tensor_parallel.py`; run by torchrun, and by itself as the model in one piece."""
+"""Program of each process in `test_tensor_parallel.py`: torchrun starts it for each rank; run alone, it has the whole model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPECS = ("dense", "sink:4 + int:4 + recent:32", "sink:4 + hqmq:4 + recent:32", "
 
 
 def generate(model: Any, cache: tessera.Cache) -> list[list[int]]:
-    """Tokens behind two prompts, one of which is padded."""
+    """Generate after two prompts, one of which is padded."""
     torch.manual_seed(0)
     ids = torch.randint(3, 97, (2, 300))
     mask = torch.ones_like(ids)
@@ -31,7 +31,7 @@ def generate(model: Any, cache: tessera.Cache) -> list[list[int]]:
 
 
 def refused(call: Any) -> str:
-    """What the error says that a call ends with."""
+    """Return the message of the error that a call raises."""
     try:
         call()
     except ValueError as error:
@@ -40,7 +40,7 @@ def refused(call: Any) -> str:
 
 
 def main(folder: Path, out: Path) -> None:
-    """Generate with every cache; write what came out, by process."""
+    """Generate with every cache, and write the results by process."""
     rank, spread = int(os.environ.get("RANK", "0")), "RANK" in os.environ
     found: dict[str, Any] = {"tokens": {}, "own": {}, "all": {}}
     options: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def main(folder: Path, out: Path) -> None:
     assert tessera.Cache.load(path, model).report().elements == cache.report().elements
     for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert other.report() == cache.report()
-    # Statistics of the whole model are given to every process, which takes those of its heads.
+    # Every process gets the statistics of the whole model, and selects those of its heads.
     stats = tessera.codecs.load_stats(out / "stats.safetensors")
     cache = tessera.Cache("sink:4 + hqmq:4 + recent:32", model, stats=stats)
     found["tokens"]["stats"] = generate(model, cache)

@@ -1,4 +1,4 @@
-"""A tier that is added to the grammar by one file works like those that are there, in the place that the spec gives it."""
+"""A tier registered by one file works like the built-in tiers, in the position that the specification gives it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_words_name_it() -> None:
 
 @torch.no_grad()
 def test_queries_read_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against plain attention over the sinks, each fourth token behind them as far as blocks have left, and the rest."""
+    """The expected result is plain attention over the sinks, every fourth token that has left, and the remaining tokens."""
     given: list[tuple[Tensor, Tensor, Tensor]] = []
     model, ids = make(num_hidden_layers=1), tokens(2, 301)
     cache = tessera.Cache(SPECS[0], model)

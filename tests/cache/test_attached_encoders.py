@@ -1,4 +1,4 @@
-"""A Tensor Memory attached to encoders of images and clips: one state, handed from layer to layer."""
+"""A Tensor Memory attached to image and video encoders passes one state from layer to layer."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_it_is_attached_learns_is_saved_and_taken_away(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_state_goes_from_layer_to_layer(name: str) -> None:
-    """Against the loop written out, with a chunk that is not whole at the end of each layer."""
+    """The result equals an explicit loop, with an incomplete chunk at the end of each layer."""
     model, x = make(name)
     tessera.attach(model, CONFIG)
     done, kept = attached_memory(model), []
@@ -120,7 +120,7 @@ def test_the_state_goes_from_layer_to_layer(name: str) -> None:
 
 
 def x_of(model: Any, layers: Any, ys: list[torch.Tensor], index: int, images: torch.Tensor) -> torch.Tensor:
-    """The residual stream behind the attention of a layer, before the memory."""
+    """Return the residual stream between the attention of a layer and the memory."""
     given: list[torch.Tensor] = []
     layer = layers[index]
     norm = next(m for n, m in layer.named_children() if n in ("layernorm_after", "norm2"))
@@ -144,7 +144,7 @@ def x_of(model: Any, layers: Any, ys: list[torch.Tensor], index: int, images: to
 
 
 def tail(layer: Any, y: torch.Tensor) -> torch.Tensor:
-    """y + mlp(norm(y)) of each kind of layer."""
+    """Return y + mlp(norm(y)) for each kind of layer."""
     if hasattr(layer, "norm2"):
         return y + layer.mlp(layer.norm2.forward(y))
     normed = layer.layernorm_after.forward(y)
@@ -250,6 +250,6 @@ def test_a_call_of_an_encoder_within_another_and_one_that_stops_early_change_not
         outputs(model, x)
     hook.remove()
     assert torch.equal(outputs(model, x), wanted)
-    # By itself a layer has no state to go on with.
+    # A layer called alone has no state from an earlier layer.
     with pytest.raises(ValueError, match="layer 1 ran without layer 0 before it"), torch.no_grad():
         layers_of(model)[1](torch.randn(2, 10, 24))

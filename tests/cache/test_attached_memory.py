@@ -1,4 +1,4 @@
-"""A Tensor Cache attached to models of transformers: what it changes, what it leaves, how it streams."""
+"""A Tensor Cache attached to transformers models: what it changes, what it leaves unchanged, and streaming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = [name for name in FAMILIES if name not in ("mistral", "phi3-sliding")]
 
 
 def attached(family: str = "llama", config: TensorCacheConfig = CONFIG, trained: bool = True, **changes: Any) -> Any:
-    """A model with a memory whose output projection is no longer zero."""
+    """Make a model with a memory whose output projection is nonzero."""
     model = tessera.attach(make(family, **changes), config)
     if trained:
         torch.manual_seed(7)
@@ -80,7 +80,7 @@ def test_the_memory_matters_beyond_the_window_only() -> None:
         reading(model, False)
         off = model(ids).logits
     changed = ((on - off).abs().amax(-1)[0] > 1e-6).nonzero().flatten()
-    # The first pair that is no sink leaves when the window has moved past it.
+    # The first pair after the sinks leaves when the window has moved past it.
     assert changed.min() == CONFIG.window + CONFIG.sink
     assert len(changed) == 80 - CONFIG.window - CONFIG.sink
 

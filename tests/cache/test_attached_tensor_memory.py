@@ -1,4 +1,4 @@
-"""A Tensor Memory attached to causal models of transformers: what it changes, what it leaves, how it streams."""
+"""A Tensor Memory attached to causal transformers models: what it changes, what it leaves unchanged, and streaming."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ NAMES = [name for name in FAMILIES if name != "gpt-neox"]
 
 
 def attached(family: str = "llama", config: TensorMemoryConfig = CONFIG, **changes: Any) -> Any:
-    """A model with a memory that gives something out."""
+    """Make a model with a memory whose output is nonzero."""
     return excite(tessera.attach(make(family, **changes), config))
 
 
 def excite(model: Any) -> Any:
-    """The model, its memory with weights that matter."""
+    """Return the model after setting its memory's weights so that they have an effect."""
     shared = attached_memory(model).shared
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(7)
@@ -242,7 +242,7 @@ def test_every_so_manyth_layer_gets_one(every: int, layers: list[int]) -> None:
 
 
 def test_the_gate_and_the_place_are_the_papers() -> None:
-    """x + sigmoid(gate) memory(LayerNorm(x)) goes to the MLP and to the residual stream."""
+    """The input of the MLP and of the residual stream is x + sigmoid(gate) memory(LayerNorm(x))."""
     model = attached(config=TensorMemoryConfig.paper(channels=4, grid=(3, 3, 3)), num_hidden_layers=1)
     layer, done, kept = model.model.layers[0], attached_memory(model), {}
     layer.self_attn.register_forward_hook(lambda _, __, out: kept.update(attention=out[0]))

@@ -42,7 +42,7 @@ def test_a_token_is_in_one_tier_by_its_age() -> None:
 
 
 def test_what_is_kept_does_not_depend_on_the_cut() -> None:
-    """The first layer's keys are the same however calls are cut, and so must be what its tiers make of them."""
+    """The first layer's keys are the same however calls are cut, and so must be the contents of its tiers."""
     model, ids = make(num_hidden_layers=1), tokens(1, 600)
     wanted = fed(model, ids, (600,)).layers[0].dense()
     for cuts in ((300, 300), (64,) * 9 + (24,), (599, 1)):

@@ -1,4 +1,4 @@
-"""Exact, compressed, dissolved: a Tensor Cache behind codecs is written what they let go."""
+"""A Tensor Cache after quantised tiers is written the tokens that leave the last of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tessera.attention.observed import Call, observed
 from tessera.codecs import get
 from tessera.tensor_cache import TensorCacheConfig
 
-#: Every token's pair leaves the matrix slowly, so that all that was written can be seen in it.
+#: Slow decay, so that every written pair remains visible in the matrix.
 OPTIONS: dict[str, Any] = {"window": 24, "sink": 3, "chunk": 16, "decay": (100, 1000)}
 SPEC = "sink:3 + hqmq:4_nostats@128 + recent:16 + tc"
 
 
 def attached(config: TensorCacheConfig | None = None, **changes: Any) -> Any:
-    """A model with a memory whose output projection is no longer zero."""
+    """Make a model with a memory whose output projection is nonzero."""
     model = tessera.attach(make(**changes), config or TensorCacheConfig(**OPTIONS))
     torch.manual_seed(7)
     with torch.no_grad():

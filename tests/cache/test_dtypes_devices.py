@@ -1,4 +1,4 @@
-"""Caches and memories in whatever dtypes and on whatever devices a model computes: autocast, half precision, offloading."""
+"""Caches and memories in all dtypes and on all devices of a model: autocast, half precision, offloading."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def trained(model: Any) -> Any:
-    """The memory of a model with numbers that matter, the same for every model."""
+    """Return a memory with weights that have an effect, the same for every model."""
     numbers = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for part in attached_memory(model).modules().values():
@@ -69,7 +69,7 @@ def model_for(spec: str) -> Any:
 
 @torch.no_grad()
 def run(model: Any, cache: Any, ids: Tensor, dtypes: tuple[torch.dtype | None, ...]) -> Tensor:
-    """Logits of calls on equal parts of `ids`, each under autocast to one of `dtypes`, or without."""
+    """Return the logits of calls on equal parts of `ids`, each under autocast to one of `dtypes`, or without."""
     out = []
     for part, dtype in zip(ids.chunk(len(dtypes), dim=1), dtypes, strict=True):
         with autocast(dtype):
@@ -106,7 +106,7 @@ def test_a_cache_filled_under_autocast_is_saved_and_loaded(spec: str, mix: Any, 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("switched", [True, False])
 def test_no_token_is_rounded_to_the_dtype_of_another(switched: bool, mix: Any) -> None:
-    """Whatever comes in which order, "dense" holds what transformers' own cache holds of the same keys and values."""
+    """In any order of dtypes, "dense" stores the same keys and values as transformers' own cache."""
     model, ids = make(), tokens(2, 60)
     own, cache = DynamicCache(), tessera.Cache("dense", model)
     if not switched:
@@ -158,7 +158,7 @@ def test_scales_in_half_precision_are_joined_under_autocast_to_the_other(spec: s
 
 
 def test_a_file_says_two_dtypes_only_where_there_are_two(tmp_path: Path) -> None:
-    """So what was written before values had a dtype of their own reads as what is written now."""
+    """Files from before values had a separate dtype can therefore still be read."""
     for dtype, mix, wanted in (
         (torch.bfloat16, None, ("bfloat16", None)),
         (torch.float32, None, ("float32", None)),
@@ -188,7 +188,7 @@ def test_a_cache_that_was_reset_is_saved_and_loaded_as_a_new_one(tmp_path: Path)
 
 
 def states(model: Any, cache: Any) -> list[Tensor]:
-    """The floating-point tensors of what a memory keeps, but for keys and values of the model that wait."""
+    """Return the floating-point tensors of a memory's state, without the model's pending keys and values."""
     if attached_memory(model).kind == "TensorMemory":
         found = [state for stream in streams(cache) for _, state in stream.groups]
         return [x for state in found if state is not None for x in state.tensors().values()]
@@ -213,7 +213,7 @@ def test_memories_are_the_same_in_any_default_dtype(config: Any, default: str) -
     numbers = make().state_dict()
     with default_dtype(DTYPES[default]):
         plain = make()
-        plain.load_state_dict(numbers)  # its own were drawn in that dtype
+        plain.load_state_dict(numbers)  # its weights were drawn in that dtype
         model = tessera.attach(plain, config)
         assert {p.dtype for part in attached_memory(model).modules().values() for p in part.parameters()} == {torch.float32}
         cache = cache_for(trained(model))
@@ -283,7 +283,7 @@ def test_a_memory_of_an_offloaded_model_computes_what_it_does_in_the_whole_one(
     model = trained(tessera.attach(offloaded(make(), offload_buffers=buffers), config))
     assert {p.device.type for part in attached_memory(model).modules().values() for p in part.parameters()} == {"cpu"}
     assert torch.equal(run(model, cache_for(model), ids, (None, None)), wanted)
-    # Saved from one and loaded into the other, both ways, and known to be of the same weights.
+    # Save from each and load into the other; both have the same fingerprint of weights.
     for name, source, target in (("there", model, make()), ("back", whole, offloaded(make()))):
         tessera.save_memory(source, tmp_path / name)
         loaded = tessera.load_memory(target, tmp_path / name)
@@ -308,7 +308,7 @@ def test_the_weights_of_an_offloaded_model_are_found_once_each(tied: bool) -> No
 
 @pytest.mark.parametrize("spec", SPECS[:3])
 def test_a_model_whose_layers_device_map_has_put_apart_generates_what_it_does_in_one_place(spec: str, tmp_path: Path) -> None:
-    """On the CPU and on disk, which are the places that every machine has."""
+    """The layers are on the CPU and on disk, which every machine has."""
     whole, ids = make(), tokens(2, 150)
     whole.save_pretrained(tmp_path / "model")
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
@@ -325,7 +325,7 @@ def test_a_model_whose_layers_device_map_has_put_apart_generates_what_it_does_in
 
 
 class Hook:
-    """As accelerate puts it on a module."""
+    """A hook like those that accelerate adds to modules."""
 
     def __init__(self, device: Any) -> None:
         self.execution_device = device
@@ -351,7 +351,7 @@ def test_a_layer_whose_weights_are_all_away_and_that_no_hook_tells_of_has_no_dev
 
 @pytest.mark.parametrize("spec", ["dense", "sink:4 + window:50", "sink:4 + hqmq:3 + recent:16"])
 def test_tiers_follow_the_keys_that_they_are_given(spec: str) -> None:
-    """To the device "meta", where nothing is computed, but tensors have a place."""
+    """The test uses the device "meta", where nothing is computed but tensors have a device."""
     cache = tessera.Cache(spec, make().config)
     layer = cache.layers[0]
     k = torch.randn(2, 2, 100, 16)
@@ -370,7 +370,7 @@ def test_a_cache_that_was_moved_away_comes_back_when_it_is_gone_on_with() -> Non
     cache = tessera.Cache("sink:4 + window:50", model)
     run(model, cache, tokens(1, 70), (None,))
     layer = cache.layers[0]
-    layer.device = torch.device("meta")  # as if the model computed there
+    layer.device = torch.device("meta")  # pretend that the model runs there
     layer.offload()
     assert {x.device.type for x in layer.buffers()["recent"]} == {"cpu"}
     layer.prefetch()

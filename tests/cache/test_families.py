@@ -1,4 +1,4 @@
-"""Every family against itself with transformers' own cache."""
+"""Every family gives the same results as with transformers' own cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tessera.attention import forward, mask_unless_causal
 
 
 def both(model: Any, spec: str, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, tessera.Cache]:
-    """Logits with DynamicCache and the model's own attention, logits with ours, and our cache."""
+    """Return the logits with DynamicCache and the model's own attention, the logits with Tessera's, and Tessera's cache."""
     tessera.disable(model)
     expected = logits(model, DynamicCache(config=model.config), ids)
     cache = tessera.Cache(spec, model, **kwargs)
@@ -35,8 +35,8 @@ def test_dense_gives_the_same_logits(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_codecs_stay_close(family: str, codec: str, prefill: Any) -> None:
     expected, found, cache = both(make(family), f"sink:4 + {codec} + recent:16", tokens(2, sum(CUTS)), prefill=prefill)
-    # The widest measured: grouped:8 0.02, 0.06 where it flips an expert; 4 bits 0.30, on weights much noisier than a
-    # trained model's.
+    # The largest measured errors: grouped:8 0.02, or 0.06 where it changes an expert; 4 bits 0.30, on weights much noisier than
+    # a trained model's.
     assert relative(found, expected) < (0.1 if codec == "grouped:8" else 0.5)
     assert any(layer.held()["quantized"] for layer in cache.layers if not layer.is_sliding) or all(cache.is_sliding)
 
@@ -59,8 +59,8 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
     ids = tokens(1, sum(CUTS))
     model = make(family, dtype)
     expected, found, _ = both(model, "dense", ids)
-    # The yardstick is the distance of transformers' own result from float32, at the median of the tokens: rounding can
-    # flip an expert at some of them, and which those are differs between machines.
+    # The reference is the error of transformers' own result relative to float32, at the median token: rounding can
+    # change the expert of some tokens, and which ones differs between machines.
     wide = logits(make(family, dtype).float(), None, ids, (ids.shape[1],))
     ours, theirs = ((x - wide).square().mean(-1).median() for x in (found, expected))
     assert ours < 1.5 * theirs
@@ -81,7 +81,7 @@ def test_window_is_exact_and_never_depends_on_the_cut(family: str) -> None:
 
 
 def test_window_is_sliding_attention() -> None:
-    """With the same weights, `window:80` in a model without a window is Mistral with one of 80."""
+    """With the same weights, `window:80` on a model without a window equals Mistral with a window of 80."""
     ids = tokens(2, sum(CUTS))
     sliding = make("mistral")
     expected = logits(sliding, DynamicCache(config=sliding.config), ids)
@@ -102,7 +102,7 @@ def test_sliding_layers_stay_small(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_cache_and_with_another(family: str) -> None:
-    """An enabled model computes what it did before where our cache is not used."""
+    """An enabled model computes the same as before if Tessera's cache is not used."""
     ids = tokens(2, 120)
     mask = torch.ones_like(ids)
     mask[1, :17] = 0

@@ -1,4 +1,4 @@
-"""`generate` in all its ways, against transformers' own cache and against the model without any."""
+"""All modes of `generate` give the results of transformers' own cache and of the model without a cache."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from tessera.kernels.cpu import sources
 from versions import DRAFTS_WITH_WINDOWS, EARLY_EXIT_WITH_WINDOWS
 
 PACKED = "sink:4 + hqmq:4 + recent:16"
-#: Dense results are the same up to rounding.
+#: Dense results are equal up to rounding.
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
-#: Relative error that packing at 4 bits may cause; the widest measured is 0.09.
+#: Maximum relative error of packing at 4 bits; the largest measured is 0.09.
 NEAR = 0.2
 
 
 @dataclass(frozen=True)
 class Call:
-    """What `generate` is asked for: arguments, and a prompt of so many rows and tokens with so much padding before each row."""
+    """A call of `generate`: its arguments, and the rows, tokens and padding of its prompt."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
     rows: int = 2
@@ -40,7 +40,7 @@ class Call:
     draft: bool = False
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """Tokens and attention mask."""
+        """Return tokens and attention mask."""
         mask = padding(self.pads or (0,) * self.rows, self.prompt)
         return tokens(self.rows, self.prompt) * mask, mask
 
@@ -79,7 +79,7 @@ FAMILY_CALLS = [
 
 
 def draft_of(model: Any) -> Any:
-    """A model that agrees with `model` often, not always."""
+    """Make a draft model that often, but not always, agrees with `model`."""
     draft = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def draft_of(model: Any) -> Any:
 
 
 def run(model: Any, cache: Any, inputs: tuple[Tensor, Tensor], new: int = 80, **arguments: Any) -> Any:
-    """The result of `generate`, with logits; sampling begins with the same seed every time."""
+    """Return the result of `generate`, with logits; sampling has the same seed every time."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return model.generate(
@@ -105,7 +105,7 @@ def run(model: Any, cache: Any, inputs: tuple[Tensor, Tensor], new: int = 80, **
 
 
 def step_logits(output: Any) -> Tensor:
-    """What each returned sequence was chosen from: (steps, sequences, vocabulary)."""
+    """Return the logits from which each returned sequence was chosen, (steps, sequences, vocabulary)."""
     found = torch.stack(output.logits)
     beams = getattr(output, "beam_indices", None)
     if beams is None:
@@ -116,7 +116,7 @@ def step_logits(output: Any) -> Tensor:
 
 @torch.no_grad()
 def taught(model: Any, sequences: Tensor, mask: Tensor) -> Tensor:
-    """The model's logits without any cache for all tokens of `sequences` that `mask`, of the prompt, does not cover."""
+    """Return the model's logits without a cache for all tokens of `sequences` after the prompt, whose mask is `mask`."""
     mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
     mask = torch.nn.functional.pad(mask, (0, sequences.shape[1] - mask.shape[1]), value=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -138,7 +138,7 @@ def test_dense_generates_what_transformers_does(name: str, family: str) -> None:
 
 
 def distance(model: Any, output: Any, mask: Tensor) -> float:
-    """How far the logits that `output` was chosen from are from those of the model without any cache."""
+    """Return the relative error of the logits of `output` against the model without a cache."""
     logits = step_logits(output)
     return relative(logits, taught(model, output.sequences, mask)[-1 - len(logits) : -1])
 
@@ -157,7 +157,7 @@ def test_packed_generation_stays_close_to_the_model_without_a_cache(name: str, f
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("codec", ["hqmq:k4v3.5", "(k=q8_0,v=hqmq:4)", "(k=hqmq:4,v=hqmq:s192_r6_med3)"])
 def test_generation_with_codecs_of_keys_and_of_values_stays_close(codec: str, family: str) -> None:
-    """In the kernels where both have one, as far as these are built."""
+    """Kernels run where they are built and support both codecs."""
     model = make(family)
     inputs = Call(rows=3, pads=(0, 3, 70)).inputs()
     cache = tessera.Cache(f"sink:4 + {codec}@192 + recent:16", model)
@@ -171,7 +171,7 @@ def test_generation_with_codecs_of_keys_and_of_values_stays_close(codec: str, fa
 
 @contextmanager
 def watched(cache: tessera.Cache, name: str) -> Iterator[list[tuple[Any, ...]]]:
-    """The arguments of every call of a method of `cache`."""
+    """Record the arguments of every call of a method of `cache`."""
     seen: list[tuple[Any, ...]] = []
     method = getattr(cache, name)
     setattr(cache, name, lambda *args, **kwargs: (seen.append(args), method(*args, **kwargs))[1])
@@ -182,7 +182,7 @@ def watched(cache: tessera.Cache, name: str) -> Iterator[list[tuple[Any, ...]]]:
 @pytest.mark.parametrize("spec", ["dense", PACKED])
 @pytest.mark.parametrize("name", ["prompt lookup", "draft model"])
 def test_assisted_generation_keeps_some_drafts_and_takes_others_back(name: str, spec: str) -> None:
-    """And its tokens are those of plain greedy generation."""
+    """The tokens are also those of plain greedy generation."""
     model, call = make(), CALLS[name]
     inputs = call.inputs()
     arguments = call.arguments | ({"assistant_model": draft_of(model)} if call.draft else {})
@@ -199,8 +199,8 @@ def test_assisted_generation_keeps_some_drafts_and_takes_others_back(name: str, 
 @pytest.mark.parametrize("spec", ["dense", PACKED])
 @pytest.mark.parametrize("gaps", [False, True], ids=["no gaps", "padding between the turns"])
 @pytest.mark.parametrize("name", ["greedy", "left padding", "prompt of one token", "prompt lookup"])
-def test_a_second_prompt_goes_on_with_the_same_cache(name: str, gaps: bool, spec: str) -> None:
-    """The first is `name`, the second greedy."""
+def test_a_second_turn_goes_on_with_the_same_cache(name: str, gaps: bool, spec: str) -> None:
+    """The first turn generates as `name` says, the second greedily."""
     model, call = make(), CALLS[name]
     ids, mask = call.inputs()
     more = tokens(call.rows, 70)
@@ -242,7 +242,7 @@ def test_copies_of_a_prompts_cache_go_separate_ways(spec: str) -> None:
 @pytest.mark.parametrize("taken", [1, 30, 100])
 @pytest.mark.parametrize("spec", ["dense", PACKED, f"sink:4 + {GROUPED} + recent:16"])
 def test_what_was_cropped_leaves_no_trace(spec: str, taken: int) -> None:
-    """Also in packed tiers, except that tokens of a block that was cut have been packed once."""
+    """This includes packed tiers, except that the remaining tokens of a split block have been packed once."""
     model = make()
     ids, wrong, more = tokens(2, 200), tokens(2, taken), tokens(2, 50)
     plain, cropped = tessera.Cache(spec, model), tessera.Cache(spec, model)
@@ -351,7 +351,7 @@ def test_rows_can_be_repeated_selected_and_reordered(spec: str) -> None:
 
 @pytest.fixture
 def packed_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(query tokens, tokens read from packed tiers) of every call of the attention."""
+    """Record (query tokens, tokens read from packed tiers) of every attention call."""
     reads: list[tuple[int, int]] = []
     attend = tiers._attend
 
@@ -367,7 +367,7 @@ def test_steps_read_the_packed_tokens_as_they_are_packed(packed_reads: list[tupl
     model = make()
     run(model, tessera.Cache(PACKED, model), Call(prompt=150).inputs(), new=100)
     layers = model.config.num_hidden_layers
-    # The prompt packs 128 tokens; the step that makes the sequence 4 + 192 + 16 long packs a block more, for those after it.
+    # The prompt packs 128 tokens; the step that makes the sequence 4 + 192 + 16 long packs another block, for later steps.
     assert packed_reads == [(150, 0)] * layers + [(1, 128)] * (layers * 62) + [(1, 192)] * (layers * 37)
 
 

@@ -1,4 +1,4 @@
-"""What a result may not depend on: how the calls were cut, other rows, padding, and what comes later."""
+"""Results do not depend on how calls are split, on other rows, on padding, or on later tokens."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ LOSSY = [
     "q4_0",
 ]
 ALL = EXACT + LOSSY
-#: One of each kind of codec.
+#: One specification of each kind of codec.
 KINDS = [GROUPED, "hqmq:3", "hqmq:s96_r4_med3", "q4_0", "fp8:scaled", "int:4", "kivi:4", "scalar:4", "hqmq:k4v3"]
 
 
 def feed(cache: tessera.Cache, k: Tensor, v: Tensor, cuts: list[int]) -> None:
-    """Give a cache keys and values of a model that is not there. k, v: (layers, batch, kv_heads, tokens, head_dim)."""
+    """Add keys and values to a cache without a model. k, v: (layers, batch, kv_heads, tokens, head_dim)."""
     for keys, values in zip(k.split(cuts, 3), v.split(cuts, 3), strict=True):
         for layer in range(len(k)):
             deferred = cache.update(keys[layer], values[layer], layer)
@@ -43,12 +43,12 @@ def feed(cache: tessera.Cache, k: Tensor, v: Tensor, cuts: list[int]) -> None:
 
 
 def tolerance(spec: str) -> float:
-    """How far apart results for the same tokens may be where packed tokens were read instead of exact ones."""
+    """Return the maximum difference of results where packed tokens are read instead of exact ones."""
     return 1e-5 if spec in EXACT else 0.02 if GROUPED in spec else 0.2
 
 
 def contents(cache: tessera.Cache) -> list[Tensor | Packed]:
-    """All that is held, without the free room, whatever the pages it lies in."""
+    """Return everything that is stored, without free space, joined over pages."""
     parts = [part.held for layer in cache.layers for group in layer.groups for part in group.chain.sources()]
     return [x for held in parts for x in (joined(held) if isinstance(held, CompressedKV) else held)]
 
@@ -62,7 +62,7 @@ def joined(held: CompressedKV) -> list[Packed]:
 def test_what_is_held_does_not_depend_on_the_cut(spec: str) -> None:
     model = make()
     k, v = torch.randn(2, 2, 2, 2, 700, 16)
-    k[torch.rand_like(k) < 0.001] *= 30  # outliers, which some codecs keep apart
+    k[torch.rand_like(k) < 0.001] *= 30  # outliers, which some codecs store separately
     held = []
     for cuts in ([700], [1] * 200 + [500], [64] * 10 + [60], torch.randint(1, 40, (15,)).tolist()):
         cache = tessera.Cache(spec, model)
@@ -72,7 +72,7 @@ def test_what_is_held_does_not_depend_on_the_cut(spec: str) -> None:
         for found, wanted in zip(other, held[0], strict=True):
             if isinstance(wanted, Packed):
                 assert isinstance(found, Packed)
-                # Rounding within a rotation of more tokens at once may change single codes.
+                # Rotating more tokens at once rounds differently, which may change single codes.
                 for name, tensor in wanted.tensors.items():
                     assert (found.tensors[name] != tensor).sum() <= 0.002 * tensor.numel()
             else:
@@ -81,7 +81,7 @@ def test_what_is_held_does_not_depend_on_the_cut(spec: str) -> None:
 
 @pytest.mark.parametrize("codec", ["hqmq:s96_r4_med3", "(k=hqmq:s24_r2_med3,v=q8_0)", "hqmq:s24_r4_med3_authors"])
 def test_a_median_is_taken_over_the_same_tokens_whatever_was_before_and_however_it_came(codec: str) -> None:
-    """Also behind a crop, a reset, and another cache of the same codec."""
+    """This holds after a crop, a reset, and with another cache of the same codec, too."""
     model, total = make(), 460
     k, v = torch.randn(2, 2, 2, 2, total + 64, 16) * torch.logspace(-2, 2, total + 64)[:, None]
     spec = f"sink:4 + {codec} + recent:32"
@@ -94,7 +94,7 @@ def test_a_median_is_taken_over_the_same_tokens_whatever_was_before_and_however_
     cropped, reset = tessera.Cache(spec, model), tessera.Cache(spec, model)
     held(cropped, 0, [200])
     cropped.activate_past_recording()
-    held(cropped, total, [64])  # others, which are taken back
+    held(cropped, total, [64])  # other tokens, which are then cropped
     cropped.crop(-64)
     held(reset, 100, [300])
     reset.reset()
@@ -110,7 +110,7 @@ def test_a_median_is_taken_over_the_same_tokens_whatever_was_before_and_however_
 
 @pytest.mark.parametrize(("spec", "prefill"), [*((spec, "exact") for spec in ALL), *((spec, "quantized") for spec in LOSSY)])
 def test_logits_hardly_depend_on_the_cut(spec: str, prefill: Any) -> None:
-    """Whether a query reads a token exactly or packed depends on where calls end; nothing else does."""
+    """Only whether a query reads a token exactly or packed depends on where calls end."""
     model = make()
     ids = tokens(2, 180)
     results = [
@@ -134,7 +134,7 @@ def test_what_other_rows_hold_never_matters(spec: str, prefill: Any) -> None:
 
 @pytest.mark.parametrize("spec", ALL)
 def test_a_row_alone_and_in_a_padded_batch_is_the_same(spec: str) -> None:
-    """Up to rounding, which may change single codes of lossy codecs."""
+    """They are equal up to rounding, which may change single codes."""
     model = make()
     pads = (0, 5, 64, 100, 250)
     ids, steps = tokens(len(pads), TOTAL), (200, 1, 40, 1, 32)
@@ -160,7 +160,7 @@ def test_a_later_token_changes_no_earlier_logits(spec: str, place: int) -> None:
 
 @pytest.mark.parametrize("spec", [f"sink:4 + {codec}" for codec in KINDS])
 def test_packed_prefill_lets_a_later_token_reach_back_to_the_beginning_of_its_group_at_most(spec: str) -> None:
-    """Tokens that a codec encodes together are read together, so only a codec without groups is strictly causal there."""
+    """A codec encodes the tokens of a group together, so with packed prefill only a codec without groups is strictly causal."""
     model = make()
     ids = tokens(1, 4 + 3 * BLOCK)
     place = 4 + 2 * BLOCK + 50

@@ -1,4 +1,4 @@
-"""Statistics of keys in a cache: when they are fixed, what they do not depend on, and what becomes of them."""
+"""Key statistics of a cache: when they are fixed, what they do not depend on, and how they are saved and copied."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPEC = "sink:4 + hqmq:4 + recent:16"
 
 
 def sizes(cache: tessera.Cache) -> list[list[Tensor]]:
-    """Of each layer and group the bytes that are known."""
+    """Return the statistics of each layer and group, as bytes."""
     return [[group.chain.stats.sizes for group in layer.groups if group.chain.stats is not None] for layer in cache.layers]
 
 
@@ -43,7 +43,7 @@ def test_nothing_is_packed_before_they_are_known() -> None:
 
 @pytest.mark.parametrize("prefill", ["exact", "quantized"])
 def test_they_do_not_depend_on_the_cut(prefill: str) -> None:
-    """The first layer's queries and keys are the same however the calls are cut, so its bytes must be."""
+    """The first layer's queries and keys are the same however the calls are cut, so its statistics must be equal."""
     model, ids = make(num_hidden_layers=1), tokens(2, 200)
     wanted = sizes(fed(model, ids, (200,), prefill=prefill))
     for cuts in ((1,) * 200, (127, 1, 72), (128, 72), (60, 60, 60, 20)):
@@ -58,7 +58,7 @@ def test_they_do_not_depend_on_other_rows_or_on_padding() -> None:
     rows = {row: one for group, one in zip(cache.layers[0].groups, sizes(cache)[0], strict=True) for row in group.rows}
     assert len(rows) == 2
     assert torch.equal(rows[0], sizes(fed(model, ids[:1], (200,)))[0][0])
-    # Positions of the padded row are counted from its first slot, which a rotary embedding does not see in mean squares.
+    # Positions of the padded row count from its first slot; a rotary embedding does not change mean squares.
     alone = sizes(fed(model, ids[1:, 13:], (187,)))[0][0]
     assert ((rows[1] >> 3).int() - (alone >> 3).int()).abs().max() <= 1
 
@@ -70,7 +70,7 @@ def test_later_tokens_change_nothing() -> None:
 
 
 def test_what_may_be_taken_back_tells_nothing() -> None:
-    """Tokens that are cropped while the past is recorded leave no trace."""
+    """Tokens that are cropped while the past is recorded do not influence the statistics."""
     model, ids = make(num_hidden_layers=1), tokens(1, 200)
     other = ids.clone()
     other[:, 100:] = (other[:, 100:] + 5) % 90 + 3
@@ -82,7 +82,7 @@ def test_what_may_be_taken_back_tells_nothing() -> None:
         assert not sizes(cache)[0]
         cache.crop(-80)
         model(ids[:, 100:], past_key_values=cache)
-        model(ids[:, :1], past_key_values=cache)  # not cropped, so what was held back is packed
+        model(ids[:, :1], past_key_values=cache)  # not cropped, so the pending tokens are packed
     wanted = fed(model, ids, (200,))
     assert torch.equal(sizes(cache)[0][0], sizes(wanted)[0][0])
 
@@ -100,7 +100,7 @@ def test_they_follow_their_rows() -> None:
 
 @pytest.mark.parametrize("length", [90, 200])
 def test_a_saved_cache_goes_on_as_the_one_that_was_saved(length: int, tmp_path: Path) -> None:
-    """Also one that is still learning."""
+    """This includes a cache whose statistics are not yet fixed."""
     model, ids = make(), tokens(2, 320)
     cache = fed(model, ids, (length,), mask=padding((0, 7), length))
     cache.save(tmp_path / "c")
@@ -125,7 +125,7 @@ def test_those_that_are_given_serve_from_the_first_token(tmp_path: Path) -> None
     assert {group.chain.held["quantized"] for layer in cache.layers for group in layer.groups} == {64}
     for found, wanted in zip(sizes(cache), stats, strict=True):
         assert torch.equal(found[0], wanted.sizes.expand(2, -1, -1))
-    # A file of the cache has them, for rows that begin later too.
+    # The cache's file stores the statistics, also for rows that begin later.
     cache.save(tmp_path / "c")
     loaded = tessera.Cache.load(tmp_path / "c", model)
     loaded.reset()
@@ -151,7 +151,7 @@ def test_those_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_without_queries_keys_are_packed_as_they_are() -> None:
-    """An attention function that is not Tessera's tells none."""
+    """Only Tessera's attention function provides queries."""
     model, ids = make(), tokens(1, 150)
     cache = tessera.Cache("hqmq:4 + recent:16", model.config)
     with pytest.warns(UserWarning, match="not 'tessera'"), torch.no_grad():
@@ -171,11 +171,11 @@ def test_half_precision_stays_what_it_is(dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_a_model_with_rescaled_keys_is_compressed_as_well() -> None:
-    """The same function, key channels rescaled 1:30 and queries inversely: the same error within a tenth."""
+    """Key channels are rescaled 1:30 and queries inversely; the error must be equal within a tenth."""
     model, twin, ids = make(num_hidden_layers=1), make(num_hidden_layers=1), tokens(2, 300)
     generator = torch.Generator().manual_seed(3)
     attention, other = (one.model.layers[0].self_attn for one in (model, twin))
-    for one in (attention, other):  # channels that matter more than others, so that there is something to see
+    for one in (attention, other):  # channels of different importance, so that the statistics have an effect
         one.q_proj.weight.copy_(one.q_proj.weight * 4)
     half = (1.2 * torch.randn(2, 8, generator=generator)).clamp(-1.7, 1.7).exp()
     factor = torch.cat((half, half), 1)
@@ -194,7 +194,7 @@ def test_a_model_with_rescaled_keys_is_compressed_as_well() -> None:
 
 
 def test_a_pickled_cache_reads_its_own_bytes() -> None:
-    """Also after a step, when kernels have noted where the bytes lie."""
+    """This includes a cache after a step, when kernels have stored addresses of the bytes."""
     model, ids = make(), tokens(1, 302)
     cache = fed(model, ids, (300, 1))
     other = pickle.loads(pickle.dumps(cache))
@@ -237,7 +237,7 @@ def test_text_that_was_forgotten_before_a_key_was_packed_tells_nothing() -> None
 
 
 def test_widened_keys_stay_half_precision_numbers() -> None:
-    """A channel that hardly moves, far from zero."""
+    """The test has a nearly constant channel far from zero."""
     k = torch.randn(1, 1, 192, 16)
     k[..., 3] = 3000 + 0.01 * torch.randn(192)
     stats = KeyStats.measure(torch.ones(1, 1, 128, 16), k[:, :, :128])

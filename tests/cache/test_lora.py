@@ -1,4 +1,4 @@
-"""Memories in models that peft has wrapped: LoRA around parts of a memory learns, counts, and is saved with it."""
+"""LoRA adapters around parts of a memory are trained, take effect and are saved with it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ peft = pytest.importorskip("peft")
 TC = TensorCacheConfig(window=24, sink=3, gate="token")
 TM = TensorMemoryConfig(channels=4, grid=(3, 3), chunk=2, projection="full", coordinates="separate")
 MEMORIES = pytest.mark.parametrize("config", [TC, TM], ids=["tc", "tm"])
-#: What LoRA wraps of each.
+#: The modules of each memory that LoRA wraps.
 WRAPPED = {
     "TensorCache": {"out"},
     "TensorMemory": {"coord_net", "write_coord_net", "write_proj", "content_net", "sigma_net", "out_proj"},
 }
-#: Ways in which LoRA may compute what it adds.
+#: Variants of LoRA.
 WAYS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora": {"use_dora": True},
@@ -37,7 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def attached(config: Any) -> Any:
-    """A model with a memory that matters."""
+    """Make a model with a memory whose output is nonzero."""
     model = tessera.attach(make(), config)
     numbers = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def attached(config: Any) -> Any:
 
 
 def adapted(model: Any, **options: Any) -> Any:
-    """Wrapped, with adapters of the memory that matter and others that do nothing yet."""
+    """Wrap a model, with nonzero adapters of the memory and zero adapters elsewhere."""
     wrapped = peft.get_peft_model(
         model, peft.LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
     )
@@ -134,7 +134,7 @@ def _second(model: Any) -> None:
 @MEMORIES
 @pytest.mark.parametrize("change", [_disable, _merge, _unload, _second])
 def test_what_is_saved_is_what_the_model_computes_now(config: Any, change: Callable[[Any], None], tmp_path: Path) -> None:
-    """The base model's own adapters are emptied, for the memory's file does not hold them."""
+    """Adapters of the base model are zero, because the memory's file does not contain them."""
     ids, model = tokens(2, 80), attached(config)
     wrapped = adapted(model)
     change(wrapped)

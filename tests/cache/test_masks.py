@@ -1,4 +1,4 @@
-"""What a mask shows or hides is honoured exactly, or refused: packed documents, two-way spans, padding anywhere, buffers."""
+"""Masks are applied exactly or refused: packed documents, bidirectional spans, padding anywhere, static buffers."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tessera.tensor_cache import TensorCacheConfig
 
 MEMORY = TensorCacheConfig(window=24, sink=3, chunk=16, decay=(10, 1000))
 TC = "sink:3 + window:24 + tc"
-#: Every kind of spec: exact, bounded, lossy.
+#: Specifications of every kind: exact, bounded, lossy.
 SPECS = ["dense", "sink:3 + window:24", "window:24", "sink:4 + hqmq:4 + recent:16", "q4_0@128 + recent:64"]
 
 
 def attached(family: str = "llama", config: TensorCacheConfig = MEMORY, **changes: Any) -> Any:
-    """A model with a Tensor Cache that matters."""
+    """Make a model with a Tensor Cache whose output is nonzero."""
     model = tessera.attach(make(family, **changes), config)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -52,7 +52,7 @@ def cache_for(spec: str, model: Any) -> Any:
 
 
 def packed(lengths: tuple[int, ...]) -> Tensor:
-    """(1, 1, slots, slots): documents of these lengths, each causal and by itself."""
+    """Return a mask (1, 1, slots, slots) of documents of these lengths, each causal and isolated."""
     number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     return ((number[:, None] == number) & torch.ones(len(number), len(number), dtype=torch.bool).tril())[None, None]
 
@@ -125,7 +125,7 @@ def test_learning_from_packed_rows_is_learning_from_each_document() -> None:
 
 
 def vision(kind: str, **changes: Any) -> Any:
-    """A small model whose image tokens see each other both ways."""
+    """Make a small model whose image tokens attend to each other bidirectionally."""
     text = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -213,7 +213,7 @@ def test_calls_with_and_without_a_cache_agree_on_two_way_spans_beyond_the_window
 @torch.no_grad()
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_prefix_seen_both_ways_is_seen_so_through_every_cache(spec: str) -> None:
-    """The window only bounds how far back is seen."""
+    """A window limits only attention to earlier tokens."""
     model, ids = make(), tokens(1, 60)
     mask = torch.ones(60, 60, dtype=torch.bool).tril()
     mask[:12, :12] = True
@@ -229,7 +229,7 @@ def test_a_prefix_seen_both_ways_is_seen_so_through_every_cache(spec: str) -> No
 
 
 def padded_calls(model: Any, spec: str, ids: Tensor, mask: Tensor, cuts: tuple[int, ...]) -> Tensor:
-    """Logits of all slots, with the right positions. mask: (rows, slots)."""
+    """Return the logits of all slots, with correct positions. mask: (rows, slots)."""
     cache, found, end = cache_for(spec, model), [], 0
     places = (mask.cumsum(1) - 1).clamp(min=0)
     for n in cuts:
@@ -240,7 +240,7 @@ def padded_calls(model: Any, spec: str, ids: Tensor, mask: Tensor, cuts: tuple[i
 
 
 def rows_with_padding() -> Tensor:
-    """(4, 120): padding on the left, on the right of the first turn, in the middle of a call, and nowhere."""
+    """Return a mask (4, 120): rows with padding on the left, right of the first turn, within a call, and none."""
     mask = torch.ones(4, 120, dtype=torch.long)
     mask[0, :13] = 0
     mask[1, 41:60] = 0
@@ -318,9 +318,9 @@ def test_a_mask_buffer_that_is_written_anew_is_read_anew(spec: str) -> None:
 def test_a_mask_that_a_memory_cannot_follow_is_refused_and_nothing_is_lost(cached: str | None) -> None:
     model, ids = attached(), tokens(1, 80)
     hidden = torch.ones(80, 80, dtype=torch.bool).tril()
-    hidden[60:, 10:15] = False  # long behind the window
+    hidden[60:, 10:15] = False  # long before the window
     across = packed((40, 40))[0, 0].clone()
-    across[70:, :40] = True  # a question to all documents
+    across[70:, :40] = True  # a question that sees all documents
     for mask, why in ((hidden, "hides tokens that have left the window"), (across, "mask shows")):
         cache = None if cached is None else cache_for(TC if cached == "tessera" else cached, model)
         with pytest.raises(ValueError, match=why):
@@ -414,7 +414,7 @@ def test_a_cache_that_was_filled_without_the_memory_is_refused() -> None:
 
 @st.composite
 def masks(draw: st.DrawFn) -> tuple[list[int], list[bool]]:
-    """The document of each slot, and whether it is padding."""
+    """Draw the document of each slot, and whether it is padding."""
     count = draw(st.integers(1, 12))
     begins = draw(st.lists(st.booleans(), min_size=count, max_size=count))
     pads = draw(st.lists(st.booleans(), min_size=count, max_size=count))
@@ -468,7 +468,7 @@ def test_documents_and_padding_are_read_from_the_mask_whole_and_in_parts(drawn: 
 def test_documents_of_a_mask_of_padding_are_those_of_the_mask_itself(
     pads: list[list[bool]], cuts: list[int], window: int, sink: int
 ) -> None:
-    """And so is what queries see within a window and sinks; each of the calls goes on from those before."""
+    """What queries see within a window and sinks is equal, too; each call continues from those before."""
     real, limits = ~torch.tensor(pads), SlidingWindow(window, sink)
     rows, start = len(pads), 0
     before: list[Any] = [None, None, None]
@@ -519,7 +519,7 @@ RULES = [Rule(), Rule(sliding=3), Rule(sliding=7), Rule(by_document=True), Rule(
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_what_a_mask_of_padding_says_is_what_the_mask_made_of_it_says(rule: Rule) -> None:
-    """Also where it shows what its rows do not have, or hides what they have."""
+    """This includes masks that show slots which rows do not have, or hide slots that they have."""
     seen = set()
     for number in range(300):
         rows, past, n = int(torch.randint(1, 4, ())), int(torch.randint(0, 9, ())), int(torch.randint(1, 9, ()))
@@ -606,7 +606,7 @@ def test_a_static_cache_may_be_filled_to_its_last_slot(family: str) -> None:
 
 
 def test_a_mask_made_late_is_that_of_its_call() -> None:
-    """Some caches count in a tensor, which is another number when a layer has the mask made."""
+    """Some caches count in a tensor, whose value has changed by the time a layer makes the mask."""
     place, slots = torch.tensor(30), torch.tensor(34)
     options = {"mask_function": sliding_window_causal_mask_function(8), "local_size": 8}
     padded = torch.ones((1, 34), dtype=torch.bool)

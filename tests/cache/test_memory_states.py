@@ -1,4 +1,4 @@
-"""What both memories keep on the layers of a cache, ours or transformers', goes along with whatever is done to it."""
+"""States of both memories on a cache's layers follow all operations on the cache, Tessera's or transformers'."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "tensor_memory": lambda: with_tensor_memory(config=TM),
 }
 OURS = {"tensor_cache": SPEC, "tensor_memory": "sink:2 + window:200"}
-#: Left padding, and within what comes later.
+#: Left padding, and padding within later calls.
 MASK = padding((0, 9, 4), 200)
 MASK[1, 50:53] = 0
 
@@ -88,7 +88,7 @@ def test_rows_go_along_however_they_are_changed(kind: str, memory: str) -> None:
 @BOTH
 @KINDS
 def test_each_layer_leads_its_own_state_along(kind: str, memory: str) -> None:
-    """As whoever walks over `cache.layers` may do."""
+    """Code that iterates over `cache.layers` calls layers one by one."""
     model, ids = MODELS[memory](), tokens(3, 60)
     cache = cache_of(kind, model, memory)
     logits(model, cache, ids[:, :20], (20,), MASK[:, :20])
@@ -115,7 +115,7 @@ def test_an_offloaded_cache_goes_on(kind: str, memory: str) -> None:
     logits(model, cache, ids[:, :70], (70,), MASK[:, :70])
     for layer in cache.layers:
         states = stateful(layer)
-        assert (len(list(states)) > 0) == (kind == "dynamic" or memory == "tensor_memory")  # our tier is not among them
+        assert (len(list(states)) > 0) == (kind == "dynamic" or memory == "tensor_memory")  # Tessera's tier is not among them
         states.to = lambda device, states=states: moved.append(torch.device(device).type)  # type: ignore[method-assign]
         layer.offload()
     if kind == "dynamic" or memory == "tensor_memory":
@@ -123,7 +123,7 @@ def test_an_offloaded_cache_goes_on(kind: str, memory: str) -> None:
     before = len(moved)
     found = logits(model, cache, ids[:, 70:], (20,), MASK[:, :90])
     if kind == "dynamic":
-        assert len(moved) == before + len(cache.layers)  # moved away again behind its use
+        assert len(moved) == before + len(cache.layers)  # moved away again after use
     for layer in cache.layers:
         layer.prefetch()
     close(found, logits(model, cache_of(kind, model, memory), ids, (70, 20), MASK[:, :90])[:, 70:])
@@ -189,7 +189,7 @@ def test_a_cache_that_a_tensor_memory_has_read_along_with_is_loaded_with_the_sam
     for given in (make(), model.config, other, with_tensor_cache()):
         with pytest.raises(ValueError, match=r"a Tensor Memory .* had read along with this cache, and yours is"):
             tessera.Cache.load(path, given)
-    # One that was loaded from a file, or copied, is the same.
+    # A cache that was loaded from a file, or copied, is equal.
     tessera.save_memory(model, tmp_path / "m")
     again = tessera.load_memory(make(), tmp_path / "m")
     more = tokens(1, 9)

@@ -1,4 +1,4 @@
-"""A cache without sinks says so once, on a model whose first token is one."""
+"""A cache without sinks warns once, on a model whose first token is an attention sink."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tessera.models import heldout_text, load_demo
 
 
 def said(model: Any, cache: Any, *calls: torch.Tensor, **options: Any) -> list[str]:
-    """What is warned of sinks while tokens are read."""
+    """Return the warnings about sinks while tokens are read."""
     with warnings.catch_warnings(record=True) as caught, torch.inference_mode():
         warnings.simplefilter("always")
         for ids in calls:
@@ -28,7 +28,7 @@ def said(model: Any, cache: Any, *calls: torch.Tensor, **options: Any) -> list[s
 
 
 def text(tokens: int, rows: int = 1) -> torch.Tensor:
-    """(rows, tokens) that begin as `sink_models` wants it."""
+    """Return (rows, tokens) that begin with the sink token of `sink_models`."""
     ids = torch.randint(1, 257, (rows, tokens))
     ids[:, 0] = 0
     return ids
@@ -61,7 +61,7 @@ def test_nothing_is_said_of_models_without_a_sink() -> None:
 
 def test_nothing_is_said_where_it_cannot_be_known() -> None:
     model = sink_models.make(sink=True)
-    assert said(model, tessera.Cache("q4_0", model), text(64), text(100)) == []  # short, then no longer the beginning
+    assert said(model, tessera.Cache("q4_0", model), text(64), text(100)) == []  # a short first call, then later tokens
     assert said(model, tessera.Cache("q4_0", model, prefill="packed"), text(100)) == []
 
 
@@ -74,7 +74,7 @@ def test_padding_is_not_taken_for_the_first_token() -> None:
     options = {"attention_mask": mask, "position_ids": positions}
     assert len(said(model, tessera.Cache("q4_0", model), ids, **options)) == 1
     other = ids.clone()
-    other[:, 30] = 7  # now no row begins with the sink, and padding would, if it were looked at
+    other[:, 30] = 7  # no row begins with the sink; padding would, if it were counted
     other[:, :30] = 0
     assert said(model, tessera.Cache("q4_0", model), other, **options) == []
 
@@ -100,7 +100,7 @@ def test_every_layer_of_the_second_half_is_looked_at_until_one_has_a_sink() -> N
     model = sink_models.make(sink=False)
     with patch.object(missing_sinks, "first_key_weight", side_effect=[0.1, 0.2]) as weight:
         assert said(model, tessera.Cache("q4_0", model), text(100)) == []
-    assert weight.call_count == 2  # of two layers: the middle lies at the first
+    assert weight.call_count == 2  # of two layers, the first is the middle one
     with patch.object(missing_sinks, "first_key_weight", return_value=0.9) as weight:
         (message,) = said(model, tessera.Cache("q4_0", model), text(100))
     assert weight.call_count == 1

@@ -1,4 +1,4 @@
-"""Pages in files: the same results to the bit, in memory of the operating system, whatever a cache goes through."""
+"""Pages in memory-mapped files give bit-identical results through all operations of a cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_results_are_the_same_to_the_bit(spec: str, tmp_path: Path) -> None:
         logits(model, cache, ids[:, :N], (1500, N - 1500), mask[:, :N])
     assert any(stored(filed))
     assert not any(stored(plain))
-    assert list(tmp_path.iterdir()) == []  # deleted once they are mapped
+    assert list(tmp_path.iterdir()) == []  # the files are deleted once mapped
     before, after = plain.report(), filed.report()
     assert (before.nbytes, before.tiers) == (after.nbytes, after.tiers)
     assert before.offloaded == 0
@@ -88,7 +88,7 @@ def test_pages_that_have_gone_are_decoded_where_tokens_are(tmp_path: Path) -> No
 
 
 def test_pages_elsewhere_are_a_source_of_their_own() -> None:
-    """Of a device that only has shapes, as a GPU would be that keeps unfinished pages to itself."""
+    """The test uses a device without data, in place of a GPU that keeps incomplete pages."""
     k = torch.randn(1, 2, PAGE + 128, 16)
     tier = QuantizedTier(codecs.get("q4_0"), 0, store=InMemory())
     tier.append(k, k)
@@ -123,4 +123,4 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     group = cache.layers[0].groups[0]
     assert group.length == 1200
     assert group.chain.dropped == 0
-    assert sum(group.chain.held.values()) == 1200  # what could not be stored is still exact
+    assert sum(group.chain.held.values()) == 1200  # tokens that could not be stored are still exact

@@ -1,4 +1,4 @@
-"""Files that version 0.1 wrote go on being read: `tests/data` has them."""
+"""Files written by version 0.1, in `tests/data`, can still be read."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def test_a_cache_of_version_0_1_goes_on_as_one_filled_now(name: str) -> None:
     model = make(**SMALL)
     if name == "tensor_cache":
         tessera.load_memory(model, DATA / "memory_0_1.safetensors")
-    # What the files were filled with.
+    # The contents that the files were filled with.
     ids, mask = (torch.arange(200).view(2, 100) * 7) % 90 + 3, padding((0, 13), 100)
     places = (mask.cumsum(1) - 1).clamp(min=0)
     old = tessera.Cache.load(DATA / f"{name}_0_1.safetensors", model)
-    # The keys of older files were quantised as they came, and those that follow are as well.
+    # Keys in older files were quantised without statistics, and so are the keys that follow.
     new = tessera.Cache(str(old.spec).replace("hqmq:4", "hqmq:4_nostats"), model)
     model(ids[:, :90], attention_mask=mask[:, :90], position_ids=places[:, :90], past_key_values=new)
     assert [layer.held() for layer in old.layers] == [layer.held() for layer in new.layers]

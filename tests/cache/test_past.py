@@ -1,4 +1,4 @@
-"""A Tensor Cache beside a cache of transformers: what was written stays, so a call runs over its own tokens only."""
+"""A Tensor Cache with a transformers cache keeps its state, so the recurrence runs over new tokens only."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config(**changes: Any) -> TensorCacheConfig:
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Over how many tokens every run of the recurrence goes."""
+    """Record the number of tokens of every run of the recurrence."""
     found: list[int] = []
     advance = TensorCache.advance
 
@@ -98,7 +98,7 @@ def test_drafts_that_are_taken_back_cost_no_run_over_the_whole_text(monkeypatch:
     with counted(monkeypatch) as ran:
         found = model.generate(ids, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=5)
     assert torch.equal(found, wanted)
-    # The prompt once, and for each new token at most its drafts and what was taken back before.
+    # The prompt once, and for each new token at most its drafts and the tokens cropped before.
     assert sum(ran) < LAYERS * (100 + 30 * (5 + BACK + 6))
     assert max(ran[2 * LAYERS :]) <= BACK + 12
 
@@ -106,7 +106,7 @@ def test_drafts_that_are_taken_back_cost_no_run_over_the_whole_text(monkeypatch:
 @pytest.mark.parametrize("cuts", [(40, 1, 1, 8), (12, 38), (50,)])
 @torch.no_grad()
 def test_documents_in_a_row_are_each_written_alone(cuts: tuple[int, ...]) -> None:
-    """The second begins within the second call, or the first."""
+    """The second document begins within the second call, or within the first."""
     model = attached(config=config(window=4, sink=1))
     ids, begin = tokens(1, 50), 20
     number = (torch.arange(50) >= begin).long()
@@ -142,7 +142,7 @@ def test_gradients_flow_through_a_cache_and_nothing_of_them_is_kept(monkeypatch:
     found = model(ids[:, 60:], past_key_values=cache).logits
     torch.testing.assert_close(found, model(ids, use_cache=False).logits[:, 60:], rtol=1e-3, atol=1e-3)
     found.square().sum().backward()
-    # Also of how the tokens before were written, though they came without gradients.
+    # This includes gradients of how earlier tokens were written, although those were computed without gradients.
     learned = [p for name, p in model.named_parameters() if "tensor_cache" in name]
     assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in learned)
     more = tokens(1, 5)

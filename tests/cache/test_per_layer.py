@@ -1,4 +1,4 @@
-"""A spec for each layer."""
+"""Each layer can have its own specification."""
 
 from __future__ import annotations
 

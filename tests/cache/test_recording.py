@@ -1,4 +1,4 @@
-"""Going back: what calls since the last crop have brought can be taken back, and then nothing of it is left."""
+"""Tokens of the calls since the last crop can be removed without any remaining effect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_assisted_generation_with_a_memory_is_generation(rotary: bool, order: st
     model, ids = attached(config=config), tokens(1, 20).repeat(1, 4)
     wanted = model.generate(ids, past_key_values=tessera.Cache(TC, model), max_new_tokens=40, do_sample=False)
     for cache in (tessera.Cache(TC, model), DynamicCache(config=model.config)):
-        # Drafts from the prompt, which a random model seldom confirms, so that most of them are taken back.
+        # Drafts come from the prompt; a random model rarely accepts them, so most are cropped.
         drafted = {"max_new_tokens": 40, "do_sample": False, "prompt_lookup_num_tokens": 5}
         found = model.generate(ids, past_key_values=cache, **drafted)
         assert torch.equal(found, wanted)
@@ -59,14 +59,14 @@ def test_what_a_memory_has_written_since_is_taken_back_whole(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_recording_ends_with_the_crop_it_waited_for(spec: str) -> None:
-    """So a cache that has gone back holds what one holds that never did."""
+    """A cropped cache therefore stores the same as one that never read the cropped tokens."""
     model, ids = model_for(spec), tokens(1, 20).repeat(1, 10)
     cache = tessera.Cache(spec, model)
     found = model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=4)
     assert not any(layer.record_past for layer in cache.layers)
     plain = tessera.Cache(spec, model)
     logits(model, plain, found[:, :-1], (found.shape[1] - 1,))
-    if spec != TC:  # a memory writes what it held back at the next call
+    if spec != TC:  # a memory writes pending pairs at the next call
         assert same_size(cache, plain)
     more = tokens(1, 120)
     for each in (cache, plain):
@@ -92,7 +92,7 @@ def test_a_row_that_waits_while_recording_ends_keeps_no_more_than_one_that_goes_
     logits(model, waited, ids[:, 179:], (1,))  # recorded too
     logits(model, plain, ids, (180,))
     for cache in (waited, plain):
-        # Of padding alone in the second row.
+        # The second row of this call is padding only.
         model(more[:, :10], attention_mask=mask, past_key_values=cache)
     assert same_size(waited, plain)
     assert waited.report() == plain.report()
@@ -109,7 +109,7 @@ def test_a_crop_gives_back_the_memory_of_what_it_takes() -> None:
     logits(model, cache, tokens(2, 100), (100,))
     cache.crop(-100)
     held = [t for layer in cache.layers for tensors in layer.buffers().values() for t in tensors]
-    # A view keeps all that it is a view of.
+    # A view keeps its whole storage alive.
     assert sum(t.untyped_storage().nbytes() for t in held) == cache.report().nbytes
 
 
@@ -139,6 +139,6 @@ def test_one_activation_serves_for_every_call_that_is_cropped() -> None:
         logits_of_drafts = logits(model, cache, tokens(1, 3), (3,)) if begin == 60 else None
         cache.crop(-3 if logits_of_drafts is not None else 0)
     torch.testing.assert_close(torch.cat(found, dim=1), whole[:, 60:], rtol=1e-3, atol=1e-3)
-    logits(model, cache, tokens(1, 2), (1, 1))  # nobody crops behind the first of these
+    logits(model, cache, tokens(1, 2), (1, 1))  # no crop follows the first of these
     with pytest.raises(ValueError, match="activate_past_recording"):
         cache.crop(-2)

@@ -1,4 +1,4 @@
-"""What a cache refuses, and how it says so; and the slow way for models whose attention is not ours."""
+"""What a cache refuses and with which message; and the slow path for models without Tessera's attention."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_a_crop_into_what_was_dropped_is_refused_and_changes_nothing(spec: str, 
 
 
 def test_if_one_layer_refuses_a_crop_no_layer_is_cropped() -> None:
-    """The layer that could comes before the one that cannot."""
+    """The layer that can be cropped comes before the one that cannot."""
     model = make("gemma3", layer_types=["full_attention", "sliding_attention"])
     cache = tessera.Cache("dense", model)
     logits(model, cache, tokens(1, 200), (200,))
@@ -255,11 +255,11 @@ def test_if_one_layer_refuses_a_crop_no_layer_is_cropped() -> None:
     logits(model, cache, tokens(1, 1), (1,))
 
 
-# Attention that is not ours
+# Attention that is not Tessera's
 
 
 def warned(call: Callable[[], Tensor]) -> tuple[Tensor, list[str]]:
-    """The result, and the warnings about the slow way."""
+    """Return the result, and the warnings about the slow path."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()
@@ -289,7 +289,7 @@ def test_other_attention_is_given_decoded_tokens_and_says_so_once(name: str, spe
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 def test_the_slow_way_gives_what_the_fast_one_does(family: str, attention: str, spec: str, pads: tuple[int, ...]) -> None:
-    """Except that padding is packed as if it were tokens, because only our attention is shown the mask."""
+    """Padding is packed like tokens on the slow path, because only Tessera's attention receives the mask."""
     model = make(family)
     ids, mask = tokens(3, sum(CUTS)), padding(pads, sum(CUTS))
     fast = logits(model, tessera.Cache(spec, model), ids, mask=mask)[mask.bool()]

@@ -1,4 +1,4 @@
-"""`cache.report()` against the memory that the cache's tensors really take."""
+"""`cache.report()` agrees with the memory of the cache's tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CUTS = (300, 1, 1, 60, 1)
 
 
 def reachable(thing: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Every tensor that `thing` keeps alive. What a codec or a model has is not a cache's own: all caches share it."""
+    """Return every tensor that `thing` keeps alive, except those of codecs and models, which caches share."""
     if id(thing) in seen or isinstance(thing, Codec | nn.Module | PretrainedConfig | type):
         return
     seen.add(id(thing))
@@ -53,7 +53,7 @@ def reachable(thing: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def memory(thing: Any) -> int:
-    """Bytes of the storages behind all tensors that `thing` keeps alive, each counted once."""
+    """Return the bytes of the storages of all tensors that `thing` keeps alive, each counted once."""
     storages = {}
     for tensor in reachable(thing, set()):
         storage = tensor.untyped_storage()
@@ -83,7 +83,7 @@ def test_the_walk_finds_what_is_hidden() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spec", SPECS)
 def test_bytes_are_those_of_the_tensors(spec: str, family: str, prefill: Any) -> None:
-    """Free room, and what a view would keep alive, included."""
+    """The bytes include free space, and storage that a view keeps alive."""
     cache = filled(spec, make(family), prefill=prefill)
     report = cache.report()
     assert report.nbytes == sum(report.tiers.values()) == memory(cache)
@@ -92,7 +92,7 @@ def test_bytes_are_those_of_the_tensors(spec: str, family: str, prefill: Any) ->
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("spec", ["hqmq:4 + recent:16", "sink:4 + hqmq:3", "sink:4 + hqmq:4@1024"])
 def test_what_kernels_keep_of_pages_is_no_second_copy(spec: str, head_dim: int) -> None:
-    """Sizes that compiled kernels take, several rows, and a page that is not full."""
+    """The test has sizes that compiled kernels support, several rows, and a page that is not full."""
     cache = filled(spec, make("llama", head_dim=head_dim), cuts=(1300, 1, 200, 1, 64, 1))
     assert cache.report().nbytes == memory(cache)
 
@@ -172,7 +172,7 @@ def test_tiers_have_the_names_of_the_spec() -> None:
 
 
 def test_the_bits_of_keys_and_values_apart_are_their_mean() -> None:
-    """At head_dim 16: scales cost 8/16 of a bit, those of int 16/16, key centres 16/64; statistics a byte a channel."""
+    """At head_dim 16 scales cost 8/16 of a bit, those of int 16/16, key centres 16/64; statistics take a byte per channel."""
     model = make()
     for spec, keys, values in (("hqmq:k4v3", 4 + 8 / 16 + 16 / 64, 3 + 8 / 16), ("(k=int:4,v=hqmq:3)", 4 + 16 / 16, 3.5)):
         cache = filled(f"{spec} + recent:16", model)
@@ -189,7 +189,7 @@ def test_exact_tiers_cost_their_tokens_and_a_little_room() -> None:
     token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head_dim, bytes
     report = filled("sink:4 + window:50", model, rows=1).report()
     assert report.tiers["sink"] == 4 * token
-    # 49 tokens are seen by the next query, up to 63 more wait until their block is whole, and up to 127 more have room.
+    # The next query sees 49 tokens; up to 63 more wait until their block is full, and there is space for up to 127 more.
     assert 49 * token <= report.tiers["window"] <= (49 + 63 + 127) * token
     dense = filled("dense", model, rows=1).report()
     assert sum(CUTS) * token <= dense.tiers["dense"] < (sum(CUTS) + 64) * token
@@ -215,7 +215,7 @@ def test_of_a_short_context_it_says_what_is_set_aside() -> None:
     cache = filled("sink:4 + hqmq:4 + recent:128", make(), cuts=(20,))
     report, layers = cache.report(), cache.layers
     assert report.compression < 1
-    # Four sinks fill their buffer; sixteen others lie in one of sixteen tokens.
+    # Four sinks fill their buffer; the sixteen others are in a buffer of sixteen.
     learned = sum(x.numel() * 4 for layer in layers for x in layer.groups[0].chain.learning.buffers())
     assert report.set_aside == report.nbytes - report.dense_nbytes == learned > 0
     assert "smaller" not in str(report)

@@ -1,4 +1,4 @@
-"""`cache.save` and `Cache.load`: the same cache again, or a clear refusal."""
+"""`Cache.load` restores what `cache.save` wrote, or refuses it with a clear message."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ SPECS = [
 PACKED = SPECS[2]
 
 
-#: The last row has seen nothing but padding when the cache is saved.
+#: The last row has read only padding when the cache is saved.
 PADS = (90, 0, 300)
 LATER = (70, 1, 1, 8)
 
 
 def filled(spec: str, model: Any, **kwargs: Any) -> tessera.Cache:
-    """A cache that has seen 300 slots of three rows."""
+    """Make a cache that has read 300 slots of three rows."""
     cache = tessera.Cache(spec, model, **kwargs)
     logits(model, cache, tokens(3, 300), (300,), padding(PADS, 300))
     return cache
 
 
 def go_on(model: Any, cache: tessera.Cache, ids: Tensor) -> Tensor:
-    """Logits of some calls more."""
+    """Return the logits of some further calls."""
     return logits(model, cache, ids, LATER, padding(PADS, 300 + sum(LATER)))
 
 
@@ -137,7 +137,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path: Path
 
 
 def test_a_file_holds_no_code(tmp_path: Path) -> None:
-    """Plain tensors and JSON: safetensors reads it without us."""
+    """A file has plain tensors and JSON, which safetensors reads without Tessera."""
     cache = filled(PACKED, make())
     path = tmp_path / "cache.safetensors"
     cache.save(path)
@@ -152,7 +152,7 @@ def test_a_file_holds_no_code(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=["sink:4 + kivi:4 + recent:16", "sink:4 + hqmq:s96_r4_med3 + recent:16"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of a Llama of two layers in a file: codecs that differ in what they keep of keys, of values and of groups."""
+    """Save caches of a two-layer Llama with codecs whose stored fields differ for keys, values and groups."""
     path = tmp_path_factory.mktemp("saved") / "cache.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -214,7 +214,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def rewritten(saved: Path, path: Path, header: str | None = None, tensors: dict[str, Tensor] | None = None) -> Path:
-    """A copy with another header or other tensors."""
+    """Write a copy with another header or other tensors."""
     with safe_open(saved, "pt") as file:
         old = file.metadata()["tessera_cache"]
     save_file(load_file(saved) if tensors is None else tensors, path, {"tessera_cache": old if header is None else header})
@@ -296,7 +296,7 @@ def test_flags_that_ask_for_other_rows_than_there_are_are_refused(tmp_path: Path
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where every value of nested tables and lists is."""
+    """Yield the path of every value in nested dicts and lists."""
     found = [path] if path else []
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in children:
@@ -305,12 +305,12 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def test_no_lie_in_the_header_gets_through(saved: Path, tmp_path: Path) -> None:
-    """Whichever value of the header is replaced or missing, there is a ValueError that names the file."""
+    """If any value of the header is replaced or missing, a ValueError names the file."""
     header = header_of(saved)
     wrong: list[Any] = [None, -1, 3, 10**9, True, "", "float64", [], {}, "1,2,3,4", "missing"]
     survived = []
     for path in places(header):
-        if path[:2] == ("layers", 1):  # as the first
+        if path[:2] == ("layers", 1):  # like the first
             continue
         for value in wrong:
             broken = copy.deepcopy(header)

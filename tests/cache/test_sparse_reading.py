@@ -1,4 +1,4 @@
-"""`hqmq:4/top:2048`: a query reads the blocks that promise most, exactly, and the rest not at all."""
+"""With `hqmq:4/top:2048` a query reads exactly the blocks with the highest estimates, and no others."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_blocks_are_chosen_by_their_means_and_widths() -> None:
             width = (inside - mean).square().mean(-1).sqrt().max()
             best.append(float((group @ mean + select.SPREAD * group.norm(dim=-1) * width).max()))
         chosen = sorted(sorted(range(10), key=lambda i: -best[i])[:3])
-        # Means are kept in half precision and widths in a byte; a choice that hangs on these last bits would be no test.
+        # Means are stored in half precision and widths in a byte; the choice must not depend on these roundings.
         gap = sorted(best, reverse=True)
         if gap[2] - gap[3] > 0.05 * abs(gap[2]):
             assert found[row, head, query].view(10, 64).all(-1).nonzero().flatten().tolist() == chosen
@@ -69,7 +69,7 @@ def test_blocks_are_chosen_by_their_means_and_widths() -> None:
 
 @pytest.mark.parametrize("level", [None, *cpu.levels()])
 def test_what_is_not_chosen_is_not_read(level: str | None) -> None:
-    """A tier of which the blocks that were not chosen are spoilt gives the same, to the bit."""
+    """Corrupting the blocks that were not chosen does not change a bit of the result."""
     held, q = pages(1024), torch.randn(2, 4, 2, 64)
     seen = select.selected(q, held, 256)
     wanted = reference.attend(q, held, AttendParams(0.125, seen))[0]

@@ -1,7 +1,7 @@
-"""How often the host waits for a device in a call of a model: once, however many tokens, layers, tiers and masks there are.
+"""A call of a model makes the host wait for the device once, regardless of tokens, layers, tiers and masks.
 
-Counted are the ways in which Python learns a number of a tensor, on the CPU as they would be on a GPU; what a CPU refuses at
-once is deferred here as on a GPU.
+The tests count the operations by which Python reads a number of a tensor, on the CPU as on a GPU. Errors that the CPU would
+raise immediately are deferred here as on a GPU.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from tessera.cache.layer_states import state_of
 from tessera.kernels import cpu
 from tessera.tensor_cache import TensorCacheConfig
 
-#: As on a GPU without Triton.
+#: The backend of a GPU without Triton.
 pytestmark = pytest.mark.skipif(
     cpu.MISSING is not None, reason="without kernels the search for codewords waits, see docs/devices.md"
 )
 
-#: Not `numpy`, which takes tensors of the CPU only.
+#: `numpy` is not counted, because it works only on CPU tensors.
 LOOKS = ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__")
 LOOKS += ("nonzero", "unique", "unique_consecutive", "equal", "allclose")
 HQMQ = "sink:4 + hqmq:4 + recent:16"
 SPECS = [HQMQ, "sink:4 + hqmq:4@128 + recent:16", "window:32", SPEC, "sink:3 + hqmq:4@64 + recent:24 + tc"]
-#: Further ones, of which each says something else about a call: a chain, sparse reading, no sinks, windows of a model's own.
+#: Further specifications for other kinds of calls: a chain, sparse reading, no sinks, a model's own windows.
 MORE = ["sink:4 + hqmq:4@64 + hqmq:3@128 + recent:16", "sink:4 + hqmq:4/top:64 + recent:16", "hqmq:4 + recent:16"]
 
 
 class Looks(TorchFunctionMode):
-    """Counts the ways in which the host waits for a device, by name: looks, uploads that wait, and boolean indices.
+    """Counts the operations in which the host waits for a device, by name: reads, blocking uploads, and boolean indices.
 
-    Tensors that the host has made, without a device being named, or has brought there, are its own: to look at them costs
-    nothing. To bring one to a device costs a wait, unless it is asked not to.
+    Tensors that were made on the host without naming a device, or were copied there, are host tensors: reading them costs
+    nothing. Copying one to a device is a wait, unless it is non-blocking.
     """
 
     def __init__(self) -> None:
@@ -75,8 +75,8 @@ class Looks(TorchFunctionMode):
             self.found["list as index"] += any(isinstance(x, list) for x in index)
         out = function(*args, **kwargs)
         if ((up and name == "to") or (down and not all(own))) and out is args[0]:
-            out = out.view_as(out)  # elsewhere it would be another tensor
-        # What kernels of the CPU make is where the model is.
+            out = out.view_as(out)  # on another device it would be a new tensor
+        # Results of CPU kernels count as being on the model's device.
         made = "kernels" not in sys._getframe(1).f_code.co_filename
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and (down or (all(own) and not named and (given or made))):
@@ -85,7 +85,7 @@ class Looks(TorchFunctionMode):
 
 
 def deferred(cache: tessera.Cache) -> tessera.Cache:
-    """The cache, as it would be on a GPU."""
+    """Make the cache behave as on a GPU."""
     cache.layers[0].policy.finite.at_once = False
     return cache
 
@@ -98,7 +98,7 @@ def model_for(spec: str, **changes: Any) -> Any:
 
 
 def kept(cache: tessera.Cache) -> list[Tensor]:
-    """All that is held, without free room."""
+    """Return everything that is stored, without free space."""
     found: list[Tensor] = []
     for chain in (group.chain for layer in cache.layers for group in layer.groups):
         found += [x for tier in (chain.sink, chain.recent) if tier.tokens for x in (tier.keys, tier.values)]
@@ -110,7 +110,7 @@ def kept(cache: tessera.Cache) -> list[Tensor]:
 
 
 def looks(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> list[Counter[str]]:
-    """What is looked at in each call of a decoder for one token more."""
+    """Return the counted reads of each call of a decoder for one more token."""
     found = []
     for end in range(cache.get_seq_length() + 1, ids.shape[1] + 1):
         given = None if mask is None else mask[:, :end]
@@ -143,7 +143,7 @@ def test_every_way_to_wait_is_counted_and_nothing_else() -> None:
 @pytest.mark.parametrize("how", ["no mask", "ones", "padding", "padding within"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_decoded_token_costs_one_look_at_most(spec: str, how: str) -> None:
-    """Over more than a block of tokens, so that some are encoded and dropped."""
+    """The test spans more than a block of tokens, so that some are encoded and dropped."""
     model, ids = model_for(spec), tokens(3, 320)
     mask = None if how == "no mask" else padding((0, 0, 0) if how == "ones" else (0, 13, 70), 320)
     if mask is not None and how == "padding within":
@@ -159,7 +159,7 @@ def test_a_decoded_token_costs_one_look_at_most(spec: str, how: str) -> None:
     for end in range(221, 321):
         with torch.no_grad():
             model(ids[:, end - 1 : end], attention_mask=None if mask is None else mask[:, :end], past_key_values=plain)
-    # What is deferred changes nothing else.
+    # Deferring has no other effect.
     assert [layer.held() for layer in cache.layers] == [layer.held() for layer in plain.layers]
     for one, other in zip(kept(cache), kept(plain), strict=True):
         assert torch.equal(one, other)
@@ -168,7 +168,7 @@ def test_a_decoded_token_costs_one_look_at_most(spec: str, how: str) -> None:
 @pytest.mark.parametrize("how", ["no mask", "padding within"])
 @pytest.mark.parametrize("model_of", [*SPECS, *MORE, "gemma3", "mistral", "gemma3 with a Tensor Memory"])
 def test_every_call_costs_one_look_at_most(model_of: str, how: str) -> None:
-    """A prompt, chunks, tokens and beams."""
+    """The calls are a prompt, chunks, tokens and beams."""
     family = model_of.split()[0]
     spec = HQMQ if family in FAMILIES else model_of
     if model_of.endswith("Tensor Memory"):
@@ -179,7 +179,7 @@ def test_every_call_costs_one_look_at_most(model_of: str, how: str) -> None:
     if mask is not None:
         mask[0, 280:286], mask[1, 321] = 0, 0
     with torch.no_grad():
-        model(ids[:, :200], past_key_values=tessera.Cache(spec, model))  # tables that are made once
+        model(ids[:, :200], past_key_values=tessera.Cache(spec, model))  # builds the cached tables
     cache, end, found = deferred(tessera.Cache(spec, model)), 0, {}
     for count in (220, 80, 12, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1):
         end += count
@@ -215,7 +215,7 @@ def _stream(layer: Any) -> Any:
 
 
 def square(row: Tensor, queries: int) -> Tensor:
-    """The mask of the newest queries, (rows, 1, queries, slots), as a caller makes it from one of padding."""
+    """Return the mask of the newest queries, (rows, 1, queries, slots), as a caller makes it from a padding mask."""
     slots = row.shape[1]
     causal = torch.ones(slots, slots, dtype=torch.bool).tril()
     return (causal & row[:, None].bool())[:, None, slots - queries :].clone()
@@ -224,7 +224,7 @@ def square(row: Tensor, queries: int) -> Tensor:
 @pytest.mark.parametrize("how", ["no mask", "ones", "padding", "padding within", "made", "added", "documents"])
 @pytest.mark.parametrize("kind", [{}, {"write": "chunk_means", "rule": "outer"}, {"layers": (1, 3)}], ids=str)
 def test_a_tensor_cache_beside_a_cache_of_transformers_costs_one_look(kind: dict[str, Any], how: str) -> None:
-    """Also where only some layers have a memory."""
+    """This includes models in which only some layers have a memory."""
     model = attached(config=TensorCacheConfig(**{**CONFIG.to_dict(), **kind}), num_hidden_layers=4)
     ids, mask = tokens(3, 90), padding((0, 0, 0) if how == "ones" else (0, 9, 30), 90)
     if how != "ones":
@@ -245,7 +245,7 @@ def test_a_tensor_cache_beside_a_cache_of_transformers_costs_one_look(kind: dict
 
     cache, plain, end, found = DynamicCache(config=model.config), DynamicCache(config=model.config), 0, {}
     with torch.no_grad():
-        call(DynamicCache(config=model.config), 40, 40)  # tables that are made once
+        call(DynamicCache(config=model.config), 40, 40)  # builds the cached tables
         for count in (40, 12, 1, 1, 20, 1, 1, 1, 1, 1, 1, 1, 1):
             end += count
             with Looks() as seen:
@@ -276,7 +276,7 @@ def test_what_a_tensor_cache_finds_beside_a_cache_of_transformers_is_told_by_the
 
 
 def test_a_mask_that_a_caller_has_made_costs_one_look() -> None:
-    """Also where it hides other things than padding."""
+    """This includes masks that hide more than padding."""
     model, ids = make(num_hidden_layers=4), tokens(2, 60)
     whole = torch.ones(60, 60, dtype=torch.bool).tril().expand(2, 1, -1, -1).clone()
     whole[0, 0, :, :7] = False
@@ -311,7 +311,8 @@ def test_what_a_tensor_memory_finds_is_told_by_the_next_call(fine: bool) -> None
 
 
 def without_a_sink() -> tuple[Any, tessera.Cache, Tensor]:
-    """A model that has an attention sink, a cache without one that has read 100 tokens and not warned yet, and these tokens."""
+    """Return a model with an attention sink, a cache without sinks that has read 100 tokens without a warning, and the
+    tokens."""
     model = sink_models.make(sink=True)
     cache = deferred(tessera.Cache("q4_0", model))
     ids = torch.cat((torch.zeros(1, 1, dtype=torch.long), torch.randint(1, 257, (1, 99))), 1)
@@ -349,7 +350,7 @@ def test_a_cache_of_transformers_is_looked_at_no_more_often_than_before() -> Non
     assert all((+seen).total() == 1 for seen in looks(model, cache, ids, mask))
 
 
-# What is found later is not lost
+# Deferred findings are not lost
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -360,13 +361,13 @@ def test_what_is_not_finite_is_refused_by_the_next_call_and_until_a_reset(spec: 
     nothing = torch.full((2, 100, model.config.hidden_size), torch.nan)
     with torch.no_grad():
         if "tc" in spec:
-            # The first layer looks before it reads the mask, so that what comes is known in time.
+            # The first layer reads the flags before the mask, so that later tokens are checked in time.
             with pytest.raises(ValueError, match=r"NaN or infinite.*call cache\.reset\(\)"):
                 model(inputs_embeds=nothing, past_key_values=cache)
         else:
             model(inputs_embeds=nothing, past_key_values=cache)
         if spec == "window:32":
-            model(ids[:, :1], past_key_values=cache)  # keeps them as they are, and forgets them
+            model(ids[:, :1], past_key_values=cache)  # keeps the flags unchanged, and then drops them
             return
         for _ in range(2):
             with pytest.raises(ValueError, match=r"NaN or infinite.*call cache\.reset\(\)"):
@@ -405,7 +406,7 @@ def test_a_save_finds_what_no_call_has_yet(spec: str, tmp_path: Path) -> None:
         model(tokens(1, 200), past_key_values=twin)
     with pytest.raises(ValueError, match="NaN or infinite"):
         cache.save(tmp_path / "c")
-    twin.save(tmp_path / "c")  # what one copy has met the other has not
+    twin.save(tmp_path / "c")  # copies have separate flags
 
 
 def test_on_a_cpu_and_where_it_is_asked_for_they_are_refused_at_once() -> None:
@@ -466,7 +467,7 @@ def test_beams_cost_a_memory_beside_a_cache_of_transformers_one_look(memory: str
         with Looks() as seen:
             cache.reorder_cache(rows)
         assert (+seen.found).total() == 0
-        rows.zero_()  # a caller may use the same buffer again
+        rows.zero_()  # a caller may reuse the buffer
         beams = mask[order][:, :41]
         at = beams.sum(1, keepdim=True) - 1
         if how != "padding":
@@ -493,7 +494,7 @@ def test_codecs_without_a_kernel_cost_one_look(spec: str, monkeypatch: pytest.Mo
 def test_how_many_outliers_there_are_is_read_with_the_next_mask(
     spec: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It decides how many bytes are kept; what more than one block of tokens keeps is read at once."""
+    """The number determines the stored bytes; for more than one block of tokens it is read immediately."""
     monkeypatch.setenv("TESSERA_BACKEND", backend)
     model, ids, mask = make(), tokens(2, 330), padding((0, 9), 330)
     cache, plain = deferred(tessera.Cache(spec, model)), tessera.Cache(spec, model)

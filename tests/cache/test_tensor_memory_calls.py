@@ -1,4 +1,4 @@
-"""What belongs to a call of a model with a Tensor Memory: its mask, its documents, its thread, what is taken back of it."""
+"""Calls of a model with a Tensor Memory: masks, documents, threads and crops."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cache_of(model: Any, spec: str | None) -> Any:
 
 
 def streams(cache: Any) -> list[Stream]:
-    """What the Tensor Memory keeps on the layers of a cache."""
+    """Return the states of the Tensor Memory on the layers of a cache."""
     found = [state_of(layer, TENSOR_MEMORY) for layer in cache.layers]
     return [stream for stream in found if isinstance(stream, Stream)]
 
@@ -49,7 +49,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found.float(), wanted, rtol=1e-3, atol=1e-3)
 
 
-# Threads, and calls within calls
+# Threads, and nested calls
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -95,7 +95,7 @@ def test_a_call_within_a_layer_of_another_call_changes_neither() -> None:
                 inner.append(torch.empty(0))
                 inner[0] = call(other, other_mask)
 
-        # Behind the memory of the layer, whose result is still to be added.
+        # After the layer's memory, before its result is added.
         hook = model.model.layers[0].mlp.register_forward_pre_hook(again)
         found = call(ids, mask)
         hook.remove()
@@ -119,7 +119,7 @@ def test_a_call_that_raises_leaves_nothing_behind(where: str) -> None:
         with pytest.raises(RuntimeError, match="stopped"):
             model(ids, attention_mask=mask, past_key_values=cache)
         hook.remove()
-        # By itself a layer has neither the mask nor the cache of the call that stopped.
+        # A layer called alone must not see the mask or cache of the interrupted call.
         assert torch.equal(model(ids, use_cache=False).logits, wanted)
         del cache
         gc.collect()
@@ -164,7 +164,7 @@ def test_padding_on_either_side_in_the_middle_and_between_calls_is_never_read(sp
 
 
 def square(mask: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
-    """(batch, 1, tokens, tokens) bool: causal, padding hidden, documents apart."""
+    """Return a mask (batch, 1, tokens, tokens), bool: causal, padding hidden, documents separated."""
     count = mask.shape[1]
     seen = torch.ones(count, count, dtype=torch.bool).tril() & mask.bool()[:, None]
     return (seen if documents is None else seen & (documents[:, :, None] == documents[:, None]))[:, None]
@@ -251,12 +251,12 @@ def test_a_mask_that_hides_what_has_been_read_is_refused_and_the_cache_goes_on(s
 
 
 def packed(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and numbers of documents in one row."""
+    """Return positions and document numbers of one row."""
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     return positions, torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
 
 
-#: The attention of gpt-oss does not look at positions, and mixes packed documents by itself.
+#: The attention of gpt-oss ignores positions and mixes packed documents without a mask.
 @pytest.mark.parametrize("family", [name for name in NAMES if name != "gpt-oss"])
 @torch.no_grad()
 def test_packed_documents_are_each_what_they_are_alone(family: str) -> None:
@@ -286,7 +286,7 @@ def test_documents_may_be_told_by_lengths_numbers_or_a_square_mask(how: str) -> 
     ids, (positions, numbers) = tokens(1, 40), packed(lengths)
     ends = torch.tensor([0, 9, 29, 40], dtype=torch.int32)
     said = {
-        # The positions are one stream's, so that only what is said here can tell the documents apart.
+        # The positions are consecutive, so that only the given mask separates the documents.
         "cu_seq_lens": {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 20, "max_length_k": 20},
         "seq_idx": {"seq_idx": numbers.int()},
         "mask": {"attention_mask": square(torch.ones(1, 40), numbers), "position_ids": positions},
@@ -296,7 +296,7 @@ def test_documents_may_be_told_by_lengths_numbers_or_a_square_mask(how: str) -> 
     hook = layer.register_forward_hook(lambda _, args, __: read.append(args[1]))
     found = model(ids, use_cache=False, **said).logits
     hook.remove()
-    # Of three documents, in runs of rows of about one length.
+    # Three documents, in rows of similar length.
     assert sorted(length for x in read for length in [x.shape[1]] * len(x)) == [11, 11, 20]
     if how == "mask":
         for part, alone in zip(found.split(lengths, 1), ids.split(lengths, 1), strict=True):
@@ -415,7 +415,7 @@ def test_models_whose_tokens_a_memory_cannot_read_in_order_are_refused_when_atta
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-# Taking back
+# Crops
 
 
 @LONG_DRAFTS
@@ -427,7 +427,7 @@ def test_assisted_generation_is_plain_generation(spec: str | None, chunk: int) -
     assistant = make(num_hidden_layers=1)
     wanted = model.generate(ids, max_new_tokens=90, do_sample=False)
     options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
-    # Long drafts, all of whose tokens are taken, whatever the assistant thinks of them.
+    # Long drafts, which are used in full, whatever the assistant's confidence.
     bold = make(num_hidden_layers=1)
     bold.generation_config.update(
         num_assistant_tokens=80, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0
@@ -466,11 +466,11 @@ def test_a_cropped_cache_goes_on_as_if_what_it_lost_had_never_been_read(spec: st
             continue
         cache = cache_of(model, spec)
         logits(model, cache, tokens(3, total), cuts, mask[:, :total].clone())
-        # Twice, for what is left of a part is cut again.
+        # Twice, because the remainder of a part is cut again.
         cache.crop(-(remove // 2))
         cache.crop(-(remove - remove // 2))
         length = total - remove
-        # What is kept must be what it was, and new tokens other ones than those that are gone.
+        # The kept tokens must be unchanged; new tokens differ from the removed ones.
         wanted_cache = cache_of(model, spec)
         again = cache_of(model, spec)
         kept = tokens(3, length)
@@ -518,7 +518,7 @@ def test_a_crop_that_goes_back_too_far_is_refused_and_changes_nothing() -> None:
     logits(model, cache, tokens(1, 280), (200, 80))
     cache.crop(-270)
     logits(model, cache, ids[:, 10:200], (190,))
-    # Back to nothing is a beginning.
+    # An empty stream is a new beginning.
     cache.crop(-cache.get_seq_length())
     close(logits(model, cache, ids, (300,)), whole(model, ids))
 

@@ -1,4 +1,4 @@
-"""A model whose heads transformers has spread over two processes generates what it generates in one."""
+"""A tensor-parallel model in two processes generates the same as in one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(*command: str) -> None:
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process and two found; "whole", "rank0", "rank1"."""
+    """Return the results of one process and of two: "whole", "rank0", "rank1"."""
     torch.manual_seed(0)
     folder, out = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("out")
     made = (
@@ -71,7 +71,7 @@ def test_reports_are_summed_on_request(outcome: dict[str, Any]) -> None:
             total = outcome[rank]["all"][spec]
             assert (total.pop("ranks"), total.pop("summed")) == (2, True)
             assert total == {name: pytest.approx(value) for name, value in whole.items() if name in total}
-    # In one process there is nothing to sum.
+    # One process has nothing to sum.
     assert outcome["whole"]["all"] == outcome["whole"]["own"]
 
 
@@ -82,7 +82,7 @@ def test_what_would_be_wrong_is_refused(outcome: dict[str, Any]) -> None:
 
 
 class Spread(torch.nn.Module):
-    """As much of a model as tells how it is spread."""
+    """A stand-in with the attributes that describe tensor parallelism."""
 
     def __init__(self, style: str | None) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from tessera.kernels.compressed_kv import Coded
 
 
 def pair(tokens: int, rows: int = 2, start: int = 0) -> tuple[Tensor, Tensor]:
-    """Keys that say where they come from, and their opposites as values."""
+    """Return keys that encode their position, and their negatives as values."""
     place = torch.arange(start, start + tokens, dtype=torch.float32)
     k = place[None, None, :, None] + torch.zeros(rows, 2, tokens, 8)
     return k, -k
@@ -101,7 +101,7 @@ def test_codec_tier(spec: str) -> None:
     torch.testing.assert_close(decoded(), tuple(x[:, :, 18 * BLOCK :] for x in whole), atol=0, rtol=0)
     rest = tier.crop_back(BLOCK + 10)
     assert rest is not None
-    # A rotation back of fewer tokens may round another way.
+    # Rotating fewer tokens back may round differently.
     torch.testing.assert_close(rest, tuple(x[:, :, 38 * BLOCK : 39 * BLOCK - 10] for x in whole), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(decoded(), tuple(x[:, :, 18 * BLOCK : 38 * BLOCK] for x in whole), atol=0, rtol=0)
     assert tier.crop_back(4 * BLOCK) is None
@@ -125,7 +125,7 @@ def test_appending_leaves_what_is_there_where_it_is() -> None:
         if len(tier.pages) > len(before):
             assert all(old is new for old, new in zip(before, tier.pages, strict=False))
         else:
-            joins += 1  # once in a page's life
+            joins += 1  # once per page
             assert tier.pages[-1][0].tokens == PAGE
     assert joins == 40 * BLOCK // PAGE
     assert [page.tokens for page, _ in tier.pages] == [PAGE, PAGE] + 8 * [BLOCK]
@@ -211,7 +211,7 @@ def test_crop() -> None:
     assert group.chain.held == {"sink": 4, "quantized": 256, "recent": 40}
     group.crop(10)
     assert group.chain.held == {"sink": 4, "quantized": 256, "recent": 30}
-    group.crop(40)  # 30 from recent, 10 from the last block, whose rest comes back
+    group.crop(40)  # 30 from recent, 10 from the last block, whose other tokens return to recent
     assert group.chain.held == {"sink": 4, "quantized": 192, "recent": 54}
     assert (group.chain.recent.keys[0, 0, :, 0] - torch.arange(196, 250)).abs().max() < 2
     group.crop(248)

@@ -29,7 +29,7 @@ def run(kind: str, how: str, out: Path, processes: int) -> None:
 
 @pytest.fixture(scope="module", params=["tc", "tm"])
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """The kind of memory, and the folder with what one process learned."""
+    """Return the kind of memory, and the folder with the result of one process."""
     out = tmp_path_factory.mktemp("out")
     run(request.param, "one", out, 1)
     return request.param, out

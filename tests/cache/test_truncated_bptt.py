@@ -1,4 +1,4 @@
-"""Segments with a kept state are one long sequence, forward and backward, and detached the same forward."""
+"""Segments with a persistent state equal one long sequence, forward and backward; if detached, forward only."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def segmented(model: Any, ids: torch.Tensor, cut: tuple[int, ...], detach: bool) -> torch.Tensor:
-    """Losses by token; with `detach` each segment is followed by its own backward pass."""
-    cache, found = TruncatedBPTTCache(model), []
+    """Return the losses by token; with `detach` each segment has a separate backward pass."""
+    carry, found = TruncatedBPTTCache(model), []
     for part, wanted in zip(ids[:, :-1].split(cut, 1), ids[:, 1:].split(cut, 1), strict=True):
         loss = token_losses(model(input_ids=part, past_key_values=cache).logits, wanted)
         if detach:

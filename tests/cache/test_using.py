@@ -1,4 +1,4 @@
-"""`tessera.using`: a model's attention is Tessera's within a block, and behind it exactly what it was."""
+"""`tessera.using` switches a model's attention within a block, and restores it exactly afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def switched(model: Any) -> bool:
 
 
 def everything(model: nn.Module) -> list[Any]:
-    """Whatever `enable` could leave behind in a model."""
+    """Return everything in a model that `enable` could change."""
     found: list[Any] = []
     for module in model.modules():
         config = getattr(module, "config", None)

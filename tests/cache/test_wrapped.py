@@ -1,4 +1,4 @@
-"""Models in wrappers, compiled models, and caches that go through copy, pickle and the hands of other libraries."""
+"""Wrapped and compiled models, and caches that are copied, pickled and used by other libraries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPECS = ["dense", PACKED, "sink:2 + window:32", "sink:4 + hqmq:4@64 + recent:16"
 
 
 def small(spec: str = PACKED, family: str = "llama") -> Any:
-    """A model for a spec, with a Tensor Cache that matters where the spec names one."""
+    """Make a model for a specification, with a Tensor Cache with nonzero output if the specification names one."""
     model = make(family)
     if "tc" in spec:
         tessera.attach(model, TensorCacheConfig(window=32, sink=2))
@@ -39,7 +39,7 @@ def small(spec: str = PACKED, family: str = "llama") -> Any:
 
 
 def opened(model: Any) -> None:
-    """Give the memory of a model weights that matter."""
+    """Set nonzero weights in the memory of a model."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(5)
         for group in tessera.adapters.memory_parameters(model):
@@ -70,7 +70,7 @@ def test_a_compiled_model_gives_the_same_tokens(spec: str, way: str) -> None:
     ids = tokens(2, 120)
     mask = padding((0, 9), 120)
     if way == "model":
-        # Its generate is that of the model within, so it is called itself.
+        # Its `generate` is that of the inner model, so the wrapper is called directly.
         cuts = (100, 1, 1, 17, 1)
         wanted = logits(model, tessera.Cache(spec, model), ids, cuts, mask)[mask.bool()]
         compiled = torch.compile(model, backend="eager")
@@ -139,7 +139,7 @@ def test_a_deferred_tensor_can_be_copied_and_inspected_and_says_nothing_of_its_o
     assert not hasattr(deferred, "__array__")
 
 
-# Attention that touches what it is given
+# Attention that modifies its inputs
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_attention_weights_that_the_config_asks_for_are_refused() -> None:
 def _group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    # While this sleeps, Gloo's threads get the interpreter's lock to let go of tensors; the group's destructor, which has that
+    # During this sleep, Gloo's threads get the interpreter's lock to release tensors; the group's destructor, which has that
     # lock, would wait for them for ever (github.com/pytorch/pytorch/issues/56297).
     time.sleep(0.2)
     dist.destroy_process_group()
@@ -315,7 +315,7 @@ def test_a_cache_that_has_seen_padding_is_copied_and_the_copy_is_independent(spe
     model = small(spec)
     ids, mask = tokens(2, 160), padding((0, 9), 160)
     cache = tessera.Cache(spec, model)
-    # Kept, as a model keeps the mask of a call that is still running.
+    # Kept alive, as a model keeps the mask of a running call.
     causal = mask[:, None, None, :120].bool() & torch.ones(120, 120, dtype=torch.bool).tril()
     with torch.no_grad():
         model(ids[:, :120], attention_mask=causal, past_key_values=cache)

@@ -1,4 +1,4 @@
-"""What each process does in `test_training_in_processes.py`: train a memory of a frozen model as PyTorch's users do."""
+"""Program of each process in `test_training_in_processes.py`: it trains a memory of a frozen model with DDP or FSDP2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIGS: dict[str, Any] = {
 
 
 def make(kind: str) -> Any:
-    """The same small model and memory in every process; the memory matters from the first step."""
+    """Make the same small model and memory in every process; the memory has an effect from the first step."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=61, initializer_range=0.1, **sizes))
@@ -42,7 +42,7 @@ def make(kind: str) -> Any:
 
 
 def main(kind: str, how: str, out: Path) -> None:
-    """Train, and write the losses of all processes together, and the memory."""
+    """Train, and write the mean losses of all processes, and the memory."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         distributed.init_process_group("gloo")
@@ -52,7 +52,7 @@ def main(kind: str, how: str, out: Path) -> None:
     if how == "ddp":
         model = DistributedDataParallel(bare)
     elif how == "fsdp2":
-        # The frozen model is spread; the memory, which is small, stays whole in every process.
+        # The frozen model is sharded; the memory, which is small, is whole in every process.
         mesh = distributed.init_device_mesh("cpu", (world,))
         for part in (*bare.model.layers, bare):
             fully_shard(part, mesh=mesh, ignored_params=set(memory))

@@ -1,4 +1,4 @@
-"""The codecs that the tests run over, how inputs are made and how results are measured."""
+"""The codecs under test, and functions that make inputs and measure results."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tessera.codecs import Role
 
 ROLES: tuple[Role, ...] = ("key", "value")
 
-#: Every registered codec by its examples, and settings that take other paths through the code. Of ``hqmq:b`` those above
-#: 4 bits are left out where nothing depends on the size: it takes seconds to index their codebooks.
+#: Every registered codec by its examples, and settings that use other code paths. Of ``hqmq:b`` those above
+#: 4 bits are left out where the size does not matter, since indexing their codebooks takes seconds.
 SPECS = (
     *(spec for spec in codecs.examples() if spec != "hqmq:5" and type(codecs.get(spec)).__module__.startswith("tessera.")),
     "hqmq:2",
@@ -35,9 +35,9 @@ SPECS = (
     "scalar:3",
 )
 
-#: Those of which a token's result depends on nothing but its group. The others keep outliers by a median over the call.
+#: Codecs in which a token's result depends only on its group. The others find outliers by a median over the call.
 BY_TOKEN = tuple(spec for spec in SPECS if "_med3" not in spec)
-#: Those of which it depends on no other row.
+#: Codecs in which a result does not depend on other rows.
 BY_ROW = tuple(spec for spec in SPECS if "_med3_authors" not in spec)
 
 
@@ -65,17 +65,17 @@ class Laws:
 
 
 def nmse(x: Tensor, approximation: Tensor) -> float:
-    """Squared error over the sum of squares."""
+    """Return the squared error divided by the sum of squares."""
     return float((x.float() - approximation.float()).square().sum() / x.float().square().sum())
 
 
 def gaussian(batch: int = 2, heads: int = 2, tokens: int = 70, dim: int = 32) -> Tensor:
-    """Independent normal numbers."""
+    """Draw independent normal numbers."""
     return torch.randn(batch, heads, tokens, dim)
 
 
 def giant_keys() -> tuple[Tensor, Tensor]:
-    """Keys of the benchmark, with giant channels, and for each channel whether it is an ordinary one."""
+    """Return the benchmark's keys with giant channels, and for each channel whether it is ordinary."""
     dim = 64
     ordinary = torch.ones(dim, dtype=torch.bool)
     for channels in codec_error.giant_channels(dim):
@@ -84,11 +84,11 @@ def giant_keys() -> tuple[Tensor, Tensor]:
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
-    """Share of elements that are equal to within float32 rounding.
+    """Return the share of elements that are equal within float32 rounding.
 
-    Sums in another order may break a tie between two codewords the other way, so a rare element may differ by more.
+    Sums in another order may resolve a tie between two codewords differently, so a few elements may differ by more.
     """
     size = torch.maximum(a.float().abs(), b.float().abs())
-    # The rounding of a vector is that of its largest number: a rotation spreads it.
+    # A rotation spreads the rounding error of a vector's largest number over all its numbers.
     unit = 1e-5 * size.amax(-1, keepdim=True)
     return float(((a.float() - b.float()).abs() <= unit).float().mean()) if a.numel() else 1.0

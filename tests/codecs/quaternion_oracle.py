@@ -1,4 +1,4 @@
-"""Quaternions written down a second time, from their definition, in NumPy and float64."""
+"""An independent implementation of quaternions from their definition, in NumPy and float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TABLE = {
 
 
 def product(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Quaternion product, term by term."""
+    """Compute the quaternion product term by term."""
     out = np.zeros(np.broadcast_shapes(p.shape, q.shape))
     for (i, j), (sign, k) in TABLE.items():
         out[..., k] += sign * p[..., i] * q[..., j]
@@ -24,6 +24,6 @@ def product(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def hurwitz_units() -> np.ndarray:
-    """±1, ±i, ±j, ±k and (±1 ± i ± j ± k)/2: (24, 4)."""
+    """Return ±1, ±i, ±j, ±k and (±1 ± i ± j ± k)/2, (24, 4)."""
     axes = [sign * row for row in np.eye(4) for sign in (1, -1)]
     return np.array([*axes, *(np.array(signs) / 2 for signs in itertools.product((1, -1), repeat=4))])

@@ -1,4 +1,4 @@
-"""The baselines, each against its definition written down a second time, number by number."""
+"""Each baseline codec agrees with an independent scalar implementation of its definition."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ f32, f16 = np.float32, np.float16
 
 
 def half(value: float) -> float:
-    """Rounded to half precision."""
+    """Round to half precision."""
     return float(f16(value))
 
 
 def vectors(x: Tensor) -> list[np.ndarray]:
-    """(..., d) -> arrays of d float32."""
+    """Split (..., d) into arrays of d float32."""
     return list(x.reshape(-1, x.shape[-1]).numpy())
 
 
 def mixed(*shape: int) -> Tensor:
-    """Gaussian vectors of many sizes, one of zeros."""
+    """Draw Gaussian vectors of many sizes, and one of zeros."""
     x = torch.randn(*shape) * torch.logspace(-3, 3, shape[2])[:, None]
     x[0, 0, 1] = 0
     return x
 
 
 def is_close(found: Tensor, wanted: list[list[float]], share: float = 1.0) -> None:
-    """Equal to float32 rounding, at least this share of them (where rounding can break a tie)."""
+    """Whether at least this share of elements is equal within float32 rounding, since rounding can resolve ties."""
     expected = np.array(wanted).reshape(found.shape)
     unit = np.abs(expected).max(-1, keepdims=True)
     assert (np.abs(found.double().numpy() - expected) <= 1e-5 * unit + 1e-12).mean() >= share
@@ -97,14 +97,14 @@ def test_kivi_bits(bits: int) -> None:
     x = gaussian(2, 2, 96, 64)
     for role in ROLES:
         assert get(f"kivi:{bits}").encode(x, role).bits_per_element == bits + 1
-    # An incomplete group has its minimum and its scale as well.
+    # An incomplete group also has a minimum and a scale.
     keys = get(f"kivi:{bits}").encode(x[:, :, :33], "key")
     assert keys.nbytes == 2 * 2 * (33 * 64 * bits // 8 + 2 * 64 * 4)
     values = get(f"kivi:{bits}").encode(x[..., :40], "value")
     assert values.nbytes == 2 * 2 * 96 * (40 * bits // 8 + 2 * 4)
 
 
-# q4_0 and q8_0: ggml's reference, block by block
+# q4_0 and q8_0, after ggml's reference, block by block
 
 
 def q4_0_block(x: np.ndarray) -> bytes:
@@ -150,7 +150,7 @@ def test_llama_cpp_blocks_byte_for_byte(name: str, role: Role) -> None:
     assert kept.shape == (2, 2, 30, 2, size)
     blocks = [write(v[i : i + 32]) for v in vectors(x) for i in (0, 32)]
     same = [bytes(row) == block for row, block in zip(kept.reshape(-1, size), blocks, strict=True)]
-    assert np.mean(same) > 0.98  # the last bit of a product may break a tie
+    assert np.mean(same) > 0.98  # the last bit of a product may resolve a tie
     read_back = [[*read(bytes(row[0])), *read(bytes(row[1]))] for row in kept.reshape(-1, 2, size)]
     is_close(p.decode(), read_back)
     is_close(p.decode(), [[*read(write(v[:32])), *read(write(v[32:]))] for v in vectors(x)], 0.995)
@@ -242,7 +242,8 @@ def test_keeping_the_norm_costs_little_error() -> None:
 
 
 def e4m3() -> np.ndarray:
-    """Every finite number of the format: sign, four bits of exponent less 7, three of mantissa; NaN where all are ones."""
+    """Return every finite number of the format: a sign, four exponent bits with bias 7, three mantissa bits; all ones are
+    NaN."""
     numbers = {0.0}
     for exponent in range(16):
         for mantissa in range(8):

@@ -1,4 +1,4 @@
-"""Fixed-width integers in bytes."""
+"""Fixed-width integers are packed into bytes and unpacked."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ WIDTHS = range(1, 25)
 
 @st.composite
 def numbers(draw: st.DrawFn) -> tuple[int, list[int]]:
-    """A width, and integers of that width."""
+    """Draw a width, and integers of that width."""
     bits = draw(st.integers(1, 24))
     return bits, draw(st.lists(st.integers(0, 2**bits - 1), max_size=40))
 
 
 def by_strings(codes: list[int], bits: int) -> list[int]:
-    """The definition: write the numbers as strings of bits, lowest first, one after the other, and cut them into bytes."""
+    """Pack by the definition: write the numbers as strings of bits, lowest bit first, and split the string into bytes."""
     text = "".join(f"{code:0{bits}b}"[::-1] for code in codes)
     return [int(text[i : i + 8][::-1], 2) for i in range(0, len(text), 8)]
 
@@ -43,7 +43,7 @@ def test_round_trip_along_the_last_axis(bits: int) -> None:
     packed = pack_bits(codes, bits)
     assert packed.shape == (3, 2, 5, packed_bytes(13, bits))
     assert torch.equal(unpack_bits(packed, bits, 13), codes)
-    assert torch.equal(packed[1, 1, 3], pack_bits(codes[1, 1, 3], bits))  # rows do not touch
+    assert torch.equal(packed[1, 1, 3], pack_bits(codes[1, 1, 3], bits))  # rows do not share bytes
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -53,7 +53,7 @@ def test_nothing_but_the_bits_is_kept(bits: int) -> None:
         assert packed.numel() == packed_bytes(count, bits) == -(-count * bits // 8)
         ones = np.unpackbits(packed.numpy(), bitorder="little")
         assert ones[: count * bits].all()
-        assert not ones[count * bits :].any()  # what fills the last byte up is zero
+        assert not ones[count * bits :].any()  # the padding of the last byte is zero
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

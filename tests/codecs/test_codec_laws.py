@@ -1,4 +1,4 @@
-"""What holds for every codec, whatever it does inside."""
+"""Requirements that every codec meets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAWS = Laws(
     ),
 )
 
-#: Families of specs by rising bits; the error of each member must be below that of the one before it.
+#: Families of specifications by increasing bits; each must have a lower error than the one before it.
 FAMILIES = (
     ("hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4"),
     ("hqmq:s96_r2", "hqmq:s96_r3", "hqmq:s96_r4", "hqmq:s96_r6"),
@@ -35,7 +35,7 @@ FAMILIES = (
     ("scalar:2", "scalar:3", "scalar:4", "scalar:5", "scalar:6"),
 )
 
-#: Most error on Gaussian values at head_dim 64 that a spec may have: what was measured, and some 5 % more.
+#: Maximum error of specifications on Gaussian values at head_dim 64: the measured one plus about 5 %.
 CEILING = {
     "hqmq:2": 0.115,
     "hqmq:3": 0.0265,
@@ -94,8 +94,8 @@ def test_encoding_changes_nothing_in_place_and_repeats(spec: str, role: Role) ->
 @LAWS
 def test_strides_do_not_matter(spec: str, role: Role) -> None:
     x = gaussian(2, 3, 64)
-    rotated = x.transpose(1, 2).contiguous().transpose(1, 2)  # as attention modules hand keys over
-    assert agreement(get(spec).encode(rotated, role).decode(), get(spec).encode(x, role).decode()) == 1
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)  # transposed, as attention modules pass keys
+    assert agreement(get(spec).encode(turned, role).decode(), get(spec).encode(x, role).decode()) == 1
 
 
 @given(data=st.data())
@@ -103,7 +103,7 @@ def test_strides_do_not_matter(spec: str, role: Role) -> None:
 def test_how_calls_are_cut_along_tokens_does_not_matter(data: st.DataObject) -> None:
     codec, role = get(data.draw(st.sampled_from(BY_TOKEN))), data.draw(st.sampled_from(ROLES))
     groups = data.draw(st.lists(st.integers(0, 60 if codec.group == 1 else 2), min_size=1, max_size=4))
-    sizes = [*(n * codec.group for n in groups), data.draw(st.integers(0, 40))]  # the last may end inside a group
+    sizes = [*(n * codec.group for n in groups), data.draw(st.integers(0, 40))]  # the last one may end inside a group
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
     x = gaussian(2, 2, sum(sizes), 16) * torch.logspace(-2, 2, 16)
     joined = Packed.cat([codec.encode(part, role) for part in x.split(sizes, 2)])
@@ -179,7 +179,7 @@ def test_any_number_of_tokens_rows_and_channels(spec: str) -> None:
     "spec", ["hqmq:3", "hqmq:4", "hqmq:o170_r4", "hqmq:s96_r4", "q4_0", "int:4", "kivi:4", "scalar:4", "fp8"]
 )
 def test_a_head_dim_that_is_no_power_of_two_costs_no_error(spec: str, dim: int) -> None:
-    # What fills a vector up is dropped, and must not show in the rest of it: the error is about that at 32 or 64.
+    # Padding of a vector is dropped and must not affect the rest: the error is about that at 32 or 64.
     x = gaussian(2, 2, 640, dim)
     usual = gaussian(2, 2, 640, 32 if dim < 64 else 64)
     error, expected = (nmse(v, get(spec).encode(v).decode()) for v in (x, usual))
@@ -198,7 +198,7 @@ def test_zero_vectors_come_back_as_zeros(spec: str, role: Role) -> None:
     if codec.group == 1 or role == "value":
         assert (y[0, 1, 5] == 0).all()
     else:
-        assert y[0, 1, 5].square().mean() < 0.2  # the means of its group are taken away and given back
+        assert y[0, 1, 5].square().mean() < 0.2  # the means of its group are subtracted and added back
 
 
 @pairwise(spec=SPECS, dtype=[torch.float16, torch.bfloat16], role=ROLES)
@@ -220,7 +220,7 @@ def test_extreme_numbers_stay_finite(spec: str, role: Role) -> None:
             x[1, 0] = x[1, 0].sign() * size
             y = get(spec).encode(x, role).decode()
             assert torch.isfinite(y).all()
-            # The other head knows nothing of it.
+            # The other head is not affected.
             assert nmse(x[:, 1], y[:, 1]) < 0.6
 
 
@@ -279,14 +279,14 @@ def test_ordinary_channels_survive_giant_ones(spec: str) -> None:
     calm = torch.where(ordinary, x, torch.randn_like(x))
     error, expected = (nmse(v[..., ordinary], get(spec).encode(v, "key").decode()[..., ordinary]) for v in (x, calm))
     assert error < 2 * expected
-    # Nor do the giants themselves suffer: of the varying ones, each is as exact for its size as the rest.
+    # The giants themselves are not affected: each varying one has the same relative error as the others.
     y = get(spec).encode(x, "key").decode()
     assert nmse(x[..., ~ordinary], y[..., ~ordinary]) < 3 * expected
 
 
 @pytest.mark.parametrize("spec", ["hqmq:4_nocentre", "int:4", "scalar:4", "q4_0", "hqmq:s96_r4"])
 def test_what_is_scaled_per_token_loses_ordinary_channels_beside_giant_ones(spec: str) -> None:
-    # Why the codecs above group tokens; if this fails, the input above is no test for them.
+    # This is why the codecs above group tokens; if it fails, the input above does not test them.
     x, ordinary = giant_keys()
     y = get(spec).encode(x, "key").decode()
     assert nmse(x[..., ordinary], y[..., ordinary]) > 0.2

@@ -1,4 +1,4 @@
-"""HQMQ as the paper has it, against its definition, and the variants beside it."""
+"""The paper's HQMQ agrees with its definition, and so do its variants."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tessera.codecs.hqmq import PAPER, chi_levels
 def oracle(
     x: Tensor, books: Tensor, radius_bits: int, outliers: Tensor | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The paper's definition in float64, every codeword compared.
+    """Decode by the paper's definition in float64, comparing every codeword.
 
     Args:
         x: (batch, heads, tokens, d).
         books: (heads, S, 4).
         radius_bits: b_r.
-        outliers: (batch, heads, tokens, chunks) bool, chunks that are kept.
+        outliers: (batch, heads, tokens, chunks) bool, chunks that are stored unquantised.
 
     Returns:
-        What decoding must give, in chunks (batch, heads, tokens, n, 4); which chunks are no near tie, of two codewords or
+        The expected decoded chunks, (batch, heads, tokens, n, 4); which chunks are not nearly tied between two codewords or
         of two radius levels; and the radii.
     """
     batch, heads, tokens, dim = x.shape
@@ -55,19 +55,19 @@ def oracle(
 
 
 def in_chunks(y: Tensor) -> np.ndarray:
-    """(..., d) -> (..., n, 4), filled up with zeros."""
+    """Split (..., d) into (..., n, 4), padded with zeros."""
     return torch.nn.functional.pad(y, (0, -y.shape[-1] % 4)).unflatten(-1, (-1, 4)).double().numpy()
 
 
 def with_outliers(*shape: int) -> Tensor:
-    """Gaussian vectors in which one chunk in fifty is twenty times as large."""
+    """Draw Gaussian vectors in which one chunk in fifty is twenty times as large."""
     chunks = torch.randn(*shape).unflatten(-1, (-1, 4))
     chunks[torch.rand(chunks.shape[:-1]) < 0.02] *= 20
     return chunks.flatten(-2)
 
 
 def flags_of(packed_flags: Tensor, chunks: int) -> Tensor:
-    """The bitmap, bit by bit."""
+    """Read the bitmap bit by bit."""
     return torch.from_numpy(np.unpackbits(packed_flags.numpy(), axis=-1, bitorder="little"))[..., :chunks].bool()
 
 
@@ -109,7 +109,7 @@ def test_a_given_codebook_is_used_as_it_is() -> None:
 
 
 def med3(radii: np.ndarray, median: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The paper's rule for (batch, heads, tokens, n) and a median per head of a sequence: (outliers, not near the limit)."""
+    """Apply the paper's rule to (batch, heads, tokens, n) with a median per head; return (outliers, not near the limit)."""
     limit = 3 * median[:, :, None, None]
     return radii > limit, np.abs(radii / limit - 1) > 0.03
 
@@ -117,7 +117,7 @@ def med3(radii: np.ndarray, median: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def test_med3x_keeps_chunks_beyond_three_medians_of_a_large_call() -> None:
     codec = HQMQ.paper("s48_r6_med3")
     x = with_outliers(2, 2, 40, 64)
-    x[:, 1] *= 30  # each head has a median of its own
+    x[:, 1] *= 30  # each head has its own median
     p = codec.encode(x)
     radii = np.linalg.norm(in_chunks(x), axis=-1)
     wanted, sure = med3(radii, np.median(radii.reshape(2, 2, -1), axis=2))
@@ -146,7 +146,7 @@ def test_the_papers_median_is_of_one_sequence_and_one_call() -> None:
     whole = flags_of(codec.encode(large, "key", 4).tensors["flags"], 8)
     for row in range(3):
         assert torch.equal(flags_of(codec.encode(large[row : row + 1], "key", 4).tensors["flags"], 8), whole[row : row + 1])
-    # What another call brought leaves no trace, however few tokens this one has.
+    # An earlier call has no effect, even if this one has few tokens.
     codec.encode(0.001 * large, "key", 4)
     assert torch.equal(flags_of(codec.encode(large, "key", 4).tensors["flags"], 8), whole)
     one = HQMQ.paper("s24_r4_med3").encode(large[:, :, :1], "key", 4)
@@ -162,7 +162,7 @@ def test_outliers_are_counted_in_the_bits() -> None:
 
 
 def test_outliers_out_of_the_scale_leave_the_rest_its_precision() -> None:
-    # One giant chunk sets the scale in the paper's rule and leaves the others few levels; ours takes it out first.
+    # In the paper's rule one giant chunk sets the scale and leaves the others few levels; Tessera's rule removes it first.
     x = gaussian(1, 2, 200, 64)
     x[..., 8:12] *= 60
     rest = [c for c in range(64) if not 8 <= c < 12]
@@ -315,9 +315,9 @@ def test_random_codebooks_come_from_the_seed_alone() -> None:
     book = HQMQ.paper("s24_r3").secondaries(4, "key", 2)
     assert book.shape == (4, 24, 4)
     assert torch.equal(HQMQ(24, 6, seed=0).secondaries(4, "key", 2), book)
-    # Nor does a head's depend on how many heads there are.
+    # A head's codebook does not depend on the number of heads.
     assert torch.equal(HQMQ.paper("s24_r3").secondaries(2, "key", 2), book[:2])
-    # Layer, head, role and seed each draw afresh.
+    # Each layer, head, role and seed has its own codebook.
     books = [
         *book,
         *HQMQ.paper("s24_r3").secondaries(4, "key", 3),
@@ -336,7 +336,7 @@ def test_random_codebooks_are_those_that_files_were_written_with() -> None:
 def test_random_codebooks_are_uniform_unit_quaternions() -> None:
     book = HQMQ(4096).secondaries(1, "value", 0)[0].double()
     assert torch.allclose(book.norm(dim=-1), torch.ones(4096, dtype=torch.float64), atol=1e-6)
-    # Of uniform directions in four dimensions the mean is 0 and the second moment a quarter of the identity.
+    # Uniform directions in four dimensions have mean 0 and a quarter of the identity as second moment.
     assert book.mean(0).abs().max() < 5 * (1 / 4 / 4096) ** 0.5
     assert (book.T @ book / 4096 - torch.eye(4, dtype=torch.float64) / 4).abs().max() < 0.02
 

@@ -1,4 +1,4 @@
-"""``hqmq:b``, secondaries that contain the radius: against comparing every codeword, and against the error it must keep to."""
+"""``hqmq:b``, whose secondaries include the radius, finds the nearest codewords and stays within its error bounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAST = (2, 2.5, 3, 3.5, 4)
 
 
 def all_codewords(code_bits: int) -> np.ndarray:
-    """Every q_p·q_s of a shipped codebook, from what its file holds: (n, 4) float64, without repetitions."""
+    """Return every distinct q_p·q_s of a shipped codebook, computed from its file, (n, 4) float64."""
     book = joint(code_bits)
     base = book.base.numpy().astype(np.float64)
     if book.conjugations:
@@ -27,7 +27,7 @@ def all_codewords(code_bits: int) -> np.ndarray:
 
 
 def byte_scale(rms: np.ndarray) -> np.ndarray:
-    """The nearest of the scales that fit in a byte, eight to the octave."""
+    """Return the nearest scale that a byte can store, eight per octave."""
     return 2.0 ** (np.round(np.log2(rms) * 8) / 8)
 
 
@@ -42,7 +42,7 @@ def test_every_chunk_gets_the_nearest_codeword(bits: float) -> None:
     assert len(words) > 0.7 * 2**codec.code_bits
     chunks, decoded = (v.double().numpy().reshape(-1, 32) / scale.reshape(-1, 1) for v in (x, y))
     chunks, decoded = chunks.reshape(-1, 4), decoded.reshape(-1, 4)
-    # What comes back is a codeword ...
+    # The result is a codeword ...
     assert max(np.abs(words - row).max(1).min() for row in decoded[::7]) < 1e-5
     # ... and none is nearer.
     found = np.linalg.norm(chunks - decoded, axis=1)
@@ -118,7 +118,7 @@ def test_no_baseline_of_as_many_bits_errs_less(dim: int) -> None:
 def test_codebooks_fill_their_bits(bits: int) -> None:
     words = joint(bits).codewords
     assert 0.9 * 2**bits < len(words) <= 2**bits
-    # A few codewords of large codebooks coincide: base quaternions that a rotation leaves in place.
+    # A few codewords of large codebooks coincide, because some rotations leave base quaternions unchanged.
     assert len(torch.unique(words, dim=0)) > 0.7 * len(words)
 
 
@@ -138,7 +138,7 @@ def test_the_shipped_joint_codebook_is_what_the_script_makes() -> None:
         assert sorted(file.files) == ["nmse", "secondary", "step"]
         assert make_codebooks.measure(8, file["secondary"], float(file["step"])) == pytest.approx(float(file["nmse"]), rel=1e-4)
         assert file["secondary"].dtype == np.int16
-        # Lloyd's algorithm may pass a last bit on to the next; a unit is a fiftieth of a typical number.
+        # Rounding may differ by one unit, a fiftieth of a typical number.
         assert np.abs(secondary - file["secondary"]).max() <= 1
         assert step == pytest.approx(float(file["step"]), rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""Keys as queries see them: what is measured, what it is worth, and the files it is kept in."""
+"""Key statistics for quantisation: how they are measured, how they reduce the error, and their files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tessera.kernels import dispatch
 
 
 def drawn(seed: int, batch: int = 1, heads: int = 2, tokens: int = 256, dim: int = 64) -> tuple[Tensor, Tensor]:
-    """Queries and keys (batch, heads, tokens, dim): channels of different widths, those of keys about a mean of their own."""
+    """Draw queries and keys (batch, heads, tokens, dim) with channels of different widths; keys have different means."""
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, batch, heads, tokens, dim, generator=generator).unbind(0)
     w, s = (1.2 * torch.randn(2, batch, heads, 1, dim, generator=generator)).exp().unbind(0)
@@ -26,7 +26,7 @@ def drawn(seed: int, batch: int = 1, heads: int = 2, tokens: int = 256, dim: int
 
 
 def coded(k: Tensor, stats: KeyStats | None, codec: codecs.Codec) -> Tensor:
-    """Keys as they are decoded."""
+    """Return keys after encoding and decoding."""
     if stats is None:
         return codec.decode(codec.encode(k, "key"))
     packed = codec.encode(k * stats.widths.unsqueeze(2), "key", weights=stats.weights)
@@ -34,7 +34,7 @@ def coded(k: Tensor, stats: KeyStats | None, codec: codecs.Codec) -> Tensor:
 
 
 def score_error(q: Tensor, k: Tensor, found: Tensor) -> float:
-    """The mean square of the error of scores, over that of scores of keys less their mean."""
+    """Return the mean square error of scores, relative to the mean square of scores of centred keys."""
     error, size = (q @ x.mT for x in (found - k, k - k.mean(2, keepdim=True)))
     return float(error.square().mean() / size.square().mean())
 
@@ -61,7 +61,7 @@ def test_steering_errors_and_widening_channels_are_each_worth_something() -> Non
 
 
 def test_a_rescaled_head_is_seen_as_the_same() -> None:
-    """Powers of two whose mean is one change no bit of what is coded; any other factors change the error by little."""
+    """Powers of two with mean one change no bit of the codes; other factors change the error only slightly."""
     codec = codecs.get("hqmq:4")
     q, k = drawn(1)
     steps = torch.randint(-1, 2, (32,)).float()

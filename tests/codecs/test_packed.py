@@ -1,4 +1,4 @@
-"""What a codec leaves in memory: bytes, views, joins, files."""
+"""Packed tensors of codecs: their bytes, views, concatenation and files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAWS = Laws(
 
 
 def packed(spec: str, role: Role = "key", tokens: int = 150, dim: int = 32) -> Packed:
-    """Two rows and three heads, with a few vectors of zeros and a few giant chunks."""
+    """Pack two rows and three heads, with a few vectors of zeros and a few giant chunks."""
     x = gaussian(2, 3, tokens, dim)
     x[0, 1, 3] = 0
     x[0, :, ::7, :4] *= 20
@@ -36,7 +36,7 @@ def packed(spec: str, role: Role = "key", tokens: int = 150, dim: int = 32) -> P
 
 
 def close(a: Tensor, b: Tensor) -> None:
-    """Equal but for the last bit: products of matrices of other sizes may sum in another order."""
+    """Whether results are equal up to the last bit, since matrix products of other sizes may sum in another order."""
     torch.testing.assert_close(a, b, atol=1e-4, rtol=2e-3)
 
 

@@ -1,4 +1,4 @@
-"""A codec for keys and another for values: each does what it would do by itself."""
+"""With different codecs for keys and values, each works as it does alone."""
 
 from __future__ import annotations
 

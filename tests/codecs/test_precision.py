@@ -1,4 +1,4 @@
-"""What the precision around them must not change: autocast, and torch's default dtype."""
+"""Autocast and torch's default dtype do not change results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def kept(spec: str, x: Tensor, role: Role) -> dict[str, Tensor]:
-    """What a codec that has seen nothing else keeps of x, and what it makes of that."""
+    """Return what a new codec stores for x, and the decoded result."""
     packed = get(spec).encode(x, role, layer=1)
     return {**packed.tensors, "decoded": packed.decode()}
 
@@ -84,7 +84,7 @@ def test_the_search_for_codewords_is_in_float32_under_autocast() -> None:
     assert torch.equal(found[1], brute_force(x, words))
 
 
-#: Of every kind of table one that is small.
+#: One small table of every kind.
 TABLES = ("hqmq:2", "hqmq:o21_r3", "hqmq:s24_r3_med3", "q4_0", "scalar:3", "kivi:2", "int:3", "fp8:scaled")
 PROGRAM = """
 import sys, torch
@@ -108,7 +108,7 @@ save_file(found, sys.argv[3])
 def test_tables_made_in_another_default_dtype_or_under_autocast_are_the_same(
     default: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a process of its own, in which every table is made for the first time; with float32 under autocast."""
+    """The test runs in a separate process, in which every table is made for the first time."""
     from safetensors.torch import save_file
 
     monkeypatch.setenv("TESSERA_BACKEND", backend)

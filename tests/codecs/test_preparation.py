@@ -1,4 +1,4 @@
-"""What is done to vectors before they are coded: rotation, scales in a byte, centred and narrowed channels."""
+"""Preparation of vectors before coding: rotation, byte scales, centred and narrowed channels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_rotation_is_the_one_that_files_were_written_with() -> None:
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128])
 def test_rotation_spreads_every_coordinate(dim: int) -> None:
-    # No coordinate may stay concentrated: at most the square root of 2 over what an even spread would be, and for the
+    # No coordinate may stay concentrated: at most the square root of 2 times an even spread, and for the
     # Hadamard sizes exactly even.
     most = rotation(dim).abs().max() * dim**0.5
     assert most <= 2**0.5 + 1e-5
@@ -74,13 +74,13 @@ def test_each_group_is_centred_by_its_own_mean() -> None:
     x[:, :, 64:128] -= 300
     y = precondition.apply(x, precondition.fit(x, 64), torch.arange(150) // 64)
     for group in (slice(0, 64), slice(64, 128), slice(128, 150)):
-        # The kept mean has seven bits of its own: it may be off by one part in 128 at the most.
+        # The stored mean has seven bits of mantissa, so its relative error is at most 1/128.
         assert (y[:, :, group].mean(2).abs() <= x[:, :, group].mean(2).abs() / 128 + 1e-4).all()
 
 
 def test_the_filling_of_an_incomplete_group_does_not_count() -> None:
     x = torch.randn(1, 1, 70, 8)
-    x[:, :, 69] = 500  # the token that an incomplete group is filled up with
+    x[:, :, 69] = 500  # the token that pads an incomplete group
     mean, _ = precondition.unpack(precondition.fit(x, 64))
     assert torch.allclose(mean[0, 0, 1], x[0, 0, 64:].mean(0), rtol=0.01)
 
@@ -95,7 +95,7 @@ def test_channels_much_wider_than_the_median_are_narrowed() -> None:
     y = precondition.apply(x, words, torch.arange(640) // 64)
     for channel in (3, 20):
         assert 0.7 < y[..., channel].std() < 2.5
-    assert (factor[..., 21] == 2**15).all()  # as much as four bits can say
+    assert (factor[..., 21] == 2**15).all()  # the maximum of four bits
 
 
 def test_constant_channels_have_no_width() -> None:

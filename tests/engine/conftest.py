@@ -1,4 +1,4 @@
-"""The model that engines serve, and what they are asked."""
+"""The model and the prompts of the engine tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tessera.models import demo_path, heldout_text
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model as a folder without its memory, whose weights vLLM would take for the model's."""
+    """Copy the demo model to a folder without its memory, whose weights vLLM would load as the model's."""
     folder = tmp_path_factory.mktemp("demo")
     for file in demo_path().iterdir():
         if file.suffix in (".json", ".safetensors") and file.name != "memory.safetensors":
@@ -21,7 +21,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prompts(demo: Path) -> list[list[int]]:
-    """Code that the model never saw, of lengths on both sides of a page's and a block's end."""
+    """Return held-out code of lengths just below and above those of a page and a block."""
     from tokenizers import Tokenizer
 
     tokens = Tokenizer.from_file(str(demo / "tokenizer.json")).encode(heldout_text(40_000)).ids

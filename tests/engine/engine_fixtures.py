@@ -1,4 +1,4 @@
-"""Engines of vLLM in this process, and what they say."""
+"""Start vLLM engines in this process, and read their answers."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SPEC = "sink:4 + hqmq:4"
 
 @dataclass
 class Answer:
-    """What an engine made of one prompt.
+    """An engine's answer to one prompt.
 
     Attributes:
-        tokens: that it wrote.
-        shared: tokens of the prompt that it found in its pool.
-        logprobs: of the prompt's tokens from the second on, and of those it wrote.
+        tokens: generated tokens.
+        shared: number of prompt tokens that were found in the pool.
+        logprobs: log-probabilities of the prompt's tokens from the second on, and of the generated tokens.
     """
 
     tokens: list[int]
@@ -43,9 +43,9 @@ class Answer:
 
 @contextmanager
 def engine(model: Any, spec: str | None = SPEC, *, apart: bool = False, **options: Any) -> Iterator[LLM]:
-    """An engine; without a specification it is vLLM's own.
+    """Start an engine, with vLLM's own cache if there is no specification.
 
-    In this process, where it starts in seconds; or apart from it, in processes of its own, as it is usually run.
+    It runs in this process, where it starts in seconds, or in separate processes, as in production.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
     usual = {
@@ -60,7 +60,7 @@ def engine(model: Any, spec: str | None = SPEC, *, apart: bool = False, **option
     }
     if spec is not None:
         usual["additional_config"] = {"tessera": spec}
-    # vLLM remembers in a process which backend it chose.
+    # vLLM caches the choice of backend in a process.
     selector._cached_get_attn_backend.cache_clear()
     llm = None
     try:
@@ -76,14 +76,14 @@ def engine(model: Any, spec: str | None = SPEC, *, apart: bool = False, **option
 
 
 def random_stats(layers: int, kv_heads: int, dim: int) -> list[KeyStats]:
-    """Statistics of no model: widths of a quarter to four, and every weight there is."""
+    """Draw random statistics: widths of a quarter to four, and every possible weight."""
     shape = (layers, 1, kv_heads, dim)
     sizes = 8 * torch.randint(17, 26, shape) + torch.randint(0, 8, shape)
     return [KeyStats(one.to(torch.uint8)) for one in sizes]
 
 
 def ask(llm: LLM, prompts: Sequence[list[int]], tokens: int = 40, **options: Any) -> list[Answer]:
-    """The most likely continuation of each prompt, all at once."""
+    """Return the greedy continuation of each prompt, in one batch."""
     params = SamplingParams(**{"temperature": 0, "max_tokens": tokens, "ignore_eos": True, **options})
     found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     answers = []
@@ -98,5 +98,5 @@ def ask(llm: LLM, prompts: Sequence[list[int]], tokens: int = 40, **options: Any
 
 
 def counter(llm: LLM, name: str) -> float:
-    """One of vLLM's metrics."""
+    """Return one of vLLM's metrics."""
     return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")

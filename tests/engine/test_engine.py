@@ -1,7 +1,7 @@
-"""vLLM over packed pages: what an engine does to be fast changes no token.
+"""vLLM with packed pages: the optimisations of an engine change no token.
 
-Each test compares an engine that uses one feature with the same engine without it. Numbers are float32, and sums are made in
-another order where other tokens are in the batch: where two tokens are almost equally likely, either may come.
+Each test compares an engine that uses one feature with the same engine without it. Numbers are float32, and sums are computed
+in another order if other tokens are in the batch, so if two tokens are almost equally likely, either is accepted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def usual(demo: Path, prompts: list[list[int]]) -> list[Answer]:
-    """What an engine says that takes one request after the other, each prompt at once, and shares nothing."""
+    """Return the answers of an engine without batching, chunked prefill and prefix caching."""
     with engine(demo, max_num_seqs=1) as llm:
         return [ask(llm, [prompt], logprobs=0, prompt_logprobs=0)[0] for prompt in prompts]
 
@@ -44,7 +44,7 @@ def test_a_prefix_that_is_shared(demo: Path, prompts: list[list[int]], usual: li
         same(ask(llm, prompts), usual)
         again = ask(llm, prompts)
         same(again, usual)
-        # Whole blocks of 128, but for the last token, which must be computed.
+        # Whole blocks of 128, except the last token, which must be computed.
         assert [answer.shared for answer in again] == [(len(p) - 1) // 128 * 128 for p in prompts]
 
 
@@ -61,7 +61,7 @@ def test_continuations_of_one_prompt_share_its_pages(demo: Path, prompts: list[l
 
 
 def test_requests_that_are_preempted(demo: Path, prompts: list[list[int]]) -> None:
-    """Five requests of a block each grow to four: the pool holds their beginnings, and not what they become."""
+    """Five requests grow from one block to four; the pool has space for their beginnings only."""
     with engine(demo) as llm:
         wanted = ask(llm, prompts[:5], tokens=300)
     for sharing in (False, True):
@@ -90,9 +90,9 @@ def test_all_at_once(demo: Path, prompts: list[list[int]]) -> None:
 
 
 def test_heads_on_two_devices(demo: Path, prompts: list[list[int]], tmp_path: Path) -> None:
-    """Each process has one of the two key heads; sums over both are made in another order than in one process.
+    """Each process has one of the two key heads, so sums over both are computed in another order than in one process.
 
-    So a number may be rounded to another code, and what follows differs by as much as quantisation itself changes it.
+    A number may thus be rounded to another code, and later results may differ by as much as quantisation changes them.
     """
     torch.manual_seed(0)
     save_stats(random_stats(6, 2, 64), tmp_path / "stats.safetensors")
@@ -112,7 +112,7 @@ def test_heads_on_two_devices(demo: Path, prompts: list[list[int]], tmp_path: Pa
 def test_a_model_that_is_compiled(
     demo: Path, prompts: list[list[int]], usual: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # traced, and run as it was traced
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # traced, and then run from the trace
     with engine(demo, enforce_eager=False) as llm:
         same(ask(llm, prompts), usual)
 
@@ -123,7 +123,7 @@ def test_pages_say_nearly_what_exact_keys_and_values_say(demo: Path, prompts: li
     for got, wanted, prompt in zip(usual, dense, prompts, strict=True):
         n = len(prompt) - 1
         difference = (got.logprobs[:n] - wanted.logprobs[:n]).abs()
-        # Queries of the first group see exact keys and values only.
+        # Queries of the first group see only exact keys and values.
         assert difference[:63].max() < 1e-4
         if n > 64:
             assert 0 < difference.mean() < 0.1
@@ -172,7 +172,7 @@ def test_another_version_is_refused(demo: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_layers_with_windows(tmp_path: Path) -> None:
-    """A model whose layers see windows but for each third, of random weights."""
+    """The model has random weights, and two of three layers have sliding windows."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     config = Gemma3TextConfig(

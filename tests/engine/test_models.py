@@ -1,5 +1,5 @@
-"""Models of several families, small and of random weights: an engine with packed pages computes of each what transformers does
-with the definition of paged attention, and the same tokens whether or not requests are cut, shared or preempted.
+"""For small random models of several families, an engine with packed pages computes the same as transformers with the
+definition of paged attention, and the same tokens whether or not requests are split, shared or preempted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tessera.kernels.paged import GROUP
 
 pytestmark = pytest.mark.vllm
 
-#: Of every model here; the others are those of its family.
+#: Config fields of every model here; the others are defaults of its family.
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
 }
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
-#: Class of a configuration and what it is told, by what is particular about the family.
+#: Class and arguments of a config, by the particular feature of the family.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "normed keys and heads of 128": ("Qwen3", {**HEADS, "head_dim": 128}),
     "biases and heads of 32": ("Qwen2", HEADS),
@@ -53,7 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def definition(
     spec: str = SPEC, stats: Sequence[KeyStats] | None = None, pages: int = 2
 ) -> Callable[..., tuple[torch.Tensor, None]]:
-    """Attention of a whole prompt over pages, in plain PyTorch, as a function for transformers."""
+    """Return the definition of attention over pages as an attention function of transformers."""
     settings = read(spec)
 
     def attention(
@@ -90,7 +90,7 @@ def definition(
 
 
 def scores(model: torch.nn.Module, prompts: list[list[int]], attention: Callable[..., Any]) -> list[torch.Tensor]:
-    """Log-probabilities of each prompt's tokens from the second on."""
+    """Return the log-probabilities of each prompt's tokens from the second on."""
     transformers.AttentionInterface.register("definition", attention)
     model.set_attn_implementation("definition")
     found = []
@@ -102,8 +102,8 @@ def scores(model: torch.nn.Module, prompts: list[list[int]], attention: Callable
 
 
 def check(got: Sequence[Answer], wanted: Sequence[torch.Tensor]) -> None:
-    """The first group is exact. Behind it the kernels write queries in two digits of eight bits, which random statistics, wider
-    than those of models, make coarser; and a key that lies between two codewords may fall to either.
+    """The first group must be exact. After it the kernels write queries in two limbs of eight bits, which random statistics,
+    wider than those of models, make coarser; and a key between two codewords may be rounded to either.
     """
     for one, reference in zip(got, wanted, strict=True):
         difference = (one.logprobs[: len(reference)] - reference).abs()
@@ -113,7 +113,7 @@ def check(got: Sequence[Answer], wanted: Sequence[torch.Tensor]) -> None:
 
 
 def made(name: str, folder: Path, **options: Any) -> Any:
-    """A model of a family, saved there; its random weights are so large that attention looks somewhere."""
+    """Save a model of a family, with random weights large enough for attention to be peaked."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -130,15 +130,16 @@ def test_a_family_cut_shared_and_preempted(family: str, tmp_path: Path) -> None:
     name, options = FAMILIES[family]
     model = made(name, tmp_path, **options)
     tokens = torch.randint(1, 512, (4, 300))
-    tokens[3, :200] = tokens[2, :200]  # two requests that begin alike
+    tokens[3, :200] = tokens[2, :200]  # two requests with the same beginning
     prompts = [tokens[i, :n].tolist() for i, n in enumerate((70, 125, 260, 280))]
-    # Before the engine starts: families that vLLM has no code of run that of transformers, which it changes in this process.
+    # Before the engine starts: for families without code in vLLM it uses that of transformers, which it modifies in this
+    # process.
     reference = scores(model, prompts, definition())
     with engine(tmp_path, skip_tokenizer_init=True, max_num_seqs=1) as llm:
         wanted = ask(llm, prompts, tokens=280, logprobs=0, prompt_logprobs=0, detokenize=False)
     check(wanted, reference)
 
-    # The pool holds the beginnings of three requests, and two whole ones at most.
+    # The pool has space for the beginnings of three requests, and for at most two whole ones.
     hard = {"max_num_batched_tokens": 100, "enable_prefix_caching": True, "num_gpu_blocks_override": 16, "max_model_len": 640}
     with engine(tmp_path, skip_tokenizer_init=True, **hard) as llm:
         got = ask(llm, prompts, tokens=280, detokenize=False)
@@ -149,7 +150,7 @@ def test_a_family_cut_shared_and_preempted(family: str, tmp_path: Path) -> None:
         assert [answer.tokens for answer in run] == [answer.tokens for answer in wanted]
 
 
-#: Class of a configuration, what it is told, the model's class where it is not the family's usual one, and why it is refused.
+#: Class and arguments of a config, the model's class if not the family's usual one, and the reason of the refusal.
 REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "ALiBi": ("Bloom", {"n_layer": 2, "n_head": 4}, "ForCausalLM", "ALiBi's slopes"),
     "latent attention": (
@@ -221,7 +222,7 @@ def test_a_family_that_is_refused_at_start(family: str, tmp_path: Path) -> None:
 
 
 def test_logits_that_drain_the_softmax(tmp_path: Path) -> None:
-    """gpt-oss: windows, experts, and a logit a head that takes its share and gives nothing."""
+    """gpt-oss has windows, experts, and an attention sink logit per head."""
     model = made("GptOss", tmp_path, **HEADS, head_dim=64, num_local_experts=2, num_experts_per_tok=1, sliding_window=100)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -250,9 +251,9 @@ def test_codecs_statistics_and_sizes_of_blocks(spec: str, counted: bool, pages: 
     stats = None
     settings: dict[str, Any] = {"tessera": spec}
     if counted:
-        # Channels of very different widths, so that a layer or a head that takes another's is noticed.
+        # Channels of very different widths reveal a layer or head that uses another's statistics.
         stats = random_stats(SIZES["num_hidden_layers"], 2, dim)
-        (tmp_path / "known").mkdir()  # vLLM takes what lies beside a model's weights for weights
+        (tmp_path / "known").mkdir()  # vLLM loads every file beside a model's weights as weights
         settings["tessera_stats"] = str(tmp_path / "known" / "stats.safetensors")
         save_stats(stats, settings["tessera_stats"])
     prompts = [torch.randint(1, 512, (n,)).tolist() for n in (90, 420)]

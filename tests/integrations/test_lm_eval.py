@@ -1,4 +1,4 @@
-"""lm-evaluation-harness with the model type `tessera`: the same scores as `hf` for "dense", and other caches that are read."""
+"""In lm-evaluation-harness the model type `tessera` gives the scores of `hf` for "dense", and reads other caches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {"pretrained": str(demo_path()), "device": "cpu", "dty
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tasks of this folder, with the place of their data filled in."""
+    """Return the tasks of this folder, with the path of their data filled in."""
     here, there = Path(__file__).parent / "lm_eval_tasks", tmp_path_factory.mktemp("tasks")
     for path in here.glob("*.yaml"):
         text = path.read_text(encoding="utf-8").replace("FOLDER", str(here)).replace("CACHE", str(there / "cache"))
@@ -47,12 +47,12 @@ def model(cache: str, batch_size: int = 3, **more: Any) -> TesseraLM:
 
 
 def scored(lengths: list[tuple[int, int]]) -> list[Any]:
-    """Requests of about so many characters of context and of continuation, out of code that the model never saw."""
+    """Make requests with about this many characters of context and continuation, from held-out code."""
     text, found, at = heldout_text(60_000), [], 0
     for context, continuation in lengths:
         cut = text.index("\n", at + context) if context else at
         found.append(Instance("loglikelihood", {}, (text[at:cut], text[cut : cut + continuation]), len(found)))
-        at = cut + continuation if len(found) != 3 else at  # the fourth has the context of the third
+        at = cut + continuation if len(found) != 3 else at  # the fourth has the same context as the third
     return found
 
 
@@ -92,7 +92,7 @@ def test_dense_generates_what_hf_generates(hf: Any) -> None:
 
 
 def test_what_is_read_comes_from_the_cache(hf: Any) -> None:
-    """A cache that is very coarse must show in every kind of request, and one that never quantises in none."""
+    """A very coarse cache must change the result of every kind of request, and one that never quantises must not."""
     requests, texts, asked = scored([(2000, 30), (1500, 60)]), rolling([3000, 1200]), prompts([1200, 1300])
     coarse = model(COARSE)
     exact, got = (torch.tensor([x for x, _ in each.loglikelihood(requests)]) for each in (hf, coarse))
@@ -118,7 +118,7 @@ def test_scores_do_not_depend_on_the_batch() -> None:
 
 
 def test_long_calls_see_less_of_the_cache() -> None:
-    """In one call everything but the scored tokens is read exactly; a text that is scored whole never reads the cache."""
+    """In one call all but the scored tokens is read exactly; a text that is scored in full never reads the cache."""
     requests = rolling([1200])
     many, one = (model(COARSE, chunk=chunk).loglikelihood_rolling(requests)[0] for chunk in (32, 2048))
     assert one > many + 1

@@ -1,4 +1,4 @@
-"""What an engine is set to and what it refuses, without vLLM."""
+"""The settings and refusals of an engine, tested without vLLM."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_versions_that_are_not(version: str) -> None:
 
 
 def config(**changes: Any) -> SimpleNamespace:
-    """An engine's configuration that can be served, but for the changes, as `part__name=value`."""
+    """Make a supported engine config with changes, as `part__name=value`."""
     made = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=128, prefix_match_unit=None, cache_dtype="auto"),
         parallel_config=SimpleNamespace(

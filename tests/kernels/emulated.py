@@ -1,4 +1,4 @@
-"""The C++ kernels for another processor, compiled by its cross compiler and run in an emulator, without Python there."""
+"""Run the C++ kernels for another processor in an emulator, cross-compiled and without Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tessera.kernels.nearest import Codewords, reduction_tables
 HERE = Path(__file__).parent
 CPU = HERE.parents[1] / "src/tessera/kernels/cpu"
 COMPILER, DISASSEMBLER, EMULATOR = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64"
-#: As in CMakeLists.txt, for Arm.
+#: Sources and flags as in CMakeLists.txt, for Arm.
 FLAGS = "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Werror -Wno-psabi -DTESSERA_NEON"
 SOURCES = (
     "attend_portable",
@@ -36,20 +36,20 @@ SOURCES = (
 
 
 def missing() -> str | None:
-    """Why nothing can be run so, or None."""
+    """Say why the emulator cannot be used, or return None."""
     lacking = [name for name in (COMPILER, DISASSEMBLER, EMULATOR) if shutil.which(name) is None]
     return f"{' and '.join(lacking)} not found: Debian has g++-aarch64-linux-gnu and qemu-user" if lacking else None
 
 
 @dataclass
 class Kernels:
-    """The program of run_kernels.cpp in a directory."""
+    """The compiled run_kernels.cpp in a directory."""
 
     directory: Path
     numbers: count[int] = field(default_factory=count)
 
     def build(self) -> None:
-        """Compile it. Raises: RuntimeError with what the compiler says."""
+        """Compile it. Raises: RuntimeError with the compiler's output."""
         files = [str(CPU / f"{name}.cpp") for name in SOURCES]
         command = [COMPILER, *FLAGS.split(), "-static", "-pthread", f"-I{CPU}", *files, str(HERE / "run_kernels.cpp")]
         done = subprocess.run([*command, "-o", str(self.program)], capture_output=True, text=True)
@@ -61,11 +61,11 @@ class Kernels:
         return self.directory / "run_kernels"
 
     def levels(self, processor: str = "max") -> list[str]:
-        """What the program finds on a processor that the emulator knows."""
+        """Return the levels that the program finds on an emulated processor."""
         return subprocess.run([EMULATOR, "-cpu", processor, str(self.program)], capture_output=True, text=True).stdout.split()
 
     def uses(self, function: str, instruction: str) -> bool:
-        """Whether a function whose name holds this has the instruction on whole registers."""
+        """Whether a function whose name contains this uses the instruction on whole registers."""
         lines = subprocess.run([DISASSEMBLER, "-dC", str(self.program)], capture_output=True, text=True, check=True).stdout
         inside = False
         for line in lines.splitlines():
@@ -75,7 +75,7 @@ class Kernels:
         return False
 
     def attend(self, q: Tensor, pages: CompressedKV, params: AttendParams, level: str, limbs: int = 3) -> tuple[Tensor, Tensor]:
-        """As `tessera.kernels.cpu.attend`."""
+        """Compute `tessera.kernels.cpu.attend`."""
         batch, heads, tokens, dim = q.shape
         forms = pages.check(q, params)
         placed, window = params.start is not None, params.window or 0
@@ -93,7 +93,8 @@ class Kernels:
         return out.view(torch.float32).view(q.shape), lse.view(torch.float32).view(q.shape[:3])
 
     def encode(self, x: Tensor, vectors: Tensor, scale: Tensor, book: Codewords, bits: int, level: str) -> tuple[Tensor, ...]:
-        """Codes of the chunks x, (n, 4), and their codewords; packed codes of `vectors`, (m, d), divided by `scale`, (m,)."""
+        """Return the codes and codewords of chunks x, (n, 4), and the packed codes of `vectors`, (m, d), divided by `scale`,
+        (m,)."""
         arrays = [_ints([book.conjugations]), _floats([book.step]), book.products, book.codes.int(), *reduction_tables(), x]
         arrays += [_ints([vectors.shape[1], bits]), vectors, scale]
         codes, words, packed = self._solve("encode", level, arrays)

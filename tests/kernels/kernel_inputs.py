@@ -1,4 +1,4 @@
-"""What the tests of the kernels share."""
+"""Inputs that several tests of the kernels use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tessera.kernels.bits import pack_bits
 
 
 class NoKernel(FP8):
-    """A codec that only PyTorch decodes, as one of a user's own is at first."""
+    """A codec without kernels, like a new user-defined one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 
 
 def make_pages(codec: Codec, batch: int, heads: int, sizes: list[int], dim: int) -> CompressedKV:
-    """Pages whose keys have a large constant channel and a wide one, inside larger buffers as a cache has them."""
+    """Make pages whose keys have a large constant channel and a wide one, as slices of larger buffers, as in a cache."""
     pages = []
     for size in sizes:
         k, v = torch.randn(2, batch, heads, size + 64, dim).unbind(0)
@@ -40,7 +40,7 @@ def make_pages(codec: Codec, batch: int, heads: int, sizes: list[int], dim: int)
 
 
 def random_codes(codec: Codec, shape: tuple[int, int, int, int], role: Role) -> Packed:
-    """Vectors of a joint codebook, (batch, heads, tokens, dim), whose codes, scales and centres are drawn, not searched for."""
+    """Draw random codes, scales and centres of a joint codebook, (batch, heads, tokens, dim), which is faster than encoding."""
     side = codec.side(role)
     assert isinstance(side, JointHQMQ)
     batch, heads, tokens, dim = shape

@@ -1,8 +1,7 @@
-// Runs kernels on a problem out of a file, without Python, for processors that are emulated: `run_kernels LEVEL PROBLEM RESULT`,
-// or without arguments: prints the levels that there are.
-//
-// The files are arrays one behind the other, each its length in bytes, 64 bits, and its bytes; which ones is said by
-// emulated.py. Every array given ends where a page begins that must not be read: what reads beyond it ends the process.
+// Runs kernels on a problem in a file, without Python, on emulated processors: `run_kernels LEVEL PROBLEM RESULT`,
+// or without arguments: prints the available levels.
+// The files are sequences of arrays, each a 64-bit length in bytes and the bytes; their order is defined by
+// emulated.py. Every input array ends at a protected page, so that reading beyond it ends the process.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -24,7 +23,7 @@ class Input {
   public:
     explicit Input(const char* path) : file_(path, std::ios::binary) {}
 
-    // The next array, of which `count` becomes the number of elements; null if there are none.
+    // Returns the next array and sets `count` to its number of elements; null if empty.
     template <class T>
     const T* next(int64_t* count = nullptr) {
         int64_t bytes = 0;
@@ -52,7 +51,7 @@ void put(std::ofstream& file, const std::vector<T>& array) {
     file.write(reinterpret_cast<const char*>(array.data()), bytes);
 }
 
-// Of a std::deque, which leaves them where they are.
+// A std::deque, because it does not move its elements.
 const Book& read_book(Input& in, std::deque<Book>& books) {
     const int64_t* ints = in.next<int64_t>();
     const float step = *in.next<float>();
@@ -65,7 +64,7 @@ const Book& read_book(Input& in, std::deque<Book>& books) {
     return books.emplace_back(int(ints[0]), int(ints[1]), step, point, points / 4, permutation, sign, scales, dct, size, signs, int(dim));
 }
 
-// Of one page: rows of all heads lie one behind the other.
+// The arrays of one page: rows of all heads are contiguous.
 Side read_side(Input& in, Role role, int64_t lines, int64_t offset) {
     Side side{};
     side.role = role, side.offset = offset;
@@ -125,7 +124,7 @@ Index read_index(Input& in) {
     return Index(words, codes, int(count / 24), conjugations, step, group);
 }
 
-// The nearest codewords of chunks, and their codes; then vectors, coded and packed.
+// Finds the nearest codewords of chunks and their codes; then encodes and packs vectors.
 void encode(const std::string& level, Input& in, std::ofstream& to) {
     const Index index = read_index(in);
     int64_t numbers, vectors;

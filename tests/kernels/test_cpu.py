@@ -1,4 +1,4 @@
-"""The C++ kernels against their definition in PyTorch."""
+"""The C++ kernels agree with their definition in PyTorch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tessera.kernels.bits import pack_bits
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 
-#: Relative error of float32 sums in another order.
+#: Maximum relative error of float32 sums in another order.
 FLOAT = 1e-5
 SPECS = ("hqmq:2", "hqmq:2.5", "hqmq:3", "hqmq:3.5", "hqmq:4")
 
@@ -77,7 +77,7 @@ def test_attention_over_wide_codes_equals_the_reference(level: str, spec: str) -
 
 @pytest.mark.parametrize("bits", [4, 4.5, 5])
 def test_every_code_is_read_as_its_codeword(level: str, bits: float) -> None:
-    """Attention to a single token returns its value, whatever its codes. Codes at random spare the search for them."""
+    """Attention to a single token returns its value for any codes. Random codes avoid the cost of encoding."""
     codec = JointHQMQ(bits, centre=False)
     codes = torch.randint(len(joint(codec.code_bits).codewords), (1, 2, 1, 16))
     tensors = {"codes": pack_bits(codes, codec.code_bits), "scale": torch.full((1, 2, 1), 131, dtype=torch.uint8)}
@@ -191,7 +191,7 @@ def test_threads_do_not_change_the_result(threads: int, shared: bool) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dim", [20, 64])
 def test_kernels_by_hand_run_where_they_should(by_hand: str, spec: str, dim: int) -> None:
-    """Only they write queries in limbs: for the plain loops, that run where they cannot, two are the same as three."""
+    """Only specialised kernels write queries in limbs; in the portable loops two limbs equal three."""
     pages = make_pages(codecs.get(spec), 1, 2, [64, 50], dim)
     q = torch.randn(1, 6, 1, dim)
     two, three = (cpu.attend(q, pages, AttendParams(0.1), level=by_hand, limbs=limbs)[0] for limbs in (2, 3))
@@ -213,12 +213,12 @@ def test_limbs_bound_the_error(level: str, limbs: int, bound: float) -> None:
     )
     assert error < bound
     if limbs < 3:
-        assert error > bound / 1000  # so that the argument does something
+        assert error > bound / 1000  # so that the argument has an effect
 
 
 @pytest.mark.parametrize("peak", [5.5, 6.4, 8.0])
 def test_many_small_weights_beside_large_ones_are_not_lost(level: str, peak: float) -> None:
-    """In every block one token outweighs the others, of which there are many."""
+    """In every block one token has far more weight than each of the many others."""
     k, v = torch.zeros(1, 1, 4096, 64), 1 + torch.randn(1, 1, 4096, 64)
     k[..., 0] = 1e-3 * torch.randn(4096)
     k[:, :, ::256, 0] = peak

@@ -1,4 +1,4 @@
-"""The C++ kernels for codes of a direction and a radius, outlier chunks among them, against their definition in PyTorch."""
+"""The C++ kernels for codes of direction and radius, with outliers, agree with their definition in PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tessera.quaternion import conjugate, right_matrix
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 
-#: Relative error of float32 sums in another order.
+#: Maximum relative error of float32 sums in another order.
 FLOAT = 1e-5
 #: Codes of 12, 16, 19, 16 and 17 bits, with outliers and without, codebooks by head and shared, rotated or not.
 SPECS = ("hqmq:s24_r2", "hqmq:s96_r4", "hqmq:s192_r6_med3", "hqmq:o170_r4", "outliers by vector")
@@ -34,7 +34,7 @@ def level(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _define(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the reference decode by the definition, or it would share the kernel's mistakes."""
+    """Make the reference decode by the definition, so that it does not share the kernel's mistakes."""
     real = reference.attend
 
     def attend(*args: Any, **rule: Any) -> Any:
@@ -137,7 +137,7 @@ def test_threads_do_not_change_the_result() -> None:
 
 @pytest.mark.parametrize("field", ["codes", "flags"])
 def test_damaged_codes_and_flags_are_read_as_something_finite(level: str, field: str) -> None:
-    """Codes that the codebook lacks, and bits for chunks that a vector of 36 numbers lacks."""
+    """The damage is codes outside of the codebook, and flags of chunks that a vector of 36 numbers does not have."""
     codec = HQMQ(96, 4, 1e9, outlier_rule="vector")
     x = torch.randn(1, 1, 64, 36)
     keys, values = codec.encode(x, "key"), codec.encode(x)
@@ -172,7 +172,7 @@ def test_search_finds_the_directions_of_the_reference(heads: int, size: int) -> 
     codes, projections = dispatch.nearest_directions(chunks, matrices, backend="cpu")
     wanted, best = dispatch.nearest_directions(chunks, matrices, backend="reference")
     assert torch.allclose(projections, best, atol=1e-5)
-    # Two directions may be equally near to within rounding.
+    # Two directions may be equally near within rounding.
     assert (codes != wanted).float().mean() < 1e-2
     assert dispatch.nearest_directions(chunks[:, :, :0], matrices)[0].shape == (2, 3, 0, 5)
 

@@ -1,4 +1,4 @@
-"""What packs codes in C++, against the definitions in PyTorch."""
+"""Packing of codes in C++ agrees with the definitions in PyTorch."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def level(request: pytest.FixtureRequest) -> str:
 
 
 def vectors(shape: tuple[int, ...]) -> Tensor:
-    """Vectors of all lengths, zero among them, with outliers, with numbers that are equal, and with halves."""
+    """Draw vectors of many lengths, including zero, with outliers, with equal numbers, and with ties of rounding."""
     x = torch.randn(shape) * torch.randn(shape).exp()
     if shape[2] > 6:
         x[:, :, 1] = 0
@@ -78,7 +78,7 @@ def test_codes_of_vectors_are_divided_found_and_packed(level: str, bits: int, sh
     codes = dispatch.nearest(chunks.reshape(-1, 4), words_of(bits), backend=f"cpu:{level}").view(chunks.shape[:-1])
     codes[scale == 0] = 0
     assert torch.equal(got, pack_bits(codes, bits))
-    if shape[-1] > 1:  # of a single number two codewords are always equally near
+    if shape[-1] > 1:  # for a single number two codewords are always equally near
         packed = dispatch.pack_nearest(x, scale, words_of(bits), bits, backend="reference")
         assert (unpack_bits(packed, bits, codes.shape[-1]) != codes).float().mean() < 1e-2
 
@@ -109,7 +109,7 @@ def test_every_chunk_is_coded_nearest_to_what_the_errors_ask_for(
     y, feedback = feedback_inputs(heads, vectors, dim)
     codes = dispatch.encode_feedback(y, feedback, words_of(bits), backend=f"cpu:{level}").long()
     assert codes.shape == (heads, vectors, dim // 4)
-    # A code that is other for rounding changes all that come after it: the targets that follow from these codes are looked at.
+    # A code that differs by rounding changes all later ones, so the test checks the targets that follow from these codes.
     book = joint(bits)
     words = book.codewords.double() * book.step
     error = words[codes].flatten(2) - y.double()
@@ -124,7 +124,7 @@ def test_every_chunk_is_coded_nearest_to_what_the_errors_ask_for(
 @pytest.mark.parametrize("bits", [8, 16])
 def test_feedback_gives_the_codes_of_the_definition(level: str, bits: int) -> None:
     y, feedback = feedback_inputs(2, 67, 32)
-    # What stands on the diagonal blocks or below them is not read.
+    # The diagonal blocks and those below are not read.
     chunk = torch.arange(32) // 4
     feedback[:, chunk[:, None] >= chunk] = torch.nan
     got = dispatch.encode_feedback(y, feedback, words_of(bits), backend=f"cpu:{level}")
@@ -162,7 +162,7 @@ def encoded(
 
 
 def channels(shape: tuple[int, int, int, int]) -> Tensor:
-    """Vectors whose channels differ in mean and width, as those of keys do, with vectors of zeros and constant ones."""
+    """Draw vectors whose channels differ in mean and width, as those of keys do, and some zero and constant vectors."""
     x = torch.randn(shape) * torch.randn(shape[3]).exp() + 3 * torch.randn(shape[3])
     x[..., 1] *= 300
     x[:, :, 2:3] = 0
@@ -184,7 +184,7 @@ def test_joint_codes_made_in_one_pass_are_those_of_the_definition(
         assert {name: (t.shape, t.dtype) for name, t in got.tensors.items()} == {
             name: (t.shape, t.dtype) for name, t in wanted.tensors.items()
         }
-        # Sums in another order: what was rounded one way may be rounded the other, and then vectors have other codes.
+        # Sums in another order may round differently, which changes the codes of a few vectors.
         assert (got.tensors["scale"] != wanted.tensors["scale"]).float().mean() < 0.01
         if "centre" in wanted.tensors:
             assert (got.tensors["centre"] != wanted.tensors["centre"]).float().mean() < 0.01

@@ -1,4 +1,4 @@
-"""The indexed search against comparing every codeword."""
+"""The indexed search agrees with brute force over all codewords."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def index(request: pytest.FixtureRequest) -> CellIndex:
 
 
 def samples(count: int) -> torch.Tensor:
-    """Chunks of every size: Gaussian, tiny, huge, with zeros, and on the borders where units tie."""
+    """Draw chunks of every size: Gaussian, tiny, huge, with zeros, and on boundaries where units tie."""
     x = torch.randn(count, 4)
     x[: count // 10] *= torch.logspace(-6, 3, count // 10)[:, None]
     x[count // 10 : count // 5, 1:3] = 0
@@ -35,9 +35,9 @@ def test_search_finds_the_nearest_codeword(index: CellIndex) -> None:
 def test_search_compares_few_codewords(index: CellIndex) -> None:
     x = torch.randn(2000, 4)
     length = x.norm(dim=-1)
-    x = x[(length > 0.3) & (length < index.radius)]  # the rest, and the surroundings of the origin, is searched in full
+    x = x[(length > 0.3) & (length < index.radius)]  # chunks outside of the lists, and near the origin, are searched in full
     assert index.candidates.shape[1] <= 32 < len(index.words) / 2
-    # The lists answer it: without them, every chunk would fall back to the full search and this would raise.
+    # The lists are used: otherwise every chunk would fall back to the full search, which raises here.
     blind = CellIndex(**{**vars(index), "words": torch.full((1, 4), torch.nan)})
     assert torch.equal(nearest(x, blind), nearest(x, index))
 
@@ -90,7 +90,7 @@ def test_codes_number_the_same_codewords_as_products(bits: int) -> None:
     book = joint(bits)
     assert torch.equal(book.codewords[book.codes], book.products)
     assert torch.equal(book.codes.sort().values, torch.arange(len(book.products)))
-    # Fields of a code: which representative, and how it is permuted.
+    # Fields of a code: the representative, and the permutation.
     permutation, sign = book.signed_permutations
     code = torch.randint(len(book.codewords), (50,))
     representative, number = code // len(sign), code % len(sign)

@@ -1,4 +1,4 @@
-"""The search for codewords in C++ against the distance to every codeword, in double precision, for each instruction set."""
+"""The C++ search at each instruction set agrees with the distances to all codewords in double precision."""
 
 from itertools import permutations
 
@@ -13,7 +13,7 @@ from tessera.quaternion import hamilton, units
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 
-#: How much farther a codeword may be that counts as equally near: the rounding of float32, for the lengths of codewords.
+#: Tolerance of distances that count as equal: the rounding of float32 for the lengths of codewords.
 TIE = 2e-6
 
 
@@ -23,15 +23,15 @@ def level(request: pytest.FixtureRequest) -> str:
 
 
 def distances(x: Tensor, bits: int) -> Tensor:
-    """Of chunks (n, 4) to the nearest codeword, float64."""
+    """Return the distances of chunks (n, 4) to the nearest codeword, in float64."""
     book = words_of(bits)
-    # In rows, so that a block of the differences stays in the processor's cache.
+    # In blocks of rows, so that the differences stay in the processor's cache.
     words = (book.products.double() * book.step).T.contiguous()
     return torch.stack([sum((w - c).square() for w, c in zip(words, p, strict=True)).amin().sqrt() for p in x.double()])
 
 
 def check(x: Tensor, bits: int, level: str) -> None:
-    """Every chunk gets a codeword than which none is nearer."""
+    """Check that no codeword is nearer to a chunk than the one found."""
     book = joint(bits)
     found = dispatch.nearest(x, words_of(bits), backend=f"cpu:{level}").long()
     far = (x.double() - book.codewords[found].double() * book.step).norm(dim=-1)
@@ -40,7 +40,7 @@ def check(x: Tensor, bits: int, level: str) -> None:
 
 
 def count(bits: int, few: int) -> int:
-    """Fewer chunks for large codebooks, which all are compared with."""
+    """Return the number of chunks, fewer for large codebooks, because of the brute-force comparison."""
     return max(40, min(few, (1 << 25) >> bits))
 
 
@@ -62,19 +62,19 @@ def test_codewords_get_their_own_codes(level: str, bits: int) -> None:
 
 
 def hard_chunks(bits: int) -> dict[str, Tensor]:
-    """Chunks where something may go wrong, by the reason."""
+    """Return difficult chunks, by the kind of difficulty."""
     book = words_of(bits)
     step, words = book.step, book.products.float() * book.step
     n = count(bits, 400)
     base = torch.randn(n, 4)
-    # On the planes where the reduction to the region is not unique: components that are equal, zero, or sum up to another.
+    # On planes where the reduction to the region is not unique: components that are equal, zero, or the sum of others.
     planes = base.clone()
     planes[::4, 1] = planes[::4, 0]
     planes[1::4, 2] = -planes[1::4, 3]
     planes[2::4, 0] = planes[2::4, 1:].abs().sum(-1)
     planes[3::4, 1:3] = 0
     pairs = words[torch.randint(len(words), (n,))]
-    # Of two codewords beside each other: of one, and of the one found a little away from it.
+    # Between two neighbouring codewords: one, and the one found a little away from it.
     beside = words_of(bits).products.float() * step
     other = torch.stack(
         [beside[(beside - (p + 0.7 * d)).square().sum(-1).argmin()] for p, d in zip(pairs, torch.randn(n, 4), strict=True)]
@@ -140,5 +140,5 @@ def test_a_chunk_gets_the_same_code_wherever_it_stands(level: str, bits: int, n:
 def test_codes_are_those_of_the_reference(level: str, bits: int) -> None:
     x = torch.randn(20_000, 4)
     got = dispatch.nearest(x, words_of(bits), backend=f"cpu:{level}")
-    # Two codewords may be equally near to within rounding.
+    # Two codewords may be equally near within rounding.
     assert (got != dispatch.nearest(x, words_of(bits), backend="reference")).float().mean() < 1e-3

@@ -1,4 +1,4 @@
-"""Attention over packed tokens and encoding on Arm, in an emulator, against their definition in PyTorch."""
+"""Attention over packed tokens and encoding on Arm, run in an emulator, agree with their definition in PyTorch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tessera.kernels.bits import pack_bits
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))]
 
-#: Relative error of float32 sums in another order.
+#: Maximum relative error of float32 sums in another order.
 FLOAT = 1e-5
-#: How much farther a codeword may be that counts as equally near: the rounding of float32, for the lengths of codewords.
+#: Tolerance of distances that count as equal: the rounding of float32 for the lengths of codewords.
 TIE = 2e-6
 LEVELS = ("portable", "neon", "dotprod")
 BY_HAND = LEVELS[1:]
@@ -72,7 +72,7 @@ def test_attention_equals_the_reference(
     sizes: list[int],
     dim: int,
 ) -> None:
-    """Keys have a large constant channel, which centring takes off, and a wide one."""
+    """Keys have a large constant channel, which centring removes, and a wide one."""
     pages = make_pages(codecs.get(spec), batch, kv_heads, sizes, dim)
     check(kernels, torch.randn(batch, heads, queries, dim), pages, AttendParams(dim**-0.5), level)
 
@@ -80,7 +80,7 @@ def test_attention_equals_the_reference(
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("spec", ["hqmq:4.5", "hqmq:5"])
 def test_attention_over_wide_codes_equals_the_reference(kernels: emulated.Kernels, level: str, spec: str) -> None:
-    """Their codewords are read in two parts."""
+    """Codewords of wide codes are read in two parts."""
     codec = codecs.get(spec)
     shape = (2, 2, 133, 96)
     pages = CompressedKV([(random_codes(codec, shape, "key"), random_codes(codec, shape, "value"))])
@@ -97,7 +97,7 @@ def test_keys_and_values_of_two_codecs_equal_the_reference(kernels: emulated.Ker
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", [3, 4, 4.5, 5])
 def test_every_code_is_read_as_its_codeword(kernels: emulated.Kernels, level: str, bits: float) -> None:
-    """Attention to a single token returns its value, whatever its codes."""
+    """Attention to a single token returns its value for any codes."""
     codec = JointHQMQ(bits, centre=False)
     codes = torch.randint(len(joint(codec.code_bits).codewords), (1, 16, 1, 128))
     tensors = {"codes": pack_bits(codes, codec.code_bits), "scale": torch.full((1, 16, 1), 131, dtype=torch.uint8)}
@@ -146,7 +146,7 @@ def test_slices_and_variants_equal_the_reference(kernels: emulated.Kernels, leve
 @pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:3", "hqmq:4", "hqmq:5"])
 @pytest.mark.parametrize("dim", [20, 64])
 def test_kernels_by_hand_run_where_they_should(kernels: emulated.Kernels, level: str, spec: str, dim: int) -> None:
-    """Only they write queries in limbs: for the plain loops, that run where they cannot, two are the same as three."""
+    """Only specialised kernels write queries in limbs; in the portable loops two limbs equal three."""
     codec = codecs.get(spec)
     shape = (1, 2, 114, dim)
     pages = CompressedKV([(random_codes(codec, shape, "key"), random_codes(codec, shape, "value"))])
@@ -176,13 +176,13 @@ def test_limbs_bound_the_error(kernels: emulated.Kernels, level: str, limbs: int
     error = relative(got, reference.attend(q, pages, AttendParams(128**-0.5))[0])
     assert error < bound
     if limbs < 3:
-        assert error > bound / 1000  # so that the argument does something
+        assert error > bound / 1000  # so that the argument has an effect
 
 
 @pytest.mark.parametrize("level", BY_HAND)
 @pytest.mark.parametrize("peak", [5.5, 6.4, 8.0])
 def test_many_small_weights_beside_large_ones_are_not_lost(kernels: emulated.Kernels, level: str, peak: float) -> None:
-    """In every block one token outweighs the others, of which there are many."""
+    """In every block one token has far more weight than each of the many others."""
     k, v = torch.zeros(1, 1, 4096, 64), 1 + torch.randn(1, 1, 4096, 64)
     k[..., 0] = 1e-3 * torch.randn(4096)
     k[:, :, ::256, 0] = peak
@@ -210,7 +210,7 @@ def test_a_broken_query_gives_nan_and_harms_no_other(kernels: emulated.Kernels, 
 
 
 def chunks(bits: int) -> torch.Tensor:
-    """Of every size, on planes where regions meet, codewords, and what is between two of them."""
+    """Draw chunks of every size, on planes where regions meet, at codewords, and between two of them."""
     book = joint(bits)
     n = max(40, min(1000, (1 << 24) >> bits))
     words = book.codewords[torch.randint(len(book.codewords), (2, n))].float() * book.step
@@ -224,7 +224,7 @@ def chunks(bits: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", JOINT_BITS)
 def test_chunks_get_the_nearest_codeword(kernels: emulated.Kernels, bits: int) -> None:
-    """Than which none of all is nearer; and whole vectors, divided and packed, get the codes of their chunks."""
+    """No other codeword is nearer; and whole vectors, divided and packed, get the codes of their chunks."""
     x, book = chunks(bits), words_of(bits)
     scale = torch.rand(9) + 0.5
     scale[3] = 0
@@ -244,7 +244,7 @@ def test_chunks_get_the_nearest_codeword(kernels: emulated.Kernels, bits: int) -
 
 
 def test_the_search_looks_at_four_chunks_at_a_time(kernels: emulated.Kernels) -> None:
-    """The one there is for any processor, as compiled for Arm: it compares, chooses and multiplies whole registers."""
+    """The portable search, as compiled for Arm, compares, selects and multiplies whole registers."""
     for instruction in ("fcmgt", "bsl", "fmla", "scvtf"):
         assert kernels.uses("search_block", instruction), instruction
     assert not kernels.uses("search_block", "none such")

@@ -1,4 +1,4 @@
-"""Attention of an engine's step by block table: the definition against a loop over tokens, the kernels against both."""
+"""For attention by block table, the definition agrees with a loop over tokens, and the kernels with both."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tessera.codecs.pages import block_layout, write
 from tessera.kernels import cpu, dispatch, paged, triton
 from tessera.kernels.paged import GROUP, BlockLayout, PagedCall, Step
 
-#: Every backend that can run here; the AVX-512 kernel with three limbs is as exact as float32 sums.
+#: Every backend available here; with three limbs the AVX-512 kernel is as exact as float32 sums.
 LEVELS = ("reference", *(f"cpu:{level}" for level in cpu.levels()))
 
 
 @dataclass
 class Engine:
-    """As an engine does: a pool, tables with blocks in any order, and requests that come in steps.
+    """A model of an engine: a pool, tables with blocks in any order, and requests that are processed in steps.
 
     Attributes:
-        q, k, v: of each request, (tokens, heads, head_dim).
+        q, k, v: those of each request, (tokens, heads, head_dim).
     """
 
     layout: BlockLayout
@@ -62,19 +62,19 @@ class Engine:
         table = torch.full((len(lengths), max(needed)), blocks - 1, dtype=torch.int32)
         for r, n in enumerate(needed):
             table[r, :n] = order[sum(needed[:r]) : sum(needed[:r]) + n]
-        # What an engine leaves in memory is anything.
+        # An engine's memory has arbitrary contents.
         pool = torch.randint(0, 256, (blocks, kv_heads, layout.nbytes), dtype=torch.uint8)
         rings = torch.randint(0, 256, (len(lengths) + 2, kv_heads, ring, layout.ring_bytes), dtype=torch.uint8)
         draw = [[torch.randn(n, h, dim) for n in lengths] for h in (heads, kv_heads, kv_heads)]
         for k in draw[1]:
             k[..., 3] += 20
-            k[:2] *= 3  # first keys are unlike the others
+            k[:2] *= 3  # the first keys differ from the others
         q, k, v = ([x.to(dtype) for x in xs] for xs in draw)
         ring_table = torch.randperm(len(lengths) + 2)[: len(lengths), None].int()
         return Engine(layout, codec, pool, rings, table, ring_table, q, k, v)
 
     def step(self, spans: list[tuple[int, int]], backend: str, **rules: Any) -> list[Tensor]:
-        """Tokens [a, b) of each request: the result of each. rules: window, softcap and drains."""
+        """Run a step with tokens [a, b) of each request and return the results. rules: window, softcap and drains."""
         counts = torch.tensor([b - a for a, b in spans])
         first = torch.cat((torch.zeros(1, dtype=torch.long), counts.cumsum(0))).int()
         step = Step(first, torch.tensor([b for _, b in spans]).int(), self.table, self.rings, {})
@@ -91,7 +91,7 @@ class Engine:
         return list(out.split(counts.tolist()))
 
     def serve(self, sizes: list[int], backend: str, **rules: Any) -> list[Tensor]:
-        """All tokens, request r in steps of sizes[r]; requests that are done wait, with no tokens in a step."""
+        """Run all tokens, request r in steps of sizes[r]; finished requests have no tokens in a step."""
         done = [0] * len(self.q)
         found: list[list[Tensor]] = [[] for _ in self.q]
         while any(n < len(q) for n, q in zip(done, self.q, strict=True)):
@@ -105,7 +105,7 @@ class Engine:
 def plain(
     engine: Engine, r: int, window: int | None = None, softcap: float | None = None, drains: Tensor | None = None
 ) -> Tensor:
-    """What a request's tokens are to give, by a loop over tokens: no tables, no groups of queries, no kernels."""
+    """Compute a request's expected results by a loop over tokens, without tables, groups of queries or kernels."""
     layout, codec = engine.layout, engine.codec
     q, k, v = (x[r].float() for x in (engine.q, engine.k, engine.v))
     shared = q.shape[1] // k.shape[1]
@@ -140,7 +140,7 @@ def plain(
 
 
 def _stats(kv_heads: int, dim: int) -> KeyStats:
-    # Widths of a quarter to four, and every weight there is.
+    # Widths of a quarter to four, and every possible weight.
     return KeyStats((8 * torch.randint(17, 26, (1, kv_heads, dim)) + torch.randint(0, 8, (1, kv_heads, dim))).to(torch.uint8))
 
 
@@ -241,7 +241,7 @@ def test_triton(options: dict) -> None:
     ],
 )
 def test_triton_reads_codes_of_single_numbers(spec: str, dim: int, sink: int) -> None:
-    """Key channels of kivi share a scale for half a page, and the sinks may fill that half."""
+    """In kivi the tokens of half a page share scales of key channels, and sinks may fill that half."""
     engine = Engine.make([70], heads=2, kv_heads=1, dim=dim, sink=sink, spec=spec)
     for r, got in enumerate(engine.serve([66], backend="triton")):
         close(got, plain(engine, r), 2e-3)
@@ -274,7 +274,7 @@ def test_tokens_that_were_drafted_in_vain_leave_no_trace(backend: str) -> None:
     while done < 150:
         end = min(150, done + 30)
         keep = min(end, done + 7)
-        # Tokens behind `keep` are drafts that are rejected: the next step writes others in their place.
+        # Tokens after `keep` are rejected drafts, which the next step overwrites.
         for i, x in enumerate((engine.q, engine.k, engine.v)):
             x[0] = torch.cat((right[i][:keep], wrong[i][keep:]))
         got.append(engine.step([(done, end)], backend)[0][: keep - done])
@@ -286,7 +286,7 @@ def test_pages_that_are_shared_read_the_same() -> None:
     engine = Engine.make([200, 200])
     engine.q[1], engine.k[1], engine.v[1] = engine.q[0], engine.k[0], engine.v[0]
     whole = engine.serve([200, 200], backend="auto")
-    # The second request finds the first block of the other, and begins behind it with a ring that holds anything.
+    # The second request shares the first block of the other, and starts after it with arbitrary contents of its ring.
     engine.table[1, 0] = engine.table[0, 0]
     engine.ring.random_(0, 256)
     assert torch.equal(engine.step([(0, 0), (128, 200)], "auto")[1], whole[1][128:])

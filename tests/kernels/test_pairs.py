@@ -1,4 +1,4 @@
-"""Pages whose keys have one codec and values another: what they refuse, and the C++ kernels against their definition."""
+"""For pages with different codecs of keys and values, the C++ kernels agree with their definition."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tessera.kernels.scalars import ScalarFormat
 
 built = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 
-#: Relative error of float32 sums in another order.
+#: Maximum relative error of float32 sums in another order.
 FLOAT = 1e-5
 BITS = (2, 2.5, 3, 3.5, 4, 4.5, 5)
-#: Joint codebooks of other sizes and settings, directions and radii, and one with the other.
+#: Joint codebooks of different sizes and settings, codes of direction and radius, and mixtures.
 SPECS = (
     "hqmq:k4v3",
     "hqmq:k2v3.5",
@@ -48,7 +48,7 @@ def level(request: pytest.FixtureRequest) -> str:
 
 
 def defined(q: Tensor, pages: CompressedKV, scale: float, **rule: Any) -> tuple[Tensor, Tensor]:
-    """`reference.attend`, decoded by the definition: or it would share the kernel's mistakes."""
+    """Compute `reference.attend`, decoding by the definition, so that it does not share the kernel's mistakes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TESSERA_BACKEND", "reference")
         return reference.attend(q, pages, AttendParams(scale, **rule))
@@ -66,7 +66,7 @@ def equals_the_reference(level: str, q: Tensor, pages: CompressedKV, scale: floa
 @built
 @pytest.mark.parametrize("bits", list(permutations(BITS, 2)), ids=lambda bits: f"k{bits[0]}v{bits[1]}")
 def test_all_bits_beside_all_others_equal_the_reference(level: str, bits: tuple[float, float]) -> None:
-    """Codes at random spare the search for them."""
+    """Random codes avoid the cost of encoding."""
     codec = codecs.get(f"hqmq:k{bits[0]}v{bits[1]}")
     pages = CompressedKV(
         [(random_codes(codec, (2, 2, n, 80), "key"), random_codes(codec, (2, 2, n, 80), "value")) for n in (128, 37)]

@@ -1,4 +1,4 @@
-"""The recurrence of the grid: segments, the linear scan, and the C++ form, against steps written out."""
+"""Segments, the linear scan, and the C++ form of the grid's recurrence agree with an explicit loop over steps."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def split(given: list[Any]) -> tuple[Tensor, Tensor, Steps, Gates]:
 
 
 def results(form: Any, given: list[Tensor | None]) -> list[Tensor]:
-    """What comes out, and the gradients of all that went in."""
+    """Return the outputs, and the gradients of all inputs."""
     leaves = [None if x is None else x.detach().requires_grad_() for x in given]
     out = form(*split(leaves))
     # The same for every form.
     with torch.random.fork_rng():
         loss = sum((x * torch.randn(x.shape).to(x)).sum() for x in out)
     grads = torch.autograd.grad(loss, [x for x in leaves if x is not None])
-    # Where a mask is zero nothing is computed, and there is no gradient either.
+    # Where a mask is zero, nothing is computed and there is no gradient.
     live = [None if x is None else (x != 0) | (i not in (5, 6, 7)) for i, x in enumerate(given)]
     return [*out, *(g * m for g, m in zip(grads, [m for m in live if m is not None], strict=True))]
 

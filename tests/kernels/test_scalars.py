@@ -1,4 +1,4 @@
-"""The C++ kernels for vectors coded number by number, the baselines' codes, against their definition in PyTorch."""
+"""The C++ kernels for the scalar baselines agree with their definition in PyTorch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch, reference
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
 
-#: Relative error of float32 sums in another order.
+#: Maximum relative error of float32 sums in another order.
 FLOAT = 1e-5
-#: All codecs that code number by number, with every number of bits that they have.
+#: All scalar codecs at every number of bits.
 SPECS = (
     *("q4_0", "q4_0:norot", "q8_0", "fp8", "fp8:scaled"),
     *(f"int:{bits}" for bits in range(2, 9)),
     *(f"kivi:{bits}" for bits in range(2, 9)),
     *(f"scalar:{bits}" for bits in range(2, 7)),
 )
-#: One of each form, for what does not depend on the bits.
+#: One of each form, for tests that do not depend on the bits.
 FORMS = ("q4_0", "q8_0", "int:3", "kivi:3", "scalar:3", "fp8:scaled")
-#: Keys of one form beside values of another.
+#: Keys of one form with values of another.
 MIXED = (
     "(k=q8_0,v=hqmq:3)",
     "(k=hqmq:4,v=kivi:2)",
@@ -43,7 +43,7 @@ def level(request: pytest.FixtureRequest) -> str:
 
 
 def by_definition(run: Callable[[], Any]) -> Any:
-    """What a function gives if nothing runs in kernels, for the reference would share their mistakes."""
+    """Call a function with all kernels disabled, so that the reference does not share their mistakes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TESSERA_BACKEND", "reference")
         return run()
@@ -123,7 +123,7 @@ def test_every_number_of_eight_bits_is_read(level: str, spec: str) -> None:
     codec = codecs.get(spec)
     packed = codec.encode(torch.ones(1, 1, 2, 128), "value")
     codes = torch.arange(256, dtype=torch.uint8)
-    codes = torch.where(codes & 127 == 127, 0, codes)  # what is no number is never written
+    codes = torch.where(codes & 127 == 127, 0, codes)  # NaN is never written
     packed.tensors["codes"].copy_(codes.view(1, 1, 2, 128))
     assert relative(cpu.decode(packed, level), codec.decode_reference(packed)) < 1e-6
 
@@ -165,7 +165,7 @@ def test_threads_do_not_change_the_result() -> None:
 
 @pytest.mark.parametrize("spec", FORMS)
 def test_what_a_query_lacks_or_overflows_is_said_as_the_others_say_it(level: str, spec: str) -> None:
-    """A query that is not finite gives NaN, of itself alone; a head_dim that four does not divide is left to PyTorch."""
+    """A query that is not finite gives NaN in its own row only; a head_dim not divisible by four uses PyTorch."""
     pages = make_pages(codecs.get(spec), 1, 1, [64], 64)
     q = torch.randn(1, 2, 1, 64)
     q[0, 1, 0, 0] = torch.nan
@@ -181,7 +181,7 @@ def test_what_a_query_lacks_or_overflows_is_said_as_the_others_say_it(level: str
 
 def test_damaged_codes_are_read_as_something_finite(level: str) -> None:
     for spec in SPECS:
-        if not spec.startswith("q"):  # a block's scale is among its bytes
+        if not spec.startswith("q"):  # a block's bytes include its scale
             keys, values = make_pages(codecs.get(spec), 1, 1, [37], 36).pages[0]
             for packed in (keys, values):
                 packed.tensors["codes"].fill_(255)

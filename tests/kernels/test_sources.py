@@ -1,4 +1,4 @@
-"""All that a step reads in one call into C++, against the definition."""
+"""One call into C++ for all sources of a decoding step agrees with the definition."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING)
 
 
 def exact(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    # At the front of a buffer, as a tier has them.
+    # At the front of a buffer, as in a tier.
     k, v = torch.randn(2, 2, 2, tokens + 9, 64).to(dtype)[..., :tokens, :].unbind(0)
     return k, v
 

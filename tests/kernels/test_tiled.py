@@ -1,4 +1,4 @@
-"""Attention of many queries by tiles, against the definition."""
+"""Attention of many queries by tiles agrees with the definition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALE = 0.3
 def inputs(queries: int, keys: int, heads: int, kv_heads: int, dim: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(queries + keys)
     q = torch.randn(batch, heads, queries, dim)
-    # Strided, as what lies at the front of a buffer is.
+    # Strided, like the front of a buffer.
     k, v = torch.randn(2, batch, kv_heads, keys + 13, dim)[..., :keys, :].unbind(0)
     return q, k, v
 

@@ -1,4 +1,4 @@
-"""The Triton kernels against their definition: on a GPU where there is one, else interpreted, on small shapes."""
+"""The Triton kernels agree with their definition, on a GPU if there is one, otherwise interpreted on small shapes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_attention_equals_the_reference(spec: str) -> None:
 
 @pytest.mark.parametrize(("key", "value"), list(permutations((2, 3, 3.5, 4, 5), 2)))
 def test_keys_beside_values_of_other_bits_equal_the_reference(key: float, value: float) -> None:
-    """Codes at random spare the search for them."""
+    """Random codes avoid the cost of encoding."""
     codec = codecs.get(f"hqmq:k{key}v{value}")
     pages = CompressedKV(
         [(random_codes(codec, (1, 2, n, 80), "key"), random_codes(codec, (1, 2, n, 80), "value")) for n in (64, 21)]
@@ -204,13 +204,13 @@ def test_search_finds_the_codes_of_the_reference(bits: int) -> None:
     got = dispatch.nearest(x.to(DEVICE), words, backend="triton").cpu()
     wanted = dispatch.nearest(x, words, backend="reference")
     points = book.codewords.float() * book.step
-    # Two codewords may be equally near to within rounding.
+    # Two codewords may be equally near within rounding.
     assert (got != wanted).float().mean() < 5e-2
     assert ((x - points[got]).norm(dim=-1) - (x - points[wanted]).norm(dim=-1)).abs().max() < 1e-5 * x.abs().max()
 
 
 def test_search_with_feedback_is_that_of_the_reference() -> None:
-    """Also of vectors so long, and so close to zero, that the index does not serve."""
+    """This includes vectors so long, or so close to zero, that the index does not cover them."""
     book = words_of(12)
     y, matrix = torch.randn(2, 5, 16), torch.randn(2, 16, 16).mul(0.1).triu(1)
     y[0, 0], y[1, 1] = 40 * y[0, 0], 0

@@ -1,4 +1,4 @@
-"""Triton attention over vectors that are coded number by number, against its definition."""
+"""Triton attention over scalar codes agrees with its definition."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_attention_equals_the_reference(spec: str) -> None:
 @pytest.mark.parametrize("dim", [20, 36, 48, 112])
 @pytest.mark.parametrize("spec", ["int:2", "int:4", "kivi:2", "kivi:4", "(k=scalar:2,v=scalar:4)"])
 def test_codes_that_fill_words_and_codes_that_do_not_equal_the_reference(spec: str, dim: int) -> None:
-    """Of 20 and 36 numbers neither 2 nor 4 bits fill words, of 48 and 112 both do."""
+    """With 20 and 36 numbers neither 2 nor 4 bits fill words; with 48 and 112 both do."""
     lookup = "curve" if "scalar" in spec else None
     check(codecs.get(spec), (1, 2, 1, 2), [64, 33], dim, start=95, lookup=lookup)
 
@@ -42,7 +42,7 @@ def test_blocks_with_a_scale_of_their_own_equal_the_reference(spec: str, dim: in
 
 @pytest.mark.parametrize("spec", [*(f"kivi:{bits}" for bits in range(2, 9)), "(k=kivi:4,v=hqmq:3)", "(k=hqmq:4,v=kivi:3)"])
 def test_groups_with_a_scale_and_a_low_equal_the_reference(spec: str) -> None:
-    """Of 80 channels the last group of a value has 16."""
+    """With 80 channels, the last group of a value has 16."""
     check(codecs.get(spec), (2, 2, 1, 3), [64, 45], 80, start=100, window=90)
 
 
@@ -132,7 +132,7 @@ def test_queries_in_half_precision_equal_the_reference(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("spec", ["scalar:3", "int:5", "kivi:3", "(k=kivi:5,v=int:3)"])
 def test_pages_that_begin_anywhere_and_pages_of_nothing(spec: str) -> None:
-    """The bytes of a row are odd, and so are addresses."""
+    """The number of bytes in a row is odd, and so are addresses."""
     codec = codecs.get(spec)
     k, v = torch.randn(2, 2, 2, 200, 20).unbind(0)
     keys, values = codec.encode(k, "key"), codec.encode(v)
@@ -146,7 +146,8 @@ def test_pages_that_begin_anywhere_and_pages_of_nothing(spec: str) -> None:
 
 
 def test_uniform_codes_of_keys_that_cancel_keep_their_digits() -> None:
-    """The code of zero is subtracted from the score, not from the codes: of queries that are all alike much cancels."""
+    """The code of zero is subtracted from the score, not from the codes, which for queries of equal numbers cancels
+    strongly."""
     codec = codecs.get("int:8")
     k, v = torch.randn(2, 1, 1, 64, 128).unbind(0)
     k[..., 0] = 100

@@ -1,4 +1,4 @@
-"""Keys whose channels were multiplied by widths: every kernel reads them as the definition does."""
+"""Every kernel reads keys whose channels were multiplied by widths as the definition does."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tessera.cache.tiers import QuantizedTier
 from tessera.codecs.channel_stats import KeyStats
 from tessera.kernels import AttendParams, CompressedKV, cpu, reference, triton
 
-#: Rows, query heads, key heads, tokens of queries, head_dim.
+#: Rows, query heads, key heads, query tokens, head_dim.
 SHAPES = [(1, 4, 2, 1, 64), (3, 6, 2, 5, 32), (2, 3, 3, 1, 128), (1, 10, 2, 3, 20)]
 
 
 def tier(spec: str, rows: int, heads: int, dim: int, tokens: int = 192) -> tuple[QuantizedTier, Tensor, Tensor]:
-    """Packed keys with channels of very different widths, and what was packed."""
+    """Return packed keys with channels of very different widths, and the keys themselves."""
     k, v = torch.randn(2, rows, heads, tokens, dim).unbind(0)
     k = k * (1.5 * torch.randn(rows, heads, 1, dim)).exp() + torch.randn(rows, heads, 1, dim)
     found = QuantizedTier(codecs.get(spec), 0)
@@ -28,7 +28,7 @@ def tier(spec: str, rows: int, heads: int, dim: int, tokens: int = 192) -> tuple
 
 
 def by_hand(q: Tensor, pages: CompressedKV) -> Tensor:
-    """Attention over the keys and values as they are decoded, in float64."""
+    """Compute attention over decoded keys and values in float64."""
     k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in pages.decode())
     return ((q.double() @ k.mT).softmax(-1) @ v).float()
 

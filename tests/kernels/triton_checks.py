@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: they run on a GPU where there is one, else interpreted."""
+"""Devices and tolerances of the Triton tests, which run on a GPU if there is one, otherwise interpreted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tessera.kernels import AttendParams, CompressedKV, reference, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Queries and weights are in half precision, and the keys' constant channel makes some scores large: 3e-4 is usual, but one
-#: draw of hundreds has 2e-3.
+#: draw in hundreds has 2e-3.
 HALF = 5e-3
 
 

@@ -1,4 +1,4 @@
-"""Backbones: equal parameters, causal with and without a memory, and attention that sees no more than it should."""
+"""Backbones have equal parameters, are causal with and without a memory, and respect their windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tessera eval`: each command from end to end, with small settings, and what it does with bad input."""
+"""Each command of `tessera eval` runs end to end with small settings, and reports bad input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_picture(path: Path) -> bool:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure on few sequences."""
+    """Make measurements use few sequences."""
     monkeypatch.setattr(training, "MEASURED", 8)
     monkeypatch.setattr(training, "PART", 4)
 
@@ -41,7 +41,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_pairs_are_recalled_and_many_are_not() -> None:
     assert recalled("outer", 1.0, 1.0, 64, 8, 4, 0) == 1.0
     assert recalled("outer", 1.0, 1.0, 16, 256, 4, 0) < 0.2
-    # A matrix that forgets at once holds the last pair only.
+    # A matrix with full decay recalls only the last pair.
     assert recalled("outer", 1e-6, 0.5, 64, 8, 4, 0) < 0.5
 
 

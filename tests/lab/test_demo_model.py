@@ -1,4 +1,4 @@
-"""The shipped demo model: it loads from the package alone, it is as good as its card says, and it uses its context."""
+"""The demo model loads from the package alone, has the loss that its card states, and uses its context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diagnostics: every plan can be run, runs go on, what is measured is said and drawn, and a memory learns what needs one."""
+"""Every plan of the diagnostics runs, resumes, is reported and drawn, and a memory learns tasks that need one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(*words: object) -> tuple[int, str, str]:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure on few sequences."""
+    """Make measurements use few sequences."""
     monkeypatch.setattr(training, "MEASURED", 8)
 
 

@@ -1,4 +1,4 @@
-"""`GPT`: every kind of attention trains, generates, is causal, is saved and loaded."""
+"""`GPT` trains, generates, is causal, and can be saved and loaded with every kind of attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts that hide something, what is asked of them, and the commands that ask it through caches."""
+"""Texts and questions of the long-context tasks, and the commands that evaluate caches on them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_frequent_words_are_the_most_frequent_ones(tokens: int) -> None:
 @pytest.mark.parametrize("task", RULER)
 def test_an_example_fills_the_tokens_that_it_is_given(source: Any, task: str, tokens: int) -> None:
     if task in ("multikey_3", "vt", "cwe") and tokens == 700:
-        tokens = 1500  # the demo model's tokenizer knows few words
+        tokens = 1500  # the demo model's tokenizer has few words
     prompt = fit(RULER[task], source.tokenizer, tokens, "seed")
     assert prompt == fit(RULER[task], source.tokenizer, tokens, "seed")
     room = tokens - RULER[task].new_tokens
@@ -142,7 +142,7 @@ def test_a_score_is_the_share_of_the_answers() -> None:
 
 
 def test_the_answer_reads_the_text_through_the_cache(source: Any) -> None:
-    """Its likelihood is that of the exact model with an exact cache, and another one with a coarse cache."""
+    """The answer has the exact model's likelihood with an exact cache, and another with a coarse cache."""
     prompt = fit(needle(0.2), source.tokenizer, 700, "seed")
     right = source.tokenizer(" " + prompt.answers[0], add_special_tokens=False)["input_ids"]
     ids = torch.tensor([[*prompt.ids, *right]])
@@ -226,7 +226,7 @@ def test_what_the_model_cannot_do_itself_is_said(tmp_path: Path) -> None:
     plot_ruler(rows, tmp_path / "ruler.png")
     needles = [made(spec, "needle", n, 0.25, depth=d) for spec in specs for n in (512, 1024) for d in (0, 50)]
     assert "the needle" in long_context.remarks(needles, "length")[0]
-    # Without the exact cache nothing is said of the model.
+    # Without the exact cache no score of the model is printed.
     assert long_context.remarks([row for row in needles if row["spec"] != "dense"], "length") == []
     plot_needle(needles, tmp_path / "needle.png")
     assert (tmp_path / "needle.png").stat().st_size > 5000

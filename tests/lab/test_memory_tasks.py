@@ -1,4 +1,4 @@
-"""The diagnostic tasks: what knowing everything is worth, what the current frame or a window is worth, and guessing."""
+"""Scores of simple strategies on the diagnostic tasks: full knowledge, the current frame, a window, and guessing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_guessing_is_at_chance(task: Any) -> None:
 
 
 def follow(x: Tensor, task: Occlusion) -> tuple[Tensor, Tensor]:
-    """Where the ball's first pixel is in each frame of clips, (batch, frames, 2), and whether it is to be seen."""
+    """Return the position of the ball's first pixel in each frame, (batch, frames, 2), and whether it is visible."""
     side = 16 // task.patch
     pixels = x[..., : task.patch**2].unflatten(1, (-1, side, side)).unflatten(-1, (task.patch, task.patch))
     frames = pixels.permute(0, 1, 2, 4, 3, 5).reshape(len(x), -1, 16, 16)
@@ -95,7 +95,7 @@ def test_whoever_follows_the_ball_knows_whether_it_is_back_where_it_should_be() 
     moved = (places[:, -1] != expected).any(-1)
     assert torch.equal(of_frames(targets, task)[:, -1], moved.long())
     assert seen[:, -1].all()
-    # Learned from is also where the ball is while hidden; nothing else differs.
+    # Training targets include the hidden positions; nothing else differs.
     same, hints = task.lesson(400, Generator().manual_seed(1))
     assert torch.equal(same, x)
     since = torch.arange(5, 8)
@@ -104,7 +104,7 @@ def test_whoever_follows_the_ball_knows_whether_it_is_back_where_it_should_be() 
     hints.view(400, -1, task.frame)[:, 5:8] = IGNORED
     assert torch.equal(hints, targets)
     assert (quadrant(places[:, -1]) != quadrant(expected))[moved].all()
-    # The frame itself says nothing: both answers are there in every place as often.
+    # The frame alone has no information: both answers are equally frequent in every position.
     assert task.stateless == task.chance == 0.5
     assert task.ceiling == 1
 
@@ -126,7 +126,7 @@ def test_one_frame_tells_where_the_ball_is_and_not_where_it_goes() -> None:
     task = Occlusion(frames=8, hidden=7)
     found = task.best(8)
     assert task.chance < found < 1
-    # By hand for the first hidden frame: a ball in a corner of its quadrant leaves it in 5 of 8 ways, one at a side in 3.
+    # Counted for the first hidden frame: a ball in a corner of its quadrant leaves it in 5 of 8 directions, at a side in 3.
     one = Occlusion(frames=2, hidden=1)
     inside, side, corner = 36 / 64, 24 / 64, 4 / 64
     assert one.ceiling == pytest.approx(inside + side * 5 / 8 + corner * 3 / 8)
@@ -145,7 +145,7 @@ def test_the_ceiling_of_the_original_map_is_that_of_cells_seen(glimpses: int, ce
 
 
 def recall_map(task: MapBuilding, x: Tensor, newest: int | None = None) -> Tensor:
-    """What the newest tokens up to each question show of the cell asked for, -1 for nothing: (batch, queries)."""
+    """Return what the newest tokens before each question show of the queried cell, -1 for nothing, (batch, queries)."""
     size = task.size
     place = x[..., 5 : 5 + size].argmax(-1) * size + x[..., 5 + size : 5 + 2 * size].argmax(-1)
     bits = (x[..., -4:] > 0).long()
@@ -186,7 +186,7 @@ def test_the_nearest_place_has_the_answer(noise: float) -> None:
     places, asked = x[:, :12, 3:6], x[:, -3:, 3:6]
     nearest = (asked[:, :, None] - places[:, None]).square().sum(-1).argmin(-1)
     assert torch.equal(x[:, :12, 6:].argmax(-1).gather(1, nearest), targets[:, -3:])
-    # What a question was made from is nearly always what is nearest.
+    # The nearest match of a question is nearly always its source.
     off = (asked[:, :, None] - places[:, None]).norm(dim=-1).amin(-1)
     assert float(off.mean()) <= 1.7 * noise
     between = x[:, 12:-3]
@@ -200,7 +200,7 @@ def test_counting_needs_the_current_token_only_and_a_given_rule_the_first() -> N
     x, targets = given_.sample(2000, Generator().manual_seed(0))
     shown, rule = x[:, 4:, :7].argmax(-1), x[:, 0, 7:].argmax(-1)
     assert torch.equal((shown + rule[:, None]) % 7, targets[:, 4:])
-    # For each symbol that is shown, each answer is as frequent as any.
+    # For each visible symbol, all answers are equally frequent.
     together = torch.bincount((shown * 7 + targets[:, 4:]).flatten(), minlength=49) / shown.numel()
     assert float(together.max()) < 1.2 / 49
     assert (one.stateless, given_.stateless) == (1, given_.chance)

@@ -1,4 +1,4 @@
-"""Tasks of pictures and clips: what is asked, what guessing and knowing are worth, and folders of one's own."""
+"""Image and clip tasks: their targets, the scores of guessing and of full knowledge, and user folders."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ def test_a_clip_asks_for_what_cannot_be_seen_and_has_been(
         for t in (targets[row] != moving_digits.IGNORED).nonzero().flatten().tolist():
             which = 0 if labels[row, 0] == targets[row, t] else 1
             assert labels[row, which] == targets[row, t]
-            # Another digit in its place changes nothing that is seen.
+            # Replacing the hidden digit does not change the visible pixels.
             other = pixels.clone()
             other[row, which] = 1
             assert torch.equal(task.render(other, places)[row, t], clip[row, t])
-            # It was seen whole before: somewhere the frame shows its pixels.
+            # The whole digit was visible before: some frame shows its pixels.
             shown = []
             for x, y in places[row, :t, which].tolist():
                 if x + 8 <= left or x >= right:
@@ -157,7 +157,7 @@ def test_clips_by_guessing_and_by_knowing() -> None:
     assert 0.1 < float((targets != moving_digits.IGNORED).float().mean()) < 0.6
     know = torch.nn.functional.one_hot(targets.clamp(min=0), 10).float()
     assert task.score(know, targets) == task.ceiling == 1
-    # The other digit is known: any but that one.
+    # The other digit is known, so the answer is any but that one.
     guess = torch.rand(*targets.shape, 10)
     other = torch.where(labels[:, :1] == targets, labels[:, 1:], labels[:, :1])
     guess.scatter_(2, other.unsqueeze(-1), -1)

@@ -1,4 +1,4 @@
-"""The recall task: what is asked, how far back the answer lies, what guessing and knowing are worth."""
+"""The recall task: its questions, the distance of answers, and the scores of guessing and of full knowledge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tessera train lm` and `recall` from end to end: what they leave, runs that are cut short, two processes."""
+"""`tessera train lm` and `recall` run end to end: their files, interrupted runs, two processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: what a step learns does not depend on how it is shared out, and a run goes on where it stopped."""
+"""A training step does not depend on how it is split into micro-batches and processes, and a run resumes."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_segments_with_a_kept_state_have_the_loss_of_the_whole_document(tmp_path
         state = train(model, sample, replace(LOOP, phases=phases, steps=3), out)
         assert state.tokens == 3 * 4 * 96
         first.append(losses(out)[0])
-    # Of the first step only: gradients end with a segment, so that the weights differ afterwards.
+    # Only the first step is equal: gradients end with a segment, so later weights differ.
     assert first == pytest.approx([first[0]] * 3, abs=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Training a memory: only the memory learns, from the dense model or from the text, and a run goes on where it stopped."""
+"""Training a memory changes only the memory, learns from the dense model or the text, and resumes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def loop(steps: int = 30) -> LoopConfig:
 
 
 def distance(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
-    """Mean KL to the dense model past the window."""
+    """Return the mean KL to the dense model beyond the window."""
     with torch.no_grad():
         dense = model(ids, past_key_values=tessera.Cache("dense", model)).logits[:, 8:].log_softmax(-1)
         found = model(ids).logits[:, 8:].log_softmax(-1)

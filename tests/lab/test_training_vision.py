@@ -1,4 +1,4 @@
-"""`tessera train image` and `video` from end to end: what they learn and leave, runs that are cut short."""
+"""`tessera train image` and `video` run end to end: their losses, files, and interrupted runs."""
 
 from __future__ import annotations
 

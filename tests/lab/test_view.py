@@ -1,4 +1,4 @@
-"""Pictures of a memory: what is drawn is what the memory did, from a saved state, a stream, or a clip of a task."""
+"""Pictures of a memory show its reads and writes, from a saved state, a stream, or a clip of a task."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_trace_is_what_the_memory_did(grid: tuple[int, ...], chunk: int, read:
         _, state = memory(x[None, : steps * chunk])
     torch.testing.assert_close(trace.size[-1], state.h[0].norm(dim=0))
     assert not trace.size[0].any()
-    # The default writes where it reads.
+    # By default writes and reads share an address.
     torch.testing.assert_close(trace.read.mean(1), trace.written)
     assert trace.gate == 0.5
 
@@ -89,7 +89,7 @@ def test_grids_of_every_number_of_axes_are_drawn(grid: tuple[int, ...], tmp_path
     plot_state(trace.size[-1], tmp_path / "state.png", "a state")
     plot_trace([trace], tmp_path / "trace.png")
     animate([trace], tmp_path / "memory.gif", frames=4)
-    assert frames(tmp_path / "memory.gif") == 3  # of nine steps every third
+    assert frames(tmp_path / "memory.gif") == 3  # every third of nine steps
     empty = tmp_path / "empty.png"
     plot_state(trace.size[0], empty, "a state")
     full, none = pixels(tmp_path / "state.png"), pixels(empty)
@@ -201,7 +201,7 @@ def test_every_layer_of_a_vit_is_followed(attention: str, memory: dict[str, Any]
         torch.testing.assert_close(trace.size[-1], end.h[0].detach().norm(dim=0))
         assert trace.gate == pytest.approx(0.7311, abs=1e-3)
         assert trace.gate_at_first == pytest.approx(trace.gate)
-    # The state goes from layer to layer where everything is seen at once.
+    # In bidirectional models the state is passed from layer to layer.
     assert bool(traces[1].size[0].any()) == (attention == "all")
     with pytest.raises(ValueError, match="no memory to look at"):
         follow_vit(ViT(ViTConfig(**fields)), clip)
@@ -215,7 +215,7 @@ def test_a_trained_vit_is_drawn_on_digits_and_on_a_folder_of_frames(tmp_path: Pa
         tmp_path / "model"
     )
     assert run("--model", tmp_path / "model", "--out", tmp_path / "digits")[0] == 0
-    assert frames(tmp_path / "digits" / "memory.gif") == 64  # of 16 frames of 16 patches every fourth step
+    assert frames(tmp_path / "digits" / "memory.gif") == 64  # every fourth step of 16 frames of 16 patches
     (tmp_path / "clip").mkdir()
     for i in range(2):
         Image.new("L", (40, 40), 90 * i).save(tmp_path / "clip" / f"{i}.png")

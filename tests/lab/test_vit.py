@@ -1,4 +1,4 @@
-"""`ViT`: images, clips, streams of frames; what depends on what; saved and loaded."""
+"""`ViT` processes images, clips and streams of frames, sees only what it should, and can be saved and loaded."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_frame_sees_its_window_and_what_is_behind_it_through_the_memory_alone(
         assert (change > 0).nonzero().max() == reach - 1, kind
     plain = make("window, memory", memory=None)
     change = (logits(plain, x) - logits(plain, y)).abs().amax(-1)[0]
-    # Two frames further back with each of three layers.
+    # Each of three layers sees two frames further back.
     assert (change > 0).all()
     one = make("window, memory", memory=None, num_hidden_layers=1)
     assert (logits(one, x) - logits(one, y)).abs().amax(-1)[0, 3:].max() == 0

@@ -1,4 +1,4 @@
-"""What each of two processes does in `test_training_commands.py`; run by torchrun."""
+"""Program of each of the two processes in `test_training_commands.py`, started by torchrun."""
 
 from __future__ import annotations
 

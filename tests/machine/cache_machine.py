@@ -1,4 +1,4 @@
-"""Any sequence of operations on a cache, with the oracle beside it: after every call both must say the same."""
+"""A state machine that runs random operations on a cache and on the oracle, and compares them after every call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tessera.cache.per_layer import parse
 from tessera.tensor_cache import TensorCacheConfig
 from tessera.tensor_memory import TensorMemoryConfig
 
-#: Rows that a sequence may reach.
+#: Maximum number of rows.
 MOST_ROWS = 4
 SLIDING = 24
 DIM = 16
@@ -35,11 +35,11 @@ SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_attent
 
 @dataclass(frozen=True)
 class Kind:
-    """What a sequence is run on.
+    """The kind of cache and model that a sequence runs on.
 
     Attributes:
-        spec, prefill: of the cache.
-        model: "" for keys and values of a model that is not there, given to the attention function directly; "plain" for a
+        spec, prefill: arguments of the cache.
+        model: "" for random keys and values, passed to the attention function without a model; "plain" for a
             Llama; "sliding" for one whose layers see `SLIDING` slots (a Mistral); "tc", "tc-rotary", "tc-wedge", "tc-paper" or
             "tm" for a Llama of two layers with that memory.
     """
@@ -53,17 +53,17 @@ class Kind:
 
     @property
     def most_slots(self) -> int:
-        """Slots that a sequence may reach, so that an oracle that works token by token stays quick."""
+        """Return the maximum number of slots, so that the token-by-token oracle stays fast."""
         return 160 if self.model == "tm" else 260 if self.model.startswith("tc") else 420
 
     @property
     def padding_only(self) -> bool:
-        """Whether masks may hide padding only: a memory holds what it cannot forget."""
+        """Whether masks may hide padding only, because a memory cannot remove what it has read."""
         return self.model == "tm" or (self.model.startswith("tc") and bool(parse(self.spec).codecs))
 
     @property
     def tolerance(self) -> float:
-        """Of the error of a token's result, over the root mean square of all. Rounding may change single codes."""
+        """Return the maximum error of a token, relative to the root mean square of all. Rounding may change single codes."""
         return 3e-3 if parse(self.spec).codecs else 1e-3 if self.model.startswith("t") else 1e-5
 
 
@@ -80,7 +80,7 @@ LOSSY = [
     )
     for prefill in ("exact", "quantized")
 ]
-#: Several codecs, each for what the one before lets go.
+#: Several codecs, each for the tokens that leave the one before it.
 CHAINS = [
     Kind("sink:2 + hqmq:4@64 + hqmq:3@128 + recent:16"),
     Kind("hqmq:4@64 + kivi:4@64 + q4_0 + recent:8", "quantized"),
@@ -126,7 +126,7 @@ KINDS = [
 
 @memoised
 def model_of(name: str) -> Any:
-    """A Llama with the memory that `name` says, whose weights are random so that it matters: always the same."""
+    """Return a Llama with the memory that `name` selects, always with the same random weights, so that it has an effect."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return _model(name)
@@ -154,7 +154,7 @@ def _model(name: str) -> Any:
             if name.startswith("tc"):
                 layer.out.weight.normal_(0, 0.3)
         if name == "tm":
-            # No larger, for a memory that gives most of a token's result makes much of the rounding of bfloat16 for some.
+            # Not larger: a memory that dominates a token's result would amplify the rounding of bfloat16.
             done.shared.out_proj.weight.normal_(0, 0.1)
             done.shared.content_net.weight.normal_(0, 0.5)
             done.shared.coord_net.weight.normal_(0, 0.3)
@@ -163,14 +163,14 @@ def _model(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a call's mask and positions look like, whatever its length.
+    """The form of a call's mask and positions, for any length.
 
     Attributes:
-        padding: where in each row the padding of this call is.
-        structure: "causal"; "quantized": new documents begin within the call; "prefix": a span sees itself both ways.
-        form: how the mask is given: "none" if it says nothing, "2d" as the tokenizer does, "4d" bool, or "additive".
-        positions: "slots": left to the model; "counted" without padding; with a "gap"; or a "restart" at 0.
-        numbers: how long, where and how far, one for each row.
+        padding: position of the padding within each row of this call.
+        structure: "causal"; "quantized": new documents begin within the call; "prefix": a span is bidirectional.
+        form: form of the mask: "none" if it is trivial, "2d" as from the tokenizer, "4d" bool, or "additive".
+        positions: "slots": made by the model; "counted" without padding; with a "gap"; or a "restart" at 0.
+        numbers: random lengths and places, one for each row.
     """
 
     padding: str
@@ -193,12 +193,12 @@ LAYOUTS = st.builds(
 
 
 Call = tuple[int, Layout]
-#: Short calls, among them single tokens.
+#: Short calls, including single tokens.
 CALLS: st.SearchStrategy[Call] = st.tuples(st.one_of(st.just(1), st.integers(1, 70)), LAYOUTS)
 
 
 def then_a_call(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
-    """A rule after which a call is made, for what an operation did to a cache only a call tells."""
+    """A rule followed by a call, because only a call shows the effect of an operation."""
 
     def decorate(operation: Callable[..., None]) -> Any:
         def both(self: CacheMachine, call: Call, **drawn: Any) -> None:
@@ -212,7 +212,7 @@ def then_a_call(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """See the module. What is run, `kind`, a subclass says."""
+    """The state machine described in the module's docstring. Subclasses set `kind`."""
 
     kind: ClassVar[Kind]
 
@@ -241,7 +241,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.run((n, layout))
 
     def begin_anew(self) -> None:
-        # Of each row: which slots are tokens, and of which document; and by how much positions run ahead of the count.
+        # For each row: which slots are tokens, of which document, and the offset of positions from the count.
         self.real: list[list[bool]] = [[] for _ in range(self.batch)]
         self.document: list[list[int]] = [[] for _ in range(self.batch)]
         self.ahead = [0] * self.batch
@@ -264,7 +264,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(call=CALLS, dtype=st.sampled_from(("half", "autocast")))
     def call_in_half_precision(self, call: Call, dtype: str) -> None:
-        """As under autocast, where keys are in float32 and values in bfloat16, or with all of them in bfloat16."""
+        """Call as under autocast, with keys in float32 and values in bfloat16, or with both in bfloat16."""
         self.run(call, dtype)
 
     def run(self, call: Call, dtype: str = "float32", inference: bool = False) -> None:
@@ -289,7 +289,7 @@ class CacheMachine(RuleBasedStateMachine):
     def through_attention(
         self, n: int, visible: Tensor, mask: Tensor | None, positions: Tensor | None, dtype: str
     ) -> tuple[Tensor, Tensor]:
-        """Random queries, keys and values, given to the cache and to the attention function as a model would."""
+        """Pass random queries, keys and values to the cache and to the attention function, as a model does."""
         q = torch.randn(self.batch, 2, n, DIM)
         k, v = torch.randn(2, self.batch, 1, n, DIM).unbind(0)
         if dtype == "half":
@@ -306,7 +306,7 @@ class CacheMachine(RuleBasedStateMachine):
     def through_model(
         self, n: int, visible: Tensor, mask: Tensor | None, positions: Tensor | None, dtype: str
     ) -> tuple[Tensor, Tensor]:
-        """Random tokens, through the model and through the oracle."""
+        """Run random tokens through the model and through the oracle."""
         ids = torch.randint(3, VOCAB, (self.batch, n))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != "float32"):
             found = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache).logits
@@ -319,7 +319,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Lengthen the rows by `n` slots.
 
         Returns:
-            visible (batch, n, slots); the mask as it is given; positions (batch, n) as they are given.
+            visible (batch, n, slots); the mask in the form that is passed; positions (batch, n) as passed.
         """
         numbers, past = layout.numbers, self.slots
         spans = torch.zeros(self.batch, past + n, dtype=torch.long)
@@ -343,14 +343,14 @@ class CacheMachine(RuleBasedStateMachine):
         visible = shown & real[:, past:, None] & real[:, None]
         mask, positions = self.mask(visible, real, document, layout), self.positions(real, n, layout)
         if self.kind.model == "tm" and positions is not None and bool((positions.diff(dim=1) < 1).any()):
-            mask = real.long()  # without a mask such positions would stand for packed documents
+            mask = real.long()  # without a mask, such positions would mean packed documents
         return visible, mask, positions
 
     def structured(self, layout: Layout) -> str:
         return "causal" if self.kind.padding_only else layout.structure
 
     def mask(self, visible: Tensor, real: Tensor, document: Tensor, layout: Layout) -> Tensor | None:
-        # Forms that can say less are for masks that say no more.
+        # A form is used only for masks that it can express.
         causal = self.structured(layout) != "prefix" and not document.any()
         if causal and bool(real.all()) and layout.form in ("none", "4d" if self.kind.model == "tm" else "none"):
             return None
@@ -372,7 +372,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.ahead = [-int(counted[b, 0].clamp(min=0)) for b in range(self.batch)]
         return (counted + torch.tensor(self.ahead)[:, None]).clamp(min=0)
 
-    # Everything else
+    # Other operations
 
     @then_a_call(slots=st.one_of(st.integers(0, 40), st.integers(40, 200)), by_length=st.booleans())
     def crop(self, slots: int, by_length: bool) -> None:
@@ -380,7 +380,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @then_a_call(draft=CALLS, slots=st.integers(0, 70), record=st.sampled_from((False, False, False, True)))
     def speculate(self, draft: Call, slots: int, record: bool) -> None:
-        """Tokens that are tried, of which some are taken back."""
+        """Read draft tokens and crop some of them."""
         if record:
             self.recording = True
             self.again()
@@ -393,7 +393,7 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             self.cache.crop(rest if by_length and rest else -slots)
         except ValueError:
-            # A Tensor Memory keeps what it has read of so many tokens only.
+            # A Tensor Memory can be cropped by a limited number of tokens.
             read = self.kind.model == "tm" and slots
             assert read or any(layer.may_refuse(slots) for layer in self.truth), "what could be forgotten was not"
             return
@@ -403,7 +403,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.real, self.document = ([row[:rest] for row in rows] for rows in (self.real, self.document))
 
     def again(self) -> None:
-        # A file does not say whether the past was recorded; whoever loads it says it again.
+        # A file does not store whether the past is recorded; it is set again after loading.
         if self.recording:
             self.cache.activate_past_recording()
         for layer in self.truth:
@@ -437,7 +437,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @then_a_call(anew=st.booleans())
     def reset(self, anew: bool) -> None:
-        """The cache is emptied, or another one is taken, which records nothing yet."""
+        """Reset the cache, or replace it by a new one, which does not record yet."""
         if anew:
             self.cache, self.recording = self.new_cache(), False
         self.forget()
@@ -455,7 +455,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @then_a_call(how=st.sampled_from(("file", "copy", "original", "device")), n=st.integers(1, 70))
     def keep(self, how: str, n: int) -> None:
-        """What leaves a cache what it is."""
+        """Apply operations that do not change a cache's contents."""
         if how == "file":
             self.save_and_load()
         elif how == "device":
@@ -472,7 +472,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.again()
 
     def copy_it(self, go_on_with_the_copy: bool, n: int) -> None:
-        """A copy and what it is of know nothing of each other."""
+        """A copy and its original do not affect each other."""
         twin = copy.deepcopy(self.cache)
         self.cache, other = (twin, self.cache) if go_on_with_the_copy else (self.cache, twin)
         real, document = (
@@ -495,7 +495,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @torch.no_grad()
     def feed(self, cache: tessera.Cache, rows: int, n: int, mask: Tensor | None = None) -> None:
-        """A call whose results do not matter."""
+        """Make a call and ignore its results."""
         if self.kind.model:
             self.model(torch.full((rows, n), 5), attention_mask=mask, past_key_values=cache)
         else:
@@ -504,11 +504,11 @@ class CacheMachine(RuleBasedStateMachine):
 
     @then_a_call(n=st.integers(1, 70))
     def refuse_another_batch(self, n: int) -> None:
-        # A Tensor Memory that has seen padding asks for the mask first.
+        # A Tensor Memory that has seen padding requires a mask.
         with pytest.raises(ValueError, match=rf"{self.batch}\b|had padding"):
             self.feed(self.cache, self.batch + 1, n)
 
-    # What holds whatever has happened
+    # Invariants
 
     @invariant()
     def the_length_is_right(self) -> None:
@@ -538,7 +538,7 @@ class CacheMachine(RuleBasedStateMachine):
         found: dict[int, Tensor] = {}
         for layer in self.cache.layers:
             tensors_in(layer, found, set())
-        # By storage: kernels look at the same bytes in other shapes, and a view keeps all that it is a view of.
+        # Counted by storage: kernels view the same bytes in other shapes, and a view keeps its whole storage alive.
         assert report.nbytes == sum(report.tiers.values())
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found.values() if t.numel()}
         assert report.nbytes == sum(storages.values()), f"{report.nbytes} bytes are reported, {sum(storages.values())} kept"
@@ -546,14 +546,14 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 def write_anew(*given: Tensor | None) -> None:
-    """What a call was given is the caller's again, whose buffers it may be."""
+    """Overwrite the arguments of the call, since callers may reuse their buffers."""
     for tensor in given:
         if tensor is not None:
             tensor.zero_()
 
 
 def tensors_in(thing: object, found: dict[int, Tensor], done: set[int]) -> None:
-    """Every tensor that can be reached, by its identity; a codec's tables and what the model owns are not the cache's."""
+    """Return every reachable tensor by identity, except codecs' tables and the model's tensors."""
     if id(thing) in done:
         return
     done.add(id(thing))

@@ -1,7 +1,7 @@
-"""What is right, computed slowly: every key and value of every row is kept, and each query is answered by the definition.
+"""A slow reference implementation: it keeps all keys and values of every row, and computes each query by the definition.
 
-Nothing here knows how the library stores or groups anything. A row is its real tokens in order; a token's place is the number
-of real tokens before it.
+It shares no storage or grouping with the library. A row is the list of its real tokens; a token's place is the number of real
+tokens before it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from tessera.cache.per_layer import layer_specs, parse
 from tessera.cache.spec import BLOCK
 from tessera.codecs.channel_stats import KeyStats
 
-#: Tokens that a cache which records its past keeps exactly on top.
+#: Additional exact tokens of a cache that records its past.
 RECORDED = 512
-#: Tokens of a row that tell how its keys are to be quantised.
+#: Number of a row's first tokens from which key statistics are measured.
 LEARN = 128
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a spec says, for a layer.
+    """The meaning of a specification for a layer.
 
     Attributes:
-        sink, recent, window: as of `tessera.cache.spec.Spec`.
-        codecs: likewise, and `limits`: how many tokens each holds at most.
-        matrix: what leaves the window, or the last codec, is written into a Tensor Cache.
-        packed_prefill: a call's queries read tokens that are to be quantised as they are afterwards.
-        sliding: slots that the layer's own attention sees, which the mask says; None: all.
+        sink, recent, window: fields of `tessera.cache.spec.Spec`.
+        codecs: also from there, and `limits`: the maximum number of tokens of each.
+        matrix: whether tokens that leave the window, or the last codec, are written into a Tensor Cache.
+        packed_prefill: whether a call's queries read the tokens that it quantises in quantised form.
+        sliding: size of the model's own sliding window in slots, which the mask applies; None: no window.
         layer: its index, for codebooks that differ by layer.
     """
 
@@ -50,12 +50,12 @@ class Rules:
 
     @property
     def learns(self) -> int:
-        """Tokens whose queries must have come before a key is quantised."""
+        """Return the number of tokens whose queries are needed before a key is quantised."""
         return max(LEARN, self.sink + BLOCK) if any(codec.weighs for codec in self.codecs) else 0
 
     @property
     def limit(self) -> int | None:
-        """How many tokens the last codec holds, behind which they are dropped."""
+        """Return the maximum number of tokens of the last codec, after which tokens are dropped."""
         return self.limits[-1] if self.limits else None
 
     @property
@@ -65,14 +65,14 @@ class Rules:
 
     @property
     def by_document(self) -> bool:
-        """A window is of a document: another one begins anew, with sinks of its own."""
+        """Whether each document has its own window and sinks."""
         return self.window is not None and self.sliding is None
 
     @staticmethod
     def of(text: str, prefill: str = "exact", sliding: int | None = None, layer: int = 0, layers: int = 1) -> Rules:
         spec = layer_specs(parse(text), layers)[layer]
         used, limits = tuple(codecs.get(name) for name, _ in spec.codecs), tuple(limit for _, limit in spec.codecs)
-        # Sinks are of no use to a layer that does not see them, nor are more exact tokens than it sees.
+        # A layer with a sliding window needs neither sinks outside of it nor more exact tokens than it sees.
         sink, recent = (spec.sink, spec.recent) if sliding is None else (0, min(spec.recent, sliding - 1))
         packed = prefill == "quantized"
         return Rules(sink, recent, used, limits, spec.window, spec.tensor_cache, packed, sliding, layer)
@@ -80,20 +80,20 @@ class Rules:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the batch as one layer knows it. Never changed in place, so that rows can be repeated freely.
+    """The state of one batch row in one layer. It is never changed in place, so that rows can be repeated.
 
     Attributes:
-        real: of each slot, whether it is a token.
-        k, v: (kv_heads, tokens, head_dim) float32 of the real tokens, as they would be read now: quantised ones dequantised.
-        bare: the keys as the matrix is given them.
-        quantised: the place up to which tokens behind the sinks are quantised.
-        passed: of each codec but the last, the place up to which its tokens have gone on to the next.
-        dropped: the place up to which tokens behind the sinks are gone.
-        kept: the place from which on tokens behind the sinks are certain to be there.
-        asked: (q_heads, tokens, head_dim), the queries of the first tokens.
-        stats: how keys are seen, since it has been known.
-        begins: for a window, of each token the place of the first token of its document.
-        matrices: likewise, the matrix (kv_heads, head_dim, head_dim) after its step, and the number of pairs written.
+        real: for each slot, whether it is a token.
+        k, v: (kv_heads, tokens, head_dim) float32 of the real tokens, in their present, possibly dequantised, form.
+        bare: the keys in the form that is written to the matrix.
+        quantised: the place up to which tokens after the sinks are quantised.
+        passed: for each codec but the last, the place up to which its tokens have moved to the next.
+        dropped: the place up to which tokens after the sinks have been dropped.
+        kept: the place from which tokens after the sinks are certainly stored.
+        asked: queries of the first tokens, (q_heads, tokens, head_dim).
+        stats: key statistics, once they are fixed.
+        begins: for a window, the place of the first token of each token's document.
+        matrices: for a window, the matrix (kv_heads, head_dim, head_dim) after each token, and the number of pairs written.
         dissolved: behind codecs, the matrix; None: nothing has been written.
     """
 
@@ -118,12 +118,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Given:
-    """What one call gives to a layer.
+    """The inputs of a layer in one call.
 
     Attributes:
         q: (batch, heads, n, head_dim); k, v: (batch, kv_heads, n, head_dim).
         visible: (batch, n, slots) bool, all slots so far and the new ones; False everywhere for padding.
-        bare_q, bare_k: queries and keys as a Tensor Cache is asked and given them; None: as they are.
+        bare_q, bare_k: queries and keys in the form that a Tensor Cache uses; None: unchanged.
     """
 
     q: Tensor
@@ -135,10 +135,10 @@ class Given:
 
 
 class LayerOracle:
-    """One attention layer.
+    """The reference of one attention layer.
 
     Args:
-        rules: of its cache.
+        rules: rules of its cache.
         memory: the model's `TensorCacheLayer`, whose parameters are read, for a spec with "tc".
         partner: of each channel of a key the one that the model's rotary embedding mixes it with.
     """
@@ -149,11 +149,12 @@ class LayerOracle:
         self.partner = partner
         self.rows: list[Row] = []
         self.recording = False
-        #: Behind a crop of what was recorded: "next" until the next call, "now" until it is cropped or another one comes.
+        #: After a crop of recorded tokens: "next" until the next call, "now" until the next crop or call.
         self.expecting = ""
 
     def step(self, given: Given) -> tuple[Tensor, Tensor]:
-        """One call. Returns what attention and the matrix give, (batch, n, heads, head_dim) each, zero at padding."""
+        """Run one call. Return the results of attention and of the matrix, (batch, n, heads, head_dim) each, zero at
+        padding."""
         batch, heads, n, dim = given.q.shape
         self.expecting = "now" if self.expecting == "next" else ""
         if not self.rows:
@@ -164,7 +165,7 @@ class LayerOracle:
         out, read = torch.zeros(2, batch, n, heads, dim).unbind(0)
         for b in range(batch):
             row, past = self.rows[b], len(self.rows[b].real)
-            # A slot is padding if no query of its own call sees it.
+            # A slot is padding if no query of the same call sees it.
             new = given.visible[b, :, past:].any(0)
             old = row.tokens
             row = replace(
@@ -192,7 +193,8 @@ class LayerOracle:
         return out, read
 
     def _visible(self, row: Row, seen: Tensor, old: int) -> Tensor:
-        """(queries, tokens): what the mask shows, less what the spec takes away. Its window bounds from below only."""
+        """Return (queries, tokens): what the mask shows, without what the specification hides. Its window is a lower bound
+        only."""
         rules, place = self.rules, torch.arange(row.tokens)
         query = place[old:, None]
         if rules.window is not None:
@@ -202,7 +204,7 @@ class LayerOracle:
 
     @staticmethod
     def _attend(row: Row, q: Tensor, seen: Tensor) -> Tensor:
-        """q: (heads, queries, head_dim) -> (queries, heads, head_dim), in float64."""
+        """Compute attention in float64. q: (heads, queries, head_dim) -> (queries, heads, head_dim)."""
         group = q.shape[0] // row.k.shape[0]
         k, v = (x.double().repeat_interleave(group, 0) for x in (row.k, row.v))
         scores = q.double() @ k.mT / math.sqrt(q.shape[-1])
@@ -210,7 +212,8 @@ class LayerOracle:
 
     @staticmethod
     def _documents(row: Row, seen: Tensor, old: int) -> Row:
-        """A token that sees none before it begins a document; another is of the document of the newest that it sees."""
+        """Return document numbers: a token that sees no earlier one begins a document, others belong to that of the newest
+        seen."""
         begins = list(row.begins)
         for place, sees in enumerate(seen, start=old):
             before = sees[:place].nonzero().flatten()
@@ -218,7 +221,7 @@ class LayerOracle:
         return replace(row, begins=tuple(begins))
 
     def _recall(self, row: Row, q: Tensor, old: int) -> tuple[Row, Tensor]:
-        """Each token's own step of the recurrence: a pair leaves the window, the matrix takes it in, the query reads."""
+        """Run the recurrence for each token: a pair leaves the window, is written to the matrix, and the query reads."""
         nothing, matrices, reads = torch.zeros(*row.k.shape[::2], row.k.shape[2]), list(row.matrices), []
         if self.rules.dissolves:
             a = nothing if row.dissolved is None else row.dissolved
@@ -254,7 +257,7 @@ class LayerOracle:
         return decay * a + rate * (pair - pair.mT if config.rule == "wedge" else pair)
 
     def _end(self, row: Row, spare: int, called: bool = False) -> Row:
-        """What becomes of the oldest tokens once a call has ended, or a crop, which writes nothing into a matrix."""
+        """Quantise, pass on and drop the oldest tokens after a call, or after a crop, which writes nothing into a matrix."""
         row = self._pass_on(self._quantise(row, spare))
         held, limit = (row.passed[-1] if row.passed else row.quantised) - row.dropped, self.rules.limit
         if limit is not None and held > limit and (called or not self.rules.dissolves):
@@ -267,14 +270,14 @@ class LayerOracle:
         return replace(row, kept=max(row.kept, row.dropped, self._oldest(row.real) - spare))
 
     def _oldest(self, real: tuple[bool, ...]) -> int:
-        """The place of the oldest token that a next query of such a row sees, sinks apart."""
+        """Return the place of the oldest token, except sinks, that the next query of such a row sees."""
         rules, tokens = self.rules, sum(real)
         if rules.sliding is not None:
             return tokens - sum(real[max(0, len(real) - rules.sliding + 1) :])
         return 0 if rules.window is None else tokens - rules.window + 1
 
     def _quantise(self, row: Row, spare: int) -> Row:
-        """Whole blocks, counted from the end of the sinks, as soon as `recent` tokens remain behind them."""
+        """Quantise whole blocks, counted from the end of the sinks, once `recent` tokens follow them."""
         rules = self.rules
         if not rules.codecs:
             return row
@@ -285,7 +288,7 @@ class LayerOracle:
         if row.stats is None and rules.learns:
             if row.tokens - spare < rules.learns:
                 return row
-            # With sinks apart, and of a group of query heads the mean.
+            # Without the sinks, and as the mean over a group of query heads.
             assert row.asked is not None
             squares = row.asked.square().unflatten(0, (row.k.shape[0], -1)).mean(1)
             keys = row.k[:, rules.sink : rules.learns]
@@ -293,7 +296,7 @@ class LayerOracle:
         return replace(self._coded(row, begin, begin + count, 0), quantised=begin + count)
 
     def _coded(self, row: Row, begin: int, end: int, tier: int) -> Row:
-        """The tokens of these places as the codec of a tier gives them back."""
+        """Return the tokens of these places after encoding and decoding by the codec of a tier."""
         rules, span = self.rules, slice(begin, end)
         codec = rules.codecs[tier]
         k, v = row.k.clone(), row.v.clone()
@@ -306,7 +309,7 @@ class LayerOracle:
         return replace(row, k=k, v=v)
 
     def _pass_on(self, row: Row) -> Row:
-        """What exceeds the limit of a codec is given to the next, whole blocks, the oldest first."""
+        """Move the tokens beyond a codec's limit to the next one, in whole blocks, oldest first."""
         newest = row.quantised
         for tier, oldest in enumerate(row.passed):
             limit = self.rules.limits[tier]
@@ -320,7 +323,7 @@ class LayerOracle:
         return row
 
     def may_refuse(self, slots: int) -> bool:
-        """Whether the newest `slots` slots cannot be forgotten: what the next query would need is not certain to be there."""
+        """Whether a crop of the newest `slots` slots may be refused, because tokens that the next query needs may be gone."""
         return any(self._lost(row, slots) for row in self.rows)
 
     def _lost(self, row: Row, slots: int) -> bool:
@@ -332,7 +335,7 @@ class LayerOracle:
             return True
         if rules.matrix and not rules.dissolves and row.matrices[-1][1] != (row.matrices[rest - 1][1] if rest else 0):
             return True
-        # Of a codec's tokens nothing is needed again but what the crop itself uncovers.
+        # Only those of a codec's tokens are needed that the crop exposes.
         oldest = rest if rules.limit is not None else self._oldest(real)
         if rules.sliding is not None:
             # It may also count tokens, for a later call may come without a mask that hides more.
@@ -340,13 +343,13 @@ class LayerOracle:
         return row.kept > rules.sink and oldest < row.kept
 
     def crop(self, slots: int) -> None:
-        """Forget the newest `slots` slots of every row."""
+        """Remove the newest `slots` slots of every row."""
         self.expecting = "next" if self.recording or self.expecting else ""
         self.recording = False
         for b, row in enumerate(self.rows):
             real = row.real[: len(row.real) - slots]
             rest, sink = sum(real), self.rules.sink
-            # Of a block that is cut, what is left is no whole block any more: it is as exact tokens are, with what it lost.
+            # The remaining tokens of a split block are unquantised again, with the error they already have.
             whole = row.quantised if rest >= row.quantised else max(sink, sink + (rest - sink) // BLOCK * BLOCK)
             cut = replace(
                 row,
@@ -359,7 +362,7 @@ class LayerOracle:
                 dropped=min(row.dropped, whole),
                 kept=min(row.kept, max(rest, sink)),
                 asked=None if row.asked is None else row.asked[:, :rest],
-                stats=row.stats if rest else None,  # a row of which nothing is left begins anew
+                stats=row.stats if rest else None,  # an empty row begins anew
                 begins=row.begins[:rest],
                 matrices=row.matrices[:rest],
                 dissolved=row.dissolved if rest else None,
@@ -367,26 +370,26 @@ class LayerOracle:
             self.rows[b] = self._end(cut, 0)
 
     def select(self, rows: list[int]) -> None:
-        """Row i becomes what row rows[i] was."""
+        """Replace row i by row rows[i]."""
         self.rows = [self.rows[b] for b in rows] if self.rows else []
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset all state."""
         self.rows = []
         self.expecting = ""
 
     def held(self) -> tuple[int, int]:
-        """The fewest and the most tokens, of all rows together, that may be held."""
+        """Return the minimum and maximum number of stored tokens, over all rows."""
         rules = self.rules
-        # Whole blocks are dropped; a pair that leaves the window at a step is still needed by a matrix; and a sliding window
+        # Only whole blocks are dropped; a matrix still needs a pair that leaves the window at a step; and a sliding window
         # may be counted in slots or in tokens.
         slack = 0 if rules.window is None else BLOCK + int(rules.matrix)
         if rules.matrix and not rules.dissolves and (self.recording or self.expecting):
-            slack += RECORDED  # what left at tokens that may be taken back has not been written yet
+            slack += RECORDED  # pairs that left at tokens that may be cropped have not been written yet
         slack = slack if rules.sliding is None else 2 * BLOCK + rules.sliding
         least = most = 0
         for row in self.rows:
-            # Of the documents before, nothing is.
+            # Nothing of earlier documents is stored.
             begin = row.begins[-1] if rules.by_document and row.begins else 0
             tokens = row.tokens - begin
             kept = tokens - max(0, row.kept - rules.sink - begin)
@@ -397,25 +400,25 @@ class LayerOracle:
 
 @dataclass
 class LlamaOracle:
-    """A Llama from its weights, its attention by `LayerOracle`, and the memories that are attached to it.
+    """A reference Llama computed from a model's weights, with attention by `LayerOracle`, and attached memories.
 
     Args:
         model: a `LlamaForCausalLM` in float32; only its parameters are read.
-        layers: one for each of its layers.
-        tensor_memory: what is attached, for a Tensor Memory; its own `reference` is run on each row's real tokens.
+        layers: the oracle of each layer.
+        tensor_memory: an attached Tensor Memory; its `reference` is run on each row's real tokens.
     """
 
     model: Any
     layers: list[LayerOracle]
     tensor_memory: Any = None
-    #: Of each layer and row what the Tensor Memory has read.
+    #: For each layer and row, the tokens that the Tensor Memory has read.
     states: list[list[Any]] = field(default_factory=list)
-    #: Likewise, what it was given: (1, tokens, dim).
+    #: For each layer and row, its inputs, (1, tokens, dim).
     read: list[list[Any]] = field(default_factory=list)
 
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """One call. ids, positions: (batch, n); visible: (batch, n, slots). Returns logits (batch, n, vocabulary)."""
+        """Run one call. ids, positions: (batch, n); visible: (batch, n, slots). Return logits (batch, n, vocabulary)."""
         config, body = self.model.config, self.model.model
         batch, n = ids.shape
         real = visible[:, :, visible.shape[2] - n :].any(1)
@@ -431,7 +434,7 @@ class LlamaOracle:
                 for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             rotated_q, rotated_k = (_rotated(y, positions, config) for y in (q, k))
-            # A matrix is given keys without their rotary phase, unless it is to keep it.
+            # The matrix gets keys without rotary phase, unless it is configured to keep it.
             bare = (q, k) if oracle.memory is not None and not oracle.memory.config.rotary else (None, None)
             out, read = oracle.step(Given(rotated_q, rotated_k, v, visible, *bare))
             x = x + out.flatten(2) @ attention.o_proj.weight.T
@@ -461,14 +464,14 @@ class LlamaOracle:
         return iter(self.layers)
 
     def select(self, rows: list[int]) -> None:
-        """Row i becomes what row rows[i] was."""
+        """Replace row i by row rows[i]."""
         for layer in self.layers:
             layer.select(rows)
         self.states = [[states[b] for b in rows] for states in self.states]
         self.read = [[given[b] for b in rows] for given in self.read]
 
     def crop(self, slots: int) -> None:
-        """Forget the newest `slots` slots of every row; a memory reads again what is left."""
+        """Remove the newest `slots` slots of every row; a memory rereads the rest."""
         for index, layer in enumerate(self.layers):
             layer.crop(slots)
             for b, given in enumerate(self.read[index] if self.read else ()):
@@ -478,7 +481,7 @@ class LlamaOracle:
                 self.states[index][b] = None if left is None else self.tensor_memory.shared.reference(left)[1]
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset all state."""
         self.states, self.read = [], []
         for layer in self.layers:
             layer.reset()

@@ -1,4 +1,4 @@
-"""Whatever sequence of calls and changes a cache has been through, each result is what the definition says."""
+"""After any sequence of calls and changes, a cache's results agree with the definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 import tessera
 
-#: Another one tries other sequences: TESSERA_TEST_SEED=1 pytest tests/machine
+#: Other seeds try other sequences: TESSERA_TEST_SEED=1 pytest tests/machine
 SEED = int(os.environ.get("TESSERA_TEST_SEED", "0"))
 
 
@@ -43,7 +43,7 @@ def test_every_result_of_any_sequence_is_what_the_definition_says(kind: Kind) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_result_of_very_many_operations_is_what_the_definition_says(kind: Kind) -> None:
-    """20,000 operations in all, and as many calls behind them."""
+    """There are 20,000 operations in all, each followed by a call."""
     run(kind, -(-20_000 // len(KINDS) // 14), 14)
 
 
@@ -55,7 +55,7 @@ def test_a_mask_that_does_not_fit_is_refused_and_harms_nothing(spec: str) -> Non
     cache, other = tessera.Cache(spec, model), tessera.Cache(spec, model)
     for one in (cache, other):
         model(ids[:, :100], past_key_values=one)
-    # Of 119 slots instead of 120.
+    # A window of 119 slots instead of 120.
     mask = torch.ones(1, 1, 20, 119, dtype=torch.bool).tril(99)
     with pytest.raises(ValueError, match="does not fit"):
         model(ids[:, 100:], attention_mask=mask, past_key_values=cache)

@@ -1,4 +1,4 @@
-"""The oracle itself: it agrees with transformers' own attention, and with its own definition of documents and padding."""
+"""The oracle agrees with transformers' own attention, and treats documents and padding consistently."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ def oracle(name: str, spec: str) -> LlamaOracle:
     model = model_of(name)
     done = attached_memory(model)
     memories = done.layers if done is not None and name != "tm" else {}
-    layers = [LayerOracle(Rules.of(spec, layer=i), memories.get(i)) for i in range(model.config.num_hidden_layers)]
+    count = model.config.num_hidden_layers
+    layers = [LayerOracle(Rules.of(spec, layer=i, layers=count), memories.get(i)) for i in range(count)]
     return LlamaOracle(model, layers, done if name == "tm" else None)
 
 
 def causal(real: Tensor, begin: int, end: int) -> Tensor:
-    """What the slots [begin, end) of rows see in which only `real` slots, (batch, slots), are tokens."""
+    """Return a causal mask for slots [begin, end) of rows in which the slots `real`, (batch, slots), are tokens."""
     slot = torch.arange(end)
     return (slot <= slot[begin:, None]) & real[:, begin:end, None] & real[:, None, :end]
 
 
 def alone(name: str, spec: str, ids: Tensor, cuts: tuple[int, ...]) -> Tensor:
-    """Rows without padding, (batch, tokens), in calls of so many tokens each."""
+    """Run rows without padding, (batch, tokens), in calls of these lengths."""
     truth, out, begin = oracle(name, spec), [], 0
     for n in cuts:
         positions = torch.arange(begin, begin + n).expand(len(ids), -1)
@@ -63,7 +64,7 @@ def test_padding_anywhere_changes_nothing(name: str, spec: str) -> None:
     torch.manual_seed(1)
     ids, cuts = tokens(1, 150), (100, 1, 49)
     wanted = alone(name, spec, ids, cuts)
-    # The same tokens with holes: (slots before which padding lies, how many) of each call.
+    # The same tokens with padding in between: (slots before the padding, its length) for each call.
     truth, begin, slots = oracle(name, spec), 0, 0
     real, found = torch.zeros(1, 0, dtype=torch.bool), []
     for n, (at, pads) in zip(cuts, ((40, 9), (0, 70), (49, 3)), strict=True):
@@ -86,14 +87,14 @@ def test_a_document_behind_another_begins_anew(name: str) -> None:
     ids, document = torch.cat((first, second), 1), torch.tensor([0] * 60 + [1] * 50)
     positions = torch.cat((torch.arange(60), torch.arange(50)))[None]
     visible = causal(torch.ones(1, 110, dtype=torch.bool), 0, 110) & (document[:, None] == document)
-    # Cut within the second, whose rest sees nothing of the first either.
+    # Split within the second document, whose remainder does not see the first either.
     found = torch.cat([truth.step(ids[:, a:b], positions[:, a:b], visible[:, a:b, :b]) for a, b in ((0, 80), (80, 110))], 1)
     wanted = torch.cat((alone(name, spec, first, (60,)), alone(name, spec, second, (50,))), 1)
     assert relative(found, wanted) < 1e-5
 
 
 def test_the_spec_matters_to_the_oracle() -> None:
-    """Each tier changes results by far more than what the tests beside this one tolerate."""
+    """Each tier changes results by far more than the tolerance of the other tests."""
     torch.manual_seed(3)
     ids = tokens(1, 220)
     exact = alone("plain", "dense", ids, (150, 70))

@@ -1,4 +1,4 @@
-"""Several generations at once on one model, each with a cache of its own: none may notice the others."""
+"""Concurrent generations on one model, each with its own cache, do not affect each other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import tessera
 
 THREADS = 4
-#: Of each model the specs; None: transformers' own cache.
+#: Specifications for each model; None: transformers' own cache.
 SPECS: dict[str, tuple[str | None, ...]] = {
     "plain": (None, "dense", "sink:2 + window:20", "sink:4 + hqmq:4 + recent:16", "hqmq:3@128 + recent:16", "q4_0"),
     "sliding": ("dense", "sink:2 + kivi:4 + recent:8"),
@@ -29,8 +29,8 @@ SPECS: dict[str, tuple[str | None, ...]] = {
 
 
 @contextmanager
-def one_at_a_time(model: Any) -> Iterator[None]:
-    """Let the others run in the middle of every attention module and of every layer, as they may at any time."""
+def taking_turns(model: Any) -> Iterator[None]:
+    """Switch threads within every attention module and every layer, as may happen at any time."""
     inside = [module for layer in model.model.layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)]
     hooks = [module.register_forward_pre_hook(lambda *_: time.sleep(5e-4)) for module in inside]
     try:
@@ -41,7 +41,8 @@ def one_at_a_time(model: Any) -> Iterator[None]:
 
 
 def generate(model: Any, spec: str | None, ids: Tensor, meet: threading.Barrier | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Greedily: the tokens, and the logits of every call. At `meet` the threads wait for each other before each call."""
+    """Generate greedily; return the tokens, and the logits of every call. At `meet` threads wait for each other before a
+    call."""
     cache = DynamicCache(config=model.config) if spec is None else tessera.Cache(spec, model)
     found, given = [], ids
     for _ in range(12):
@@ -59,7 +60,7 @@ def generate(model: Any, spec: str | None, ids: Tensor, meet: threading.Barrier 
 def test_generations_at_once_are_what_each_is_alone(name: str, spec: str | None) -> None:
     torch.manual_seed(0)
     model = model_of(name)
-    # Of different lengths and numbers of rows, so that what is mixed up does not even fit.
+    # Different lengths and numbers of rows, so that mixed-up tensors do not even fit.
     prompts = [tokens(rows, length) for rows, length in ((1, 90), (1, 90), (2, 70), (1, 133))]
     alone = [generate(model, spec, ids) for ids in prompts]
     together: list[Any] = [None] * THREADS

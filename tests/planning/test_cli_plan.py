@@ -1,4 +1,4 @@
-"""`tessera plan` from end to end, and what it does with bad input."""
+"""`tessera plan` runs end to end, and reports bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of a plan against the report of a cache that has really read the tokens."""
+"""The bytes of a plan equal the report of a cache that has read the tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPECS = [
     "{0: sink:4 + hqmq:5 + recent:16; *: hqmq:3@128 + recent:20}",
 ]
 SOME = ["llama", "mistral", "qwen2-sliding", "gemma3", "gpt-neox"]
-#: Around the first tokens, the 128 that are learned from, blocks of 64 behind sinks and `recent`, windows, pages of 1,024.
+#: Lengths around the first tokens, the 128 for statistics, blocks of 64 after sinks and `recent`, windows, and pages of 1,024.
 LENGTHS = (1, 5, 64, 65, 127, 128, 131, 132, 133, 196, 197, 700)
 
 
@@ -66,7 +66,7 @@ def test_bytes_are_those_of_a_real_cache(spec: str, family: str) -> None:
     ],
 )
 def test_bytes_of_long_texts_are_those_of_a_real_cache_in_bfloat16(spec: str, family: str, count: int) -> None:
-    """Long enough that they are no longer counted page by page; read in calls of whole pages."""
+    """The texts are so long that pages are no longer counted one by one; they are read in calls of whole pages."""
     model = make(family, torch.bfloat16)
     layers = read_config(model.config)[1]
     cuts = (*(1024,) * (count // 1024), *((count % 1024,) if count % 1024 else ()))

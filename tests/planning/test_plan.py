@@ -1,4 +1,4 @@
-"""`tessera.plan`: which cache it names, and why."""
+"""`tessera.plan` names the right cache, and the reason."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_a_gguf_file_is_planned_by_its_header(small_model: Path, tmp_path: Path)
 
 
 def test_a_long_context_takes_no_memory_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors are made on the device "meta" only, and not in proportion to the context."""
+    """Tensors are made only on the device "meta", and their number does not grow with the context."""
     made = []
     empty = torch.empty
 

@@ -1,4 +1,4 @@
-"""Numbers with units, as commands take them."""
+"""Commands accept numbers with units."""
 
 from __future__ import annotations
 

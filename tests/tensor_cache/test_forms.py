@@ -1,4 +1,4 @@
-"""The recurrence in C++ against the token loop, and which form runs."""
+"""The recurrence in C++ agrees with the token loop, and the right form runs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_stream_may_be_cut_anywhere(cut: int) -> None:
 def test_strong_decays_are_those_of_the_loop(g: float, rule: Rule) -> None:
     q, k, v, _, eta, state = (t.detach() for t in inputs(1, 2, 1, 150, 8, 8))
     decays = torch.where(torch.rand(eta.shape) < 0.5, g, -0.01)
-    eta = eta * decays.exp()  # never above the decay, where the delta rule is stable
+    eta = eta * decays.exp()  # at most the decay, where the delta rule is stable
     for fast, slow in zip(
         recur(q, k, v, decays, eta, state, rule, backend="cpu"), loop(q, k, v, decays, eta, state, rule), strict=True
     ):

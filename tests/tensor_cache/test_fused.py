@@ -1,4 +1,4 @@
-"""The kernels of flash-linear-attention against the token loop."""
+"""The kernels of flash-linear-attention agree with the token loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def inputs(tokens: int, dim: int, device: str = "cpu") -> list[Tensor]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_their_definition_is_ours(rule: str) -> None:
-    """Their own plain PyTorch forms, given what the kernels are given."""
+    """flash-linear-attention's plain PyTorch forms give the same results for the kernels' arguments."""
     pytest.importorskip("fla", reason="fla-core is not installed; it comes with the extra gpu")
     if rule == "delta":
         kernel = import_module("fla.ops.gated_delta_rule.naive").naive_recurrent_gated_delta_rule
@@ -43,8 +43,9 @@ def test_their_definition_is_ours(rule: str) -> None:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their kernels on a CPU. Triton's interpreter can time no variants, so the first of each is taken; and it counts loops in
-    plain integers, of which theirs want tensors."""
+    """Run flash-linear-attention's kernels on a CPU. Triton's interpreter cannot autotune, so the first variant is used; and it
+    counts loops with plain integers, where these kernels expect tensors.
+    """
     if torch.cuda.is_available():
         pytest.skip("with a CUDA device the kernels themselves are tested")
     if fused.missing():
@@ -97,7 +98,7 @@ def test_kernels_are_the_loop_forward_and_backward(rule: str, tokens: int) -> No
         loss = (reads * torch.linspace(-1, 1, 64, device="cuda")).sum() + end.square().sum()
         results.append((reads, end, *torch.autograd.grad(loss, x)))
     for fast, slow in zip(*results, strict=True):
-        assert (fast - slow).norm() <= 1e-2 * slow.norm()  # their products are made of TF32
+        assert (fast - slow).norm() <= 1e-2 * slow.norm()  # their products use TF32
 
 
 def test_a_memory_says_why_the_kernels_are_not_used() -> None:
@@ -117,7 +118,7 @@ def test_a_memory_uses_the_kernels_that_are_asked_for_where_they_can_be_used(mon
     expected, _ = memory(q, k, v)
     monkeypatch.setattr("tessera.tensor_cache.forms.fused_refusal", lambda *_: None)
     monkeypatch.setattr("tessera.tensor_cache.forms.fused_scan", instead)
-    monkeypatch.setenv("TESSERA_BACKEND", "triton")  # on the CPU they are used where they are asked for
+    monkeypatch.setenv("TESSERA_BACKEND", "triton")  # on the CPU they are used only if requested
     found, _ = memory(q, k, v)
     assert used == ["kernel"]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

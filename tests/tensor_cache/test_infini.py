@@ -1,4 +1,4 @@
-"""Infini-attention against its definition written out."""
+"""Infini-attention agrees with an explicit loop of its definition."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def inputs(tokens: int) -> list[Tensor]:
 
 
 def written_out(infini: Infini, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor, plain_k: Tensor) -> Tensor:
-    """One token at a time, in double precision."""
+    """Compute Infini-attention one token at a time, in double precision."""
     q, k, v, plain_q, plain_k = (x.double() for x in (q, k, v, plain_q, plain_k))
     batch, heads, tokens, dim = q.shape
     out = torch.zeros_like(q)

@@ -1,4 +1,4 @@
-"""The chunk-parallel forms against the token loop."""
+"""The chunk-parallel forms agree with the token loop."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_stream_may_be_cut_anywhere(rule: str, cut: int) -> None:
 
 
 def test_aligned_keys_at_a_high_rate_stay_bounded() -> None:
-    # The same key again and again: with corrections from the chunk's start only, this diverges.
+    # With the same key repeated, corrections from the chunk's start alone would diverge.
     k = torch.ones(1, 1, 4096, 16) / 4
     v, q = torch.randn(1, 1, 4096, 16), torch.randn(1, 1, 1, 4096, 16)
     g, eta = torch.full((1, 1, 4096), -1e-3), torch.full((1, 1, 4096), 0.99)
@@ -81,15 +81,15 @@ def test_aligned_keys_at_a_high_rate_stay_bounded() -> None:
 def test_strong_decays_are_those_of_the_loop(g: float, rule: str, order: str) -> None:
     q, k, v, _, eta, state = inputs(150, rule, dtype=torch.float32)
     decays = torch.where(torch.rand(eta.shape) < 0.5, g, -0.01)
-    eta = eta * decays.exp()  # never above the decay, where the delta rule is stable
+    eta = eta * decays.exp()  # at most the decay, where the delta rule is stable
     x = [t.requires_grad_() for t in (q, k, v, decays, eta, state)]
     results = []
     for form in (scan, loop):
         reads, end = form(*x, rule, order)
         grads = torch.autograd.grad(reads.square().sum() + end.square().sum(), x)
-        # Of a decay of e^-40 or less nothing is left.
+        # A decay of e^-40 or less leaves nothing.
         results.append((reads, end, *grads[:3], grads[3] * (decays > -40), *grads[4:]))
     for fast, slow in zip(*results, strict=True):
         assert fast.isfinite().all()
-        # Where all is forgotten, a gradient may be nothing in one form and next to nothing in the other.
+        # Where everything has decayed, a gradient may be zero in one form and almost zero in the other.
         assert (fast - slow).norm() <= 1e-4 * slow.norm() + 1e-12

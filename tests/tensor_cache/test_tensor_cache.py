@@ -1,4 +1,4 @@
-"""`TensorCache`: three forms of one memory, and what each of its options does."""
+"""The three forms of `TensorCache` agree, and each of its options has its effect."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def inputs(tokens: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_steps(memory: TensorCache, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, TensorCacheState]:
-    """The stream written out: a window kept by hand, a step for every token."""
+    """Compute the stream explicitly, with a list as the window and a step for every token."""
     state = memory.initial_state(q.shape[0], k)
     config, reads = memory.config, []
     for t in range(q.shape[2]):
@@ -296,7 +296,7 @@ def test_a_mask_of_another_shape_is_refused() -> None:
 
 
 def test_chunks_are_short_enough_for_the_decays_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How fast a parameter lets decay is read once, and again when it has changed."""
+    """The rate of decay is read from a parameter once, and again after the parameter has changed."""
     monkeypatch.setenv("TESSERA_BACKEND", "reference")
     memory = TensorCache(TensorCacheConfig(window=1, sink=0, chunk=64), num_heads=2, head_dim=8)
     q, k, v = (torch.randn(1, 2, 200, 8) for _ in range(3))

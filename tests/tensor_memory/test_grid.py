@@ -1,4 +1,4 @@
-"""Places, weights and reads on the grid."""
+"""Positions, weights and reads on the grid."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def volume(factors: tuple[Tensor, ...]) -> Tensor:
 
 
 def cells(grid: tuple[int, ...]) -> Tensor:
-    """Centres of all cells, (*grid, n), x first."""
+    """Return the centres of all cells, (*grid, n), x first."""
     return torch.stack(torch.meshgrid(*(centres(size) for size in grid), indexing="ij")[::-1], dim=-1)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_read_is_the_sum_of_the_corners_by_their_nearness(grid: tuple[int, ...]) -> None:
-    h, at = torch.randn(2, 3, *grid), torch.rand(2, 7, len(grid)) * 2.6 - 1.3  # some beyond the border
+    h, at = torch.randn(2, 3, *grid), torch.rand(2, 7, len(grid)) * 2.6 - 1.3  # some outside of the border
     wanted = torch.zeros(2, 7, 3)
     for b, r in itertools.product(range(2), range(7)):
         where = positions(at, grid)[b, r]
@@ -68,7 +68,7 @@ def test_a_local_write_is_zero_away_from_its_place_and_close_to_the_gaussian_abo
     assert (local[far] == 0).all()
     assert (whole[far] > 0).all()
     assert (local - whole).abs().max() < 0.03
-    # The width is 0 <= x, the height y: the first coordinate is along the last axis.
+    # The first coordinate, x, is along the last axis, the width; y is along the height.
     assert local.argmax().item() == 2 * 9 + 5
 
 

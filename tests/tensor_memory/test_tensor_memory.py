@@ -1,4 +1,4 @@
-"""`TensorMemory`: fast forms of one definition, and what each of its options does."""
+"""The fast forms of `TensorMemory` agree with its definition, and each of its options has its effect."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def inputs(memory: TensorMemory, tokens: int, batch: int = 2) -> tuple[Tensor, T
 
 
 def compare(form: Any, memory: TensorMemory, tokens: int) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Outputs, and gradients of everything, the state before included. What is drawn is drawn again by the next call."""
+    """Return outputs, and gradients of all inputs, including the earlier state. Random numbers are the same in each call."""
     drawn = torch.get_rng_state()
     x, places = inputs(memory, tokens)
     shape = (2, memory.config.channels, *memory.config.grid)
@@ -89,12 +89,12 @@ def test_the_fast_form_is_the_plain_loop_with_all_gradients(options: dict[str, A
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gates", ["state", "input"])
 def test_a_thousand_steps_stay_equal_to_rounding(gates: Any, backend: str) -> None:
-    # With the taps of the start: random ones make a recurrence that enlarges the rounding of every form.
+    # With initial taps: random ones give a recurrence that amplifies the rounding of every form.
     memory = TensorMemory(TensorMemoryConfig(channels=5, grid=(3, 4, 5), update="all", gates=gates), DIM)
     x, _ = inputs(memory, 1000, 1)
     with torch.no_grad():
         (out, state), (wanted, end) = memory(x, backend=backend), memory.reference(x)
-    # Some draws make a recurrence that enlarges rounding to 1e-4; a step that is lost or done twice makes 0.1.
+    # Some draws give a recurrence that amplifies rounding to 1e-4; a lost or repeated step gives 0.1.
     torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(state.c, end.c, rtol=1e-3, atol=1e-3)
 
@@ -173,7 +173,7 @@ def test_a_late_token_changes_nothing_before_the_next_chunk(place: int, options:
     assert not changed[:place].any()
     chunk = memory.config.chunk
     if memory.config.read == "token":
-        # Within its own chunk only the token itself reads elsewhere.
+        # Within its chunk only the token itself reads at another position.
         assert not changed[place + 1 : place // chunk * chunk + chunk].any()
 
 
@@ -215,7 +215,7 @@ def test_a_write_is_read_however_much_later_if_nothing_covers_it(later: int, gat
     config = TensorMemoryConfig(channels=4, grid=(12, 12), update="footprint", sigma_init=0.1, anchored=True, gates=gates)
     memory = TensorMemory(config, DIM)
     x, places = torch.randn(1, later + 1, DIM), torch.rand(1, later + 1, 2) - 1  # one quarter of the plane,
-    places[:, 0] = 0.8  # the first token in another
+    places[:, 0] = 0.8  # and the first token in another
     places[:, -1] = 0.8
     with torch.no_grad():
         memory.sigma_net.weight.zero_()
@@ -450,7 +450,7 @@ def test_bad_input_is_refused_and_the_state_unharmed() -> None:
 
 
 def test_options_change_what_is_computed() -> None:
-    """None of them is without effect."""
+    """Each option has an effect."""
     x = torch.randn(2, 12, DIM)
     plain = {"channels": 4, "grid": (4, 4, 4), "chunk": 3}
     seen = []

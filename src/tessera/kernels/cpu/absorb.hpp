@@ -1,5 +1,5 @@
 // The recurrence of an associative matrix that absorbs pairs and is read, defined by tensor_cache/recurrence.py, for its outer and
-// delta rules. All numbers are floats one behind the other, the last index fastest.
+// delta rules. All arrays are contiguous floats, the last index fastest.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Absorb {
     const float* state;          // (heads, d_k, d_v)
     float *read, *end;           // (heads, group, tokens, d_v); as state
     float* kept;                 // (heads, segments, d_k, d_v rounded up to 16), the matrix before each segment; or null
-    float* fresh;                // (heads, tokens, d_v), values less what the matrix gave for their keys; or null
+    float* fresh;                // (heads, tokens, d_v), values minus what the matrix returned for their keys; or null
     int64_t every;               // tokens in a segment
     int threads;
 };

@@ -1,4 +1,4 @@
-// Only what stands between the pragmas is compiled for AVX2; see attend_avx2.cpp.
+// Only the code between the pragmas is compiled for AVX2; see attend_avx512.cpp.
 #include <algorithm>
 #include <cstring>
 #include <functional>

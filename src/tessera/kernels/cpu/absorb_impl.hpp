@@ -1,11 +1,8 @@
-// absorb.hpp for the instruction set of lanes.hpp.
-//
-// Forward, the columns of the matrix know nothing of each other: a few registers of them go through all tokens, with one pass over
-// the rows a token, which decays, writes, reads, and looks up what the delta rule subtracts from the next token's value.
-//
-// Backward, a head is one thread's work. Of each segment, the last first, the matrix is computed again for every token, from what
-// forward kept; then the tokens are undone one by one. Here the matrix lies on its side, (d_v, d_k), so that sums over values, of
-// which there are most, are sums of registers; rows know of each other through those sums only.
+// absorb.hpp for the instruction set of lanes.hpp. Forward, the columns of the matrix are independent: a few registers of
+// columns process all tokens, with one pass over the rows per token, which decays, writes, reads, and computes what the delta
+// rule subtracts from the next token's value. Backward, each head is processed by one thread. For each segment, from the last,
+// the matrix is recomputed for every token from what forward kept; then gradients are computed from the last token to the
+// first. The matrix is transposed here, (d_v, d_k), so that sums over values, of which there are most, are sums of registers.
 
 #include <algorithm>
 #include <cstring>
@@ -21,12 +18,12 @@ namespace {
 
 using namespace tessera;
 
-// Registers of columns that go side by side.
+// Registers of columns that are processed together.
 constexpr int BLOCK = 4;
 
 inline int registers(int count) { return (count + LANES - 1) / LANES; }
 
-// The first `count` numbers, zeros behind them.
+// Loads the first `count` numbers, followed by zeros.
 inline Lanes load_some(const float* x, int count) {
     if (count >= LANES) return load(x);
     Lanes lanes{};
@@ -38,7 +35,7 @@ inline void store_some(float* x, Lanes lanes, int count) {
     if (count > 0) std::memcpy(x, &lanes, sizeof(float) * std::min(count, LANES));
 }
 
-// Calls work with an integral constant: BLOCK for as long as so many registers are left, then what is left.
+// Calls work with an integral constant: BLOCK while so many registers remain, then the remaining number.
 template <class Work>
 inline void in_blocks(int count, const Work& work) {
     int first = 0;
@@ -50,7 +47,7 @@ inline void in_blocks(int count, const Work& work) {
     }
 }
 
-// Lane j is lane j ^ FLIP of b where j & WIDTH, else of a.
+// Returns a register whose lane j is lane j ^ FLIP of b where j & WIDTH, else of a.
 template <int WIDTH, int FLIP, int... J>
 inline Lanes mix(Lanes a, Lanes b, std::integer_sequence<int, J...>) {
 #if defined(__clang__)
@@ -60,7 +57,7 @@ inline Lanes mix(Lanes a, Lanes b, std::integer_sequence<int, J...>) {
 #endif
 }
 
-// Totals of as many registers as one has lanes, by halves: lane j of the result is the total of x[j]. Destroys x.
+// Sums LANES registers, halving their number at each step: lane j of the result is the total of x[j]. Overwrites x.
 template <int WIDTH = 1>
 inline Lanes totals(Lanes (&x)[LANES]) {
     if constexpr (WIDTH == LANES) return x[0];
@@ -75,7 +72,7 @@ inline Lanes totals(Lanes (&x)[LANES]) {
     }
 }
 
-// V registers of columns, from `first` on, of a head, through all tokens.
+// Processes all tokens for V registers of columns of a head, beginning at `first`.
 template <int V, bool DELTA, bool READ_FIRST>
 void absorb_columns(const Absorb& s, int64_t head, int first, Memory& memory) {
     const int rows = s.d_k, width = V * LANES, padded = (s.d_v + 15) / 16 * 16;
@@ -180,8 +177,8 @@ class AbsorbedHead {
     }
 
   private:
-    // (d_k, columns) to (rows, width), with zeros where there is nothing.
-    void transpose(const float* from, int columns, float* to) const {
+    // Transposes (d_k, columns) to (rows, width), padded with zeros.
+    void turn(const float* from, int columns, float* to) const {
         std::fill(to, to + size, 0.0f);
         for (int i = 0; i < s.d_k; ++i)
             for (int j = 0; j < s.d_v; ++j) to[int64_t(j) * width + i] = from[int64_t(i) * columns + j];
@@ -192,7 +189,7 @@ class AbsorbedHead {
         std::fill(to + count, to + room, 0.0f);
     }
 
-    // The matrix after token t, behind the one before it.
+    // Computes the matrix after token t, which is stored after the one before it.
     void redo(int64_t t, float* a) {
         const int64_t at = head * s.tokens + t;
         widen(s.k + at * s.d_k, s.d_k, k, width), widen(s.fresh + at * s.d_v, s.d_v, fresh, rows);
@@ -201,7 +198,8 @@ class AbsorbedHead {
         });
     }
 
-    // Of V registers of each row; so in what follows. Pointers come as arguments, for a store could change those of an object.
+    // Works on V registers of each row, as the functions below. Pointers are arguments, because compilers assume that stores
+    // may change members.
     template <int V>
     void write(const float* from, float* to, const float* k, const float* fresh, float decay, float rate) const {
         Lanes key[V];
@@ -210,7 +208,7 @@ class AbsorbedHead {
             for (int v = 0; v < V; ++v) store(to + v * LANES, decay * load(from + v * LANES) + fresh[j] * key[v]);
     }
 
-    // Gradients of the reads of a token from matrix a.
+    // Adds the gradients of a token's reads from matrix a.
     void undo_reads(int64_t t, const float* a) {
         for (int member = 0; member < s.group; ++member) {
             const int64_t at = (head * s.group + member) * s.tokens + t;
@@ -235,7 +233,7 @@ class AbsorbedHead {
         for (int v = 0; v < V; ++v) store(d_q + v * LANES, sum[v]);
     }
 
-    // a: the matrix before token t; behind it lies the matrix after it.
+    // a: the matrix before token t, followed in memory by the matrix after it.
     void undo(int64_t t, const float* a) {
         const int64_t at = head * s.tokens + t;
         const float decay = s.decay[at], rate = s.rate[at];
@@ -268,7 +266,7 @@ class AbsorbedHead {
         if (s.read_first) undo_reads(t, a);
     }
 
-    // sums += rows · k, for as many rows as there are lanes.
+    // Adds rows · k to sums, for LANES rows.
     template <int V>
     static void along(const float* grad, const float* k, int width, Lanes* sums) {
         Lanes key[V], found[LANES];

@@ -1,9 +1,8 @@
-// Partial attention over packed keys and values, see kernels/reference.py for the definition.
-//
-// The order of things, for one key head and a tile of the query rows that read it (query heads of a group times query
+// Partial attention over packed keys and values; kernels/reference.py is the definition.
+// The algorithm, for one key head and a tile of the query rows that read it (query heads of a group times query
 // tokens): tokens come in blocks; a block's key codes become small integers by table lookup, 16 tokens at a time, and are
-// multiplied with all rows; the softmax is brought up to date; value codes become integers and are added up by weight.
-// A codeword is looked up once for all rows of the tile, and nothing is ever written as dense keys or values.
+// multiplied with all rows; the online softmax is updated; value codes become integers and are added up by weight.
+// A codeword is looked up once for all rows of the tile, and dense keys or values are never stored.
 #pragma once
 
 #include <cstdint>
@@ -22,24 +21,25 @@ constexpr int MAX_DIM = 512;  // of a head
 
 enum Role { KEY, VALUE };
 
-// A field of packed keys or values: a head's rows follow each other; heads are `stride` bytes apart, batch rows as many heads.
+// A field of packed keys or values. The rows of a head are contiguous; heads are `stride` bytes apart, within and across batch
+// rows.
 struct Field {
-    const uint8_t* data;  // null: there is none
+    const uint8_t* data;  // null if the format has no such field
     int64_t stride;
 
     const uint8_t* row(int64_t line, int64_t token, int64_t bytes) const { return data + line * stride + token * bytes; }
 };
 
-// Keys or values of one page of a packed tier; `line`, batch row · kv_heads + head, says whose.
+// Keys or values of one page of a packed tier; `line`, batch row · kv_heads + head, selects the row and head.
 struct Side {
     Role role;
     Field codes, scale;
     Field centre;               // 16-bit words, or none
-    Field low;                  // what is added to each number, or none
-    Field flags;                // a bit for each chunk that is kept as it is, or none
-    const uint8_t* kept;        // those chunks, ordered by token, line, chunk: four half-precision numbers each
+    Field low;                  // added to each number, or none
+    Field flags;                // bitmap of the chunks that are kept unquantised, or none
+    const uint8_t* kept;        // the unquantised chunks, ordered by token, line, chunk: four half-precision numbers each
     int64_t offset;             // of the first token within its group
-    Field before;               // how many of them come before: 32-bit words; made when it is needed
+    Field before;               // number of unquantised chunks before each token: 32-bit words; made on demand
 };
 
 struct Page {
@@ -68,7 +68,7 @@ struct Problem {
     int threads;
 };
 
-// Coded vectors of up to UNIT tokens of a line, one after the other, or of up to GROUP where that is said.
+// Coded vectors of consecutive tokens of a line, up to UNIT unless up to GROUP is stated.
 struct Unit {
     const Side* side;
     int64_t line, token;
@@ -83,19 +83,19 @@ void attend_avx2(const Problem&);
 void attend_avxvnni(const Problem&);
 void attend_avx512(const Problem&);
 
-// Keys and values as they are, of float or bfloat16: a vector's numbers lie next to each other; strides in bytes.
+// Unquantised keys and values in float or bfloat16: the numbers of a vector are contiguous; strides in bytes.
 struct Exact {
     const uint8_t *k, *v;
     bool bfloat;
     int64_t k_batch, k_head, k_token, v_batch, v_head, v_token;
 };
 
-// The same over such keys and values, for at most TILE rows a key head; `key`, `value` and `pages` of the problem are not used.
+// Attention over unquantised keys and values, for at most TILE rows per key head; `key`, `value` and `pages` are not used.
 void attend_exact_portable(const Problem&, const Exact&);
 void attend_exact_avx2(const Problem&, const Exact&);
 void attend_exact_avx512(const Problem&, const Exact&);
 
-// Packed vectors, to be decoded: those of side[role] of one page.
+// Packed vectors to decode: those of side[role] of one page.
 struct Vectors {
     const Coder* coder;
     const Page* page;

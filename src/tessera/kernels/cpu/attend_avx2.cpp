@@ -1,4 +1,4 @@
-// Only what stands between the pragmas is compiled for AVX2. See attend_avx512.cpp.
+// Only the code between the pragmas is compiled for AVX2; see attend_avx512.cpp.
 #include <immintrin.h>
 
 #include <algorithm>

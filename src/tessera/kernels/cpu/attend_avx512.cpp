@@ -1,5 +1,5 @@
-// Only what stands between the pragmas is compiled for AVX-512; the standard library's templates are not, since the linker
-// may give them to everyone.
+// Only the code between the pragmas is compiled for AVX-512. The standard library's templates are not, because the linker
+// may use one instance of a template for all files, also on processors without AVX-512.
 #include <immintrin.h>
 
 #include <algorithm>

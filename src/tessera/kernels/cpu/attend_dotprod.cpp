@@ -1,4 +1,4 @@
-// Only what stands between the pragmas is compiled for Arm's dot product of bytes. See attend_avx512.cpp.
+// Only the code between the pragmas is compiled for Arm's dot product of bytes; see attend_avx512.cpp.
 #include <arm_neon.h>
 
 #include <algorithm>

@@ -22,7 +22,7 @@ using namespace tessera;
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
-// For a multiple of LANES; not less than `least`.
+// Returns the largest of n numbers and `least`; n is a multiple of LANES.
 inline float largest(const float* x, int count, float least) {
     Lanes most = Lanes{} + least;
     for (int i = 0; i < count; i += LANES) {
@@ -33,7 +33,7 @@ inline float largest(const float* x, int count, float least) {
 }
 
 inline float inner(const float* x, const float* y, int count) {
-    Lanes part[4] = {};  // additions need not wait for each other
+    Lanes part[4] = {};  // independent sums, so that additions overlap
     int i = 0;
     for (; i + 4 * LANES <= count; i += 4 * LANES)
         for (int j = 0; j < 4; ++j) part[j] += load(x + i + j * LANES) * load(y + i + j * LANES);
@@ -43,7 +43,7 @@ inline float inner(const float* x, const float* y, int count) {
     return sum;
 }
 
-// Inner products of x with four vectors that lie one behind the other.
+// Computes the inner products of x with four consecutive vectors.
 inline void inner_of_four(const float* x, const float* y, int count, float* to) {
     Lanes part[4] = {};
     int i = 0;
@@ -70,7 +70,7 @@ inline bool finite(const float* x, int count) {
 
 inline float exp_negative(float x) { return exp_negative(Lanes{} + x)[0]; }
 
-// x becomes x · length + shift, for a multiple of LANES; `most` becomes no less than any of them, lane by lane.
+// Replaces x by x · length + shift, for a multiple of LANES numbers; `most` is the running maximum of each lane.
 inline void stretch(float* x, const float* length, float shift, int count, Lanes& most) {
     for (int i = 0; i < count; i += LANES) {
         const Lanes y = load(x + i) * load(length + i) + shift;
@@ -79,7 +79,7 @@ inline void stretch(float* x, const float* length, float shift, int count, Lanes
     }
 }
 
-// x becomes e^(x - most), for a multiple of LANES; returns the sum.
+// Replaces x by e^(x - most), for a multiple of LANES numbers, and returns the sum.
 inline float exponentials(float* x, int count, float most) {
     Lanes lanes = {};
     for (int i = 0; i < count; i += LANES) {
@@ -90,7 +90,7 @@ inline float exponentials(float* x, int count, float most) {
     return total(lanes);
 }
 
-// The same, each times a length that is not negative afterwards; `high` becomes the largest of them.
+// Does the same, then multiplies each by a non-negative length; `high` becomes the largest result.
 inline float exponentials(float* x, const float* length, int count, float most, float& high) {
     Lanes lanes = {}, highest = {};
     for (int i = 0; i < count; i += LANES) {
@@ -103,7 +103,7 @@ inline float exponentials(float* x, const float* length, int count, float most, 
     return total(lanes);
 }
 
-// Up to GROUP tokens of one page that share their centre.
+// A segment: up to GROUP tokens of one page that share a centre.
 struct Segment {
     const Page* page;
     int64_t token;  // within the page
@@ -111,7 +111,7 @@ struct Segment {
     int count;
 };
 
-// Whether none of the rows sees any of the places, from positions alone.
+// Whether none of the rows sees any of the positions, by causality and window alone.
 inline bool hidden(const Problem& p, int row, int rows, int64_t first, int64_t end) {
     if (!p.placed) return false;
     int64_t low = p.q_tokens, high = -1;
@@ -123,7 +123,7 @@ inline bool hidden(const Problem& p, int row, int rows, int64_t first, int64_t e
     return first > p.start + high || (p.window > 0 && end - 1 < p.start + low - p.window + 1);
 }
 
-// Scores of n tokens from `place` on that the rows do not see become NONE. Returns whether there may be such.
+// Sets the scores of hidden tokens among n from `place` on to NONE. Returns whether any may be hidden.
 inline bool hide(const Problem& p, int b, int head, int row, int rows, int64_t place, int n, float* scores) {
     bool some = p.mask != nullptr;
     if (!some && !p.placed) return false;
@@ -174,7 +174,7 @@ struct Worker {
     float* const mean = memory.take<float>(dim);
     float* const factor = memory.take<float>(dim);
 
-    int64_t set = -1;  // the queries that `keys` hold, by line and first row, without any channel's factor; -1: others
+    int64_t set = -1;  // line and first row of the queries that `keys` holds without channel factors; -1 if none
 
     explicit Worker(const Problem& p)
         : p(p),
@@ -185,11 +185,11 @@ struct Worker {
           keys(static_cast<const typename Keys::Book&>(*p.key), p.dim / 4, p.limbs, p.kv_heads, memory),
           values(static_cast<const typename Values::Book&>(*p.value), p.dim / 4, p.limbs, p.kv_heads, memory) {}
 
-    // Tokens [begin, end) of the tier for rows [row, row + rows) of key head `head` of batch row `b`. The result is not
-    // normalised: sum (rows, dim), with `top` and `total` (rows,) the largest score and the sum of exponentials.
+    // Computes attention of rows [row, row + rows) of key head `head` of batch row `b` to tokens [begin, end). The result is
+    // not normalised: sum (rows, dim), with `top` and `total` (rows,) the largest score and the sum of exponentials.
     void part(int b, int head, int row, int rows, int64_t begin, int64_t end, float* sum, float* top, float* total) {
         const int group = p.q_heads / p.kv_heads;
-        // Rows of a key head lie next to each other: its query heads, each with its tokens.
+        // Rows of a key head are contiguous: its query heads, each with its tokens.
         const float* from = p.q + (int64_t(b) * p.q_heads + head * group) * p.q_tokens * dim + int64_t(row) * dim;
         for (int i = 0; i < rows * dim; ++i) query[i] = from[i] * p.scale;
         std::fill(top, top + rows, NONE);
@@ -198,15 +198,15 @@ struct Worker {
         const int64_t line = int64_t(b) * p.kv_heads + head, wanted = line * group * p.q_tokens + row;
         if (set != wanted) set_queries(rows, nullptr);
         set = wanted;
-        float shift[TILE], high[TILE];  // high: a row's largest weight
+        float shift[TILE], high[TILE];  // high: largest weight of each row
         Segment segments[BLOCK / UNIT];
         Unit units[BLOCK / UNIT];
         alignas(64) float k_length[BLOCK], v_length[BLOCK];
 
-        int64_t at = 0, page = 0;  // `at`: place of the page's first token
+        int64_t at = 0, page = 0;  // `at`: position of the page's first token
         while (page < p.page_count && at + p.pages[page].tokens <= begin) at += p.pages[page++].tokens;
         for (int64_t place = begin; place < end;) {
-            // A block: segments until it is full.
+            // Collects segments until the block is full.
             const int64_t first = place;
             int count = 0, width = 0;
             while (place < end && count < BLOCK / UNIT && width + UNIT <= BLOCK) {
@@ -214,7 +214,7 @@ struct Worker {
                 const int64_t token = place - at;
                 int64_t n = GROUP - (here.offset + token) % GROUP;
                 n = std::min({n, here.tokens - token, end - place, int64_t(BLOCK - width)});
-                if (masked_out(p, b, head, row, rows, place, n)) {  // by a mask that chooses blocks, most are
+                if (masked_out(p, b, head, row, rows, place, n)) {  // masks of sparse reading hide most segments
                     place += n;
                     if (token + n == here.tokens) at += p.pages[page++].tokens;
                     continue;
@@ -226,7 +226,7 @@ struct Worker {
             }
             if (!count || hidden(p, row, rows, first, place)) continue;
 
-            // Lengths of all vectors first: numbers written one by one and read back at once as a register would be waited for.
+            // Compute the lengths of all vectors first: reading single stores back immediately as a register would stall.
             for (int s = 0, column = 0; s < count; ++s) {
                 const Segment& seg = segments[s];
                 const Side *coded_keys = &seg.page->side[KEY], *coded_values = &seg.page->side[VALUE];
@@ -241,7 +241,7 @@ struct Worker {
 
             Lanes highest[TILE];
             for (int r = 0; r < rows; ++r) highest[r] = Lanes{} + top[r];
-            bool sure = true;  // that these are the largest scores so far, and not merely no less
+            bool sure = true;  // whether these are exact maxima, not only upper bounds
             for (int s = 0, column = 0; s < count; ++s) {
                 const Segment& seg = segments[s];
                 std::fill(shift, shift + rows, 0.0f);
@@ -272,7 +272,7 @@ struct Worker {
             for (int r = 0; r < rows; ++r) {
                 float* line_scores = scores + r * BLOCK;
                 const float most = sure ? largest(highest[r]) : largest(line_scores, width, top[r]);
-                if (most == NONE) {  // this row has seen nothing yet
+                if (most == NONE) {  // the row has seen no token yet
                     std::fill(line_scores, line_scores + width, 0.0f);
                     high[r] = 0;
                     continue;
@@ -288,7 +288,7 @@ struct Worker {
         }
     }
 
-    // Let `keys` hold the queries, each channel times its factor, rotated.
+    // Loads the queries into `keys`: each channel times its factor, rotated.
     void set_queries(int rows, const float* factors) {
         for (int r = 0; r < rows; ++r) {
             float* to = shifted + size_t(r) * dim;
@@ -299,11 +299,12 @@ struct Worker {
     }
 };
 
-// The result of one row, `at` in p.out, from its parts, values rotated back by `rotation`: `sums` (dim) apart by `stride` rows, like `tops` and `totals`.
+// Merges the parts of one row into p.out at `at`, rotating values back. Parts of `sums` (dim), `tops` and `totals` are `stride`
+// rows apart.
 inline void finish(const Problem& p, const Rotation& rotation, int64_t at, const float* sums, const float* tops, const float* totals, int64_t parts, int64_t stride) {
     const int dim = p.dim;
     float* out = p.out + at * dim;
-    if (!finite(p.q + at * dim, dim)) {  // kernels need not know what to do with it
+    if (!finite(p.q + at * dim, dim)) {  // kernels then need no special case for it
         std::fill(out, out + dim, std::numeric_limits<float>::quiet_NaN());
         p.lse[at] = std::numeric_limits<float>::quiet_NaN();
         return;
@@ -331,7 +332,7 @@ void attend_with(const Problem& p) {
     const int all_rows = p.q_heads / p.kv_heads * p.q_tokens, dim = p.dim;
     const int tiles = (all_rows + TILE - 1) / TILE;
     const int64_t lines = int64_t(p.batch) * p.kv_heads;
-    // Cut long sequences until every thread has a few tasks, for heads are few and cores are disturbed.
+    // Split long sequences until every thread has a few tasks: there are few heads, and other processes disturb cores.
     int64_t splits = 1;
     const int64_t least = 1024;
     if (p.threads > 1) splits = std::max<int64_t>(1, std::min((p.tokens + least - 1) / least, (8 * p.threads + lines * tiles - 1) / (lines * tiles)));
@@ -345,7 +346,7 @@ void attend_with(const Problem& p) {
     float* const sums = memory.take<float>(size_t(results) * dim);
     float* const tops = memory.take<float>(size_t(results));
     float* const totals = memory.take<float>(size_t(results));
-    std::vector<std::atomic<int64_t>> left(size_t(lines * tiles));  // splits of a tile that are not done
+    std::vector<std::atomic<int64_t>> left(size_t(lines * tiles));  // unfinished splits of each tile
     for (auto& count : left) count.store(splits, std::memory_order_relaxed);
     std::vector<std::unique_ptr<Worker<Keys, Values>>> workers(size_t(std::max(1, p.threads)));
     Threads::get().run(lines * tiles * splits, std::max(1, p.threads), [&](int64_t task, int who) {
@@ -356,7 +357,7 @@ void attend_with(const Problem& p) {
         const int64_t first = line * splits * all_rows + row, at = first + split * all_rows;
         workers[who]->part(int(line / p.kv_heads), int(line % p.kv_heads), row, rows, split * span,
                            std::min(p.tokens, (split + 1) * span), sums + at * dim, tops + at, totals + at);
-        // Whoever is the last to work on a tile puts its parts together.
+        // The thread that finishes the last split of a tile merges its parts.
         if (left[line * tiles + tile].fetch_sub(1) > 1) return;
         for (int r = 0; r < rows; ++r)
             finish(p, p.value->rotation, line * all_rows + row + r, sums + (first + r) * dim, tops + first + r, totals + first + r, splits, all_rows);

@@ -1,4 +1,4 @@
-// For 64-bit Arm, where all that is compiled may use NEON.
+// For 64-bit Arm. NEON belongs to the base instruction set there, so no pragmas are needed.
 #include <arm_neon.h>
 
 #include "attend.hpp"

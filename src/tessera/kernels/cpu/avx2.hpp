@@ -5,7 +5,7 @@
 
 namespace {
 
-// sum += products of signed 16-bit numbers, added up in pairs. As instructions, for compilers up to GCC 12 at the least copy every
+// Adds products of signed 16-bit numbers in pairs. Inline assembly, because compilers (GCC 12 and earlier) copy every
 // sum from register to register.
 struct Multiply {
     static inline __attribute__((always_inline)) void add(__m256i& sum, __m256i a, __m256i b) {
@@ -22,21 +22,21 @@ struct MultiplyAndAdd {
 };
 #endif
 
-// Compilers prefer to load again what several products need.
+// Keeps x in a register, which compilers would otherwise reload for every product.
 inline __attribute__((always_inline)) __m256i load_once(const __m256i* from) {
     __m256i x = _mm256_load_si256(from);
     asm("" : "+x"(x));
     return x;
 }
 
-// sum[STRIDE n] += y[n] · x.
+// Adds y[n] · x to sum[STRIDE n].
 template <class Sum, int N, int STRIDE>
 inline __attribute__((always_inline)) void add_all(__m256i* sum, const __m256i y[N], __m256i x) {
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) Sum::add(sum[STRIDE * n], y[n], x);
 }
 
-// What the bytes of n scales stand for, and zeros up to UNIT.
+// Decodes the bytes of n scales, followed by zeros up to UNIT.
 inline void read_scales(const Book& book, const Side& side, int64_t line, int64_t token, int n, float* to) {
     const uint8_t* from = side.scale.row(line, token, 1);
     if (!book.octaves) {
@@ -49,7 +49,7 @@ inline void read_scales(const Book& book, const Side& side, int64_t line, int64_
         std::memcpy(some, from, size_t(n));
         from = some;
     }
-    // Eight bytes on, a scale is twice as large: three bits are looked up, the rest goes into the exponent.
+    // Scales double every eight bytes: three bits are looked up, the others are added to the exponent.
     const __m256 base = _mm256_load_ps(book.scale + 128);
     for (int j = 0; j < UNIT; j += 8) {
         const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + j)));
@@ -61,8 +61,8 @@ inline void read_scales(const Book& book, const Side& side, int64_t line, int64_
     }
 }
 
-// Codewords out of memory: points by plain loads and stores of single words, of many codes, since a register read back at once would
-// wait for the stores of its words; then moves of 16 at a time by a shuffle of bytes and a change of signs.
+// Looks codewords up in memory: points by loads and stores of single words, for many codes at once, because reading a register
+// back immediately would stall on the stores of its words; then moves, 16 at a time, by a byte shuffle and a sign change.
 // SHORT: codes are 16 bits long, of which five are the move.
 template <bool SHORT>
 class Codewords {
@@ -89,7 +89,7 @@ class Codewords {
         shift_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(shift));
     }
 
-    // The points of the eight codes at `from`: a word of four bytes each.
+    // Loads the points of the eight codes at `from`, a word of four bytes each.
     inline __attribute__((always_inline)) void points(const uint8_t* from, uint32_t* to) const {
         if constexpr (SHORT) {
             uint64_t four[2];
@@ -107,13 +107,13 @@ class Codewords {
         }
     }
 
-    // Points become codewords by the moves of their codes. x[0]: of four codes at a and of four at b; x[1]: of the next four.
+    // Applies moves to points. x[0] has four codes at a and four at b; x[1] has the next four of each.
     inline __attribute__((always_inline)) void rows(const uint8_t* a, const uint8_t* b, __m256i x[2]) const {
         if constexpr (SHORT) apply(_mm256_and_si256(join(a, b), move_mask_), x);
         else apply(moves(codes(a, b), codes(a + half_, b + half_)), x);
     }
 
-    // The same for x[0]: of eight codes at a; x[1]: of eight at b.
+    // Does the same for eight codes at a in x[0], and eight at b in x[1].
     inline __attribute__((always_inline)) void pair(const uint8_t* a, const uint8_t* b, __m256i x[2]) const {
         if constexpr (SHORT) {
             const __m128i low = load(a), high = load(b);
@@ -129,7 +129,7 @@ class Codewords {
 
     static inline __attribute__((always_inline)) __m256i join(const uint8_t* a, const uint8_t* b) { return _mm256_set_m128i(load(b), load(a)); }
 
-    // Four codes at a and four at b, each in a word of which the rest is of other codes.
+    // Loads four codes at a and four at b, each in a word whose other bits belong to other codes.
     inline __attribute__((always_inline)) __m256i codes(const uint8_t* a, const uint8_t* b) const {
         return _mm256_srlv_epi32(_mm256_shuffle_epi8(join(a, b), spread_), shift_);
     }
@@ -140,15 +140,15 @@ class Codewords {
     }
 
     // moves: 16 bits each.
-    inline __attribute__((always_inline)) void apply(__m256i moves, __m256i x[2]) const {
-        // Which of the few permutations and which of the few signs a move has.
+    inline __attribute__((always_inline)) void turn(__m256i moves, __m256i x[2]) const {
+        // The permutation and the signs of each move.
         const __m256i number = _mm256_blendv_epi8(_mm256_shuffle_epi8(few_[0], moves), _mm256_shuffle_epi8(few_[1], moves), _mm256_slli_epi16(moves, 3));
         x[0] = moved(x[0], _mm256_unpacklo_epi16(number, number));
         x[1] = moved(x[1], _mm256_unpackhi_epi16(number, number));
     }
 
-    // number: in each word's lowest three bits that of the signs, in the next three that of the permutation.
-    inline __attribute__((always_inline)) __m256i moved(__m256i words, __m256i number) const {
+    // number: in each word the index of the signs in the lowest three bits, that of the permutation in the next three.
+    inline __attribute__((always_inline)) __m256i turned(__m256i words, __m256i number) const {
         const __m256i lane = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
         const __m256i control = _mm256_or_si256(_mm256_permutevar8x32_epi32(controls_, _mm256_srli_epi32(number, 3)), lane);
         return _mm256_sign_epi8(_mm256_shuffle_epi8(words, control), _mm256_permutevar8x32_epi32(signs_, number));
@@ -169,16 +169,16 @@ inline __attribute__((always_inline)) __m256i load_words(const uint32_t* a, cons
     return _mm256_set_m128i(_mm_load_si128(reinterpret_cast<const __m128i*>(b)), _mm_load_si128(reinterpret_cast<const __m128i*>(a)));
 }
 
-// Components 0 and 2, or 1 and 3, of bytes, as 16-bit numbers.
+// Widens components 0 and 2, or 1 and 3, from bytes to 16 bits.
 inline __attribute__((always_inline)) __m256i even(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
 inline __attribute__((always_inline)) __m256i odd(__m256i x) { return _mm256_srai_epi16(x, 8); }
 
-// Whether nothing beyond a row's codes is read.
+// Whether loads stay within a row's codes.
 inline bool exact_rows(const Book& book, int chunks) { return short_codes(book) && chunks % 8 == 0; }
 
-constexpr float TWO_PARTS[2] = {128.0f, 1.0f};  // what the parts of a codeword are worth, where there are two
+constexpr float TWO_PARTS[2] = {128.0f, 1.0f};  // weights of the two parts of a codeword
 
-// Functions that are not to be inlined fill the registers by themselves.
+// Not inlined, because each of these functions uses all registers.
 template <bool SHORT, class Sum>
 class Avx2Keys {
   public:
@@ -197,7 +197,7 @@ class Avx2Keys {
 
     void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
 
-    // In 16 bits, and where there are two limbs what is left in 16 more.
+    // Rounds to 16 bits, and with two limbs keeps the remainder in 16 more.
     void set_queries(const float* q, int rows) {
         const int size = 32 * steps_;
         alignas(32) float x[MAX_DIM];
@@ -210,7 +210,7 @@ class Avx2Keys {
                 highest = length > highest ? length : highest;
             }
             const float most = largest(highest);
-            // A query of zeros, or of less than floats resolve, scores zero.
+            // A query of zeros, or whose scale underflows, has scores of zero.
             const float inverse = most > 1e-30f ? MOST / most : 0.0f;
             for (int c = 0; c < size; c += LANES) store(x + c, load(x + c) * inverse);
             worth_[r][0] = most / MOST * book_.step;
@@ -231,8 +231,8 @@ class Avx2Keys {
         }
     }
 
-    // scores[r * stride + j] = <query r, vector j>, less its length, for the tokens of the unit, up to GROUP; and anything
-    // beyond, up to a multiple of UNIT.
+    // Sets scores[r * stride + j] to <query r, vector j>, without the vector's length, for the unit's tokens, up to GROUP;
+    // values after them, up to a multiple of UNIT, are undefined.
     void dot(Unit unit, int rows, float* scores, int stride) {
         const int64_t bytes = book_.row_bytes(dim_ / 4);
         for (; unit.count > 0; unit.count -= UNIT, unit.codes += UNIT * bytes, scores += UNIT) {
@@ -253,8 +253,8 @@ class Avx2Keys {
     static constexpr float MOST = 32767.0f;  // |limb|; 512 products of it with components up to 127 fit 32 bits
     static constexpr float BASE = 65534.0f;
 
-    // Planes 4 h + t, t < 4: tokens 8 h + t in the lower halves of registers and 8 h + 4 + t in the upper, so that sums come out
-    // in order. For each four chunks of a vector components 0 and 2, then 1 and 3.
+    // Planes 4 h + t, t < 4, have tokens 8 h + t in the lower halves of registers and 8 h + 4 + t in the upper, so that sums
+    // are in order. For each four chunks of a vector: components 0 and 2, then 1 and 3.
     [[gnu::noinline]] void look_up(const uint8_t* const* row, int part) const {
         const Codewords<SHORT> codewords = codewords_[part];  // a copy: stores do not change it
         const int step = book_.bits;                          // bytes of eight codes
@@ -298,7 +298,7 @@ class Avx2Keys {
         }
     }
 
-    // Sums of products of four planes, eight vectors, with N rows of limbs.
+    // Adds the products of four planes, eight vectors, with N rows of limbs.
     template <int N>
     [[gnu::noinline]] static void products(const __m256i* plane, const int16_t* limbs, int steps, __m256i out[N]) {
         __m256i sum[N][4];
@@ -345,7 +345,7 @@ class Avx2Values {
 
     void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
 
-    // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them; high[r]: the largest weight.
+    // Adds weights[r] · (vectors coded in `unit`) to sum[r], UNIT tokens each or `count`; high[r]: the largest weight.
     void add(const Unit* unit, int units, const float* weights, int stride, const float* high, int rows, float* sum) {
         for (int r = 0; r < rows; ++r) {
             if (limbs_ == 1) set_weights<1>(weights + r * stride, units * UNIT, high[r], r);
@@ -368,8 +368,8 @@ class Avx2Values {
   private:
     static constexpr int WORDS = 64;  // tokens whose points are looked up before the first is moved
 
-    // As 16 bits, less 2^15, which is added by way of `bias_`; with two limbs as twice 12 bits. Never fewer: many small weights,
-    // each rounded to nothing, would be missed beside a large one.
+    // Weights take 16 bits minus 2^15, which `bias_` adds back, or two limbs of 12 bits. Fewer bits would lose many small
+    // weights, each rounded to zero, next to a large one.
     template <int LIMBS>
     void set_weights(const float* w, int count, float most, int r) {
         constexpr int MOST = LIMBS == 1 ? 0xffff : 0xffffff;
@@ -393,7 +393,7 @@ class Avx2Values {
         _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8));
     }
 
-    // Span s, of eight chunks, of all tokens: two tokens' numbers lie side by side.
+    // Decodes span s, eight chunks, of all tokens; the numbers of two tokens alternate.
     [[gnu::noinline]] void look_up(const uint8_t* const* row, int count, int s, int part) {
         const Codewords<SHORT> codewords = codewords_[part];
         const int at = s * book_.bits;
@@ -437,7 +437,8 @@ class Avx2Values {
                 }
         }
         for (int j = 0; j < ROWS; ++j) {
-            // Vectors 0 and 1: components 0, 2 and 1, 3 of chunks 0 and 1, and of 4 and 5; vectors 2 and 3: of 2, 3, 6, 7.
+            // Vectors 0 and 1 have components 0, 2 and 1, 3 of chunks 0, 1, 4 and 5; vectors 2 and 3 those of chunks 2, 3, 6
+            // and 7.
             const __m256 chunk[4] = {_mm256_unpacklo_ps(total[j][0], total[j][1]), _mm256_unpackhi_ps(total[j][0], total[j][1]),
                                      _mm256_unpacklo_ps(total[j][2], total[j][3]), _mm256_unpackhi_ps(total[j][2], total[j][3])};
             alignas(32) float flat[32];
@@ -453,7 +454,7 @@ class Avx2Values {
         }
     }
 
-    // Sums over pairs of tokens of products with N rows of weights, of which all begin at sum[0].
+    // Adds products with N rows of weights over pairs of tokens; the sums of all rows begin at sum[0].
     template <int N>
     [[gnu::noinline]] static void products(const __m256i* plane, const int16_t* weight, int pairs, __m256i out[N][4]) {
         __m256i sum[N][4];

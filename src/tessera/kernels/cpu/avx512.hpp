@@ -2,27 +2,27 @@
 //
 // Queries are written as one to three 8-bit limbs and softmax weights as two or three, codewords are 8-bit integers, and products are
 // added up exactly in 32 bits. Codewords come as planes, component j of 64 chunks in one register: for keys, sixteen chunks
-// of a vector lie side by side, so that a dot product of bytes adds over chunks; for values, four vectors' bytes do, so that
-// it adds over tokens. A decoder (avx512_permute.hpp, avx512_lookup.hpp) makes the planes from the codes as they lie.
+// of a vector are adjacent, so that a dot product of bytes adds over chunks; for values, bytes of four vectors are, so that
+// it adds over tokens. A decoder (avx512_permute.hpp, avx512_lookup.hpp) makes the planes from packed codes.
 
 namespace {
 
-// Which byte of a plane is which: 16 row + chunk for keys, 4 chunk + row for values.
+// Order of the bytes of a plane: 16 row + chunk for keys, 4 chunk + row for values.
 enum Order { KEYS, VALUES };
 
-// sum += products of unsigned bytes u and signed bytes s, added up in fours. As an instruction, for compilers up to GCC 12 at
-// the least copy every sum that is given to the intrinsic, twice.
+// Adds products of unsigned bytes u and signed bytes s in fours. Inline assembly, because compilers (GCC 12 and earlier)
+// copy every sum passed to the intrinsic twice.
 inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i u, __m512i s) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "vm"(s));
 }
 
-// What the bytes of n scales stand for, and zeros up to UNIT.
+// Decodes the bytes of n scales, followed by zeros up to UNIT.
 inline void read_scales(const Book& book, const Side& side, int64_t line, int64_t token, int n, float* to) {
     const uint8_t* scale = side.scale.row(line, token, 1);
     const __m512i byte = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(__mmask16((1u << n) - 1), scale));
     __m512 length;
     if (book.octaves) {
-        // Eight bytes on, a scale is twice as large: three bits are looked up, the rest goes into the exponent.
+        // Scales double every eight bytes: three bits are looked up, the others are added to the exponent.
         const __m512 base = _mm512_castps256_ps512(_mm256_load_ps(book.scale + 128));
         const __m512i mantissa = _mm512_castps_si512(_mm512_permutexvar_ps(_mm512_and_si512(byte, _mm512_set1_epi32(7)), base));
         const __m512i octave = _mm512_sub_epi32(_mm512_srli_epi32(byte, 3), _mm512_set1_epi32(16));
@@ -30,16 +30,16 @@ inline void read_scales(const Book& book, const Side& side, int64_t line, int64_
     } else {
         length = _mm512_i32gather_ps(byte, book.scale, 4);
     }
-    // Byte 0 is zero, and there is none beyond n.
+    // Byte 0 means zero, and lanes beyond n are zero.
     _mm512_storeu_ps(to, _mm512_maskz_mov_ps(_mm512_test_epi32_mask(byte, byte), length));
 }
 
-// Codes of UNIT tokens where there are fewer.
+// A copy of the codes of fewer than UNIT tokens, padded to UNIT.
 class Partial {
   public:
     Partial(int64_t bytes, Memory& memory) : bytes_(bytes), codes_(memory.take<uint8_t>(UNIT * size_t(bytes))) {}
 
-    // The codes of UNIT tokens, whatever they are behind the `count` that there are: those have no weight.
+    // Returns the codes of UNIT tokens; those after the first `count` are arbitrary, since their weights are zero.
     const uint8_t* whole(const uint8_t* codes, int count) {
         if (count >= UNIT) return codes;
         std::memcpy(codes_, codes, size_t(count) * size_t(bytes_));
@@ -51,7 +51,7 @@ class Partial {
     uint8_t* const codes_;
 };
 
-// Functions that are not to be inlined fill the registers by themselves: merged, compilers keep sums in memory.
+// Not inlined, because each of these functions uses all registers: merged, compilers keep sums in memory.
 template <class Decoder>
 class Avx512Keys {
   public:
@@ -84,7 +84,7 @@ class Avx512Keys {
             }
             float most = largest(highest);
             for (; c < dim_; ++c) most = std::max(most, std::fabs(q[c]));
-            // A query of zeros, or of less than floats resolve, scores zero.
+            // A query of zeros, or whose scale underflows, has scores of zero.
             const float unit = most / 127.0f, inverse = most > 1e-30f ? 127.0f / most : 0.0f;
             alignas(64) float rest[MAX_DIM];
             for (int c = 0; c < dim_; ++c) rest[c] = q[c] * inverse;
@@ -108,14 +108,14 @@ class Avx512Keys {
                     _mm_store_si128(reinterpret_cast<__m128i*>(to + 2 * next), _mm512_extracti32x4_epi32(plane, 2));
                     _mm_store_si128(reinterpret_cast<__m128i*>(to + 3 * next), _mm512_extracti32x4_epi32(plane, 3));
                 }
-                bias_[r * 3 + l] = 128 * sum;  // codewords are read with 128 added
+                bias_[r * 3 + l] = 128 * sum;  // corrects for the 128 added to codewords
                 worth_[r * 3 + l] = worth;
             }
         }
     }
 
-    // scores[r * stride + j] = <query r, vector j>, less its length, for the tokens of the unit, up to GROUP; and anything
-    // beyond, up to a multiple of UNIT.
+    // Sets scores[r * stride + j] to <query r, vector j>, without the vector's length, for the unit's tokens, up to GROUP;
+    // values after them, up to a multiple of UNIT, are undefined.
     [[gnu::noinline]] void dot(const Unit& vectors, int rows, float* scores, int stride) {
         const uint8_t* codes = vectors.codes;
         int n = vectors.count;
@@ -124,7 +124,7 @@ class Avx512Keys {
         for (; n > 0; n -= UNIT, codes += UNIT * bytes, scores += UNIT) {
             prefetch(codes + AHEAD * UNIT * bytes, UNIT * bytes);
             const uint8_t* unit = partial_.whole(codes, n);
-            // Vector j of a plane's four is 4 j + t, so that sums over lanes come out in order.
+            // Vector j of a plane's four is 4 j + t, so that sums over lanes are in order.
             for (int part = 0; part < book_.parts; ++part)
                 for (int t = 0; t < 4; t += 2) {
                     __m512i* to = planes_ + (size_t(part) * 4 + t) * spans_ * 4;
@@ -147,7 +147,7 @@ class Avx512Keys {
     }
 
   private:
-    static constexpr float BASE = 254.0f;  // of a query's limbs, which lie in [-127, 127]
+    static constexpr float BASE = 254.0f;  // of a query's limbs, in [-127, 127]
 
     template <int LIMBS>
     void dot_rows(int r, int rows, float* scores, int stride) const {
@@ -184,8 +184,8 @@ class Avx512Keys {
         for (int i = 0; i < ROWS; ++i) _mm512_storeu_ps(scores + (r + i) * stride, total[i]);
     }
 
-    // Products of two times four vectors with N rows of limbs, added up but for pairs of lanes that lie two apart: lane
-    // 4 i of half[n] plus lane 4 i + 2 is the sum for the first vector i, 4 i + 1 and 4 i + 3 are those of the second.
+    // Computes products of two times four vectors with N rows of limbs, summed except over pairs of lanes two apart: lane
+    // 4 i of half[n] plus lane 4 i + 2 is the sum for vector i of the first four, lanes 4 i + 1 and 4 i + 3 of the second.
     template <int N>
     static inline __attribute__((always_inline)) void products(const __m512i* plane, const int8_t* limb, int steps, int line, __m512i half[N]) {
         __m512i first[N], second[N];
@@ -234,7 +234,7 @@ class Avx512Values {
 
     void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
 
-    // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them; high[r]: the largest weight.
+    // Adds weights[r] · (vectors coded in `unit`) to sum[r], UNIT tokens each or `count`; high[r]: the largest weight.
     [[gnu::noinline]] void add(const Unit* unit, int units, const float* weights, int stride, const float* high, int rows, float* sum) {
         for (int r = 0; r < rows; ++r) {
             if (limbs_ <= 2) set_weights<2>(weights + r * stride, units * UNIT, high[r], r);
@@ -264,7 +264,7 @@ class Avx512Values {
     }
 
   private:
-    // At least two limbs: many small weights, each rounded to nothing, would be missed beside a large one.
+    // At least two limbs: with one, many small weights would be rounded to zero next to a large one.
     template <int LIMBS>
     void set_weights(const float* w, int count, float most, int r) {
         constexpr int MOST = (1 << (8 * LIMBS)) - 1;
@@ -317,7 +317,7 @@ class Avx512Values {
                     total[i][c] = part == 0 ? _mm512_mul_ps(whole, worth) : _mm512_fmadd_ps(whole, worth, total[i][c]);
                 }
         }
-        // Lane L of vector c holds component c of chunk 16 s + L.
+        // Lane L of vector c has component c of chunk 16 s + L.
         alignas(64) float flat[64];
         for (int i = 0; i < ROWS; ++i) {
             const __m512 share = _mm512_set1_ps(share_[r + i]);

@@ -1,4 +1,4 @@
-// Codewords out of memory, for codebooks of any size: a load for each code, then moves by shuffles of bytes.
+// Looks codewords up in memory, for codebooks of any size: one load per code, then moves by byte shuffles.
 
 namespace {
 
@@ -24,11 +24,11 @@ class Lookup {
         planes_ = _mm512_load_si512(planes), values_ = _mm512_load_si512(values);
     }
 
-    // Components of 16 chunks, or the `count` that there are, of two times four vectors: their codes lie at first + i · step
+    // Decodes 16 chunks, or `count`, of two times four vectors, whose codes are at first + i · step
     // and second + i · step.
     void operator()(const uint8_t* first, const uint8_t* second, int64_t step, int count, __m512i out[2][4]) const {
         alignas(64) uint32_t codes[8][16], points[8][16];
-        // All rows first: a word read back at once would wait for the store.
+        // All rows are stored first: reading a word back immediately would stall on the store.
         for (int i = 0; i < 8; ++i) {
             const __m512i code = unpack((i < 4 ? first : second) + i % 4 * step, count);
             _mm512_store_si512(codes[i], code);

@@ -1,5 +1,5 @@
-// Codewords out of registers: for 64 codes, component j of each is picked from tables of 128 bytes by permutations of two
-// registers, and moved by blends. Faster than loading codewords one by one, where a codebook needs few tables.
+// Looks codewords up in registers: for 64 codes, component j of each is picked from tables of 128 bytes by permutations of two
+// registers, and moved by blends. This is faster than loading single codewords if a codebook needs few tables.
 
 namespace {
 
@@ -14,7 +14,7 @@ class Permute {
           blocks_(_mm512_load_si512(book.block_bytes)) {
         alignas(64) uint8_t first[64], second[64], points[64], moves[64], spread[64];
         for (int i = 0; i < 64; ++i) {
-            // Of four codes in 64 bits: first points and moves, second blocks.
+            // Masks for four codes in 64 bits: first points and moves, second blocks.
             const int at = book.bits * (i % 4);
             first[i] = uint8_t((at + (i % 8 < 4 ? book.move_bits : 0)) % 64);
             second[i] = uint8_t((at + book.move_bits + 7) % 64);
@@ -27,8 +27,8 @@ class Permute {
         point_order_ = _mm512_load_si512(points), move_order_ = _mm512_load_si512(moves);
     }
 
-    // Components of 16 chunks, or the `count` that there are, of two times four vectors: their codes lie at first + i · step
-    // and second + i · step. Two times, so that two lookups share the loads of a table.
+    // Decodes 16 chunks, or `count`, of two times four vectors, whose codes are at first + i · step
+    // and second + i · step. Two times four, so that two lookups share the loads of a table.
     inline __attribute__((always_inline)) void operator()(const uint8_t* first, const uint8_t* second, int64_t step, int count,
                                                           __m512i out[2][4]) const {
         Split split[2];
@@ -63,8 +63,8 @@ class Permute {
         __m512i point, move, block;
     };
 
-    // Those bytes of x that `where` says are places in the table (a, b), and become what is there. As an instruction, since
-    // compilers prefer the form that overwrites a and load it again.
+    // Replaces the bytes of x selected by `where`, which index the table (a, b), by its entries. Inline assembly, because
+    // compilers choose the form that overwrites a, and reload it.
     static inline __attribute__((always_inline)) void pick(__m512i& x, __mmask64 where, __m512i a, __m512i b) {
         if (TABLES > 1) asm("vpermi2b %3, %2, %0%{%1%}" : "+v"(x) : "Yk"(where), "v"(a), "v"(b));
         else asm("vpermi2b %2, %1, %0" : "+v"(x) : "v"(a), "v"(b));
@@ -72,7 +72,7 @@ class Permute {
 
     static __mmask64 test(__m512i x, int bit) { return _mm512_test_epi8_mask(x, _mm512_set1_epi8(char(bit))); }
 
-    // The codes of two vectors, four in every 64 bits.
+    // Loads the codes of two vectors, four in every 64 bits.
     static inline __attribute__((always_inline)) __m512i pair(const uint8_t* a, const uint8_t* b) {
         const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
         return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
@@ -84,7 +84,7 @@ class Permute {
         return _mm512_permutexvar_epi8(spread_, both);
     }
 
-    // What lies beyond the bits of a point, a move or a block is of another code, and not looked at.
+    // Bits above those of a point, a move or a block belong to another code and are ignored by the instructions.
     inline __attribute__((always_inline)) Split part(__m512i a, __m512i b) const {
         const __m512i a0 = _mm512_multishift_epi64_epi8(first_, a), b0 = _mm512_multishift_epi64_epi8(first_, b);
         Split split;

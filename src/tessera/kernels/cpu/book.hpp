@@ -1,5 +1,5 @@
-// A joint codebook as the kernels read it: code = point << move_bits | move, see JointCodebook in codecs/codebooks.py.
-// A point is the representative of an orbit of codewords, a move one of the signed permutations that make the others of it.
+// A joint codebook in the kernels' form: code = point << move_bits | move, see JointCodebook in codecs/codebooks.py.
+// A point represents an orbit of codewords; a move is one of the signed permutations that map it to the others.
 #pragma once
 
 #include <cstdint>
@@ -14,31 +14,31 @@ struct Book : Coder {
     int bits = 0;       // of a code
     int move_bits = 0;  // of them, the move
     int parts = 0;      // 1: components fit int8. 2: a component is 128 * high + low
-    float step = 0;     // what one integer is worth
-    // Four int8 components a word, one table for each part, high first. As many words as a code can name: a code that
-    // names none of the codebook's points, as in a damaged file, reads zero.
+    float step = 0;     // value of the integer 1
+    // Four int8 components per word, one table for each part, high first. There is a word for every value of a code: a code
+    // that is not in the codebook, as in a damaged file, decodes to zero.
     std::vector<uint32_t> part[2];
-    std::vector<uint32_t> words[2];  // the same of whole codewords, for kernels that would rather look up than permute
-    alignas(64) uint32_t control[32] = {};  // for each move, which of the four bytes goes where
+    std::vector<uint32_t> words[2];  // whole codewords, for kernels that look them up instead of applying moves
+    alignas(64) uint32_t control[32] = {};  // for each move, the permutation of the four bytes
     alignas(64) uint32_t negate[32] = {};   // for each move, 0xff in the bytes whose sign changes
-    alignas(64) float scale[256] = {};      // what a byte of codecs/logscale.py stands for
-    bool octaves = true;                    // whether that doubles with every eighth byte, and zero is zero
+    alignas(64) float scale[256] = {};      // value of each byte of codecs/logscale.py
+    bool octaves = true;                    // whether values double every eight bytes, and byte 0 means zero
 
-    // The same for kernels that pick permutations and signs from eight of each: those of a move have the numbers
+    // Moves for kernels that select from at most eight permutations and eight signs: those of a move have the numbers
     // move_number >> 3 and move_number & 7.
-    bool few_moves = false;  // whether there are at most eight of each, and codes begin at whole bytes every fourth
+    bool few_moves = false;  // whether there are at most eight of each, and every fourth code begins at a whole byte
     alignas(32) uint8_t move_number[32] = {};
     alignas(32) uint32_t few_controls[8] = {}, few_signs[8] = {};  // signs: bytes 1 and -1
 
-    // The same for kernels that look bytes up in registers: component j of 128 points at a time, its sign bit flipped in
-    // bytes[1]. `cycled` points are followed by themselves with the last three components cycled, twice; these need no
-    // tables. `blocks` tables are needed, 0 if that is too many.
+    // Tables for kernels that look bytes up in registers: component j of 128 points each, with its sign bit flipped in
+    // bytes[1]. The first `turns` points are followed by the two cyclic permutations of their last three components, which need
+    // no tables. `blocks` is the number of tables, 0 if too many are needed.
     static constexpr int BLOCKS = 6;
     int blocks = 0;
     alignas(64) uint8_t bytes[2][BLOCKS][4][128] = {};
-    // What is to be done for a move: bits 0, 1: component j comes from j ^ these; bit 2 + j: then its sign changes.
+    // Encoding of a move: bits 0 and 1: component j comes from j ^ these; bit 2 + j: its sign is then flipped.
     alignas(64) uint8_t move_bytes[64] = {};
-    // What is to be done for points 128 b to 128 b + 127: bit t: they are in table t; bit 6: cycled once; bit 7: twice.
+    // For points 128 b to 128 b + 127: bit t: they are in table t; bit 6: permute cyclically once; bit 7: twice.
     alignas(64) uint8_t block_bytes[64] = {};
 
     Book(int bits, int move_bits, float step, const int16_t* points, int64_t count, const int64_t* permutation,
@@ -85,7 +85,7 @@ struct Book : Coder {
         set_moves();
     }
 
-    // Part p of a component; the low part lies in [-64, 63], so that changing the sign never overflows.
+    // Returns part p of a component; the low part is in [-64, 63], so that negation cannot overflow.
     int component(int value, int p) const {
         if (parts == 1) return value;
         const int high = (value + 64) >> 7;
@@ -132,9 +132,9 @@ struct Book : Coder {
             for (int j = 0; j < 3 && cycled; ++j)
                 if (to[1 + j] != from[cycle[j]]) cycled = 0;
         }
-        const int64_t room = int64_t{1} << (bits - move_bits), needed = cycled / SIZE + (count - 3 * cycled + SIZE - 1) / SIZE;
-        const int named = int((room + SIZE - 1) / SIZE);  // blocks that a code can name
-        if (needed > BLOCKS || needed + 2 * cycled / SIZE < named) return;
+        const int64_t room = int64_t{1} << (bits - move_bits), needed = turns / SIZE + (count - 3 * turns + SIZE - 1) / SIZE;
+        const int named = int((room + SIZE - 1) / SIZE);  // number of blocks that codes can address
+        if (needed > BLOCKS || needed + 2 * turns / SIZE < named) return;
         blocks = int(needed);
         for (int b = 0; b < 64; ++b) {
             const int block = b % named, once = int(cycled / SIZE);

@@ -1,4 +1,4 @@
-// The words of codecs/precondition.py. Included by one file for each instruction set, see attend_impl.hpp.
+// Decodes the words of codecs/precondition.py. Included once per instruction set, see attend_impl.hpp.
 #pragma once
 
 #include <cstring>
@@ -8,7 +8,7 @@
 
 namespace {
 
-// Means and factors of a group's channels. Returns whether any factor is not 1.
+// Decodes the means and factors of a group's channels. Returns whether any factor is not 1.
 inline bool read_centre(const uint8_t* words, int dim, float* mean, float* factor) {
     uint16_t word[tessera::MAX_DIM];
     std::memcpy(word, words, 2 * size_t(dim));

@@ -1,4 +1,4 @@
-// TESSERA_CLONES before a function: it is compiled for several instruction sets, and the loader takes the best that there is.
+// A function marked TESSERA_CLONES is compiled for several instruction sets; the dynamic loader selects the best available.
 #pragma once
 
 #if defined(TESSERA_X86) && defined(__GNUC__) && !defined(__clang__)

@@ -1,4 +1,4 @@
-// How vectors are coded, as the kernels read it; one kind for each of the formats of kernels/.
+// Describes how vectors are coded, with one kind for each format of kernels/.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct Coder {
     Coder(const Coder&) = delete;
     Coder& operator=(const Coder&) = delete;
 
-    // Of the codes of a vector of so many chunks of four numbers.
+    // Returns the bytes of the codes of a vector of this many chunks of four numbers.
     virtual int64_t row_bytes(int chunks) const = 0;
 };
 

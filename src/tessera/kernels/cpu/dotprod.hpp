@@ -48,7 +48,7 @@ struct DotForm {
 
 using DotKeys = ArmKeys<DotForm>;
 
-// Functions that are not to be inlined fill the registers by themselves.
+// Not inlined, because each of these functions uses all registers.
 class DotValues {
   public:
     using Book = tessera::Book;
@@ -64,7 +64,7 @@ class DotValues {
 
     void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
 
-    // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them; high[r]: the largest weight.
+    // Adds weights[r] · (vectors coded in `unit`) to sum[r], UNIT tokens each or `count`; high[r]: the largest weight.
     void add(const Unit* unit, int units, const float* weights, int stride, const float* high, int rows, float* sum) {
         const int count = units * UNIT;
         for (int r = 0; r < rows; ++r) set_weights(weights + r * stride, count, high[r], r);
@@ -83,8 +83,8 @@ class DotValues {
     }
 
   private:
-    // As two or three bytes, the high one first, each less 128, which is added by way of `bias_`. Never fewer: many small weights,
-    // each rounded to nothing, would be missed beside a large one.
+    // Weights take two or three bytes, the high one first, each minus 128, which `bias_` adds back. One byte would lose many
+    // small weights, each rounded to zero, next to a large one.
     void set_weights(const float* w, int count, float most, int r) {
         const int32_t largest = (1 << (8 * limbs_)) - 1;
         share_[r] = most / float(largest) * book_.step;
@@ -99,7 +99,7 @@ class DotValues {
         }
     }
 
-    // Components c to c + 15 of all tokens: four registers, of four components of four tokens each.
+    // Decodes components c to c + 15 of all tokens into registers of four components of four tokens each.
     [[gnu::noinline]] void look_up(const uint8_t* const* row, int count, int c, int part) {
         const Codewords codewords = codewords_[part];
         const int at = c / 16 * (book_.bits / 2);
@@ -143,7 +143,7 @@ class DotValues {
         }
     }
 
-    // Sums over all tokens of products with N rows of weights, of which all begin at out[0].
+    // Adds products with N rows of weights over all tokens; the sums of all rows begin at out[0].
     template <int N>
     [[gnu::noinline]] static void products(const int8x16_t* vector, const int8_t* weight, int count, int32x4_t out[N][4]) {
         int32x4_t sum[N][4];

@@ -1,8 +1,8 @@
-// Attention over keys and values that are not packed, for the few rows of a decoding step. See attend_impl.hpp.
+// Attention over unquantised keys and values, for the few rows of a decoding step. See attend_impl.hpp.
 
 namespace {
 
-// `dim` numbers as floats: where they lie, or converted into `buffer`.
+// Returns `dim` numbers as floats: in place, or converted into `buffer`.
 inline const float* floats(const uint8_t* from, bool bfloat, int dim, float* buffer) {
     if (!bfloat) return reinterpret_cast<const float*>(from);
     uint32_t* bits = reinterpret_cast<uint32_t*>(buffer);

@@ -1,10 +1,11 @@
-// Codes of vectors whose later chunks' errors are fed back into what is coded before them. Included behind nearest_impl.hpp.
+// Encodes vectors from the last chunk to the first, feeding back errors of later chunks. Included after nearest_impl.hpp.
 
 namespace {
 
 using tessera::Feedback;
 
-// Rows 4 i to 4 i + 3 of the feedback times the errors of later chunks, less from the targets, for BLOCK vectors side by side.
+// Subtracts rows 4 i to 4 i + 3 of the feedback times the errors of later chunks from the targets, for BLOCK interleaved
+// vectors.
 inline __attribute__((always_inline)) void feed_back(const float* matrix, int dim, int chunk, const float (*error)[BLOCK], float (*target)[BLOCK]) {
     constexpr int TWO = 2;
     for (int at = 0; at < BLOCK; at += TWO * LANES) {
@@ -29,7 +30,7 @@ static_assert(BLOCK == Feedback::BLOCK);
 
 using SideBySide = float (*)[BLOCK];
 
-// Room for numbers of up to BLOCK vectors side by side, (dim, BLOCK), zero beyond `count`.
+// Buffers for up to BLOCK interleaved vectors, (dim, BLOCK), zero beyond `count`.
 inline SideBySide side_by_side(tessera::Memory& memory, int dim, int count) {
     const size_t size = size_t(dim) * BLOCK;
     float* const room = memory.take<float>(size);
@@ -37,7 +38,7 @@ inline SideBySide side_by_side(tessera::Memory& memory, int dim, int count) {
     return reinterpret_cast<SideBySide>(room);
 }
 
-// Codes of `count` vectors, whose numbers stand side by side in `target`, which is changed. codes: (count, dim / 4).
+// Encodes `count` interleaved vectors in `target`, which is overwritten. codes: (count, dim / 4).
 inline void feed_codes(const tessera::Index& index, const float* matrix, int dim, int count, SideBySide target, int32_t* codes, tessera::Memory& memory) {
     const int chunks = dim / 4;
     const SideBySide error = side_by_side(memory, dim, count);
@@ -53,7 +54,7 @@ inline void feed_codes(const tessera::Index& index, const float* matrix, int dim
     }
 }
 
-// Up to BLOCK vectors of a head, from `begin` on.
+// Encodes up to BLOCK vectors of a head, beginning at `begin`.
 inline void code_with_feedback(const Feedback& s, int64_t head, int64_t begin) {
     const int count = int(std::min<int64_t>(BLOCK, s.vectors - begin)), dim = s.dim;
     tessera::Memory memory;

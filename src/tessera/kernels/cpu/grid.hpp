@@ -1,4 +1,4 @@
-// The recurrence of a grid of cells, defined by kernels/recurrent_grid.py. All numbers are floats one behind the other, the last index
+// The recurrence of a grid of cells, defined by kernels/recurrent_grid.py. All arrays are contiguous floats, the last index
 // fastest.
 #pragma once
 
@@ -26,7 +26,7 @@ struct GridGradients {
     const float *out, *h, *c;     // of the results
     float *h_in, *c_in;           // of what is there before, and so on, as in GridSteps
     float *written[3], *mask[3], *read;
-    float *weight, *bias, *taps;  // with the batch in front: sums over it are the caller's
+    float *weight, *bias, *taps;  // with a leading batch dimension, which the caller sums over
 };
 
 void advance_portable(const GridSteps&);

@@ -1,4 +1,4 @@
-// Backward of grid.hpp: segments from the last to the first, each gone through forward with a log, then back.
+// Backward of grid.hpp: for each segment, from the last, forward is repeated with a log, then gradients go back through it.
 
 #include "grid_impl.hpp"
 
@@ -63,7 +63,7 @@ class GridBackward : GridSequence {
         if (s.mask[0]) back_mask(t);
     }
 
-    // From dh and dc after the step to those before it, but for what came through the gates, which goes to `d_gates`.
+    // Turns dh and dc after the step into those before it, except the part through the gates, which is written to `d_gates`.
     void back_update(const Log& log) {
         if (s.mask[0]) std::fill(d_mask, d_mask + box, 0.0f);
         for (int o = 0; o < wide; o += LANES) {
@@ -140,7 +140,7 @@ class GridBackward : GridSequence {
             }
     }
 
-    // Backward of `weigh`, added to what is there. Null: there is nothing.
+    // Adds the gradients of `weigh`. A null pointer means that the gradient is zero.
     void back_weigh(const float* from, int64_t stride, const float* const value[3], float* const to[3], int axis, int n) {
         for (int o = 0; o < wide; o += LANES)
             for (int k = 0; k < 3; ++k) {

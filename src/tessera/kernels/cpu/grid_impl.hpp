@@ -1,5 +1,5 @@
-// Forward of grid.hpp, for the instruction set of lanes.hpp. One sequence is one thread's work. Within, a cell's channels lie side
-// by side, filled up with zeros to whole registers: every loop is over registers of channels.
+// Forward of grid.hpp, for the instruction set of lanes.hpp. Each sequence is processed by one thread. The channels of a cell
+// are contiguous and padded with zeros to whole registers: every loop is over registers of channels.
 
 #include <algorithm>
 #include <cmath>
@@ -13,7 +13,7 @@ namespace {
 
 using namespace tessera;
 
-inline Lanes all(float x) { return x - Lanes{}; }  // a difference to zero is folded away, a sum is not
+inline Lanes all(float x) { return x - Lanes{}; }  // compilers fold x - 0 to x; x + 0 they keep, because of -0
 
 inline Lanes magnitude(Lanes x) { return x < 0.0f ? -x : x; }
 
@@ -28,11 +28,11 @@ inline Lanes hyperbolic(Lanes x) {
     p = p * z - 5.37397155531e-2f;
     p = p * z + 1.33314422036e-1f;
     p = p * z - 3.33332819422e-1f;
-    // Near zero the quotient would lose digits.
+    // Near zero the quotient would cancel digits.
     return y < 0.625f ? p * z * x + x : (x < 0.0f ? -far : far);
 }
 
-// acc[p][v] += sum over k of in[p * stride + k] · b[k * row + v], v counting registers.
+// Adds the sum over k of in[p * stride + k] · b[k * row + v] to acc[p][v]; v counts registers.
 template <int P, int V>
 __attribute__((always_inline)) inline void multiply(Lanes (&acc)[P][V], const float* in, int64_t stride, int64_t count,
                                                     const float* b, int64_t row) {
@@ -46,7 +46,7 @@ __attribute__((always_inline)) inline void multiply(Lanes (&acc)[P][V], const fl
     }
 }
 
-// Cells computed together, as many as registers hold the four gates of.
+// Cells computed together: as many as their four gates fit in registers.
 constexpr int CELLS = LANES == 16 ? 6 : LANES == 8 ? 3 : 2;
 
 struct GridWeights {
@@ -81,7 +81,7 @@ struct GridWeights {
                 for (int k = 0; k < 3; ++k) taps[(axis * 3 + k) * wide + o] = s.taps[(axis * channels + o) * 3 + k];
     }
 
-    // Where a gate of a channel is among all of a cell: registers of the four gates take turns.
+    // Returns the index of a gate of a channel within a cell: registers of the four gates alternate.
     int out_place(int gate, int channel) const { return (channel / LANES * 4 + gate) * LANES + channel % LANES; }
 
     static float* zeros(Memory& memory, size_t count) {
@@ -91,7 +91,7 @@ struct GridWeights {
     }
 };
 
-// What a step leaves behind for its backward: of the cells of its box, one behind the other.
+// The log of a step for its backward pass, for the cells of its box in order.
 struct Log {
     float* inputs;  // (cells, inputs), what the gates see
     float* gates;   // (cells, groups, 5, LANES): i, f, o, g after their functions, and tanh(c')
@@ -140,7 +140,7 @@ class GridSequence {
         return s.kept + (row * segments + t / s.every) * 2 * cells * padded;
     }
 
-    // This sequence's (channels, cells) to (cells, wide), and back.
+    // Transpose this sequence's state from (channels, cells) to (cells, wide), and back.
     void widen(const float* from, float* to) const {
         from += row * s.channels * cells;
         for (int64_t p = 0; p < cells; ++p)
@@ -152,7 +152,7 @@ class GridSequence {
             for (int64_t p = 0; p < cells; ++p) to[o * cells + p] = from[p * wide + o];
     }
 
-    // The eight cells about a place and their weights along each axis.
+    // The eight cells around a position, and their weights along each axis.
     struct Corners {
         int64_t cell[8];
         float along[3][2], slope[3];
@@ -187,7 +187,7 @@ class GridSequence {
         }
     }
 
-    // Takes what step t brings, and finds the box of the cells that it changes.
+    // Loads the inputs of step t, and finds the box of the cells that it changes.
     void take(int64_t t) {
         for (int d = 0; d < 3; ++d) {
             const int64_t at = (row * s.steps + t) * s.size[d];
@@ -239,7 +239,7 @@ class GridSequence {
         for (; i < box; ++i) update<RECORD, 1>(i, log);
     }
 
-    // to = the sum of three cells each times its taps, for n cells of a line.
+    // Computes the sum of three cells times their taps, for n cells of a line.
     void weigh(float* to, int64_t stride, const float* before, const float* own, const float* behind, int axis, int n) const {
         for (int o = 0; o < wide; o += LANES) {
             const float* tap = w.taps + axis * 3 * wide + o;
@@ -249,8 +249,8 @@ class GridSequence {
         }
     }
 
-    // The first two passes of the stencil over the box and a cell around it, which is zero beyond the border: `first`
-    // (count, count + 2, count + 2), `second` (count, count, count + 2).
+    // Computes the first two passes of the stencil over the box and a margin of one cell, which is zero outside the grid:
+    // `first` (count, count + 2, count + 2), `second` (count, count, count + 2).
     void along_depth_and_height() {
         const int line = (count[2] + 2) * wide, left = low[2] > 0, right = low[2] + count[2] < s.size[2], n = count[2] + left + right;
         for (int a = 0; a < count[0]; ++a) {

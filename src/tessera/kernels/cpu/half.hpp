@@ -1,4 +1,4 @@
-// Half-precision numbers to floats and back. Included by one file for each instruction set, see attend_impl.hpp.
+// Converts half-precision numbers to floats and back. Included once per instruction set, see attend_impl.hpp.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace {
 
-// A finite half-precision number: its bits, moved to a float's place, are too small by a factor of 2^112.
+// Converts a finite half-precision number: its bits, shifted to a float's, are too small by a factor of 2^112.
 inline float half_to_float(uint16_t h) {
     const uint32_t bits = uint32_t(h & 0x7fff) << 13;
     float value;
@@ -15,7 +15,7 @@ inline float half_to_float(uint16_t h) {
     return h & 0x8000 ? -value : value;
 }
 
-// To the nearest, ties to even; what is too large becomes infinite.
+// Rounds to the nearest, ties to even; overflow becomes infinite.
 inline uint16_t to_half(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);

@@ -1,4 +1,4 @@
-// Encoding by a joint codebook, from vectors to the bytes that are kept: what codecs/hqmq_joint.py defines, in one pass.
+// Encoding by a joint codebook, from vectors to stored bytes in one pass; codecs/hqmq_joint.py is the definition.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct JointCodes {
     const Index* index;
     const Book* book;      // the rotation, the scales and the width of a code
     const float* x;        // (lines, tokens, dim), finite; dim is a multiple of four
-    const float* weights;  // (lines, dim), of a squared error of each channel before the rotation; null: all alike
+    const float* weights;  // (lines, dim), weights of each channel's squared error before the rotation; null: equal weights
     int64_t lines, tokens;
     int dim;
     uint16_t* centre;      // (lines, ceil(tokens / GROUP), dim), words of codecs/precondition.py; null: vectors are not centred
@@ -21,7 +21,7 @@ struct JointCodes {
     int threads;
 };
 
-// Returns false where the weights are not positive: nothing is encoded then.
+// Returns false if the weights are not positive; nothing is encoded then.
 bool encode_joint_portable(const JointCodes& s);
 #if defined(TESSERA_X86)
 bool encode_joint_avx2(const JointCodes& s);

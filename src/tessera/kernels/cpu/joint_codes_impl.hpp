@@ -1,4 +1,4 @@
-// The encoding of joint_codes.hpp. Included behind nearest_impl.hpp and feedback.hpp, which search and feed errors back.
+// The encoding of joint_codes.hpp. Included after nearest_impl.hpp and feedback.hpp, which it uses.
 
 #include "centre.hpp"
 #include "half.hpp"
@@ -8,12 +8,12 @@ namespace {
 
 using tessera::JointCodes;
 
-// A channel is narrowed when its root mean square is over WIDE times that of the median channel, by 2^MOST at the most.
+// A channel is narrowed if its root mean square exceeds WIDE times that of the median channel, by at most 2^MOST.
 constexpr float WIDE = 4.0f, MOST = 15.0f, HALF_MAX = 65504.0f;
-// The byte of the scale 1, and steps of an octave.
+// The byte of the scale 1, and the number of steps per octave.
 constexpr float ONE = 128.0f, STEPS = 8.0f;
 
-// A mean as half of a word keeps it: the low four bits, free for an exponent, are rounded off, but never to infinity.
+// Rounds a mean to the half word that stores it: the low four bits are dropped for an exponent, never rounding to infinity.
 inline uint16_t mean_word(float mean) {
     const uint16_t bits = to_half(mean < -HALF_MAX ? -HALF_MAX : mean > HALF_MAX ? HALF_MAX : mean);
     return uint16_t(((bits & 0x7fff) < 0x7bf0 ? bits + 8 : bits) & 0xfff0);
@@ -101,8 +101,8 @@ inline bool invert(const float* from, int stride, double (*to)[4]) {
 }
 
 // The feedback of codecs/feedback.py in the blocks above the diagonal: the metric is L·D·Lᵀ in blocks of a chunk, and this is Lᵀ.
-// Rows of a block are those of what is left of the metric, times the inverse of the block on its diagonal. Returns whether there is
-// such a matrix.
+// The rows of a block are those of the remaining metric times the inverse of its diagonal block. Returns whether the matrix
+// exists.
 inline bool feedback_matrix(const tessera::Rotation& r, const float* weights, int dim, float* matrix) {
     metric_of(r, weights, dim, matrix);
     float rest[4][tessera::MAX_DIM];
@@ -125,14 +125,14 @@ inline bool feedback_matrix(const tessera::Rotation& r, const float* weights, in
     return true;
 }
 
-// The nearest byte of a scale that is not negative; 0 of 0.
+// Returns the nearest byte for a non-negative scale; 0 for 0.
 inline uint8_t scale_byte(float scale) {
     if (!(scale > 0)) return 0;
     const float code = std::nearbyint(std::log2(std::max(scale, 1e-30f)) * STEPS) + ONE;
     return uint8_t(code < 1 ? 1.0f : code > 255 ? 255.0f : code);
 }
 
-// Up to `count` of a line's tokens, all of one group, from `begin` on.
+// Encodes `count` of a line's tokens, all of one group, beginning at `begin`.
 inline void encode_block(const JointCodes& s, const float* matrix, int64_t line, int64_t begin, int count) {
     const int dim = s.dim, chunks = dim / 4;
     tessera::Memory memory;
@@ -152,7 +152,7 @@ inline void encode_block(const JointCodes& s, const float* matrix, int64_t line,
         float square = 0;
         for (int c = 0; c < dim; ++c) square += y[c] * y[c];
         scale[j] = scale_byte(std::sqrt(square / float(dim)));
-        // Vectors of zeros: any code will do, and the search near the origin is slow.
+        // Vectors of zeros skip the search, which is slow near the origin; any code is valid for them.
         if (const float by = s.book->scale[scale[j]]; scale[j])
             for (int c = 0; c < dim; ++c) target[c][j] = y[c] / by;
         else
@@ -187,7 +187,7 @@ inline bool encode_joint(const JointCodes& s) {
         else if (!feedback_matrix(s.book->rotation, s.weights + i * s.dim, s.dim, matrix + i * square)) positive = false;
     });
     if (!positive) return false;
-    // Few tokens are shared out in smaller parts, so that no thread waits long for another.
+    // Few tokens are split into smaller parts, so that no thread waits long for another.
     const int64_t part = s.lines * s.tokens < 4 * BLOCK * s.threads ? BLOCK / 2 : BLOCK, parts = (s.tokens + part - 1) / part;
     threads.run(s.lines * parts, s.threads, [&](int64_t i, int) {
         const int64_t line = i / parts, begin = i % parts * part;

@@ -1,5 +1,5 @@
-// TESSERA_LANES numbers side by side. Included by one file for each instruction set, in a namespace of its own: code compiled
-// for one must not be merged with another's by the linker.
+// Vectors of TESSERA_LANES numbers. Included once per instruction set, in a separate namespace: the linker must not merge code
+// compiled for different instruction sets.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-// Numbers side by side, of compilers' own vector types, as many as the instruction set has room for in a register.
+// Vector types of the compiler, as wide as a register of the instruction set.
 constexpr int LANES = TESSERA_LANES;
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
@@ -22,7 +22,7 @@ inline Lanes load(const float* x) {
 
 inline void store(float* x, Lanes lanes) { std::memcpy(x, &lanes, sizeof lanes); }
 
-// One number out of all lanes, by halves.
+// Reduces all lanes to one number, halving the width at each step.
 template <int WIDTH, class Join>
 inline float joined(Lanes x, Join join) {
     Lanes other;
@@ -40,10 +40,11 @@ inline float largest(Lanes lanes) {
     return joined<LANES / 2>(lanes, [](Lanes a, Lanes b) { return a > b ? a : b; });
 }
 
-// e^x for x <= 0, to 1e-7 and 1e-7 of |x|; 0 below -87. As 2^n times a polynomial for 2^r that is 1 at r = 0.
+// Computes e^x for x <= 0 with relative error 1e-7 (1 + |x|); 0 below -87. It is 2^n times a polynomial
+// for 2^r that is 1 at r = 0.
 inline Lanes exp_negative(Lanes x) {
     const Lanes t = (x > -87.0f ? x : Lanes{} - 87.0f) * 1.44269504f;
-    const IntLanes n = __builtin_convertvector(t - 0.5f, IntLanes);  // to the nearest: conversion cuts off
+    const IntLanes n = __builtin_convertvector(t - 0.5f, IntLanes);  // rounds to the nearest: conversion truncates
     const Lanes r = t - __builtin_convertvector(n, Lanes);
     Lanes p = r * 1.3264727029e-3f + 9.6715128780e-3f;
     p = p * r + 5.5507337459e-2f;

@@ -1,4 +1,4 @@
-// Which kernel runs: the instruction sets that this build and this processor have, and the kernels for each.
+// Selects kernels by the instruction sets that this build and this processor support.
 #pragma once
 
 #if defined(TESSERA_X86)
@@ -17,7 +17,7 @@
 
 namespace tessera {
 
-// Of instruction sets, of one family a build has. What has no kernel of its own for one runs that of the level below.
+// A build has the instruction sets of one processor family. An operation without a kernel for one uses the level below.
 enum Level { PORTABLE, NEON, DOTPROD, AVX2, AVXVNNI, AVX512 };
 constexpr Level LEVELS[] = {PORTABLE, NEON, DOTPROD, AVX2, AVXVNNI, AVX512};
 constexpr const char* NAMES[] = {"portable", "neon", "dotprod", "avx2", "avxvnni", "avx512"};
@@ -55,7 +55,7 @@ inline bool has(Level level) {
 inline bool has(Level level) { return level == PORTABLE; }
 #endif
 
-// Names of those that there are, the best last.
+// Returns the names of the available levels, the best last.
 inline std::vector<std::string> levels() {
     std::vector<std::string> names;
     for (Level level : LEVELS)
@@ -63,7 +63,7 @@ inline std::vector<std::string> levels() {
     return names;
 }
 
-// Whether the level named is no lower than this, and this processor has it.
+// Whether the named level is at least this one, and this processor supports it.
 inline bool at_least(const std::string& name, Level least) {
     for (Level level : LEVELS)
         if (name == NAMES[level]) return level >= least && has(level);
@@ -92,7 +92,7 @@ inline void run([[maybe_unused]] const std::string& level, const Problem& p, con
     attend_exact_portable(p, x);
 }
 
-// On Arm the portable search is one with NEON: its vectors are as wide.
+// On Arm the portable search already uses NEON, whose vectors are equally wide.
 inline Nearest nearest_at([[maybe_unused]] const std::string& level) {
 #if defined(TESSERA_X86)
     if (at_least(level, AVX512)) return nearest_avx512;

@@ -1,4 +1,4 @@
-// Working memory of a thread, kept from call to call: pages that go back to the system must be faulted in again, which for
+// Scratch memory of a thread, kept between calls: pages returned to the system must be faulted in again, which for
 // short sequences takes longer than the work.
 #pragma once
 
@@ -16,7 +16,7 @@ class Memory {
     Memory(const Memory&) = delete;
     Memory& operator=(const Memory&) = delete;
 
-    // Room for `count` of T, not initialised, at a multiple of 64 bytes, until this is destroyed.
+    // Allocates `count` of T, uninitialised and aligned to 64 bytes, until this object is destroyed.
     template <class T>
     T* take(size_t count) {
         return static_cast<T*>(bytes(count * sizeof(T)));
@@ -25,9 +25,9 @@ class Memory {
   private:
     void* bytes(size_t count);
 
-    std::unique_ptr<uint8_t[]> block_;  // of a fixed size, from a list of those that are free
+    std::unique_ptr<uint8_t[]> block_;  // of a fixed size, from a free list
     size_t used_ = 0;
-    std::vector<std::unique_ptr<uint8_t[]>> more_;  // what did not fit there
+    std::vector<std::unique_ptr<uint8_t[]>> more_;  // allocations that did not fit
 };
 
 }  // namespace tessera

@@ -1,4 +1,4 @@
-// What Python sees. Shapes are checked by kernels/cpu/__init__.py; here are addresses.
+// The Python module. Shapes are checked by kernels/cpu/__init__.py; functions here take addresses.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -32,7 +32,7 @@ using Floats = nb::ndarray<const float, nb::shape<-1>, nb::c_contig, nb::device:
 using Square = nb::ndarray<const float, nb::shape<-1, -1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
 using Longs = nb::ndarray<const int64_t, nb::shape<-1>, nb::c_contig, nb::device::cpu>;
-// Of a page: see `page_at`.
+// Numbers that describe a page: see `page_at`.
 constexpr int COLUMNS = 24;
 using Table = nb::ndarray<const int64_t, nb::shape<-1, COLUMNS>, nb::c_contig, nb::device::cpu>;
 
@@ -45,7 +45,7 @@ void make_book(Book* self, int bits, int move_bits, float step, Rows4I16 points,
                     scale.data(), dct.data(), int(dct.shape(0)), signs.data(), int(signs.shape(0)));
 }
 
-// Directions of each head, or of all: (heads or 1, count, 4).
+// Directions of each head, or shared by all: (heads or 1, count, 4).
 using Words = nb::ndarray<const float, nb::shape<-1, -1, 4>, nb::c_contig, nb::device::cpu>;
 
 void make_products(Products* self, int bits, int radius_bits, Floats levels, Words k_words, Words v_words, Square dct, Floats signs) {
@@ -63,7 +63,8 @@ void make_scalars(Scalars* self, int form, int bits, float zero, float factor, F
                        int(signs.shape(0)));
 }
 
-// A row: of the keys, then of the values, codes, scale, centre, low and flags with their strides, and kept; tokens; offset.
+// A row has, for keys and then for values, codes, scale, centre, low and flags with their strides, and kept; then tokens and
+// offset.
 Page page_at(const int64_t* row) {
     const auto at = [row](int j) { return reinterpret_cast<const uint8_t*>(uintptr_t(row[j])); };
     const auto field = [&](int j) { return Field{at(j), row[j + 1]}; };
@@ -81,7 +82,7 @@ std::vector<Page> pages_of(const Table& table, int64_t& tokens) {
     return list;
 }
 
-// Whether vectors of `dim` numbers can be coded so.
+// Whether this coding supports vectors of `dim` numbers.
 bool fits(const Coder& coder, int dim) {
     return dim % 4 == 0 && dim <= MAX_DIM && dim >= 4 && (!coder.rotation.dim || coder.rotation.dim == dim);
 }
@@ -130,10 +131,10 @@ void attend_exact(const std::string& level, uintptr_t q, uintptr_t out, uintptr_
     run(level, p, x);
 }
 
-// What stays the same from step to step of a layer in an engine.
-// pool: address, blocks, bytes of a block, of a head in it, of a page; pages of a head in a block; offsets of codes, scales,
-// centres, lows and sinks, of keys and of values each; sinks. ring: address, blocks, bytes of a block, of a head in it, of a token;
-// where values lie behind keys; tokens. shape: kv_heads, head_dim, type of exact numbers; narrowing: its address, or 0.
+// The arguments of an engine's layer that stay the same at every step. pool: address, blocks, bytes of a block, of a head in
+// it, of a page; pages of a head in a block; offsets of codes, scales, centres, lows and sinks, of keys and of values each;
+// sinks. ring: address, blocks, bytes of a block, of a head in it, of a token; where values lie behind keys; tokens. shape:
+// kv_heads, head_dim, type of exact numbers; narrowing: its address, or 0.
 struct Pool {
     Paged paged{};
 };
@@ -234,7 +235,7 @@ void merge(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lse
     merge_rows(from.data(), logs.data(), from.size(), rows, dim, reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse));
 }
 
-// Channels of queries, each times what the byte of its channel stands for; bytes are of a batch row and key head.
+// Multiplies the channels of queries by the decoded bytes of their channels; there are bytes for each batch row and key head.
 void narrow_rows(const float* from, const uint8_t* code, const float* table, float* to, int64_t lines, int64_t queries, int64_t dim) {
     for (int64_t line = 0; line < lines; ++line, code += dim)
         for (int64_t query = 0; query < queries; ++query, from += dim, to += dim)
@@ -246,9 +247,10 @@ void narrow(uintptr_t q, uintptr_t bytes, uintptr_t table, uintptr_t out, int64_
                 reinterpret_cast<float*>(out), lines, queries, dim);
 }
 
-// All that a step's queries read, joined. shape: batch, query heads, key heads, query tokens, head_dim, threads. exact: 13 numbers
-// for each source: address of keys and their strides in bytes over batch rows, heads and tokens, the same of values, tokens,
-// whether bfloat16, whether queries have places, the first one's, and the window. `packed`: the quantised source, or null; its queries are narrowed by the bytes of `sizes`, which stand for numbers of `table`, where there are any.
+// Attention of a step over all its sources. shape: batch, query heads, key heads, query tokens, head_dim, threads. exact: 13
+// numbers for each source: address of keys and their strides in bytes over batch rows, heads and tokens, the same of values,
+// tokens, whether bfloat16, whether queries have places, the first one's, and the window. `packed`: the quantised source, or
+// null; its queries are narrowed by the bytes of `sizes`, which stand for numbers of `table`, where there are any.
 void attend_all(const std::string& level, const float* q, float* out, const std::vector<int64_t>& shape, float scale, float softcap,
                 const std::vector<int64_t>& exact, Problem* packed, const uint8_t* sizes, const float* table) {
     constexpr size_t FIELDS = 13;
@@ -346,13 +348,13 @@ void make_index(Index* self, Rows4I16 words, Ints codes, bool conjugations, floa
     new (self) Index(words.data(), codes.data(), int(words.shape(0) / 24), conjugations, step, group);
 }
 
-// Calls work(begin, end) for parts of n rows.
+// Calls work(begin, end) for parts of n rows in parallel.
 template <class Work>
 void in_parts(int64_t n, int64_t part, int threads, const Work& work) {
     Threads::get().run((n + part - 1) / part, threads, [&](int64_t i, int) { work(i * part, std::min(n, (i + 1) * part)); });
 }
 
-// Codes of n chunks (n, 4), and where `words` is not 0 their codewords (n, 4).
+// Finds the codes of n chunks (n, 4), and their codewords (n, 4) if `words` is not 0.
 void nearest(const Index& index, const std::string& level, uintptr_t x, int64_t n, uintptr_t codes, uintptr_t words, int threads) {
     nb::gil_scoped_release release;
     const Nearest search = nearest_at(level);
@@ -426,8 +428,8 @@ void pack_blocks(uintptr_t x, uintptr_t ratio, uintptr_t scale, int64_t blocks, 
     in_parts(blocks, 256, threads, [&](int64_t begin, int64_t end) { block_codes(s, begin, end); });
 }
 
-// Of lines of `chunks` chunks, line i multiplied by the matrices of head i % heads; matrices: (heads, size, 4, 4).
-void nearest_directions(uintptr_t matrices, int64_t heads, int size, uintptr_t x, int64_t lines, int64_t chunks, uintptr_t codes,
+// Searches lines of `chunks` chunks, line i with the matrices of head i % heads; turns: (heads, size, 4, 4).
+void nearest_directions(uintptr_t turns, int64_t heads, int size, uintptr_t x, int64_t lines, int64_t chunks, uintptr_t codes,
                         uintptr_t projections, int threads) {
     nb::gil_scoped_release release;
     constexpr int64_t PART = 1024;
@@ -465,7 +467,7 @@ void advance(const std::string& level, const std::vector<int64_t>& shape, const 
     advance_portable(s);
 }
 
-// kept: as `advance` left it; grads: of out, h, c; results: gradients of what is given.
+// kept: as returned by `advance`; grads: of out, h, c; results: gradients of `given`.
 void retreat(const std::string& level, const std::vector<int64_t>& shape, const std::vector<uintptr_t>& given, uintptr_t kept,
              const std::vector<uintptr_t>& grads, const std::vector<uintptr_t>& results) {
     if (grads.size() != 3 || results.size() != 12) throw nb::value_error("shapes that this kernel does not know");
@@ -508,7 +510,7 @@ void absorb(const std::string& level, const std::vector<int64_t>& shape, const s
     absorb_portable(s);
 }
 
-// kept, fresh: as `absorb` left them; grads: of read and end; results: gradients of what is given.
+// kept, fresh: as returned by `absorb`; grads: of read and end; results: gradients of `given`.
 void absorb_backward(const std::string& level, const std::vector<int64_t>& shape, const std::vector<uintptr_t>& given,
                      uintptr_t kept, uintptr_t fresh, const std::vector<uintptr_t>& grads, const std::vector<uintptr_t>& results) {
     if (grads.size() != 2 || results.size() != 6) throw nb::value_error("shapes that this kernel does not know");

@@ -1,9 +1,8 @@
-// Nearest codeword of a joint codebook: the tables that the search reads, see nearest_index.cpp, and the search, nearest_impl.hpp.
-//
-// A chunk is rotated by an element of the group, which permutes codewords, into a region of space that is 1/24 or 1/288 of it, see
-// kernels/nearest.py. The region is cut into cubes, whose edges are powers of two of the codebook's step; of each the cube's cells
-// are halved as often as pays. A cell lists the codewords that are nearest for any of its points, as bytes relative to its centre,
-// so that one load fetches a candidate.
+// Nearest codeword of a joint codebook: the tables that the search reads, see nearest_index.cpp, and the search,
+// nearest_impl.hpp. A chunk is rotated by a group element, which permutes codewords, into a region that is 1/24 or 1/288 of
+// space, see kernels/nearest.py. The region is divided into cubes, whose edges are powers of two of the codebook's step; the
+// cells of each cube are halved as long as this shortens the lists. A cell lists the codewords that are nearest to any of its
+// points, as bytes relative to its centre, so that one load fetches a candidate.
 #pragma once
 
 #include <cstdint>
@@ -20,22 +19,22 @@ struct Group {
 };
 
 struct Index {
-    static constexpr int MOST = 3;    // halvings of a cube at the most
-    static constexpr int COUNT = 5;  // bits of a list's length, less one; cells with more candidates have no list
+    static constexpr int MOST = 3;    // maximum number of halvings of a cube
+    static constexpr int COUNT = 5;  // bits of a list's length minus one; cells with more candidates have no list
 
     // words: (24 S, 4) integers, those of product 24 s + p; codes: (24 S,), of each product.
     Index(const int16_t* words, const int32_t* codes, int secondaries, bool conjugations, float step, const Group& group);
 
     bool conjugations;
-    bool few;  // so few secondaries that all are tried, and there are no lists
+    bool few;  // whether secondaries are few enough to try all, without lists
     int secondaries;
     float step;
     int edge;                     // log2 of the smallest cells' edges, in steps
     int32_t origin[4], dims[4];   // the first cube along each axis, and their number
-    std::vector<int32_t> cubes;   // first cell << 2 | halvings; cell 0 has no list
+    std::vector<int32_t> cubes;   // first cell << 2 | halvings; cell 0: no list
     std::vector<int32_t> cells;   // first candidate << COUNT | number less one; 0 where there is no list
-    // Pairs: the four components less those of the cell's centre, as bytes, then the name base << 10 | a << 5 | b of the codeword
-    // a·base·b, where a and b are units.
+    // Pairs of words: the four components minus the cell's centre, as bytes, then base << 10 | a << 5 | b, which identifies the
+    // codeword a·base·b, where a and b are units.
     std::vector<int32_t> candidates;
 
     // A chunk x = p·g·z·conj(g), where a·base·b was found for z: its codeword is (p·g·a)·base·(b·conj(g)).
@@ -46,7 +45,7 @@ struct Index {
     int row_count;
 
     std::vector<int16_t> words;      // (24 S, 4)
-    // Of each secondary, shortest first, and up to a multiple of sixteen of none: four components, half the squared length, and the
+    // For each secondary, shortest first, padded to a multiple of sixteen: four components, half the squared length, and the
     // length, in steps; then its number.
     std::vector<float> secondary[6];
     std::vector<int32_t> secondary_number;
@@ -58,17 +57,17 @@ struct Index {
     std::vector<int32_t> names(const Group& group) const;
 };
 
-// What is to be found: codes of chunks, and if wanted the codewords, in units of 1.
+// A search for the codes of chunks, and optionally the codewords, in units of 1.
 struct Search {
     const Index* index;
     const float* x;      // component c of chunk i is x[i * chunk + c * component]
     int64_t chunk, component, count;
     int32_t* code;       // (count,)
-    float* word;         // placed as x; null: not wanted
+    float* word;         // laid out as x; null if not needed
 };
 
-// Vectors coded from the last chunk to the first: of chunk i what is coded is y_i less the sum over later chunks j of block (i, j)
-// of the matrix times the error of chunk j, which is what was decoded less y_j.
+// Vectors coded from the last chunk to the first: the target of chunk i is y_i minus the sum over later chunks j of block (i,
+// j) of the matrix times the error of chunk j, which is its decoded value minus y_j.
 struct Feedback {
     const Index* index;
     const float* y;       // (heads, vectors, dim)
@@ -76,11 +75,11 @@ struct Feedback {
     int64_t vectors;
     int dim;              // a multiple of four
     int32_t* code;        // (heads, vectors, dim / 4)
-    static constexpr int64_t BLOCK = 64;  // vectors that are coded side by side
+    static constexpr int64_t BLOCK = 64;  // vectors that are coded together
 };
 
 void nearest_portable(const Search& s);
-// BLOCK vectors of a head, or up to the last, from `begin` on.
+// Encodes BLOCK vectors of a head, or those up to the last, beginning at `begin`.
 void feedback_portable(const Feedback& s, int64_t head, int64_t begin);
 #if defined(TESSERA_X86)
 void nearest_avx2(const Search& s);
@@ -89,21 +88,21 @@ void feedback_avx2(const Feedback& s, int64_t head, int64_t begin);
 void feedback_avx512(const Feedback& s, int64_t head, int64_t begin);
 #endif
 
-// Codes of the nearest codewords of vectors divided by their scales, packed: one vector after another from `begin` to `end`.
+// Encodes vectors `begin` to `end`, divided by their scales, as packed codes of the nearest codewords.
 struct VectorCodes {
-    const float* x;      // (vectors, dim); the last chunk is filled up with zeros
-    const float* scale;  // (vectors,); of a vector whose scale is not positive the codes are zero
+    const float* x;      // (vectors, dim); the last chunk is padded with zeros
+    const float* scale;  // (vectors,); the codes are zero where the scale is not positive
     int64_t dim;
     int bits;
     uint8_t* out;        // (vectors, bytes)
 };
 
-// Finds the nearest codewords, which is done by one of the functions above.
+// Finds nearest codewords by one of the functions above.
 using Nearest = void (*)(const Search& s);
 void vector_codes(const Index& index, Nearest nearest, const VectorCodes& s, int64_t begin, int64_t end);
 
-// The best product 24 s + p of n chunks (n, 4): the one of the largest projection; that projection, and it, are given back.
-// matrices: (size, 4, 4), of x·conj(s), see kernels/directions.py.
-void nearest_product(const float* matrices, int size, const float* x, int64_t n, int32_t* code, float* projection);
+// Finds for n chunks (n, 4) the product 24 s + p with the largest projection, and returns both.
+// turns: (size, 4, 4), of x·conj(s), see kernels/directions.py.
+void nearest_product(const float* turns, int size, const float* x, int64_t n, int32_t* code, float* projection);
 
 }  // namespace tessera

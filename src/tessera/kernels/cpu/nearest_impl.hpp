@@ -1,5 +1,5 @@
-// The search for the nearest codeword, TESSERA_LANES chunks side by side. Included by one file for each instruction set, in a
-// namespace of its own; nearest.hpp says what the tables hold.
+// The search for the nearest codeword, TESSERA_LANES chunks at a time. Included once per instruction set, in a
+// separate namespace; nearest.hpp describes the tables.
 
 #include "lanes.hpp"
 #include "nearest.hpp"
@@ -10,11 +10,11 @@ namespace {
 using tessera::Index;
 using tessera::Search;
 
-// Chunks of which the tables are read one after the other: what is looked up for some is on its way while others are computed.
+// Number of chunks whose lookups are in flight together, so that memory latency overlaps with computation.
 constexpr int BLOCK = 64;
 constexpr float LEAST = -std::numeric_limits<float>::infinity();
 
-// Numbers at from[STRIDE * at], one for each lane. Loads of their own: processors' instructions for it take longer.
+// Loads from[STRIDE * at] for each lane, by single loads, which are faster than gather instructions.
 template <int STRIDE>
 inline IntLanes gather(const int32_t* from, IntLanes at) {
     IntLanes found;
@@ -44,7 +44,7 @@ struct Block {
     alignas(64) float y[4][BLOCK];         // in steps, from the centre of their cells
     alignas(64) int32_t centre[4][BLOCK];
     alignas(64) int32_t cell[BLOCK];
-    alignas(64) int32_t first[BLOCK], last[BLOCK];  // candidates; the one at 0 is of no account and stands for no list
+    alignas(64) int32_t first[BLOCK], last[BLOCK];  // candidates; number 0 is a placeholder for cells without a list
     alignas(64) int32_t code[BLOCK];
     alignas(64) float word[4][BLOCK];
 };
@@ -76,7 +76,7 @@ inline __attribute__((always_inline)) Units nearest_units(Lanes x0, Lanes x1, La
     return near;
 }
 
-// Finds the cells of LANES chunks from `at` on.
+// Finds the cells of LANES chunks, beginning at `at`.
 inline __attribute__((always_inline)) void locate(const Index& index, Block& b, int at) {
     const Lanes x0 = load(b.x[0] + at), x1 = load(b.x[1] + at), x2 = load(b.x[2] + at), x3 = load(b.x[3] + at);
     const Units near = nearest_units(x0, x1, x2, x3);
@@ -87,7 +87,7 @@ inline __attribute__((always_inline)) void locate(const Index& index, Block& b, 
     Lanes z3 = p0 * x3 - p1 * x2 + p2 * x1 - p3 * x0;
     IntLanes rotation = IntLanes{};
     if (index.conjugations) {
-        // Rotated to z1 >= z2 >= 0, z1 >= |z3|, by an even number of signs.
+        // Rotate to z1 >= z2 >= 0, z1 >= |z3|, with an even number of sign changes.
         const Lanes c1 = magnitude(z1), c2 = magnitude(z2), c3 = magnitude(z3);
         const IntLanes once = c2 > c1, twice = c3 > larger(c1, c2);
         const Lanes v1 = twice ? z3 : once ? z2 : z1, v2 = twice ? z1 : once ? z3 : z2, v3 = twice ? z2 : once ? z1 : z3;
@@ -110,7 +110,7 @@ inline __attribute__((always_inline)) void locate(const Index& index, Block& b, 
         u = u > -FAR ? u : Lanes{} - FAR;
         u = u < FAR ? u : Lanes{} + FAR;
         place[i] = __builtin_convertvector(u, IntLanes);
-        place[i] += floats(place[i]) > u;  // conversion cuts off
+        place[i] += floats(place[i]) > u;  // conversion truncates
         const IntLanes from = (place[i] >> Index::MOST) - index.origin[i];
         outside |= (from < 0) | (from >= index.dims[i]);
         cube = cube * index.dims[i] + from;
@@ -129,7 +129,7 @@ inline __attribute__((always_inline)) void locate(const Index& index, Block& b, 
     for (int j = 0; j < LANES; ++j) __builtin_prefetch(&index.cells[size_t(b.cell[at + j])]);
 }
 
-// Reads where their candidates are.
+// Reads the positions of their candidates.
 inline __attribute__((always_inline)) void read_cells(const Index& index, Block& b, int at) {
     const IntLanes cell = gather<1>(index.cells.data(), load(b.cell + at));
     const IntLanes first = cell >> Index::COUNT;
@@ -143,7 +143,7 @@ inline __attribute__((always_inline)) void read_cells(const Index& index, Block&
 
 inline IntLanes component(IntLanes bytes, int c) { return bytes << (24 - 8 * c) >> 24; }
 
-// The codeword found for z, brought back to x: (centre + bytes) rotated, times the unit. All of them are integers.
+// Maps the codeword found for z back to x: (centre + bytes), rotated, times the unit. All are integers.
 inline __attribute__((always_inline)) void put_word(const Index& index, Block& b, int at, IntLanes bytes) {
     Lanes z[4];
     for (int i = 0; i < 4; ++i) z[i] = floats(load(b.centre[i] + at) + component(bytes, i));
@@ -159,14 +159,14 @@ inline __attribute__((always_inline)) void put_word(const Index& index, Block& b
     store(b.word[3] + at, (p0 * z[3] + p1 * z[2] - p2 * z[1] + p3 * z[0]) * index.step);
 }
 
-// What a·base·b for z is for x: of the group's element a << 5 | b.
+// Returns the code for x of the codeword a·base·b found for z; a << 5 | b is the group element.
 inline IntLanes brought_back(const Index& index, IntLanes frame, IntLanes name) {
     const IntLanes a = gather<1>(index.product, (frame & 0x3e0) | (name >> 5 & 31));
     const IntLanes b = gather<1>(index.product, (name & 31) << 5 | (frame & 31));
     return a << 5 | b;
 }
 
-// Compares the candidates of LANES chunks from `at` on.
+// Compares the candidates of LANES chunks, beginning at `at`.
 template <bool WORDS>
 inline __attribute__((always_inline)) void choose(const Index& index, Block& b, int at) {
     const Lanes y0 = load(b.y[0] + at), y1 = load(b.y[1] + at), y2 = load(b.y[2] + at), y3 = load(b.y[3] + at);
@@ -181,7 +181,7 @@ inline __attribute__((always_inline)) void choose(const Index& index, Block& b, 
         const IntLanes bytes = gather<2>(candidates, place);
         const Lanes d0 = floats(component(bytes, 0)), d1 = floats(component(bytes, 1));
         const Lanes d2 = floats(component(bytes, 2)), d3 = floats(component(bytes, 3));
-        // |y|² - |y - d|², by half.
+        // Half of |y|² - |y - d|².
         const Lanes score = d0 * (y0 - 0.5f * d0) + d1 * (y1 - 0.5f * d1) + (d2 * (y2 - 0.5f * d2) + d3 * (y3 - 0.5f * d3));
         const IntLanes better = score > best;
         best = better ? score : best;
@@ -193,12 +193,12 @@ inline __attribute__((always_inline)) void choose(const Index& index, Block& b, 
     if constexpr (WORDS) put_word(index, b, at, gather<2>(candidates, where));
 }
 
-// The best of secondaries with their best units, as lanes keep it.
+// The best product so far of each lane: a secondary with its best unit.
 struct Best {
     Lanes score = Lanes{} + LEAST;
     IntLanes which = IntLanes{};
 
-    // Gives where the other is better.
+    // Returns the lanes in which the other is better.
     IntLanes take(Lanes other, IntLanes number) {
         const IntLanes better = other > score;
         score = better ? other : score;
@@ -220,14 +220,14 @@ inline IntLanes counting() {
     return numbers;
 }
 
-// The largest inner product with any unit: of those with one component, or with halves.
+// Returns the largest inner product with any unit, of those with one component and those with halves.
 inline Lanes projection(const Lanes (&y)[4]) {
     const Lanes a0 = magnitude(y[0]), a1 = magnitude(y[1]), a2 = magnitude(y[2]), a3 = magnitude(y[3]);
     return larger(larger(larger(a0, a1), larger(a2, a3)), (a0 + a1 + a2 + a3) * 0.5f);
 }
 
-// The number of the best product for chunk j: for each secondary the best unit has a closed form, and products that are longer
-// or shorter than the chunk by more than the distance to the best one so far need not be looked at.
+// Returns the number of the best product for chunk j. For each secondary the best unit has a closed form, and products that are
+// longer or shorter than the chunk by more than the distance to the best so far are skipped.
 inline int32_t best_of_all(const Index& index, const Block& b, int j) {
     const float x0 = b.x[0][j] / index.step, x1 = b.x[1][j] / index.step, x2 = b.x[2][j] / index.step, x3 = b.x[3][j] / index.step;
     const float square = x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, length = std::sqrt(square);
@@ -256,7 +256,7 @@ inline int32_t best_of_all(const Index& index, const Block& b, int j) {
     return 24 * index.secondary_number[s] + unit;
 }
 
-// LANES chunks from `at` on, for each of which all secondaries are tried.
+// Tries all secondaries for LANES chunks, beginning at `at`.
 template <bool WORDS>
 inline __attribute__((always_inline)) void try_all(const Index& index, Block& b, int at) {
     const Lanes inverse = Lanes{} + 1.0f / index.step;
@@ -292,21 +292,21 @@ inline void search_block(const Index& index, Block& b, int count) {
     for (int at = 0; at < count; at += LANES) choose<WORDS>(index, b, at);
     for (int j = 0; j < count; ++j) {
         if (b.first[j] != 0) continue;
-        // There is no list for it.
+        // Its cell has no list.
         const size_t product = size_t(best_of_all(index, b, j));
         b.code[j] = index.codes[product];
         for (size_t i = 0; i < 4; ++i) b.word[i][j] = float(index.words[4 * product + i]) * index.step;
     }
 }
 
-// Puts chunks side by side, component by component.
+// Transposes chunks to one array per component.
 inline void read_chunks(const float* x, int64_t chunk, int64_t component, int count, float (&to)[4][BLOCK]) {
-    if (count == BLOCK && chunk == 4 && component == 1) {  // strides that the compiler knows
+    if (count == BLOCK && chunk == 4 && component == 1) {  // with constant strides
         for (int j = 0; j < BLOCK; ++j)
             for (int i = 0; i < 4; ++i) to[i][j] = x[4 * j + i];
         return;
     }
-    if (chunk == 1) {  // side by side already
+    if (chunk == 1) {  // already one array per component
         for (int i = 0; i < 4; ++i) std::memcpy(to[i], x + i * component, sizeof(float) * size_t(count));
         return;
     }

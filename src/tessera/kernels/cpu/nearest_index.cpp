@@ -1,4 +1,4 @@
-// Builds the lists of candidates that the search for the nearest codeword looks through.
+// Builds the candidate lists of the nearest-codeword search.
 //
 // A codeword is left out of a cell's list only where another is nearer in the whole cell, inflated by MARGIN, and cells without a
 // list are searched in full: so the search is exact. All coordinates here are integers in units of the codebook's step, and all
@@ -15,19 +15,19 @@
 namespace tessera {
 namespace {
 
-// Steps, by which cells are inflated in every comparison: far above the rounding of a chunk's coordinates, 1e-4 at the most.
+// Steps by which cells are inflated in every comparison: far above the rounding of a chunk's coordinates, at most 1e-4.
 constexpr float MARGIN = 1.0f / 32;
-// Candidates a cell on average, above which the cells of a cube are halved: where most chunks are, and beyond FAR, in units of a
+// Mean candidates per cell above which the cells of a cube are halved: where most chunks are, and beyond FAR, in units of a
 // component's root mean square.
 constexpr float FEW = 6.0f, FEW_FAR = 12.0f, FAR = 3.4f;
-// Rivals that every codeword of a list is compared with: of one up to LONG, and of a longer one, which is only on its way.
+// Rivals that every codeword of a list is compared with, for lists up to LONG and for longer, intermediate ones.
 constexpr size_t RIVALS = 24, RIVALS_OF_LONG = 4, LONG = 1000;
-// Farthest that lists reach, in lengths of the longest codeword.
+// Radius that lists cover, in lengths of the longest codeword.
 constexpr float REACH = 1.25f;
-// Edge of the smallest cells, times the fourth root of the codewords' number, at the least.
+// Minimum of the smallest cells' edge times the fourth root of the number of codewords.
 constexpr float EDGE = 0.9f;
 
-// Codewords beside a cube, relative to its centre.
+// Codewords near a cube, relative to its centre.
 struct Near {
     std::vector<int32_t> product;
     std::vector<float> at[4], square;
@@ -54,7 +54,7 @@ TESSERA_CLONES float measure(const int16_t* words, const int32_t* list, size_t n
     return least;
 }
 
-// |x - word|² - |x - rival|² is linear in x: what it is at the centre, less the most that it can fall within the cube.
+// |x - word|² - |x - rival|² is linear in x: its value at the centre minus its largest decrease within the cube.
 TESSERA_CLONES void compare(Near& near, size_t n, size_t rival, float edge) {
     const float *a0 = near.at[0].data(), *a1 = near.at[1].data(), *a2 = near.at[2].data(), *a3 = near.at[3].data();
     const float* square = near.square.data();
@@ -83,7 +83,7 @@ class Builder {
         index_.cubes.assign(count, 0);
         index_.cells.assign(1, 0);
         index_.candidates.assign(2, 0);
-        // From few and large cubes to those of the grid.
+        // Refine from a few large cubes to those of the grid.
         int size = top;
         while (size < radius_ / 2) size *= 2;
         std::vector<int32_t> all(names_.size());
@@ -129,7 +129,8 @@ class Builder {
         size_t n = list.size();
         near_.resize(n);
         const float edge = float(size) + 2 * MARGIN, least = std::sqrt(measure(index_.words.data(), list.data(), n, centre, near_));
-        // No farther from the whole cube than the best is at its worst; half the cube's diagonal is its edge.
+        // A word is kept if its smallest distance to the cube is at most the best's largest; in 4-D half the diagonal is the
+        // edge.
         const float farthest = least + 2 * edge, limit = farthest * farthest * 1.0001f;
         size_t kept = 0;
         for (size_t i = 0; i < n; ++i) {
@@ -166,7 +167,7 @@ class Builder {
         }
     }
 
-    // A cube of the grid: its cells, halved as often as pays.
+    // Makes the cells of a cube of the grid, halved as long as lists become shorter.
     void finish(const int* low, List list) {
         const int top = 1 << (index_.edge + Index::MOST);
         size_t cube = 0;
@@ -215,7 +216,7 @@ class Builder {
         }
     }
 
-    // Appends a list, if it is short; gives where it is.
+    // Appends a list if it is short enough, and returns its position.
     int32_t put(const List& list, const int* centre) {
         const size_t first = index_.candidates.size() / 2;
         if (list.size() > size_t{1} << Index::COUNT || first >= size_t{1} << (31 - Index::COUNT)) return 0;
@@ -283,7 +284,7 @@ void Index::set_group(const Group& group) {
     }
 }
 
-// Of each product, base << 10 | a << 5 | b.
+// For each product, base << 10 | a << 5 | b.
 std::vector<int32_t> Index::names(const Group& group) const {
     std::vector<int32_t> names(words.size() / 4);
     for (size_t n = 0; n < names.size(); ++n) {
@@ -296,7 +297,7 @@ std::vector<int32_t> Index::names(const Group& group) const {
 }
 
 void Index::set_orbits(const Group& group) {
-    // The codes of a base's codewords fall into rows of as many as there are moves; which of the rows and which of the moves a
+    // The codes of a base's codewords form rows with one code per move; the row and the move of a
     // codeword has is the same for all bases.
     const int orbit_size = conjugations ? 288 : 24;
     const int moves = conjugations ? 32 : 8;

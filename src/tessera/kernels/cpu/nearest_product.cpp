@@ -11,7 +11,7 @@
 namespace tessera {
 namespace {
 
-// Chunks that are worked on together, component by component: loops over them become vector instructions.
+// Chunks that are processed together, component by component, so that loops over them are vectorised.
 constexpr int CHUNKS = 32;
 
 TESSERA_CLONES void search(const float* matrices, int size, const float* from, int count, int32_t* code, float* projection) {

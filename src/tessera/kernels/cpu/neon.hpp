@@ -1,7 +1,8 @@
 // The inner loops of attend_impl.hpp with NEON.
 //
 // As in avx2.hpp queries and softmax weights are written as one or two numbers of 16 bits, codewords' components are widened to
-// 16 bits, and products are added up exactly in 32 bits. Four products go to four sums in one instruction, so nothing is put in pairs.
+// 16 bits, and products are added up exactly in 32 bits. One instruction adds four products to four sums, so numbers need not
+// be paired.
 
 namespace {
 
@@ -46,7 +47,7 @@ struct NeonForm {
 
 using NeonKeys = ArmKeys<NeonForm>;
 
-// Functions that are not to be inlined fill the registers by themselves.
+// Not inlined, because each of these functions uses all registers.
 class NeonValues {
   public:
     using Book = tessera::Book;
@@ -62,7 +63,7 @@ class NeonValues {
 
     void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
 
-    // sum[r] += weights[r] · the vectors coded in `unit`, each UNIT tokens or `count` of them; high[r]: the largest weight.
+    // Adds weights[r] · (vectors coded in `unit`) to sum[r], UNIT tokens each or `count`; high[r]: the largest weight.
     void add(const Unit* unit, int units, const float* weights, int stride, const float* high, int rows, float* sum) {
         const int count = units * UNIT;
         for (int r = 0; r < rows; ++r) {
@@ -84,10 +85,10 @@ class NeonValues {
     }
 
   private:
-    static constexpr int SPAN = 32;  // components that are worked on together, of all tokens
+    static constexpr int SPAN = 32;  // components of all tokens that are processed together
 
-    // As 16 bits, less 2^15, which is added by way of `bias_`; with two limbs as twice 12 bits. Never fewer: many small weights,
-    // each rounded to nothing, would be missed beside a large one.
+    // Weights take 16 bits minus 2^15, which `bias_` adds back, or two limbs of 12 bits. Fewer bits would lose many small
+    // weights, each rounded to zero, next to a large one.
     template <int LIMBS>
     void set_weights(const float* w, int count, float most, int r) {
         constexpr int LARGEST = LIMBS == 1 ? 0xffff : 0xffffff;
@@ -105,7 +106,7 @@ class NeonValues {
         }
     }
 
-    // Components c to c + SPAN - 1 of all tokens.
+    // Decodes components c to c + SPAN - 1 of all tokens.
     [[gnu::noinline]] void look_up(const uint8_t* const* row, int count, int c, int part) {
         const Codewords codewords = codewords_[part];
         const int step = book_.bits / 2, at = c / 16 * step;
@@ -149,7 +150,7 @@ class NeonValues {
         }
     }
 
-    // Sums over all tokens of products with N rows of weights, of which all begin at out[0].
+    // Adds products with N rows of weights over all tokens; the sums of all rows begin at out[0].
     template <int N>
     [[gnu::noinline]] static void products(const int16_t* vector, const int16_t* weight, int count, int32x4_t out[N][8]) {
         int32x4_t sum[N][8];

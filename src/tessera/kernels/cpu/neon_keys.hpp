@@ -1,13 +1,12 @@
-// Keys as the kernels for Arm read them. Included by one file for each instruction set, behind neon_codewords.hpp.
+// Scores of keys on Arm. Included once per instruction set, after neon_codewords.hpp.
 
 namespace {
 
-// Queries are written as limbs, and products of these with the components of codewords are added up exactly in 32 bits.
-//
-// Form: Number, of limbs and components; LIMBS, the most that there are; MOST, what |limb| is at most; BASE, what a limb is worth
-// in the next; narrow(to, x): stores four whole numbers; widen(to, x): stores the components of four codes; products<N>(vectors,
-// limbs, size, out): the sums of products of four vectors with N rows of limbs, all of `size` numbers.
-// Functions that are not to be inlined fill the registers by themselves.
+// Queries are written as limbs, and products of these with the components of codewords are added up exactly in 32 bits. Form:
+// Number, the type of limbs and components; LIMBS, their maximum number; MOST, the maximum of |limb|; BASE, the ratio of a limb
+// to the next; narrow(to, x): stores four whole numbers; widen(to, x): stores the components of four codes;
+// products<N>(vectors, limbs, size, out): the sums of products of four vectors with N rows of limbs, all of `size` numbers. Not
+// inlined, because each of these functions uses all registers.
 template <class Form>
 class ArmKeys {
   public:
@@ -26,7 +25,7 @@ class ArmKeys {
 
     void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { read_scales(book_, side, line, token, n, to); }
 
-    // In limbs, each of what those before it leave.
+    // Split into limbs, each rounding the remainder of those before it.
     void set_queries(const float* q, int rows) {
         float x[MAX_DIM];
         std::fill(x, x + size_, 0.0f);
@@ -35,7 +34,7 @@ class ArmKeys {
             float32x4_t highest = vdupq_n_f32(0);
             for (int c = 0; c < size_; c += 4) highest = vmaxq_f32(highest, vabsq_f32(vld1q_f32(x + c)));
             const float most = vmaxvq_f32(highest);
-            // A query of zeros, or of less than floats resolve, scores zero.
+            // A query of zeros, or whose scale underflows, has scores of zero.
             const float inverse = most > 1e-30f ? Form::MOST / most : 0.0f;
             for (int c = 0; c < size_; c += 4) vst1q_f32(x + c, vmulq_n_f32(vld1q_f32(x + c), inverse));
             float worth = most / Form::MOST * book_.step;
@@ -51,8 +50,8 @@ class ArmKeys {
         }
     }
 
-    // scores[r * stride + j] = <query r, vector j>, less its length, for the tokens of the unit, up to GROUP; and anything
-    // beyond, up to a multiple of UNIT.
+    // Sets scores[r * stride + j] to <query r, vector j>, without the vector's length, for the unit's tokens, up to GROUP;
+    // values after them, up to a multiple of UNIT, are undefined.
     void dot(Unit unit, int rows, float* scores, int stride) {
         const int64_t bytes = book_.row_bytes(dim_ / 4);
         for (; unit.count > 0; unit.count -= UNIT, unit.codes += UNIT * bytes, scores += UNIT) {
@@ -76,7 +75,7 @@ class ArmKeys {
         }
     }
 
-    // ROWS at a time, as long as there are so many.
+    // ROWS at a time while so many remain.
     template <int ROWS, int LIMBS>
     void dot_rows(int rows, float* scores, int stride) const {
         int r = 0;

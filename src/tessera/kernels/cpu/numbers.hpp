@@ -1,4 +1,4 @@
-// Exact vectors of an engine's step in float, bfloat16 or half precision: where they lie, and to floats and back.
+// Locates and converts the unquantised vectors of an engine's step, in float, bfloat16 or half precision.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,7 @@ inline void from_floats(const float* from, Number type, int count, uint8_t* to) 
         for (int c = 0; c < count; ++c) halves[c] = to_bfloat(from[c]);
 }
 
-// The exact key of token `at` of a request whose tokens from `begin` on are those of the step.
+// Returns the unquantised key of token `at` of a request whose tokens from `begin` on are those of the step.
 inline const uint8_t* exact_key(const Paged& p, int64_t request, int64_t head, int64_t at, int64_t begin) {
     if (at >= begin) return p.keys.data + (p.first[request] + at - begin) * p.keys.token + head * p.keys.head;
     return p.ring + int64_t(p.ring_table[request * p.ring_width]) * p.ring_block + head * p.ring_head + at % p.ring_tokens * p.ring_token;

@@ -1,4 +1,4 @@
-// What moves exact vectors between the tokens of a step, the rings and the coder. See paged.hpp.
+// Copies unquantised vectors between the tokens of a step, the rings and the encoder. See paged.hpp.
 #include "paged.hpp"
 
 #include <algorithm>

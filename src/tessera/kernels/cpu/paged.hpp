@@ -1,5 +1,5 @@
 // Attention of an engine's step by block table: many requests of different lengths, each with packed pages in one pool, its
-// newest tokens exact in a ring of its own, and the tokens of the step as they come from the model. See kernels/paged.py.
+// newest tokens unquantised in a ring, and the tokens of the step as the model computes them. See kernels/paged.py.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ enum class Number : int { FLOAT = 0, BFLOAT = 1, HALF = 2 };
 
 inline int64_t bytes_of(Number type) { return type == Number::FLOAT ? 4 : 2; }
 
-// Vectors of exact keys or values: a vector's numbers lie next to each other; strides in bytes.
+// Unquantised keys or values: the numbers of a vector are contiguous; strides in bytes.
 struct Rows {
     uint8_t* data;
     int64_t token, head;
@@ -20,7 +20,7 @@ struct Rows {
 
 struct Paged {
     const Coder *key, *value;
-    const float* narrowing;  // (kv_heads, dim), what queries are multiplied by where they read packed keys, or null
+    const float* narrowing;  // (kv_heads, dim), factors of queries that read packed keys, or null
 
     // The pool: blocks of `groups` pages of GROUP tokens for each key head. Offsets are of fields within a head's part of a
     // block, for its first page; -1: there is no such field.
@@ -28,7 +28,7 @@ struct Paged {
     int64_t block_bytes, head_bytes, page_bytes, blocks;
     int groups;
     int64_t codes[2], lengths_at[2], centre[2], low[2];  // by role
-    int64_t sink[2];                        // of the exact first tokens, once a block
+    int64_t sink[2];                        // of the unquantised first tokens, once per block
     int sinks;                              // how many these are
 
     // Requests: tokens [first[r], first[r + 1]) of the step are the newest of lengths[r].
@@ -39,7 +39,7 @@ struct Paged {
 
     // A ring for each request: token t lies at t % ring_tokens of block ring_table[r * ring_width].
     uint8_t* ring;
-    int64_t ring_block, ring_head, ring_token, ring_value, ring_blocks;  // bytes; where values lie behind keys; blocks there are
+    int64_t ring_block, ring_head, ring_token, ring_value, ring_blocks;  // bytes; offset of values from keys; number of blocks
     int ring_tokens;
     const int32_t* ring_table;
     int64_t ring_width;
@@ -51,7 +51,7 @@ struct Paged {
     float scale, value_gain;
     float softcap;         // 0: none
     int64_t window;        // 0: none; else a query sees this many newest tokens, itself included
-    const float* drains;   // (q_heads,) logits that take their share of the softmax and give nothing, or null
+    const float* drains;   // (q_heads,) attention sink logits, which count in the softmax without a value, or null
     int limbs, threads;
 };
 
@@ -59,11 +59,11 @@ void attend_paged_portable(const Paged&);
 void attend_paged_avx2(const Paged&);
 void attend_paged_avx512(const Paged&);
 
-// Keys and values of `count` groups, (count, kv_heads, GROUP, dim) float each: group i is number number[i] of request
+// Copies keys and values of `count` groups, (count, kv_heads, GROUP, dim) float each: group i is group number[i] of request
 // request[i], taken from the ring and from the tokens of the step.
 void collect_groups(const Paged&, const int32_t* request, const int32_t* number, int64_t count, float* keys, float* values);
 
-// Lets each ring hold the newest tokens of the step.
+// Stores the newest tokens of the step in each ring.
 void fill_rings(const Paged&);
 
 }  // namespace tessera

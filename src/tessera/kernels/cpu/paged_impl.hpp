@@ -1,7 +1,6 @@
-// The algorithm of paged.hpp, for an instruction set. Included by one file for each, after attend_impl.hpp.
-//
-// Tokens of a step are taken by their own group of GROUP positions, for all of these see the same whole groups in packed form,
-// and their own group exactly. So a token's result does not depend on which other tokens come in the same step.
+// The algorithm of paged.hpp. Included once per instruction set, after attend_impl.hpp.
+// Tokens of a step are processed by group of GROUP positions: all of a group see the same earlier groups in packed form,
+// and their own group unquantised. So a token's result does not depend on the other tokens of the step.
 
 #include "numbers.hpp"
 #include "paged.hpp"
@@ -20,7 +19,7 @@ struct Item {
     int tiles, tile_rows, splits;
     int64_t span;    // packed tokens of a split
     int64_t task;    // number of its first task
-    int64_t results; // where its splits' results begin, in rows; -1: it has one split, that needs no room
+    int64_t results; // first row of its splits' results; -1 if it has one split, which needs none
 };
 
 inline std::vector<Item> items_of(const Paged& p) {
@@ -43,16 +42,16 @@ inline std::vector<Item> items_of(const Paged& p) {
     return items;
 }
 
-// Exact keys and values that a tile of rows sees: the sinks, and the rows' own group up to themselves.
+// The unquantised keys and values that a tile of rows sees: the sinks, and the rows' own group up to themselves.
 inline void attend_own(const Paged& p, const Item& item, int head, int row, int rows, const float* query, float* scores, float* vector,
                        float* sum, float* top, float* total) {
     const int dim = p.dim;
     const int64_t begin = int64_t(p.lengths[item.request]) - (p.first[item.request + 1] - p.first[item.request]);
-    const int64_t low = item.group * GROUP, high = item.begin + item.count;  // positions of the own group that are there
+    const int64_t low = item.group * GROUP, high = item.begin + item.count;  // positions of the own group that exist
     const int32_t first_block = p.table[item.request * p.table_width];
-    // Sinks lie in the first block; in the first group they are among the exact tokens anyway.
+    // Sinks are stored in the first block; in the first group they are among the group's own tokens.
     int64_t sinks = item.group > 0 ? p.sinks : 0;
-    if (p.window > 0 && item.begin - p.window >= sinks - 1) sinks = 0;  // the block may be another's by now
+    if (p.window > 0 && item.begin - p.window >= sinks - 1) sinks = 0;  // the block may have been reassigned
     const uint8_t* block = p.pool + int64_t(first_block) * p.block_bytes + head * p.head_bytes;
     const int64_t bytes = dim * bytes_of(p.type);
     const int count = int(sinks + high - low), width = (count + LANES - 1) / LANES * LANES;
@@ -74,7 +73,7 @@ inline void attend_own(const Paged& p, const Item& item, int head, int row, int 
     for (int r = 0; r < rows; ++r) {
         float* line = scores + r * BLOCK;
         std::fill(line + count, line + width, NONE);
-        top[r] = largest(line, width, NONE);  // a token sees itself at least
+        top[r] = largest(line, width, NONE);  // a token sees at least itself
         total[r] = exponentials(line, width, top[r]);
     }
     std::fill(sum, sum + size_t(rows) * dim, 0.0f);
@@ -97,7 +96,7 @@ void attend_paged_with(const Paged& p) {
     std::vector<Item> items = items_of(p);
     if (items.empty()) return;
 
-    // Pages of each request, up to the last group that is read in packed form.
+    // The pages of each request, up to the last group that is read in packed form.
     std::vector<std::vector<Page>> pages(size_t(p.requests));
     for (const Item& item : items) {
         std::vector<Page>& list = pages[size_t(item.request)];
@@ -110,7 +109,7 @@ void attend_paged_with(const Paged& p) {
         }
     }
 
-    // Long contexts are cut until there are a few tasks for every thread, for heads and requests may be few.
+    // Split long contexts until every thread has a few tasks, since heads and requests may be few.
     int64_t whole = 0;
     for (const Item& item : items) whole += int64_t((group * item.count + TILE - 1) / TILE) * p.kv_heads;
     int64_t tasks = 0, results = 0;
@@ -136,13 +135,13 @@ void attend_paged_with(const Paged& p) {
     const Item& last = items.back();
     const size_t numbers = size_t(last.offset) + size_t(last.count) * p.q_heads * dim;
     float* const queries = memory.take<float>(numbers);
-    float* const narrowed = p.narrowing ? memory.take<float>(numbers) : queries;  // those that read packed keys
-    // Splits of a tile that are not done; indexed by the first task of the tile.
+    float* const narrowed = p.narrowing ? memory.take<float>(numbers) : queries;  // queries that read packed keys
+    // Unfinished splits of each tile, indexed by its first task.
     std::unique_ptr<std::atomic<int>[]> left(new std::atomic<int>[size_t(tasks)]);
     for (const Item& item : items)
         for (int64_t i = 0; i < int64_t(item.tiles) * p.kv_heads; ++i) left[size_t(item.task + i * item.splits)].store(item.splits, std::memory_order_relaxed);
 
-    // Queries as floats, those of a key head next to each other.
+    // Converts queries to floats, those of a key head contiguous.
     Threads::get().run(int64_t(items.size()), threads, [&](int64_t i, int) {
         const Item& item = items[size_t(i)];
         for (int h = 0; h < p.q_heads; ++h)
@@ -191,14 +190,14 @@ void attend_paged_with(const Paged& p) {
             m.problem.q_tokens = item.count, m.problem.start = item.begin, m.problem.q = narrowed + item.offset;
         }
         const int64_t end = item.group * GROUP, from = item.from + split * item.span;
-        // Results of a tile's splits lie `all_rows` rows apart.
+        // Results of a tile's splits are `all_rows` rows apart.
         const int64_t first = item.results < 0 ? 0 : item.results + int64_t(head) * item.splits * all_rows + row;
         float* sum = item.results < 0 ? m.sum : sums + (first + split * all_rows) * dim;
         float* top = item.results < 0 ? m.top : tops + first + split * all_rows;
         float* total = item.results < 0 ? m.total : totals + first + split * all_rows;
         if (from < end) m.worker->part(0, head, row, rows, from, std::min(end, from + item.span), sum, top, total);
         else std::fill(top, top + rows, NONE), std::fill(total, total + rows, 0.0f), std::fill(sum, sum + size_t(rows) * dim, 0.0f);
-        // Whoever is the last to work on a tile puts its parts together.
+        // The thread that finishes the last split of a tile merges its parts.
         if (left[size_t(task - split)].fetch_sub(1) > 1) return;
 
         const float* query = queries + item.offset + (int64_t(head) * group * item.count + row) * dim;

@@ -1,4 +1,4 @@
-// Codes are fetched before they are needed.
+// Prefetches codes a few units before they are read.
 
 namespace {
 

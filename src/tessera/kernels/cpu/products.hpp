@@ -1,4 +1,4 @@
-// Codes of a direction and a radius as the kernels read them, see kernels/products.py: code = direction << radius_bits | radius.
+// A codebook of directions and radii in the kernels' form, see kernels/products.py: code = direction << radius_bits | radius.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +13,11 @@ struct Products : Coder {
     int bits = 0;       // of a code
     int radius_bits = 0;
     std::vector<float> levels;  // of the radius, as a share of the vector's scale
-    // `count` unit quaternions of each head, or one set for all, by role, and zero behind each set: for codes that the
+    // `count` unit quaternions of each head, or one set for all, by role. Each set is padded with zeros, for codes that the
     // codebook lacks, as in a damaged file.
     uint32_t count = 0;
     std::vector<float> words[2];
-    int64_t head_words[2] = {0, 0};  // floats from one head's to the next, 0 if all share them
+    int64_t head_words[2] = {0, 0};  // stride between heads in floats, 0 if they share a set
 
     Products(int bits, int radius_bits, const float* levels, const float* k_words, int64_t k_heads, const float* v_words,
              int64_t v_heads, uint32_t count, const float* dct, int odd, const float* signs, int dim)

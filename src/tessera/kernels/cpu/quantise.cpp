@@ -10,7 +10,7 @@
 namespace tessera {
 namespace {
 
-// Rounds a number of at most 2^22 to the nearest whole one, halves to even: the sum has no room for a fraction.
+// Rounds a number of at most 2^22 to the nearest integer, ties to even: the sum has no bits for a fraction.
 inline __attribute__((always_inline)) int32_t rounded(float x) {
     constexpr float ROOM = 12582912.0f;
     const float sum = x + ROOM;
@@ -19,7 +19,7 @@ inline __attribute__((always_inline)) int32_t rounded(float x) {
     return bits - 0x4b400000;
 }
 
-// Between whole bounds a number may be narrowed before it is rounded.
+// With integer bounds, clamping before rounding gives the same result.
 inline __attribute__((always_inline)) uint8_t code_of(float x, float least, float most) {
     const float high = x < most ? x : most;
     return uint8_t(rounded(high > least ? high : least) - int32_t(least));
@@ -85,7 +85,7 @@ TESSERA_CLONES void block_codes(const BlockCodes& s, int64_t begin, int64_t end)
         int32_t q[SIZE];
         if (s.bits == 4) {
             for (int i = 0; i < SIZE; ++i) {
-                const int32_t code = int32_t(x[i] * ratio + 8.5f);  // not negative: cut off is rounded down
+                const int32_t code = int32_t(x[i] * ratio + 8.5f);  // not negative, so truncation rounds down
                 q[i] = code < 15 ? code : 15;
             }
             for (int i = 0; i < SIZE / 2; ++i) out[2 + i] = uint8_t(q[i] | q[i + SIZE / 2] << 4);

@@ -1,12 +1,12 @@
-// Codes of the baselines' codecs, packed: what codecs/integer.py, scalar.py and blocks.py define, bit for bit.
+// Encodes the baselines' codecs, bit for bit as codecs/integer.py, scalar.py and blocks.py define.
 #pragma once
 
 #include <cstdint>
 
 namespace tessera {
 
-// Round (x - low) / scale to a whole number from `least` to `most`, plus `offset`. x: (lines, tokens, dim). Of both `low` and
-// `scale` there is one for every `group` tokens and every `span` channels: (lines, ceil(tokens / group), ceil(dim / span)).
+// Rounds (x - low) / scale to an integer from `least` to `most`, plus `offset`. x: (lines, tokens, dim). `low` and
+// `scale` are shared by `group` tokens and `span` channels: (lines, ceil(tokens / group), ceil(dim / span)).
 struct LinearCodes {
     const float *x, *low, *scale;  // low null: zero
     int64_t lines, tokens, dim, group, span;
@@ -15,7 +15,7 @@ struct LinearCodes {
     uint8_t* out;  // (lines, tokens, bytes)
 };
 
-// Number of the interval between `bounds` in which x / divisor * factor lies. x: (rows, dim); divisor: (rows,).
+// Finds the interval between `bounds` that contains x / divisor * factor. x: (rows, dim); divisor: (rows,).
 struct LevelCodes {
     const float *x, *divisor, *bounds, *levels;
     int64_t rows, dim;
@@ -25,16 +25,16 @@ struct LevelCodes {
     float* chosen;    // (rows, dim), the levels of the codes
 };
 
-// Blocks of 32 numbers times `ratio`, rounded as ggml does for q4_0 or q8_0. x: (blocks, 32); ratio: (blocks,).
+// Rounds blocks of 32 numbers times `ratio` as ggml does for q4_0 or q8_0. x: (blocks, 32); ratio: (blocks,).
 struct BlockCodes {
     const float *x, *ratio;
-    const uint16_t* scale;  // (blocks,), half precision, which goes before the codes
+    const uint16_t* scale;  // (blocks,), half precision, stored before the codes
     int64_t blocks;
     int bits;      // 4 or 8
     uint8_t* out;  // (blocks, 2 + 4 bits)
 };
 
-// One row: of a line's token, of `rows`, or a block.
+// Encodes one row: a token of a line, one of `rows`, or a block.
 void linear_codes(const LinearCodes& s, int64_t begin, int64_t end);
 void level_codes(const LevelCodes& s, int64_t begin, int64_t end);
 void block_codes(const BlockCodes& s, int64_t begin, int64_t end);

@@ -1,9 +1,9 @@
-// ggml's blocks of 32 numbers with a scale of their own, q4_0 and q8_0, see codecs/blocks.py. For tiles.hpp.
+// Reads ggml's blocks of 32 numbers with one scale each, q4_0 and q8_0, see codecs/blocks.py. For tiles.hpp.
 
 namespace {
 
 #if TESSERA_LANES > 4
-// LANES bytes as numbers, signed or not.
+// Converts LANES signed or unsigned bytes to floats.
 template <bool SIGNED>
 inline IntLanes bytes_at(const uint8_t* from) {
 #if TESSERA_LANES == 16
@@ -26,7 +26,7 @@ class ReadBlocks : public Reader {
         std::fill(to + n, to + UNIT, 0.0f);
     }
 
-    // What a last block has too many is overwritten by the next vector.
+    // The next vector overwrites the excess of a last block.
     void read(const Unit& unit, float* to) override {
         const uint8_t* row = unit.codes;
         for (int j = 0; j < unit.count; ++j, row += bytes_, to += dim_) {
@@ -43,7 +43,7 @@ class ReadBlocks : public Reader {
 
   private:
 #if TESSERA_LANES == 4
-    // As loops that compilers make vectors of.
+    // Written as loops that compilers vectorise.
     static void eight_bits(const uint8_t* codes, float scale, float* __restrict to) {
         for (int i = 0; i < Scalars::BLOCK; ++i) to[i] = float(int8_t(codes[i])) * scale;
     }

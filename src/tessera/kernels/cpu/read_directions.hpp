@@ -1,4 +1,4 @@
-// Vectors coded by direction and radius, for tiles.hpp.
+// Reads vectors coded by direction and radius. For tiles.hpp.
 
 namespace {
 
@@ -10,7 +10,7 @@ inline Chunk load_chunk(const float* from) {
     return chunk;
 }
 
-// Byte i of a token's flags, less bits for chunks that there are not.
+// Returns byte i of a token's flags, without bits for chunks that do not exist.
 inline uint32_t flagged(const uint8_t* flags, int i, int chunks) {
     return flags[i] & (chunks >= 8 * (i + 1) ? 255u : (1u << (chunks - 8 * i)) - 1);
 }
@@ -19,13 +19,13 @@ class ReadDirections : public Reader {
   public:
     ReadDirections(const Products& book, int chunks, int heads) : book_(book), chunks_(chunks), heads_(heads) {}
 
-    // Chunks that are kept as they are know no scale: `read` has multiplied the others.
+    // Unquantised chunks have no scale; `read` has already multiplied the others.
     void lengths(const Side&, int64_t, int64_t, int n, float* to) const override {
         std::fill(to, to + n, 1.0f);
         std::fill(to + n, to + UNIT, 0.0f);
     }
 
-    // Aligned: where its short loops happen to lie makes a quarter of the speed of the portable form.
+    // Aligned, because the position of its short loops changes the portable form's speed by a quarter.
     __attribute__((aligned(64))) void read(const Unit& unit, float* to) override {
         const Side& side = *unit.side;
         const float* words = book_.words[side.role].data() + book_.head_words[side.role] * (unit.line % heads_);
@@ -67,7 +67,7 @@ class ReadDirections : public Reader {
     const int chunks_, heads_;
 };
 
-// Pages whose sides say how many chunks are kept before each token of each line; `memory` holds that.
+// Returns pages with the number of unquantised chunks before each token of each line, which `memory` stores.
 inline std::vector<Page> counted(const Page* pages, int64_t count, int64_t lines, int chunks, int threads, Memory& memory) {
     std::vector<Page> list(pages, pages + count);
     for (Page& page : list)

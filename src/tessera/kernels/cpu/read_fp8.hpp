@@ -1,4 +1,4 @@
-// Eight-bit floating point, e4m3, with or without a scale for each vector. For tiles.hpp.
+// Reads eight-bit floating point, e4m3, with or without a scale per vector. For tiles.hpp.
 
 namespace {
 
@@ -34,7 +34,7 @@ class ReadFp8 : public Reader {
     }
 
   private:
-    // A number's bits are those of a half-precision number, but for two bits of the exponent: it is 256 times smaller.
+    // Its bits, shifted, are a half-precision number whose smaller exponent bias makes it 256 times too small.
     static constexpr float UNIT_OF = LANES == 4 ? 1.0f : 256.0f;
 
     inline Lanes numbers(const uint8_t* from) const {

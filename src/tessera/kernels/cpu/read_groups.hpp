@@ -1,4 +1,4 @@
-// KIVI's groups, see codecs/integer.py: a lowest number and a scale for each channel of 32 tokens of keys, and for each 32
+// Reads KIVI's groups, see codecs/integer.py: a minimum and a scale for each channel of 32 tokens of keys, and for each 32
 // channels of a token of values. For tiles.hpp.
 
 namespace {
@@ -38,7 +38,7 @@ class ReadGroups : public Reader {
   private:
     static constexpr int SPAN = Scalars::BLOCK;
 
-    // Scale and lowest number of each channel of a group.
+    // Scale and minimum of each channel of a group.
     void find(const Side& side, int64_t line, int64_t group) {
         if (side_ == &side && line_ == line && group_ == group) return;
         side_ = &side, line_ = line, group_ = group;

@@ -1,8 +1,8 @@
-// Vectors of a joint codebook, for tiles.hpp.
+// Reads vectors of a joint codebook. For tiles.hpp.
 
 namespace {
 
-// Calls use(k, code) for each of `count` codes of up to 25 bits that lie one behind the other.
+// Calls use(k, code) for each of `count` packed codes of up to 25 bits.
 template <class Use>
 inline __attribute__((always_inline)) void each_code(const uint8_t* row, int bits, int count, const Use& use) {
     if (bits == 16) {
@@ -15,7 +15,7 @@ inline __attribute__((always_inline)) void each_code(const uint8_t* row, int bit
     }
     const uint32_t ones = (uint32_t{1} << bits) - 1;
     const int bytes = (count * bits + 7) / 8;
-    // Codes that lie in four bytes of the row; the last few are read byte by byte.
+    // Codes that four bytes of the row contain are read at once, the last few byte by byte.
     const int plain = bytes < 4 ? 0 : std::min(count, ((bytes - 3) * 8 + bits - 1) / bits);
     int k = 0, bit = 0;
     for (; k < plain; ++k, bit += bits) {

@@ -1,4 +1,4 @@
-// Numbers whose codes are counted from the lowest, `int`, and numbers that are levels of a table, `scalar`; a scale for each
+// Reads uniform codes counted from the lowest, `int`, and codes of levels in a table, `scalar`, with one scale per
 // vector. For tiles.hpp.
 
 namespace {
@@ -26,14 +26,14 @@ class ReadUniform : public Reader {
     const Unpack unpack_;
 };
 
-// Numbers of a table of up to 64, looked up in registers where there are few.
+// Looks numbers up in a table of up to 64, in registers if there are few.
 class Table {
   public:
     explicit Table(const std::vector<float>& levels) : count_(int(levels.size())) {
         for (int i = 0; i < 64; ++i) levels_[i] = i < count_ ? levels[size_t(i)] : 0.0f;
     }
 
-    // Calls use with a function of codes, the fastest for so many levels.
+    // Calls `use` with the fastest lookup function for this many levels.
     template <class Use>
     inline __attribute__((always_inline)) void with(const Use& use) const {
 #if TESSERA_LANES == 16

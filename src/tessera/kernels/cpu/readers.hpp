@@ -1,4 +1,4 @@
-// What reads each format of codes, and attention and decoding by tiles with it. Included by one file for each instruction set.
+// Selects the reader of each format for attention and decoding by tiles. Included once per instruction set.
 
 #include "tiles.hpp"
 #include "read_points.hpp"
@@ -25,7 +25,7 @@ inline std::unique_ptr<Reader> make_reader(const Coder& coder, int chunks, int h
     }
 }
 
-// Whether keys and values both have codewords of a joint codebook, for which there are kernels by hand. P: Problem or Paged.
+// Whether both keys and values have a joint codebook, for which there are specialised kernels. P: Problem or Paged.
 template <class P>
 inline bool both_joint(const P& p) {
     return p.key->kind == Coder::JOINT && p.value->kind == Coder::JOINT;

@@ -1,4 +1,4 @@
-// The rotation of codecs/rotation.py by its factors. Included by one file for each instruction set, see attend_impl.hpp.
+// Applies the rotation of codecs/rotation.py by its factors. Included once per instruction set, see attend_impl.hpp.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace {
 
-// Sums and differences of the lanes that lie WIDTH apart, and then of those half as far apart, down to neighbours.
+// Replaces lanes WIDTH apart by sums and differences, then lanes half as far apart, down to neighbours.
 template <int WIDTH>
 inline Lanes butterflies(Lanes x) {
     Lanes other, sign;
@@ -22,7 +22,7 @@ inline Lanes butterflies(Lanes x) {
     return x;
 }
 
-// Hadamard matrix of each row of (rows, size), in place, orthonormal.
+// Applies the orthonormal Hadamard matrix to each row of (rows, size), in place.
 inline void hadamard(float* x, int rows, int size) {
     const float norm = 1.0f / std::sqrt(float(size));
     for (int r = 0; r < rows; ++r, x += size) {
@@ -42,7 +42,7 @@ inline void hadamard(float* x, int rows, int size) {
     }
 }
 
-// The DCT along the other axis of (odd, size), or its transpose.
+// Applies the DCT along the other axis of (odd, size), or its transpose.
 inline void mix(float* x, int odd, int size, const float* dct, bool transpose) {
     if (odd == 1) return;
     float column[tessera::MAX_DIM];

@@ -1,15 +1,16 @@
-// Codes of vectors for kernels that load whole registers of them. Included by one file for each instruction set, behind prefetch.hpp.
+// Provides codes to kernels that load whole registers of them. Included once per instruction set, after prefetch.hpp.
 
 namespace {
 
-// Where the codes of the UNIT tokens of a unit begin, from where more may be read than there is.
+// Returns the codes of the UNIT tokens of a unit, copied where whole registers would read past the end.
 class Rows {
   public:
-    // exact: nothing beyond a row is read.
+    // exact: loads stay within a row.
     Rows(int64_t bytes, bool exact, int units, Memory& memory)
         : bytes_(bytes), exact_(exact), copies_(exact ? nullptr : memory.take<uint8_t>(size_t(units) * UNIT * size_t(bytes + SLACK))) {}
 
-    // Of tokens that there are not, codes of another; they have no weight. `number` of the unit: its copies stay.
+    // Missing tokens get the codes of another, since their weights are zero. `number`: index of the unit, whose copies are
+    // kept.
     void find(const Unit& unit, int number, const uint8_t** to) const {
         prefetch(unit.codes + AHEAD * UNIT * bytes_, UNIT * bytes_);
         uint8_t* copy = exact_ ? nullptr : copies_ + size_t(number) * UNIT * size_t(bytes_ + SLACK);

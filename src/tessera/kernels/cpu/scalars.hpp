@@ -1,4 +1,4 @@
-// Vectors coded number by number, as the kernels read them; see kernels/scalars.py.
+// Scalar formats in the kernels' form; see kernels/scalars.py.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace tessera {
 
 struct Scalars : Coder {
     enum Form { UNIFORM, LEVELS, BLOCKS, GROUPS, FP8 };  // in the order of kernels/scalars.py
-    static constexpr int BLOCK = 32;  // numbers that share a scale, of the last three forms but one: tokens or channels
+    static constexpr int BLOCK = 32;  // tokens or channels that share a scale in BLOCKS and GROUPS
 
     Form form;
     int bits;    // of a code

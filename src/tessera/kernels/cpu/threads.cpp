@@ -38,7 +38,7 @@ Threads& Threads::get() {
     std::call_once(once, [] {
         pool = new Threads;
 #if !defined(_WIN32)
-        // After a fork the child has none of the threads: it starts with a pool of its own.
+        // A forked child has none of the threads, so it starts with a new pool.
         pthread_atfork(nullptr, nullptr, [] { pool = new Threads; });
 #endif
     });

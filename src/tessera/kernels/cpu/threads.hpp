@@ -1,5 +1,5 @@
-// Threads for the kernels: those of the OpenMP runtime that the process has loaded already, for its idle threads spin for a
-// while and would stand in the way of others; a few of our own where there is none.
+// Threads for the kernels: those of the OpenMP runtime that the process has already loaded, because its idle threads spin for a
+// while and would compete with others; otherwise a small thread pool.
 #pragma once
 
 #include <atomic>
@@ -21,14 +21,14 @@ class Threads {
     // The one pool of the process. It is never destroyed: threads may outlive the interpreter's teardown.
     static Threads& get();
 
-    // Calls work(task, worker) for every task in [0, tasks), on at most `workers` threads, this one among them. `worker`
+    // Calls work(task, worker) for every task in [0, tasks), on at most `workers` threads, including the caller's. `worker`
     // counts from 0 and is below `workers`. Returns when all tasks are done. One caller at a time; others wait.
     void run(int64_t tasks, int workers, const std::function<void(int64_t, int)>& work);
 
   private:
     void serve(int worker);
 
-    std::mutex caller_;  // held by the caller whose work is being done
+    std::mutex turn_;  // held by the caller whose work is running
     std::mutex mutex_;
     std::condition_variable wake_, idle_;
     std::vector<std::thread> threads_;

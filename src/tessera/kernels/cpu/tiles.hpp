@@ -1,20 +1,21 @@
-// Attention over any coded vectors by tiles: the vectors of UNIT tokens of a key head are decoded into a buffer that stays in
-// the first cache, as floats, and meet all rows of queries there. What decodes a tile is a `Reader`; there is one for each
-// format of codes, so keys and values may have different ones.
+// Attention over vectors of any format by tiles: the vectors of UNIT tokens of a key head are decoded into a buffer that stays
+// in the L1 cache, as floats, and multiplied with all rows of queries. A `Reader` decodes a tile; there is one for each format
+// of codes, so keys and values may have different ones.
 
 namespace {
 
-// Floats that a reader may write behind the last vector: it decodes whole registers and whole blocks.
+// Floats that a reader may write past the last vector, since it decodes whole registers and blocks.
 constexpr int SLACK = 64;
 
 class Reader {
   public:
     virtual ~Reader() = default;
 
-    // What the vectors that it reads are to be multiplied by, for n tokens, and zeros up to UNIT.
+    // Returns the lengths of the vectors of n tokens, followed by zeros up to UNIT.
     virtual void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const = 0;
 
-    // The vectors of a unit of up to UNIT tokens, less these lengths: (count, dim), and anything in the SLACK floats behind.
+    // Decodes the vectors of a unit of up to UNIT tokens without their lengths: (count, dim), followed by SLACK undefined
+    // floats.
     virtual void read(const Unit& unit, float* to) = 0;
 };
 
@@ -24,7 +25,7 @@ std::unique_ptr<Reader> make_reader(const Coder& coder, int chunks, int heads, M
 #define TESSERA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #endif
 
-// The sums of four registers each, side by side.
+// Sums the lanes of each of four registers.
 inline void totals(Lanes a, Lanes b, Lanes c, Lanes d, float* to) {
 #if defined(TESSERA_SHUFFLE) && TESSERA_LANES == 16
     const Lanes ab = TESSERA_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
@@ -48,7 +49,7 @@ inline void totals(Lanes a, Lanes b, Lanes c, Lanes d, float* to) {
 #endif
 }
 
-// Inner products of ROWS rows of x, (ROWS, count), with four of y; to: (ROWS, stride).
+// Computes the inner products of ROWS rows of x, (ROWS, count), with four of y; to: (ROWS, stride).
 template <int ROWS>
 inline void products_of_four(const float* x, const float* y, int count, float* to, int stride) {
     Lanes part[ROWS][4] = {};
@@ -85,13 +86,13 @@ class TileKeys {
 
     void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { reader_->lengths(side, line, token, n, to); }
 
-    // scores[r * stride + j] = <query r, vector j>, less its length, for the tokens of the unit, up to GROUP; and anything
-    // beyond, up to a multiple of UNIT.
+    // Sets scores[r * stride + j] to <query r, vector j>, without the vector's length, for the unit's tokens, up to GROUP;
+    // values after them, up to a multiple of UNIT, are undefined.
     void dot(Unit unit, int rows, float* scores, int stride) {
         for (int left = unit.count; left > 0; left -= UNIT, unit.token += UNIT, unit.codes += UNIT * bytes_, scores += UNIT) {
             unit.count = std::min(left, UNIT);
             reader_->read(unit, vectors_);
-            constexpr int ROWS = LANES == 16 ? 4 : 2;  // what registers hold
+            constexpr int ROWS = LANES == 16 ? 4 : 2;  // rows that fit in registers
             int r = 0;
             for (; r + ROWS <= rows; r += ROWS) dot_rows<ROWS>(r, unit.count, scores, stride);
             for (; r < rows; ++r) dot_rows<1>(r, unit.count, scores, stride);
@@ -99,7 +100,7 @@ class TileKeys {
     }
 
   private:
-    // Vectors behind the last of a unit are those of before: finite, and their scores are not used.
+    // After the last vector of a unit the buffer has older vectors: these are finite, and their scores are not used.
     template <int ROWS>
     void dot_rows(int r, int count, float* scores, int stride) const {
         for (int j = 0; j < count; j += 4)
@@ -121,7 +122,7 @@ class TileValues {
 
     void lengths(const Side& side, int64_t line, int64_t token, int n, float* to) const { reader_->lengths(side, line, token, n, to); }
 
-    // sum[r] += weights[r] · the vectors of the units.
+    // Adds weights[r] · (vectors of the units) to sum[r].
     void add(const Unit* unit, int units, const float* weights, int stride, const float*, int rows, float* sum) {
         for (int u = 0; u < units; ++u) {
             reader_->read(unit[u], vectors_);
@@ -133,7 +134,7 @@ class TileValues {
     }
 
   private:
-    // sum[r] += weights[r] · vectors, for a few rows: a part of their sums stays in registers until all vectors are added.
+    // Adds weights[r] · vectors to sum[r] for a few rows, keeping a part of the sums in registers until all vectors are added.
     template <int ROWS>
     void add_to(const float* weights, int stride, int count, float* sum) const {
         int c = 0;
@@ -162,7 +163,7 @@ class TileValues {
     const std::unique_ptr<Reader> reader_;
 };
 
-// All vectors of one side of a page as floats.
+// Decodes all vectors of one side of a page to floats.
 inline void decode_with(const Vectors& p) {
     const int chunks = p.dim / 4, dim = p.dim;
     const Side& side = p.page->side[p.role];

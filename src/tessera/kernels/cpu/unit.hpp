@@ -1,4 +1,4 @@
-// The nearest of the 24 units, in closed form; quaternion.py has their numbers.
+// Finds the nearest of the 24 units in closed form; quaternion.py defines their numbers.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@ namespace tessera {
 
 struct NearestUnit {
     bool halves;  // (±1 ± i ± j ± k) / 2
-    int axis;     // else the one that is not zero
+    int axis;     // otherwise the index of the nonzero component
     int number;
 };
 

@@ -1,4 +1,4 @@
-// Codes of up to 8 bits that lie one behind the other, as integers side by side. The definition is in kernels/bits.py.
+// Unpacks codes of up to 8 bits to integers; kernels/bits.py is the definition.
 
 namespace {
 
@@ -6,13 +6,14 @@ class Unpack {
   public:
     explicit Unpack(int bits) : bits_(bits) {
 #if TESSERA_LANES == 16
-        // Eight codes are as many bytes as a code has bits: they go to a word of 64 bits, in which each code is shifted to its byte.
+        // Eight codes take as many bytes as a code has bits. They are loaded into a 64-bit word, in which each is shifted to
+        // its byte.
         for (int i = 0; i < 64; ++i) {
             control_[i] = uint8_t(i % 8 < bits ? i / 8 * bits + i % 8 : 0);
             shift_[i] = uint8_t(i % 8 * bits);
         }
 #elif TESSERA_LANES == 8
-        // Code i of a register lies in the byte that its first bit lies in, and the next one.
+        // Code i of a register is in the byte of its first bit and the next one.
         for (int i = 0; i < 8; ++i) {
             const int first = i * bits / 8, last = (i * bits + bits - 1) / 8;
             control_[4 * i] = uint8_t(first);
@@ -23,8 +24,8 @@ class Unpack {
 #endif
     }
 
-    // Calls use(c, codes) with codes c to c + LANES - 1 of a row, until there are `count`; behind these is anything. Nothing is
-    // read beyond the row, where memory may end.
+    // Calls use(c, codes) with codes c to c + LANES - 1 of a row, up to `count`; codes beyond are undefined. Nothing is
+    // read beyond the row, where unmapped memory may begin.
     template <class Use>
     inline __attribute__((always_inline)) void operator()(const uint8_t* row, int count, const Use& use) const {
         const int bytes = (count * bits_ + 7) / 8;
@@ -72,7 +73,7 @@ class Unpack {
 #endif
 };
 
-// LANES half-precision numbers as floats.
+// Converts LANES half-precision numbers to floats.
 inline Lanes halves_at(const uint8_t* from) {
 #if TESSERA_LANES == 16
     return Lanes(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
@@ -99,7 +100,7 @@ inline void halves_to_floats(const uint8_t* from, int count, float* to) {
     }
 }
 
-// Half-precision scales of n tokens, each times a factor, and zeros up to UNIT.
+// Loads half-precision scales of n tokens, times a factor, followed by zeros up to UNIT.
 inline void read_halves(const Side& side, int64_t line, int64_t token, int n, float factor, float* to) {
     halves_to_floats(side.scale.row(line, token, 2), n, to);
     for (int j = 0; j < n; ++j) to[j] *= factor;

@@ -1,4 +1,4 @@
-// Whole vectors on their way to a page: divided by their scales, searched, packed.
+// Encodes whole vectors: divides them by their scales, searches the codewords, and packs the codes.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -29,7 +29,7 @@ void vector_codes(const Index& index, Nearest nearest, const VectorCodes& s, int
                 divide(s.x + at * s.dim, s.dim, s.scale[at], &x[size_t(count * chunks * 4)]);
                 row[size_t(count++)] = at;
             } else {
-                std::memset(s.out + at * bytes, 0, size_t(bytes));  // any code does, and chunks at the origin are found slowly
+                std::memset(s.out + at * bytes, 0, size_t(bytes));  // any code is valid, and the search is slow at the origin
             }
         }
         nearest({&index, x.data(), 4, 1, count * chunks, codes.data(), nullptr});
