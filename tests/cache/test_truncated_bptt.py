@@ -56,7 +56,7 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def segmented(model: Any, ids: torch.Tensor, cut: tuple[int, ...], detach: bool) -> torch.Tensor:
     """Return the losses by token; with `detach` each segment has a separate backward pass."""
-    carry, found = TruncatedBPTTCache(model), []
+    cache, found = TruncatedBPTTCache(model), []
     for part, wanted in zip(ids[:, :-1].split(cut, 1), ids[:, 1:].split(cut, 1), strict=True):
         loss = token_losses(model(input_ids=part, past_key_values=cache).logits, wanted)
         if detach:

@@ -178,7 +178,7 @@ class AbsorbedHead {
 
   private:
     // Transposes (d_k, columns) to (rows, width), padded with zeros.
-    void turn(const float* from, int columns, float* to) const {
+    void transpose(const float* from, int columns, float* to) const {
         std::fill(to, to + size, 0.0f);
         for (int i = 0; i < s.d_k; ++i)
             for (int j = 0; j < s.d_v; ++j) to[int64_t(j) * width + i] = from[int64_t(i) * columns + j];

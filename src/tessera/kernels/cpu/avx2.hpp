@@ -140,7 +140,7 @@ class Codewords {
     }
 
     // moves: 16 bits each.
-    inline __attribute__((always_inline)) void turn(__m256i moves, __m256i x[2]) const {
+    inline __attribute__((always_inline)) void apply(__m256i moves, __m256i x[2]) const {
         // The permutation and the signs of each move.
         const __m256i number = _mm256_blendv_epi8(_mm256_shuffle_epi8(few_[0], moves), _mm256_shuffle_epi8(few_[1], moves), _mm256_slli_epi16(moves, 3));
         x[0] = moved(x[0], _mm256_unpacklo_epi16(number, number));
@@ -148,7 +148,7 @@ class Codewords {
     }
 
     // number: in each word the index of the signs in the lowest three bits, that of the permutation in the next three.
-    inline __attribute__((always_inline)) __m256i turned(__m256i words, __m256i number) const {
+    inline __attribute__((always_inline)) __m256i moved(__m256i words, __m256i number) const {
         const __m256i lane = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
         const __m256i control = _mm256_or_si256(_mm256_permutevar8x32_epi32(controls_, _mm256_srli_epi32(number, 3)), lane);
         return _mm256_sign_epi8(_mm256_shuffle_epi8(words, control), _mm256_permutevar8x32_epi32(signs_, number));

@@ -428,8 +428,8 @@ void pack_blocks(uintptr_t x, uintptr_t ratio, uintptr_t scale, int64_t blocks, 
     in_parts(blocks, 256, threads, [&](int64_t begin, int64_t end) { block_codes(s, begin, end); });
 }
 
-// Searches lines of `chunks` chunks, line i with the matrices of head i % heads; turns: (heads, size, 4, 4).
-void nearest_directions(uintptr_t turns, int64_t heads, int size, uintptr_t x, int64_t lines, int64_t chunks, uintptr_t codes,
+// Searches lines of `chunks` chunks, line i with the matrices of head i % heads; matrices: (heads, size, 4, 4).
+void nearest_directions(uintptr_t matrices, int64_t heads, int size, uintptr_t x, int64_t lines, int64_t chunks, uintptr_t codes,
                         uintptr_t projections, int threads) {
     nb::gil_scoped_release release;
     constexpr int64_t PART = 1024;
