@@ -56,6 +56,8 @@ KINDS = {
     "window and Tensor Cache": ("#7B3294", "<"),
     "codec and Tensor Cache": ("#A6761D", ">"),
 }
+#: Labels in the picture of kinds that the JSON names otherwise.
+LABELS = {"codec, at most so many": "codec, limited length"}
 
 
 def policies(length: int, memory: bool) -> dict[str, str]:
@@ -156,15 +158,15 @@ def draw(rows: list[Row], path: Path) -> None:
         for kind, (colour, marker) in KINDS.items():
             points = [row for row in own if row["kind"] == kind]
             x, lost = [row["nbytes"] / 2**20 for row in points], [row["loss"] for row in points]
-            loss.scatter(x, lost, color=colour, marker=marker, s=42, label=kind, zorder=3)
+            loss.scatter(x, lost, color=colour, marker=marker, s=42, label=LABELS.get(kind, kind), zorder=3)
             loss.errorbar(x, lost, [row["error"] for row in points], fmt="none", ecolor=colour, lw=0.8, zorder=2)
             recall.scatter(x, [100 * row["recall"] for row in points], color=colour, marker=marker, s=42, zorder=3)
         loss.set_yscale("symlog", linthresh=0.001)
-        loss.set_ylabel("loss over exact, nats a token", fontsize=9)
+        loss.set_ylabel("loss over exact, nats per token", fontsize=9)
         recall.axhline(100 * own[0]["first"], color="#000000", lw=1, ls=":")
         where = {"xy": (0.98, 100 * own[0]["first"]), "xycoords": ("axes fraction", "data")}
         recall.annotate(
-            "at first sight", **where, xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", fontsize=8
+            "first reading", **where, xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", fontsize=8
         )
         recall.set_ylabel("repeated tokens predicted, %", fontsize=9)
         for axis in (loss, recall):
@@ -172,7 +174,7 @@ def draw(rows: list[Row], path: Path) -> None:
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.margins(0.1)
             axis.grid(alpha=0.25)
-            axis.set_xlabel("all bytes of the cache, MiB", fontsize=9)
+            axis.set_xlabel("size of the cache, MiB", fontsize=9)
             axis.set_title(f"{model}, {length:,} tokens", fontsize=10)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)

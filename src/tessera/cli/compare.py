@@ -48,7 +48,7 @@ def compare(
     """Compare caches: perplexity, divergence, true bits, bytes and speed.
 
     Two protocols: "streaming", as in generation (older tokens are read from the cache), and "paper" (every key and value except
-        those of "sink" is quantised before attention reads it; "recent" is left out). A table is printed and saved
+    those of "sink" is quantised before attention reads it; "recent" is left out). A table is printed and saved
     as JSON and as a picture. On a model whose first token is an attention sink, a cache without "sink" is also measured
     with "sink:4", and a line says what the missing sinks cost. --layers shows the error of each layer on the exact model's
     queries, keys and values.

@@ -95,7 +95,7 @@ def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str
         total = trace.size.flatten(1).mean(1)
         axis.plot(range(steps + 1), total, label=f"layer {row + 1}: mean of |h|", color=f"C{row}")
         axis.plot(range(1, steps + 1), trace.sigma, color=f"C{row}", ls=":", label=f"layer {row + 1}: sigma of the writes")
-    axis.set(xlabel="steps of the recurrence", ylim=(0, None), xlim=(0, steps))
+    axis.set(xlabel="steps of the recurrence", ylabel="mean of |h|, sigma", ylim=(0, None), xlim=(0, steps))
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False, ncols=min(2, layers))
     if gates:
