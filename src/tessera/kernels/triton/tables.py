@@ -60,7 +60,7 @@ def column_order(form: Readable, lookup: str, dim: int) -> list[int]:
 @cache
 def rotations(form: Readable, lookup: str, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return three (dim, dim) matrices: x @ the first rotates x into the kernel's order of channels; the second is the same in
-    float16; x @ the third rotates values back and restores their length."""
+    float16; x @ the third rotates values back and multiplies them by `value_gain`."""
     matrix = torch.eye(dim, dtype=torch.float32)
     if form.signs.numel():
         hadamard = torch.ones(1, 1, dtype=torch.float32)
