@@ -164,10 +164,8 @@ def draw(rows: list[Row], path: Path) -> None:
         loss.set_yscale("symlog", linthresh=0.001)
         loss.set_ylabel("loss over exact, nats per token", fontsize=9)
         recall.axhline(100 * own[0]["first"], color="#000000", lw=1, ls=":")
-        where = {"xy": (0.98, 100 * own[0]["first"]), "xycoords": ("axes fraction", "data")}
-        recall.annotate(
-            "first reading", **where, xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", fontsize=8
-        )
+        where = {"xy": (0.02, 100 * own[0]["first"]), "xycoords": ("axes fraction", "data")}
+        recall.annotate("first reading", **where, xytext=(0, 2), textcoords="offset points", ha="left", va="bottom", fontsize=8)
         recall.set_ylabel("repeated tokens predicted, %", fontsize=9)
         for axis in (loss, recall):
             axis.set_xscale("log", base=2)
@@ -185,13 +183,13 @@ def main() -> int:
     """Measure, print, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a transformers model; without it: the demo model")
-    parser.add_argument("--name", help="what the model is called in tables; without it: its folder")
-    parser.add_argument("--text", type=Path, help="to be read; without it: the text that the demo model never saw")
+    parser.add_argument("--name", help="name of the model in tables  [default: its folder]")
+    parser.add_argument("--text", type=Path, help="text to read  [default: the demo model's held-out text]")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
-    parser.add_argument("--chunk", type=int, default=256, help="tokens of a call")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens per call")
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--picture", type=Path, default=PICTURE)
-    parser.add_argument("--draw", action="store_true", help="measure nothing, draw what there is")
+    parser.add_argument("--draw", action="store_true", help="only draw the picture from the JSON")
     options = parser.parse_args()
     if too_short := [length for length in options.lengths if length < 2 * SPACE]:
         parser.error(f"--lengths: {too_short[0]} tokens are too few; at least {2 * SPACE} have passages that can be read again")

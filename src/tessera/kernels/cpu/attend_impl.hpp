@@ -1,5 +1,5 @@
-// The algorithm of attend.hpp, for `Keys` and `Values` of an instruction set. Included by one file for each, in a namespace of its own:
-// code compiled for one instruction set must not be merged with another's by the linker.
+// The algorithm of attend.hpp, for `Keys` and `Values` of an instruction set. Included once per instruction set, in a separate
+// namespace: the linker must not merge code compiled for different instruction sets.
 
 #include <algorithm>
 #include <atomic>

@@ -82,7 +82,7 @@ def nearest_kernel(
         z3 = tl.where((flips == 1) | (flips == 2), -c, c)
         reduction = shift * 4 + flips
 
-    # Down the tree of cubes.
+    # Descend the tree of cubes.
     y0, y1, y2, y3 = z0 / root, z1 / root, z2 / root, z3 / root
     c0 = tl.minimum(tl.maximum(tl.floor(y0), origin0), origin0 + dims0 - 1)
     c1 = tl.minimum(tl.maximum(tl.floor(y1), origin1), origin1 + dims1 - 1)
@@ -137,7 +137,7 @@ def full_search_kernel(
     FEW: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Search in full for the chunks of one block that `nearest_kernel` left, of which most blocks have none."""
+    """Search in full for the chunks of one block that `nearest_kernel` left; most blocks have none."""
     at = tl.program_id(0) * FEW + tl.arange(0, FEW)
     left = tl.load(out + at, mask=at < n, other=0) < 0
     if tl.max(left.to(tl.int32), 0) > 0:
