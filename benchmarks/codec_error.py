@@ -249,7 +249,7 @@ def show(rows: list[Row], console: Console) -> None:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=RESULT, help="where the result goes (docs/results/codec_error.json)")
+    parser.add_argument("--json", type=Path, default=RESULT, help="file for the result (docs/results/codec_error.json)")
     parser.add_argument("--inputs", nargs="+", choices=tuple(INPUTS), default=tuple(INPUTS), help="which inputs (all)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (0)")
     parser.add_argument("--quick", action="store_true", help=f"fewer vectors, and without {', '.join(SLOW)}")

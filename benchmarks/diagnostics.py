@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000, help="steps of training, 32 sequences each")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts of the plan to run")
     parser.add_argument("--jobs", type=int, default=max(1, torch.get_num_threads()), help="models trained at once")
-    parser.add_argument("--draw", action="store_true", help="train nothing")
+    parser.add_argument("--draw", action="store_true", help="only draw the picture from the JSON")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "diagnostics.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "images" / "diagnostics.png")
     options = parser.parse_args()

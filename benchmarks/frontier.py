@@ -56,6 +56,8 @@ KINDS = {
     "window and Tensor Cache": ("#7B3294", "<"),
     "codec and Tensor Cache": ("#A6761D", ">"),
 }
+#: Labels in the picture of kinds that the JSON names otherwise.
+LABELS = {"codec, at most so many": "codec, limited length"}
 
 
 def policies(length: int, memory: bool) -> dict[str, str]:
@@ -156,23 +158,21 @@ def draw(rows: list[Row], path: Path) -> None:
         for kind, (colour, marker) in KINDS.items():
             points = [row for row in own if row["kind"] == kind]
             x, lost = [row["nbytes"] / 2**20 for row in points], [row["loss"] for row in points]
-            loss.scatter(x, lost, color=colour, marker=marker, s=42, label=kind, zorder=3)
+            loss.scatter(x, lost, color=colour, marker=marker, s=42, label=LABELS.get(kind, kind), zorder=3)
             loss.errorbar(x, lost, [row["error"] for row in points], fmt="none", ecolor=colour, lw=0.8, zorder=2)
             recall.scatter(x, [100 * row["recall"] for row in points], color=colour, marker=marker, s=42, zorder=3)
         loss.set_yscale("symlog", linthresh=0.001)
-        loss.set_ylabel("loss over exact, nats a token", fontsize=9)
+        loss.set_ylabel("loss over exact, nats per token", fontsize=9)
         recall.axhline(100 * own[0]["first"], color="#000000", lw=1, ls=":")
-        where = {"xy": (0.98, 100 * own[0]["first"]), "xycoords": ("axes fraction", "data")}
-        recall.annotate(
-            "at first sight", **where, xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", fontsize=8
-        )
+        where = {"xy": (0.02, 100 * own[0]["first"]), "xycoords": ("axes fraction", "data")}
+        recall.annotate("first reading", **where, xytext=(0, 2), textcoords="offset points", ha="left", va="bottom", fontsize=8)
         recall.set_ylabel("repeated tokens predicted, %", fontsize=9)
         for axis in (loss, recall):
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.margins(0.1)
             axis.grid(alpha=0.25)
-            axis.set_xlabel("all bytes of the cache, MiB", fontsize=9)
+            axis.set_xlabel("size of the cache, MiB", fontsize=9)
             axis.set_title(f"{model}, {length:,} tokens", fontsize=10)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,13 +183,13 @@ def main() -> int:
     """Measure, print, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a transformers model; without it: the demo model")
-    parser.add_argument("--name", help="what the model is called in tables; without it: its folder")
-    parser.add_argument("--text", type=Path, help="to be read; without it: the text that the demo model never saw")
+    parser.add_argument("--name", help="name of the model in tables  [default: its folder]")
+    parser.add_argument("--text", type=Path, help="text to read  [default: the demo model's held-out text]")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
-    parser.add_argument("--chunk", type=int, default=256, help="tokens of a call")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens per call")
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--picture", type=Path, default=PICTURE)
-    parser.add_argument("--draw", action="store_true", help="measure nothing, draw what there is")
+    parser.add_argument("--draw", action="store_true", help="only draw the picture from the JSON")
     options = parser.parse_args()
     if too_short := [length for length in options.lengths if length < 2 * SPACE]:
         parser.error(f"--lengths: {too_short[0]} tokens are too few; at least {2 * SPACE} have passages that can be read again")

@@ -238,7 +238,7 @@ def main() -> int:
     parser.add_argument("--caches", nargs="+")
     parser.add_argument("--layers", type=int, default=4, help="number of layers of the model; an 8B model has 32")
     parser.add_argument("--steps", type=int, help="tokens decoded, of which the first does not count")
-    parser.add_argument("--json", type=Path, help="where the record goes; by default into docs/results")
+    parser.add_argument("--json", type=Path, help="file for the record  [default: in docs/results]")
     parser.add_argument("--model", help="a pretrained model: a folder, a GGUF file or a name on the Hub")
     parser.add_argument("--chunk", type=int, default=512, help="with --model: prompts are read in one call and in such chunks")
     parser.add_argument("--repeats", type=int, default=3, help="with --model: number of prefills that are timed")

@@ -291,8 +291,8 @@ def main() -> int:
     """Run all checks and timings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("docs/results/gpu.json"))
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing is begun")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that the script runs")
+    parser.add_argument("--minutes", type=float, default=8.0, help="minutes after which no case is started")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to check that the script runs")
     options = parser.parse_args()
     why = triton.missing()
     if why is not None:

@@ -110,7 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600, help="steps of training, 8 sequences each")
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), help="that are trained")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), help="rows to train")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="precision of training (autocast)")
     parser.add_argument("--data", type=Path, nargs="+", default=(), help="UTF-8 text files  [default: installed Python source]")
     parser.add_argument(

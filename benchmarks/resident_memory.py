@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="dtype of the cache (bfloat16)"
     )
-    parser.add_argument("--json", type=Path, default=RESULT, help="where the result goes (docs/results/resident_memory.json)")
+    parser.add_argument("--json", type=Path, default=RESULT, help="file for the result (docs/results/resident_memory.json)")
     options = parser.parse_args()
     try:
         specs = [str(parse(spec)) for spec in options.specs]

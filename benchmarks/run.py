@@ -94,7 +94,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "demo-memory",
-        "a window of the demo model with its Tensor Cache behind it, and without",
+        "a window of the demo model, with its Tensor Cache and without",
         _compare("demo_memory", "--protocol", "streaming", *(word for spec in WINDOWS for word in ("--specs", spec))),
         ("demo_memory/compare.json",),
         measured="2026-11-25",
@@ -142,26 +142,26 @@ BENCHMARKS = (
     ),
     Benchmark(
         "rescaled-keys",
-        "make a model whose key channels have very different widths, and which computes what it did before",
+        "make a model whose key channels have very different widths, with the same output as before",
         ("benchmarks/rescaled_keys.py",),
         needs="--model FOLDER --out FOLDER",
     ),
     Benchmark(
         "frontier",
-        "loss and recall against all bytes of a cache, for every policy, on the demo model",
+        "loss and recall against the bytes of a cache, for every policy, on the demo model",
         ("benchmarks/frontier.py",),
         ("frontier.json",),
         "half an hour",
     ),
     Benchmark(
         "sparse-reading",
-        "what reading the best blocks only saves and loses",
+        "the speed and the loss of reading the best blocks only",
         ("benchmarks/sparse_reading.py",),
         ("sparse_reading.json",),
     ),
     Benchmark(
         "codec-error",
-        "error and true bits of every codec on four kinds of vectors, and whether the bars hold",
+        "error and true bits of every codec on four kinds of vectors, and whether they meet their bars",
         ("benchmarks/codec_error.py",),
         ("codec_error.json",),
         measured="2026-11-21",
@@ -169,7 +169,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "resident-memory",
-        "how much a process grows by a cache, beside the bytes that the cache reports",
+        "growth of a process by a cache, compared with the bytes that the cache reports",
         ("benchmarks/resident_memory.py",),
         ("resident_memory.json",),
         measured="2026-11-21",
@@ -177,14 +177,14 @@ BENCHMARKS = (
     ),
     Benchmark(
         "decode-attention",
-        "attention of one new token over a long cache against the fastest dense way of PyTorch",
+        "attention of one new token over a long cache against the fastest dense implementation in PyTorch",
         ("benchmarks/decode_attention.py",),
         ("decode_attention.json",),
         shown=("kernels.md",),
     ),
     Benchmark(
         "decode-attention-avx2",
-        "the same with our kernels held to AVX2",
+        "the same with Tessera's kernels restricted to AVX2",
         ("benchmarks/decode_attention.py", "--level", "avx2", "--json", "docs/results/decode_attention_avx2.json"),
         ("decode_attention_avx2.json",),
         shown=("kernels.md",),
@@ -236,7 +236,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "query-limbs",
-        "what it costs that a kernel writes queries in 8-bit digits",
+        "perplexity with queries in one, two and three 8-bit limbs",
         ("benchmarks/query_limbs.py",),
         ("query_limbs.json",),
         measured="2026-11-21",
@@ -244,7 +244,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "encode",
-        "quantisation: the search for codewords against comparing all, and what whole tokens cost",
+        "encoding: the nearest-codeword search against brute force, and whole tokens",
         ("benchmarks/encode.py",),
         ("encode.json",),
         measured="2026-11-30",
@@ -252,7 +252,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "triton-static",
-        "what the Triton attention compiles to for a GPU, found out without one",
+        "the Triton attention compiled for a GPU: registers and instructions, counted without one",
         ("benchmarks/triton_static.py",),
         ("triton_static.json",),
         measured="2026-11-30",
@@ -260,21 +260,21 @@ BENCHMARKS = (
     ),
     Benchmark(
         "gpu",
-        "every Triton kernel: whether it is right on a device, and how fast it is",
+        "correctness and speed of every Triton kernel on a device",
         ("benchmarks/gpu_all.py",),
         ("gpu.json",),
         needs="a CUDA device",
     ),
     Benchmark(
         "gpu-vllm",
-        "attention by block table on a device: whether it is right, and how fast it is",
+        "correctness and speed of attention by block table on a device",
         ("benchmarks/gpu_vllm.py",),
         ("gpu_vllm.json",),
         needs="a CUDA device",
     ),
     Benchmark(
         "vllm-engine",
-        "vLLM with packed pages: what its pool holds, what it says, how fast it answers",
+        "vLLM with packed pages: capacity of the pool, quality and speed",
         ("benchmarks/vllm_engine.py",),
         ("vllm_engine.json",),
         "half an hour",
@@ -283,7 +283,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "vllm-serve",
-        "vLLM's server with packed pages, what clients see of it, and its metrics: the transcript in docs/vllm.md",
+        "vLLM's server with packed pages: log, output of clients and metrics, the transcript in docs/vllm.md",
         ("benchmarks/vllm_serve.py",),
         ("vllm_serve.json",),
         "minutes",
@@ -293,7 +293,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "capacity",
-        "how many pairs one matrix of a Tensor Cache holds",
+        "number of pairs that one matrix of a Tensor Cache holds",
         ("benchmarks/capacity.py",),
         ("capacity.json",),
         measured="2026-11-21",
@@ -301,7 +301,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "associative-cost",
-        "what a Tensor Cache costs: its fast forms against the token loop, and streams of a million tokens",
+        "cost of a Tensor Cache: its fast forms against the token loop, and streams of a million tokens",
         ("benchmarks/associative_cost.py",),
         ("associative_cost.json",),
         "an hour",
@@ -310,7 +310,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "long-run",
-        "whether the state of a Tensor Cache stays exact over a million writes",
+        "accuracy of a Tensor Cache's state over a million writes",
         ("benchmarks/long_run.py",),
         ("long_run.json",),
         measured="2026-11-21",
@@ -318,7 +318,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "recall",
-        "associative recall beyond the window, learned",
+        "associative recall beyond the window, by models trained from scratch",
         ("benchmarks/recall.py",),
         ("recall.json",),
         "hours",
@@ -327,7 +327,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "language-scratch",
-        "language models trained from nothing behind a window of 64 tokens, with memories and without",
+        "language models trained from scratch with a window of 64 tokens, with memories and without",
         ("benchmarks/language_scratch.py",),
         ("language_scratch.json",),
         "hours",
@@ -351,7 +351,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "memory-options",
-        "what each option of a Tensor Cache is worth after a short training",
+        "effect of each option of a Tensor Cache after a short training",
         ("benchmarks/memory_options.py",),
         ("memory_options.json",),
         "hours",
@@ -368,7 +368,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "language-tuned",
-        "the demo model trained further under other attentions",
+        "the demo model trained further with other kinds of attention",
         ("benchmarks/language_tuned.py",),
         ("language_tuned.json",),
         "hours",
@@ -377,7 +377,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "tensor-memory-cost",
-        "what a Tensor Memory costs: its fast forms against the plain loop",
+        "cost of a Tensor Memory: its fast forms against the plain loop",
         ("benchmarks/tensor_memory_cost.py",),
         ("tensor_memory_cost.json",),
         measured="2026-11-29",
@@ -385,7 +385,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "retention",
-        "how much of a write to a Tensor Memory can be read later",
+        "retention of writes to a Tensor Memory",
         ("benchmarks/retention.py",),
         ("retention.json",),
         measured="2026-11-29",
@@ -393,7 +393,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "diagnostics",
-        "occlusion, map building, binding and no harm: tasks that ask for a memory",
+        "occlusion, map building, binding and no harm: tasks that need a memory",
         ("benchmarks/diagnostics.py", "--steps", "300"),
         ("diagnostics.json",),
         "hours",
@@ -402,7 +402,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "pictures",
-        "digits named and filled in by a small ViT, with a Tensor Memory and without",
+        "digits classified and filled in by a small ViT, with a Tensor Memory and without",
         ("benchmarks/pictures.py",),
         ("pictures.json",),
         "an hour",
@@ -501,7 +501,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="name of a benchmark; without it all are listed")
     parser.add_argument("more", nargs=argparse.REMAINDER, help="arguments for it")
-    parser.add_argument("--all", action="store_true", help="run all that needs nothing more, one after the other")
+    parser.add_argument("--all", action="store_true", help="run all that need nothing further, one after the other")
     options = parser.parse_args(arguments)
     if options.all:
         chosen = [each.line() for each in BENCHMARKS if not each.needs]

@@ -78,11 +78,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="*", default=[32768, 65536, 131072])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--model", help="folder of a transformers model; without it: the demo model")
-    parser.add_argument("--text", help="to be read; without it: the text that the demo model never saw")
+    parser.add_argument("--text", help="text to read  [default: the demo model's held-out text]")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--tops", type=int, nargs="+", default=[2048, 1024], help="how many tokens are read")
     parser.add_argument("--chunk", type=int, default=256)
-    parser.add_argument("--part", choices=("speed", "quality"), help="what is measured anew; without it: both")
+    parser.add_argument("--part", choices=("speed", "quality"), help="measure only this part again  [default: both]")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "sparse_reading.json")
     options = parser.parse_args()
     if options.part and not options.json.is_file():

@@ -533,7 +533,7 @@ def _stretches(rows: list[dict[str, Any]], edges: list[int], by: tuple[str, ...]
 
 
 def recall() -> str:
-    """Accuracy of recall beyond the window, lowest and highest of the seeds, and the mean by gap."""
+    """Make the table of recall beyond the window: lowest and highest accuracy over seeds, and the mean by gap."""
     head, cells = ("attention", "seeds", "accuracy"), []
     for name, own in _recall_by_method().items():
         head = ("attention", "seeds", "accuracy", *(f"gap {gap}" for gap in own[0]["by_gap"]))
@@ -542,7 +542,7 @@ def recall() -> str:
 
 
 def recall_state() -> str:
-    """Pairs recalled for each KiB that is kept, by gap."""
+    """Make the table of pairs recalled per KiB of state, by gap."""
     head, cells = ("attention",), []
     for name, own in _recall_by_method().items():
         config, gaps = config_of(own[0]), list(own[0]["by_gap"])
@@ -555,7 +555,7 @@ def recall_state() -> str:
 
 
 def recall_limits() -> str:
-    """The same where it becomes hard: more pairs, narrower heads, rewritten keys."""
+    """Make the table of the hard cases of recall: more pairs, narrower heads, rewritten keys."""
     rows = _load("recall")["rows"]
     tasks = list(dict.fromkeys((r["pairs"], r["dim"], r["rewrites"]) for r in rows))
     found: dict[str, dict[tuple[int, ...], list[dict[str, Any]]]] = {}
@@ -567,7 +567,7 @@ def recall_limits() -> str:
 
 
 def _recall_by_method() -> dict[str, list[dict[str, Any]]]:
-    """The runs of the task that all methods were trained on."""
+    """Return the runs of the task that all methods were trained on, by method."""
     found: dict[str, list[dict[str, Any]]] = {}
     for r in _load("recall")["rows"]:
         if (r["pairs"], r["dim"], r["rewrites"]) == (16, 64, 0):
@@ -580,13 +580,13 @@ def _at_gap(rows: list[dict[str, Any]], gap: str) -> float:
 
 
 def _range(rows: list[dict[str, Any]]) -> str:
-    """Lowest and highest accuracy, as one number where they are the same."""
+    """Format the lowest and highest accuracy, as one number if they are equal."""
     low, high = (f"{pick(r['accuracy'] for r in rows):.3f}" for pick in (min, max))
     return low if low == high else f"{low}–{high}"
 
 
 def capacity(dim: str) -> str:
-    """Pairs recalled of those stored in one matrix."""
+    """Make the table of recalled pairs by pairs stored in one matrix."""
     rows = [r for r in _load("capacity")["rows"] if r["dim"] == int(dim)]
     names = list(dict.fromkeys(r["setting"] for r in rows))
     cells = []
@@ -596,7 +596,7 @@ def capacity(dim: str) -> str:
 
 
 def scan() -> str:
-    """The fast forms of the associative recurrence against the token loop."""
+    """Make the table of the fast forms of the associative recurrence against the token loop."""
     cells = []
     for r in _load("associative_cost")["scan"]:
         ms = (f"{r['loop_ms']:.0f}", f"{r['scan_ms']:.1f}", f"{r['kernel_ms']:.1f}")
@@ -605,7 +605,7 @@ def scan() -> str:
 
 
 def streams() -> str:
-    """State and speed of streams, by length."""
+    """Make the table of state and speed of streams, by length."""
     cells = [
         (f"`{r['spec']}`", f"{r['tokens']:,}", size(r["nbytes"]), f"{r['tokens_per_second']:,.0f}", size(r["process_growth"]))
         for r in _load("associative_cost")["stream"]
@@ -614,7 +614,7 @@ def streams() -> str:
 
 
 def long_run() -> str:
-    """Error of float32 and bfloat16 states after many writes."""
+    """Make the table of the error of float32 and bfloat16 states after many writes."""
     rows = [r for r in _load("long_run")["rows"] if r["steps"] in (10_000, 1_000_000)]
     cells = [
         (
@@ -631,7 +631,7 @@ def long_run() -> str:
 
 
 def tensor_memory_cost() -> str:
-    """The forms of a Tensor Memory against the plain loop."""
+    """Make the table of the forms of a Tensor Memory against the plain loop."""
     rows = _load("tensor_memory_cost")["rows"]
     keys = list(
         dict.fromkeys((r["batch"], r["tokens"], r["channels"], tuple(r["grid"]), r["chunk"], r["setting"]) for r in rows)
@@ -655,7 +655,7 @@ def tensor_memory_cost() -> str:
 
 
 def retention(what: str) -> str:
-    """What is left of a write in a Tensor Memory: "recovered", or its "gradient"."""
+    """Make the table of retention in a Tensor Memory: the "recovered" share of a write, or its "gradient"."""
     data = _load("retention")
     lags = (1, *data["lags"]) if what == "recovered" else data["lags"]
     form = "{:.2f}" if what == "recovered" else "{:.2g}"
@@ -664,8 +664,8 @@ def retention(what: str) -> str:
 
 
 def diagnostics(what: str) -> str:
-    """Accuracy on the tasks that ask for a memory: by "kinds" of backbone, on the paper's "originals" too, "settings" of the
-    memory, its "ablations", "delays" or "gates"."""
+    """Make a table of accuracy on tasks that need a memory: by "kinds" of backbone, on the paper's "originals", by "settings"
+    of the memory, its "ablations", "delays" or "gates"."""
     from tessera.lab.evaluation.diagnostics import ALONE, ablation_cells, cells, delay_cells, gate_cells, setting_cells
 
     made = {"settings": setting_cells, "ablations": ablation_cells, "delays": delay_cells, "gates": gate_cells}.get(what, cells)

@@ -50,13 +50,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=2721, help="length of the text that quality is measured on")
     parser.add_argument("--lists", type=int, default=4, help="number of lists of 300 words in the task")
-    parser.add_argument("--requests", type=int, default=32, help="at once")
+    parser.add_argument("--requests", type=int, default=32, help="concurrent requests")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of a request's prompt")
     parser.add_argument("--long", type=int, default=4096, help="tokens of a long request's prompt")
-    parser.add_argument("--few", type=int, default=4, help="long requests at once")
-    parser.add_argument("--new", type=int, default=64, help="tokens that are written")
+    parser.add_argument("--few", type=int, default=4, help="concurrent long requests")
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--block-size", type=int, default=256, help="tokens of a block")
+    parser.add_argument("--block-size", type=int, default=256, help="tokens per block")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "vllm_engine.json")
     parser.add_argument("--caches", nargs="+", default=[DENSE, FP8, *SPECS], help="'dense', 'fp8' and specifications")
     parser.add_argument("--cache", help=argparse.SUPPRESS)
@@ -193,9 +193,9 @@ def speed(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     engines = [Engine(args, cache) for cache in args.caches]
     running = [one for one in engines if "error" not in one.pool]
     found = {one.cache: dict(one.pool) for one in engines}
-    turns(running, "first")  # the first use of memory pages is slow
+    one_round(running, "first")  # the first use of memory pages is slow
     for workload in ("first", "many", "long"):
-        rounds = [turns(running, workload) for _ in range(args.rounds)]
+        rounds = [one_round(running, workload) for _ in range(args.rounds)]
         for cache in (one.cache for one in running):
             found[cache][workload] = {name: median(r[cache][name] for r in rounds) for name in rounds[0][cache]}
             print(cache, workload, found[cache][workload], flush=True)
@@ -204,7 +204,7 @@ def speed(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
-def turns(engines: list[Engine], workload: str) -> dict[str, dict[str, float]]:
+def one_round(engines: list[Engine], workload: str) -> dict[str, dict[str, float]]:
     """Run a workload in all engines, alternating single steps, so that a disturbance of the machine affects all.
 
     Returns:

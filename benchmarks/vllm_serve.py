@@ -42,9 +42,9 @@ def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True, help="folder of a model")
-    parser.add_argument("--text", required=True, type=Path, help="a text, of which 12,000 characters are asked about")
+    parser.add_argument("--text", required=True, type=Path, help="a text; the questions are about 12,000 characters of it")
     parser.add_argument("--spec", default="sink:4 + hqmq:4")
-    parser.add_argument("--seconds", type=float, default=600, help="in which the server must start")
+    parser.add_argument("--seconds", type=float, default=600, help="seconds within which the server must start")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "vllm_serve.json")
     return parser.parse_args()
 

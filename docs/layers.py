@@ -188,6 +188,9 @@ def _route(a: str, b: str, up: bool) -> list[tuple[float, float]]:
     if ax < bx and between:  # out of the side, round the boxes of the other column, and into the side
         aside, start, end = bx + WIDTH + 18, ay + HEIGHT / 2, by + HEIGHT / 2
         return [(ax + WIDTH, start), (aside, start), (aside, end), (bx + WIDTH, end)]
+    if ax > bx and between:  # out of the side, down between the columns, and into the side
+        aside, start, end = bx + WIDTH + GAP_X / 2, ay + HEIGHT / 2, by + HEIGHT / 2
+        return [(ax, start), (aside, start), (aside, end), (bx + WIDTH, end)]
     if ax != bx and by - ay > HEIGHT + GAP_Y:  # out of the side, and then down
         return [(ax + WIDTH if bx > ax else ax, ay + HEIGHT / 2), (bx + middle, ay + HEIGHT / 2), (bx + middle, by)]
     # Arrows to one box end beside each other.

@@ -54,11 +54,10 @@ def draw(path: Path) -> None:
     axes.text(0.2, 4.27, "sink:4 + hqmq:4@32768 + recent:128 + tc", fontsize=10.5, family="DejaVu Sans Mono", va="center")
     axes.text(8.2, 4.27, "time: a token moves to the left as it ages", fontsize=9, ha="right", va="center", color=MOVE)
     low, high = 2.05, 1.45
-    box(axes, 0.2, low, 1.15, high, EXACT, "sink", "the first\n4 tokens,\nexact for ever")
-    box(axes, 1.75, low, 1.7, high, MATRIX, "tc", "dissolved in one\nd × d matrix\nfor each head,\nof fixed size")
-    box(
-        axes, 3.85, low, 2.0, high, PACKED, "hqmq:4", "packed in blocks\nof 64 tokens,\n4 + 8/d bits a number,\nkeys ¼ bit more"
-    )
+    box(axes, 0.2, low, 1.15, high, EXACT, "sink", "the first\n4 tokens,\nalways exact")
+    box(axes, 1.75, low, 1.7, high, MATRIX, "tc", "written into a\nd × d matrix\nfor each head,\nof fixed size")
+    packed = "packed in blocks\nof 64 tokens,\n4 + 8/d bits per number,\nkeys ¼ bit more"
+    box(axes, 3.85, low, 2.0, high, PACKED, "hqmq:4", packed)
     box(axes, 6.25, low, 1.15, high, EXACT, "recent", "the newest\n128 tokens,\nexact")
     middle = low + high / 2
     arrow(axes, (8.2, middle), (7.4, middle), MOVE)

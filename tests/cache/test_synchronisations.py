@@ -200,7 +200,7 @@ def test_every_call_costs_one_look_at_most(model_of: str, how: str) -> None:
 def test_a_tensor_memory_beside_a_cache_of_transformers_costs_one_look() -> None:
     model, ids, mask = tessera.enable(attached_tensor_memory()), tokens(2, 60), padding((0, 9), 60)
     cache = DynamicCache(config=model.config)
-    with Looks():  # which knows then what is the host's own
+    with Looks():  # which then tracks host tensors
         logits(model, cache, ids[:, :40], (40,), mask[:, :40])
     stream = next(state for state in map(_stream, cache.layers) if state is not None)
     stream.finite.at_once = False
@@ -452,12 +452,12 @@ def test_a_mask_that_a_caller_has_made_costs_a_tensor_memory_one_look(spec: str,
 @pytest.mark.parametrize("how", ["padding", "made", "added"])
 @pytest.mark.parametrize("memory", ["tensor_cache", "tensor_memory"])
 def test_beams_cost_a_memory_beside_a_cache_of_transformers_one_look(memory: str, how: str) -> None:
-    """Of the order of its rows every layer would look at a copy of its own."""
+    """Otherwise every layer would read its own copy of the row order."""
     made = attached if memory == "tensor_cache" else attached_tensor_memory
     model, ids, mask, order = tessera.enable(made()), tokens(3, 50), padding((0, 9, 4), 50), torch.tensor([2, 0, 0])
     cache = DynamicCache(config=model.config)
     wanted = logits(model, DynamicCache(config=model.config), ids[order][:, :41], (40, 1), mask[order][:, :41])
-    with Looks():  # which knows then what is the host's own
+    with Looks():  # which then tracks host tensors
         logits(model, cache, ids[:, :40], (40,), mask[:, :40])
     for layer in cache.layers:
         if (state := state_of(layer, memory)) is not None and hasattr(state, "finite"):

@@ -60,7 +60,7 @@ class Rules:
 
     @property
     def dissolves(self) -> bool:
-        """The Tensor Cache is written what the last codec gives back of the tokens that leave it."""
+        """Whether tokens that leave the last codec are decoded and written to the Tensor Cache."""
         return self.matrix and self.window is None
 
     @property
@@ -243,7 +243,7 @@ class LayerOracle:
         return q / q.norm(dim=-1, keepdim=True).clamp(min=1e-12) if self.memory.config.normalise_queries else q
 
     def _written(self, a: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The matrix once it has taken a pair in. key, value: (kv_heads, head_dim)."""
+        """Return the matrix after a pair has been written. key, value: (kv_heads, head_dim)."""
         config, memory = self.memory.config, self.memory.memory
         decay, rate = (x.detach()[:, None, None] for x in (memory.decay, memory.write_rate))
         if config.rule == "delta":
@@ -337,6 +337,9 @@ class LayerOracle:
             return True
         # Only those of a codec's tokens are needed that the crop exposes.
         oldest = rest if rules.limit is not None else self._oldest(real)
+        if rules.sliding is not None:
+            # It may also count tokens, for a later call may come without a mask that hides more.
+            oldest = min(oldest, rest - rules.sliding + 1)
         return row.kept > rules.sink and oldest < row.kept
 
     def crop(self, slots: int) -> None:
@@ -359,7 +362,7 @@ class LayerOracle:
                 dropped=min(row.dropped, whole),
                 kept=min(row.kept, max(rest, sink)),
                 asked=None if row.asked is None else row.asked[:, :rest],
-                stats=row.stats if rest else None,  # an empty row begins anew
+                stats=row.stats if rest else None,  # an empty row starts again
                 begins=row.begins[:rest],
                 matrices=row.matrices[:rest],
                 dissolved=row.dissolved if rest else None,

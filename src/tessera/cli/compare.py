@@ -48,7 +48,7 @@ def compare(
     """Compare caches: perplexity, divergence, true bits, bytes and speed.
 
     Two protocols: "streaming", as in generation (older tokens are read from the cache), and "paper" (every key and value except
-        those of "sink" is quantised before attention reads it; "recent" is left out). A table is printed and saved
+    those of "sink" is quantised before attention reads it; "recent" is left out). A table is printed and saved
     as JSON and as a picture. On a model whose first token is an attention sink, a cache without "sink" is also measured
     with "sink:4", and a line says what the missing sinks cost. --layers shows the error of each layer on the exact model's
     queries, keys and values.
@@ -128,7 +128,7 @@ def compare(
             evaluation.save_all(results, out / "compare.json")  # so that finished results are kept if a later model fails
     wide = console if console.width >= 130 or console.is_terminal else Console(width=150)
     for result in results:
-        for table in tables(result, named=len(results) > 1):
+        for table in tables(result, named=len(results) > 1, width=wide.width):
             wide.print(table)
         for table in layer_tables(result):
             wide.print(table)

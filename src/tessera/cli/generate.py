@@ -40,7 +40,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: always the likeliest token.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: float32 on a CPU, else auto]")
     ] = None,

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def info() -> None:
-    """Say which kernels run here, and why not better ones.
+    """List the kernels that run on this machine, and say why faster ones cannot.
 
     Example:
 

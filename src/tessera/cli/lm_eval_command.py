@@ -8,7 +8,7 @@ import typer
 
 
 def lm_eval(ctx: typer.Context) -> None:
-    """Run lm-evaluation-harness, with the model type tessera beside its own; all options are those of its command lm_eval.
+    """Run lm-evaluation-harness, with the additional model type tessera; all options are those of lm_eval.
 
     Example:
 

@@ -19,7 +19,7 @@ def plan(
     ] = None,
     context: Annotated[str, typer.Option(help="Tokens of a sequence: 4096, 128k, 1M.")] = "128k",
     budget: Annotated[str, typer.Option(help="Bytes for the cache: 8GiB, 512MB.")] = "8GiB",
-    batch: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.", min=1)] = 1,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16, of keys and values.  [default: the config's, else bfloat16]"),

@@ -23,7 +23,7 @@ def nearest_kernel(
     units,  # (24, 4) float32
     product,  # (24, 24) int32, of two units
     inverse,  # (24,) int32
-    turn_unit,
+    reduction_unit,
     rotation_unit,
     unit_rotation,  # see `reduction_tables`, int32
     out,  # (n,) int32; -1 where all codewords must be compared
@@ -82,7 +82,7 @@ def nearest_kernel(
         z3 = tl.where((flips == 1) | (flips == 2), -c, c)
         reduction = shift * 4 + flips
 
-    # Down the tree of cubes.
+    # Descend the tree of cubes.
     y0, y1, y2, y3 = z0 / root, z1 / root, z2 / root, z3 / root
     c0 = tl.minimum(tl.maximum(tl.floor(y0), origin0), origin0 + dims0 - 1)
     c1 = tl.minimum(tl.maximum(tl.floor(y1), origin1), origin1 + dims1 - 1)
@@ -118,10 +118,10 @@ def nearest_kernel(
     s, right = found // 24, found % 24
     if CONJUGATIONS:
         # x = q_p·g·z·ḡ, so the codeword for x is q_p·(g·q_unit·ḡ)·(g·s·ḡ).
-        g = tl.load(turn_unit + reduction)
+        g = tl.load(reduction_unit + reduction)
         right = tl.load(product + 24 * tl.load(product + 24 * g + right) + tl.load(inverse + g))
-        turned = tl.load(product + 24 * g + tl.load(rotation_unit + s % 12))
-        s = s // 12 * 12 + tl.load(unit_rotation + turned)
+        rotated = tl.load(product + 24 * g + tl.load(rotation_unit + s % 12))
+        s = s // 12 * 12 + tl.load(unit_rotation + rotated)
     code = s * 24 + tl.load(product + 24 * unit + right)
     tl.store(out + at, tl.where(far, -1, code), mask=live)
 
@@ -137,7 +137,7 @@ def full_search_kernel(
     FEW: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Search in full for the chunks of one block that `nearest_kernel` left, of which most blocks have none."""
+    """Search in full for the chunks of one block that `nearest_kernel` left; most blocks have none."""
     at = tl.program_id(0) * FEW + tl.arange(0, FEW)
     left = tl.load(out + at, mask=at < n, other=0) < 0
     if tl.max(left.to(tl.int32), 0) > 0:

@@ -59,8 +59,8 @@ def column_order(form: Readable, lookup: str, dim: int) -> list[int]:
 
 @cache
 def rotations(form: Readable, lookup: str, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(dim, dim): x @ the first is the rotated x in the kernel's order of channels; the same in float16; x @ the third rotates
-    values back, and lengthens them as they must be."""
+    """Return three (dim, dim) matrices: x @ the first rotates x into the kernel's order of channels; the second is the same in
+    float16; x @ the third rotates values back and multiplies them by `value_gain`."""
     matrix = torch.eye(dim, dtype=torch.float32)
     if form.signs.numel():
         hadamard = torch.ones(1, 1, dtype=torch.float32)
@@ -91,7 +91,7 @@ def tables(form: Readable, lookup: str, device: torch.device) -> tuple[Tensor, T
 
 
 def curve(levels: Tensor) -> Tensor:
-    """Coefficients of the odd polynomial that gives n levels, almost symmetrical about 0.
+    """Return the coefficients of the odd polynomial that gives n levels, which are almost symmetrical about 0.
 
     Code c has the level x · p(x²), where x = (2 c + 1) / n - 1. Computed in half precision all are within 0.15 %.
 
@@ -104,11 +104,11 @@ def curve(levels: Tensor) -> Tensor:
     n = len(levels)
     x = (2 * torch.arange(n // 2, n, dtype=torch.float64) + 1) / n - 1
     wanted = (levels[n // 2 :] - levels[: n // 2].flip(0)).double() / 2
-    # Each divided by its level: what counts is the relative error.
+    # Each divided by its level, to minimise the relative error.
     powers = x[:, None] ** (2 * torch.arange(TERMS[n.bit_length() - 1]) + 1) / wanted[:, None]
     rest, found = torch.ones(len(x), 1, dtype=torch.float64), []
     for term in reversed(range(powers.shape[1])):
-        # Rounded one by one, so that those that follow make up for the rounding.
+        # Rounded one by one, so that later coefficients compensate for the rounding.
         found.append(torch.linalg.lstsq(powers[:, : term + 1], rest).solution[-1].half())
         rest = rest - powers[:, term : term + 1] * found[-1].double()
     return torch.cat(found[::-1])
@@ -116,7 +116,7 @@ def curve(levels: Tensor) -> Tensor:
 
 def _points(form: JointFormat, lookup: str) -> Tensor:
     """Return the table of a lookup of codewords."""
-    # There is a row for every value of a code, zero where the codebook has none.
+    # There is a row for every value of a code, zero for codes outside of the codebook.
     points = torch.zeros(1 << (form.bits - form.permutation_bits), 4, dtype=torch.long)
     points[: len(form.representatives)] = form.representatives.long()
     if lookup == "held" and not fits_shared_memory(form):
@@ -138,8 +138,8 @@ def _pairs(points: Tensor) -> Tensor:
 
 
 def _moves(form: JointFormat) -> Tensor:
-    """A word for each move, int32: which of the exchanges x ^ a of components it is in bits 0 and 1, a & 2 in bit 3 once more;
-    where it negates, the sign bits of the first pair's halves, and one lower those of the second's.
+    """Return an int32 word for each move: the exchange x ^ a of components in bits 0 and 1, a & 2 again in bit 3; and for
+    negations, the sign bits of the first pair's halves, and one bit lower those of the second's.
     """
     exchange = form.permutation[:, 0]
     if not torch.equal(form.permutation, torch.arange(4) ^ exchange[:, None]):

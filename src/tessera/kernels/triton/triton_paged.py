@@ -57,7 +57,7 @@ def attend_step(call: PagedCall, *, out: Tensor) -> None:
 
 
 def _packed(call: PagedCall, queries: Tensor, table: Tensor, groups: int, start: int) -> tuple[Tensor, Tensor]:
-    """Attention to the first groups of a request, without the sinks: each query sees those before its own."""
+    """Compute attention to the first groups of a request, without the sinks: each query sees those before its own."""
     pool, layout = call.pool, call.layout
     keys, values = layout.forms
     assert readable(keys)
@@ -132,7 +132,7 @@ def group_table(pool: Tensor, layout: BlockLayout, table: Tensor, groups: int) -
 
 
 def _own(call: PagedCall, queries: Tensor, k: Tensor, v: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Attention to a token's own group and to the sinks: (1, heads, n, d) and its log-sum-exp, float32.
+    """Compute attention to a token's own group and to the sinks: (1, heads, n, d) and its log-sum-exp, float32.
 
     Groups are a batch dimension: (groups, heads, GROUP, sinks + GROUP) scores, whatever the length of the step.
     """

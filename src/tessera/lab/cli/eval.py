@@ -45,7 +45,7 @@ def recall(
     jobs: Jobs = None,
     out: Out = OUT,
 ) -> None:
-    """Train small models from nothing to recall pairs that have left their window, and see which do.
+    """Train small models from scratch to recall pairs that have left their window, and measure their accuracy.
 
     Models that are in the JSON already are not trained again.
 

@@ -30,7 +30,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory of the run: corpus, checkpoints, log, exported model.")] = Path(
         "runs/demo"
     ),
-    minutes: Annotated[float | None, typer.Option(help="Train for so many minutes instead (default: 40).", min=0.01)] = None,
+    minutes: Annotated[float | None, typer.Option(help="Train for this many minutes instead (default: 40).", min=0.01)] = None,
     steps: StepsOrMinutes = None,
     resume: Resume = True,
     tiny: Annotated[bool, typer.Option("--tiny", help="Train a tiny model for a few seconds, to check the machinery.")] = False,

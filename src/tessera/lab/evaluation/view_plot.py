@@ -95,7 +95,7 @@ def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str
         total = trace.size.flatten(1).mean(1)
         axis.plot(range(steps + 1), total, label=f"layer {row + 1}: mean of |h|", color=f"C{row}")
         axis.plot(range(1, steps + 1), trace.sigma, color=f"C{row}", ls=":", label=f"layer {row + 1}: sigma of the writes")
-    axis.set(xlabel="steps of the recurrence", ylim=(0, None), xlim=(0, steps))
+    axis.set(xlabel="steps of the recurrence", ylabel="mean of |h|, sigma", ylim=(0, None), xlim=(0, steps))
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False, ncols=min(2, layers))
     if gates:
@@ -108,11 +108,11 @@ def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str
             axis.axhline(at_first, color="0.4", lw=1, ls="--")
         axis.set(ylim=(0, 1))
         axis.set_title("gates" if at_first is None else "gates (dashed: at the start)", fontsize=9)
-    handles = [
+    entries = [
         pyplot.Line2D([], [], color=WRITE, marker="x", ls="", ms=6, mew=1.6),
         pyplot.Line2D([], [], color=READ, marker="o", ls="", ms=7, mfc="none", mew=1.4),
     ]
-    figure.legend(handles, ["writes", "reads"], loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(entries, ["writes", "reads"], loc="outside lower center", ncols=2, frameon=False)
     if title:
         figure.suptitle(title, fontsize=11)
     _save(figure, path)
