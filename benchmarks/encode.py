@@ -127,16 +127,16 @@ def search_directions(codec: HQMQ, chunks: int, few: int, repeats: int) -> dict[
     The dynamic loader chooses the instruction set.
     """
     words = codec.directions(1, "key", 0)[0]
-    turns = right_matrix(conjugate(codec.secondaries(1, "key", 0)))
+    matrices = right_matrix(conjugate(codec.secondaries(1, "key", 0)))
     x = torch.randn(chunks, 4)
     part, lines = x[:few], x.view(1, 1, 1, chunks, 4)
     slow: dict[str, Callable[[], Tensor]] = {
         "brute force": lambda: (part @ words.T).argmax(-1),
-        "PyTorch": lambda: dispatch.nearest_directions(lines, turns, backend="reference")[0],
+        "PyTorch": lambda: dispatch.nearest_directions(lines, matrices, backend="reference")[0],
     }
     fast: dict[str, Callable[[], Tensor]] = {}
     if cpu.MISSING is None:
-        fast[best("")] = lambda: dispatch.nearest_directions(lines, turns, backend="cpu")[0]
+        fast[best("")] = lambda: dispatch.nearest_directions(lines, matrices, backend="cpu")[0]
     runs, seconds = slow | fast, minima(slow, SLOW) | minima(fast, repeats)
     wanted = runs["brute force"]()
     got = runs[best("PyTorch")]().view(-1)[:few].long()

@@ -31,8 +31,8 @@ from generation import PEERS, forget_peak, peak_memory
 CACHES = (*PEERS, "dense", "sink:4 + hqmq:4 + recent:128")
 #: Prompt lengths, in tokens.
 LENGTHS = (256, 1024, 2048, 4096, 8192)
-#: Steps of one cache before the next cache runs; a block of 64 tokens is encoded in at most one of eight such turns.
-TURN = 8
+#: Steps of one cache before the next cache runs; a block of 64 tokens is encoded in at most one of eight such bursts.
+BURST = 8
 LLAMA_CPP = "llama.cpp, q4_0 cache, flash attention"
 
 
@@ -99,11 +99,11 @@ def times(models: dict[bool, PreTrainedModel], runs: Sequence[Run], steps: int, 
             model = models[run.cache not in PEERS]
             caches[run] = cache = empty(run.cache, model)
             filled[run].append(timed(lambda model=model, cache=cache, run=run: fill(model, cache, run)))
-    for turn in range(-(-steps // TURN) + 1):
+    for burst in range(-(-steps // BURST) + 1):
         for run in runs:
             model, cache = models[run.cache not in PEERS], caches[run]
-            took = [timed(lambda model=model, cache=cache: step(model, cache)) for _ in range(TURN)]
-            decoded[run] += took if turn else []  # the first turn builds lazily made tables
+            took = [timed(lambda model=model, cache=cache: step(model, cache)) for _ in range(BURST)]
+            decoded[run] += took if burst else []  # the first one builds lazily made tables
     rows = []
     for run in runs:
         (fill_s, fill_cpu), (step_s, step_cpu) = ([*zip(*found[run], strict=True)] for found in (filled, decoded))
@@ -132,7 +132,7 @@ def memory(path: str, run: Run, channel: Connection) -> None:
     before = forget_peak()
     cache = empty(run.cache, model)
     fill(model, cache, run)
-    for _ in range(TURN):
+    for _ in range(BURST):
         step(model, cache)
     channel.send(peak_memory() - before)
 
@@ -221,7 +221,7 @@ def llama_cpp(file: Path, runs: Sequence[Run], steps: int) -> list[dict[str, Any
     for run in runs:
         made = Llama(
             str(file),
-            n_ctx=run.tokens + steps + 2 * TURN,
+            n_ctx=run.tokens + steps + 2 * BURST,
             n_batch=run.chunk,
             n_threads=torch.get_num_threads(),
             n_threads_batch=torch.get_num_threads(),

@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Compute capability; bytes of memory and instructions per nanosecond of a multiprocessor.
 CAPABILITY, BYTES, ISSUES = 90, 4800 / 132, 4 * 1.75
 POINTERS = {
-    "turned": "fp16",
+    "shifted": "fp16",
     "rotation": "fp16",
     "blocks": "i64",
     "moves": "i32",

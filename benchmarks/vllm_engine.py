@@ -193,9 +193,9 @@ def speed(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     engines = [Engine(args, cache) for cache in args.caches]
     running = [one for one in engines if "error" not in one.pool]
     found = {one.cache: dict(one.pool) for one in engines}
-    turns(running, "first")  # the first use of memory pages is slow
+    one_round(running, "first")  # the first use of memory pages is slow
     for workload in ("first", "many", "long"):
-        rounds = [turns(running, workload) for _ in range(args.rounds)]
+        rounds = [one_round(running, workload) for _ in range(args.rounds)]
         for cache in (one.cache for one in running):
             found[cache][workload] = {name: median(r[cache][name] for r in rounds) for name in rounds[0][cache]}
             print(cache, workload, found[cache][workload], flush=True)
@@ -204,7 +204,7 @@ def speed(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
-def turns(engines: list[Engine], workload: str) -> dict[str, dict[str, float]]:
+def one_round(engines: list[Engine], workload: str) -> dict[str, dict[str, float]]:
     """Run a workload in all engines, alternating single steps, so that a disturbance of the machine affects all.
 
     Returns:

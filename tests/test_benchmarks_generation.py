@@ -40,7 +40,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> Any:
     return model_generation
 
 
-def test_caches_prefill_and_decode_in_turns(measuring: Any, folder: str) -> None:
+def test_caches_prefill_and_decode_alternately(measuring: Any, folder: str) -> None:
     models = {False: measuring.load(folder, "DynamicCache"), True: measuring.load(folder, "dense")}
     runs = [measuring.Run(cache, 300, 100) for cache in CACHES]
     rows = measuring.times(models, runs, steps=70, repeats=1)

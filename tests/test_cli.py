@@ -14,12 +14,14 @@ import typer
 from typer.testing import CliRunner
 
 import tessera
+from tessera.adapters import attached_memory
 from tessera.cli import app
 from tessera.codecs import load_stats
 from tessera.evaluation import Comparison, load, load_all
 from tessera.kernels import cpu
 from tessera.models import demo_memory_path, heldout_text
 from tessera.tensor_cache import TensorCacheConfig
+from tessera.tensor_memory import TensorMemoryConfig
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -61,6 +63,50 @@ def test_compare_prints_a_table_and_saves_it(small_model: Path, small_text: Path
         assert f"{row.perplexity:.3f}" in out
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "On your own model" in out or "No cache here" in out
+
+
+def test_compare_measures_every_combination_of_tiers(tmp_path: Path) -> None:
+    """With limits so small that tokens pass from tier to tier."""
+    layers = "{0-1,-1: sink:4 + hqmq:5 + recent:32; *: sink:4 + hqmq:3 + recent:32}"
+    specs = [
+        "sink:4 + hqmq:4@64 + hqmq:3@64 + recent:32",
+        "sink:4 + hqmq:3@64 + recent:32 + tc",
+        "sink:4 + hqmq:4@64 + hqmq:3@64 + recent:32 + tc",
+        "window:64",
+        "sink:4 + window:256 + tc",
+        layers,
+        "hqmq:k5v3",
+        "(k=q8_0,v=hqmq:3)",
+        "sink:4 + hqmq:4 + recent:32",
+        "sink:4 + hqmq:4/top:64 + recent:32",
+    ]
+    code, _, err = run(
+        "compare", "--specs", *specs, "--protocol", "streaming", "--context", 320, "--windows", 1, "--out", tmp_path
+    )
+    assert code == 0, err
+    found = {row.spec: row for row in Comparison.load(tmp_path / "compare.json").rows}
+    assert list(found) == ["dense", *specs]
+    assert all(0 < found[spec].kl < 0.5 for spec in specs)
+    chain, tc, both, window, _, _, _, _, whole, sparse = (found[spec] for spec in specs)
+    assert chain.nbytes < both.nbytes
+    assert tc.nbytes < both.nbytes
+    assert chain.nbytes < whole.nbytes == sparse.nbytes
+    assert window.nbytes < found["dense"].nbytes / 3
+    assert sparse.kl > whole.kl > 0
+
+
+def test_compare_measures_caches_beside_a_tensor_memory(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    model = tessera.attach(load(str(small_model)).model, TensorMemoryConfig(channels=4, grid=(3, 3), chunk=16))
+    with torch.no_grad():
+        attached_memory(model).shared.out_proj.weight.normal_(0, 0.05)
+    tessera.save_memory(model, tmp_path / "memory.safetensors")
+    specs = ["sink:4 + hqmq:4@64 + hqmq:3@64 + recent:32", "{0: (k=q8_0,v=hqmq:3); *: sink:4 + hqmq:k4v3/top:64 + recent:32}"]
+    given = ["--model", small_model, "--text", small_text, "--memory", tmp_path / "memory.safetensors"]
+    code, _, err = run("compare", *given, "--specs", *specs, "window:64", "--context", 256, "--windows", 1, "--out", tmp_path)
+    assert code == 0, err
+    rows = [row for row in Comparison.load(tmp_path / "compare.json").rows if row.protocol == "streaming"]
+    assert [row.spec for row in rows] == ["dense", *specs, "window:64"]
+    assert all(0 < row.kl < 0.5 for row in rows[1:])
 
 
 def test_compare_reads_several_models_and_skips_tokens(small_model: Path, small_text: Path, tmp_path: Path) -> None:

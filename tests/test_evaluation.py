@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -10,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from rich.console import Console
 
 from tessera.cache.spec import parse
 from tessera.evaluation import Comparison, Row, Source, compare, load, load_all, read_text, save_all
@@ -17,7 +19,7 @@ from tessera.evaluation.comparison import default_specs, paper_spec
 from tessera.evaluation.loading import encode, windows
 from tessera.evaluation.methods import method, short
 from tessera.evaluation.plot import pareto
-from tessera.evaluation.table import advice, best, caption, cells, differences, markdown, tables
+from tessera.evaluation.table import COLUMNS, advice, best, caption, cells, differences, markdown, tables
 from tessera.kernels import CompressedKV, dispatch
 
 SPECS = ("hqmq:4 + recent:64", "sink:4 + hqmq:2 + recent:64", "hqmq:4 + recent:4096", "window:64")
@@ -266,6 +268,26 @@ def test_tables_hold_every_row(result: Comparison) -> None:
     for r in result.rows:
         assert "| " + " | ".join((f"`{r.spec}`", *cells(r)[1:])) + " |" in text
     assert "765 tokens in windows of 256" in caption(result)
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 150])
+def test_tables_fit_the_terminal_and_cut_no_number(result: Comparison, width: int) -> None:
+    chain = "sink:4 + hqmq:4@32768 + hqmq:3@131072 + recent:128"
+    rows = [replace(r, spec=chain) if r.spec == "sink:4 + hqmq:2 + recent:64" else r for r in result.rows]
+    (table, _), out = tables(replace(result, rows=rows), width=width), Console(width=width, file=io.StringIO())
+    out.print(table)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    shown = [str(column.header) for column in table.columns]
+    assert shown[0] == "cache"
+    assert {"Δ", "KL", "cache size"} <= set(shown)
+    assert (len(shown) == len(COLUMNS)) == (width >= 140)
+    assert all(word in text for word in chain.split())
+    for r in rows:
+        told = dict(zip(COLUMNS, cells(r), strict=True))
+        assert r.protocol != "streaming" or all(told[column] in text for column in shown[1:])
+    assert all(column in shown or column in text.split("no room for:")[1] for column in COLUMNS)
 
 
 def test_advice_names_the_smallest_cache_that_is_good(result: Comparison) -> None:

@@ -27,12 +27,12 @@ def recorded(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Te
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     hidden = model(ids, use_cache=False, output_hidden_states=True).hidden_states
-    turned = model.model.rotary_emb(hidden[0], torch.arange(ids.shape[1])[None])
+    rotated = model.model.rotary_emb(hidden[0], torch.arange(ids.shape[1])[None])
     found = []
     for layer, x in zip(model.model.layers, hidden[:-1], strict=True):
         x, own = layer.input_layernorm(x), layer.self_attn
         q, k, v = (p(x).view(1, ids.shape[1], -1, own.head_dim).transpose(1, 2) for p in (own.q_proj, own.k_proj, own.v_proj))
-        found.append((*apply_rotary_pos_emb(q, k, *turned), v))
+        found.append((*apply_rotary_pos_emb(q, k, *rotated), v))
     return found
 
 

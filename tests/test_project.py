@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -94,3 +95,20 @@ def test_the_citation_is_of_this_version_and_names_the_papers() -> None:
     assert len(citation["references"]) == 3
     for each in citation["references"]:
         assert each["url"] in documents
+
+
+#: Names of the first design, for which the field has better ones; other packages' and a file format's own names are theirs.
+NOT_NAMES = frozenset(["lane", "turn", "handle", "link", "admit", "dismiss", "settle", "carry", "plug"])
+FOREIGN = {"RemovableHandle", "get_legend_handles_labels"}
+
+
+def test_identifiers_are_words_of_the_field() -> None:
+    """Of the Python files of the library: vectors of the C++ kernels have lanes, and documents have links."""
+    found = set()
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [getattr(node, field, None) for field in ("id", "attr", "name", "arg")]
+            for name in (name for name in names if isinstance(name, str) and name not in FOREIGN):
+                words = {word.removesuffix("s").removesuffix("ed") for word in re.findall("[a-z]+", name.lower())}
+                found |= {f"{path.name}: {name}" for _ in words & NOT_NAMES}
+    assert found == set()

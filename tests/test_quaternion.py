@@ -54,9 +54,9 @@ def test_product_is_associative_and_multiplies_norms(a: list[float], b: list[flo
 def test_multiplying_by_a_unit_is_an_isometry() -> None:
     x = torch.randn(50, 4, dtype=torch.float64)
     u = Q.units(torch.float64)
-    turned = Q.hamilton(u[:, None], x[None])
-    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1).expand(24, -1))
-    assert torch.allclose(Q.hamilton(Q.conjugate(u)[:, None], turned), x.expand(24, -1, -1))
+    rotated = Q.hamilton(u[:, None], x[None])
+    assert torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1).expand(24, -1))
+    assert torch.allclose(Q.hamilton(Q.conjugate(u)[:, None], rotated), x.expand(24, -1, -1))
 
 
 @given(numbers)

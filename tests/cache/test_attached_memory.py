@@ -122,7 +122,7 @@ def test_generation_with_padding_and_beams(how: dict[str, Any]) -> None:
     assert cache.report().tiers["tc"] > 0
 
 
-def test_several_turns_continue_a_cache() -> None:
+def test_several_calls_continue_a_cache() -> None:
     model = attached()
     cache = tessera.Cache(SPEC, model)
     first = model.generate(tokens(1, 40), past_key_values=cache, max_new_tokens=20, do_sample=False)

@@ -106,7 +106,7 @@ def test_generation_with_a_cache_is_generation_without(how: dict[str, Any]) -> N
     assert not torch.equal(model.generate(ids, **options), wanted)
 
 
-def test_several_turns_continue_a_cache_and_a_copy_of_it() -> None:
+def test_several_calls_continue_a_cache_and_a_copy_of_it() -> None:
     model, cache = attached(), None
     cache = DynamicCache(config=model.config)
     first = model.generate(tokens(1, 20), past_key_values=cache, max_new_tokens=10, do_sample=False)
@@ -152,7 +152,7 @@ def test_a_cache_that_does_not_fit_is_refused_and_a_reset_one_begins_anew() -> N
         logits(model, plain, ids, (1, 19))
 
 
-def test_segments_with_a_carry_learn_what_the_whole_does() -> None:
+def test_segments_with_a_state_learn_what_the_whole_does() -> None:
     from tessera.lab.models.small_gpt import GPT, GPTConfig
 
     torch.manual_seed(0)
@@ -163,14 +163,14 @@ def test_segments_with_a_carry_learn_what_the_whole_does() -> None:
     model(ids, use_cache=False).logits.square().mean().backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    carry = TruncatedBPTTCache(model)
-    parts = [model(part, past_key_values=carry).logits for part in ids.split(12, dim=1)]
+    cache = TruncatedBPTTCache(model)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split(12, dim=1)]
     torch.cat(parts, 1).square().mean().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, wanted[name], rtol=1e-3, atol=1e-5, msg=name)
-    model(ids, past_key_values=carry)
-    carry.detach()
-    second = model(ids, past_key_values=carry).logits
+    model(ids, past_key_values=cache)
+    cache.detach()
+    second = model(ids, past_key_values=cache).logits
     assert second.requires_grad
     second.sum().backward()
 

@@ -50,7 +50,7 @@ def test_what_is_kept_does_not_depend_on_the_cut() -> None:
         assert all(relative(a, b) < 1e-3 for a, b in zip(found, wanted, strict=True))
 
 
-def test_older_tokens_are_as_the_codecs_give_them_back_in_turn() -> None:
+def test_older_tokens_are_as_the_codecs_give_them_back_one_after_the_other() -> None:
     policy = RetentionPolicy(sink=0, recent=0, codecs=((get("int:4"), 64), (get("q4_0"), None)), window=None)
     chain = Chain(policy, layer=0, rows=2)
     k, v = torch.randn(2, 1, 2, 192, 32).unbind(0)

@@ -199,7 +199,7 @@ def test_assisted_generation_keeps_some_drafts_and_takes_others_back(name: str, 
 @pytest.mark.parametrize("spec", ["dense", PACKED])
 @pytest.mark.parametrize("gaps", [False, True], ids=["no gaps", "padding between the turns"])
 @pytest.mark.parametrize("name", ["greedy", "left padding", "prompt of one token", "prompt lookup"])
-def test_a_second_turn_goes_on_with_the_same_cache(name: str, gaps: bool, spec: str) -> None:
+def test_a_second_prompt_goes_on_with_the_same_cache(name: str, gaps: bool, spec: str) -> None:
     """The first turn generates as `name` says, the second greedily."""
     model, call = make(), CALLS[name]
     ids, mask = call.inputs()

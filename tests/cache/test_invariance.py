@@ -37,9 +37,9 @@ def feed(cache: tessera.Cache, k: Tensor, v: Tensor, cuts: list[int]) -> None:
     """Add keys and values to a cache without a model. k, v: (layers, batch, kv_heads, tokens, head_dim)."""
     for keys, values in zip(k.split(cuts, 3), v.split(cuts, 3), strict=True):
         for layer in range(len(k)):
-            handles = cache.update(keys[layer], values[layer], layer)
+            deferred = cache.update(keys[layer], values[layer], layer)
             query = keys[layer].repeat_interleave(2, 1)
-            attention_forward(torch.nn.Module(), query, *handles, None)
+            attention_forward(torch.nn.Module(), query, *deferred, None)
 
 
 def tolerance(spec: str) -> float:

@@ -213,12 +213,12 @@ def test_masks_of_another_size_are_refused() -> None:
     "touch", [lambda h: h.shape, lambda h: h[:, :, -1], lambda h: h.transpose(1, 2)], ids=["attribute", "index", "method"]
 )
 @pytest.mark.parametrize("role", ["key", "value"])
-def test_attention_that_touches_a_handle_is_told_what_to_do(role: str, touch: Callable[[Any], Any]) -> None:
+def test_attention_that_touches_a_deferred_tensor_is_told_what_to_do(role: str, touch: Callable[[Any], Any]) -> None:
     cache = tessera.Cache(PACKED, make())
     k = torch.randn(1, 2, 3, 16)
-    handle = cache.update(k, k, 0)[role == "value"]
+    deferred = cache.update(k, k, 0)[role == "value"]
     with pytest.raises(DeferredKVError, match=rf"uses the cached {role}s directly.*tessera\.disable\(model\)"):
-        touch(handle)
+        touch(deferred)
 
 
 def test_attention_called_twice_for_one_update_is_refused() -> None:
@@ -323,14 +323,14 @@ def test_attention_may_be_switched_in_the_middle(first: str, spec: str, pads: tu
     expected = logits(model, tessera.Cache(spec, model), ids, (150, 50, 100), mask)[mask.bool()]
     cache = tessera.Cache(spec, model)
 
-    def in_turns() -> Tensor:
+    def alternately() -> Tensor:
         out = []
         for number, (start, stop) in enumerate(((0, 150), (150, 200), (200, 300))):
             (tessera.enable if (number % 2 == 0) == (first == "fast") else tessera.disable)(model)
             out.append(logits(model, cache, ids[:, start:stop], (stop - start,), mask[:, :stop]))
         return torch.cat(out, 1)[mask.bool()]
 
-    found, messages = warned(in_turns)
+    found, messages = warned(alternately)
     assert len(messages) == 1
     assert relative(found, expected) < (0.2 if spec == PACKED and any(pads) else 1e-4)
 

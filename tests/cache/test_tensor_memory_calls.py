@@ -150,7 +150,7 @@ def test_a_compiled_model_without_a_cache_gives_what_it_gives_in_eager() -> None
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_padding_on_either_side_in_the_middle_and_between_turns_is_never_read(spec: str | None) -> None:
+def test_padding_on_either_side_in_the_middle_and_between_calls_is_never_read(spec: str | None) -> None:
     model, ids = attached(config=TensorMemoryConfig(channels=4, grid=(3, 3, 3), chunk=3)), tokens(4, 60)
     mask = torch.ones(4, 60, dtype=torch.long)
     mask[0, :7] = 0

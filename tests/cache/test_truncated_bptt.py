@@ -56,12 +56,12 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def segmented(model: Any, ids: torch.Tensor, cut: tuple[int, ...], detach: bool) -> torch.Tensor:
     """Return the losses by token; with `detach` each segment has a separate backward pass."""
-    carry, found = TruncatedBPTTCache(model), []
+    cache, found = TruncatedBPTTCache(model), []
     for part, wanted in zip(ids[:, :-1].split(cut, 1), ids[:, 1:].split(cut, 1), strict=True):
-        loss = token_losses(model(input_ids=part, past_key_values=carry).logits, wanted)
+        loss = token_losses(model(input_ids=part, past_key_values=cache).logits, wanted)
         if detach:
             loss.sum().backward()
-            carry.detach()
+            cache.detach()
         found.append(loss)
     return torch.cat(found, 1)
 
@@ -100,7 +100,7 @@ def test_segments_are_one_sequence_for_every_kind_of_memory(memory: dict[str, An
     check(make("sink:3 + window:8 + tc", memory), CUTS[1])
 
 
-def test_a_memory_attached_to_a_model_is_carried_too() -> None:
+def test_a_memory_attached_to_a_model_is_kept_too() -> None:
     torch.manual_seed(0)
     model = tessera.attach(LlamaForCausalLM(LlamaConfig(**SIZES)), TensorCacheConfig(window=8, sink=3), freeze=False)
     open_memory(model)
@@ -116,30 +116,30 @@ def test_a_later_segment_reads_what_an_earlier_one_wrote() -> None:
         model = make(spec, num_hidden_layers=1).eval()
         ends = []
         for ids in (first, second):
-            carry = TruncatedBPTTCache(model)
+            cache = TruncatedBPTTCache(model)
             with torch.no_grad():
-                ends.append([model(input_ids=part, past_key_values=carry).logits for part in ids.split(20, 1)][-1])
+                ends.append([model(input_ids=part, past_key_values=cache).logits for part in ids.split(20, 1)][-1])
         return (ends[0] - ends[1]).abs().amax()
 
     assert late("window:8") == 0
     assert late("window:8 + tc") > 1e-3
 
 
-def test_what_is_carried_does_not_grow_and_has_no_graph() -> None:
+def test_what_is_kept_does_not_grow_and_has_no_graph() -> None:
     model, sizes = make("sink:3 + window:8 + tc"), []
-    carry = TruncatedBPTTCache(model)
+    cache = TruncatedBPTTCache(model)
     for part in torch.randint(1, 61, (1, 100)).split(20, 1):
-        model(input_ids=part, past_key_values=carry)
-        assert any(x.requires_grad for x in tensors(carry))
-        assert not any(x.requires_grad for x in tensors(carry.detach()))
-        sizes.append(sum(x.numel() for x in tensors(carry)))
+        model(input_ids=part, past_key_values=cache)
+        assert any(x.requires_grad for x in tensors(cache))
+        assert not any(x.requires_grad for x in tensors(cache.detach()))
+        sizes.append(sum(x.numel() for x in tensors(cache)))
     assert len(set(sizes)) == 1
-    assert carry.get_seq_length() == 100
+    assert cache.get_seq_length() == 100
 
 
-def tensors(carry: TruncatedBPTTCache) -> list[torch.Tensor]:
+def tensors(cache: TruncatedBPTTCache) -> list[torch.Tensor]:
     found = []
-    for layer in carry.layers:
+    for layer in cache.layers:
         assert layer.k is not None
         assert layer.v is not None
         assert layer.memory is not None
@@ -148,17 +148,17 @@ def tensors(carry: TruncatedBPTTCache) -> list[torch.Tensor]:
 
 
 def test_a_state_without_bound_is_refused() -> None:
-    with pytest.raises(ValueError, match="no bounded state to carry from segment to segment: layer 0 of it sees every token"):
+    with pytest.raises(ValueError, match="no bounded state to keep from segment to segment: layer 0 of it sees every token"):
         TruncatedBPTTCache(make("dense"))
     with pytest.raises(ValueError, match="layer 0 of it sees every token"):
         TruncatedBPTTCache(LlamaForCausalLM(LlamaConfig(**SIZES)))
 
 
-def test_layers_without_a_memory_are_carried_with_their_window() -> None:
+def test_layers_without_a_memory_are_kept_with_their_window() -> None:
     model = tessera.attach(LlamaForCausalLM(LlamaConfig(**SIZES)).eval(), TensorCacheConfig(window=8, layers=(0,)))
-    ids, carry = torch.randint(1, 61, (2, 40)), TruncatedBPTTCache(model)
+    ids, cache = torch.randint(1, 61, (2, 40)), TruncatedBPTTCache(model)
     with torch.no_grad():
-        found = [model(part, past_key_values=carry).logits for part in ids.split((15, 25), dim=1)]
+        found = [model(part, past_key_values=cache).logits for part in ids.split((15, 25), dim=1)]
         torch.testing.assert_close(torch.cat(found, dim=1), model(ids).logits, rtol=1e-4, atol=1e-4)
 
 

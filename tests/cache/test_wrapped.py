@@ -127,16 +127,16 @@ def test_a_model_compiled_and_run_before_its_cache_was_made_is_switched() -> Non
     assert cache.get_seq_length() == 130
 
 
-def test_a_handle_can_be_copied_and_inspected_and_says_nothing_of_its_own() -> None:
-    handle = DeferredKV(tessera.Cache(PACKED, make()).layers[0], "key")
+def test_a_deferred_tensor_can_be_copied_and_inspected_and_says_nothing_of_its_own() -> None:
+    deferred = DeferredKV(tessera.Cache(PACKED, make()).layers[0], "key")
     bare = DeferredKV.__new__(DeferredKV)
-    assert copy.copy(handle).layer is handle.layer
-    assert copy.deepcopy(handle).role == pickle.loads(pickle.dumps(handle)).role == "key"
+    assert copy.copy(deferred).layer is deferred.layer
+    assert copy.deepcopy(deferred).role == pickle.loads(pickle.dumps(deferred)).role == "key"
     for name in ("layer", "role", "__length_hint__"):
         with pytest.raises(AttributeError) as error:
             getattr(bare, name)
         assert not isinstance(error.value, DeferredKVError)
-    assert not hasattr(handle, "__array__")
+    assert not hasattr(deferred, "__array__")
 
 
 # Attention that modifies its inputs
@@ -153,13 +153,13 @@ def test_a_handle_can_be_copied_and_inspected_and_says_nothing_of_its_own() -> N
     ],
     ids=["function", "operator", "list", "attention", "keyword"],
 )
-def test_torch_functions_given_a_handle_are_told_what_to_do(touch: Callable[[Any, Tensor], Any]) -> None:
+def test_torch_functions_given_a_deferred_tensor_are_told_what_to_do(touch: Callable[[Any, Tensor], Any]) -> None:
     cache = tessera.Cache(PACKED, make())
     k = torch.randn(1, 2, 3, 16)
     key, value = cache.update(k, k, 0)
-    for handle, role in ((key, "keys"), (value, "values")):
+    for deferred, role in ((key, "keys"), (value, "values")):
         with pytest.raises(DeferredKVError, match=rf"uses the cached {role} directly.*tessera\.disable\(model\)"):
-            touch(handle, k)
+            touch(deferred, k)
 
 
 def test_another_copy_that_was_never_enabled_is_referred_to_enable() -> None:
@@ -375,11 +375,11 @@ def test_keys_are_read_in_the_middle_of_a_call_with_those_of_the_call() -> None:
     cache = tessera.Cache("dense", make(num_hidden_layers=1))
     first, second = torch.randn(2, 2, 30, 16), torch.randn(2, 2, 5, 16)
     cache.update(first, first, 0)
-    handle, _ = cache.update(second, -second, 0)
+    deferred, _ = cache.update(second, -second, 0)
     assert torch.equal(cache.layers[0].keys, torch.cat([first, second], 2))
     assert torch.equal(cache.layers[0].values, torch.cat([first, -second], 2))
     query = torch.randn(2, 4, 5, 16)
-    out, _ = tessera.attention.attention_forward(nn.Module(), query, handle, handle, None)
+    out, _ = tessera.attention.attention_forward(nn.Module(), query, deferred, deferred, None)
     assert out.shape == (2, 5, 4, 16)
 
 

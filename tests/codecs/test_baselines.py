@@ -157,7 +157,7 @@ def test_llama_cpp_blocks_byte_for_byte(name: str, role: Role) -> None:
 
 
 @pytest.mark.parametrize(("name", "most"), [("q4_0", -8.0), ("q8_0", 127.0)])
-def test_llama_cpp_settles_ties_as_its_reference_does(name: str, most: float) -> None:
+def test_llama_cpp_breaks_ties_as_its_reference_does(name: str, most: float) -> None:
     # d is 1, so that halves are exact.
     write, _, _ = FORMATS[name]
     x = torch.arange(-7.5, 8.5, 0.5)
@@ -170,9 +170,9 @@ def test_llama_cpp_settles_ties_as_its_reference_does(name: str, most: float) ->
 def test_rotated_blocks_are_the_blocks_of_the_rotated_vectors(name: str) -> None:
     write, read, _ = FORMATS[name]
     x = mixed(2, 2, 30, 64)
-    turn = rotation(64)
-    turned = torch.tensor([[*read(write(v[:32])), *read(write(v[32:]))] for v in vectors(x @ turn.T)])
-    is_close(get(name).encode(x).decode(), (turned @ turn).double().tolist(), 0.99)
+    basis = rotation(64)
+    rotated = torch.tensor([[*read(write(v[:32])), *read(write(v[32:]))] for v in vectors(x @ basis.T)])
+    is_close(get(name).encode(x).decode(), (rotated @ basis).double().tolist(), 0.99)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("q4_0", 4.5), ("q8_0", 8.5)])
@@ -211,11 +211,11 @@ def test_scalar_levels_are_those_of_max() -> None:
 
 def scalar_oracle(x: np.ndarray, bits: int) -> np.ndarray:
     levels = normal_levels(bits).double().numpy()
-    turned = rotation(len(x)).double().numpy() @ x
-    norm = np.linalg.norm(turned)
+    rotated = rotation(len(x)).double().numpy() @ x
+    norm = np.linalg.norm(rotated)
     if norm == 0:
-        return 0 * turned
-    chosen = levels[np.abs(turned[:, None] / norm * len(x) ** 0.5 - levels).argmin(1)]
+        return 0 * rotated
+    chosen = levels[np.abs(rotated[:, None] / norm * len(x) ** 0.5 - levels).argmin(1)]
     scale = half(norm / np.linalg.norm(chosen))
     return scale * chosen @ rotation(len(x)).double().numpy()
 

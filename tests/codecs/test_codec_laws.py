@@ -94,8 +94,8 @@ def test_encoding_changes_nothing_in_place_and_repeats(spec: str, role: Role) ->
 @LAWS
 def test_strides_do_not_matter(spec: str, role: Role) -> None:
     x = gaussian(2, 3, 64)
-    turned = x.transpose(1, 2).contiguous().transpose(1, 2)  # transposed, as attention modules pass keys
-    assert agreement(get(spec).encode(turned, role).decode(), get(spec).encode(x, role).decode()) == 1
+    rotated = x.transpose(1, 2).contiguous().transpose(1, 2)  # transposed, as attention modules pass keys
+    assert agreement(get(spec).encode(rotated, role).decode(), get(spec).encode(x, role).decode()) == 1
 
 
 @given(data=st.data())

@@ -118,16 +118,16 @@ def test_degenerate_channels_leave_all_numbers_finite(q: Tensor, k: Tensor) -> N
 
 def test_feedback_is_the_block_factor_of_the_metric() -> None:
     weights = torch.rand(2, 3, 32) + 0.01
-    turn = rotation(32)
-    upper = feedback(weights, turn)
-    metric = turn @ torch.diag_embed(weights) @ turn.T
+    basis = rotation(32)
+    upper = feedback(weights, basis)
+    metric = basis @ torch.diag_embed(weights) @ basis.T
     unit = upper.mT + torch.eye(32)
     inverse = torch.linalg.inv(unit)
     middle = inverse @ metric @ inverse.mT
     chunk = torch.arange(32) // 4
     assert middle[..., chunk[:, None] != chunk].abs().max() < 1e-5
     assert (upper[..., chunk[:, None] >= chunk] == 0).all()
-    assert (feedback(torch.full((1, 32), 3.0), turn).abs() < 1e-5).all()
+    assert (feedback(torch.full((1, 32), 3.0), basis).abs() < 1e-5).all()
 
 
 def test_feedback_lowers_the_weighed_error() -> None:
@@ -135,12 +135,12 @@ def test_feedback_lowers_the_weighed_error() -> None:
     words = torch.zeros(1 << 16, 4)
     words[book.codes] = book.products.float() * book.step
     weights = torch.exp2(-torch.rand(2, 16) * 8)
-    turn = rotation(16)
-    metric = turn @ torch.diag_embed(weights) @ turn.T
+    basis = rotation(16)
+    metric = basis @ torch.diag_embed(weights) @ basis.T
     x = torch.randn(2, 200, 16)
     errors = []
-    for turned in (torch.zeros(2, 16, 16), feedback(weights, turn)):
-        e = words[dispatch.encode_feedback(x, turned, book).long()].flatten(-2) - x
+    for upper in (torch.zeros(2, 16, 16), feedback(weights, basis)):
+        e = words[dispatch.encode_feedback(x, upper, book).long()].flatten(-2) - x
         errors.append(float((e @ metric * e).sum()))
     assert errors[1] < 0.7 * errors[0]
 

@@ -120,7 +120,7 @@ Index read_index(Input& in) {
     Group group;
     const int64_t* product = in.next<int64_t>();
     for (int i = 0; i < 24 * 24; ++i) group.product[i / 24][i % 24] = uint8_t(product[i]);
-    fill(in, group.inverse), fill(in, group.turn_unit), fill(in, group.rotation_unit), fill(in, group.unit_rotation);
+    fill(in, group.inverse), fill(in, group.reduction_unit), fill(in, group.rotation_unit), fill(in, group.unit_rotation);
     return Index(words, codes, int(count / 24), conjugations, step, group);
 }
 

@@ -167,14 +167,14 @@ def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("size", [1, 24, 170])
 def test_search_finds_the_directions_of_the_reference(heads: int, size: int) -> None:
     books = torch.nn.functional.normalize(torch.randn(heads, size, 4), dim=-1)
-    turns = right_matrix(conjugate(books))
+    matrices = right_matrix(conjugate(books))
     chunks = torch.randn(2, 3, 37, 5, 4)
-    codes, projections = dispatch.nearest_directions(chunks, turns, backend="cpu")
-    wanted, best = dispatch.nearest_directions(chunks, turns, backend="reference")
+    codes, projections = dispatch.nearest_directions(chunks, matrices, backend="cpu")
+    wanted, best = dispatch.nearest_directions(chunks, matrices, backend="reference")
     assert torch.allclose(projections, best, atol=1e-5)
     # Two directions may be equally near within rounding.
     assert (codes != wanted).float().mean() < 1e-2
-    assert dispatch.nearest_directions(chunks[:, :, :0], turns)[0].shape == (2, 3, 0, 5)
+    assert dispatch.nearest_directions(chunks[:, :, :0], matrices)[0].shape == (2, 3, 0, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -206,7 +206,7 @@ def test_pages_of_other_codecs_roles_or_layers_are_refused() -> None:
 
 
 def test_chunks_of_zeros_have_the_same_direction_everywhere() -> None:
-    turns = right_matrix(conjugate(torch.nn.functional.normalize(torch.randn(1, 24, 4), dim=-1)))
+    matrices = right_matrix(conjugate(torch.nn.functional.normalize(torch.randn(1, 24, 4), dim=-1)))
     chunks = torch.zeros(1, 1, 2, 3, 4)
-    codes = [dispatch.nearest_directions(chunks, turns, backend=name)[0] for name in ("cpu", "reference")]
+    codes = [dispatch.nearest_directions(chunks, matrices, backend=name)[0] for name in ("cpu", "reference")]
     assert torch.equal(codes[0].long(), codes[1])

@@ -61,11 +61,11 @@ def test_search_finds_the_nearest_codeword_of_large_codebooks(bits: int) -> None
 
 def test_canonical_rotation_is_a_rotation_into_the_region() -> None:
     v = torch.randn(500, 3)
-    turned, code = canonical_rotation(v)
-    assert torch.allclose(turned.norm(dim=-1), v.norm(dim=-1))
-    assert (turned[:, 0] >= turned[:, 1]).all()
-    assert (turned[:, 1] >= 0).all()
-    assert (turned[:, 0] >= turned[:, 2].abs()).all()
+    rotated, code = canonical_rotation(v)
+    assert torch.allclose(rotated.norm(dim=-1), v.norm(dim=-1))
+    assert (rotated[:, 0] >= rotated[:, 1]).all()
+    assert (rotated[:, 1] >= 0).all()
+    assert (rotated[:, 0] >= rotated[:, 2].abs()).all()
     assert set(code.tolist()) == set(range(12))
 
 
@@ -79,8 +79,8 @@ def test_codebooks_are_integers_closed_under_the_units(bits: int) -> None:
     for u in units():
         assert all(tuple(row) in words for row in hamilton(u, sample).int().tolist())
         if book.conjugations:
-            turned = hamilton(hamilton(u, sample), conjugate(u))
-            assert all(tuple(row) in words for row in turned.int().tolist())
+            rotated = hamilton(hamilton(u, sample), conjugate(u))
+            assert all(tuple(row) in words for row in rotated.int().tolist())
     if bits <= 16:
         assert book.codewords.abs().max() <= 127
 

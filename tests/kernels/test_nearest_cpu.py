@@ -82,7 +82,7 @@ def hard_chunks(bits: int) -> dict[str, Tensor]:
     border = (base / (2 * step)).round() * 2 * step
     return {
         "planes": planes,
-        "turned planes": hamilton(units()[torch.randint(24, (n,))], planes),
+        "rotated planes": hamilton(units()[torch.randint(24, (n,))], planes),
         "middles": (pairs + other) / 2,
         "borders of cells": border,
         "a hair beside borders": border * (1 + 2**-23),

@@ -248,7 +248,7 @@ def test_pictures_without_labels_can_be_filled_in_and_not_named(tmp_path: Path) 
         Digits(pictures=found)
 
 
-def test_sixteen_bits_and_turned_pictures_are_read_as_they_look(tmp_path: Path) -> None:
+def test_sixteen_bits_and_rotated_pictures_are_read_as_they_look(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "deep.png")
     assert read_pictures(tmp_path, 4, channels=1).pixels.unique().mul(255).tolist() == [128]
     half = Image.fromarray(np.repeat(np.array([[0, 255]], dtype=np.uint8), 8, axis=0).repeat(4, axis=1))

@@ -167,7 +167,7 @@ def test_another_recipe_is_refused_and_a_fresh_run_is_not(small_text: Path, tmp_
         (["lm", "--spec", "windw:8"], "did you mean 'window'"),
         (["lm", "--spec", "hqmq:4"], "for caches, not for training"),
         (["lm", "--spec", "dense", "--rule", "outer"], "which has none; add 'tc'"),
-        (["lm", "--spec", "dense", "--segments", "2", "--data", "{text}", *LM], "no bounded state to carry"),
+        (["lm", "--spec", "dense", "--segments", "2", "--data", "{text}", *LM], "no bounded state to keep"),
         (["lm", "--data", "{tmp}/nothing.txt"], "there is no text file"),
         (["lm", "--data", "{text}", *LM, "--sequence", "5000"], "no source has 5001 tokens"),
         (["lm", "--precision", "fp16"], "must be 'bf16' or 'no', got 'fp16'"),

@@ -168,7 +168,7 @@ def test_a_batch_is_shared_out_evenly() -> None:
 
 
 @pytest.mark.parametrize("attention", ["window:8 + tc", "sink:2 + window:8", "infini:8"])
-def test_segments_with_a_carried_state_have_the_loss_of_the_whole_document(tmp_path: Path, attention: str) -> None:
+def test_segments_with_a_kept_state_have_the_loss_of_the_whole_document(tmp_path: Path, attention: str) -> None:
     first = []
     for sequence, segments in ((96, 1), (32, 3), (24, 4)):
         out, model = tmp_path / str(segments), make(attention)
@@ -186,7 +186,7 @@ def test_segments_with_a_carried_state_have_the_loss_of_the_whole_document(tmp_p
 
 def test_segments_need_a_bounded_state(tmp_path: Path) -> None:
     config = replace(LOOP, phases=(Phase(1.0, 32, 4, 2, 2),))
-    with pytest.raises(ValueError, match="no bounded state to carry"):
+    with pytest.raises(ValueError, match="no bounded state to keep"):
         train(make("dense"), sample, config, tmp_path / "run")
     with pytest.raises(ValueError, match="a loss of one's own"):
         train(make(), sample, config, tmp_path / "run", loss=lambda model, ids, targets: targets.sum())

@@ -180,7 +180,7 @@ def test_input_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"do not fit: expected \(batch, \[frames,\] 2, 6, 6\)"):
         make("all")(torch.zeros(1, 1, 6, 6))
     state = make("frame")(clip(1)).state
-    with pytest.raises(ValueError, match="carries no state"):
+    with pytest.raises(ValueError, match="keeps no state"):
         make("all")(clip(1), state)
     with pytest.raises(ValueError, match="classes=0"):
         make("all", classes=0)(clip(1))

@@ -297,8 +297,8 @@ class CacheMachine(RuleBasedStateMachine):
         elif dtype == "autocast":
             v = v.bfloat16()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "autocast"):
-            handles = self.cache.update(k, v, 0)
-            found, _ = attention_forward(torch.nn.Module(), q, *handles, mask)
+            deferred = self.cache.update(k, v, 0)
+            found, _ = attention_forward(torch.nn.Module(), q, *deferred, mask)
         wanted = self.truth.layers[0].step(Given(q, k, v, visible))[0]
         write_anew(k, v, mask)
         return found, wanted
@@ -499,8 +499,8 @@ class CacheMachine(RuleBasedStateMachine):
         if self.kind.model:
             self.model(torch.full((rows, n), 5), attention_mask=mask, past_key_values=cache)
         else:
-            handles = cache.update(*torch.ones(2, rows, 1, n, DIM).unbind(0), 0)
-            attention_forward(torch.nn.Module(), torch.ones(rows, 2, n, DIM), *handles, mask)
+            deferred = cache.update(*torch.ones(2, rows, 1, n, DIM).unbind(0), 0)
+            attention_forward(torch.nn.Module(), torch.ones(rows, 2, n, DIM), *deferred, mask)
 
     @then_a_call(n=st.integers(1, 70))
     def refuse_another_batch(self, n: int) -> None:

@@ -337,6 +337,9 @@ class LayerOracle:
             return True
         # Only those of a codec's tokens are needed that the crop exposes.
         oldest = rest if rules.limit is not None else self._oldest(real)
+        if rules.sliding is not None:
+            # It may also count tokens, for a later call may come without a mask that hides more.
+            oldest = min(oldest, rest - rules.sliding + 1)
         return row.kept > rules.sink and oldest < row.kept
 
     def crop(self, slots: int) -> None:

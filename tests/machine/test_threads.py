@@ -29,7 +29,7 @@ SPECS: dict[str, tuple[str | None, ...]] = {
 
 
 @contextmanager
-def taking_turns(model: Any) -> Iterator[None]:
+def one_at_a_time(model: Any) -> Iterator[None]:
     """Switch threads within every attention module and every layer, as may happen at any time."""
     inside = [module for layer in model.model.layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)]
     hooks = [module.register_forward_pre_hook(lambda *_: time.sleep(5e-4)) for module in inside]
@@ -74,7 +74,7 @@ def test_generations_at_once_are_what_each_is_alone(name: str, spec: str | None)
             meet.abort()
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(THREADS)]
-    with taking_turns(model):
+    with one_at_a_time(model):
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -58,13 +58,13 @@ def test_the_kernel_is_the_loop_forward_and_backward(shape: tuple[int, ...], rul
 def test_a_stream_may_be_cut_anywhere(cut: int) -> None:
     q, k, v, g, eta, state = inputs(2, 2, 2, 77, 16, 16)
     whole, end = recur(q, k, v, g, eta, state, "delta", backend="cpu")
-    parts, carried = [], state
+    parts, kept = [], state
     for part in (slice(0, cut), slice(cut, None)):
         here = (q[:, :, :, part], k[:, :, part], v[:, :, part], g[:, :, part], eta[:, :, part])
-        read, carried = recur(*here, carried, "delta", backend="cpu")
+        read, kept = recur(*here, kept, "delta", backend="cpu")
         parts.append(read)
     torch.testing.assert_close(torch.cat(parts, 3), whole, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(carried, end, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept, end, rtol=1e-5, atol=1e-5)
 
 
 @built

@@ -65,7 +65,7 @@ def add(model: nn.Module, config: TensorMemoryConfig) -> AttachedMemory:
     assert isinstance(done.shared, TensorMemory)
     place = (target.owner, target.layers, target.norms, target.causal, target.window)
     hooks = MemoryHooks(*place, done.shared, layers, threaded)
-    done.hooks += hooks.handles
+    done.hooks += hooks.registered
     done.owner = hooks.name
     setattr(model, MEMORY, nn.ModuleDict({"shared": done.shared, **{str(index): layer for index, layer in layers.items()}}))
     setattr(model, ATTACHED, done)

@@ -85,20 +85,20 @@ class MemoryHooks:
         self.first, self.last, self.end = min(added), max(added), len(layers) - 1
         self.stack = CallStack()
         # The hook before a module runs first, and the one after it runs last, after everything that may fail.
-        self.handles: list[Any] = []
+        self.registered: list[Any] = []
         if causal:
-            self.handles.append(owner.register_forward_pre_hook(self.open, prepend=True))
+            self.registered.append(owner.register_forward_pre_hook(self.open, prepend=True))
             named = inspect.signature(owner.forward)
-            self.handles.append(owner.register_forward_pre_hook(partial(self.read, named), with_kwargs=True))
-            self.handles.append(owner.register_forward_hook(self.close, always_call=True))
+            self.registered.append(owner.register_forward_pre_hook(partial(self.read, named), with_kwargs=True))
+            self.registered.append(owner.register_forward_hook(self.close, always_call=True))
         for index, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
             # A threaded call ends with its last layer, whether that has a memory or not.
             if index in added or not causal:
                 enter, leave = partial(self.enter, index), partial(self.leave, index)
-                self.handles.append(layer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-                self.handles.append(layer.register_forward_hook(leave, always_call=True))
+                self.registered.append(layer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+                self.registered.append(layer.register_forward_hook(leave, always_call=True))
             if index in added:
-                self.handles.append(norm.register_forward_pre_hook(partial(self.add, index)))
+                self.registered.append(norm.register_forward_pre_hook(partial(self.add, index)))
 
     # Hooks of the module that calls the layers
 

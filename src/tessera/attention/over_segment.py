@@ -1,4 +1,4 @@
-"""Attention in a segment of documents with carried state, see `tessera.cache.truncated_bptt`."""
+"""Attention in a segment of documents with kept state, see `tessera.cache.truncated_bptt`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def over_segment(
     softmax: Softmax,
     call: MemoryCall | None,
 ) -> Tensor:
-    """Compute the next segment of documents whose state `layer` carries; (batch, tokens, heads, head_dim)."""
+    """Compute the next segment of documents whose state `layer` keeps; (batch, tokens, heads, head_dim)."""
     batch, n = query.shape[0], query.shape[2]
     positions = torch.arange(n, device=query.device)[None] + layer.seen if position_ids is None else position_ids
     layer.seen += n
@@ -39,7 +39,7 @@ def over_segment(
         real = torch.ones((batch, n), dtype=torch.bool, device=query.device)
         call.added, layer.memory = call.memory(query, key, value, real, positions, layer.memory)
     key, value = layer.joined(key, value)
-    # Slots replace places: carried tokens begin with the sinks, and those after them are consecutive.
+    # Slots replace places: kept tokens begin with the sinks, and those after them are consecutive.
     out = windowed(module, limits, query, key, value, read_documents(None, query, key.shape[2], limits), softmax)
     layer.keep(key, value, limits.sink, limits.window)
     return out

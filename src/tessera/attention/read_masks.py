@@ -72,7 +72,7 @@ _CALLS = _Calls()
 
 
 def share_readings(decoder: nn.Module) -> list[Any]:
-    """Let the layers of a decoder share what they read from the mask of a call. Returns the handles of its hooks."""
+    """Let the layers of a decoder share what they read from the mask of a call. Returns its hooks, which can be removed."""
     return [decoder.register_forward_pre_hook(_begin, prepend=True), decoder.register_forward_hook(_end, always_call=True)]
 
 

@@ -58,7 +58,7 @@ def summaries(pages: CompressedKV) -> tuple[Tensor, Tensor]:
     return codec.summary([keys for keys, _ in pages.pages])
 
 
-def in_turn(q: Tensor, source: KVSource) -> Iterator[tuple[slice, Tensor]]:
+def in_parts(q: Tensor, source: KVSource) -> Iterator[tuple[slice, Tensor]]:
     """Yield as many queries at a time as the limit of masks allows, and the mask of what they read of a source."""
     assert isinstance(source.held, CompressedKV)
     assert source.top is not None

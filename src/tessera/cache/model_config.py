@@ -116,10 +116,10 @@ def rotary_partner(text: Any, dim: int) -> tuple[int, ...] | None:
         return None
     share = (rope or {}).get("partial_rotary_factor") if isinstance(rope, dict) else None
     share = share or getattr(text, "partial_rotary_factor", None) or getattr(text, "rotary_pct", None)
-    turned = getattr(text, "rotary_dim", None) or int(dim * (share or 1.0))
-    turned = min(dim, turned) // 2 * 2
+    rotary = getattr(text, "rotary_dim", None) or int(dim * (share or 1.0))
+    rotary = min(dim, rotary) // 2 * 2
     if getattr(text, "model_type", "") in NEIGHBOURS:
-        first = [i ^ 1 for i in range(turned)]
+        first = [i ^ 1 for i in range(rotary)]
     else:
-        first = [(i + turned // 2) % turned for i in range(turned)]
-    return (*first, *range(turned, dim))
+        first = [(i + rotary // 2) % rotary for i in range(rotary)]
+    return (*first, *range(rotary, dim))

@@ -1,4 +1,4 @@
-"""The state that a bounded model carries from one segment of a document to the next in training.
+"""The state that a bounded model keeps from one segment of a document to the next in training.
 
 `tessera.Cache` keeps no gradients. A `TruncatedBPTTCache` does: pass it to consecutive calls and they compute, forward and
 backward, what one call on the whole sequence would; detach it in between and gradients stop there (truncated backpropagation
@@ -25,7 +25,7 @@ class Segment:
     """A placeholder for the new keys, or values, of a layer, which Tessera's attention function reads.
 
     Attributes:
-        layer: what the layer carries.
+        layer: what the layer keeps.
         new: (batch, kv_heads, tokens, head_dim).
     """
 
@@ -34,7 +34,7 @@ class Segment:
 
 
 class TruncatedBPTTLayer(CacheLayerMixin):
-    """The carried state of one layer.
+    """The kept state of one layer.
 
     Attributes:
         seen: tokens so far.
@@ -68,7 +68,7 @@ class TruncatedBPTTLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the size of the new tokens alone; visibility of carried tokens follows the window and sinks."""
+        """Return the size of the new tokens alone; visibility of kept tokens follows the window and sinks."""
         return query_length, self.seen
 
     def get_max_length(self) -> int:
@@ -76,7 +76,7 @@ class TruncatedBPTTLayer(CacheLayerMixin):
         return -1
 
     def joined(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the carried keys and values, followed by the new ones."""
+        """Return the kept keys and values, followed by the new ones."""
         if self.k is None or self.v is None:
             return k, v
         return torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
@@ -102,7 +102,7 @@ class TruncatedBPTTCache(TransformersCache):
         model: a `tessera.models.gpt.GPT`, or a model with a memory attached; every layer must have a bounded state.
 
     Raises:
-        ValueError: for a model of which a layer sees all tokens, so that what would be carried grows without bound.
+        ValueError: for a model of which a layer sees all tokens, so that what would be kept grows without bound.
     """
 
     layers: list[TruncatedBPTTLayer]
@@ -113,7 +113,7 @@ class TruncatedBPTTCache(TransformersCache):
         if not found or not all(bounded):
             which = f"layer {bounded.index(False)} of it sees" if found else "its layers see"
             raise ValueError(
-                f"{type(model).__name__} has no bounded state to carry from segment to segment: {which} every token. Choose "
+                f"{type(model).__name__} has no bounded state to keep from segment to segment: {which} every token. Choose "
                 "attention with a window, such as 'window:256' or 'window:256 + tc', or 'infini:64'"
             )
         super().__init__(layers=[TruncatedBPTTLayer() for _ in found])

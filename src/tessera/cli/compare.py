@@ -128,7 +128,7 @@ def compare(
             evaluation.save_all(results, out / "compare.json")  # so that finished results are kept if a later model fails
     wide = console if console.width >= 130 or console.is_terminal else Console(width=150)
     for result in results:
-        for table in tables(result, named=len(results) > 1):
+        for table in tables(result, named=len(results) > 1, width=wide.width):
             wide.print(table)
         for table in layer_tables(result):
             wide.print(table)

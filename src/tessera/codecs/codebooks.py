@@ -186,8 +186,8 @@ def _places(size: int, conjugations: bool) -> Tensor:
         return torch.arange(3 * size)
     count = 3 * size
     whole = count // TABLE * TABLE
-    number, turns = torch.arange(count)[:, None], torch.arange(3)
-    return torch.where(number < whole, turns * whole + number, 2 * whole + turns * (count - whole) + number).flatten()
+    number, shift = torch.arange(count)[:, None], torch.arange(3)
+    return torch.where(number < whole, shift * whole + number, 2 * whole + shift * (count - whole) + number).flatten()
 
 
 @cache

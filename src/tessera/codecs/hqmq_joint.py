@@ -1,7 +1,7 @@
 """HQMQ with a joint codebook of direction and radius: the codec of `hqmq:3`, `hqmq:4` and `hqmq:5`.
 
 HQMQ (arXiv 2605.27646) codes a chunk of four numbers as a direction, the product q_p·q_s of one of the 24 Hurwitz units
-and a unit quaternion, and a radius beside it. Here the secondary quaternion need not be a unit: it carries the radius.
+and a unit quaternion, and a radius beside it. Here the secondary quaternion need not be a unit: its length is the radius.
 That is the same product, and the same decoder less one multiplication, but the codewords can follow a Gaussian density: fewer
 directions near the origin and far out, radii that differ from one direction to the next. Deviations from the paper, each of
 which lowers the error (benchmarks/codec_error.py):
@@ -42,7 +42,7 @@ GROUP = 64
 
 
 class JointHQMQ(Codec):
-    """HQMQ whose secondary quaternions carry the radius.
+    """HQMQ whose secondary quaternions contain the radius.
 
     True bits per element: b + 8/d for values, b + 8/d + 1/4 for keys; at head_dim 64, 4.125 and 4.375 for b = 4.
 
@@ -122,8 +122,8 @@ class JointHQMQ(Codec):
         if weights is not None:
             live = scale > 0  # vectors of zeros: any code will do, and the search near the origin is slow
             y = torch.where(live.unsqueeze(-1), x / scale.clamp(min=1e-30).unsqueeze(-1), 1.0)
-            turned = feedback(weights, rotation(x.shape[-1], device=x.device))
-            found = dispatch.encode_feedback(y.flatten(0, 1), turned.flatten(0, 1), book)
+            upper = feedback(weights, rotation(x.shape[-1], device=x.device))
+            found = dispatch.encode_feedback(y.flatten(0, 1), upper.flatten(0, 1), book)
             return pack_bits(found.view(*x.shape[:-1], -1).masked_fill(~live.unsqueeze(-1), 0), self.code_bits)
         return dispatch.pack_nearest(x, scale, book, self.code_bits)
 

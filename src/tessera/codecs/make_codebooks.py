@@ -7,7 +7,7 @@ only the representatives, the secondary quaternions, have to be kept.
 Two kinds are made:
 
 - directions: unit secondaries for uniformly distributed directions (`HQMQ(codebook="optimised")`);
-- joint: secondaries that are not units but carry the radius, for Gaussian chunks (`JointHQMQ`, behind ``hqmq:4``). They are
+- joint: secondaries that are not units but contain the radius, for Gaussian chunks (`JointHQMQ`, behind ``hqmq:4``). They are
   rounded to integers with an even sum, the lattice D4, on which all 24 units act without leaving the integers: a
   decoder needs no arithmetic that rounds. The larger ones also have the symmetry s -> u·s·ū, twelve times fewer
   secondaries for the same number of codewords, at half a per cent more error.

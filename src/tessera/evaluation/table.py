@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -12,6 +12,10 @@ from tessera.evaluation.records import Comparison, Row
 from tessera.evaluation.standard_errors import NEIGHBOURS
 
 COLUMNS = ("cache", "perplexity", "Δ", "KL", "top-1", "bits", "bits in all", "cache size", "smaller", "tokens/s")
+#: What a narrow terminal does without, first to last.
+DISPENSABLE = ("tokens/s", "bits", "bits in all", "top-1", "smaller", "perplexity")
+#: Fewest characters in a line of a spec.
+LEAST = 20
 #: Maximum number of pairs of one protocol that are printed; the record has all.
 SHOWN_PAIRS = 3
 #: Largest increase of perplexity of a cache that is still recommended.
@@ -50,19 +54,45 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def tables(comparison: Comparison, named: bool = False) -> list[Table]:
-    """A rich table for each protocol; `named`: its title begins with the model, because there are several."""
+def tables(comparison: Comparison, named: bool = False, width: int | None = None) -> list[Table]:
+    """A rich table for each protocol.
+
+    Args:
+        comparison: what was measured.
+        named: the title begins with the model, because there are several.
+        width: of the terminal, in characters: columns that do not fit are left out, and named below the table. None: as wide as
+            need be.
+    """
     made = []
     for protocol in dict.fromkeys(row.protocol for row in comparison.rows):
+        rows = [row for row in comparison.rows if row.protocol == protocol]
+        whole = [dict(zip(COLUMNS, cells(row), strict=True)) for row in rows]
+        shown = _fitting(whole, width)
+        absent = [column for column in COLUMNS if column not in shown]
         title = (f"{comparison.model}, " if named else "") + _meaning(comparison, protocol)
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for column in COLUMNS:
-            table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
-        for row in comparison.rows:
-            if row.protocol == protocol:
-                table.add_row(*cells(row), style="dim" if row.spec == "dense" else None)
+        note = f"no room for: {', '.join(absent)} (all are in the saved file)" if absent else None
+        table = Table(title=title, title_justify="left", title_style="bold", caption=note, caption_justify="left")
+        for column in shown:
+            # A long spec goes on in a second line, so that no number is cut.
+            first = column == "cache"
+            table.add_column(
+                column, justify="left" if first else "right", no_wrap=not first, min_width=LEAST if first else None
+            )
+        for row, cell in zip(rows, whole, strict=True):
+            table.add_row(*(cell[column] for column in shown), style="dim" if row.spec == "dense" else None)
         made.append(table)
     return made
+
+
+def _fitting(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
+    """The columns that fit a width, beside at least `LEAST` characters of the spec."""
+    shown = list(COLUMNS)
+    needs = {column: max(len(column), *(len(row[column]) for row in rows)) for column in shown} | {"cache": LEAST}
+    for column in DISPENSABLE:
+        # A border or a space on either side of each, and a border at the end.
+        if width is not None and sum(needs[name] + 3 for name in shown) + 1 > width:
+            shown.remove(column)
+    return shown
 
 
 def _meaning(comparison: Comparison, protocol: str) -> str:

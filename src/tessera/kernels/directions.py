@@ -40,7 +40,7 @@ def nearest_directions(chunks: Tensor, rotations: Tensor) -> tuple[Tensor, Tenso
 
 
 def _search(x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-    turned = (x @ rotation.flatten(0, 1).T).unflatten(-1, (-1, 4))  # (n, S, 4)
-    projection, s = unit_projection(turned).max(-1)
-    p = nearest_unit(turned.gather(1, s[:, None, None].expand(-1, 1, 4)).squeeze(1))
+    rotated = (x @ rotation.flatten(0, 1).T).unflatten(-1, (-1, 4))  # (n, S, 4)
+    projection, s = unit_projection(rotated).max(-1)
+    p = nearest_unit(rotated.gather(1, s[:, None, None].expand(-1, 1, 4)).squeeze(1))
     return s * UNITS + p, projection

@@ -58,11 +58,11 @@ def _rotation_units() -> Tensor:
     table = []
     signs = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=torch.float32)
     all_units = units()
-    turned = hamilton(hamilton(conjugate(all_units), probe), all_units)
+    conjugated = hamilton(hamilton(conjugate(all_units), probe), all_units)
     for shift in range(3):
         for flips in range(4):
             wanted = probe[1:].roll(-shift) * signs[flips]
-            table.append(int((turned[:, 1:] - wanted).abs().amax(-1).argmin()))
+            table.append(int((conjugated[:, 1:] - wanted).abs().amax(-1).argmin()))
     return torch.tensor(table)
 
 
@@ -350,8 +350,8 @@ def _nearest(x: Tensor, index: CellIndex) -> Tensor:
         inverse = product.argmin(1)  # the column of +1, unit 0
         unit = product[product[g, unit], inverse[g]]
         base, rotation = s // 12, s % 12
-        turned = product[g, _rotation_order(device)[rotation]]
-        s = base * 12 + _rotation_number(device)[turned]
+        conjugated = product[g, _rotation_order(device)[rotation]]
+        s = base * 12 + _rotation_number(device)[conjugated]
     code = s * UNITS + product[p, unit]
     if far.any():
         code[far] = brute_force(x[far], index.words)
@@ -379,7 +379,7 @@ def reduction_tables() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     Returns:
         product: (24, 24), of two units.
         inverse: (24,).
-        turn_unit: (12,), for each outcome of `canonical_rotation` the unit g with turned = ḡ·v·g.
+        reduction_unit: (12,), for each outcome of `canonical_rotation` the unit g with rotated = ḡ·v·g.
         rotation_unit: (12,), the unit of each rotation u·s·ū, in the codebook's order.
         unit_rotation: (24,), the rotation of each unit.
     """

@@ -5,7 +5,7 @@
     update   M <- M + σ(K)ᵀ (V - σ(K) M / (σ(K) z)),   z <- z + Σ σ(K)      at the end of a segment
     output   sigmoid(β) A_mem + (1 - sigmoid(β)) A_local                    β: one number per head
 
-Keys and queries of the memory carry no rotary phase.
+Keys and queries of the memory have no rotary phase.
 """
 
 from __future__ import annotations

@@ -34,10 +34,10 @@ class Phase:
     def remove(self, x: Tensor, positions: Tensor) -> Tensor:
         """Undo the rotation of x. x: (batch, heads, tokens, head_dim); positions: (batch or 1, tokens)."""
         cos, sin = self.tables(positions, x)
-        turned, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
-        first, second = turned.chunk(2, dim=-1)
+        mixed, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
+        first, second = mixed.chunk(2, dim=-1)
         # Some models scale the rotation; cos² + sin² is the square of that.
-        back = (turned * cos - torch.cat((-second, first), dim=-1) * sin) / (cos.square() + sin.square())
+        back = (mixed * cos - torch.cat((-second, first), dim=-1) * sin) / (cos.square() + sin.square())
         return join((back.to(x.dtype), rest), -1)
 
 
@@ -64,8 +64,8 @@ def phase_of(model: Any, attention: nn.Module, head_dim: int) -> Phase:
         try:
             cos, sin = phase.tables(positions.to(device), x)
             own = x if cos.shape[-1] <= head_dim else x[..., :0]
-            turned = rotate(own, own, cos.squeeze(1), sin.squeeze(1))[0]
-            if torch.allclose(phase.remove(turned, positions.to(device)), x, atol=1e-4):
+            mixed = rotate(own, own, cos.squeeze(1), sin.squeeze(1))[0]
+            if torch.allclose(phase.remove(mixed, positions.to(device)), x, atol=1e-4):
                 return phase
         except (RuntimeError, TypeError, ValueError, LookupError):
             pass

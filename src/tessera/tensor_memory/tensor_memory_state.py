@@ -1,4 +1,4 @@
-"""The state of a Tensor Memory, which a stream carries from one call to the next."""
+"""The state of a Tensor Memory, which a stream keeps from one call to the next."""
 
 from __future__ import annotations
 

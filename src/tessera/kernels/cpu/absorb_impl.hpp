@@ -162,12 +162,12 @@ class AbsorbedHead {
 
     void run() {
         const float* end = d.end + head * s.d_k * s.d_v;
-        turn(end, s.d_v, grad);
+        transpose(end, s.d_v, grad);
         const int64_t segments = (s.tokens + s.every - 1) / s.every;
         for (int64_t segment = segments - 1; segment >= 0; --segment) {
             const int64_t begin = segment * s.every, count = std::min(s.every, s.tokens - begin);
             const int padded = (s.d_v + 15) / 16 * 16;
-            turn(s.kept + (head * segments + segment) * s.d_k * padded, padded, log);
+            transpose(s.kept + (head * segments + segment) * s.d_k * padded, padded, log);
             for (int64_t t = 0; t < count; ++t) redo(begin + t, log + t * size);
             for (int64_t t = count - 1; t >= 0; --t) undo(begin + t, log + t * size);
         }
@@ -178,7 +178,7 @@ class AbsorbedHead {
 
   private:
     // Transposes (d_k, columns) to (rows, width), padded with zeros.
-    void turn(const float* from, int columns, float* to) const {
+    void transpose(const float* from, int columns, float* to) const {
         std::fill(to, to + size, 0.0f);
         for (int i = 0; i < s.d_k; ++i)
             for (int j = 0; j < s.d_v; ++j) to[int64_t(j) * width + i] = from[int64_t(i) * columns + j];

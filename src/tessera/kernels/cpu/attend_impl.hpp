@@ -170,7 +170,7 @@ struct Worker {
     Values values;
     float* const query = memory.take<float>(size_t(TILE) * dim);
     float* const scores = memory.take<float>(size_t(TILE) * BLOCK);
-    float* const turned = memory.take<float>(size_t(TILE) * dim);
+    float* const shifted = memory.take<float>(size_t(TILE) * dim);
     float* const mean = memory.take<float>(dim);
     float* const factor = memory.take<float>(dim);
 
@@ -291,11 +291,11 @@ struct Worker {
     // Loads the queries into `keys`: each channel times its factor, rotated.
     void set_queries(int rows, const float* factors) {
         for (int r = 0; r < rows; ++r) {
-            float* to = turned + size_t(r) * dim;
+            float* to = shifted + size_t(r) * dim;
             for (int c = 0; c < dim; ++c) to[c] = query[r * dim + c] * (factors ? factors[c] : 1.0f);
             rotate(rotation, to);
         }
-        keys.set_queries(turned, rows);
+        keys.set_queries(shifted, rows);
     }
 };
 

@@ -109,8 +109,8 @@ class Codewords {
 
     // Applies moves to points. x[0] has four codes at a and four at b; x[1] has the next four of each.
     inline __attribute__((always_inline)) void rows(const uint8_t* a, const uint8_t* b, __m256i x[2]) const {
-        if constexpr (SHORT) turn(_mm256_and_si256(join(a, b), move_mask_), x);
-        else turn(moves(codes(a, b), codes(a + half_, b + half_)), x);
+        if constexpr (SHORT) apply(_mm256_and_si256(join(a, b), move_mask_), x);
+        else apply(moves(codes(a, b), codes(a + half_, b + half_)), x);
     }
 
     // Does the same for eight codes at a in x[0], and eight at b in x[1].
@@ -118,9 +118,9 @@ class Codewords {
         if constexpr (SHORT) {
             const __m128i low = load(a), high = load(b);
             const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi64(low, high), _mm_unpacklo_epi64(low, high));
-            turn(_mm256_and_si256(both, move_mask_), x);
+            apply(_mm256_and_si256(both, move_mask_), x);
         } else {
-            turn(moves(codes(a, a + half_), codes(b, b + half_)), x);
+            apply(moves(codes(a, a + half_), codes(b, b + half_)), x);
         }
     }
 
@@ -140,15 +140,15 @@ class Codewords {
     }
 
     // moves: 16 bits each.
-    inline __attribute__((always_inline)) void turn(__m256i moves, __m256i x[2]) const {
+    inline __attribute__((always_inline)) void apply(__m256i moves, __m256i x[2]) const {
         // The permutation and the signs of each move.
         const __m256i number = _mm256_blendv_epi8(_mm256_shuffle_epi8(few_[0], moves), _mm256_shuffle_epi8(few_[1], moves), _mm256_slli_epi16(moves, 3));
-        x[0] = turned(x[0], _mm256_unpacklo_epi16(number, number));
-        x[1] = turned(x[1], _mm256_unpackhi_epi16(number, number));
+        x[0] = moved(x[0], _mm256_unpacklo_epi16(number, number));
+        x[1] = moved(x[1], _mm256_unpackhi_epi16(number, number));
     }
 
     // number: in each word the index of the signs in the lowest three bits, that of the permutation in the next three.
-    inline __attribute__((always_inline)) __m256i turned(__m256i words, __m256i number) const {
+    inline __attribute__((always_inline)) __m256i moved(__m256i words, __m256i number) const {
         const __m256i lane = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
         const __m256i control = _mm256_or_si256(_mm256_permutevar8x32_epi32(controls_, _mm256_srli_epi32(number, 3)), lane);
         return _mm256_sign_epi8(_mm256_shuffle_epi8(words, control), _mm256_permutevar8x32_epi32(signs_, number));

@@ -37,7 +37,7 @@ class Lookup {
         for (int v = 0; v < 2; ++v) {
             __m512i line[4];
             for (int i = 0; i < 4; ++i)
-                line[i] = _mm512_permutexvar_epi8(planes_, turn(gather(points[4 * v + i]), _mm512_load_si512(codes[4 * v + i])));
+                line[i] = _mm512_permutexvar_epi8(planes_, apply(gather(points[4 * v + i]), _mm512_load_si512(codes[4 * v + i])));
             const __m512i a = _mm512_shuffle_i32x4(line[0], line[1], 0x44), b = _mm512_shuffle_i32x4(line[0], line[1], 0xee);
             const __m512i c = _mm512_shuffle_i32x4(line[2], line[3], 0x44), d = _mm512_shuffle_i32x4(line[2], line[3], 0xee);
             out[v][0] = _mm512_shuffle_i32x4(a, c, 0x88), out[v][1] = _mm512_shuffle_i32x4(a, c, 0xdd);
@@ -76,12 +76,12 @@ class Lookup {
                                   _mm256_set_m128i(quarter[3], quarter[2]), 1);
     }
 
-    __m512i turn(__m512i words, __m512i codes) const {
+    __m512i apply(__m512i words, __m512i codes) const {
         const __m512i move = _mm512_and_si512(codes, mask_);
         const __m512i control = _mm512_permutex2var_epi32(control0_, move, control1_);
         const __m512i negate = _mm512_permutex2var_epi32(negate0_, move, negate1_);
-        const __m512i turned = _mm512_shuffle_epi8(words, _mm512_add_epi32(control, lane_));
-        return _mm512_sub_epi8(_mm512_xor_si512(turned, negate), negate);
+        const __m512i moved = _mm512_shuffle_epi8(words, _mm512_add_epi32(control, lane_));
+        return _mm512_sub_epi8(_mm512_xor_si512(moved, negate), negate);
     }
 
     const Book& book_;

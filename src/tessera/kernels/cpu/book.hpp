@@ -31,7 +31,7 @@ struct Book : Coder {
     alignas(32) uint32_t few_controls[8] = {}, few_signs[8] = {};  // signs: bytes 1 and -1
 
     // Tables for kernels that look bytes up in registers: component j of 128 points each, with its sign bit flipped in
-    // bytes[1]. The first `turns` points are followed by the two cyclic permutations of their last three components, which need
+    // bytes[1]. The first `cycled` points are followed by the two cyclic permutations of their last three components, which need
     // no tables. `blocks` is the number of tables, 0 if too many are needed.
     static constexpr int BLOCKS = 6;
     int blocks = 0;
@@ -124,20 +124,20 @@ struct Book : Coder {
             }
             move_bytes[m] |= uint8_t(permutation[at]);
         }
-        constexpr int SIZE = 128, turn[3] = {3, 1, 2};
-        int64_t turns = count / 3 / SIZE * SIZE;
-        for (int64_t i = 0; i < 2 * turns && turns; ++i) {
-            const int16_t *from = points + 4 * i, *to = from + 4 * turns;
-            if (to[0] != from[0]) turns = 0;
-            for (int j = 0; j < 3 && turns; ++j)
-                if (to[1 + j] != from[turn[j]]) turns = 0;
+        constexpr int SIZE = 128, cycle[3] = {3, 1, 2};
+        int64_t cycled = count / 3 / SIZE * SIZE;
+        for (int64_t i = 0; i < 2 * cycled && cycled; ++i) {
+            const int16_t *from = points + 4 * i, *to = from + 4 * cycled;
+            if (to[0] != from[0]) cycled = 0;
+            for (int j = 0; j < 3 && cycled; ++j)
+                if (to[1 + j] != from[cycle[j]]) cycled = 0;
         }
-        const int64_t room = int64_t{1} << (bits - move_bits), needed = turns / SIZE + (count - 3 * turns + SIZE - 1) / SIZE;
+        const int64_t room = int64_t{1} << (bits - move_bits), needed = cycled / SIZE + (count - 3 * cycled + SIZE - 1) / SIZE;
         const int named = int((room + SIZE - 1) / SIZE);  // number of blocks that codes can address
-        if (needed > BLOCKS || needed + 2 * turns / SIZE < named) return;
+        if (needed > BLOCKS || needed + 2 * cycled / SIZE < named) return;
         blocks = int(needed);
         for (int b = 0; b < 64; ++b) {
-            const int block = b % named, once = int(turns / SIZE);
+            const int block = b % named, once = int(cycled / SIZE);
             const int times = block < 3 * once ? block / once : 0;
             const int table = block < 3 * once ? block % once : block - 2 * once;
             block_bytes[b] = uint8_t(1 << table | (times == 1 ? 64 : 0) | (times == 2 ? 128 : 0));

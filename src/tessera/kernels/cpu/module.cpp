@@ -335,13 +335,13 @@ void fill(T* to, const Longs& from, size_t count, const char* what) {
     std::copy(from.data(), from.data() + count, to);
 }
 
-void make_index(Index* self, Rows4I16 words, Ints codes, bool conjugations, float step, Longs product, Longs inverse, Longs turn_unit,
+void make_index(Index* self, Rows4I16 words, Ints codes, bool conjugations, float step, Longs product, Longs inverse, Longs reduction_unit,
                 Longs rotation_unit, Longs unit_rotation) {
     if (words.shape(0) % 24 || words.shape(0) != codes.shape(0)) throw nb::value_error("words and codes need 24 rows for each secondary");
     Group group;
     fill(&group.product[0][0], product, 576, "product");
     fill(group.inverse, inverse, 24, "inverse");
-    fill(group.turn_unit, turn_unit, 12, "turn_unit");
+    fill(group.reduction_unit, reduction_unit, 12, "reduction_unit");
     fill(group.rotation_unit, rotation_unit, 12, "rotation_unit");
     fill(group.unit_rotation, unit_rotation, 24, "unit_rotation");
     nb::gil_scoped_release release;
@@ -428,15 +428,15 @@ void pack_blocks(uintptr_t x, uintptr_t ratio, uintptr_t scale, int64_t blocks, 
     in_parts(blocks, 256, threads, [&](int64_t begin, int64_t end) { block_codes(s, begin, end); });
 }
 
-// Searches lines of `chunks` chunks, line i with the matrices of head i % heads; turns: (heads, size, 4, 4).
-void nearest_directions(uintptr_t turns, int64_t heads, int size, uintptr_t x, int64_t lines, int64_t chunks, uintptr_t codes,
+// Searches lines of `chunks` chunks, line i with the matrices of head i % heads; matrices: (heads, size, 4, 4).
+void nearest_directions(uintptr_t matrices, int64_t heads, int size, uintptr_t x, int64_t lines, int64_t chunks, uintptr_t codes,
                         uintptr_t projections, int threads) {
     nb::gil_scoped_release release;
     constexpr int64_t PART = 1024;
     const int64_t parts = (chunks + PART - 1) / PART;
     Threads::get().run(lines * parts, threads, [&](int64_t task, int) {
         const int64_t line = task / parts, begin = task % parts * PART, at = line * chunks + begin;
-        nearest_product(reinterpret_cast<const float*>(turns) + line % heads * size * 16, size, reinterpret_cast<const float*>(x) + 4 * at,
+        nearest_product(reinterpret_cast<const float*>(matrices) + line % heads * size * 16, size, reinterpret_cast<const float*>(x) + 4 * at,
                           std::min(PART, chunks - begin), reinterpret_cast<int32_t*>(codes) + at, reinterpret_cast<float*>(projections) + at);
     });
 }

@@ -13,7 +13,7 @@ namespace tessera {
 struct Group {
     uint8_t product[24][24];
     uint8_t inverse[24];
-    uint8_t turn_unit[12];      // for each outcome of the reduction by rotations the unit g of z = conj(g)·v·g
+    uint8_t reduction_unit[12];      // for each outcome of the reduction by rotations the unit g of z = conj(g)·v·g
     uint8_t rotation_unit[12];  // the order of rotations u·s·conj(u) in the codebook,
     uint8_t unit_rotation[24];  // and the number of each unit's
 };
@@ -102,7 +102,7 @@ using Nearest = void (*)(const Search& s);
 void vector_codes(const Index& index, Nearest nearest, const VectorCodes& s, int64_t begin, int64_t end);
 
 // Finds for n chunks (n, 4) the product 24 s + p with the largest projection, and returns both.
-// turns: (size, 4, 4), of x·conj(s), see kernels/directions.py.
-void nearest_product(const float* turns, int size, const float* x, int64_t n, int32_t* code, float* projection);
+// matrices: (size, 4, 4), of x·conj(s), see kernels/directions.py.
+void nearest_product(const float* matrices, int size, const float* x, int64_t n, int32_t* code, float* projection);
 
 }  // namespace tessera

@@ -39,7 +39,7 @@ inline void store(int32_t* x, IntLanes lanes) { std::memcpy(x, &lanes, sizeof la
 struct Block {
     alignas(64) float x[4][BLOCK];         // the chunks
     alignas(64) float unit[4][BLOCK];      // what they are divided by,
-    alignas(64) int32_t turn[BLOCK];       // and the rotation that they are turned by
+    alignas(64) int32_t rotation[BLOCK];   // and the rotation by which they are rotated
     alignas(64) int32_t frame[BLOCK];      // both, see Index::frames
     alignas(64) float y[4][BLOCK];         // in steps, from the centre of their cells
     alignas(64) int32_t centre[4][BLOCK];
@@ -85,7 +85,7 @@ inline __attribute__((always_inline)) void locate(const Index& index, Block& b, 
     Lanes z1 = p0 * x1 - p1 * x0 - p2 * x3 + p3 * x2;
     Lanes z2 = p0 * x2 + p1 * x3 - p2 * x0 - p3 * x1;
     Lanes z3 = p0 * x3 - p1 * x2 + p2 * x1 - p3 * x0;
-    IntLanes turn = IntLanes{};
+    IntLanes rotation = IntLanes{};
     if (index.conjugations) {
         // Rotate to z1 >= z2 >= 0, z1 >= |z3|, with an even number of sign changes.
         const Lanes c1 = magnitude(z1), c2 = magnitude(z2), c3 = magnitude(z3);
@@ -93,11 +93,11 @@ inline __attribute__((always_inline)) void locate(const Index& index, Block& b, 
         const Lanes v1 = twice ? z3 : once ? z2 : z1, v2 = twice ? z1 : once ? z3 : z2, v3 = twice ? z2 : once ? z1 : z3;
         const IntLanes p = v1 < 0.0f, q = v2 < 0.0f;
         z1 = flipped(v1, sign_of(p)), z2 = flipped(v2, sign_of(q)), z3 = flipped(v3, sign_of(p ^ q));
-        turn = (twice ? IntLanes{} + 8 : once & 4) + (p & 2) + (q & 1);
+        rotation = (twice ? IntLanes{} + 8 : once & 4) + (p & 2) + (q & 1);
     }
     store(b.unit[0] + at, p0), store(b.unit[1] + at, p1), store(b.unit[2] + at, p2), store(b.unit[3] + at, p3);
-    store(b.turn + at, turn);
-    store(b.frame + at, gather<1>(index.frames, 12 * near.number + turn));
+    store(b.rotation + at, rotation);
+    store(b.frame + at, gather<1>(index.frames, 12 * near.number + rotation));
 
     const Lanes inverse = Lanes{} + 1.0f / index.step;
     const Lanes z[4] = {z0 * inverse, z1 * inverse, z2 * inverse, z3 * inverse};
@@ -148,7 +148,7 @@ inline __attribute__((always_inline)) void put_word(const Index& index, Block& b
     Lanes z[4];
     for (int i = 0; i < 4; ++i) z[i] = floats(load(b.centre[i] + at) + component(bytes, i));
     if (index.conjugations) {
-        const IntLanes turn = load(b.turn + at), p = -(turn >> 1 & 1), q = -(turn & 1), twice = turn >= 8, once = (turn >= 4) & ~twice;
+        const IntLanes rotation = load(b.rotation + at), p = -(rotation >> 1 & 1), q = -(rotation & 1), twice = rotation >= 8, once = (rotation >= 4) & ~twice;
         const Lanes v1 = flipped(z[1], sign_of(p)), v2 = flipped(z[2], sign_of(q)), v3 = flipped(z[3], sign_of(p ^ q));
         z[1] = twice ? v2 : once ? v3 : v1, z[2] = twice ? v3 : once ? v1 : v2, z[3] = twice ? v1 : once ? v2 : v3;
     }
@@ -263,15 +263,15 @@ inline __attribute__((always_inline)) void try_all(const Index& index, Block& b,
     const Lanes x0 = load(b.x[0] + at) * inverse, x1 = load(b.x[1] + at) * inverse;
     const Lanes x2 = load(b.x[2] + at) * inverse, x3 = load(b.x[3] + at) * inverse;
     Best best;
-    Lanes turned[4] = {};
+    Lanes rotated[4] = {};
     for (size_t s = 0; s < size_t(index.secondaries); ++s) {
         const float w = index.secondary[0][s], u = index.secondary[1][s], v = index.secondary[2][s], t = index.secondary[3][s];
         const Lanes y[4] = {w * x0 + u * x1 + v * x2 + t * x3, w * x1 - u * x0 + v * x3 - t * x2, w * x2 - u * x3 - v * x0 + t * x1,
                             w * x3 + u * x2 - v * x1 - t * x0};
         const IntLanes better = best.take(projection(y) - index.secondary[4][s], IntLanes{} + index.secondary_number[s]);
-        for (int i = 0; i < 4; ++i) turned[i] = better ? y[i] : turned[i];
+        for (int i = 0; i < 4; ++i) rotated[i] = better ? y[i] : rotated[i];
     }
-    const IntLanes product = 24 * best.which + nearest_units(turned[0], turned[1], turned[2], turned[3]).number;
+    const IntLanes product = 24 * best.which + nearest_units(rotated[0], rotated[1], rotated[2], rotated[3]).number;
     store(b.code + at, gather<1>(index.codes.data(), product));
     if constexpr (WORDS) {
         const int32_t* words = reinterpret_cast<const int32_t*>(index.words.data());

@@ -277,7 +277,7 @@ Index::Index(const int16_t* from, const int32_t* numbers, int size, bool conj, f
 void Index::set_group(const Group& group) {
     for (int p = 0; p < 24; ++p) {
         for (int t = 0; t < 12; ++t) {
-            const int g = conjugations ? group.turn_unit[t] : 0;
+            const int g = conjugations ? group.reduction_unit[t] : 0;
             frames[12 * p + t] = group.product[p][g] << 5 | group.inverse[g];
         }
         for (int q = 0; q < 24; ++q) product[p << 5 | q] = group.product[p][q];

@@ -14,14 +14,14 @@ namespace {
 // Chunks that are processed together, component by component, so that loops over them are vectorised.
 constexpr int CHUNKS = 32;
 
-TESSERA_CLONES void search(const float* turns, int size, const float* from, int count, int32_t* code, float* projection) {
-    alignas(64) float x[4][CHUNKS] = {}, turned[4][CHUNKS] = {}, best[CHUNKS];
+TESSERA_CLONES void search(const float* matrices, int size, const float* from, int count, int32_t* code, float* projection) {
+    alignas(64) float x[4][CHUNKS] = {}, rotated[4][CHUNKS] = {}, best[CHUNKS];
     alignas(64) int32_t found[CHUNKS] = {};
     for (int j = 0; j < count; ++j)
         for (int i = 0; i < 4; ++i) x[i][j] = from[4 * j + i];
     for (float& value : best) value = -std::numeric_limits<float>::infinity();
     for (int s = 0; s < size; ++s) {
-        const float* t = turns + 16 * s;
+        const float* t = matrices + 16 * s;
         for (int j = 0; j < CHUNKS; ++j) {
             float y[4], a[4];
             for (int i = 0; i < 4; ++i) {
@@ -34,19 +34,19 @@ TESSERA_CLONES void search(const float* turns, int size, const float* from, int 
             const bool better = most > best[j];
             best[j] = better ? most : best[j];
             found[j] = better ? s : found[j];
-            for (int i = 0; i < 4; ++i) turned[i][j] = better ? y[i] : turned[i][j];
+            for (int i = 0; i < 4; ++i) rotated[i][j] = better ? y[i] : rotated[i][j];
         }
     }
-    for (int j = 0; j < CHUNKS; ++j) found[j] = 24 * found[j] + nearest_unit(turned[0][j], turned[1][j], turned[2][j], turned[3][j]).number;
+    for (int j = 0; j < CHUNKS; ++j) found[j] = 24 * found[j] + nearest_unit(rotated[0][j], rotated[1][j], rotated[2][j], rotated[3][j]).number;
     std::memcpy(code, found, sizeof(int32_t) * size_t(count));
     std::memcpy(projection, best, sizeof(float) * size_t(count));
 }
 
 }  // namespace
 
-void nearest_product(const float* turns, int size, const float* x, int64_t n, int32_t* code, float* projection) {
+void nearest_product(const float* matrices, int size, const float* x, int64_t n, int32_t* code, float* projection) {
     for (int64_t begin = 0; begin < n; begin += CHUNKS)
-        search(turns, size, x + 4 * begin, int(std::min<int64_t>(CHUNKS, n - begin)), code + begin, projection + begin);
+        search(matrices, size, x + 4 * begin, int(std::min<int64_t>(CHUNKS, n - begin)), code + begin, projection + begin);
 }
 
 }  // namespace tessera

@@ -57,7 +57,7 @@ void Threads::run(int64_t tasks, int workers, const std::function<void(int64_t, 
         parallel(share, &shared, unsigned(workers), 0);
         return;
     }
-    std::lock_guard<std::mutex> turn(turn_);
+    std::lock_guard<std::mutex> guard(caller_);
     {
         std::lock_guard<std::mutex> lock(mutex_);
         while (int(threads_.size()) < workers - 1) {

@@ -28,7 +28,7 @@ class Threads {
   private:
     void serve(int worker);
 
-    std::mutex turn_;  // held by the caller whose work is running
+    std::mutex caller_;  // held by the caller whose work is running
     std::mutex mutex_;
     std::condition_variable wake_, idle_;
     std::vector<std::thread> threads_;

@@ -144,7 +144,7 @@ def attend_blocks(
     codes, value_codes = (code_options(form, way, dim, align) for form, way, align in zip(forms, ways, aligns, strict=True))
     rotation, halved, _ = rotations(keys, ways[0], dim, q.device)
     _, _, back = rotations(values, ways[1], dim, q.device)
-    query, turned, unit = _prepared(q, params.scale, rotation)
+    query, shifted, unit = _prepared(q, params.scale, rotation)
     if len(blocks) == 0:
         none = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         return none, none.new_full(q.shape[:-1], -torch.inf)
@@ -163,7 +163,7 @@ def attend_blocks(
     with _on(q.device):
         attend_kernel[(lines, splits, tiles)](
             query,
-            turned,
+            shifted,
             unit,
             halved,
             blocks,
@@ -203,13 +203,13 @@ def _prepared(q: Tensor, scale: float, rotation: Tensor) -> tuple[Tensor, Tensor
 
     dim, rows = q.shape[-1], q.numel() // q.shape[-1]
     query = torch.empty((rows, dim), device=q.device, dtype=torch.float32)
-    turned, unit = torch.empty_like(query, dtype=torch.float16), query.new_empty(rows)
+    shifted, unit = torch.empty_like(query, dtype=torch.float16), query.new_empty(rows)
     with _on(q.device):
         prepare_kernel[(-(-rows // TILE),)](
             q.detach().contiguous(),
             rotation,
             query,
-            turned,
+            shifted,
             unit,
             scale,
             rows,
@@ -218,7 +218,7 @@ def _prepared(q: Tensor, scale: float, rotation: Tensor) -> tuple[Tensor, Tensor
             TILE=TILE,
             SLICE=SLICE,
         )
-    return query, turned, unit
+    return query, shifted, unit
 
 
 def _joined(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

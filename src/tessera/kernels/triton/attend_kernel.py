@@ -63,7 +63,7 @@ def _slice(q, k_centre, part, first_row, real_row, dim: tl.constexpr, SLICE: tl.
 @triton.jit(do_not_specialize=["mask_batch", "mask_head", "mask_query", "start", "window", "block_count", "per_split"])
 def attend_kernel(
     q,  # (batch · kv_heads, rows, dim) float32, times the scale
-    turned,  # the same rotated, less `unit`, its channels ordered, float16
+    shifted,  # the same rotated, less `unit`, its channels ordered, float16
     unit,  # (batch · kv_heads, rows) float32
     rotation,  # (dim, dim) float16, y = x @ rotation, its columns ordered
     blocks,  # (blocks, COLUMNS) int64, see `tessera.kernels.triton.block_table`
@@ -136,8 +136,8 @@ def attend_kernel(
     real = real_row[:, None] & real_pair[None, :]
     first_row = (line * rows + row) * dim
     at = first_row[:, None] + pair[None, :]
-    q0 = tl.load(turned + at, mask=real, other=0.0)
-    q1 = tl.load(turned + at + dim // 2, mask=real, other=0.0)
+    q0 = tl.load(shifted + at, mask=real, other=0.0)
+    q1 = tl.load(shifted + at + dim // 2, mask=real, other=0.0)
     q_unit = tl.load(unit + line * rows + row, mask=real_row, other=1.0)
     place = start + row % q_tokens
     if CENTRED:

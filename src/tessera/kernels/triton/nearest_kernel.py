@@ -23,7 +23,7 @@ def nearest_kernel(
     units,  # (24, 4) float32
     product,  # (24, 24) int32, of two units
     inverse,  # (24,) int32
-    turn_unit,
+    reduction_unit,
     rotation_unit,
     unit_rotation,  # see `reduction_tables`, int32
     out,  # (n,) int32; -1 where all codewords must be compared
@@ -118,10 +118,10 @@ def nearest_kernel(
     s, right = found // 24, found % 24
     if CONJUGATIONS:
         # x = q_p·g·z·ḡ, so the codeword for x is q_p·(g·q_unit·ḡ)·(g·s·ḡ).
-        g = tl.load(turn_unit + reduction)
+        g = tl.load(reduction_unit + reduction)
         right = tl.load(product + 24 * tl.load(product + 24 * g + right) + tl.load(inverse + g))
-        turned = tl.load(product + 24 * g + tl.load(rotation_unit + s % 12))
-        s = s // 12 * 12 + tl.load(unit_rotation + turned)
+        rotated = tl.load(product + 24 * g + tl.load(rotation_unit + s % 12))
+        s = s // 12 * 12 + tl.load(unit_rotation + rotated)
     code = s * 24 + tl.load(product + 24 * unit + right)
     tl.store(out + at, tl.where(far, -1, code), mask=live)
 

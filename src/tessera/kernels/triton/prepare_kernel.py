@@ -14,7 +14,7 @@ def prepare_kernel(
     q,  # (rows, dim), any floating point
     rotation,  # (dim, dim) float32, y = x @ rotation, its columns ordered
     query,  # (rows, dim) float32: q times the scale
-    turned,  # (rows, dim) float16: the same rotated, less `unit`
+    shifted,  # (rows, dim) float16: the same rotated, less `unit`
     unit,  # (rows,) float32: the largest magnitude of each rotated row
     scale,
     rows,
@@ -40,5 +40,5 @@ def prepare_kernel(
         whole = tl.dot(x, y, whole, input_precision="tf32x3")  # as exact as float32
     most = tl.maximum(tl.max(tl.abs(whole), axis=1), 1e-30)
     tl.store(unit + row, most, mask=real_row)
-    to = turned + row.to(tl.int64)[:, None] * DIM + channel[None, :]
+    to = shifted + row.to(tl.int64)[:, None] * DIM + channel[None, :]
     tl.store(to, (whole / most[:, None]).to(tl.float16), mask=real_row[:, None] & real_channel[None, :])

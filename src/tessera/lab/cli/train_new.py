@@ -52,7 +52,7 @@ def lm(
     ] = None,
     sequence: Annotated[int, typer.Option(help="Tokens of a training sequence.", min=2)] = 512,
     segments: Annotated[
-        int, typer.Option(help="Sequences of a document per step, with the state carried from each to the next.", min=1)
+        int, typer.Option(help="Sequences of a document per step, with the state kept from each to the next.", min=1)
     ] = 1,
     batch: Batch = 16,
     micro_batch: MicroBatch = None,

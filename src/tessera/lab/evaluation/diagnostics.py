@@ -1,7 +1,7 @@
 """Diagnostics: small backbones trained from scratch on tasks that require a memory.
 
 Every row is one model: a task, a kind of backbone, the range of its attention, and the setting of the memory. If attention sees
-the current token only, the memory is the only way to carry information; with whole attention, as in the original tasks,
+the current token only, the memory is the only way to keep information; with whole attention, as in the original tasks,
 attention may suffice.
 """
 

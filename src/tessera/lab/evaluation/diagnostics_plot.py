@@ -68,10 +68,10 @@ def _by_task(axis: Any, kinds: dict[str, dict[str, list[Row]]]) -> None:
             # Drawn side by side, because equal values would hide each other.
             at = place + 0.15 * (order - 1.5)
             axis.plot(found, [at] * len(found), marker, color=colour, ms=6, alpha=0.85, ls="", zorder=3)
-    handles = [Line2D([], [], color=STYLES[k][0], marker=STYLES[k][1], ls="", ms=6) for k in KINDS]
-    handles += [Line2D([], [], color="0.35", lw=1.4), Line2D([], [], color="0.85", lw=9)]
+    entries = [Line2D([], [], color=STYLES[k][0], marker=STYLES[k][1], ls="", ms=6) for k in KINDS]
+    entries += [Line2D([], [], color="0.35", lw=1.4), Line2D([], [], color="0.85", lw=9)]
     words = [*KINDS, "best from the current frame", "from guessing to the ceiling"]
-    axis.legend(handles, words, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False, fontsize=10)
+    axis.legend(entries, words, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False, fontsize=10)
     axis.set_yticks(range(len(kinds)), list(kinds), fontsize=10)
     axis.set(xlim=(-0.02, 1.04), ylim=(len(kinds) - 0.4, -0.6), xlabel="accuracy")
     axis.grid(alpha=0.25, axis="x")

@@ -70,9 +70,9 @@ def plot_recall(rows: Rows, path: str | os.PathLike[str]) -> None:
     _bars(last, base, pairs)
     last.set(title=f"by state ({pairs} pairs, width {dim}, gap {gap})", xlabel="pairs recalled per KiB of state")
     names = [name for name in STYLES if any(row["method"] == name for row in plain)]
-    handles = [pyplot.Line2D([], [], color=STYLES[n][0], marker=STYLES[n][1], ms=6, lw=1.3) for n in names]
-    handles.append(pyplot.Line2D([], [], color="0.5", lw=1, ls="--"))
-    figure.legend(handles, [*names, "guessing"], loc="outside lower center", ncols=min(4, len(names) + 1), frameon=False)
+    entries = [pyplot.Line2D([], [], color=STYLES[n][0], marker=STYLES[n][1], ms=6, lw=1.3) for n in names]
+    entries.append(pyplot.Line2D([], [], color="0.5", lw=1, ls="--"))
+    figure.legend(entries, [*names, "guessing"], loc="outside lower center", ncols=min(4, len(names) + 1), frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)

@@ -107,12 +107,12 @@ def plot_trace(traces: Sequence[Trace], path: str | os.PathLike[str], title: str
         if at_first is not None:
             axis.axhline(at_first, color="0.4", lw=1, ls="--")
         axis.set(ylim=(0, 1))
-        axis.set_title("gates" if at_first is None else "gates (dashed: at initialisation)", fontsize=9)
-    handles = [
+        axis.set_title("gates" if at_first is None else "gates (dashed: at the start)", fontsize=9)
+    entries = [
         pyplot.Line2D([], [], color=WRITE, marker="x", ls="", ms=6, mew=1.6),
         pyplot.Line2D([], [], color=READ, marker="o", ls="", ms=7, mfc="none", mew=1.4),
     ]
-    figure.legend(handles, ["writes", "reads"], loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(entries, ["writes", "reads"], loc="outside lower center", ncols=2, frameon=False)
     if title:
         figure.suptitle(title, fontsize=11)
     _save(figure, path)

@@ -224,7 +224,7 @@ class ViT(PreTrainedModel):
                 f"pixels {tuple(pixel_values.shape)} do not fit: expected (batch, [frames,] {', '.join(map(str, shape))})"
             )
         if state is not None and window is None:
-            raise ValueError("attention 'all' sees a clip at once and carries no state; choose 'frame' or 'window:4'")
+            raise ValueError("attention 'all' sees a clip at once and keeps no state; choose 'frame' or 'window:4'")
         if (masked is not None) != (self.hidden is not None):
             raise ValueError("masked patches are for a model of pixels (classes=0), which needs them")
         batch, frames = clip.shape[:2]

@@ -1,4 +1,4 @@
-"""The state that a stream of frames through a `ViT` carries from one call to the next."""
+"""The state that a stream of frames through a `ViT` keeps from one call to the next."""
 
 from __future__ import annotations
 

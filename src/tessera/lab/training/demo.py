@@ -56,7 +56,7 @@ class DemoConfig:
     kv_heads: int = 2
     """Key and value heads."""
     head_dim: int = 64
-    """Width of a head: that of many larger models, so that what is measured here about caches carries over."""
+    """Width of a head: that of many larger models, so that what is measured here about caches holds for them."""
     intermediate: int = 704
     """Width of the MLP."""
     rope_theta: float = 10_000.0

@@ -75,7 +75,7 @@ class LmConfig:
         bounded = any(part is not None for part in read_attention(self.attention, self.memory))
         if not bounded and any(phase.segments > 1 for phase in self.loop.phases):
             raise ValueError(
-                f"{self.attention!r} has no bounded state to carry from segment to segment; choose a window, such as "
+                f"{self.attention!r} has no bounded state to keep from segment to segment; choose a window, such as "
                 "'window:256 + tc', or 'infini:64'"
             )
 

@@ -95,7 +95,7 @@ def train(
     Raises:
         FloatingPointError: if the loss stops being a number; the weights are those before that step.
         ValueError: if the batches cannot be shared out among the processes, or there are segments and the model has no bounded
-            state to carry.
+            state to keep.
     """
     if any(phase.segments > 1 for phase in config.phases):
         if loss is not None:

@@ -22,7 +22,7 @@ class Phase:
     """Sequences per forward pass; must divide ``batch`` by the number of processes. None: as many as `FORWARD_TOKENS` allow."""
     segments: int = 1
     """Consecutive sequences of a document that a step learns from one after the other: what the model's window and memory hold
-    is carried from each to the next, gradients are not."""
+    is kept from each to the next, gradients are not."""
 
     @property
     def tokens(self) -> int:
@@ -112,7 +112,7 @@ class LoopConfig:
         if self.mixed_precision not in ("bf16", "no"):
             raise ValueError(f"mixed_precision must be 'bf16' or 'no', got {self.mixed_precision!r}")
         if self.compile and any(phase.segments > 1 for phase in self.phases):
-            raise ValueError("a state that is carried between segments cannot be compiled; set compile or segments, not both")
+            raise ValueError("a state that is kept between segments cannot be compiled; set compile or segments, not both")
 
     def progress(self, step: int, seconds: float) -> float:
         """Return how much of the budget is spent, at most 1."""
