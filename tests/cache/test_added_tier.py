@@ -38,7 +38,7 @@ def test_the_words_name_it() -> None:
 
 
 @torch.no_grad()
-def test_queries_read_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_read_the_sinks_every_fourth_token_and_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """The expected result is plain attention over the sinks, every fourth token that has left, and the remaining tokens."""
     given: list[tuple[Tensor, Tensor, Tensor]] = []
     model, ids = make(num_hidden_layers=1), tokens(2, 301)

@@ -157,7 +157,7 @@ def test_scales_in_half_precision_are_joined_under_autocast_to_the_other(spec: s
             assert torch.equal(Packed.cat(parts).decode(), wanted)
 
 
-def test_a_file_says_two_dtypes_only_where_there_are_two(tmp_path: Path) -> None:
+def test_a_file_names_a_second_dtype_only_if_values_have_another(tmp_path: Path) -> None:
     """Files from before values had a separate dtype can therefore still be read."""
     for dtype, mix, wanted in (
         (torch.bfloat16, None, ("bfloat16", None)),

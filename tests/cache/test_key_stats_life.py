@@ -69,7 +69,7 @@ def test_later_tokens_change_nothing() -> None:
     assert torch.equal(early[0][0], late[0][0])
 
 
-def test_what_may_be_taken_back_tells_nothing() -> None:
+def test_tokens_that_may_be_cropped_do_not_count() -> None:
     """Tokens that are cropped while the past is recorded do not influence the statistics."""
     model, ids = make(num_hidden_layers=1), tokens(1, 200)
     other = ids.clone()

@@ -212,7 +212,7 @@ def test_calls_with_and_without_a_cache_agree_on_two_way_spans_beyond_the_window
 
 @torch.no_grad()
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_prefix_seen_both_ways_is_seen_so_through_every_cache(spec: str) -> None:
+def test_a_bidirectional_prefix_is_bidirectional_through_every_cache(spec: str) -> None:
     """A window limits only attention to earlier tokens."""
     model, ids = make(), tokens(1, 60)
     mask = torch.ones(60, 60, dtype=torch.bool).tril()
@@ -465,7 +465,7 @@ def test_documents_and_padding_are_read_from_the_mask_whole_and_in_parts(drawn: 
     window=st.integers(1, 5),
     sink=st.integers(0, 3),
 )
-def test_documents_of_a_mask_of_padding_are_those_of_the_mask_itself(
+def test_a_padding_mask_has_the_documents_of_its_square_mask(
     pads: list[list[bool]], cuts: list[int], window: int, sink: int
 ) -> None:
     """What queries see within a window and sinks is equal, too; each call continues from those before."""
@@ -518,7 +518,7 @@ RULES = [Rule(), Rule(sliding=3), Rule(sliding=7), Rule(by_document=True), Rule(
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_what_a_mask_of_padding_says_is_what_the_mask_made_of_it_says(rule: Rule) -> None:
+def test_a_padding_mask_is_read_like_the_square_mask_made_from_it(rule: Rule) -> None:
     """This includes masks that show slots which rows do not have, or hide slots that they have."""
     seen = set()
     for number in range(300):

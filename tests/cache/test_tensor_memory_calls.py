@@ -486,7 +486,7 @@ def test_a_cropped_cache_goes_on_as_if_what_it_lost_had_never_been_read(spec: st
 
 @pytest.mark.parametrize("form", ["flat", "square"])
 @torch.no_grad()
-def test_what_is_taken_back_of_a_call_whose_mask_has_been_written_anew_is_taken_back_rightly(form: str) -> None:
+def test_a_crop_is_correct_after_the_mask_buffer_of_its_call_was_overwritten(form: str) -> None:
     model, ids, mask = attached(), tokens(2, 20), padding((0, 4), 20).bool()
     found = []
     for written in (False, True):

@@ -190,7 +190,7 @@ def test_threads_do_not_change_the_result(threads: int, shared: bool) -> None:
 @pytest.mark.parametrize("by_hand", [level for level in cpu.levels() if level != "portable"])
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dim", [20, 64])
-def test_kernels_by_hand_run_where_they_should(by_hand: str, spec: str, dim: int) -> None:
+def test_specialised_kernels_run_where_they_should(by_hand: str, spec: str, dim: int) -> None:
     """Only specialised kernels write queries in limbs; in the portable loops two limbs equal three."""
     pages = make_pages(codecs.get(spec), 1, 2, [64, 50], dim)
     q = torch.randn(1, 6, 1, dim)

@@ -145,7 +145,7 @@ def test_slices_and_variants_equal_the_reference(kernels: emulated.Kernels, leve
 @pytest.mark.parametrize("level", BY_HAND)
 @pytest.mark.parametrize("spec", ["hqmq:2", "hqmq:3", "hqmq:4", "hqmq:5"])
 @pytest.mark.parametrize("dim", [20, 64])
-def test_kernels_by_hand_run_where_they_should(kernels: emulated.Kernels, level: str, spec: str, dim: int) -> None:
+def test_specialised_kernels_run_where_they_should(kernels: emulated.Kernels, level: str, spec: str, dim: int) -> None:
     """Only specialised kernels write queries in limbs; in the portable loops two limbs equal three."""
     codec = codecs.get(spec)
     shape = (1, 2, 114, dim)

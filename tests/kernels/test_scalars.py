@@ -164,7 +164,7 @@ def test_threads_do_not_change_the_result() -> None:
 
 
 @pytest.mark.parametrize("spec", FORMS)
-def test_what_a_query_lacks_or_overflows_is_said_as_the_others_say_it(level: str, spec: str) -> None:
+def test_queries_that_are_not_finite_or_have_an_odd_head_dim_give_what_the_definition_gives(level: str, spec: str) -> None:
     """A query that is not finite gives NaN in its own row only; a head_dim not divisible by four uses PyTorch."""
     pages = make_pages(codecs.get(spec), 1, 1, [64], 64)
     q = torch.randn(1, 2, 1, 64)
