@@ -55,8 +55,6 @@ FOR_ALL = (
 )
 #: Imports that point up: the module, the package that it imports, and why.
 EXCEPTIONS = {
-    ("tessera.cli.app", "lab"): "the commands train, eval and view, imported when one of them is asked for",
-    ("tessera.models", "lab"): "names of version 0.1, imported when one of them is first used",
     ("tessera.cache.cache", "attention"): "a cache switches a model's attention over to the tiers when it is made",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
@@ -12,40 +12,44 @@ from tessera import __version__
 from tessera.cli import compare, generate, info, lm_eval_command, plan, prefill, stats
 from tessera.cli.many import ManyValues
 
-#: The lab's commands; each is the `app` of the module of the same name.
-LAB_COMMANDS = ("view", "eval", "train")
+#: Entry points of this group are Typer applications that become commands, such as those of `tessera.lab`.
+GROUP = "tessera.commands"
 
 
 class Commands(TyperGroup):
-    """The core's commands, followed by those of the lab, which is imported when one of its commands is used."""
+    """The core's commands, followed by those of entry points, which are imported when one of them is used or listed."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """List the names of all commands, for the help."""
-        self._add_lab()
+        self._add_others()
         return super().list_commands(ctx)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command of this name, or None."""
         if cmd_name not in self.commands:
-            self._add_lab()
+            self._add_others()
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; if a package is missing for a lab command, say which extra installs it."""
+        """Run a command; if a package is missing for one of an entry point, say which extra installs it."""
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if ctx.invoked_subcommand not in LAB_COMMANDS or package == "tessera":
+            if ctx.invoked_subcommand not in {each.name for each in _others()} or package == "tessera":
                 raise
             said = f"`tessera {ctx.invoked_subcommand}` needs the package {package}: pip install 'tessera[lab]'"
             typer.echo(f"error: {said if package else error}", err=True)
             raise typer.Exit(2) from error
 
-    def _add_lab(self) -> None:
-        for name in LAB_COMMANDS:
-            if name not in self.commands:
-                self.add_command(typer.main.get_command(import_module(f"tessera.lab.cli.{name}").app), name)
+    def _add_others(self) -> None:
+        for each in _others():
+            if each.name not in self.commands:
+                self.add_command(typer.main.get_command(each.load()), each.name)
+
+
+def _others() -> list[EntryPoint]:
+    return list(entry_points(group=GROUP))
 
 
 app = typer.Typer(

@@ -8,14 +8,11 @@ Models to train are in `tessera.lab.models`; those that were here in version 0.1
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tessera.models.demo_text import heldout_text
-
-if TYPE_CHECKING:
-    from tessera.lab.models import GPT, GPTConfig, ViT, ViTConfig
-    from tessera.lab.training.standard_library import heldout_files
 
 __all__ = [
     "GPT",
@@ -29,34 +26,24 @@ __all__ = [
     "load_demo",
 ]
 
-#: Names of version 0.1 that moved to the lab, which is imported when one of them is first used.
-_IN_LAB = {
-    "GPT": "tessera.lab.models",
-    "GPTConfig": "tessera.lab.models",
-    "ViT": "tessera.lab.models",
-    "ViTConfig": "tessera.lab.models",
-    "heldout_files": "tessera.lab.training.standard_library",
-}
-#: The class behind each ``model_type`` of the lab.
-_KINDS = {"tessera_gpt": "GPT", "tessera_vit": "ViT"}
+#: Entry points of this group are model classes by the ``model_type`` of their configurations, and the names of version 0.1.
+GROUP = "tessera.models"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _IN_LAB:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_IN_LAB[name]), name)
+    for each in entry_points(group=GROUP, name=name):
+        return each.load()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def introduce(model_type: str | None) -> None:
-    """Register the lab's models with transformers' Auto classes when a configuration names one.
+    """Import the class behind a configuration, which registers itself with transformers' Auto classes.
 
     Args:
-        model_type: the field of a configuration; nothing happens unless it is "tessera_gpt" or "tessera_vit".
+        model_type: the field of a configuration; nothing happens unless an entry point of ``tessera.models`` has this name.
     """
-    if model_type in _KINDS:
-        __getattr__(_KINDS[model_type])
+    for each in entry_points(group=GROUP, name=model_type or ""):
+        each.load()
 
 
 def demo_path() -> Path:
