@@ -5,11 +5,12 @@ everything else narrow, random weights, and the same number of threads. "attenti
 an empty cache, which is the cost of the context. llama.cpp runs with flash attention and caches of f16, q8_0 and q4_0; its
 model is written as a GGUF file, and its cache is filled in separate sequences that do not see each other and are then
 joined, since the contents do not affect the time of a step. Needs pip install 'tessera[bench]'; llama-cpp-python is built from
-source for the machine it is installed on.
+source for the machine it is installed on, and keeps its instructions when `--restrict` limits Tessera and PyTorch.
 
 Example:
 
     python benchmarks/llamacpp_attention.py
+    python benchmarks/llamacpp_attention.py --restrict avx2 --json out.json
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import generation
-from tessera.evaluation.records import environment
+from instruction_sets import VARIABLES, environment_within, restrict
 from tessera.files import atomic_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,7 +193,9 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30, help="tokens decoded, of which the first does not count")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "llamacpp_attention.json")
+    parser.add_argument("--restrict", choices=VARIABLES, help="instruction set that Tessera and PyTorch may not exceed")
     options = parser.parse_args()
+    restrict(options.restrict)
     if any(tokens % PIECE or tokens < PIECE for tokens in options.tokens):
         parser.error(f"--tokens must be multiples of {PIECE}; got {options.tokens}")
     if _SILENT is None:
@@ -204,7 +207,8 @@ def main() -> int:
             for name in options.caches:
                 rows.append(run(name, tokens, options.layers, options.steps))
                 progress.advance(task)
-    record = {"layers": options.layers, "steps": options.steps, "environment": environment(), "rows": rows}
+    about = environment_within(options.restrict)
+    record = {"layers": options.layers, "steps": options.steps, "environment": about, "rows": rows}
     with atomic_path(options.json) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     table = Table("cache", "tokens", "ms a step", "of them attention")

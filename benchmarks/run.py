@@ -23,7 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 #: Codecs that are measured on four times as much text.
 LONG = ("hqmq:3", "hqmq:4", "hqmq:s24_r2", "hqmq:s96_r4", "scalar:3", "scalar:4", "q4_0")
-LENGTHS = ("1024", "2048", "4096")
+LENGTHS = ("1024", "2048", "4096", "8192")
+RULER_LENGTHS = ("1024", "2048", "8192")
+CACHES = ("DynamicCache", "QuantizedCache, quanto", "sink:4 + hqmq:4 + recent:128")
 TASKS = ("single_2", "multikey_1", "vt", "cwe", "fwe")
 WINDOWS = ("window:256", "sink:4 + window:256", "sink:4 + window:256 + tc")
 
@@ -195,8 +197,17 @@ BENCHMARKS = (
         ("benchmarks/llamacpp_attention.py",),
         ("llamacpp_attention.json",),
         needs="pip install 'tessera[bench]', which builds llama.cpp",
-        measured="2026-11-25",
         shown=("kernels.md",),
+    ),
+    Benchmark(
+        "llamacpp-attention-avx2",
+        "the same with Tessera and PyTorch restricted to AVX2, llama.cpp as it is built",
+        (
+            "benchmarks/llamacpp_attention.py",
+            *("--restrict", "avx2", "--tokens", "32768", "--json", "docs/results/llamacpp_attention_avx2.json"),
+        ),
+        ("llamacpp_attention_avx2.json",),
+        needs="pip install 'tessera[bench]', which builds llama.cpp",
     ),
     Benchmark(
         "generation",
@@ -206,6 +217,31 @@ BENCHMARKS = (
         needs="pip install 'tessera[bench]'",
         measured="2026-11-25",
         shown=("kernels.md",),
+    ),
+    Benchmark(
+        "cache-attention",
+        "a step's attention behind 32,768 tokens with transformers' own caches, less that of a step with an empty cache",
+        (
+            "benchmarks/llamacpp_attention.py",
+            "--tokens",
+            "32768",
+            "--caches",
+            *CACHES,
+            "--json",
+            "docs/results/cache_attention.json",
+        ),
+        ("cache_attention.json",),
+        needs="pip install 'tessera[bench]'",
+    ),
+    Benchmark(
+        "cache-attention-avx2",
+        "the same with Tessera and PyTorch restricted to AVX2",
+        (
+            *("benchmarks/llamacpp_attention.py", "--restrict", "avx2", "--tokens", "32768", "--caches", *CACHES),
+            *("--json", "docs/results/cache_attention_avx2.json"),
+        ),
+        ("cache_attention_avx2.json",),
+        needs="pip install 'tessera[bench]'",
     ),
     Benchmark(
         "prefill-attention",
@@ -456,7 +492,7 @@ BENCHMARKS = (
             "--tasks",
             *TASKS,
             "--lengths",
-            *LENGTHS[:2],
+            *RULER_LENGTHS,
         ),
         ("long_context/ruler.json",),
         "hours",
