@@ -41,7 +41,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tessera
 from instruction_sets import VARIABLES, environment_within, restrict
-from tessera.cache.spec import BLOCK
+from tessera.cache import BLOCK
 from tessera.codecs.hqmq_joint import JointHQMQ
 from tessera.evaluation.table import size
 from tessera.files import atomic_path

@@ -6,9 +6,9 @@ from cache_fixtures import CODECS
 from torch import Tensor
 
 from tessera import codecs
+from tessera.cache import BLOCK, parse
 from tessera.cache.group import RECORDED, SequenceGroup
 from tessera.cache.policy import RetentionPolicy
-from tessera.cache.spec import BLOCK, parse
 from tessera.cache.tiers import PAGE, ExactTier, QuantizedTier
 from tessera.kernels import CompressedKV
 from tessera.kernels.compressed_kv import Coded

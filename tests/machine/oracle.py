@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tessera import codecs
+from tessera.cache import BLOCK
 from tessera.cache.per_layer import layer_specs, parse
-from tessera.cache.spec import BLOCK
 from tessera.codecs.channel_stats import KeyStats
 
 #: Additional exact tokens of a cache that records its past.

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tessera.cache.spec import BLOCK
-from tessera.cache.tiers import KVSource
+from tessera.cache.tiers import BLOCK, KVSource
 from tessera.kernels import CompressedKV
 
 #: Weight of the typical deviation of a score, chosen with `benchmarks/sparse_reading.py`.

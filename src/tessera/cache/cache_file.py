@@ -19,9 +19,8 @@ from tessera.cache.group import SequenceGroup
 from tessera.cache.learning import LEARN
 from tessera.cache.masks import Runs
 from tessera.cache.policy import RetentionPolicy
-from tessera.cache.spec import BLOCK
 from tessera.cache.stream import TENSOR_MEMORY, Stream
-from tessera.cache.tiers import PAGE, ExactTier, QuantizedTier
+from tessera.cache.tiers import BLOCK, PAGE, ExactTier, QuantizedTier
 from tessera.codecs import Codec, Packed
 from tessera.codecs.channel_stats import KeyStats
 from tessera.files import WHOLE, TensorFile, atomic_path, brief, open_tensors, read_json

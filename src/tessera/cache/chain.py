@@ -17,8 +17,7 @@ from torch import Tensor
 from tessera.cache.added_tiers import make
 from tessera.cache.learning import LEARN, Learning
 from tessera.cache.policy import RetentionPolicy
-from tessera.cache.spec import BLOCK
-from tessera.cache.tiers import KVSource, QuantizedTier, RecentTier, SinkTier, TensorCacheTier, Tier
+from tessera.cache.tiers import BLOCK, KVSource, QuantizedTier, RecentTier, SinkTier, TensorCacheTier, Tier
 from tessera.cache.tiers.tier import whole_blocks
 from tessera.codecs.channel_stats import KeyStats
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from tessera.cache.chain import Chain
 from tessera.cache.masks import Runs
 from tessera.cache.policy import RetentionPolicy
-from tessera.cache.spec import BLOCK
-from tessera.cache.tiers import PAGE, KVSource
+from tessera.cache.tiers import BLOCK, PAGE, KVSource
 from tessera.kernels import CompressedKV
 from tessera.kernels.precision import join
 

@@ -8,9 +8,7 @@ from typing import Any
 
 from tessera import codecs, grammar
 from tessera.cache import added_tiers
-
-#: Number of tokens that are compressed, and dropped, together. Every codec's group divides it.
-BLOCK = 64
+from tessera.cache.tiers import BLOCK
 
 #: The purpose of each tier that is no codec, with the example that errors show.
 TIERS = {

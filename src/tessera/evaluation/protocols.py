@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tessera import codecs
-from tessera.cache import Cache, Prefill
+from tessera.cache import BLOCK, Cache, Prefill, Spec
 from tessera.cache.per_layer import PerLayer, parse
-from tessera.cache.spec import BLOCK, Spec
 from tessera.codecs.channel_stats import KeyStats
 
 PROTOCOLS = ("streaming", "paper")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tessera.cache import BLOCK, Spec
 from tessera.cache.model_config import check_shapes, read_config
 from tessera.cache.per_layer import AnySpec, PerLayer, layer_specs, parse
-from tessera.cache.spec import BLOCK, Spec
 from tessera.planning.candidates import forgetting, keeping, sizes
 from tessera.planning.held import LayerShape, held, steady_after
 from tessera.planning.measured import measured

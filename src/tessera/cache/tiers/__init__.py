@@ -3,6 +3,17 @@
 from tessera.cache.tiers.exact import ExactTier, RecentTier, SinkTier
 from tessera.cache.tiers.quantized import PAGE, QuantizedTier
 from tessera.cache.tiers.tensor_cache_tier import TensorCacheTier
-from tessera.cache.tiers.tier import KVSource, Pairs, Tier
+from tessera.cache.tiers.tier import BLOCK, KVSource, Pairs, Tier
 
-__all__ = ["PAGE", "ExactTier", "KVSource", "Pairs", "QuantizedTier", "RecentTier", "SinkTier", "TensorCacheTier", "Tier"]
+__all__ = [
+    "BLOCK",
+    "PAGE",
+    "ExactTier",
+    "KVSource",
+    "Pairs",
+    "QuantizedTier",
+    "RecentTier",
+    "SinkTier",
+    "TensorCacheTier",
+    "Tier",
+]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.cache.spec import BLOCK
-from tessera.cache.tiers.tier import KVSource, Pairs, Tier, whole_blocks
+from tessera.cache.tiers.tier import BLOCK, KVSource, Pairs, Tier, whole_blocks
 from tessera.devices import upload
 from tessera.kernels.precision import join
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tessera.cache.offload import Store
-from tessera.cache.spec import BLOCK
-from tessera.cache.tiers.tier import KVSource, Pairs, Tier
+from tessera.cache.tiers.tier import BLOCK, KVSource, Pairs, Tier
 from tessera.codecs import Codec, Packed, Role
 from tessera.codecs.channel_stats import KeyStats
 from tessera.finite import FiniteCheck

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tessera.cache.spec import BLOCK
 from tessera.kernels import CompressedKV
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing since Python 3.11
 
+#: Number of tokens that are compressed, and dropped, together. Every codec's group divides it.
+BLOCK = 64
 #: Keys and values, each (rows, kv_heads, tokens, head_dim).
 Pairs = tuple[Tensor, Tensor]
 
