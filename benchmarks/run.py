@@ -313,9 +313,8 @@ BENCHMARKS = (
         "vLLM with packed pages: capacity of the pool, quality and speed",
         ("benchmarks/vllm_engine.py",),
         ("vllm_engine.json",),
-        "half an hour",
+        "a quarter of an hour",
         "the environment of make test-vllm, --model FOLDER --text BOOK",
-        measured="2026-11-30",
     ),
     Benchmark(
         "vllm-serve",
