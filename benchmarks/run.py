@@ -252,7 +252,7 @@ BENCHMARKS = (
     Benchmark(
         "model-generation",
         "first token, median and slowest step, memory of SmolLM2 by kind of cache; two generations side by side",
-        ("benchmarks/generation.py", "--model", "results/models/smollm2"),
+        ("benchmarks/generation.py", "--model", "results/models/smollm2", "--steps", "72", "--repeats", "2"),
         ("model_generation.json",),
         takes="an hour",
         needs="pip install 'tessera[bench]', and the model in results/models (benchmarks/real_models.py)",
@@ -311,7 +311,7 @@ BENCHMARKS = (
     Benchmark(
         "vllm-engine",
         "vLLM with packed pages: capacity of the pool, quality and speed",
-        ("benchmarks/vllm_engine.py",),
+        ("benchmarks/vllm_engine.py", "--rounds", "1"),
         ("vllm_engine.json",),
         "a quarter of an hour",
         "the environment of make test-vllm, --model FOLDER --text BOOK",

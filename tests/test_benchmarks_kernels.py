@@ -1,4 +1,4 @@
-"""Triton kernels compile for a GPU without spilling registers; encoding is measured at every instruction set."""
+"""Triton kernels compile for a GPU without spilling registers; kernels for CPUs are measured within an instruction set."""
 
 from __future__ import annotations
 
@@ -71,3 +71,17 @@ def test_encoding_is_measured_at_every_level(tmp_path: Path) -> None:
         kinds = ("key", "value", *(["weighed key"] if row["spec"] == "hqmq:2" else []))
         assert set(row["nanoseconds"]) == {f"{kind}, {name}" for kind in kinds for name in ("PyTorch", *cpu.levels())}
     assert [row["spec"] for row in record["token"]] == ["hqmq:2", "hqmq:s24_r2"]
+
+
+@pytest.mark.skipif("avx2" not in cpu.levels(), reason="there is no kernel for AVX2, or the processor lacks it")
+def test_attention_within_avx2_is_measured_with_pytorch_restricted_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "decode.json"
+    command = [sys.executable, str(BENCHMARKS / "decode_attention.py"), "--level", "avx2", "--codecs", "hqmq:4"]
+    command += ["--tokens", "64", "--shapes", "4,2,32", "--repeats", "1", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["environment"]["pytorch"] == "AVX2"
+    dense = [row["name"] for row in record["rows"] if row["dense"]]
+    assert {name.partition(",")[0] for name in dense} == {"bfloat16", "float16", "float32"}
+    assert record["rows"][0]["peer"] in dense

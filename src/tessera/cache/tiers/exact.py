@@ -65,7 +65,7 @@ class ExactTier(Tier):
             if buffer is not None:
                 grown[:, :, : self.tokens] = buffer[:, :, : self.tokens]
             buffer = grown
-        buffer.narrow(2, self._tokens, new.shape[2]).copy_(new)  # half the time of a slice, twice in every step
+        buffer.narrow(2, self._tokens, new.shape[2]).copy_(new)  # cheaper than a slice, twice in every step
         return buffer
 
     def _round(self, tokens: int) -> int:
