@@ -30,11 +30,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from instruction_sets import VARIABLES, environment_within, restrict
 from tessera import codecs
-from tessera.cache.tiers import PAGE
 from tessera.codecs import Packed
 from tessera.files import atomic_path
 from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch, reference
 from tessera.kernels.joint import JointFormat
+from tessera.tiers import PAGE
 from timing import medians
 
 ROOT = Path(__file__).resolve().parent.parent

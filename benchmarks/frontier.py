@@ -30,13 +30,13 @@ from rich.table import Table
 from torch import Tensor
 
 import tessera
-from tessera.cache.per_layer import parse
 from tessera.cli.quiet import quiet
 from tessera.evaluation import Source, load, read_text
 from tessera.evaluation.loading import encode
 from tessera.evaluation.standard_errors import standard_error
 from tessera.lab.evaluation.jobs import Job, Row, resume
 from tessera.models import demo_memory_path, heldout_text
+from tessera.tiers.per_layer import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON, PICTURE = ROOT / "docs" / "results" / "frontier.json", ROOT / "docs" / "images" / "frontier.png"

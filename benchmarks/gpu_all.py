@@ -41,7 +41,6 @@ from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from tessera import codecs
-from tessera.cache.tiers import PAGE
 from tessera.codecs import Packed
 from tessera.codecs.codebooks import joint
 from tessera.evaluation.records import environment
@@ -53,6 +52,7 @@ from tessera.tensor_cache import fused
 from tessera.tensor_cache.recurrence import loop
 from tessera.tensor_cache.scan import scan
 from tessera.tensor_memory import TensorMemory, TensorMemoryConfig
+from tessera.tiers import PAGE
 
 #: Codecs whose nearest-codeword search is measured.
 BOOKS = ("hqmq:3", "hqmq:4")

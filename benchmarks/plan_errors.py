@@ -13,10 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tessera.cache.spec import parse
 from tessera.evaluation.records import load_all
 from tessera.files import write_json
 from tessera.planning.measured import FILE
+from tessera.tiers.spec import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "docs/results/real_models/paper.json"

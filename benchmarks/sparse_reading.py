@@ -29,13 +29,13 @@ from rich.table import Table
 from frontier import Bench
 from tessera import codecs
 from tessera.attention import select
-from tessera.cache.tiers import QuantizedTier
 from tessera.cli.quiet import quiet
 from tessera.evaluation import Source, load, read_text
 from tessera.evaluation.records import environment
 from tessera.files import write_json
 from tessera.kernels import AttendParams, dispatch
 from tessera.models import heldout_text
+from tessera.tiers import QuantizedTier
 from timing import medians
 
 ROOT = Path(__file__).resolve().parent.parent

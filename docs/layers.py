@@ -30,8 +30,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("planning",),
     ("evaluation",),
     ("models", "adapters"),
-    ("attention",),
     ("cache",),
+    ("attention",),
+    ("cache_layers",),
+    ("tiers",),
     ("codecs", "tensor_cache", "tensor_memory"),
     ("kernels",),
     ("modules for all",),
@@ -53,10 +55,6 @@ FOR_ALL = (
     "version",
     "wrapped",
 )
-#: Imports that point up: the module, the package that it imports, and why.
-EXCEPTIONS = {
-    ("tessera.cache.cache", "attention"): "a cache switches a model's attention over to the tiers when it is made",
-}
 
 #: The caption of each package in the picture, and its column.
 WORDS = {
@@ -68,7 +66,9 @@ WORDS = {
     "models": ("the demo model and its text", 0),
     "adapters": ("memories in models", 1),
     "attention": ("one softmax over all tiers", 1),
-    "cache": ("tiers, layers, files", 1),
+    "cache": ("the cache of a model", 1),
+    "cache_layers": ("tokens of each row", 1),
+    "tiers": ("exact, quantised, dissolved", 1),
     "codecs": ("vectors to bytes and back", 0),
     "tensor_cache": ("Tensor Cache", 1),
     "tensor_memory": ("Tensor Memory", 2),
@@ -87,7 +87,7 @@ class Import(NamedTuple):
 
 
 def package_of(module: str) -> str:
-    """Return the name in `ORDER` of the package that a module such as "tessera.cache.spec" belongs to."""
+    """Return the name in `ORDER` of the package that a module such as "tessera.tiers.spec" belongs to."""
     parts = module.split(".")
     if len(parts) == 1:
         return parts[0]
@@ -144,16 +144,15 @@ def rank(package: str) -> int:
     raise ValueError(f"{package} is not in ORDER of docs/layers.py; say there where it belongs")
 
 
-def arrows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return the arrows of the picture: those down, without those that longer paths imply, and those up."""
+def arrows() -> list[tuple[str, str]]:
+    """Return the arrows of the picture, without those that longer paths imply."""
     edges = {(each.source, each.target) for each in imports() if each.source in WORDS and each.target in WORDS}
-    down = {edge for edge in edges if rank(edge[0]) < rank(edge[1])}
+    edges = {(a, b) for a, b in edges if rank(a) < rank(b)}
 
     def reaches(start: str, end: str) -> bool:
-        return any(b == end or reaches(b, end) for a, b in down if a == start)
+        return any(b == end or reaches(b, end) for a, b in edges if a == start)
 
-    direct = [(a, b) for a, b in down if not any(reaches(c, b) for d, c in down if d == a and c != b)]
-    return sorted(direct), sorted(edges - down)
+    return sorted((a, b) for a, b in edges if not any(reaches(c, b) for d, c in edges if d == a and c != b))
 
 
 WIDTH, HEIGHT, WIDE, GAP_X, GAP_Y, LEFT, TOP = 190, 52, 760, 60, 38, 35, 76
@@ -166,22 +165,15 @@ def _box(name: str) -> tuple[int, int]:
     return LEFT + WORDS[name][1] * (WIDTH + GAP_X), TOP + row * (HEIGHT + GAP_Y)
 
 
-def _arrow(points: list[tuple[float, float]], up: bool) -> str:
-    kind, dashes = ("up", ' stroke-dasharray="5 4"') if up else ("down", "")
-    colour = "#D55E00" if up else "#444444"
+def _arrow(points: list[tuple[float, float]]) -> str:
     path = " L ".join(f"{x:g} {y:g}" for x, y in points)
-    return f'<path d="M {path}" fill="none" stroke="{colour}" stroke-width="1.5"{dashes} marker-end="url(#{kind})"/>'
+    return f'<path d="M {path}" fill="none" stroke="#444444" stroke-width="1.5" marker-end="url(#head)"/>'
 
 
-def _route(a: str, b: str, up: bool) -> list[tuple[float, float]]:
+def _route(a: str, b: str) -> list[tuple[float, float]]:
     """Return the corners of an arrow between two boxes."""
     (ax, ay), (bx, by) = _box(a), _box(b)
     middle = WIDTH / 2
-    if up and ax == bx:
-        shift = middle + 60
-        return [(ax + shift, ay), (bx + shift, by + HEIGHT)]
-    if up:  # out of the top, and then to the side
-        return [(ax + middle, ay), (ax + middle, by + HEIGHT / 2), (bx if bx > ax else bx + WIDTH, by + HEIGHT / 2)]
     between = [name for name in WORDS if _box(name)[0] == bx and ay < _box(name)[1] < by]
     if ax < bx and between:  # out of the side, round the boxes of the other column, and into the side
         aside, start, end = bx + WIDTH + 18, ay + HEIGHT / 2, by + HEIGHT / 2
@@ -203,14 +195,12 @@ def _text(x: float, y: float, words: str, size: int = 12, style: str = "") -> st
 def picture() -> str:
     """Return the picture as SVG."""
     centred = ' text-anchor="middle"'
-    down, up = arrows()
     bottom = max(_box(name)[1] for name in WORDS) + HEIGHT + GAP_Y
     parts = [
         _text(LEFT, 28, "Imports between packages", 17, ' font-weight="bold"'),
-        _text(LEFT, 50, "Arrows that longer paths imply are left out. Dashed: imported at first use."),
+        _text(LEFT, 50, "Arrows that longer paths imply are left out."),
     ]
-    parts += [_arrow(_route(a, b, False), False) for a, b in down]
-    parts += [_arrow(_route(a, b, True), True) for a, b in up]
+    parts += [_arrow(_route(a, b)) for a, b in arrows()]
     for name, (words, _) in WORDS.items():
         x, y = _box(name)
         fill = "#FDF1E3" if name == "lab" else "#E8F1FA"
@@ -221,17 +211,16 @@ def picture() -> str:
     parts.append(f'<rect x="{LEFT}" y="{bottom}" width="{across}" height="{HEIGHT}" rx="6" fill="#F2F2F2" stroke="#444444"/>')
     parts.append(_text(LEFT + across / 2, bottom + 22, "modules that all may import", 14, centred + ' font-weight="bold"'))
     parts.append(_text(LEFT + across / 2, bottom + 41, ", ".join(FOR_ALL), 12, centred))
-    heads = "".join(
-        f'<marker id="{kind}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
-        f'<path d="M 0 0 L 10 5 L 0 10 z" fill="{colour}"/></marker>'
-        for kind, colour in (("down", "#444444"), ("up", "#D55E00"))
+    head = (
+        '<marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M 0 0 L 10 5 L 0 10 z" fill="#444444"/></marker>'
     )
     high = bottom + HEIGHT + 24
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDE}" height="{high}" viewBox="0 0 {WIDE} {high}" '
         f'font-family="DejaVu Sans, Verdana, sans-serif" fill="#222222">\n'
-        f'<defs>{heads}</defs>\n<rect width="{WIDE}" height="{high}" fill="white"/>\n{body}\n</svg>\n'
+        f'<defs>{head}</defs>\n<rect width="{WIDE}" height="{high}" fill="white"/>\n{body}\n</svg>\n'
     )
 
 

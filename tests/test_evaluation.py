@@ -13,7 +13,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from tessera.cache.spec import parse
 from tessera.evaluation import Comparison, Row, Source, compare, load, load_all, read_text, save_all
 from tessera.evaluation.comparison import default_specs, paper_spec
 from tessera.evaluation.loading import encode, windows
@@ -21,6 +20,7 @@ from tessera.evaluation.methods import method, short
 from tessera.evaluation.plot import pareto
 from tessera.evaluation.table import COLUMNS, advice, best, caption, cells, differences, markdown, tables
 from tessera.kernels import CompressedKV, dispatch
+from tessera.tiers.spec import parse
 
 SPECS = ("hqmq:4 + recent:64", "sink:4 + hqmq:2 + recent:64", "hqmq:4 + recent:4096", "window:64")
 

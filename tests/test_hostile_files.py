@@ -29,8 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tessera
 from tessera import codecs
 from tessera.adapters import attached_memory
-from tessera.cache.layer_states import state_of
-from tessera.cache.stream import TENSOR_MEMORY, Stream
+from tessera.cache_layers.layer_states import state_of
+from tessera.cache_layers.stream import TENSOR_MEMORY, Stream
 from tessera.codecs import KeyStats, Packed, save_stats
 from tessera.codecs.codebooks import direction_path, joint_path, read_directions, read_joint
 from tessera.lab.models.vit import ViT, ViTConfig

@@ -31,14 +31,9 @@ def test_arrows_point_down(layers: Any) -> None:
     wrong = [
         f"{each.module}, line {each.line}: imports {each.name}"
         for each in found
-        if layers.rank(each.source) >= layers.rank(each.target) and (each.module, each.target) not in layers.EXCEPTIONS
+        if layers.rank(each.source) >= layers.rank(each.target)
     ]
     assert wrong == []
-
-
-def test_exceptions_are_still_needed(layers: Any) -> None:
-    up = {(each.module, each.target) for each in layers.imports() if layers.rank(each.source) >= layers.rank(each.target)}
-    assert up == set(layers.EXCEPTIONS)
 
 
 def test_the_core_does_not_import_the_lab(layers: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.cache.added_tiers import register
-from tessera.cache.tiers import ExactTier, KVSource, Pairs, Tier
+from tessera.tiers import ExactTier, KVSource, Pairs, Tier
+from tessera.tiers.added_tiers import register
 
 
 class StrideTier(Tier):

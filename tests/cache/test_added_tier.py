@@ -12,7 +12,8 @@ from stride_tier import StrideTier
 from torch import Tensor
 
 import tessera
-from tessera.cache import added_tiers, parse
+from tessera.cache import parse
+from tessera.tiers import added_tiers
 
 SPECS = ("sink:3 + stride:4 + recent:16", "sink:3 + hqmq:4_nostats@128 + stride:8 + recent:16")
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, Olmo2Config,
 
 import tessera
 from tessera.adapters import attached_memory, memory_parameters, reading
-from tessera.cache.truncated_bptt import TruncatedBPTTCache
+from tessera.cache_layers.truncated_bptt import TruncatedBPTTCache
 from tessera.tensor_cache import TensorCacheConfig
 from tessera.tensor_memory import TensorMemoryConfig
 

@@ -10,9 +10,9 @@ from cache_models import make, padding, relative, tokens
 from torch import Tensor
 
 import tessera
-from tessera.cache.chain import Chain
-from tessera.cache.policy import RetentionPolicy
 from tessera.codecs import get
+from tessera.tiers.chain import Chain
+from tessera.tiers.policy import RetentionPolicy
 
 SPEC = "sink:4 + hqmq:4@128 + hqmq:3@128 + q4_0 + recent:16"
 

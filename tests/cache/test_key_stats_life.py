@@ -11,9 +11,9 @@ from cache_models import make, padding, relative, tokens
 from torch import Tensor
 
 import tessera
-from tessera.cache.learning import LEARN
-from tessera.cache.tiers import QuantizedTier
 from tessera.codecs import KeyStats, get, save_stats
+from tessera.tiers import QuantizedTier
+from tessera.tiers.learning import LEARN
 
 SPEC = "sink:4 + hqmq:4 + recent:16"
 

@@ -21,9 +21,9 @@ import tessera
 from tessera.attention.documents import SlidingWindow
 from tessera.attention.forward import mask_unless_causal
 from tessera.attention.read_masks import read_documents
-from tessera.cache.masks import Runs
-from tessera.cache.new_tokens import Rule, read_mask
-from tessera.cache.padding_mask import PaddingMask
+from tessera.cache_layers.masks import Runs
+from tessera.cache_layers.new_tokens import Rule, read_mask
+from tessera.cache_layers.padding_mask import PaddingMask
 from tessera.readback import HostCopy
 from tessera.tensor_cache import TensorCacheConfig
 

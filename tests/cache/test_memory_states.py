@@ -20,7 +20,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import tessera
-from tessera.cache.layer_states import LayerState, state_of, stateful
+from tessera.cache_layers.layer_states import LayerState, state_of, stateful
 from tessera.tensor_memory import TensorMemoryConfig
 
 TM = TensorMemoryConfig(channels=4, grid=(3, 3, 3), chunk=3)

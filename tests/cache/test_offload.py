@@ -12,8 +12,8 @@ from cache_models import logits, make, padding, tokens
 
 import tessera
 from tessera import codecs
-from tessera.cache.offload import InFiles, InMemory, mapped
-from tessera.cache.tiers import PAGE, QuantizedTier
+from tessera.tiers import PAGE, QuantizedTier
+from tessera.tiers.offload import InFiles, InMemory, mapped
 
 SPECS = ["sink:4 + hqmq:4 + recent:16", "hqmq:4@1024 + q4_0 + recent:16", "sink:2 + hqmq:3/top:256 + recent:16"]
 N = 2 * PAGE + 300

@@ -10,9 +10,9 @@ from cache_models import make, tokens
 
 import tessera
 from tessera.cache import PerLayer, parse
-from tessera.cache.per_layer import parse as parse_any
 from tessera.evaluation.methods import method, short
 from tessera.evaluation.protocols import filler, paper_spec
+from tessera.tiers.per_layer import parse as parse_any
 
 TEXT = "{0-1,-1: sink:4 + hqmq:5 + recent:16; *: sink:4 + hqmq:3@128 + recent:16}"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import tessera
-from tessera.cache.group import RECORDED
+from tessera.cache_layers.group import RECORDED
 from tessera.kernels import cpu
 from tessera.tensor_cache import TensorCacheConfig
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, T5ForConditionalGeneration
 
 import tessera
-from tessera.cache.deferred import DeferredKVError
+from tessera.cache_layers.deferred import DeferredKVError
 
 PACKED = "sink:4 + q4_0 + recent:16"
 SLOW = "the model's attention is"

@@ -14,8 +14,8 @@ import tessera
 from tessera import codecs
 from tessera.attention import over_tiers, select
 from tessera.cache import parse
-from tessera.cache.tiers import KVSource
 from tessera.kernels import AttendParams, CompressedKV, cpu, dispatch, reference
+from tessera.tiers import KVSource
 
 SPEC = "sink:4 + hqmq:4/top:128 + recent:16"
 

@@ -27,7 +27,7 @@ from transformers import DynamicCache
 import sink_models
 import tessera
 from tessera.adapters import attached_memory
-from tessera.cache.layer_states import state_of
+from tessera.cache_layers.layer_states import state_of
 from tessera.kernels import cpu
 from tessera.tensor_cache import TensorCacheConfig
 

@@ -27,8 +27,8 @@ from transformers import (
 
 import tessera
 from tessera.adapters import attached_memory
-from tessera.cache.layer_states import state_of
-from tessera.cache.stream import TENSOR_MEMORY, Stream
+from tessera.cache_layers.layer_states import state_of
+from tessera.cache_layers.stream import TENSOR_MEMORY, Stream
 from tessera.tensor_memory import TensorMemoryConfig
 from versions import DRAFTS_WITH_WINDOWS, LONG_DRAFTS
 
@@ -533,7 +533,7 @@ def test_what_gradients_are_kept_of_is_not_taken_back() -> None:
 
 @torch.no_grad()
 def test_what_is_kept_to_be_taken_back_is_bounded() -> None:
-    from tessera.cache.stream import BACK, STRIDE
+    from tessera.cache_layers.stream import BACK, STRIDE
 
     model = attached()
     cache = tessera.Cache("sink:4 + window:16", model)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from tessera import codecs
 from tessera.cache import BLOCK, parse
-from tessera.cache.group import RECORDED, SequenceGroup
-from tessera.cache.policy import RetentionPolicy
-from tessera.cache.tiers import PAGE, ExactTier, QuantizedTier
+from tessera.cache_layers.group import RECORDED, SequenceGroup
 from tessera.kernels import CompressedKV
 from tessera.kernels.compressed_kv import Coded
+from tessera.tiers import PAGE, ExactTier, QuantizedTier
+from tessera.tiers.policy import RetentionPolicy
 
 
 def pair(tokens: int, rows: int = 2, start: int = 0) -> tuple[Tensor, Tensor]:

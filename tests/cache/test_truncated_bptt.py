@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tessera
-from tessera.cache.truncated_bptt import TruncatedBPTTCache
+from tessera.cache_layers.truncated_bptt import TruncatedBPTTCache
 from tessera.lab.models.small_gpt import GPT, GPTConfig
 from tessera.tensor_cache import TensorCacheConfig
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 import tessera
-from tessera.cache.deferred import DeferredKV, DeferredKVError
+from tessera.cache_layers.deferred import DeferredKV, DeferredKVError
 from tessera.tensor_cache import TensorCacheConfig
 from tessera.tensor_memory import TensorMemoryConfig
 from tessera.wrapped import unwrap

@@ -8,9 +8,9 @@ from kernel_inputs import relative
 from torch import Tensor
 
 from tessera import codecs
-from tessera.cache.tiers import QuantizedTier
 from tessera.codecs.channel_stats import KeyStats
 from tessera.kernels import AttendParams, CompressedKV, cpu, reference, triton
+from tessera.tiers import QuantizedTier
 
 #: Rows, query heads, key heads, query tokens, head_dim.
 SHAPES = [(1, 4, 2, 1, 64), (3, 6, 2, 5, 32), (2, 3, 3, 1, 128), (1, 10, 2, 3, 20)]

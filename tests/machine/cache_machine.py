@@ -22,9 +22,9 @@ from torch import Tensor
 import tessera
 from tessera.adapters import attached_memory
 from tessera.attention import attention_forward
-from tessera.cache.per_layer import parse
 from tessera.tensor_cache import TensorCacheConfig
 from tessera.tensor_memory import TensorMemoryConfig
+from tessera.tiers.per_layer import parse
 
 #: Maximum number of rows.
 MOST_ROWS = 4

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tessera import codecs
 from tessera.cache import BLOCK
-from tessera.cache.per_layer import layer_specs, parse
 from tessera.codecs.channel_stats import KeyStats
+from tessera.tiers.per_layer import layer_specs, parse
 
 #: Additional exact tokens of a cache that records its past.
 RECORDED = 512
@@ -30,7 +30,7 @@ class Rules:
     """The meaning of a specification for a layer.
 
     Attributes:
-        sink, recent, window: fields of `tessera.cache.spec.Spec`.
+        sink, recent, window: fields of `tessera.tiers.spec.Spec`.
         codecs: also from there, and `limits`: the maximum number of tokens of each.
         matrix: whether tokens that leave the window, or the last codec, are written into a Tensor Cache.
         packed_prefill: whether a call's queries read the tokens that it quantises in quantised form.

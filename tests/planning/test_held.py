@@ -9,8 +9,8 @@ from cache_models import FAMILIES, make, tokens
 
 import tessera
 from tessera.cache.model_config import read_config
-from tessera.cache.per_layer import parse
 from tessera.planning.held import Held, held, steady_after
+from tessera.tiers.per_layer import parse
 
 SPECS = [
     "dense",

@@ -9,8 +9,8 @@ from torch import nn
 from tessera.adapters.attached import AttachedMemory
 from tessera.attention import SlidingWindow, enable, restore, unsupported
 from tessera.attention.read_masks import share_readings
-from tessera.cache.cache_layer import ATTACHED, ATTENTION
 from tessera.cache.model_config import check_shapes, read_config
+from tessera.cache_layers.cache_layer import ATTACHED, ATTENTION
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
 from tessera.tensor_cache.rotary import phase_of
 from tessera.tensor_cache.tensor_cache_config import TensorCacheConfig

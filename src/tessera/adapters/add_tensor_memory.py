@@ -17,7 +17,7 @@ from torch import nn
 from tessera.adapters.attached import AttachedMemory
 from tessera.adapters.hooks import MemoryHooks
 from tessera.adapters.probe import check_form
-from tessera.cache.cache_layer import ATTACHED
+from tessera.cache_layers.cache_layer import ATTACHED
 from tessera.tensor_memory.gated_layer import make_layers, make_memory
 from tessera.tensor_memory.tensor_memory import TensorMemory
 from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig

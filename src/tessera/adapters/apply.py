@@ -22,8 +22,8 @@ from tessera.adapters.attached import (
     same_fingerprint,
     wrapped,
 )
-from tessera.cache.cache_layer import ATTACHED
 from tessera.cache.ranks import ranks_of
+from tessera.cache_layers.cache_layer import ATTACHED
 from tessera.devices import device_of
 from tessera.files import WHOLE, atomic_path, brief, open_tensors, read_json
 from tessera.tensor_cache.gated_read import TensorCacheLayer, is_gate

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tessera.cache.cache_layer import ATTACHED
+from tessera.cache_layers.cache_layer import ATTACHED
 from tessera.devices import weights
 from tessera.wrapped import unwrap
 

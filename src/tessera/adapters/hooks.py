@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from tessera.adapters.streams import advance_documents, known_stream, stream_of, tokens_back
 from tessera.adapters.tokens import PACKED, Tokens, read_tokens
-from tessera.cache.cache_layer import TesseraLayer
-from tessera.cache.layer_states import stateful
-from tessera.cache.stream import Stream
+from tessera.cache_layers.cache_layer import TesseraLayer
+from tessera.cache_layers.layer_states import stateful
+from tessera.cache_layers.stream import Stream
 from tessera.finite import FiniteCheck
 from tessera.tensor_memory.gated_layer import TensorMemoryLayer
 from tessera.tensor_memory.tensor_memory import TensorMemory

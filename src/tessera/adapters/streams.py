@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tessera.cache.cache_layer import TesseraLayer
-from tessera.cache.group import RECORDED
-from tessera.cache.layer_states import state_of, stateful
-from tessera.cache.stream import BACK, TENSOR_MEMORY, CropGuard, Run, Stream
+from tessera.cache_layers.cache_layer import TesseraLayer
+from tessera.cache_layers.group import RECORDED
+from tessera.cache_layers.layer_states import state_of, stateful
+from tessera.cache_layers.stream import BACK, TENSOR_MEMORY, CropGuard, Run, Stream
 from tessera.devices import upload
 from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.masking_utils import find_packed_sequence_indices
 
-from tessera.cache.new_tokens import shown
-from tessera.cache.padding_mask import READ, PaddingMask, by_padding
+from tessera.cache_layers.new_tokens import shown
+from tessera.cache_layers.padding_mask import READ, PaddingMask, by_padding
 from tessera.readback import HostCopy
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.cache.new_tokens import shown, whole
+from tessera.cache_layers.new_tokens import shown, whole
 from tessera.devices import upload
 
 #: Why torch.compile breaks its graph here.

@@ -22,12 +22,12 @@ from tessera.attention.over_tiers import over_tiers
 from tessera.attention.past import recall, tokens_so_far
 from tessera.attention.read_masks import read_documents
 from tessera.attention.windowed import Softmax, dense, windowed
-from tessera.cache.cache_layer import ATTENTION, DeferredKV
-from tessera.cache.deferred import UNCOMPILED
-from tessera.cache.masks import by_lengths
-from tessera.cache.new_tokens import whole
-from tessera.cache.padding_mask import PaddingMask, by_padding, on_host
-from tessera.cache.truncated_bptt import Segment
+from tessera.cache_layers.cache_layer import ATTENTION, DeferredKV
+from tessera.cache_layers.deferred import UNCOMPILED
+from tessera.cache_layers.masks import by_lengths
+from tessera.cache_layers.new_tokens import whole
+from tessera.cache_layers.padding_mask import PaddingMask, by_padding, on_host
+from tessera.cache_layers.truncated_bptt import Segment
 from tessera.tensor_cache.gated_read import MemoryCall
 from tessera.tensor_cache.infini import Infini
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tessera.attention.documents import SlidingWindow
 from tessera.attention.read_masks import read_documents
-from tessera.cache.cache_layer import DeferredKV
+from tessera.cache_layers.cache_layer import DeferredKV
 from tessera.tensor_cache.infini import Infini
 from tessera.tensor_cache.rotary import Phase
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tessera.attention.first_token_weight import SINK, first_key_weight
 from tessera.attention.windowed import Softmax
-from tessera.cache.cache_layer import CacheContext, TesseraLayer
-from tessera.cache.group import StepContext
+from tessera.cache_layers.cache_layer import CacheContext, TesseraLayer
+from tessera.cache_layers.group import StepContext
 from tessera.readback import Awaited, note
 
 #: With fewer new tokens the weight means little: among a few keys the first one has much weight anyway.

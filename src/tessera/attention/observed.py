@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tessera.attention.forward import attention_forward
-from tessera.cache.deferred import ATTENTION
+from tessera.cache_layers.deferred import ATTENTION
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Attention in a segment of documents with kept state, see `tessera.cache.truncated_bptt`."""
+"""Attention in a segment of documents with kept state, see `tessera.cache_layers.truncated_bptt`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from tessera.attention.documents import SlidingWindow
 from tessera.attention.read_masks import read_documents
 from tessera.attention.windowed import Softmax, windowed
-from tessera.cache.truncated_bptt import TruncatedBPTTLayer
+from tessera.cache_layers.truncated_bptt import TruncatedBPTTLayer
 from tessera.tensor_cache.gated_read import MemoryCall
 from tessera.tensor_cache.rotary import Phase
 

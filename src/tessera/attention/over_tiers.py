@@ -11,13 +11,13 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from tessera.attention import select
 from tessera.attention.missing_sinks import warn_if_sinks_are_missing
 from tessera.attention.windowed import Softmax
-from tessera.cache.cache_layer import DeferredKV
-from tessera.cache.group import StepContext
-from tessera.cache.masks import GroupMask, Runs
-from tessera.cache.tiers import KVSource, TensorCacheTier
+from tessera.cache_layers.cache_layer import DeferredKV
+from tessera.cache_layers.group import StepContext
+from tessera.cache_layers.masks import GroupMask, Runs
 from tessera.kernels import AttendParams, CompressedKV, dispatch
 from tessera.kernels.source import Source
 from tessera.tensor_cache.gated_read import MemoryCall, TensorCacheLayer
+from tessera.tiers import KVSource, TensorCacheTier
 
 #: `start` and `window` of a source that every query reads completely.
 NO_RULE = (None, None)

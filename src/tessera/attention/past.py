@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from tessera.attention.documents import Documents, MaskReading, SlidingWindow
 from tessera.attention.read_masks import note_mask, read_documents
 from tessera.attention.windowed import recalled
-from tessera.cache.layer_states import LayerState, state_of, stateful
+from tessera.cache_layers.layer_states import LayerState, state_of, stateful
 from tessera.devices import upload
 from tessera.finite import FiniteCheck
 from tessera.tensor_cache import TensorCacheState

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tessera.attention.documents import READS, Documents, MaskReading, SlidingWindow, within
-from tessera.cache.new_tokens import BIASED, shown
-from tessera.cache.padding_mask import by_padding
+from tessera.cache_layers.new_tokens import BIASED, shown
+from tessera.cache_layers.padding_mask import by_padding
 from tessera.devices import upload
 from tessera.finite import FiniteCheck
 from tessera.readback import HostCopy

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tessera.cache.tiers import BLOCK, KVSource
 from tessera.kernels import CompressedKV
+from tessera.tiers import BLOCK, KVSource
 
 #: Weight of the typical deviation of a score, chosen with `benchmarks/sparse_reading.py`.
 SPREAD = 1.5

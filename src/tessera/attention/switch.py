@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tessera.attention.module_code import touches, windowed
 from tessera.attention.weights import refuse_weights
-from tessera.cache.cache_layer import ATTACHED, ATTENTION
+from tessera.cache_layers.cache_layer import ATTACHED, ATTENTION
 from tessera.wrapped import unwrap
 
 M = TypeVar("M", bound=nn.Module)

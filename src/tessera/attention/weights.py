@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from tessera.cache.cache_layer import ATTENTION
+from tessera.cache_layers.cache_layer import ATTENTION
 
 #: Attribute of a model whose calls are checked.
 _WATCHED = "_tessera_refuses_weights"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
 from tessera.attention.documents import READS, Documents, MaskReading, SlidingWindow
-from tessera.cache.masks import boolean
+from tessera.cache_layers.masks import boolean
 from tessera.devices import upload
 from tessera.finite import FiniteCheck
 from tessera.tensor_cache.gated_read import TensorCacheLayer

@@ -13,23 +13,24 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache as TransformersCache
 
 from tessera import codecs
+from tessera.attention import enable, unsupported
 from tessera.cache import cache_file
-from tessera.cache.cache_layer import ATTACHED, CacheContext, TesseraLayer
-from tessera.cache.chain import tier_name
-from tessera.cache.deferred import UNCOMPILED
 from tessera.cache.model_config import check_shapes, read_config, rotary_partner
-from tessera.cache.offload import mapped, store
-from tessera.cache.per_layer import AnySpec, layer_specs, parse
-from tessera.cache.policy import RetentionPolicy
 from tessera.cache.ranks import Ranks, heads_here, ranks_of
 from tessera.cache.report import CacheReport
-from tessera.cache.spec import Spec
-from tessera.cache.stream import Stream
 from tessera.cache.stream_file import named
+from tessera.cache_layers.cache_layer import ATTACHED, CacheContext, TesseraLayer
+from tessera.cache_layers.deferred import UNCOMPILED
+from tessera.cache_layers.stream import Stream
 from tessera.codecs.channel_stats import KeyStats, load_stats
 from tessera.devices import layer_devices
 from tessera.files import brief
 from tessera.finite import FiniteCheck
+from tessera.tiers.chain import tier_name
+from tessera.tiers.offload import mapped, store
+from tessera.tiers.per_layer import AnySpec, layer_specs, parse
+from tessera.tiers.policy import RetentionPolicy
+from tessera.tiers.spec import Spec
 from tessera.wrapped import replaces_cache, unwrap
 
 #: "packed" is what "quantized" was called in version 0.1.
@@ -40,7 +41,7 @@ class Cache(TransformersCache):
     """A cache of keys and values in tiers, for `model.generate(..., past_key_values=tessera.Cache(spec, model))`.
 
     Args:
-        spec: tiers joined by `+`, such as "sink:4 + hqmq:4 + recent:128"; see `tessera.cache.spec.parse`. Or one for each
+        spec: tiers joined by `+`, such as "sink:4 + hqmq:4 + recent:128"; see `tessera.tiers.spec.parse`. Or one for each
             layer, as "{0-1,-1: sink:4 + hqmq:5 + recent:128; *: sink:4 + hqmq:3 + recent:128}".
         model_or_config: the transformers model that the cache serves, by itself or wrapped (`DataParallel`,
             `DistributedDataParallel`, peft, `torch.compile`); its attention is routed through Tessera (see `tessera.enable`;
@@ -93,9 +94,6 @@ class Cache(TransformersCache):
         self._store = store(offload)
         self.memory = self._check_memory(model_or_config) if self.spec.tensor_cache else ""
         if isinstance(model_or_config, nn.Module):
-            # Here and not above, because the attention function reads the cache's layers.
-            from tessera.attention import enable, unsupported
-
             why = unsupported(model_or_config)
             if why:
                 raise ValueError(

@@ -15,20 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tessera.cache import stream_file
-from tessera.cache.group import SequenceGroup
-from tessera.cache.learning import LEARN
-from tessera.cache.masks import Runs
-from tessera.cache.policy import RetentionPolicy
-from tessera.cache.stream import TENSOR_MEMORY, Stream
-from tessera.cache.tiers import BLOCK, PAGE, ExactTier, QuantizedTier
+from tessera.cache_layers.group import SequenceGroup
+from tessera.cache_layers.masks import Runs
+from tessera.cache_layers.stream import TENSOR_MEMORY, Stream
 from tessera.codecs import Codec, Packed
 from tessera.codecs.channel_stats import KeyStats
 from tessera.files import WHOLE, TensorFile, atomic_path, brief, open_tensors, read_json
 from tessera.tensor_cache import TensorCacheConfig, TensorCacheState
 from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig
+from tessera.tiers import BLOCK, PAGE, ExactTier, QuantizedTier
+from tessera.tiers.learning import LEARN
+from tessera.tiers.policy import RetentionPolicy
 
 if TYPE_CHECKING:
-    from tessera.cache.cache_layer import TesseraLayer
+    from tessera.cache_layers.cache_layer import TesseraLayer
 
 #: Rows, kv_heads and head_dim.
 Size = tuple[int, int, int]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.cache.cache_layer import TesseraLayer
-from tessera.cache.stream import TENSOR_MEMORY, Groups, Read, Stream, padded
+from tessera.cache_layers.cache_layer import TesseraLayer
+from tessera.cache_layers.stream import TENSOR_MEMORY, Groups, Read, Stream, padded
 from tessera.files import brief
 from tessera.state import MODEL_DTYPES
 from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig

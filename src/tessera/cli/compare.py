@@ -72,7 +72,6 @@ def compare(
 
     quiet()
     from tessera import evaluation
-    from tessera.cache.per_layer import parse
     from tessera.codecs.channel_stats import load_stats
     from tessera.evaluation.layers_plot import plot_layers
     from tessera.evaluation.layers_table import layer_tables
@@ -80,6 +79,7 @@ def compare(
     from tessera.evaluation.protocols import PROTOCOLS
     from tessera.evaluation.table import advice, caption, differences, tables, without_sinks
     from tessera.models import demo_memory_path
+    from tessera.tiers.per_layer import parse
 
     console, status = Console(), Console(stderr=True)
     names: list[str | None] = list(dict.fromkeys(model or ())) or [None]

@@ -69,8 +69,8 @@ def generate(
 
     import tessera
     from tessera import evaluation
-    from tessera.cache.per_layer import parse
     from tessera.evaluation import prefill_file as files
+    from tessera.tiers.per_layer import parse
 
     with one_line_errors():
         if (prompt is None) == (prompt_file is None):

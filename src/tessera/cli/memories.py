@@ -11,8 +11,8 @@ def memory_for(spec: str, memory: Path | None, model: str | None) -> Path | None
     Raises:
         ValueError: if one is named for a cache without "tc".
     """
-    from tessera.cache.per_layer import parse
     from tessera.models import demo_memory_path
+    from tessera.tiers.per_layer import parse
 
     wanted = parse(spec).tensor_cache
     if memory is not None and not wanted:

@@ -31,7 +31,6 @@ from transformers import DynamicCache
 from tessera.adapters import attached_memory
 from tessera.cache import Cache, CacheReport, Prefill
 from tessera.cache.model_config import read_config
-from tessera.cache.per_layer import parse
 from tessera.codecs.channel_stats import KeyStats
 from tessera.evaluation.first_token import SINK, first_token_weight, lacks_sinks, with_sinks
 from tessera.evaluation.layers import check_layers, measure_layers
@@ -39,6 +38,7 @@ from tessera.evaluation.loading import Source, encode, windows
 from tessera.evaluation.protocols import PROTOCOLS, filler, new_cache, paper_spec
 from tessera.evaluation.records import Comparison, LayerRow, Pair, Row
 from tessera.evaluation.standard_errors import standard_error
+from tessera.tiers.per_layer import parse
 
 #: Longest window by default, as in the HQMQ paper.
 CONTEXT = 2048

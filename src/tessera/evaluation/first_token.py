@@ -12,7 +12,7 @@ from tessera.attention import enable
 from tessera.attention.first_token_weight import SINK, first_key_weight
 from tessera.attention.observed import Call, observed
 from tessera.cache.model_config import read_config
-from tessera.cache.per_layer import parse
+from tessera.tiers.per_layer import parse
 
 #: Maximum number of tokens of the text that are read.
 READ = 512

@@ -27,14 +27,14 @@ from torch import Tensor
 from tessera.adapters import attached_memory
 from tessera.attention import attention_forward, enable
 from tessera.attention.observed import Call, observed
-from tessera.cache.cache_layer import TesseraLayer
 from tessera.cache.model_config import read_config
-from tessera.cache.per_layer import parse
-from tessera.cache.policy import RetentionPolicy
+from tessera.cache_layers.cache_layer import TesseraLayer
 from tessera.codecs.channel_stats import KeyStats
 from tessera.evaluation.protocols import filler, new_cache
 from tessera.evaluation.records import LayerRow
 from tessera.kernels import CompressedKV
+from tessera.tiers.per_layer import parse
+from tessera.tiers.policy import RetentionPolicy
 
 #: Number of queries whose weights are computed at once.
 QUERIES = 128

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tessera.cache.per_layer import PerLayer, parse
+from tessera.tiers.per_layer import PerLayer, parse
 
 #: (pattern of a codec's spec, name of its method), the first that fits.
 _METHODS = (

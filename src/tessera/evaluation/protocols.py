@@ -7,8 +7,8 @@ from typing import Any
 
 from tessera import codecs
 from tessera.cache import BLOCK, Cache, Prefill, Spec
-from tessera.cache.per_layer import PerLayer, parse
 from tessera.codecs.channel_stats import KeyStats
+from tessera.tiers.per_layer import PerLayer, parse
 
 PROTOCOLS = ("streaming", "paper")
 

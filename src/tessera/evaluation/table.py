@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from tessera.cache.per_layer import parse
 from tessera.evaluation.first_token import SINK, SINKS, lacks_sinks, with_sinks
 from tessera.evaluation.records import Comparison, Row
 from tessera.evaluation.standard_errors import NEIGHBOURS
+from tessera.tiers.per_layer import parse
 
 COLUMNS = ("cache", "perplexity", "Δ", "KL", "top-1", "bits", "bits in all", "cache size", "smaller", "tokens/s")
 #: What a narrow terminal does without, first to last.

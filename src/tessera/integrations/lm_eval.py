@@ -27,9 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tessera
-from tessera.cache.per_layer import parse
 from tessera.cache.report import CacheReport
 from tessera.codecs.channel_stats import load_stats
+from tessera.tiers.per_layer import parse
 
 #: A request of the harness: what it is cached by, the tokens of the context, and those to be scored behind it.
 Request = tuple[Any, list[int], list[int]]

@@ -14,11 +14,11 @@ from torch import nn
 
 from tessera.cache import BLOCK, Spec
 from tessera.cache.model_config import check_shapes, read_config
-from tessera.cache.per_layer import AnySpec, PerLayer, layer_specs, parse
 from tessera.planning.candidates import forgetting, keeping, sizes
 from tessera.planning.held import LayerShape, held, steady_after
 from tessera.planning.measured import measured
 from tessera.planning.sizes import parse_bytes, parse_rate, parse_tokens
+from tessera.tiers.per_layer import AnySpec, PerLayer, layer_specs, parse
 from tessera.wrapped import unwrap
 
 #: The step, in tokens, in which reached contexts are counted.

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from tessera import codecs
-from tessera.cache.group import SequenceGroup
-from tessera.cache.learning import LEARN
-from tessera.cache.per_layer import AnySpec, layer_specs
-from tessera.cache.policy import RetentionPolicy
-from tessera.cache.spec import Spec
-from tessera.cache.tiers import PAGE, QuantizedTier
+from tessera.cache_layers.group import SequenceGroup
 from tessera.codecs import Codec, Packed, Role
+from tessera.tiers import PAGE, QuantizedTier
+from tessera.tiers.learning import LEARN
+from tessera.tiers.per_layer import AnySpec, layer_specs
+from tessera.tiers.policy import RetentionPolicy
+from tessera.tiers.spec import Spec
 
 ROLES: tuple[Role, ...] = ("key", "value")
 #: (kv_heads, head_dim) of a layer, and the window of its own attention or None, as `read_config` gives them.

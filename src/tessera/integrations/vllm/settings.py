@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tessera import codecs
-from tessera.cache.spec import parse
 from tessera.codecs import Codec
 from tessera.kernels.paged import GROUP
+from tessera.tiers.spec import parse
 
 #: The environment variable, and the key in `additional_config`.
 VARIABLE, KEY = "TESSERA_SPEC", "tessera"

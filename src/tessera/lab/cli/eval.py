@@ -250,10 +250,10 @@ def streams(
     from tessera.cli.quiet import quiet
 
     quiet()
-    from tessera.cache.spec import parse
     from tessera.evaluation.records import environment
     from tessera.files import write_json
     from tessera.lab.evaluation import long_streams as measure
+    from tessera.tiers.spec import parse
 
     with one_line_errors():
         path = show.folder(out) / "streams.json"

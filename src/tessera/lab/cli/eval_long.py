@@ -124,9 +124,9 @@ def _measure(
 
     quiet()
     from tessera import evaluation
-    from tessera.cache.per_layer import parse
     from tessera.lab.evaluation import long_context
     from tessera.models import demo_memory_path
+    from tessera.tiers.per_layer import parse
 
     model, specs, lengths, dtype, device, memory, out = given
     with one_line_errors():

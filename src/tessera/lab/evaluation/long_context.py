@@ -20,10 +20,10 @@ from torch import Tensor
 
 from tessera.adapters import attached_memory
 from tessera.cache import Cache
-from tessera.cache.per_layer import parse
 from tessera.evaluation.loading import Source
 from tessera.lab.evaluation.jobs import Job, Row, resume
 from tessera.lab.tasks.retrieval import RULER, Prompt, Task, fit, needle, score
+from tessera.tiers.per_layer import parse
 
 SPECS = (
     "dense",

@@ -13,9 +13,9 @@ import torch
 from rich.table import Table
 
 from tessera.cache import Cache
-from tessera.cache.spec import parse
 from tessera.evaluation.table import size
 from tessera.lab.models.small_gpt import GPT, GPTConfig
+from tessera.tiers.spec import parse
 
 SPECS = ("dense", "window:256", "sink:4 + window:256 + tc")
 """The default caches."""

@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from tessera import grammar
 from tessera.adapters import install
 from tessera.attention import SlidingWindow, enable
-from tessera.cache.spec import parse
 from tessera.tensor_cache.gated_read import TensorCacheLayer
 from tessera.tensor_cache.infini import Infini
 from tessera.tensor_cache.rotary import Phase
 from tessera.tensor_cache.tensor_cache_config import TensorCacheConfig
+from tessera.tiers.spec import parse
 
 
 class GPTConfig(LlamaConfig):

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tessera.cache.truncated_bptt import TruncatedBPTTCache
+from tessera.cache import TruncatedBPTTCache
 from tessera.lab.training.checkpoints import RunState, checkpoints_in, load_checkpoint, save_checkpoint
 from tessera.lab.training.log import Log
 from tessera.lab.training.optimizers import make_optimizers

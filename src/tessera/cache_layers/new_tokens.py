@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.cache.padding_mask import READ, PaddingMask, by_padding
+from tessera.cache_layers.padding_mask import READ, PaddingMask, by_padding
 from tessera.devices import upload
 from tessera.finite import FiniteCheck
 from tessera.readback import HostCopy

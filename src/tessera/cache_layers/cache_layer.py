@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from tessera.cache.chain import tier_name
-from tessera.cache.deferred import ATTENTION, DeferredKV
-from tessera.cache.dense import assemble
-from tessera.cache.group import RECORDED, SequenceGroup, StepContext
-from tessera.cache.grouping import Share, shares
-from tessera.cache.layer_states import LayerStates
-from tessera.cache.masks import GroupMask, MaskMemo
-from tessera.cache.new_tokens import NewTokens, Rule, read_mask, shown
-from tessera.cache.policy import RetentionPolicy
+from tessera.cache_layers.deferred import ATTENTION, DeferredKV
+from tessera.cache_layers.dense import assemble
+from tessera.cache_layers.group import RECORDED, SequenceGroup, StepContext
+from tessera.cache_layers.grouping import Share, shares
+from tessera.cache_layers.layer_states import LayerStates
+from tessera.cache_layers.masks import GroupMask, MaskMemo
+from tessera.cache_layers.new_tokens import NewTokens, Rule, read_mask, shown
+from tessera.tiers.chain import tier_name
+from tessera.tiers.policy import RetentionPolicy
 
 #: Where a model keeps what `tessera.attach` did to it.
 ATTACHED = "_tessera_attachment"

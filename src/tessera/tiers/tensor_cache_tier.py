@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tessera.cache.tiers.tier import KVSource, Pairs, Tier
 from tessera.devices import upload
 from tessera.tensor_cache import TensorCache, TensorCacheState
+from tessera.tiers.tier import KVSource, Pairs, Tier
 
 
 class TensorCacheTier(Tier):

@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tessera.cache.offload import Store
-from tessera.cache.tiers.tier import BLOCK, KVSource, Pairs, Tier
 from tessera.codecs import Codec, Packed, Role
 from tessera.codecs.channel_stats import KeyStats
 from tessera.finite import FiniteCheck
 from tessera.kernels import CompressedKV
 from tessera.kernels.precision import join
+from tessera.tiers.offload import Store
+from tessera.tiers.tier import BLOCK, KVSource, Pairs, Tier
 
 #: Tokens of a page of packed tokens at most.
 PAGE = 1024

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from tessera.cache.masks import Runs
-from tessera.cache.tiers import KVSource
+from tessera.cache_layers.masks import Runs
 from tessera.kernels import CompressedKV
+from tessera.tiers import KVSource
 
 
 def assemble(

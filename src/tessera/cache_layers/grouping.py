@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from tessera.cache.group import SequenceGroup
-from tessera.cache.masks import Runs
-from tessera.cache.new_tokens import NewTokens
-from tessera.cache.policy import RetentionPolicy
+from tessera.cache_layers.group import SequenceGroup
+from tessera.cache_layers.masks import Runs
+from tessera.cache_layers.new_tokens import NewTokens
+from tessera.tiers.policy import RetentionPolicy
 
 
 class Share(NamedTuple):

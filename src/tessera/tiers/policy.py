@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tessera.cache.offload import Store
-from tessera.cache.spec import Spec
 from tessera.codecs import Codec
 from tessera.codecs.channel_stats import KeyStats
 from tessera.finite import FiniteCheck
+from tessera.tiers.offload import Store
+from tessera.tiers.spec import Spec
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from tessera.cache.spec import Spec
-from tessera.cache.spec import parse as parse_one
+from tessera.tiers.spec import Spec
+from tessera.tiers.spec import parse as parse_one
 
 #: An example for errors.
 EXAMPLE = "{0-1,-1: sink:4 + hqmq:5 + recent:128; *: sink:4 + hqmq:3 + recent:128}"
@@ -98,7 +98,7 @@ AnySpec = Spec | PerLayer
 
 
 def parse(text: str | AnySpec) -> AnySpec:
-    """Read a spec, see `tessera.cache.spec.parse`, or one for each layer in braces.
+    """Read a spec, see `tessera.tiers.spec.parse`, or one for each layer in braces.
 
     Raises:
         ValueError: naming the word that is wrong and the words that would be right.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 if TYPE_CHECKING:
-    from tessera.cache.cache_layer import TesseraLayer
+    from tessera.cache_layers.cache_layer import TesseraLayer
 
 #: Name of the attention function in transformers' `AttentionInterface`.
 ATTENTION = "tessera"

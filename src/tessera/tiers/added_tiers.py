@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from tessera.cache.tiers import Tier
+    from tessera.tiers import Tier
 
 
 class AddedTier(NamedTuple):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tessera.cache.group import RECORDED
-from tessera.cache.layer_states import LayerState
+from tessera.cache_layers.group import RECORDED
+from tessera.cache_layers.layer_states import LayerState
 from tessera.devices import upload
 from tessera.finite import FiniteCheck
 from tessera.tensor_memory.tensor_memory_config import TensorMemoryConfig

@@ -14,12 +14,12 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from tessera.cache.added_tiers import make
-from tessera.cache.learning import LEARN, Learning
-from tessera.cache.policy import RetentionPolicy
-from tessera.cache.tiers import BLOCK, KVSource, QuantizedTier, RecentTier, SinkTier, TensorCacheTier, Tier
-from tessera.cache.tiers.tier import whole_blocks
 from tessera.codecs.channel_stats import KeyStats
+from tessera.tiers import BLOCK, KVSource, QuantizedTier, RecentTier, SinkTier, TensorCacheTier, Tier
+from tessera.tiers.added_tiers import make
+from tessera.tiers.learning import LEARN, Learning
+from tessera.tiers.policy import RetentionPolicy
+from tessera.tiers.tier import whole_blocks
 
 
 class Chain:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin
 
-from tessera.cache.layer_states import LayerStates
+from tessera.cache_layers.layer_states import LayerStates
 from tessera.tensor_cache import TensorCacheState
 from tessera.tensor_cache.infini import InfiniState
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tessera import codecs, grammar
-from tessera.cache import added_tiers
-from tessera.cache.tiers import BLOCK
+from tessera.tiers import BLOCK, added_tiers
 
 #: The purpose of each tier that is no codec, with the example that errors show.
 TIERS = {

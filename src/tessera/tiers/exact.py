@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.cache.tiers.tier import BLOCK, KVSource, Pairs, Tier, whole_blocks
 from tessera.devices import upload
 from tessera.kernels.precision import join
+from tessera.tiers.tier import BLOCK, KVSource, Pairs, Tier, whole_blocks
 
 #: A buffer grows by at least so many tokens.
 LEAST = 16

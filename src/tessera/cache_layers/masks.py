@@ -2,7 +2,7 @@
 
 A mask is (batch or 1, heads or 1, queries, slots), True where a query sees a slot; its last columns are the slots of the call's
 own tokens, one for each query. None stands for plain causality. What a cache has to know of a call's new tokens is read in
-`tessera.cache.new_tokens`.
+`tessera.cache_layers.new_tokens`.
 
 - A new token is *padding* if no query of its call sees it, itself included. Padding is never stored, counted or written.
 - A document *begins* at a token that sees no earlier slot, as rows of packed documents have it.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.cache.new_tokens import BIASED
+from tessera.cache_layers.new_tokens import BIASED
 from tessera.devices import upload
 
 

@@ -1,7 +1,7 @@
 """The interface of a tier: it takes pairs, says what queries can read, and passes its oldest tokens on.
 
 Exact tiers hold the first and the newest tokens, a quantised tier holds older ones, and what leaves the last tier is written
-into a Tensor Cache or dropped. A tier knows neither its neighbours nor where padding is: `tessera.cache.chain` connects them.
+into a Tensor Cache or dropped. A tier knows neither its neighbours nor where padding is: `tessera.tiers.chain` connects them.
 """
 
 from __future__ import annotations

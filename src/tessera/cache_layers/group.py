@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tessera.cache.chain import Chain
-from tessera.cache.masks import Runs
-from tessera.cache.policy import RetentionPolicy
-from tessera.cache.tiers import BLOCK, PAGE, KVSource
+from tessera.cache_layers.masks import Runs
 from tessera.kernels import CompressedKV
 from tessera.kernels.precision import join
+from tessera.tiers import BLOCK, PAGE, KVSource
+from tessera.tiers.chain import Chain
+from tessera.tiers.policy import RetentionPolicy
 
 #: While a cache records its past, this many more tokens stay exact, so that a crop of as many leaves no trace.
 RECORDED = 512
