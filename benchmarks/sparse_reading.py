@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,12 @@ def speed(tokens: int, repeats: int) -> dict[str, Any]:
     tier = QuantizedTier(codecs.get("hqmq:4"), 0)
     for _ in range(tokens // 8192):
         tier.append(*torch.randn(2, 1, kv_heads, 8192, dim).unbind(0))
-    q, pages = torch.randn(1, heads, 1, dim), tier.view
+    q, pages, params = torch.randn(1, heads, 1, dim), tier.view, AttendParams(dim**-0.5)
 
     def sparse() -> object:
-        return dispatch.attend(q, pages, AttendParams(dim**-0.5, select.selected(q, pages, TOP)))
+        return dispatch.attend(q, pages, replace(params, mask=select.selected(q, pages, TOP, params)))
 
-    found = medians({"all": lambda: dispatch.attend(q, pages, AttendParams(dim**-0.5)), "best": sparse}, repeats)
+    found = medians({"all": lambda: dispatch.attend(q, pages, params), "best": sparse}, repeats)
     return {"tokens": tokens, "top": TOP, "ms": {name: 1e3 * seconds for name, seconds in found.items()}}
 
 

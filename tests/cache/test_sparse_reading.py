@@ -49,7 +49,7 @@ def test_the_words_say_how_much_is_read() -> None:
 
 def test_blocks_are_chosen_by_their_means_and_widths() -> None:
     held, q = pages(640), torch.randn(2, 6, 3, 64)
-    found = select.selected(q, held, 192)
+    found = select.selected(q, held, 192, AttendParams(0.125))
     k = torch.cat([keys.decode() for keys, _ in held.pages], 2)
     for row, head, query in ((0, 0, 0), (1, 5, 2), (0, 4, 1)):
         group = q[row, head // 3 * 3 : head // 3 * 3 + 3, query]
@@ -71,7 +71,7 @@ def test_blocks_are_chosen_by_their_means_and_widths() -> None:
 def test_what_is_not_chosen_is_not_read(level: str | None) -> None:
     """Corrupting the blocks that were not chosen does not change a bit of the result."""
     held, q = pages(1024), torch.randn(2, 4, 2, 64)
-    seen = select.selected(q, held, 256)
+    seen = select.selected(q, held, 256, AttendParams(0.125))
     wanted = reference.attend(q, held, AttendParams(0.125, seen))[0]
     backend = "auto" if level is None else f"cpu:{level}"
     found = dispatch.attend(q, held, AttendParams(0.125, seen), backend=backend)[0]
@@ -95,7 +95,7 @@ def test_attention_is_softmax_over_what_is_chosen(top: int, monkeypatch: pytest.
     source = KVSource(held, 0, 320, top=top)
     found, lse = over_tiers._sparsely(q, source, AttendParams(0.125))
     k, v = (x.repeat_interleave(2, 1) for x in held.decode())
-    seen = select.selected(q, held, top)
+    seen = select.selected(q, held, top, AttendParams(0.125))
     scores = (q @ k.mT * 0.125).masked_fill(~seen, -torch.inf)
     assert relative(found, scores.softmax(-1) @ v) < 1e-3
     assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-3)
@@ -146,3 +146,29 @@ def test_it_is_saved_cropped_and_reordered_as_before(tmp_path: Path) -> None:
     again.crop(-10)
     again.reorder_cache(torch.tensor([1, 0]))
     assert relative(logits(model, again, ids[[1, 0], 410:], (10,)), wanted[[1, 0]]) < 1e-4
+
+
+def test_what_a_query_does_not_see_takes_no_place() -> None:
+    """Blocks hidden by the mask, or by position, do not displace visible ones."""
+    held, q = pages(640), torch.randn(2, 4, 90, 64)
+    mask = torch.rand(2, 1, 90, 10) < 0.4
+    mask[..., 3] = True
+    seen = mask.repeat_interleave(64, -1)
+    for params in (AttendParams(0.125, seen), AttendParams(0.125, seen, start=500, window=300)):
+        query = torch.arange(500, 590)[:, None] if params.start is not None else torch.full((90, 1), 10_000)
+        near = torch.arange(10) * 64 + 64 > (query - 299 if params.window is not None else torch.zeros(90, 1))
+        open_blocks = mask & near & (torch.arange(10) * 64 <= query)
+        found = select.selected(q, held, 192, params).view(2, 4, 90, 10, 64)
+        assert torch.equal(found.any(-1), found.all(-1))
+        read = (found.any(-1) & open_blocks).sum(-1)
+        assert torch.equal(read, open_blocks.sum(-1).clamp(max=3).expand(2, 4, 90))
+
+
+@torch.no_grad()
+def test_a_later_token_changes_no_choice_before_it() -> None:
+    """With prefill="quantized" a call's own blocks are candidates, those after a query are not."""
+    model, ids = make(), tokens(1, 660)
+    other = ids.clone()
+    other[:, 580:] = tokens(1, 80)
+    found = [logits(model, tessera.Cache(SPEC, model, prefill="quantized"), given, (660,))[:, :500] for given in (ids, other)]
+    assert relative(*found) < 1e-5

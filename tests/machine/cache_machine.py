@@ -85,6 +85,12 @@ CHAINS = [
     Kind("sink:2 + hqmq:4@64 + hqmq:3@128 + recent:16"),
     Kind("hqmq:4@64 + kivi:4@64 + q4_0 + recent:8", "quantized"),
 ]
+#: Queries read only the most promising blocks.
+SPARSE = [
+    Kind("sink:2 + hqmq:4/top:64 + recent:16"),
+    Kind("sink:2 + hqmq:3/top:128 + recent:8", "quantized"),
+    Kind("hqmq:4_nostats@128/top:64 + hqmq:3/top:64 + recent:8"),
+]
 PAIRS = [Kind("sink:2 + hqmq:k4v3@128 + recent:16", "quantized")]
 LLAMAS = [Kind(spec, model="plain") for spec in ("dense", "sink:2 + window:20")]
 SLIDING_LAYERS = [Kind(spec, model="sliding") for spec in ("dense", "sink:2 + hqmq:4 + recent:8")]
@@ -115,6 +121,7 @@ KINDS = [
     *LOSSY,
     *PAIRS,
     *CHAINS,
+    *SPARSE,
     *LLAMAS,
     *SLIDING_LAYERS,
     *TENSOR_CACHES,

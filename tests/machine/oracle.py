@@ -21,6 +21,8 @@ from tessera.tiers.per_layer import layer_specs, parse
 
 #: Additional exact tokens of a cache that records its past.
 RECORDED = 512
+#: Weight of the deviation in the choice of blocks.
+SPREAD = 1.5
 #: Number of a row's first tokens from which key statistics are measured.
 LEARN = 128
 
@@ -31,7 +33,8 @@ class Rules:
 
     Attributes:
         sink, recent, window: fields of `tessera.tiers.spec.Spec`.
-        codecs: also from there, and `limits`: the maximum number of tokens of each.
+        codecs: also from there, and for each `limits`, the maximum number of its tokens, and `tops`, that of those which a
+            query reads.
         matrix: whether tokens that leave the window, or the last codec, are written into a Tensor Cache.
         packed_prefill: whether a call's queries read the tokens that it quantises in quantised form.
         sliding: size of the model's own sliding window in slots, which the mask applies; None: no window.
@@ -42,6 +45,7 @@ class Rules:
     recent: int
     codecs: tuple[codecs.Codec, ...]
     limits: tuple[int | None, ...]
+    tops: tuple[int | None, ...]
     window: int | None
     matrix: bool
     packed_prefill: bool
@@ -72,10 +76,11 @@ class Rules:
     def of(text: str, prefill: str = "exact", sliding: int | None = None, layer: int = 0, layers: int = 1) -> Rules:
         spec = layer_specs(parse(text), layers)[layer]
         used, limits = tuple(codecs.get(name) for name, _ in spec.codecs), tuple(limit for _, limit in spec.codecs)
+        tops = tuple(spec.top(name) for name, _ in spec.codecs)
         # A layer with a sliding window needs neither sinks outside of it nor more exact tokens than it sees.
         sink, recent = (spec.sink, spec.recent) if sliding is None else (0, min(spec.recent, sliding - 1))
         packed = prefill == "quantized"
-        return Rules(sink, recent, used, limits, spec.window, spec.tensor_cache, packed, sliding, layer)
+        return Rules(sink, recent, used, limits, tops, spec.window, spec.tensor_cache, packed, sliding, layer)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ class Row:
         bare: the keys in the form that is written to the matrix.
         quantised: the place up to which tokens after the sinks are quantised.
         passed: for each codec but the last, the place up to which its tokens have moved to the next.
+        summaries: of the blocks of codecs that are read sparsely, by the place of their first token: the mean of their keys
+            (kv_heads, head_dim) and its deviation (kv_heads,), as the codec gives them, in the scale of coded keys.
         dropped: the place up to which tokens after the sinks have been dropped.
         kept: the place from which tokens after the sinks are certainly stored.
         asked: queries of the first tokens, (q_heads, tokens, head_dim).
@@ -110,6 +117,7 @@ class Row:
     begins: tuple[int, ...] = ()
     matrices: tuple[tuple[Tensor, int], ...] = ()
     dissolved: Tensor | None = None
+    summaries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -185,7 +193,8 @@ class LayerOracle:
             if row.tokens > old:
                 seen = given.visible[b][new][:, torch.tensor(row.real)]
                 row = self._documents(row, seen, old) if self.rules.by_document else row
-                out[b, new] = self._attend(row, given.q[b, :, new].float(), self._visible(row, seen, old))
+                queries = given.q[b, :, new].float()
+                out[b, new] = self._attend(row, queries, self._chosen(row, queries, self._visible(row, seen, old)))
                 if self.rules.matrix:
                     queries = (given.q if given.bare_q is None else given.bare_q)[b, :, new].float()
                     row, read[b, new] = self._recall(row, self._asked(queries), old)
@@ -202,9 +211,34 @@ class LayerOracle:
             seen = seen & ((place > query - rules.window) | sinks)
         return seen & ~((place >= rules.sink) & (place < row.dropped))
 
+    def _chosen(self, row: Row, q: Tensor, seen: Tensor) -> Tensor:
+        """Hide the blocks of each sparsely read codec that do not promise most for any query of the group: of those that the
+        query sees at all, the ones with the highest score of the mean plus a multiple of what a deviation may add."""
+        kv_heads, places = row.k.shape[0], (row.quantised, *row.passed, max(self.rules.sink, row.dropped))
+        seen = seen.expand(q.shape[0], -1, -1).clone()
+        for tier, top in enumerate(self.rules.tops):
+            begins = range(max(places[tier + 1], places[-1]), places[tier], BLOCK)
+            if top is None or top >= len(begins) * BLOCK:
+                continue
+            narrow = row.stats.widths if row.stats is not None and self.rules.codecs[tier].weighs else torch.ones(1)
+            grouped = q.unflatten(0, (kv_heads, -1)) / narrow.reshape(-1, 1, 1, narrow.shape[-1])
+            promises = []
+            for begin in begins:
+                mean, deviation = row.summaries[begin]
+                promise = (grouped * mean[:, None, None]).sum(-1)
+                promise = promise + SPREAD * grouped.norm(dim=-1) * deviation[:, None, None]
+                hidden = ~seen[:, :, begin : begin + BLOCK].any(-1).unflatten(0, (kv_heads, -1))
+                promises.append(promise.masked_fill(hidden, -math.inf).amax(1))  # (kv_heads, queries)
+            order = torch.stack(promises).argsort(0, descending=True).argsort(0)
+            for rank, begin in zip(order, begins, strict=True):
+                left_out = (rank >= top // BLOCK).repeat_interleave(q.shape[0] // kv_heads, 0)
+                seen[:, :, begin : begin + BLOCK] &= ~left_out[..., None]
+        return seen
+
     @staticmethod
     def _attend(row: Row, q: Tensor, seen: Tensor) -> Tensor:
-        """Compute attention in float64. q: (heads, queries, head_dim) -> (queries, heads, head_dim)."""
+        """Compute attention in float64. q: (heads, queries, head_dim), seen: (heads, queries, tokens) -> (queries, heads,
+        head_dim)."""
         group = q.shape[0] // row.k.shape[0]
         k, v = (x.double().repeat_interleave(group, 0) for x in (row.k, row.v))
         scores = q.double() @ k.mT / math.sqrt(q.shape[-1])
@@ -306,7 +340,11 @@ class LayerOracle:
         coded = codec.encode(k[None, :, span] * widths[:, :, None], "key", rules.layer, weights=weights)
         k[:, span] = (codec.decode(coded) / widths[:, :, None])[0]
         v[:, span] = codec.decode(codec.encode(v[None, :, span], "value", rules.layer))[0]
-        return replace(row, k=k, v=v)
+        summaries = row.summaries
+        if rules.tops[tier] is not None:
+            means, deviations = (x[0].unbind(1) for x in codec.summary([coded]))
+            summaries = {**summaries, **dict(zip(range(begin, end, BLOCK), zip(means, deviations, strict=True), strict=True))}
+        return replace(row, k=k, v=v, summaries=summaries)
 
     def _pass_on(self, row: Row) -> Row:
         """Move the tokens beyond a codec's limit to the next one, in whole blocks, oldest first."""

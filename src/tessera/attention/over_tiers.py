@@ -187,10 +187,8 @@ def _sparsely(q: Tensor, source: KVSource, params: AttendParams) -> tuple[Tensor
     """Partial attention to the selected blocks of a source; arguments as in `dispatch.attend`."""
     assert isinstance(source.held, CompressedKV)
     parts = []
-    for part, chosen in select.in_parts(q, source):
-        own = params.queries(part.start, part.stop)
-        seen = chosen if own.mask is None else chosen & own.mask
-        parts.append(dispatch.attend(q[:, :, part], source.held, replace(own, mask=seen)))
+    for part, own in select.in_parts(q, source, params):
+        parts.append(dispatch.attend(q[:, :, part], source.held, own))
     out, lse = zip(*parts, strict=True)
     return torch.cat(out, 2), torch.cat(lse, 2)
 
