@@ -361,6 +361,21 @@ def test_a_command_of_the_lab_says_which_extra_it_misses(words: list[str], packa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_broken_command_of_another_package_leaves_the_others_usable(tmp_path: Path) -> None:
+    about = tmp_path / "elsewhere-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[tessera.commands]\nbroken = elsewhere.nowhere:app\n")
+    script = "import sys; sys.path.append(sys.argv.pop(1)); import tessera.cli; tessera.cli.main()"
+    warning = "warning: `tessera broken` of elsewhere is left out: ModuleNotFoundError: No module named 'elsewhere'\n"
+    for words, code, says in ((["--help"], 0, "compare"), (["view", "--help"], 0, "Example"), (["broken"], 2, "")):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), *words], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, says in done.stdout) == (code, True), done.stderr
+        assert done.stderr.count(warning) == 1
+
+
 def test_commands_of_the_core_do_not_import_the_lab(tmp_path: Path) -> None:
     script = (
         "import sys; from tessera.cli import app\n"

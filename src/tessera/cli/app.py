@@ -19,6 +19,11 @@ GROUP = "tessera.commands"
 class Commands(TyperGroup):
     """The core's commands, followed by those of entry points, which are imported when one of them is used or listed."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Names of entry points that could not be imported.
+        self.broken: set[str] = set()
+
     def list_commands(self, ctx: Any) -> list[str]:
         """List the names of all commands, for the help."""
         self._add_others()
@@ -44,8 +49,14 @@ class Commands(TyperGroup):
 
     def _add_others(self) -> None:
         for each in _others():
-            if each.name not in self.commands:
+            if each.name in self.commands or each.name in self.broken:
+                continue
+            try:
                 self.add_command(typer.main.get_command(each.load()), each.name)
+            except Exception as error:  # another package's mistake, which must not take the other commands away
+                self.broken.add(each.name)
+                owner = each.dist.name if each.dist is not None else each.value
+                typer.echo(f"warning: `tessera {each.name}` of {owner} is left out: {type(error).__name__}: {error}", err=True)
 
 
 def _others() -> list[EntryPoint]:
