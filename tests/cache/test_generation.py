@@ -353,13 +353,21 @@ def test_rows_can_be_repeated_selected_and_reordered(spec: str) -> None:
 def packed_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Record (query tokens, tokens read from packed tiers) of every attention call."""
     reads: list[tuple[int, int]] = []
-    attend = tiers._attend
+    attend, newest = tiers._attend, tiers._newest
+
+    def watch_newest(q: Tensor, group: SequenceGroup, *args: Any) -> Tensor:
+        reads.append((q.shape[2], sum(tier.tokens for tier in group.chain.quantized)))
+        count = len(reads)
+        found = newest(q, group, *args)
+        del reads[count:]  # where no kernel runs, it goes on to the other function
+        return found
 
     def watch(q: Tensor, step: StepContext, *args: Any) -> Tensor:
         reads.append((q.shape[2], sum(part.tokens for part in step.sources if isinstance(part.held, CompressedKV))))
         return attend(q, step, *args)
 
     monkeypatch.setattr(tiers, "_attend", watch)
+    monkeypatch.setattr(tiers, "_newest", watch_newest)
     return reads
 
 
@@ -375,16 +383,18 @@ def test_steps_read_the_packed_tokens_as_they_are_packed(packed_reads: list[tupl
 def test_steps_run_on_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     ran: list[int] = []
-    real = sources.attend_sources
+    real = sources.attend_newest
 
     def watch(q: Tensor, *args: Any, **options: Any) -> Tensor | None:
         found = real(q, *args, **options)
         ran.extend([] if found is None else [q.shape[2]])
         return found
 
-    monkeypatch.setattr(sources, "attend_sources", watch)
+    monkeypatch.setattr(sources, "attend_newest", watch)
     run(model, tessera.Cache(PACKED, model), Call(prompt=150).inputs(), new=20)
-    assert ran == [1] * (model.config.num_hidden_layers * 19)
+    # All but those at which a buffer grows.
+    assert 16 * model.config.num_hidden_layers <= len(ran) <= 19 * model.config.num_hidden_layers
+    assert set(ran) == {1}
 
 
 def test_dense_never_reads_packed_tokens(packed_reads: list[tuple[int, int]]) -> None:

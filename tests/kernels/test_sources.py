@@ -83,6 +83,38 @@ def test_one_source(kind: str) -> None:
     assert relative(got, one_by_one(q, [source], 0.1)) < 1e-3
 
 
+@pytest.mark.parametrize("level", cpu.levels())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [None, *PACKED])
+@pytest.mark.parametrize("counts", [(4, 130), (1,), (70, 3)])
+def test_the_newest_token_reads_all_that_is_in_the_buffers(
+    counts: tuple[int, ...], kind: str | None, dtype: torch.dtype, level: str
+) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 6, 1, 64).to(dtype)
+    buffers = [(*torch.randn(2, 2, 2, tokens + 9, 64).to(dtype).unbind(0), tokens) for tokens in counts]
+    packed = None if kind is None else KINDS[kind]().held
+    assert packed is None or isinstance(packed, CompressedKV)
+    got = dispatch.attend_newest(q, buffers, packed, 0.1, backend=f"cpu:{level}")
+    assert got is not None
+    assert got.dtype == torch.float32
+    given = [Source((k[:, :, :tokens], v[:, :, :tokens])) for k, v, tokens in buffers]
+    given += [] if packed is None else [Source(packed)]
+    assert relative(got, one_by_one(q, given, 0.1)) < 1e-3
+    assert relative(got, one_by_one(q, given, 0.1, None, f"cpu:{level}")) < 1e-6
+
+
+def test_the_newest_token_is_left_where_one_call_cannot_do() -> None:
+    q, (k, v) = torch.randn(2, 4, 1, 64), exact(9)
+    assert dispatch.attend_newest(q, [(k, v, 9)], None, 0.1) is not None
+    assert dispatch.attend_newest(q, [(k, v, 9)], None, 0.1, backend="reference") is None
+    assert dispatch.attend_newest(q, [(k, v.bfloat16(), 9)], None, 0.1) is None
+    assert dispatch.attend_newest(q, [(k.double(), v.double(), 9)], None, 0.1) is None
+    assert dispatch.attend_newest(q, [(k.to("meta"), v.to("meta"), 9)], None, 0.1) is None
+    assert dispatch.attend_newest(q, [(k, v, 9)], make_pages(NoKernel(), 2, 2, [64], 64), 0.1) is None
+    assert dispatch.attend_newest(q.clone().requires_grad_(), [(k, v, 9)], None, 0.1) is None
+
+
 def test_what_cannot_run_in_one_call_is_left() -> None:
     torch.manual_seed(0)
     q = torch.randn(2, 4, 3, 64)

@@ -12,7 +12,7 @@ from tessera.attention import select
 from tessera.attention.missing_sinks import warn_if_sinks_are_missing
 from tessera.attention.windowed import Softmax
 from tessera.cache_layers.cache_layer import DeferredKV
-from tessera.cache_layers.group import StepContext
+from tessera.cache_layers.group import SequenceGroup, StepContext
 from tessera.cache_layers.masks import GroupMask, Runs
 from tessera.kernels import AttendParams, CompressedKV, dispatch
 from tessera.kernels.source import Source
@@ -34,6 +34,10 @@ def over_tiers(
         raise ValueError("attention dropout and tessera.Cache do not go together; call model.eval()")
     scale = query.shape[-1] ** -0.5 if softmax.scaling is None else softmax.scaling
     layer = deferred.layer
+    if mask is None and call is None and layer.context.sinks_known:
+        group = layer.take_token(query)
+        if group is not None:
+            return _newest(query, group, scale, softmax).to(query.dtype).transpose(1, 2)
     memory = call.memory if call is not None and layer.policy.tensor_cache else None
     positions = None if memory is None or call is None else call.positions_of(query)
     steps = layer.begin_step(mask, positions, query)
@@ -60,6 +64,15 @@ def over_tiers(
     if call is not None:
         call.added = added
     return query.new_zeros((batch, tokens, heads, dim)) if out is None else out
+
+
+def _newest(q: Tensor, group: SequenceGroup, scale: float, softmax: Softmax) -> Tensor:
+    """Attention of the newest token of each row to all tokens. q, and the result: (rows, q_heads, 1, head_dim)."""
+    found = group.chain.readable() if softmax.usual else None
+    read = None if found is None else dispatch.attend_newest(q, *found, scale)
+    if read is not None:
+        return read
+    return _attend(q, StepContext(group, group.length - 1, 1, group.chain.sources(), None), None, scale, softmax)
 
 
 def _put(into: Tensor, given: Tensor, index: Tensor | None, queries: Runs) -> None:

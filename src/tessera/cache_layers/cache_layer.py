@@ -199,8 +199,8 @@ class TesseraLayer(CacheLayerMixin):
                 "tessera.Cache keeps no gradients, so a loss computed through it would be wrong; wrap the call in "
                 "torch.no_grad() or torch.inference_mode(), or train without a cache"
             )
-        expected = f"(batch, {self.shape[0]}, tokens, {self.shape[1]})"
         if k.shape != v.shape or (k.shape[1], k.shape[3]) != self.shape:
+            expected = f"(batch, {self.shape[0]}, tokens, {self.shape[1]})"
             raise ValueError(
                 f"layer {self.index} was given keys {tuple(k.shape)} and values {tuple(v.shape)}, but this cache was made for "
                 f"a model with {expected}; make a cache for each model, and of a tensor-parallel one from the model itself, "
@@ -327,6 +327,35 @@ class TesseraLayer(CacheLayerMixin):
             idle = [group for group in self.groups if id(group) not in given and group.holds_back]
             steps += [(replace(group.idle_step(), index=self._index(group.rows, k.device)), None) for group in idle]
         return steps
+
+    def take_token(self, queries: Tensor) -> SequenceGroup | None:
+        """Begin and end a step of one token in every row without padding, where nothing is to be quantised or dropped.
+
+        Nearly every step of decoding is one, so this way is the shortest.
+
+        Args:
+            queries: (batch, q_heads, 1, head_dim) of the token.
+
+        Returns:
+            the group, whose tokens the queries read, all of them; None: nothing was done, and `begin_step` and `end_step` do
+            it.
+        """
+        if self._staged is None or len(self.groups) != 1 or self.waiting or self._hold or self.record_past:
+            return None
+        k, v = self._staged
+        group, finite = self.groups[0], self.policy.finite
+        if k.shape[2] != 1 or self.context.quantize_before_attend or finite.broken or finite.pending() is not None:
+            return None
+        if not group.chain.add_token(k, v):
+            return None
+        if group.chain.learning is not None:
+            group.chain.learn(queries, k.shape[1])
+        self._staged = None
+        group.length += 1
+        group.slots = group.slots.with_next(self.seen - 1)
+        if self.index == self.context.last:
+            self.context.masks.forget()
+        return group
 
     def _check_mask(self, mask: Tensor, n: int) -> None:
         queries, slots = mask.shape[-2:]

@@ -106,6 +106,12 @@ class Runs:
                 runs.append((first + by, size))
         return Runs(tuple(runs))
 
+    def with_next(self, slot: int) -> Runs:
+        """Append one slot."""
+        if self.runs and sum(self.runs[-1]) == slot:
+            return Runs((*self.runs[:-1], (self.runs[-1][0], self.runs[-1][1] + 1)))
+        return Runs((*self.runs, (slot, 1)))
+
     def before(self, slot: int) -> int:
         """Count the slots before `slot`."""
         return sum(min(size, max(0, slot - first)) for first, size in self.runs)

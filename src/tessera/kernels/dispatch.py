@@ -209,6 +209,27 @@ def attend_sources(
     return sources.attend_sources(q, given, scale, softcap, level=level or None)
 
 
+def attend_newest(
+    q: Tensor, tiers: Sequence[tuple[Tensor, Tensor, int]], pages: CompressedKV | None, scale: float, backend: str | None = None
+) -> Tensor | None:
+    """Attention of the newest token of every row to all others: `attend_sources` without positions, in the least time.
+
+    Args:
+        q: (batch, q_heads, 1, head_dim).
+        tiers: at least one buffer of keys, of values (batch, kv_heads, at least n, head_dim), and n, the tokens in it.
+        pages: packed tokens; None: there are none.
+        scale: see `AttendParams`.
+        backend: see `attend`.
+
+    Returns:
+        (batch, q_heads, 1, head_dim) float32; None where it is impossible: the caller then uses the other operations.
+    """
+    family, _, level = chosen(backend).partition(":")
+    if family not in ("auto", "cpu"):
+        return None
+    return sources.attend_newest(q, tiers, pages, scale, level=level or None)
+
+
 def exact_family(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str:
     """Return the family whose `attend_exact` would run."""
     return ATTEND_EXACT.choose(None, q, k, v, params)[0].family

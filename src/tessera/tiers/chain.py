@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tessera.codecs.channel_stats import KeyStats
+from tessera.kernels import CompressedKV
 from tessera.tiers import BLOCK, KVSource, QuantizedTier, RecentTier, SinkTier, TensorCacheTier, Tier
 from tessera.tiers.added_tiers import make
 from tessera.tiers.learning import LEARN, Learning
@@ -125,6 +126,29 @@ class Chain:
                 return
             place += k.shape[2] - rest[0].shape[2]
             k, v = rest
+
+    def add_token(self, k: Tensor, v: Tensor) -> bool:
+        """Add one token to `recent` if it has room and nothing is passed on then; False: nothing was done.
+
+        k, v: (rows, kv_heads, 1, head_dim).
+        """
+        recent = self.recent
+        if not self._only_quantises or self.sink.tokens < self.sink.capacity:
+            return False
+        if recent.capacity is not None and recent.tokens + 1 >= recent.capacity + BLOCK:
+            return False
+        return recent.add_token(k, v)
+
+    def readable(self) -> tuple[list[tuple[Tensor, Tensor, int]], CompressedKV | None] | None:
+        """Return the buffers of the exact tiers, each with the number of its tokens, and the pages of the codec.
+
+        None: there are several codecs or devices, or some pages are to be read only in part.
+        """
+        exact = [tier.buffer for tier in (self.sink, self.recent) if tier.tokens]
+        if not self.quantized or not self.quantized[0].tokens:
+            return exact, None
+        pages = self.quantized[0].whole
+        return None if pages is None else (exact, pages)
 
     def evict_blocks(self, length: int, drop: bool = True, spare: int = 0) -> None:
         """Move whole blocks on to the next tier.

@@ -41,6 +41,13 @@ class ExactTier(Tier):
         assert self._values is not None
         return self._values.narrow(2, 0, self._tokens)
 
+    @property
+    def buffer(self) -> tuple[Tensor, Tensor, int]:
+        """Keys and values with the room behind them, (batch, kv_heads, at least tokens, head_dim), and the tokens."""
+        assert self._keys is not None
+        assert self._values is not None
+        return self._keys, self._values, self._tokens
+
     def buffers(self) -> list[Tensor]:
         """Every tensor that is held."""
         return [] if self._keys is None or self._values is None else [self._keys, self._values]
@@ -55,6 +62,21 @@ class ExactTier(Tier):
         self._values = self._write(self._values, v, need)
         self._tokens = need
         return None
+
+    def add_token(self, k: Tensor, v: Tensor) -> bool:
+        """Add one token if there is room for it in the dtypes of the buffers; False: `append` has to make some.
+
+        k, v: (batch, kv_heads, 1, head_dim).
+        """
+        keys, values, at = self._keys, self._values, self._tokens
+        if keys is None or values is None or at == keys.shape[2] or keys.dtype != k.dtype or values.dtype != v.dtype:
+            return False
+        if keys.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        keys.narrow(2, at, 1).copy_(k)
+        values.narrow(2, at, 1).copy_(v)
+        self._tokens = at + 1
+        return True
 
     def _write(self, buffer: Tensor | None, new: Tensor, need: int) -> Tensor:
         # A buffer made in inference mode may not be written to outside of it.

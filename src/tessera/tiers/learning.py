@@ -15,38 +15,65 @@ LEARN = 128
 
 
 class Learning:
-    """Statistics of the first tokens' queries, kept token by token, so that a crop can remove them.
-
-    Attributes:
-        squares: (rows, kv_heads, n, head_dim) float32, means over the query heads of a key head; None: no token yet.
-    """
+    """Statistics of the first tokens' queries, kept token by token, so that a crop can remove them."""
 
     def __init__(self) -> None:
-        self.squares: Tensor | None = None
+        self._squares: Tensor | None = None
+        self._kv_heads = 1
+        #: Queries of single tokens, (rows, q_heads, 1, head_dim) float32 each, whose squares are computed together later,
+        #: because a step has no time to spare. A copy of this object shares the list, which is therefore never changed.
+        self._single: list[Tensor] = []
 
     @property
     def tokens(self) -> int:
         """Number of tokens whose queries have been collected."""
-        return 0 if self.squares is None else self.squares.shape[2]
+        return len(self._single) + (0 if self._squares is None else self._squares.shape[2])
+
+    @property
+    def squares(self) -> Tensor | None:
+        """(rows, kv_heads, tokens, head_dim) float32, means over the query heads of a key head; None: no token yet."""
+        self._gather()
+        return self._squares
+
+    @squares.setter
+    def squares(self, squares: Tensor | None) -> None:
+        self._squares, self._single = squares, []
 
     def note(self, queries: Tensor, kv_heads: int) -> None:
         """Add the queries of the next tokens. queries: (rows, q_heads, n, head_dim), any number of tokens."""
-        few = queries[:, :, : LEARN - self.tokens].float()
-        rows, _, n, dim = few.shape
+        left = LEARN - self.tokens
+        if not left:
+            return
+        self._kv_heads = kv_heads
+        if queries.shape[2] == 1:
+            self._single = [*self._single, queries.to(torch.float32, copy=True)]  # the caller may reuse its memory
+        else:
+            self._gather()
+            self._add(queries[:, :, :left])
+
+    def _gather(self) -> None:
+        if self._single:
+            queries, self._single = torch.cat(self._single, 2), []
+            self._add(queries)
+
+    def _add(self, queries: Tensor) -> None:
+        rows, _, n, dim = queries.shape
         if n:
-            squares = few.square().view(rows, kv_heads, -1, n, dim).mean(2)
-            self.squares = squares if self.squares is None else torch.cat((self.squares, squares), 2)
+            squares = queries.float().square().view(rows, self._kv_heads, -1, n, dim).mean(2)
+            self._squares = squares if self._squares is None else torch.cat((self._squares, squares), 2)
 
     def measure(self, keys: Tensor, partner: Sequence[int] | None) -> KeyStats:
         """Compute the statistics of all `LEARN` tokens. keys: (rows, kv_heads, n, head_dim), those to be quantised."""
-        assert self.squares is not None
+        squares = self.squares
+        assert squares is not None
         assert self.tokens == LEARN
-        return KeyStats.measure(self.squares, keys, partner)
+        return KeyStats.measure(squares, keys, partner)
 
     def cut(self, tokens: int) -> None:
         """Remove all but the first `tokens`."""
-        if self.squares is not None:
-            self.squares = self.squares[:, :, :tokens].clone() if tokens else None
+        squares = self.squares
+        if squares is not None:
+            self.squares = squares[:, :, :tokens].clone() if tokens else None
 
     def select(self, rows: Tensor) -> None:
         """Take rows by index."""

@@ -75,6 +75,11 @@ class QuantizedTier(Tier):
         (view,) = self._views
         return view
 
+    @property
+    def whole(self) -> CompressedKV | None:
+        """The pages where they are on one device and queries read all of them; None elsewhere."""
+        return self._views[0] if len(self._views) == 1 and (self.top is None or self.top >= self._views[0].tokens) else None
+
     def put(self, pages: list[tuple[Packed, Packed]]) -> None:
         """Hold these pages instead."""
         if self.store is not None:

@@ -17,7 +17,6 @@ def attend_sources(
     q: Tensor, sources: Sequence[Source], scale: float, softcap: float | None = None, *, level: str | None = None
 ) -> Tensor | None:
     """`tessera.kernels.dispatch.attend_sources`. `level`: instruction set; None: the best there is."""
-    batch, heads, tokens, dim = q.shape
     if cpu.MISSING is not None or q.device.type != "cpu" or not q.numel() or (q.requires_grad and torch.is_grad_enabled()):
         return None
     exact: list[int] = []
@@ -33,10 +32,51 @@ def attend_sources(
         k, v = held
         if cpu.attend_exact_refusal(q, k, v) is not None:
             return None
-        kv_heads, size = k.shape[1], k.element_size()
-        (a, b, c, _), (d, e, f, _) = k.stride(), v.stride()
-        exact += (k.data_ptr(), a * size, b * size, c * size, v.data_ptr(), d * size, e * size, f * size, k.shape[2])
-        exact += (k.dtype == torch.bfloat16, *_rule(source))
+        kv_heads = k.shape[1]
+        exact += (*_layout(k, v), k.shape[2], k.dtype == torch.bfloat16, *_rule(source))
+    return _attend(q, kv_heads, exact, packed, scale, softcap, level)
+
+
+def attend_newest(
+    q: Tensor,
+    tiers: Sequence[tuple[Tensor, Tensor, int]],
+    pages: CompressedKV | None,
+    scale: float,
+    *,
+    level: str | None = None,
+) -> Tensor | None:
+    """`tessera.kernels.dispatch.attend_newest`. `level`: instruction set; None: the best there is."""
+    _, heads, _, dim = q.shape
+    kv_heads = tiers[0][0].shape[1]
+    if cpu.MISSING is not None or not q.is_cpu or dim > cpu.MAX_DIM or heads // kv_heads > cpu.FEW_ROWS:
+        return None
+    if (torch.is_grad_enabled() and q.requires_grad) or (pages is not None and not _prepared(pages, q)):
+        return None
+    exact: list[int] = []
+    for k, v, tokens in tiers:
+        if k.dtype != v.dtype or k.dtype not in (torch.float32, torch.bfloat16) or not k.is_cpu:
+            return None
+        exact += (*_layout(k, v), tokens, k.dtype == torch.bfloat16, False, 0, 0)
+    return _attend(q, kv_heads, exact, None if pages is None else (pages, Source(pages)), scale, None, level)
+
+
+def _layout(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Return the address and the strides in bytes, of rows, heads and tokens, of keys and of values."""
+    size = k.element_size()
+    (a, b, c, _), (d, e, f, _) = k.stride(), v.stride()
+    return k.data_ptr(), a * size, b * size, c * size, v.data_ptr(), d * size, e * size, f * size
+
+
+def _attend(
+    q: Tensor,
+    kv_heads: int,
+    exact: list[int],
+    packed: tuple[CompressedKV, Source] | None,
+    scale: float,
+    softcap: float | None,
+    level: str | None,
+) -> Tensor:
+    batch, heads, tokens, dim = q.shape
     wide = cpu.widened(q)
     out = torch.empty(q.shape, dtype=torch.float32, device="cpu")
     given: list[Any] = [level or cpu.levels()[-1], wide.data_ptr(), out.data_ptr()]
