@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 import tessera
 from tessera.attention import over_tiers as tiers
-from tessera.cache_layers.group import RECORDED, StepContext
+from tessera.cache_layers.group import RECORDED, SequenceGroup, StepContext
 from tessera.kernels import CompressedKV, cpu, reference
 from tessera.kernels.cpu import sources
 from versions import DRAFTS_WITH_WINDOWS, EARLY_EXIT_WITH_WINDOWS
