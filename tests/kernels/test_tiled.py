@@ -58,6 +58,37 @@ def test_exact_keys(
         torch.testing.assert_close(got, right, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [tiled.WINDOW_TILE, 37])
+@pytest.mark.parametrize(
+    ("queries", "keys", "start", "window"),
+    [
+        (300, 300, 0, 64),
+        (70, 500, 430, 128),
+        (200, 500, 400, 128),
+        (300, 200, 150, 100),
+        (513, 513, 0, 512),
+        (5, 900, 895, 70),
+        (100, 100, 0, 400),
+        (90, 100, 300, 64),
+        (300, 296, -4, 64),
+        (50, 20, -70, 64),
+        (700, 700, 0, 650),
+    ],
+)
+def test_exact_keys_in_a_window(
+    queries: int, keys: int, start: int, window: int, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiled, "WINDOW_TILE", size)
+    q, k, v = (x.to(dtype) for x in inputs(queries, keys, 6, 2, 24))
+    params = AttendParams(SCALE, start=start, window=window)
+    assert tiled.exact_tiled_refusal(q, k, v, params) is None
+    found = tiled.attend_exact_tiled(q, k, v, params)
+    for got, right in zip(found, reference.attend_exact(q, k, v, params), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, right, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("spec", ["hqmq:4", "q4_0", "kivi:4", "scalar:4", "hqmq:s96_r4"])
 @pytest.mark.parametrize("start", [None, 300, 400])
@@ -104,15 +135,16 @@ def test_the_fastest_way_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, slow = (make_pages(codecs.get(spec), 2, 2, [64], 64) for spec in ("hqmq:4", "q4_0"))
     plain = AttendParams(0.1)
     dispatch.attend_exact(q, k, v, plain)
+    dispatch.attend_exact(q, k, v, AttendParams(0.1, start=-3, window=64))
     dispatch.attend_exact(few, k, v, plain)
     dispatch.attend(q, slow, plain)
     dispatch.attend(q, fast, plain)
     dispatch.attend(few, fast, plain)
     if cpu.MISSING is not None:
-        assert ran == ["attend_exact_tiled", "attend_exact_tiled", "attend_tiled", "attend_tiled"]
+        assert ran == [*["attend_exact_tiled"] * 3, "attend_tiled", "attend_tiled"]
     else:
         many = "attend_tiled" if cpu.levels()[-1] in ("portable", "neon") else "attend"
-        assert ran == ["attend_exact_tiled", "attend_exact", "attend_tiled", many, "attend"]
+        assert ran == ["attend_exact_tiled", "attend_exact_tiled", "attend_exact", "attend_tiled", many, "attend"]
 
 
 @pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
@@ -141,7 +173,7 @@ def test_a_kernel_that_does_not_multiply_integers_is_left_for_many_queries(
         AttendParams(SCALE, start=0, window=20),
         AttendParams(SCALE, start=-5),
     ],
-    ids=["mask", "softcap", "window", "nothing seen"],
+    ids=["mask", "softcap", "small window", "nothing seen"],
 )
 def test_rules_that_flash_attention_does_not_know_are_left_to_others(params: AttendParams) -> None:
     q, k, v = inputs(100, 64, 6, 2, 16)

@@ -8,8 +8,9 @@ between:
     begin_step    that has the mask: staged tokens are sorted into groups, and each group says what its queries read
     end_step      the queries have read: tokens are taken in, quantised, passed on and dropped
 
-`tessera.attention.over_tiers` begins and ends the step of a call. Where nobody does, because the attention is another
-(`_materialise`) or never asked (`flush_staged`), the layer does both itself.
+`tessera.attention.over_tiers` begins and ends the step of a call; `take_token` does both at once for one token in every row
+where nothing else can happen. Where nobody does, because the attention is another (`_materialise`) or never asked
+(`flush_staged`), the layer does both itself.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from tessera.kernels.params import AttendParams
 TILE_BYTES = 64 << 20
 #: Minimum number of tokens of a tile.
 BLOCK = 64
+#: Maximum number of queries of a tile with a window.
+WINDOW_TILE = 512
 #: Number of query rows of a key head from which decoding a tile is faster: for codes without a kernel, and for those with a
 #: kernel without integer products, with AVX-512 and with less.
 NO_KERNEL, WIDE_KERNEL, SLOW_KERNEL = 16, 768, 192
@@ -73,6 +75,8 @@ def tiled_refusal(q: Tensor, pages: CompressedKV, params: AttendParams) -> str |
         return "its result has no gradients"
     if q.shape[1] // pages.shape[1] * q.shape[2] < NO_KERNEL:
         return "so few queries are not worth a decoded tile"
+    if params.start is not None and params.window is not None:
+        return "with a window it would decode most tiles three times"
     return _refusal(q, params)
 
 
@@ -84,6 +88,8 @@ def exact_tiled_refusal(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -
         return "its result has no gradients"
     if k.dtype not in _FLOATS or v.dtype not in _FLOATS or k.shape != v.shape or not k.numel():
         return f"it is for keys like values, in 16 or 32 bits, not {k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}"
+    if params.start is not None and params.window is not None and params.window < BLOCK:
+        return f"a window of {params.window} keys is not worth its tiles"
     return _refusal(q, params)
 
 
@@ -92,8 +98,8 @@ def _refusal(q: Tensor, params: AttendParams) -> str | None:
         return f"it is for queries in 16 or 32 bits, not {q.dtype} {tuple(q.shape)}"
     if params.mask is not None or params.softcap is not None:
         return "it knows neither masks nor soft-capping"
-    if params.start is not None and (params.window is not None or params.start < 0):
-        return "it knows no window, and every query must see a key"
+    if params.start is not None and params.start < 0 and params.window is None:
+        return "every query must see a key"
     return None
 
 
@@ -105,6 +111,8 @@ def attend_tiled(q: Tensor, pages: CompressedKV, params: AttendParams) -> tuple[
 def attend_exact_tiled(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> tuple[Tensor, Tensor]:
     """`tessera.kernels.reference.attend_exact` likewise; keys and values in 16 bits are widened a tile at a time."""
     reference.check_exact(q, k, v, params)
+    if params.start is not None and params.window is not None:
+        return _in_window(q, k, v, params.scale, params.start, params.window)
     step = k.shape[2] if k.dtype == v.dtype == torch.float32 else _tile(k.shape)
     return _over_tiles(q, tuple(k.shape), lambda a, b: (k[:, :, a:b], v[:, :, a:b]), params, step)
 
@@ -138,6 +146,39 @@ def _over_tiles(
             _join(found, part, first)
     assert found is not None
     return found
+
+
+def _in_window(q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, window: int) -> tuple[Tensor, Tensor]:
+    """Attention of query i to the keys from number start + i - window + 1 to start + i, as many queries as `window` at a time.
+
+    Keys of such a tile are of three kinds: those that all of its queries see, its own, which they see causally, and the oldest,
+    of which each query sees one fewer than the one before it. These are causal too, from behind.
+    """
+    q = q.float()
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_full(q.shape[:3], -torch.inf)
+    tokens, count, size = q.shape[2], k.shape[2], min(window, WINDOW_TILE)
+    for a in range(max(0, -start), tokens, size):  # queries before all keys see none
+        b = min(a + size, tokens)
+        first, last = start + a, start + b  # the numbers of the tile's queries among the keys
+        own, oldest = slice(a, b), max(0, first - window + 1)
+        found = out[:, :, own], lse[:, :, own]
+        every, old = slice(max(0, last - window), min(first, count)), slice(oldest, min(last - window, count))
+        if first < count:
+            _join(found, _flash(q[:, :, own], *_floats(k, v, slice(first, min(last, count))), scale, True), 0)
+        if every.start < every.stop:
+            _join(found, _flash(q[:, :, own], *_floats(k, v, every), scale, False), 0)
+        if old.start < old.stop:
+            # The first of these queries sees them all; the last, and as many as end beyond the keys, none.
+            few = b - a - 1 - (last - window - old.stop)
+            oldest_k, oldest_v = _floats(k, v, old)
+            part = _flash(q[:, :, a : a + few].flip(2), oldest_k.flip(2), oldest_v.flip(2), scale, True)
+            _join((found[0][:, :, :few], found[1][:, :, :few]), (part[0].flip(2), part[1].flip(2)), 0)
+    return out, lse
+
+
+def _floats(k: Tensor, v: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    return k[:, :, part].float(), v[:, :, part].float()
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
