@@ -31,7 +31,7 @@ def test_names_are_these() -> None:
         *("Blocks", "Codec", "FP8", "HQMQ", "Int", "JointHQMQ", "KeyStats", "Kivi", "Packed", "Pair", "Role", "Scalar"),
         *("examples", "get", "load_stats", "names", "save_stats"),
     ]
-    assert cache.__all__ == ["BLOCK", "Cache", "CacheReport", "PerLayer", "Prefill", "Spec", "parse"]
+    assert cache.__all__ == ["BLOCK", "Cache", "CacheReport", "PerLayer", "Prefill", "Spec", "TruncatedBPTTCache", "parse"]
     assert evaluation.__all__ == ["Comparison", "Row", "Source", "compare", "load", "load_all", "read_text", "save_all"]
     assert tensor_cache.__all__ == ["TensorCache", "TensorCacheConfig", "TensorCacheState"]
     assert tensor_memory.__all__ == ["TensorMemory", "TensorMemoryConfig", "TensorMemoryState"]
