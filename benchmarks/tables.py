@@ -193,6 +193,19 @@ def sparse_speed() -> str:
     return markdown_table(("tokens", "all read, ms", f"the best {top:,}, chosen and read, ms", "times as fast"), lines)
 
 
+def sparse_needles() -> str:
+    """How much of planted passages sparse reading reads."""
+    rows = _load("sparse_reading")["needles"]
+    lengths = sorted({row["tokens"] for row in rows})
+    kept = {(row["drift"], row["passage"], row["tokens"]): row["kept"] for row in rows}
+    kinds = sorted({(row["drift"], row["passage"]) for row in rows})
+    names = {0.0: "independent", 1.0: "half of their variance in common"}
+    lines = [
+        (names[drift], str(passage), *(f"{kept[drift, passage, tokens]:.0%}" for tokens in lengths)) for drift, passage in kinds
+    ]
+    return markdown_table(("keys of a block", "tokens of the passage", *(f"read, of {n:,}" for n in lengths)), lines)
+
+
 def sparse_quality() -> str:
     """Make the table of loss and recall by tokens read and weight of a block's width."""
     lines = [
@@ -853,6 +866,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "recall-limits": recall_limits,
     "frontier": frontier,
     "sparse-speed": sparse_speed,
+    "sparse-needles": sparse_needles,
     "sparse-quality": sparse_quality,
     "recall-state": recall_state,
     "resident-memory": resident_memory,

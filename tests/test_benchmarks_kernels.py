@@ -85,3 +85,20 @@ def test_attention_within_avx2_is_measured_with_pytorch_restricted_as_well(tmp_p
     dense = [row["name"] for row in record["rows"] if row["dense"]]
     assert {name.partition(",")[0] for name in dense} == {"bfloat16", "float16", "float32"}
     assert record["rows"][0]["peer"] in dense
+
+
+@pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
+def test_sparse_reading_is_measured_by_speed_and_by_planted_passages(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.json"
+    path.write_text("{}")
+    for part in ("speed", "needles"):
+        command = [sys.executable, str(BENCHMARKS / "sparse_reading.py"), "--part", part, "--tokens", "8192", "--repeats", "1"]
+        command += ["--draws", "2", "--json", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+        assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["tokens"] for row in record["speed"]] == [8192]
+    kept = {(row["drift"], row["passage"]): row["kept"] for row in record["needles"]}
+    assert kept[0.0, 1] > 0.9  # the width of its block reveals it
+    assert kept[1.0, 1] < kept[1.0, 32]
+    assert kept[1.0, 32] > 0.7
