@@ -113,3 +113,18 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it(monkeypatch: pyt
     layers = model.config.num_hidden_layers
     assert not any(taken[21 * layers : 22 * layers])  # the buffers are made anew
     assert sum(taken[22 * layers :]) > 15 * layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", [61, 511])
+def test_keys_and_values_whose_buffers_were_made_at_different_times_go_on(prompt: int) -> None:
+    """Under autocast keys are wider than values; a later step widens only the values, and their buffer is made anew."""
+    model, ids = make(), tokens(1, prompt + 6)
+    cache = tessera.Cache("dense", model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stream(model, cache, ids, (prompt,))
+    with torch.inference_mode():
+        stream(model, cache, ids[:, prompt:], (1, 1))
+    found = stream(model, cache, ids[:, prompt + 2 :], (1,) * 4)
+    assert found.isfinite().all()
+    assert {layer.seen for layer in cache.layers} == {prompt + 6}

@@ -332,7 +332,8 @@ class TesseraLayer(CacheLayerMixin):
     def take_token(self, queries: Tensor) -> SequenceGroup | None:
         """Begin and end a step of one token in every row without padding, where nothing is to be quantised or dropped.
 
-        Nearly every step of decoding is one, so this way is the shortest.
+        Nearly every step of decoding is one, so this way is the shortest. The caller has no mask, no call of a memory, and no
+        check for missing sinks to make.
 
         Args:
             queries: (batch, q_heads, 1, head_dim) of the token.

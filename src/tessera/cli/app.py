@@ -53,10 +53,11 @@ class Commands(TyperGroup):
                 continue
             try:
                 self.add_command(typer.main.get_command(each.load()), each.name)
-            except Exception as error:  # another package's mistake, which must not take the other commands away
+            except (Exception, SystemExit) as error:  # another package's mistake, which must not take the other commands away
                 self.broken.add(each.name)
+                said = next(iter(str(error).splitlines()), "")
                 owner = each.dist.name if each.dist is not None else each.value
-                typer.echo(f"warning: `tessera {each.name}` of {owner} is left out: {type(error).__name__}: {error}", err=True)
+                typer.echo(f"warning: `tessera {each.name}` of {owner} is left out: {type(error).__name__}: {said}", err=True)
 
 
 def _others() -> list[EntryPoint]:

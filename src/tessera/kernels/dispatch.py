@@ -212,11 +212,12 @@ def attend_sources(
 def attend_newest(
     q: Tensor, tiers: Sequence[tuple[Tensor, Tensor, int]], pages: CompressedKV | None, scale: float, backend: str | None = None
 ) -> Tensor | None:
-    """Attention of the newest token of every row to all others: `attend_sources` without positions, in the least time.
+    """Attention of the newest token of every row to all tokens, itself included: `attend_sources` without positions.
 
     Args:
         q: (batch, q_heads, 1, head_dim).
-        tiers: at least one buffer of keys, of values (batch, kv_heads, at least n, head_dim), and n, the tokens in it.
+        tiers: at least one buffer of keys and one of values, both contiguous (batch, kv_heads, at least n, head_dim), and
+            their number of tokens n.
         pages: packed tokens; None: there are none.
         scale: see `AttendParams`.
         backend: see `attend`.

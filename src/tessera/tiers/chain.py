@@ -140,10 +140,13 @@ class Chain:
         return recent.add_token(k, v)
 
     def readable(self) -> tuple[list[tuple[Tensor, Tensor, int]], CompressedKV | None] | None:
-        """Return the buffers of the exact tiers, each with the number of its tokens, and the pages of the codec.
+        """Return all that a chain holds for which `add_token` succeeded.
 
-        None: there are several codecs or devices, or some pages are to be read only in part.
+        Returns:
+            the buffers of the exact tiers, each with the number of its tokens, and the pages of the codec; None: these are on
+            several devices, or are to be read only in part.
         """
+        assert self._only_quantises
         exact = [tier.buffer for tier in (self.sink, self.recent) if tier.tokens]
         if not self.quantized or not self.quantized[0].tokens:
             return exact, None

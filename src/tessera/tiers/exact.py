@@ -69,9 +69,12 @@ class ExactTier(Tier):
         k, v: (batch, kv_heads, 1, head_dim).
         """
         keys, values, at = self._keys, self._values, self._tokens
-        if keys is None or values is None or at == keys.shape[2] or keys.dtype != k.dtype or values.dtype != v.dtype:
+        if keys is None or values is None or keys.dtype != k.dtype or values.dtype != v.dtype:
             return False
-        if keys.is_inference() and not torch.is_inference_mode_enabled():
+        # After calls in several dtypes or modes the two buffers may have been made at different times.
+        if at >= min(keys.shape[2], values.shape[2]):
+            return False
+        if (keys.is_inference() or values.is_inference()) and not torch.is_inference_mode_enabled():
             return False
         keys.narrow(2, at, 1).copy_(k)
         values.narrow(2, at, 1).copy_(v)

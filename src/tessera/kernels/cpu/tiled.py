@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,6 +113,10 @@ def attend_exact_tiled(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) ->
     """`tessera.kernels.reference.attend_exact` likewise; keys and values in 16 bits are widened a tile at a time."""
     reference.check_exact(q, k, v, params)
     if params.start is not None and params.window is not None:
+        # A sum that overflows only costs time.
+        if not all(np.isfinite(x.sum(dtype=torch.float32).numpy()) for x in (q, k)):
+            # Of a query whose only score in a tile is -inf or NaN, flash attention returns a log-sum-exp of 0.
+            return reference.attend_exact(q, k, v, params)
         return _in_window(q, k, v, params.scale, params.start, params.window)
     step = k.shape[2] if k.dtype == v.dtype == torch.float32 else _tile(k.shape)
     return _over_tiles(q, tuple(k.shape), lambda a, b: (k[:, :, a:b], v[:, :, a:b]), params, step)
@@ -178,6 +183,7 @@ def _in_window(q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, window
 
 
 def _floats(k: Tensor, v: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """Return these keys and values in float32, (batch, kv_heads, n, head_dim) each."""
     return k[:, :, part].float(), v[:, :, part].float()
 
 
