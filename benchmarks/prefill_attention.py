@@ -1,8 +1,9 @@
 """Time implementations of attention of many queries on a CPU, by codec, heads and number of queries.
 
 "kernel" multiplies codes directly; "tiled" decodes a tile and passes it to PyTorch's flash attention; "definition" is plain
-matrix products and a softmax. For exact keys "tiled" is flash attention alone. `tessera.kernels.cpu.tiled` chooses by these
-figures. Times are processor times, so that a busy machine affects them little; each is a median.
+matrix products and a softmax. For exact keys "tiled" is flash attention alone; with a window the queries are the newest
+tokens. `tessera.kernels.cpu.tiled` chooses by these figures. Times are processor times, so that a busy machine affects them
+little; each is a median.
 
 Example:
 
@@ -15,6 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +32,8 @@ from tessera.kernels import AttendParams, CompressedKV, cpu, reference
 from tessera.kernels.cpu import tiled
 
 ROOT = Path(__file__).resolve().parent.parent
-SPECS = ("exact", "hqmq:4", "hqmq:s96_r4", "q4_0", "kivi:4")
+WINDOWED = "exact, window of 512"
+SPECS = ("exact", WINDOWED, "hqmq:4", "hqmq:s96_r4", "q4_0", "kivi:4")
 #: (query heads, key heads, head_dim).
 SHAPES = ((9, 3, 64), (32, 8, 128))
 QUERIES = (1, 8, 32, 128, 512)
@@ -43,11 +46,12 @@ def ways(spec: str, shape: tuple[int, int, int], queries: int, tokens: int) -> d
     q = torch.randn(1, heads, queries, dim)
     k, v = torch.randn(2, 1, kv_heads, tokens, dim).unbind(0)
     found: dict[str, Callable[[], object]] = {}
-    if spec == "exact":
+    if spec in ("exact", WINDOWED):
+        params = PARAMS if spec == "exact" else replace(PARAMS, start=tokens - queries, window=512)
         if cpu.attend_exact_refusal(q, k, v) is None:
-            found["kernel"] = lambda: cpu.attend_exact(q, k, v, PARAMS)
-        found["tiled"] = lambda: tiled.attend_exact_tiled(q, k, v, PARAMS)
-        found["definition"] = lambda: reference.attend_exact(q, k, v, PARAMS)
+            found["kernel"] = lambda: cpu.attend_exact(q, k, v, params)
+        found["tiled"] = lambda: tiled.attend_exact_tiled(q, k, v, params)
+        found["definition"] = lambda: reference.attend_exact(q, k, v, params)
         return found
     codec = codecs.get(spec)
     pages = CompressedKV([(codec.encode(k, "key"), codec.encode(v, "value"))])

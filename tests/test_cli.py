@@ -365,15 +365,21 @@ def test_a_broken_command_of_another_package_leaves_the_others_usable(tmp_path: 
     about = tmp_path / "elsewhere-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[tessera.commands]\nbroken = elsewhere.nowhere:app\n")
+    (about / "entry_points.txt").write_text("[tessera.commands]\nbroken = elsewhere.nowhere:app\nleaves = leaves:app\n")
     script = "import sys; sys.path.append(sys.argv.pop(1)); import tessera.cli; tessera.cli.main()"
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)\n")
     warning = "warning: `tessera broken` of elsewhere is left out: ModuleNotFoundError: No module named 'elsewhere'\n"
-    for words, code, says in ((["--help"], 0, "compare"), (["view", "--help"], 0, "Example"), (["broken"], 2, "")):
+    for words, code, says, warnings in (
+        (["--help"], 0, "compare", 2),
+        (["view", "--help"], 0, "Example", 0),
+        (["broken"], 2, "", 1),
+    ):
         done = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path), *words], capture_output=True, text=True, check=False
         )
         assert (done.returncode, says in done.stdout) == (code, True), done.stderr
-        assert done.stderr.count(warning) == 1
+        assert done.stderr.count("warning: ") == warnings
+        assert done.stderr.count(warning) == min(1, warnings)
 
 
 def test_commands_of_the_core_do_not_import_the_lab(tmp_path: Path) -> None:

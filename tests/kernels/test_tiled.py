@@ -202,9 +202,9 @@ def test_a_query_that_is_not_finite_gives_nothing_finite_and_disturbs_no_other()
 
 
 @pytest.mark.parametrize("number", [torch.nan, -torch.inf])
-def test_numbers_in_a_window_that_are_not_finite_are_left_to_the_definition(number: float) -> None:
+@pytest.mark.parametrize("params", [AttendParams(SCALE, start=0, window=128), AttendParams(SCALE, start=128)])
+def test_keys_that_are_not_finite_are_left_to_the_definition(number: float, params: AttendParams) -> None:
     q, k, v = inputs(300, 300, 2, 1, 16)
     k[:, :, 128] = number
-    params = AttendParams(SCALE, start=0, window=128)
     for got, right in zip(tiled.attend_exact_tiled(q, k, v, params), reference.attend_exact(q, k, v, params), strict=True):
         assert torch.equal(got.nan_to_num(7.0), right.nan_to_num(7.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from tessera.cache_layers.new_tokens import whole
 from tessera.cache_layers.padding_mask import PaddingMask, by_padding, on_host
 from tessera.cache_layers.truncated_bptt import Segment
 from tessera.tensor_cache.gated_read import MemoryCall
+from tessera.tensor_cache.infini import Infini
 
 #: Attribute of a mask of a static cache, such as transformers' StaticCache, with its number of slots.
 ROOM = "_tessera_room"
@@ -73,7 +74,7 @@ def attention_forward(
     """
     if memory_call is not None:
         memory_call.taken = True
-    infini: Any = module._modules.get("infini")  # `getattr` is slow for what is not there
+    infini = cast("Infini | None", module._modules.get("infini"))  # `getattr` is slow for what is not there
     softmax = Softmax(dropout, scaling, softcap, s_aux)
     lengths = kwargs.get("cu_seq_lens_q")
     if not isinstance(key, DeferredKV):

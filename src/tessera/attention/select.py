@@ -38,7 +38,7 @@ def selected(
         pages: whose tokens are whole blocks, and whose codec keeps a summary of each block of keys.
         top: number of tokens that a query reads at most, a multiple of `BLOCK`. The query heads that share a key head read the
             same ones, those with the highest estimate for any of them.
-        params: what queries see of these tokens.
+        params: what queries see of these tokens, by a mask or by position; a block counts as seen where each shows a token.
         known: the `summaries` of the pages; None: they are asked for.
 
     Returns:

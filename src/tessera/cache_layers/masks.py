@@ -107,7 +107,7 @@ class Runs:
         return Runs(tuple(runs))
 
     def with_next(self, slot: int) -> Runs:
-        """Append one slot."""
+        """Append one slot, behind all others."""
         if self.runs and sum(self.runs[-1]) == slot:
             return Runs((*self.runs[:-1], (self.runs[-1][0], self.runs[-1][1] + 1)))
         return Runs((*self.runs, (slot, 1)))

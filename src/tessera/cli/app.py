@@ -21,8 +21,7 @@ class Commands(TyperGroup):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Names of entry points that could not be imported.
-        self.broken: set[str] = set()
+        self._broken: set[str] = set()  # names of entry points that could not be imported
 
     def list_commands(self, ctx: Any) -> list[str]:
         """List the names of all commands, for the help."""
@@ -32,7 +31,7 @@ class Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command of this name, or None."""
         if cmd_name not in self.commands:
-            self._add_others()
+            self._add_others(cmd_name)
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
@@ -47,14 +46,14 @@ class Commands(TyperGroup):
             typer.echo(f"error: {said if package else error}", err=True)
             raise typer.Exit(2) from error
 
-    def _add_others(self) -> None:
+    def _add_others(self, only: str | None = None) -> None:
         for each in _others():
-            if each.name in self.commands or each.name in self.broken:
+            if each.name in self.commands or each.name in self._broken or only not in (None, each.name):
                 continue
             try:
                 self.add_command(typer.main.get_command(each.load()), each.name)
             except (Exception, SystemExit) as error:  # another package's mistake, which must not take the other commands away
-                self.broken.add(each.name)
+                self._broken.add(each.name)
                 said = next(iter(str(error).splitlines()), "")
                 owner = each.dist.name if each.dist is not None else each.value
                 typer.echo(f"warning: `tessera {each.name}` of {owner} is left out: {type(error).__name__}: {said}", err=True)

@@ -150,7 +150,7 @@ class Chain:
         exact = [tier.buffer for tier in (self.sink, self.recent) if tier.tokens]
         if not self.quantized or not self.quantized[0].tokens:
             return exact, None
-        pages = self.quantized[0].whole
+        pages = self.quantized[0].read_whole
         return None if pages is None else (exact, pages)
 
     def evict_blocks(self, length: int, drop: bool = True, spare: int = 0) -> None:

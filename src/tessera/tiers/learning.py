@@ -19,9 +19,8 @@ class Learning:
 
     def __init__(self) -> None:
         self._squares: Tensor | None = None
-        self._kv_heads = 1
-        #: Queries of single tokens, (rows, q_heads, 1, head_dim) float32 each, whose squares are computed together later,
-        #: because a step has no time to spare. A copy of this object shares the list, which is therefore never changed.
+        #: Queries of single tokens, (rows, kv_heads, group, 1, head_dim) float32 each, whose squares are computed together
+        #: later, because a step has no time to spare. A copy of this object shares the list, which is therefore never changed.
         self._single: list[Tensor] = []
 
     @property
@@ -44,22 +43,21 @@ class Learning:
         left = LEARN - self.tokens
         if not left:
             return
-        self._kv_heads = kv_heads
+        grouped = queries.unflatten(1, (kv_heads, -1))
         if queries.shape[2] == 1:
-            self._single = [*self._single, queries.to(torch.float32, copy=True)]  # the caller may reuse its memory
+            self._single = [*self._single, grouped.to(torch.float32, copy=True)]  # the caller may reuse its memory
         else:
             self._gather()
-            self._add(queries[:, :, :left])
+            self._add(grouped[:, :, :, :left])
 
     def _gather(self) -> None:
         if self._single:
-            queries, self._single = torch.cat(self._single, 2), []
+            queries, self._single = torch.cat(self._single, 3), []
             self._add(queries)
 
     def _add(self, queries: Tensor) -> None:
-        rows, _, n, dim = queries.shape
-        if n:
-            squares = queries.float().square().view(rows, self._kv_heads, -1, n, dim).mean(2)
+        if queries.shape[3]:
+            squares = queries.float().square().mean(2)
             self._squares = squares if self._squares is None else torch.cat((self._squares, squares), 2)
 
     def measure(self, keys: Tensor, partner: Sequence[int] | None) -> KeyStats:

@@ -76,9 +76,11 @@ class QuantizedTier(Tier):
         return view
 
     @property
-    def whole(self) -> CompressedKV | None:
+    def read_whole(self) -> CompressedKV | None:
         """The pages where they are on one device and queries read all of them; None elsewhere."""
-        return self._views[0] if len(self._views) == 1 and (self.top is None or self.top >= self._views[0].tokens) else None
+        if len(self._views) != 1 or (self.top is not None and self.top < self.tokens):
+            return None
+        return self._views[0]
 
     def put(self, pages: list[tuple[Packed, Packed]]) -> None:
         """Hold these pages instead."""

@@ -12,6 +12,9 @@ from tessera.kernels import cpu
 from tessera.kernels.compressed_kv import CompressedKV
 from tessera.kernels.source import Source
 
+#: The rule of a source that every query reads completely, see `_rule`.
+EVERYWHERE = (False, 0, 0)
+
 
 def attend_sources(
     q: Tensor, sources: Sequence[Source], scale: float, softcap: float | None = None, *, level: str | None = None
@@ -34,7 +37,8 @@ def attend_sources(
             return None
         kv_heads = k.shape[1]
         exact += (*_layout(k, v), k.shape[2], k.dtype == torch.bfloat16, *_rule(source))
-    return _attend(q, kv_heads, exact, packed, scale, softcap, level)
+    pages, rule = (None, None) if packed is None else (packed[0], _rule(packed[1]))
+    return _attend(q, kv_heads, exact, pages, rule or EVERYWHERE, scale, softcap, level)
 
 
 def attend_newest(
@@ -56,12 +60,12 @@ def attend_newest(
     for k, v, tokens in tiers:
         if k.dtype != v.dtype or k.dtype not in (torch.float32, torch.bfloat16) or not k.is_cpu:
             return None
-        exact += (*_layout(k, v), tokens, k.dtype == torch.bfloat16, False, 0, 0)
-    return _attend(q, kv_heads, exact, None if pages is None else (pages, Source(pages)), scale, None, level)
+        exact += (*_layout(k, v), tokens, k.dtype == torch.bfloat16, *EVERYWHERE)
+    return _attend(q, kv_heads, exact, pages, EVERYWHERE, scale, None, level)
 
 
 def _layout(k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Return the address and the strides in bytes, of rows, heads and tokens, of keys and of values."""
+    """Addresses and first three strides, in bytes, of keys and of values, (batch, kv_heads, tokens, head_dim) each."""
     size = k.element_size()
     (a, b, c, _), (d, e, f, _) = k.stride(), v.stride()
     return k.data_ptr(), a * size, b * size, c * size, v.data_ptr(), d * size, e * size, f * size
@@ -71,29 +75,41 @@ def _attend(
     q: Tensor,
     kv_heads: int,
     exact: list[int],
-    packed: tuple[CompressedKV, Source] | None,
+    pages: CompressedKV | None,
+    rule: tuple[bool, int, int],
     scale: float,
     softcap: float | None,
     level: str | None,
 ) -> Tensor:
+    """Call the kernel.
+
+    Args:
+        q: (batch, q_heads, q_tokens, head_dim).
+        kv_heads: number of key heads.
+        exact: for each source of keys and values, `_layout`, its tokens, whether it is in bfloat16, and its rule.
+        pages: prepared pages, or None, and `rule`: see `_rule`.
+        scale, softcap, level: see `attend_sources`.
+
+    Returns:
+        the shape of q, float32.
+    """
     batch, heads, tokens, dim = q.shape
     wide = cpu.widened(q)
     out = torch.empty(q.shape, dtype=torch.float32, device="cpu")
     given: list[Any] = [level or cpu.levels()[-1], wide.data_ptr(), out.data_ptr()]
     given += [(batch, heads, kv_heads, tokens, dim, torch.get_num_threads()), scale, softcap or 0.0, exact]
-    if packed is None:
+    if pages is None:
         cpu._cpu.attend_exact_sources(*given)
     else:
-        pages, source = packed
         keys, values, addresses, gain, narrowing, _kept = pages.memo["sources"]
-        cpu._cpu.attend_sources(*given, keys, values, addresses, gain, (*_rule(source), cpu.LIMBS), narrowing)
+        cpu._cpu.attend_sources(*given, keys, values, addresses, gain, (*rule, cpu.LIMBS), narrowing)
     return out
 
 
 def _rule(source: Source) -> tuple[bool, int, int]:
     """Return whether queries have places, the place of the first, and the window or 0."""
     if source.start is None:
-        return False, 0, 0
+        return EVERYWHERE
     return True, source.start, source.window or 0
 
 

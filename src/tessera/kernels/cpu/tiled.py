@@ -82,7 +82,7 @@ def tiled_refusal(q: Tensor, pages: CompressedKV, params: AttendParams) -> str |
 
 
 def exact_tiled_refusal(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> str | None:
-    """Say why `attend_exact_tiled` cannot be used, or return None."""
+    """Say why `attend_exact_tiled` cannot or should not be used, or return None."""
     if any(x.device.type != "cpu" for x in (q, k, v)):
         return "PyTorch's flash attention that tells its log-sum-exp is for CPUs"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -110,13 +110,13 @@ def attend_tiled(q: Tensor, pages: CompressedKV, params: AttendParams) -> tuple[
 
 
 def attend_exact_tiled(q: Tensor, k: Tensor, v: Tensor, params: AttendParams) -> tuple[Tensor, Tensor]:
-    """`tessera.kernels.reference.attend_exact` likewise; keys and values in 16 bits are widened a tile at a time."""
+    """`tessera.kernels.reference.attend_exact` without a mask or soft-capping; 16-bit numbers are widened a tile at a time."""
     reference.check_exact(q, k, v, params)
+    # Of a query whose only score in a tile is -inf or NaN, flash attention returns a log-sum-exp of 0. A sum that overflows
+    # costs time only.
+    if not all(np.isfinite(x.sum(dtype=torch.float32).numpy()) for x in (q, k)):
+        return reference.attend_exact(q, k, v, params)
     if params.start is not None and params.window is not None:
-        # A sum that overflows only costs time.
-        if not all(np.isfinite(x.sum(dtype=torch.float32).numpy()) for x in (q, k)):
-            # Of a query whose only score in a tile is -inf or NaN, flash attention returns a log-sum-exp of 0.
-            return reference.attend_exact(q, k, v, params)
         return _in_window(q, k, v, params.scale, params.start, params.window)
     step = k.shape[2] if k.dtype == v.dtype == torch.float32 else _tile(k.shape)
     return _over_tiles(q, tuple(k.shape), lambda a, b: (k[:, :, a:b], v[:, :, a:b]), params, step)
@@ -154,7 +154,10 @@ def _over_tiles(
 
 
 def _in_window(q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, window: int) -> tuple[Tensor, Tensor]:
-    """Attention of query i to the keys from number start + i - window + 1 to start + i, as many queries as `window` at a time.
+    """Attention of query i to the keys from number start + i - window + 1 to start + i, at most `window` queries at a time.
+
+    q: (batch, q_heads, tokens, head_dim); k, v: (batch, kv_heads, n, head_dim). Returns the shape of q, and its first three
+    sizes, in float32: the results, 0 where a query sees nothing, and the logarithms of their sums, -inf there.
 
     Keys of such a tile are of three kinds: those that all of its queries see, its own, which they see causally, and the oldest,
     of which each query sees one fewer than the one before it. These are causal too, from behind.
